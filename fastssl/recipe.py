@@ -1,0 +1,302 @@
+"""The typed recipe: every setting of a run, loaded from YAML, overridden, checked, dumped.
+
+    recipe = load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1", "data.train=x.beton"])
+
+A key that does not exist is refused with the nearest one that does; nothing is ignored silently.
+This file imports nothing of ours, so every other one may import it.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence, printed without a traceback, exit code 2."""
+
+
+class Section(BaseModel):
+    """One group of keys. Unknown keys are errors; values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    dir: str | None = None  # None: runs/NAME, or runs/NAME-2 and so on where that is taken
+
+
+class Data(Section):
+    train: str
+    val: str | None = None  # the probe and the evaluation need it, the training does not
+    limit: Count | None = None  # train on a fixed random subset of this many images
+    crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for a full one
+    workers: Count | None = None  # decoding threads; None: all cores this process may use
+
+
+class Jitter(Section):
+    p: Probability = 0.8
+    brightness: Annotated[float, Field(ge=0)] = 0.4
+    contrast: Annotated[float, Field(ge=0)] = 0.4
+    saturation: Annotated[float, Field(ge=0)] = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    order: Literal["random", "fixed"] = "random"
+
+
+class ViewOnly(Section):
+    """What the two views do not share (BYOL, arXiv 2006.07733, table 6)."""
+
+    blur: Probability = 0.0
+    solarize: Probability = 0.0
+
+
+class Views(Section):
+    size: Annotated[int, Field(ge=8)] = 224
+    scale: Range = (0.08, 1.0)  # share of the source's area
+    ratio: Range = (3 / 4, 4 / 3)  # width / height
+    flip: Probability = 0.5
+    jitter: Jitter = Jitter()
+    gray: Probability = 0.2
+    first: ViewOnly = ViewOnly(blur=1.0)
+    second: ViewOnly = ViewOnly(blur=0.1, solarize=0.2)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def check(self) -> "Views":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"views.scale must be 0 < low <= high <= 1, not {list(self.scale)}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"views.ratio must be 0 < low <= high, not {list(self.ratio)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"views.std must be above 0, not {list(self.std)}")
+        return self
+
+
+class ProjectorSizes(Section):
+    layers: Count = 3
+    hidden: Count = 1024
+    out: Count = 1024
+
+
+class Model(Section):
+    backbone: str = "resnet18"
+    stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
+    projector: ProjectorSizes = ProjectorSizes()
+
+
+class Embedding(Section):
+    stochastic: Literal["none", "z", "h"] = "none"
+    samples: Count = 12  # Monte Carlo draws S
+    beta: Annotated[float, Field(ge=0)] = 1e-3  # weight of the KL term
+    prior: Literal["standard_normal", "mixture"] = "standard_normal"
+    mixture_components: Count = 10
+    mixture_mode: Literal["joint", "per_dim", "reference"] = "joint"
+    kl: Literal["auto", "closed", "mc"] = "auto"  # auto: closed where a closed form exists
+
+    @model_validator(mode="after")
+    def check(self) -> "Embedding":
+        if self.prior == "mixture" and self.kl == "closed":
+            raise ValueError("embedding.kl=closed has no formula for a mixture prior: set embedding.kl=mc")
+        return self
+
+
+class BarlowTwins(Section):
+    name: Literal["barlow_twins"] = "barlow_twins"
+    lambd: Annotated[float, Field(ge=0)] = 5e-3
+    unbiased: bool = False
+    eps: Annotated[float, Field(ge=0)] = 1e-5
+
+
+class VICReg(Section):
+    name: Literal["vicreg"] = "vicreg"
+    inv: Annotated[float, Field(ge=0)] = 25.0
+    var: Annotated[float, Field(ge=0)] = 25.0
+    cov: Annotated[float, Field(ge=0)] = 1.0
+    gamma: Annotated[float, Field(gt=0)] = 1.0
+    eps: Annotated[float, Field(ge=0)] = 1e-4
+    center: bool = False
+
+
+class Optim(Section):
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3  # at global batch 256; the used one is lr x batch / 256
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_epochs: Annotated[float, Field(ge=0)] = 4
+    final_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.5  # cosine ends at this share of lr
+    clip: Annotated[float, Field(gt=0)] | None = 0.5  # gradient norm; null: no clipping
+    exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")  # no decay
+
+
+class Train(Section):
+    epochs: Count = 100
+    batch_size: Annotated[int, Field(ge=2)] = 256  # over all processes
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
+    compile: Literal["auto"] | bool = "auto"  # auto: on for a GPU, off for a CPU
+    channels_last: bool = True
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # non-finite steps to skip before stopping
+
+
+class Probe(Section):
+    every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
+    k: Count = 20
+
+
+class Log(Section):
+    every: Count = 50  # steps
+
+
+class Checkpoint(Section):
+    every: Count = 1000  # steps
+
+
+class Recipe(Section):
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    run: Run = Run()
+    data: Data
+    views: Views = Views()
+    model: Model = Model()
+    embedding: Embedding = Embedding()
+    objective: Annotated[BarlowTwins | VICReg, Field(discriminator="name")] = BarlowTwins()
+    optim: Optim = Optim()
+    train: Train = Train()
+    probe: Probe = Probe()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def to_yaml(self) -> str:
+        """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe, apply `key=value` overrides (values in YAML syntax) and check every key.
+
+    `recipes/x.yaml` means the file at that path, else the copy that ships with the package.
+    Data files are not touched. Raises UserError with one sentence for anything wrong.
+    """
+    path = find_recipe(Path(path))
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error)}") from None
+
+
+def shipped_recipes() -> Path:
+    """The folder of recipes that comes with the package (the checkout's own, where there is one)."""
+    package = Path(__file__).parent
+    inside_wheel = package / "recipes"
+    return inside_wheel if inside_wheel.is_dir() else package.parent / "recipes"
+
+
+def find_recipe(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.parts[:1] == ("recipes",):
+        shipped = shipped_recipes().joinpath(*path.parts[1:])
+        if shipped.is_file():
+            return shipped
+    known = ["recipes/" + str(p.relative_to(shipped_recipes())) for p in sorted(shipped_recipes().rglob("*.yaml"))]
+    near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(known)}."
+    raise UserError(f"No recipe at {path}: {hint}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 read as a number; YAML 1.1 wants 1.0e-3 and takes the short form for a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader: builds plain values only
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = _parse(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not readable as YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a recipe: it should hold keys such as name, data and train.")
+    return values
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{override}' is not an override: write key=value, such as train.epochs=1.")
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise UserError(f"Override {key}: {parent} is a single value and has no keys below it.")
+    try:
+        section[last] = _parse(text)
+    except yaml.YAMLError:
+        raise UserError(f"Override {key}: '{text}' is not a value in YAML syntax.") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one sentence that names the dotted key and the mend."""
+    first = error.errors()[0]
+    # Inside the objective, pydantic adds the chosen class's tag to the location.
+    parts = [str(part) for part in first["loc"]]
+    if len(parts) > 1 and parts[0] == "objective":
+        parts.pop(1)
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        near = _nearest(parts, _keys(Recipe))
+        return f"unknown key {key}" + (f": did you mean {near}?" if near else ".")
+    if first["type"] == "missing":
+        return f"the key {key} is missing."
+    if first["type"] == "union_tag_invalid":
+        return f"objective.name should be barlow_twins or vicreg, not {first['input'].get('name')!r}."
+    if first["type"] == "union_tag_not_found":
+        return "the key objective.name is missing: barlow_twins or vicreg."
+    if first["type"] == "value_error":  # from our own validators: already a sentence
+        return f"{first['ctx']['error']}."
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, not {first['input']!r}."
+
+
+def _nearest(parts: list[str], keys: list[str]) -> str | None:
+    """The real key most like a mistyped one: same section first, then the same last word anywhere."""
+    siblings = [key for key in keys if key.split(".")[:-1] == parts[:-1]]
+    close = difflib.get_close_matches(".".join(parts), siblings, n=1, cutoff=0.6)
+    close = close or [key for key in keys if key.split(".")[-1] == parts[-1]]
+    close = close or difflib.get_close_matches(".".join(parts), keys, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys below a section, sections themselves included."""
+    found = []
+    for name, field in section.model_fields.items():
+        found.append(prefix + name)
+        below = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in below:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += [key for key in _keys(kind, prefix + name + ".") if key not in found]
+    return found
