@@ -1,0 +1,258 @@
+"""The views, operation by operation, against torchvision's own functions, and the rules of the randomness."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tvf
+from scipy import stats
+
+from fastssl import geometry, randomness
+from fastssl.recipe import Jitter, ViewOnly, Views
+from fastssl.views import PairedViews, clean_view, operations
+from fastssl.views.parameters import draw_boxes, draw_parameters, draw_uniforms
+from fastssl.views.resample import resample, resize_matrix
+
+# torchvision works on the same float pixels, so only the order of float32 sums differs; 1e-4 is
+# 0.03 of a grey level. Where torchvision's way is another (its antialiased resize), 2/255 is allowed.
+CLOSE = {"rtol": 0, "atol": 1e-4}
+PLAIN = Views(
+    size=32, flip=0, jitter=Jitter(p=0), gray=0, first=ViewOnly(), second=ViewOnly(), mean=(0, 0, 0), std=(1, 1, 1)
+)
+
+
+@pytest.fixture
+def images():
+    """(6, 3, 40, 52) float images with smooth structure, edges and noise."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(6, 3, 5, 7, generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, (40, 52), mode="bilinear")
+    return (smooth + 0.1 * torch.randn(6, 3, 40, 52, generator=g)).clamp(0, 1)
+
+
+def test_philox_equals_the_published_test_vectors():
+    """Random123's known answers for philox4x32-10."""
+
+    def run(counter, key):
+        words = randomness.philox(tuple(torch.tensor(c) for c in counter), key[0] | key[1] << 32)
+        return [int(w) for w in words]
+
+    ones = 0xFFFFFFFF
+    assert run([0] * 4, [0, 0]) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert run([ones] * 4, [ones, ones]) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert run([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
+        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
+    ]  # fmt: skip
+
+
+def test_noise_is_standard_normal_and_free_of_the_batch():
+    index = torch.arange(64)
+    noise = randomness.normals(3, 7, index, 0, draws=4, dim=500)
+    assert noise.shape == (4, 64, 500) and noise.dtype == torch.float32
+    flat = noise.flatten().double().numpy()
+    assert stats.kstest(flat, "norm").pvalue > 1e-3
+    assert abs(flat.mean()) < 0.01 and abs(flat.std() - 1) < 0.01  # 128,000 numbers: 3.6 standard errors
+    assert abs(np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1]) < 0.02
+    assert torch.equal(noise[:2, 10:20], randomness.normals(3, 7, index[10:20], 0, draws=2, dim=500))
+    assert not torch.equal(noise, randomness.normals(3, 7, index, 1, 4, 500))
+    assert not torch.equal(noise, randomness.normals(3, 8, index, 0, 4, 500))
+    assert not torch.equal(noise, randomness.normals(4, 7, index, 0, 4, 500))
+
+
+def test_permutation_is_a_permutation_of_its_own_for_each_epoch():
+    first, second = randomness.permutation(0, 0, 1000), randomness.permutation(0, 1, 1000)
+    assert torch.equal(first.sort().values, torch.arange(1000))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, randomness.permutation(0, 0, 1000))
+
+
+def test_crop_box_has_torchvision_distribution():
+    """Area share, aspect ratio and place of the boxes against RandomResizedCrop.get_params (KS)."""
+    from torchvision.transforms import RandomResizedCrop
+
+    n, height, width = 4000, 375, 500
+    u = draw_uniforms(0, 0, torch.arange(n), 0)
+    ours = draw_boxes(u, Views(), torch.full((n,), height), torch.full((n,), width)).numpy()
+    torch.manual_seed(0)
+    blank = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(blank, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)])
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 3] / b[:, 2],
+        lambda b: b[:, 0] / (height - b[:, 2] + 1),
+        lambda b: b[:, 1] / (width - b[:, 3] + 1),
+    ):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("height, width", [(10, 1000), (1000, 10), (1, 1), (3, 2000)])
+def test_crop_box_of_extreme_images_stays_inside(height, width):
+    u = draw_uniforms(0, 0, torch.arange(200), 0)
+    box = draw_boxes(u, Views(), torch.full((200,), height), torch.full((200,), width))
+    top, left, h, w = box.unbind(1)
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+
+
+def test_crop_box_fallback_equals_torchvision():
+    """No proposal fits an image 100 times as wide as high: the central box of the largest allowed ratio."""
+    u = torch.full((1, geometry.NUMBERS), 0.999, dtype=torch.float64)
+    box = geometry.crop_box(u, torch.tensor([10]), torch.tensor([1000]), (0.9, 1), (3 / 4, 4 / 3))
+    assert box.tolist() == [[0, (1000 - 13) // 2, 10, 13]]
+
+
+@pytest.mark.parametrize("box", [(0, 0, 40, 52), (3, 5, 30, 40), (7, 1, 9, 50), (10, 20, 5, 6)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_resize_flip_equals_torchvision(images, box, flip):
+    top, left, h, w = box
+    n = len(images)
+    flips = torch.full((n,), flip)
+    rows = resize_matrix(torch.full((n,), top), torch.full((n,), h), torch.zeros_like(flips), 40, 32)
+    columns = resize_matrix(torch.full((n,), left), torch.full((n,), w), flips, 52, 32)
+    want = tvf.resized_crop(images, top, left, h, w, [32, 32], antialias=True)
+    want = tvf.horizontal_flip(want) if flip else want
+    torch.testing.assert_close(resample(images, rows, columns), want, rtol=0, atol=2 / 255)
+    assert (resample(images, rows, columns) - want).abs().mean() < 2e-4
+
+
+@pytest.mark.parametrize(
+    "operation, function, factors",
+    [
+        (operations.BRIGHTNESS, tvf.adjust_brightness, [0.6, 0.9, 1.0, 1.2, 1.4, 0.0]),
+        (operations.CONTRAST, tvf.adjust_contrast, [0.6, 0.9, 1.0, 1.2, 1.4, 0.0]),
+        (2, tvf.adjust_saturation, [0.8, 0.9, 1.0, 1.1, 1.2, 0.0]),
+        (operations.HUE, tvf.adjust_hue, [-0.5, -0.1, -0.03, 0.0, 0.1, 0.5]),
+    ],
+)
+def test_each_jitter_operation_equals_torchvision(images, operation, function, factors):
+    order = torch.tensor([operation] + [o for o in range(4) if o != operation]).expand(6, 4)
+    factor = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(6, 1)
+    factor[:, operation] = torch.tensor(factors)
+    ours = operations.color_jitter(images, torch.ones(6, dtype=bool), order, factor, with_hue=True)
+    want = torch.stack([function(x, f) for x, f in zip(images, factors)])
+    torch.testing.assert_close(ours, want, **CLOSE)
+
+
+def test_jitter_in_random_order_equals_torchvision_sample_by_sample(images):
+    functions = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue]
+    drawn = draw_parameters(draw_uniforms(5, 0, torch.arange(6), 0), Views(jitter=Jitter(p=0.7)), 0)
+    ours = operations.color_jitter(images, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=True)
+    want = images.clone()
+    for i in range(6):
+        if drawn.jitter_N[i]:
+            for o in drawn.order_N4[i].tolist():
+                want[i] = functions[o](want[i], drawn.factor_N4[i, o].item())
+    assert drawn.jitter_N.any() and not drawn.jitter_N.all()
+    assert len({tuple(o) for o in drawn.order_N4.tolist()}) > 1
+    torch.testing.assert_close(ours, want, **CLOSE)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_equals_torchvision(images, sigma):
+    apply = torch.tensor([True] * 5 + [False])
+    ours = operations.gaussian_blur(images, apply, torch.full((6,), sigma))
+    want = tvf.gaussian_blur(images, [13, 13], [sigma, sigma])
+    torch.testing.assert_close(ours[:5], want[:5], **CLOSE)
+    assert torch.equal(ours[5], images[5])
+
+
+def test_grayscale_and_solarize_equal_torchvision(images):
+    apply = torch.tensor([True, False] * 3)
+    for ours, want in [
+        (operations.grayscale(images, apply), tvf.rgb_to_grayscale(images, 3)),
+        (operations.solarize(images, apply), tvf.solarize(images, operations.SOLARIZE_THRESHOLD)),
+    ]:
+        torch.testing.assert_close(ours[::2], want[::2], **CLOSE)
+        assert torch.equal(ours[1::2], images[1::2])
+
+
+def test_parameters_follow_their_distributions():
+    n = 6000
+    views = Views()
+    for view, own in enumerate((views.first, views.second)):
+        p = draw_parameters(draw_uniforms(1, 2, torch.arange(n), view), views, view)
+        for applied, probability in [
+            (p.flip_N, views.flip), (p.jitter_N, views.jitter.p), (p.gray_N, views.gray),
+            (p.blur_N, own.blur), (p.solarize_N, own.solarize),
+        ]:  # fmt: skip
+            assert stats.binomtest(int(applied.sum()), n, probability).pvalue > 1e-3
+        uniform = [(0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1)]
+        for column, low, high in uniform:
+            assert stats.kstest(p.factor_N4[:, column], stats.uniform(low, high - low).cdf).pvalue > 1e-3
+        assert stats.kstest(p.sigma_N, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
+        counts = np.unique(p.order_N4.numpy(), axis=0, return_counts=True)[1]
+        assert len(counts) == math.factorial(4) and stats.chisquare(counts).pvalue > 1e-3
+
+
+def uint8(images):
+    return (images.permute(0, 2, 3, 1) * 255).round().byte().contiguous()
+
+
+def test_a_view_does_not_depend_on_the_rest_of_its_batch(images):
+    views = PairedViews(Views(size=32), seed=1)
+    index = torch.tensor([11, 3, 8, 1, 99, 1_281_166])
+    whole = views(uint8(images), index, 4)
+    alone = [views(uint8(images[i : i + 1]), index[i : i + 1], 4) for i in range(6)]
+    for view in (0, 1):
+        # Another batch shape: equal to rounding.
+        torch.testing.assert_close(whole[view], torch.cat([a[view] for a in alone]), rtol=0, atol=1e-5)
+    assert not torch.allclose(whole[0], whole[1])
+    assert torch.equal(whole[0], views(uint8(images), index, 4)[0])
+    assert not torch.allclose(whole[0], views(uint8(images), index, 5)[0])
+
+
+def test_crop_is_drawn_in_source_pixels_whatever_the_canvas(images):
+    """The same picture stored at its own size and squashed to a square shows the same region."""
+    big = torch.nn.functional.interpolate(images, (200, 260), mode="bilinear")
+    canvas = tvf.resize(big, [160, 160], antialias=True)
+    views = PairedViews(PLAIN.model_copy(update={"scale": (0.3, 1.0)}), seed=0)
+    index, size = torch.arange(6), (torch.full((6,), 200), torch.full((6,), 260))
+    from_source = views(uint8(big), index, 0)[0]
+    from_canvas = views(uint8(canvas), index, 0, *size)[0]
+    assert (from_source - from_canvas).abs().mean() < 0.01
+
+
+def test_views_cropped_by_the_loader_get_flip_and_colour_here(images):
+    size = 32
+    pair = torch.stack([uint8(images)[:, :size, :size], uint8(images)[:, -size:, -size:]], dim=1)
+    plain = PairedViews(PLAIN.model_copy(update={"flip": 0.5}), seed=0)
+    index = torch.arange(6)
+    for view, out in enumerate(plain(pair, index, 0)):
+        flipped = draw_parameters(draw_uniforms(0, 0, index, view), plain.views, view).flip_N
+        assert flipped.any() and not flipped.all()
+        want = pair[:, view].permute(0, 3, 1, 2) / 255
+        want = torch.where(flipped[:, None, None, None], want.flip(3), want)
+        torch.testing.assert_close(out, want, **CLOSE)
+
+
+def test_zero_probability_switches_everything_off(images):
+    views = PairedViews(PLAIN.model_copy(update={"scale": (1, 1), "ratio": (1, 1)}), seed=0)
+    square = uint8(images[:, :, :32, :32])
+    first, second = views(square, torch.arange(6), 0)
+    torch.testing.assert_close(first, square.permute(0, 3, 1, 2) / 255, **CLOSE)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_clean_view_is_a_plain_antialiased_resize(images):
+    views = Views(size=24)
+    clean = clean_view(views)(uint8(images))
+    want = tvf.resize(uint8(images).permute(0, 3, 1, 2) / 255, [24, 24], antialias=True)
+    want = tvf.normalize(want, views.mean, views.std)
+    torch.testing.assert_close(clean, want, rtol=0, atol=2 / 255 / min(views.std))
+    assert clean_view(views)(uint8(images[:, :, :24, :24])).shape == (6, 3, 24, 24)
+
+
+@pytest.mark.slow
+def test_views_compile_in_one_graph_with_the_same_parameters(images):
+    views = PairedViews(Views(size=32), seed=1)
+    args = uint8(images), torch.arange(6), torch.tensor(3)
+    for ours, compiled in zip(views(*args), torch.compile(views, fullgraph=True, dynamic=False)(*args)):
+        assert (abs(ours - compiled) > 1e-4).float().mean() < 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_noise_has_the_same_bits():
+    args = 3, torch.tensor(7), torch.arange(5), 1, 3, 20
+    compiled = torch.compile(randomness.normals, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(*args), randomness.normals(*args))
