@@ -1,0 +1,48 @@
+"""The encoder h = encoder(v): any timm backbone by name, untrained, without its classifier."""
+
+import difflib
+from typing import Literal
+
+import timm
+from timm.models.resnet import ResNet
+from torch import nn
+
+from fastssl.recipe import UserError
+
+
+def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> nn.Module:
+    """A timm model that maps views (B, 3, image_size, image_size) to h (B, encoder.num_features).
+
+    stem: "imagenet" leaves the model as timm makes it; "small" is the usual change of a ResNet for
+    images of 32 to 64 px, a 3x3 convolution with stride 1 and no max-pool. Parameters keep timm's
+    names. Weights are drawn from torch's global generator; nothing is ever downloaded.
+    """
+    names = timm.list_models()
+    if backbone not in names:  # also refuses hf-hub: and local-dir: names, which may download
+        nearest = difflib.get_close_matches(backbone, names, n=3, cutoff=0.0)
+        raise UserError(
+            f"model.backbone: timm {timm.__version__} has no architecture {backbone!r}; "
+            f"the nearest are {', '.join(nearest)}."
+        )
+    # Where timm fixes the input size (transformers), the position embedding must fit ours.
+    fixed = timm.get_pretrained_cfg(backbone).fixed_input_size
+    encoder = timm.create_model(
+        backbone, pretrained=False, num_classes=0, **({"img_size": image_size} if fixed else {})
+    )
+    # Some families (MobileNetV3, VGG) pool into a wider layer before the classifier, and that is h.
+    encoder.num_features = getattr(encoder, "head_hidden_size", encoder.num_features)
+    if stem == "small":
+        _use_small_stem(encoder, backbone)
+    return encoder
+
+
+def _use_small_stem(encoder: nn.Module, backbone: str) -> None:
+    if not isinstance(encoder, ResNet):
+        raise UserError(
+            f"model.stem=small is defined for timm's ResNets only, not for {backbone}: "
+            "set model.stem=imagenet."
+        )
+    channels = encoder.bn1.num_features
+    encoder.conv1 = nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm
+    encoder.maxpool = nn.Identity()
