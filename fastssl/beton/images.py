@@ -1,0 +1,161 @@
+"""One image: from a file, bytes or pixels to the bytes that the .beton stores.
+
+This is what the worker processes run. It imports neither torch nor ffcv, so a worker starts fast.
+
+How pixels are converted, in this order:
+1. A JPEG at least twice as large as needed is shrunk inside its decoder, to no less than twice the
+   target, before the exact resize: photographs of 20 megapixels need not be decoded in full.
+2. To 8-bit RGB: 16-bit grey keeps its upper 8 bits; transparency is laid over white; palette, grey
+   and CMYK as Pillow converts them, without colour profiles. Of an animation the first frame.
+   Floating-point pixels have no agreed range: such an image is bad.
+3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks: the filter that
+   torchvision's antialiased bilinear, our reference, was made equal to.
+4. Turned as the EXIF orientation says.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .format import JPG, PAGE_SIZE, RAW
+
+RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
+
+EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+
+
+class Plan(NamedTuple):
+    """How every image of a build is stored.
+
+    `layout` "canvas": resized to side x side px. "full": shrunk to fit side x side px.
+    """
+
+    layout: str
+    side: int
+    quality: int
+
+    @property
+    def storage(self) -> str:
+        return "raw" if self.layout == "canvas" and self.side <= RAW_UP_TO else "jpg"
+
+
+class Encoded(NamedTuple):
+    """One image as stored; the source's height and width are those after the EXIF rotation."""
+
+    payload: bytes
+    mode: int
+    height: int
+    width: int
+    source_height: int
+    source_width: int
+    how: str  # "raw", "encoded" or "passed_through"
+
+
+def encode_chunk(images: list[Path | bytes | np.ndarray], plan: Plan) -> list[Encoded | str]:
+    """Encode some images; for a bad one the reason stands in its place."""
+    results: list[Encoded | str] = []
+    for image in images:
+        try:
+            results.append(encode_image(image, plan))
+        except UnidentifiedImageError:
+            results.append("not an image that Pillow can read")
+        except Exception as error:  # decoders raise nearly anything on a damaged file
+            results.append(f"{type(error).__name__}: {error}")
+    return results
+
+
+def encode_image(source: Path | bytes | np.ndarray, plan: Plan) -> Encoded:
+    """Decode, convert, resize and encode one image as `plan` says; raises on a bad one."""
+    image, file_bytes = _open(source)
+    orientation = _orientation(image)
+    width, height = image.size
+    source_height, source_width = (width, height) if orientation in SIDEWAYS else (height, width)
+
+    fits = max(width, height) <= plan.side
+    if plan.layout == "full" and fits and orientation not in TURNS and len(file_bytes) <= PAGE_SIZE:
+        if image.format == "JPEG" and image.mode == "RGB":
+            # Decoding at an eighth reads the whole stream, so it finds a truncated file, and
+            # leaves out most of the arithmetic.
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+            return Encoded(file_bytes, JPG, height, width, height, width, "passed_through")
+
+    if plan.layout == "canvas":
+        target = (plan.side, plan.side)
+    else:
+        scale = min(1.0, plan.side / max(width, height))
+        target = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image.draft(None, (2 * target[0], 2 * target[1]))
+    image = _to_rgb(image)
+    if image.size != target:
+        image = image.resize(target, Image.Resampling.BILINEAR)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+
+    if plan.storage == "raw":
+        payload, mode, how = image.tobytes(), RAW, "raw"
+    else:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
+        payload, mode, how = buffer.getvalue(), JPG, "encoded"
+    if len(payload) > PAGE_SIZE:
+        raise ValueError(
+            f"takes {len(payload):,} bytes as a JPEG, more than a page of {PAGE_SIZE:,}; "
+            "a smaller --max-side or --quality makes it fit"
+        )
+    return Encoded(payload, mode, image.height, image.width, source_height, source_width, how)
+
+
+def _open(source: Path | bytes | np.ndarray) -> tuple[Image.Image, bytes]:
+    """The image, not yet decoded, and the bytes of its file (empty for pixels)."""
+    if isinstance(source, np.ndarray):
+        shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
+        if source.dtype != np.uint8 or not shaped:
+            raise ValueError(
+                f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}"
+            )
+        return Image.fromarray(source), b""
+    file_bytes = source.read_bytes() if isinstance(source, Path) else source
+    if not file_bytes:
+        raise ValueError("the file is empty")
+    return Image.open(io.BytesIO(file_bytes)), file_bytes
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 where there is none."""
+    return image.getexif().get(EXIF_ORIENTATION, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decode and convert to 8-bit RGB; the rules stand at the top of this file."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255
+        upper_8_bits = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+        image = Image.fromarray(upper_8_bits)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def quiet_decoders() -> None:
+    """Silence Pillow's warnings about odd but readable files; a million files make many."""
+    warnings.simplefilter("ignore")
