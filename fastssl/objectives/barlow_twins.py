@@ -43,7 +43,7 @@ def barlow_twins_terms(
     with torch.autocast(z.device.type, enabled=False):
         mean = sum_over_ranks(z.sum(-2, keepdim=True), gather) / n
         z = z - mean
-        var = sum_over_ranks(z.square().sum(-2, keepdim=True), gather) / (n - unbiased)
+        var = sum_over_ranks(z.square().sum(-2, keepdim=True), gather) / (n - int(unbiased))
         zn1, zn2 = z / (var + eps).sqrt()
         C_SDD = sum_over_ranks(zn1.mT @ zn2, gather) / n
 
