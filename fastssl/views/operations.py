@@ -4,8 +4,6 @@ Each one equals torchvision's function of the same name, applied to each sample 
 Images are (N, 3, H, W) float32, RGB.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -83,11 +81,15 @@ def _blur_matrix(sigma_N: Tensor, size: int) -> Tensor:
     return (kernel @ _reflected_shifts(size, sigma_N.device).flatten(1)).view(-1, size, size)
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # else a compiled graph would build it for every batch
 def _reflected_shifts(size: int, device: torch.device) -> Tensor:
     """(13, size, size) of 0 and 1: entry (d, i, j) is 1 where position i + d - 6 is pixel j after reflection."""
-    position = torch.arange(size)[:, None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
-    position = torch.remainder(position, 2 * size - 2)
-    position = torch.minimum(position, 2 * size - 2 - position)
-    return torch.nn.functional.one_hot(position.T, size).float().to(device)
+    if (size, device) not in _shifts:
+        position = torch.arange(size)[:, None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+        position = torch.remainder(position, 2 * size - 2)
+        position = torch.minimum(position, 2 * size - 2 - position)
+        _shifts[size, device] = torch.nn.functional.one_hot(position.T, size).float().to(device)
+    return _shifts[size, device]
+
+
+_shifts: dict[tuple[int, torch.device], Tensor] = {}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..recipe import Views
+from fastssl.recipe import Views
 from . import operations
 from .parameters import draw_boxes, draw_parameters, draw_uniforms
 from .resample import resample, resize_matrix

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import geometry
-from ..randomness import AUGMENTATION, uniforms
-from ..recipe import Views
+from fastssl import geometry
+from fastssl.randomness import AUGMENTATION, uniforms
+from fastssl.recipe import Views
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 BLUR_SIGMA = (0.1, 2.0)  # in output pixels (BYOL, appendix B)
