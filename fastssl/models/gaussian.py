@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.models.priors import LOG_2PI, StandardNormal, at_least_fp32
 
-# The published code's ranges. torch.clamp passes no gradient to a parameter outside of them.
+# The published code's ranges. As torch.clamp does, no gradient reaches a parameter outside of them.
 MU_MAX = 20.0
 SIGMA_MIN, SIGMA_MAX = 0.01, 5.0
 
@@ -32,7 +32,7 @@ class DiagonalGaussian:
         return (0.5 * self.log_var).exp()
 
     def rsample(self, S: int, noise: Tensor | None = None) -> Tensor:
-        """S reparametrised draws (S, B, D); noise: standard normal (S, B, D), else torch.randn's."""
+        """S reparametrised draws (S, B, D). noise: standard normal (S, B, D), or torch.randn."""
         shape = (S, *self.mu.shape)
         if noise is None:
             noise = torch.randn(shape, dtype=self.mu.dtype, device=self.mu.device)
@@ -59,7 +59,7 @@ class DiagonalGaussian:
         if method == "closed":
             if not isinstance(prior, StandardNormal):
                 raise ValueError(
-                    f"KL to {type(prior).__name__} has no closed form: use method='mc' with samples."
+                    f"KL to {type(prior).__name__} has no closed form: use method='mc', samples=x."
                 )
             return 0.5 * (self.mu.square() + self.log_var.exp() - 1 - self.log_var).sum(-1)
         if method != "mc":

@@ -70,12 +70,12 @@ def _batch_norm_draws(norm: nn.BatchNorm1d, x_BSD: Tensor) -> Tensor:
 @torch.no_grad()
 def _update_running_statistics(norm: nn.BatchNorm1d, mean_SD: Tensor, var_SD: Tensor) -> None:
     """S sequential updates in closed form: the later a draw, the more it weighs."""
-    S = len(mean_SD)
+    S, like_means = len(mean_SD), dict(dtype=mean_SD.dtype, device=mean_SD.device)
     if norm.momentum is None:  # cumulative average over all batches seen
-        seen = norm.num_batches_tracked + S
+        seen = (norm.num_batches_tracked + S).to(**like_means)
         keep, weights_S1 = (seen - S) / seen, 1 / seen
     else:
-        age_S1 = torch.arange(S - 1, -1, -1, device=mean_SD.device)[:, None]
+        age_S1 = torch.arange(S - 1, -1, -1, **like_means)[:, None]
         keep, weights_S1 = (1 - norm.momentum) ** S, norm.momentum * (1 - norm.momentum) ** age_S1
     norm.running_mean.mul_(keep).add_((weights_S1 * mean_SD).sum(0))
     norm.running_var.mul_(keep).add_((weights_S1 * var_SD).sum(0))

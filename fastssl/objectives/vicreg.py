@@ -26,7 +26,7 @@ def vicreg_loss(
     z1, z2: (B, D), or (S, B, D) for S Monte Carlo draws, of which the mean loss is returned
     (arXiv 2310.18080, section 3). Computed in fp32 under any autocast; fp64 stays fp64.
 
-    gamma: the standard deviation that the hinge asks for. eps: added to the variance under the root.
+    gamma: the standard deviation that the hinge asks for. eps: added to the variance.
     center: subtract each view's mean before the invariance term. gather: None for statistics over
     all processes wherever torch.distributed runs, False for this process alone.
     """
@@ -60,7 +60,7 @@ def vicreg_terms(
         invariance = sum_over_ranks(squares, gather) / (n * D)
 
         variance = sum_over_ranks(zc.square().sum(-2), gather) / (n - 1)
-        hinge = (gamma - (variance + eps).sqrt()).relu()  # (V, S, D): its mean is 1/2 sum over views
+        hinge = (gamma - (variance + eps).sqrt()).relu()  # (V, S, D): the mean over V is 1/2 sum
 
         cov_VSDD = sum_over_ranks(zc.mT @ zc, gather) / (n - 1)
         # The whole minus the diagonal, as in Barlow Twins: no D x D mask.
