@@ -1,0 +1,250 @@
+"""Train a recipe:
+
+fastssl train recipes/zprob_barlow.yaml
+fastssl train recipes/zprob_barlow.yaml train.epochs=1 data.train=x.beton
+fastssl train recipes/zprob_barlow.yaml --resume runs/zprob_barlow
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastssl.beton import read_header
+from fastssl.loading import BetonLoader
+from fastssl.models import SSLModel
+from fastssl.objectives import loss_terms
+from fastssl.recipe import Recipe, UserError
+from fastssl.views import PairedViews
+
+from .optim import learning_rate, make_optimizer
+from .progress import Display, Meter
+from .run_dir import describe_run, new_run_dir, save_view_sheet
+from .state import MetricsLog, TrainState, write_atomically
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(
+    recipe: Recipe, *, resume: Path | None = None, probe: Callable[[SSLModel], dict[str, float]] | None = None
+) -> Path:
+    """Train to the recipe's last epoch and return the run directory.
+
+    resume: a run directory to continue. probe: called with the model every `probe.every` epochs and at
+    the end; what it returns is logged. Raises UserError for everything that the user can mend.
+    """
+    device = choose_device(recipe.train.device)
+    precision = choose_precision(recipe.train.precision, device)
+    compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
+    memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+
+    loader = training_loader(recipe, device)
+    torch.manual_seed(recipe.seed)
+    model = SSLModel(recipe).to(device=device, memory_format=memory_format)
+    views = PairedViews(recipe.views, seed=recipe.seed)
+    state = TrainState(
+        recipe,
+        model,
+        make_optimizer(model, recipe.optim),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        loader,
+        skipped=torch.zeros((), dtype=torch.int64, device=device),
+    )
+    warnings = state.resume(resume) if resume else []
+    run_dir = resume or new_run_dir(recipe)
+    describe_run(run_dir, recipe, device)
+    metrics = MetricsLog(run_dir / "metrics.jsonl", state.step)
+
+    total_steps = recipe.train.epochs * len(loader)
+    warmup_steps = round(recipe.optim.warmup_epochs * len(loader))
+    if warmup_steps >= total_steps:
+        warnings.append(f"A warm-up of {recipe.optim.warmup_epochs} epochs is the whole run or more: shortened to 10%.")
+        warmup_steps = total_steps // 10
+    peak_rate = recipe.optim.lr * recipe.train.batch_size / 256
+
+    def forward(v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(device.type, DTYPES.get(precision), enabled=precision != "fp32"):
+            first, second = model(v1, v2, index, step)
+        return loss_terms(first, second, recipe, getattr(model, "prior", None))
+
+    def make_views(image, index, epoch, height, width) -> tuple[Tensor, Tensor]:
+        pair = views(image, index, epoch, height, width)
+        return tuple(v.contiguous(memory_format=memory_format) for v in pair)
+
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+        make_views = torch.compile(make_views, dynamic=False)
+
+    guard = FiniteGuard(model, state)
+    meter = Meter()
+    model.train()
+    with Display(f"{recipe.name}  ({device.type}, {precision})", state.step, total_steps) as display:
+        display.say(f"Training {recipe.name} on {device.type} ({precision}) in {run_dir}")
+        for warning in warnings:
+            display.say(warning)
+        while state.step < total_steps or loader.epoch < recipe.train.epochs:
+            epoch = loader.epoch
+            for batch in meter.watch(loader):
+                # Tensors, not numbers: a compiled graph would be made anew for each number.
+                step, epoch_tensor = (torch.full((), n, device=device) for n in (state.step, epoch))
+                v1, v2 = make_views(batch.image, batch.index, epoch_tensor, batch.height, batch.width)
+                if state.step == 0:
+                    save_view_sheet(run_dir, v1, v2, recipe)
+
+                rate = learning_rate(
+                    state.step, total_steps, warmup_steps, peak_rate, recipe.optim.final_lr_factor
+                )
+                for group in state.optimizer.param_groups:
+                    group["lr"] = rate
+                guard.remember()
+                terms = forward(v1, v2, batch.index, step)
+                state.scaler.scale(terms["loss"]).backward()
+                terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
+                guard.step(terms)
+                state.optimizer.zero_grad()
+                state.step += 1
+                meter.images += recipe.train.batch_size
+                display.step(state.step)
+
+                if state.step % recipe.log.every == 0 or state.step == total_steps:
+                    # The host waits for the device here, and nowhere else in the loop.
+                    figures = guard.read(terms)
+                    if figures["skipped_steps"] > recipe.train.max_skipped_steps:
+                        state.save(run_dir)
+                        raise UserError(guard.sentence(run_dir))
+                    entry = {"step": state.step, "epoch": epoch, **figures, "lr": rate, **meter.read()}
+                    metrics.write(entry)
+                    display.log(entry)
+                if state.step % recipe.checkpoint.every == 0:
+                    state.save(run_dir)
+            if probe and (loader.epoch == recipe.train.epochs or is_probe_epoch(recipe, loader.epoch)):
+                entry = {"step": state.step, "epoch": epoch, **probe(model)}
+                metrics.write(entry)
+                display.log(entry)
+                meter.read()  # the probe's time is not the training's
+        state.save(run_dir)
+        save_encoder(run_dir, model)
+        metrics.close()
+        display.say(f"Done: {run_dir} (look at {run_dir / 'views.png'} first)")
+    return run_dir
+
+
+def is_probe_epoch(recipe: Recipe, epochs_done: int) -> bool:
+    return recipe.probe.every > 0 and epochs_done % recipe.probe.every == 0
+
+
+class FiniteGuard:
+    """Keeps a step that is not finite away from the weights, without the host looking.
+
+    A flag on the device makes the optimiser leave the step out and puts the batch-norm statistics back.
+    The first bad step and its terms stay on the device until the host asks at a log step.
+    """
+
+    def __init__(self, model: nn.Module, state: TrainState):
+        self.state = state
+        self.buffers = list(model.buffers())
+        self.saved = [buffer.clone() for buffer in self.buffers]
+        device = state.skipped.device
+        self.first_bad_step = torch.full((), -1, device=device)
+        self.first_bad_terms: Tensor | None = None
+        self.names: list[str] = []
+
+    def remember(self) -> None:
+        """Before the forward pass: the running statistics to come back to."""
+        torch._foreach_copy_(self.saved, self.buffers)
+
+    def step(self, terms: dict[str, Tensor]) -> None:
+        """After the backward pass: the optimiser's step, or nothing."""
+        state, scaler = self.state, self.state.scaler
+        self.names = list(terms)
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        bad_loss, bad_gradient = ~terms["loss"].isfinite(), ~terms["grad_norm"].isfinite()
+        bad = bad_loss | bad_gradient
+        # fp16 looks for its scale by letting gradients overflow; at scale 1 there is nothing to find.
+        counts = bad_loss | (bad_gradient & (scaler._scale <= 1)) if scaler.is_enabled() else bad
+
+        state.optimizer.found_inf = bad.float()
+        state.optimizer.step()
+        if scaler.is_enabled():
+            scaler.update()
+        for buffer, saved in zip(self.buffers, self.saved):
+            buffer.copy_(torch.where(bad, saved, buffer))
+
+        if self.first_bad_terms is None:
+            self.first_bad_terms = torch.zeros_like(values)
+        first = counts & (self.first_bad_step < 0)
+        self.first_bad_terms = torch.where(first, values, self.first_bad_terms)
+        self.first_bad_step = torch.where(first, state.step, self.first_bad_step)
+        state.skipped += counts
+
+    def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """The terms of the last step and the number of skipped ones, on the host (one copy)."""
+        values = torch.stack([*(term.detach().double() for term in terms.values()), self.state.skipped.double()])
+        *numbers, skipped = values.tolist()
+        return {**dict(zip(terms, numbers)), "skipped_steps": int(skipped)}
+
+    def sentence(self, run_dir: Path) -> str:
+        values = dict(zip(self.names, self.first_bad_terms.tolist()))
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+        return (
+            f"Step {int(self.first_bad_step)} was not finite ({shown}): the weights in {run_dir} are untouched by "
+            "it; lower optim.lr, or allow such steps with train.max_skipped_steps."
+        )
+
+
+def clip_gradients(state: TrainState, limit: float | None) -> Tensor:
+    """Scale the gradients to a norm of at most `limit`; returns their norm before, a device tensor."""
+    if state.scaler.is_enabled():
+        state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    if limit is None:
+        return nn.utils.get_total_norm([p.grad for p in parameters])
+    return nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def choose_device(asked: str) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU here: run `fastssl doctor`, or set train.device=cpu.")
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    if asked == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return asked
+
+
+def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
+    """The loader of data.train; crops on the device for a canvas file, on the CPU for a full one."""
+    if not Path(recipe.data.train).exists():
+        raise UserError(missing_data(recipe.data.train))
+    crop = recipe.data.crop
+    if crop == "auto":
+        crop = "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
+    return BetonLoader(
+        recipe.data.train,
+        recipe.train.batch_size,
+        seed=recipe.seed,
+        crop=crop,
+        views=recipe.views,
+        workers=recipe.data.workers,
+        device=device,
+        limit=recipe.data.limit,
+    )
+
+
+def missing_data(path: str) -> str:
+    """The sentence for a beton that is not there, with the command that would make it."""
+    folder = Path(path).parent
+    builder = folder.name if folder.name in ("cifar10", "mnist5k") else "imagefolder"
+    return f"No file {path}: make it with `fastssl build-beton {builder} --source DIR --out {folder}`, or set data.train."
+
+
+def save_encoder(run_dir: Path, model: SSLModel) -> None:
+    """encoder.safetensors: the backbone's weights under timm's names."""
+    weights = {name: weight.contiguous() for name, weight in model.encoder.state_dict().items()}
+    write_atomically(run_dir / "encoder.safetensors", lambda path: save_file(weights, path))
