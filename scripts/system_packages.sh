@@ -50,12 +50,6 @@ fi
 
 say "installing through apt: ${missing[*]}"
 "${as_root[@]}" apt-get update -qq || die "'apt-get update' failed; its lines above say why."
-if [[ ${missing[*]} == *libopencv-* && -z $(apt-cache search --names-only '^libopencv-imgproc-dev$') ]]; then
-    missing+=(libopencv-dev)  # a release that does not split OpenCV
-    for i in "${!missing[@]}"; do
-        [[ ${missing[i]} != libopencv-core-dev && ${missing[i]} != libopencv-imgproc-dev ]] || unset "missing[i]"
-    done
-fi
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
     apt-get install -y -qq --no-install-recommends "${missing[@]}" ||
     die "apt could not install ${missing[*]}; its lines above say why."

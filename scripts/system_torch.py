@@ -30,7 +30,11 @@ def with_dependencies(names: list[str]) -> set[str]:
             asked_for = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue  # an optional dependency, or one for another platform
-        waiting += [re.match(r"[A-Za-z0-9._-]+", line).group() for line in asked_for]
+        waiting += [
+            re.match(r"[A-Za-z0-9._-]+", line).group()
+            for line in asked_for
+            if "extra ==" not in line
+        ]
     return found
 
 
@@ -52,7 +56,8 @@ def main(constraints: str, environment: str) -> None:
 
     theirs = with_dependencies(list(installed))
     for line in Path(constraints).read_text().splitlines():
-        if canonical(line.partition("==")[0]) not in theirs:
+        name = canonical(line.partition("==")[0])
+        if name not in theirs and not name.startswith(("nvidia-", "cuda-")):
             print(line)
     for name, version in installed.items():
         print(f"{name}=={version}")
