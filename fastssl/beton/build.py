@@ -89,7 +89,12 @@ def build_beton(
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; it must be 1 or more.")
     splits = list_splits(module, builder, source)
-    options = {"builder": builder, "source": str(source) if source else None, "limit": limit}
+    options = {
+        "fastssl": importlib.metadata.version("fastssl-trainer"),
+        "builder": builder,
+        "source": str(source) if source else None,
+        "limit": limit,
+    }
 
     if dry_run:
         with encoder_pool(workers) as pool:
@@ -203,7 +208,6 @@ def _build_split(
                 "raw": how["raw"],
                 "bad": len(bad),
             },
-            "fastssl": importlib.metadata.version("fastssl-trainer"),
         }
         with open(manifest_part, "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1, ensure_ascii=False)
