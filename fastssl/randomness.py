@@ -9,7 +9,6 @@ The counter's four words are (block, sample index, epoch or step, 2 * purpose + 
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 AUGMENTATION, NOISE, ORDER = 0, 1, 2
 
 _MASK = 0xFFFFFFFF
-_QUANTILE_BITS = 16
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,11 +71,15 @@ def _words(seed: int, time: int | Tensor, index_B: Tensor, view: int, blocks: in
     return torch.broadcast_tensors(*philox((block, index_B[:, None] & _MASK, time & _MASK, last), seed))
 
 
-@torch.compiler.assume_constant_result  # else a compiled graph would compute its own, other, table
-@cache
+@torch.compiler.assume_constant_result  # else a compiled graph would compute the table at every step
 def quantiles(device: torch.device) -> Tensor:
     """(65536,) float32 table: standard normal quantiles at cell middles, scaled to variance 1."""
-    cells = 1 << _QUANTILE_BITS
-    middle = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-    table = torch.special.ndtri(middle)
-    return (table / table.square().mean().sqrt()).float().to(device)
+    if device not in _quantiles:
+        cells = 1 << 16
+        middle = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        table = torch.special.ndtri(middle)
+        _quantiles[device] = (table / table.square().mean().sqrt()).float().to(device)
+    return _quantiles[device]
+
+
+_quantiles: dict[torch.device, Tensor] = {}

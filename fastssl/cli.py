@@ -1,0 +1,154 @@
+"""The commands. Each one parses, calls one function and prints; imports wait until a command needs them."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from fastssl.recipe import UserError, find_recipe, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    help="Self-supervised encoders with calibrated uncertainty, trained through FFCV.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Measure a trained run.", no_args_is_help=True)
+recipes = typer.Typer(help="The recipes that come with fastssl.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+app.add_typer(recipes, name="recipes")
+
+
+def main() -> NoReturn:
+    """Run a command. What the user can mend ends in one sentence and exit code 2 (--debug: a traceback)."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app(prog_name="fastssl")
+    except UserError as error:
+        if debug:
+            raise
+        print(f"fastssl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fastssl: interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and lacks, with the line that mends each lack."""
+    from fastssl import doctor
+
+    sys.exit(doctor.main())
+
+
+@app.command()
+def build_beton(
+    builder: Annotated[str, typer.Argument(help="imagefolder, cifar10 or mnist5k")],
+    out: Annotated[Path, typer.Option(help="folder for train.beton, val.beton, ...")],
+    source: Annotated[Path | None, typer.Option(help="folder or archive of the images")] = None,
+    canvas: Annotated[int | None, typer.Option(help="store squares of this side (default: the builder's)")] = None,
+    max_side: Annotated[int | None, typer.Option(help="store whole images of at most this side")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs made here")] = 90,
+    workers: Annotated[int | None, typer.Option(help="processes (default: all cores)")] = None,
+    limit: Annotated[int | None, typer.Option(help="take this many images of each split")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written")] = False,
+) -> None:
+    """Convert images to FFCV's .beton files."""
+    from fastssl.beton import build_beton
+
+    reports = build_beton(
+        builder, source, out, canvas=canvas, max_side=max_side, quality=quality, workers=workers, limit=limit,
+        dry_run=dry_run,
+    )  # fmt: skip
+    for report in reports:
+        would = "would hold about" if dry_run else "holds"
+        print(
+            f"{report.path} {would} {report.samples:,} images of {report.classes} classes, "
+            f"{report.bytes / 1e6:,.1f} MB" + (f", {report.bad} bad images skipped" if report.bad else "")
+        )
+    if any(report.bad for report in reports) and not dry_run:
+        print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.epochs=1 ...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="run directory to continue")] = None,
+) -> None:
+    """Train a recipe."""
+    settings = load_recipe(recipe, overrides or [])
+    from fastssl.evaluation.probe import knn_probe
+    from fastssl.training import train
+
+    train(settings, resume=resume, probe=knn_probe(settings) if settings.data.val and settings.probe.every else None)
+
+
+@evaluation.command()
+def knn(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    train: Annotated[Path | None, typer.Option(help=".beton of the bank (default: data.train)")] = None,
+    val: Annotated[Path | None, typer.Option(help=".beton to classify (default: data.val)")] = None,
+    k: Annotated[list[int], typer.Option(help="neighbours; may be repeated")] = (20, 200),
+) -> None:
+    """Accuracy of the weighted nearest neighbours."""
+    from fastssl.evaluation import evaluate_knn
+
+    _print_result(evaluate_knn(run, train=train, val=val, ks=k))
+
+
+@evaluation.command()
+def linear(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    train: Annotated[Path | None, typer.Option(help=".beton to fit on (default: data.train)")] = None,
+    val: Annotated[Path | None, typer.Option(help=".beton to classify (default: data.val)")] = None,
+) -> None:
+    """Accuracy of a linear classifier, its learning rate chosen on a split of the training set."""
+    from fastssl.evaluation import evaluate_linear
+
+    _print_result(evaluate_linear(run, train=train, val=val))
+
+
+def _print_result(result: dict) -> None:
+    from rich.console import Console
+
+    from fastssl.evaluation import result_table
+
+    Console().print(result_table(result))
+
+
+@recipes.command()
+def ls() -> None:
+    """List the shipped recipes."""
+    for path in sorted(shipped_recipes().rglob("*.yaml")):
+        first_line = path.read_text().split("\n")[0].removeprefix("# ")
+        print(f"recipes/{path.relative_to(shipped_recipes())!s:<32} {first_line}")
+
+
+@recipes.command()
+def show(recipe: Annotated[str, typer.Argument(help="such as recipes/zprob_barlow.yaml")]) -> None:
+    """Print a recipe."""
+    print(find_recipe(Path(recipe)).read_text(), end="")
+
+
+@recipes.command()
+def copy(
+    recipe: Annotated[str, typer.Argument(help="such as recipes/zprob_barlow.yaml")],
+    to: Annotated[Path, typer.Argument(help="file to write; never overwritten")],
+) -> None:
+    """Copy a recipe, to change it."""
+    if to.exists():
+        raise UserError(f"{to} exists already: name another file.")
+    shutil.copyfile(find_recipe(Path(recipe)), to)
+
+
+@app.command()
+def demo() -> None:
+    """Train on 3,200 handwritten digits for some minutes and show what was learned."""
+    from fastssl.demo import run_demo
+
+    run_demo()
