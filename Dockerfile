@@ -24,7 +24,6 @@ COPY --from=wheel /opt/fastssl/.cache .cache
 # What `make setup` reads comes first: a change to the sources does not install everything again.
 COPY Makefile pyproject.toml constraints.txt LICENSE README.md ./
 COPY scripts scripts
-COPY recipes recipes
 RUN PIP_NO_CACHE_DIR=1 make setup && rm -rf /var/lib/apt/lists/*
 COPY . .
 
