@@ -14,6 +14,7 @@ from fastssl.objectives import (
     vicreg_loss,
     vicreg_terms,
 )
+from fastssl.objectives.collective import sum_over_ranks
 
 LOSSES = [barlow_twins_loss, vicreg_loss]
 # float64 on both sides, a few hundred additions in another order: 1e-12 is 10^4 roundings.
@@ -230,6 +231,15 @@ def check_one_rank(rank, address):
         torch.testing.assert_close(explicit, whole_loss, **CLOSE)
         local = loss(*embed(whole, mine), gather=False, **options)
         assert abs(local.item() - whole_loss.item()) > 1e-3
+
+    # A transposed layout on one rank only: gloo adds memory to memory, whatever the strides say.
+    x = views[0, 0].clone().requires_grad_()
+    laid_out = x if rank == 0 else x.T.contiguous().T
+    weights = torch.randn_like(x) if rank == 0 else torch.randn_like(x.T).T
+    total = sum_over_ranks(laid_out, None)
+    (total * weights).sum().backward()
+    torch.testing.assert_close(total, 2 * x, **CLOSE)
+    torch.testing.assert_close(x.grad, sum_over_ranks(weights, None), **CLOSE)
 
     one_each = views[:, 0, rank : rank + 1]  # one sample a rank still makes a global batch of two
     assert barlow_twins_loss(*one_each).item() == barlow_twins_loss(*views[:, 0, :2]).item()
