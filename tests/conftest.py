@@ -1,0 +1,54 @@
+"""Small real files for the tests: images of several sizes on disk, and the .betons made from them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastssl.beton import build_beton
+
+
+def picture(seed: int, height: int, width: int, label: int) -> Image.Image:
+    """A smooth random picture with a bright square whose place tells the class."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(40, 160, (4, 5, 3), dtype=np.uint8))
+    pixels = np.array(coarse.resize((width, height), Image.BICUBIC))
+    side, left = height // 4, label * width // 4
+    pixels[side : 2 * side, left : left + side] = 250
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """An imagefolder of 48 JPEGs, 3 classes, of different sizes, under train/ and 12 under val/."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 48), ("val", 12)):
+        for i in range(count):
+            folder = root / split / f"class{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            height, width = 60 + 7 * (i % 5), 90 - 11 * (i % 4)
+            picture(i + 1000 * (split == "val"), height, width, i % 3).save(folder / f"{i:03}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def canvas(photos, tmp_path_factory):
+    """Folder with train.beton and val.beton, canvas 32 (raw pixels)."""
+    out = tmp_path_factory.mktemp("canvas")
+    build_beton("imagefolder", photos, out, canvas=32, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def canvas_jpeg(photos, tmp_path_factory):
+    """The same at canvas 96, stored as JPEG."""
+    out = tmp_path_factory.mktemp("canvas_jpeg")
+    build_beton("imagefolder", photos, out, canvas=96, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def full(photos, tmp_path_factory):
+    """The same in the full layout: the JPEGs' own bytes, of different sizes."""
+    out = tmp_path_factory.mktemp("full")
+    build_beton("imagefolder", photos, out, max_side=500, workers=1)
+    return out

@@ -1,0 +1,119 @@
+"""Recipes: what ships loads, what is mistyped is refused with one sentence that names the mend."""
+
+import pytest
+import yaml
+
+from fastssl.recipe import Recipe, UserError, load_recipe, shipped_recipes
+
+SHIPPED = sorted(str(p.relative_to(shipped_recipes())) for p in shipped_recipes().rglob("*.yaml"))
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ndata: {train: x.beton}\n")
+    return path
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
+    recipe = load_recipe(f"recipes/{name}")
+    again = tmp_path / "recipe.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
+    text = (shipped_recipes() / name).read_text()
+    assert text.startswith("# ") and "# Run:" in text and "# Needs:" in text and "# From:" in text
+
+
+def test_the_published_values_are_in_the_recipes():
+    betas = {"hprob_barlow": 1e-3, "zprob_barlow": 1e-2, "hprob_vicreg": 1e-4, "zprob_vicreg": 1e-3}
+    for folder in ("", "cifar10/"):
+        for name, beta in betas.items():
+            recipe = load_recipe(f"recipes/{folder}{name}.yaml")
+            assert recipe.embedding.beta == beta and recipe.embedding.samples == 12
+            assert recipe.embedding.stochastic == name[0]
+    imagenet, cifar = load_recipe("recipes/barlow.yaml"), load_recipe("recipes/cifar10/barlow.yaml")
+    assert (imagenet.train.epochs, imagenet.optim.warmup_epochs, imagenet.optim.final_lr_factor) == (100, 4, 0.5)
+    assert (cifar.train.epochs, cifar.optim.warmup_epochs, cifar.optim.final_lr_factor) == (200, 0, 0.01)
+    assert imagenet.model.projector.layers == 3 and cifar.model.projector.layers == 2
+    assert cifar.model.stem == "small" and cifar.views.first.blur == cifar.views.second.blur == 0
+    vicreg = load_recipe("recipes/vicreg.yaml").objective
+    assert (vicreg.inv, vicreg.var, vicreg.cov) == (25, 25, 1)
+
+
+def test_shipped_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/zprob_barlow.yaml").name == "zprob_barlow"
+
+
+def test_overrides_reach_every_kind_of_value(minimal):
+    recipe = load_recipe(
+        minimal,
+        ["train.epochs=3", "optim.lr=1e-2", "views.scale=[0.2,1]", "objective.name=vicreg", "optim.clip=null",
+         "views.jitter.order=fixed", "model.projector.out=64", "train.compile=false", "optim.exclude=[]"],
+    )  # fmt: skip
+    assert recipe.train.epochs == 3 and recipe.optim.lr == 1e-2 and recipe.views.scale == (0.2, 1)
+    assert recipe.objective.name == "vicreg" and recipe.objective.inv == 25 and recipe.optim.clip is None
+    assert recipe.views.jitter.order == "fixed" and recipe.model.projector.out == 64
+    assert recipe.train.compile is False and recipe.optim.exclude == ()
+
+
+def test_loading_does_not_touch_data(minimal):
+    assert load_recipe(minimal, ["data.train=/nowhere/at/all.beton"]).data.train == "/nowhere/at/all.beton"
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("train.epoch=3", "did you mean train.epochs?"),
+        ("epochs=3", "did you mean train.epochs?"),
+        ("views.jiter.hue=0", "did you mean views.jitter?"),
+        ("objective.lamda=0.1", "did you mean objective.lambd?"),
+        ("objective.name=barlow", "barlow_twins or vicreg"),
+        ("train.epochs=many", "train.epochs"),
+        ("train.epochs=2.5", "train.epochs"),
+        ("train.batch_size=1", "train.batch_size"),
+        ("views.scale=[0.5]", "views.scale"),
+        ("views.scale=[1,0.5]", "views.scale"),
+        ("views.flip=1.5", "views.flip"),
+        ("seed=-1", "seed"),
+        ("seed.x=1", "seed"),
+        ("train.precision=fp8", "train.precision"),
+        ("train.epochs", "key=value"),
+        ("data.train={", "data.train"),
+        ("embedding={prior: mixture, kl: closed}", "embedding.kl=mc"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_that_names_the_key(minimal, override, says):
+    with pytest.raises(UserError) as error:
+        load_recipe(minimal, ["seed=0", "objective.name=barlow_twins", override])
+    sentence = str(error.value)
+    assert says in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("name: x\n", "data is missing"),
+        ("- a\n- b\n", "not a recipe"),
+        ("name: [", "not readable as YAML"),
+        ("name: !!python/object/apply:os.system ['touch /tmp/owned']\ndata: {train: x}\n", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path, text, says):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean recipes/zprob_barlow.yaml"):
+        load_recipe("recipes/zprob_barlo.yaml")
+
+
+def test_dumped_recipe_holds_every_key(minimal):
+    dumped = yaml.safe_load(load_recipe(minimal).to_yaml())
+    assert set(dumped) == set(Recipe.model_fields)
+    assert dumped["views"]["jitter"]["hue"] == 0.1
