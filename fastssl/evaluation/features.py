@@ -1,0 +1,159 @@
+"""Features of a whole .beton: one pass of a frozen encoder over the clean view, kept on disk.
+
+A cached file is named by a hash of everything that its numbers depend on, the encoder's weights included,
+so it never has to be invalidated: a changed weight, file or view asks for another name.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from fastssl.beton import read_header
+from fastssl.evaluation.results import progress
+from fastssl.loading import Batch, BetonLoader
+from fastssl.models.ssl_model import evaluating
+from fastssl.recipe import Views
+from fastssl.views import clean_view
+
+CACHE_VERSION = 1  # raise it when the same inputs give other numbers
+
+
+class Features(NamedTuple):
+    """What an encoder makes of N images, in the order of the file."""
+
+    h: np.ndarray  # (N, D) float32: the representation
+    label: np.ndarray  # (N,) int64
+    index: np.ndarray  # (N,) int64: sample ids
+    mu: np.ndarray | None = (
+        None  # (N, E) float32: mean of the embedding's Gaussian, if there is one
+    )
+    sigma: np.ndarray | None = None  # (N, E) float32: its standard deviation
+
+
+@torch.inference_mode()
+def extract_features(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    clean: Callable[[Tensor], Tensor],
+    *,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Features:
+    """Embed every valid sample that the loader gives, in its order.
+
+    model: has `embed(images) -> Embedding(h, mu, sigma, ...)`; run in eval mode, so that batch norm uses
+    its running statistics and leaves them alone; its former mode is restored afterwards.
+    loader: gives batches with image, label, index and valid, on the model's device. clean: uint8 images
+    to the float view. Autocast is off, whatever surrounds the call. `advance` is told of each batch's
+    number of images.
+    """
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in Features._fields}
+    with evaluating(model):
+        for batch in loader:
+            valid = batch.valid
+            with torch.autocast(batch.image.device.type, enabled=False):
+                embedding = model.embed(clean(batch.image))
+            values = (embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma)
+            for name, value in zip(Features._fields, values):
+                if value is not None:
+                    kind = torch.float32 if value.is_floating_point() else torch.int64
+                    columns[name].append(value[valid].to("cpu", kind).numpy())
+            advance(int(valid.sum()))
+    return Features(*(np.concatenate(parts) if parts else None for parts in columns.values()))
+
+
+def cached_features(
+    run_dir: str | Path,
+    beton: str | Path,
+    *,
+    model: nn.Module,
+    views: Views,
+    limit: int | None = None,
+    batch_size: int = 256,
+) -> Features:
+    """`extract_features` of a .beton, or what an earlier call left in RUN/features/.
+
+    The file's name holds a sha256 of the model's weights, the .beton's path, size and time of change, the
+    size and normalisation of the clean view, and `limit`. A damaged file is made anew; reading one runs
+    no code.
+    """
+    info = read_header(beton)
+    stat = info.path.stat()
+    depends_on = {
+        "version": CACHE_VERSION,
+        "weights": weights_sha256(model),
+        "beton": [str(info.path.resolve()), stat.st_size, stat.st_mtime_ns],
+        "view": [views.size, views.mean, views.std],
+        "limit": limit,
+    }
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    path = Path(run_dir) / "features" / f"{info.path.stem}-{key[:16]}.safetensors"
+
+    features = read_features(path)
+    if features is None:
+        # Images of one size go to the device as they are; others are brought to it by the CPU.
+        crop = "gpu" if info.resolution else "whole"
+        device = next(model.parameters()).device
+        loader = BetonLoader(
+            beton,
+            batch_size,
+            crop=crop,
+            views=views,
+            shuffle=False,
+            drop_last=False,
+            device=device,
+            limit=limit,
+        )
+        images = min(info.num_samples, limit or info.num_samples)
+        with progress(f"Features of {beton}", images, "images") as advance:
+            features = extract_features(model, loader, clean_view(views), advance=advance)
+        write_features(path, features)
+    return features
+
+
+def write_features(path: Path, features: Features) -> None:
+    """Written beside and renamed, so the file is never half there."""
+    arrays = {
+        name: np.ascontiguousarray(x) for name, x in features._asdict().items() if x is not None
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file(arrays, part, metadata={"crc32": checksum(arrays)})
+    os.replace(part, path)
+
+
+def read_features(path: Path) -> Features | None:
+    """None where there is no such file, or a damaged one."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            if (file.metadata() or {}).get("crc32") != checksum(arrays):
+                return None
+        return Features(**arrays)
+    except (FileNotFoundError, SafetensorError, TypeError):  # TypeError: other arrays than ours
+        return None
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> str:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name], zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of all parameters and buffers: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""Which training samples are used for what: functions of (labels, seed) alone.
+
+So every encoder evaluated on the same data with the same seed gets the same samples.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fastssl.recipe import UserError
+
+
+def balanced_draws(
+    labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int
+) -> list[np.ndarray]:
+    """`draws` independent samples of `labels_per_class` rows of every class, each sorted ascending."""
+    label_N = labels_array(labels)
+    class_C, count_C = np.unique(label_N, return_counts=True)
+    if count_C.min() < labels_per_class:
+        scarce = class_C[count_C.argmin()]
+        raise UserError(
+            f"Class {scarce} has {count_C.min()} training samples, fewer than the {labels_per_class} labels "
+            "a class asked for: ask for fewer, or give more data."
+        )
+    picked = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        rows = [
+            rng.choice(np.flatnonzero(label_N == c), labels_per_class, replace=False)
+            for c in class_C
+        ]
+        picked.append(np.sort(np.concatenate(rows)))
+    return picked
+
+
+def stratified_holdout(
+    labels: ArrayLike | Tensor, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to fit on, rows held out), both sorted: `share` of every class is held out.
+
+    At least one sample of a class is held out, and at least one is kept: a class of one is kept whole.
+    """
+    label_N = labels_array(labels)
+    rng = np.random.default_rng(seed)
+    held = []
+    for c in np.unique(label_N):
+        rows = rng.permutation(np.flatnonzero(label_N == c))
+        size = min(max(1, round(share * len(rows))), len(rows) - 1)
+        held.append(rows[:size])
+    held = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(label_N)), held), held
+
+
+def labels_array(labels: ArrayLike | Tensor) -> np.ndarray:
+    return labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)

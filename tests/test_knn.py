@@ -1,0 +1,130 @@
+"""The weighted kNN against a per-sample oracle in plain Python and against scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastssl.evaluation import few_label_knn, knn, knn_accuracies, knn_accuracy
+from fastssl.evaluation.knn import knn_predictions
+from fastssl.evaluation.splits import balanced_draws
+
+LABELS = np.array([2, 3, 7, 11])  # neither from zero nor without gaps
+
+
+def blobs(count, *, seed, dim=16, spread=1.5):
+    """Overlapping classes, so that k, the weights and the temperature all change some decisions."""
+    centre = np.random.default_rng(0).normal(size=(len(LABELS), dim))
+    rng = np.random.default_rng(seed)
+    cls = rng.integers(len(LABELS), size=count)
+    return (centre[cls] + spread * rng.normal(size=(count, dim))).astype(np.float32), LABELS[cls]
+
+
+def oracle(train_x, train_y, query, k, temperature):
+    """One sample's class by the protocol's words, in float64."""
+
+    def cosine(a, b):
+        dot = sum(float(p) * float(q) for p, q in zip(a, b))
+        return dot / math.sqrt(sum(float(p) ** 2 for p in a) * sum(float(q) ** 2 for q in b))
+
+    similarity = [cosine(query, x) for x in train_x]
+    nearest = sorted(range(len(train_x)), key=lambda i: -similarity[i])[:k]
+    votes = {}
+    for i in nearest:
+        votes[train_y[i]] = votes.get(train_y[i], 0.0) + math.exp(similarity[i] / temperature)
+    return max(sorted(votes), key=votes.get)
+
+
+# Random floats: no two similarities or votes are closer than float32 can tell, so all must agree.
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_equals_a_brute_force_oracle(temperature):
+    train_x, train_y = blobs(120, seed=1)
+    test_x, _ = blobs(60, seed=2)
+    found = knn_predictions(train_x, train_y, test_x, ks=(1, 5, 20, 120), temperature=temperature)
+    for k, guess in found.items():
+        expected = [oracle(train_x, train_y, query, k, temperature) for query in test_x]
+        assert guess.tolist() == expected, k
+
+
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_equals_scikit_learn_with_the_same_weights(k):
+    train_x, train_y = blobs(1000, seed=3)
+    test_x, test_y = blobs(500, seed=4)
+    reference = KNeighborsClassifier(
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / 0.07),
+    ).fit(train_x.astype(np.float64), train_y)
+    (guess,) = knn_predictions(train_x, train_y, test_x, ks=(k,), temperature=0.07).values()
+    np.testing.assert_array_equal(guess, reference.predict(test_x.astype(np.float64)))
+    assert knn_accuracy(train_x, train_y, test_x, test_y, k=k) == pytest.approx(
+        reference.score(test_x.astype(np.float64), test_y)
+    )
+
+
+def test_one_near_neighbour_outweighs_two_far_ones():
+    angle = np.array([0.1, 0.9, 0.9])
+    bank = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    query = np.array([[3.0, 0.0]])  # its length must not matter
+    assert knn_accuracy(bank, np.array([5, 8, 8]), query, [5], k=3, temperature=0.07) == 1.0
+    # A high temperature makes the votes equal, and the majority wins.
+    assert knn_accuracy(bank, np.array([5, 8, 8]), query, [8], k=3, temperature=100.0) == 1.0
+
+
+def test_several_ks_in_one_pass_equal_one_at_a_time_in_any_chunks(monkeypatch):
+    train_x, train_y = blobs(300, seed=5)
+    test_x, _ = blobs(101, seed=6)
+    ks = (200, 1, 20)
+    together = knn_predictions(train_x, train_y, test_x, ks=ks, temperature=1.0)
+    assert len({tuple(guess.tolist()) for guess in together.values()}) == 3
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 300 * 7)  # 7 test samples at a time, 3 at the end
+    for k in ks:
+        alone = knn_predictions(train_x, train_y, test_x, ks=(k,), temperature=1.0)
+        assert torch.equal(alone[k], together[k])
+
+
+def test_takes_arrays_and_tensors_of_any_float_type():
+    train_x, train_y = blobs(300, seed=7)
+    test_x, test_y = blobs(100, seed=8)
+    expected = knn_accuracy(train_x, train_y, test_x, test_y)
+    tensors = [torch.from_numpy(a) for a in (train_x, train_y, test_x, test_y)]
+    assert knn_accuracy(*tensors) == expected
+    assert (
+        knn_accuracy(train_x.astype(np.float64), train_y, tensors[2], test_y.astype(np.int32))
+        == expected
+    )
+    # Half precision moves similarities by 1e-3: a few of 100 close calls may fall otherwise.
+    half = knn_accuracy(tensors[0].half(), tensors[1], tensors[2].half(), tensors[3])
+    assert half == pytest.approx(expected, abs=0.03)
+
+
+def test_a_k_above_the_bank_lets_all_of_it_vote():
+    data = (*blobs(30, seed=9), *blobs(100, seed=10))
+    assert knn_accuracies(*data, ks=(30, 1000)) == dict.fromkeys(
+        (30, 1000), knn_accuracy(*data, k=30)
+    )
+
+
+def test_equal_votes_go_to_the_smallest_label():
+    bank = np.array([[1.0, 1.0], [1.0, -1.0]])
+    for labels in ([4, 9], [9, 4]):
+        assert knn_accuracy(bank, np.array(labels), np.array([[1.0, 0.0]]), [4], k=2) == 1.0
+
+
+def test_an_unseen_class_is_an_error_and_a_tiny_temperature_does_not_overflow():
+    train_x, train_y = blobs(200, seed=11)
+    assert knn_accuracy(train_x, train_y, train_x, np.full(200, 99)) == 0.0
+    # At this temperature exp(similarity / T) itself is infinite in float32; the nearest decides alone.
+    assert knn_accuracy(train_x, train_y, train_x, train_y, temperature=1e-3) == 1.0
+
+
+def test_few_labels_use_the_drawn_samples_alone():
+    train_x, train_y = blobs(400, seed=12)
+    test_x, test_y = blobs(100, seed=13)
+    draws = balanced_draws(train_y, 10, 3, 5)
+    expected = [knn_accuracy(train_x[rows], train_y[rows], test_x, test_y) for rows in draws]
+    assert few_label_knn(train_x, train_y, test_x, test_y, draws=3, seed=5) == expected
+    assert len(set(expected)) > 1
