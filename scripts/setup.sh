@@ -30,7 +30,10 @@ fi
 
 require_linux_and_python "$python"
 SECONDS=0
-PYTHON=$python scripts/system_packages.sh run
+# All that is missing is asked for at once: whoever has no root hears one sentence, not two.
+purpose=run
+[[ -n $(ffcv_wheel "$python") ]] || purpose=build
+PYTHON=$python scripts/system_packages.sh "$purpose"
 PYTHON=$python scripts/build_ffcv_wheel.sh
 
 # Another Python, another torch or a Python that is gone: start over.
