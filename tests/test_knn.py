@@ -26,7 +26,7 @@ def oracle(train_x, train_y, query, k, temperature):
     """One sample's class by the protocol's words, in float64."""
 
     def cosine(a, b):
-        dot = sum(float(p) * float(q) for p, q in zip(a, b))
+        dot = sum(float(p) * float(q) for p, q in zip(a, b, strict=True))
         return dot / math.sqrt(sum(float(p) ** 2 for p in a) * sum(float(q) ** 2 for q in b))
 
     similarity = [cosine(query, x) for x in train_x]
@@ -117,7 +117,7 @@ def test_equal_votes_go_to_the_smallest_label():
 def test_an_unseen_class_is_an_error_and_a_tiny_temperature_does_not_overflow():
     train_x, train_y = blobs(200, seed=11)
     assert knn_accuracy(train_x, train_y, train_x, np.full(200, 99)) == 0.0
-    # At this temperature exp(similarity / T) itself is infinite in float32; the nearest decides alone.
+    # Here exp(similarity / T) itself is infinite in float32; the nearest sample decides alone.
     assert knn_accuracy(train_x, train_y, train_x, train_y, temperature=1e-3) == 1.0
 
 

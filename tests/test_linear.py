@@ -14,7 +14,7 @@ LABELS = np.array([1, 4, 6])
 
 
 def gaussians(count, *, seed, distance=1.0, dim=20):
-    """Three classes with a common, badly scaled covariance: a linear classifier is the best there is."""
+    """Three classes with a common, badly scaled covariance: no classifier beats a linear one."""
     shape = np.random.default_rng(0)
     centre = distance * shape.normal(size=(len(LABELS), dim)) / np.sqrt(2)
     mix = shape.normal(size=(dim, dim)) * np.geomspace(0.01, 100, dim)
@@ -63,8 +63,8 @@ def test_reaches_logistic_regression(distance, low, high):
         .score(scale(test[0]), test[1])
     )
     assert low <= reference <= high
-    result = linear_accuracy(*train, *test, epochs=30)
-    # Both are near the best linear rule; two estimates of it differ on under 1% of the test samples.
+    result = linear_accuracy(*train, *test, epochs=10)
+    # Both are near the best linear rule; two estimates of it differ on under 1% of the samples.
     assert result.accuracy == pytest.approx(reference, abs=0.01)
 
 
@@ -163,7 +163,7 @@ def test_draws_are_balanced_reproducible_and_different():
         assert [(labels[rows] == c).sum() for c in LABELS] == [10, 10, 10]
     assert len({rows.tobytes() for rows in draws}) == 5
     again = balanced_draws(torch.from_numpy(labels), 10, 3, 0)  # fewer draws: the same first ones
-    assert all(np.array_equal(a, b) for a, b in zip(draws, again))
+    assert all(np.array_equal(a, b) for a, b in zip(draws[:3], again, strict=True))
     assert not np.array_equal(draws[0], balanced_draws(labels, 10, 1, 1)[0])
     with pytest.raises(UserError, match="fewer than the 500 labels"):
         balanced_draws(labels, 500, 1, 0)

@@ -1,7 +1,7 @@
 """Features of a whole .beton: one pass of a frozen encoder over the clean view, kept on disk.
 
-A cached file is named by a hash of everything that its numbers depend on, the encoder's weights included,
-so it never has to be invalidated: a changed weight, file or view asks for another name.
+A cached file is named by a hash of everything that its numbers depend on, the weights included, so
+it never has to be invalidated: a changed weight, file or view asks for another name.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from fastssl.recipe import Views
 from fastssl.views import clean_view
 
 CACHE_VERSION = 1  # raise it when the same inputs give other numbers
+BATCH_SIZE = 256
 
 
 class Features(NamedTuple):
@@ -34,9 +35,7 @@ class Features(NamedTuple):
     h: np.ndarray  # (N, D) float32: the representation
     label: np.ndarray  # (N,) int64
     index: np.ndarray  # (N,) int64: sample ids
-    mu: np.ndarray | None = (
-        None  # (N, E) float32: mean of the embedding's Gaussian, if there is one
-    )
+    mu: np.ndarray | None = None  # (N, E) float32: mean of a stochastic embedding
     sigma: np.ndarray | None = None  # (N, E) float32: its standard deviation
 
 
@@ -50,25 +49,51 @@ def extract_features(
 ) -> Features:
     """Embed every valid sample that the loader gives, in its order.
 
-    model: has `embed(images) -> Embedding(h, mu, sigma, ...)`; run in eval mode, so that batch norm uses
-    its running statistics and leaves them alone; its former mode is restored afterwards.
-    loader: gives batches with image, label, index and valid, on the model's device. clean: uint8 images
-    to the float view. Autocast is off, whatever surrounds the call. `advance` is told of each batch's
-    number of images.
+    model: has `embed(images) -> Embedding(h, mu, sigma, ...)`; it runs in eval mode, so that batch
+    norm uses its running statistics and leaves them alone, and gets its former mode back.
+    loader: its batches have image, label, index and valid, on the model's device.
+    clean: uint8 images (B, H, W, 3) to what `embed` takes. `advance` is told of each batch's number
+    of images. Autocast is off, whatever surrounds the call.
     """
     columns: dict[str, list[np.ndarray]] = {name: [] for name in Features._fields}
     with evaluating(model):
         for batch in loader:
-            valid = batch.valid
             with torch.autocast(batch.image.device.type, enabled=False):
                 embedding = model.embed(clean(batch.image))
             values = (embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma)
-            for name, value in zip(Features._fields, values):
+            for name, value in zip(Features._fields, values, strict=True):
                 if value is not None:
                     kind = torch.float32 if value.is_floating_point() else torch.int64
-                    columns[name].append(value[valid].to("cpu", kind).numpy())
-            advance(int(valid.sum()))
+                    columns[name].append(value[batch.valid].to("cpu", kind).numpy())
+            advance(int(batch.valid.sum()))
     return Features(*(np.concatenate(parts) if parts else None for parts in columns.values()))
+
+
+def clean_features(
+    model: nn.Module,
+    beton: str | Path,
+    views: Views,
+    *,
+    limit: int | None = None,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Features:
+    """`extract_features` of a .beton under the clean view, on the model's device.
+
+    `limit` picks the same random subset as data.limit does in training.
+    """
+    # Images of one size go to the device as they are; others are brought to the view's by the CPU.
+    crop = "gpu" if read_header(beton).resolution else "whole"
+    loader = BetonLoader(
+        beton,
+        BATCH_SIZE,
+        crop=crop,
+        views=views,
+        shuffle=False,
+        drop_last=False,
+        device=next(model.parameters()).device,
+        limit=limit,
+    )
+    return extract_features(model, loader, clean_view(views), advance=advance)
 
 
 def cached_features(
@@ -78,13 +103,12 @@ def cached_features(
     model: nn.Module,
     views: Views,
     limit: int | None = None,
-    batch_size: int = 256,
 ) -> Features:
-    """`extract_features` of a .beton, or what an earlier call left in RUN/features/.
+    """`clean_features`, or what an earlier call left in RUN/features/.
 
-    The file's name holds a sha256 of the model's weights, the .beton's path, size and time of change, the
-    size and normalisation of the clean view, and `limit`. A damaged file is made anew; reading one runs
-    no code.
+    The file's name holds a sha256 of the model's weights, the .beton's path, size and time of
+    change, the size and normalisation of the clean view, and `limit`. A damaged file is made anew;
+    reading one runs no code.
     """
     info = read_header(beton)
     stat = info.path.stat()
@@ -100,22 +124,9 @@ def cached_features(
 
     features = read_features(path)
     if features is None:
-        # Images of one size go to the device as they are; others are brought to it by the CPU.
-        crop = "gpu" if info.resolution else "whole"
-        device = next(model.parameters()).device
-        loader = BetonLoader(
-            beton,
-            batch_size,
-            crop=crop,
-            views=views,
-            shuffle=False,
-            drop_last=False,
-            device=device,
-            limit=limit,
-        )
         images = min(info.num_samples, limit or info.num_samples)
         with progress(f"Features of {beton}", images, "images") as advance:
-            features = extract_features(model, loader, clean_view(views), advance=advance)
+            features = clean_features(model, beton, views, limit=limit, advance=advance)
         write_features(path, features)
     return features
 

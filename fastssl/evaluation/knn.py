@@ -1,8 +1,8 @@
 """The weighted k-nearest-neighbour classifier on frozen features.
 
-The protocol of InstDisc (Wu et al., arXiv 1805.01978, section 3.4), as solo-learn, lightly and DINO run it:
-cosine similarity, each of the k nearest training samples votes for its class with exp(similarity / T).
-The search is exact: every test sample is compared with every training sample.
+The protocol of InstDisc (Wu et al., arXiv 1805.01978, section 3.4), as solo-learn, lightly and DINO
+run it: by cosine similarity, each of the k nearest training samples votes for its class with weight
+exp(similarity / T). The search is exact: every test sample is compared with every training sample.
 """
 
 from collections.abc import Sequence
@@ -69,10 +69,10 @@ def knn_predictions(
 ) -> dict[int, Tensor]:
     """{k: (M,) int64 labels, on the CPU}: the class that the k nearest training samples vote for.
 
-    Features are (N, D) in any float type, labels (N,) integers, both numpy arrays or torch tensors; the
-    work happens on the training features' device. A k above the number of training samples is shortened
-    to it: all of them vote. Of training samples equally near at rank k, torch.topk's pick votes; of
-    classes with equal votes, the smallest label wins.
+    Features are (N, D) in any float type, labels (N,) integers, both numpy arrays or torch tensors;
+    the work happens on the training features' device. A k above the number of training samples is
+    shortened to it: all of them vote. Of training samples equally near at rank k, torch.topk's pick
+    votes; of classes with equal votes, the smallest label wins.
     """
     bank_ND = F.normalize(torch.as_tensor(train_features).float(), dim=1)
     device = bank_ND.device
@@ -83,7 +83,7 @@ def knn_predictions(
     for query_BD in torch.as_tensor(test_features).split(max(1, CHUNK_ELEMENTS // len(bank_ND))):
         similarity_BN = F.normalize(query_BD.to(device).float(), dim=1) @ bank_ND.T
         near_BK, neighbour_BK = similarity_BN.topk(most, dim=1)  # nearest first
-        # Divided by the nearest one's weight: same votes in proportion, and no temperature overflows.
+        # Divided by the nearest one's weight: votes keep their proportions, and none overflows.
         weight_BK = torch.exp((near_BK - near_BK[:, :1]) / temperature)
         vote_BK = target_N[neighbour_BK]
         for k in ks:
@@ -105,7 +105,7 @@ def few_label_knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> list[float]:
-    """The kNN accuracy of each draw of a few labelled training samples; draws as in `few_label_linear`."""
+    """The kNN accuracy with each of the draws that `few_label_linear` makes as the bank."""
     features_ND, label_N = torch.as_tensor(train_features), torch.as_tensor(train_labels)
     return [
         knn_accuracy(
@@ -133,11 +133,12 @@ def evaluate_knn(
     RUN/eval/knn.json. Returns what that file holds; `results.result_table` prints it."""
     run = run_features(run_dir, train=train, val=val, device=device)
     bank = run.about["train"]
-    if max(ks) > bank["images"]:
-        # A shortened k would stand under the name of the published one.
-        raise UserError(
-            f"k={max(ks)} neighbours are more than the {bank['images']} images of {bank['path']}: lower --k."
-        )
+    for k in ks:  # a shortened k would stand under the name of the published one
+        if not 1 <= k <= bank["images"]:
+            raise UserError(
+                f"--k {k} is not between 1 and the {bank['images']} images of {bank['path']}: "
+                "give one that is."
+            )
     accuracies = knn_accuracies(
         torch.as_tensor(run.train.h, device=run.device),
         run.train.label,
@@ -148,7 +149,7 @@ def evaluate_knn(
     )
     result = {
         "evaluation": "knn",
-        "protocol": "weighted kNN on h, cosine similarity, weight exp(similarity / temperature), exact",
+        "protocol": "exact kNN on h by cosine similarity, weights exp(similarity / temperature)",
         "settings": {"ks": list(ks), "temperature": temperature},
         "figures": {f"accuracy_k{k}": accuracy for k, accuracy in accuracies.items()},
         **run.about,

@@ -1,10 +1,10 @@
 """Linear classifiers on frozen features: the rate swept in one pass, and a few labels a class.
 
-The sweep trains one softmax classifier a learning rate, all of them side by side as one matrix product,
-as DINOv2 does (arXiv 2304.07193, and its eval/linear.py: 13 rates, SGD with momentum 0.9, no weight
-decay, cosine to zero). Two differences: features are standardised, which is the parameter-free batch norm
-before the classifier of MAE (arXiv 2111.06377, appendix A.1); and the rate is chosen on a held-out tenth
-of the *training* set, never on the test set.
+The sweep trains one softmax classifier a learning rate, all of them side by side as one matrix
+product. The protocol is DINOv2's (arXiv 2304.07193 and its eval/linear.py: 13 rates, SGD with
+momentum 0.9, no weight decay, cosine to zero) with two differences: features are standardised,
+which is the parameter-free batch norm before the classifier of MAE (arXiv 2111.06377, appendix
+A.1); and the rate is chosen on a held-out tenth of the *training* set, never on the test set.
 """
 
 import math
@@ -52,11 +52,11 @@ class Heads:
         return (self.weight_HCE.flatten(0, 1) @ x_BE.T).unflatten(0, self.weight_HCE.shape[:2])
 
     def evaluate(self, features_ND: Tensor, label_N: Tensor) -> tuple[list[float], list[float]]:
-        """(accuracy, mean cross-entropy) of each head; a label without a column counts as an error."""
+        """(accuracy, mean cross-entropy) of each head; a label without a column is an error."""
         heads, classes, inputs = self.weight_HCE.shape
         rows = max(1, CHUNK_ELEMENTS // max(heads * classes, inputs))
         right_H = loss_H = 0.0
-        for features_BD, label_B in zip(features_ND.split(rows), label_N.split(rows)):
+        for features_BD, label_B in zip(features_ND.split(rows), label_N.split(rows), strict=True):
             logits_HCB = self.logits(self.inputs(features_BD))
             label_B = label_B.to(logits_HCB.device)
             truth_CB = label_B == self.class_C[:, None]
@@ -89,12 +89,12 @@ def linear_accuracy(
     seed: int = 0,
     advance: Callable[[int], object] = lambda epochs: None,
 ) -> LinearResult:
-    """Train a classifier a learning rate on nine tenths of the training set and pick the one that is best
-    on the last tenth (stratified, seeded; of equal ones, the lower cross-entropy), train that rate again
-    on all of it, and test once.
+    """Train a classifier a learning rate on nine tenths of the training set, choose the one that is
+    best on the last tenth (stratified, seeded; of equal ones, the lower cross-entropy), train that
+    rate again on all of the training set, and test once.
 
-    Features are (N, D) in any float type, labels (N,) integers, both numpy arrays or torch tensors; the
-    work happens on the training features' device. `advance` is called with 1 after each of 2 * epochs.
+    Features are (N, D) in any float type, labels (N,) integers, both numpy arrays or torch tensors;
+    the work happens on the training features' device. `advance(1)` is called 2 * epochs times.
     """
     features_ND, label_N = torch.as_tensor(train_features), torch.as_tensor(train_labels)
     fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
@@ -114,7 +114,7 @@ def linear_accuracy(
         accuracy=accuracy,
         lr=lrs[best],
         selection_accuracy=accuracy_H[best],
-        selection_accuracies=dict(zip(lrs, accuracy_H)),
+        selection_accuracies=dict(zip(lrs, accuracy_H, strict=True)),
         held_out=len(held_rows),
         heads=final,
     )
@@ -133,8 +133,8 @@ def train_heads(
 ) -> Heads:
     """One classifier a learning rate, from zero weights, all on the same batches.
 
-    The loss is convex and its gradient short, inputs' * (probabilities - truth) / B, so it is written out:
-    one matrix product serves all heads, where autograd and an optimiser would visit each in turn.
+    The loss is convex and its gradient short, (probabilities - truth) * inputs / B, so it is
+    written out: one matrix product serves all heads, where an optimiser would visit each in turn.
     """
     device = features_ND.device
     class_C, target_N = torch.unique(label_N.to(device), return_inverse=True)
@@ -172,12 +172,14 @@ def few_label_linear(
     draws: int = 5,
     seed: int = 0,
 ) -> list[float]:
-    """Test accuracy, 0 to 1, of logistic regression on each of several draws of a few labels a class.
+    """Test accuracy, 0 to 1, of logistic regression on each of several draws of few labels a class.
 
-    A split of so few samples is too small to choose anything on, so nothing is chosen: scikit-learn's
-    LogisticRegression with its default C = 1, as few-shot work does (Tian et al., arXiv 2003.11539), on
-    features standardised by the mean and deviation of all training features, which need no labels. The
-    draws are a function of the labels and the seed, so they are the same for every encoder.
+    A split of so few samples is too small to choose anything on, so nothing is chosen: it is
+    scikit-learn's LogisticRegression with its default C = 1, as in few-shot work (Tian et al.,
+    arXiv 2003.11539), on features standardised by mean and deviation of all training features,
+    which need no labels. (With 10 labels of each of 8 digits, C from 0.1 to 100 moves the accuracy
+    by up to 2 points on standardised features, by up to 14 on features of length 1.) The draws
+    depend on labels and seed alone, so they are the same for every encoder.
     """
     scaler = StandardScaler().fit(_array(train_features))
     train_ND, test_ND = (scaler.transform(_array(x)) for x in (train_features, test_features))
@@ -217,8 +219,8 @@ def evaluate_linear(
         )
     result = {
         "evaluation": "linear",
-        "protocol": "softmax classifier on standardised h, SGD with cosine, rate chosen on held-out training "
-        "images, trained again on all of them",
+        "protocol": "softmax classifier on standardised h, SGD with cosine, rate chosen on "
+        "held-out training images, trained again on all of them",
         "settings": {
             "epochs": epochs,
             "batch_size": BATCH_SIZE,

@@ -1,4 +1,4 @@
-"""What an evaluation shows and keeps: the progress, RUN/eval/<name>.json and the table of its figures."""
+"""What an evaluation shows and keeps: progress, RUN/eval/<name>.json, the table of its figures."""
 
 import json
 import os
@@ -40,8 +40,8 @@ def result_table(result: dict) -> Table:
 
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with how many are done since; on stderr, a bar with rate and time left on
-    a terminal, elsewhere a line every ten seconds and one at the end."""
+    """Gives a function to call with how many more are done. Shows on stderr: on a terminal a bar
+    with rate and time left, elsewhere a line every ten seconds and one at the end."""
     console = Console(stderr=True)
     start = last_line = time.monotonic()
     done = 0

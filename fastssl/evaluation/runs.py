@@ -29,20 +29,22 @@ def run_features(
 ) -> RunFeatures:
     """Features of data.train, as data.limit limits it, and of data.val of a run's recipe.
 
-    `train` and `val` name other .beton files; one given as `train` is used whole. Raises UserError where
-    the run, the files or their labels do not allow an evaluation.
+    `train` and `val` name other .beton files; one given as `train` is used whole. Raises UserError
+    where the run, the files or their labels do not allow an evaluation.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(
-            f"{run_dir} is not a run directory, it has no recipe.yaml: name one that fastssl train made."
+            f"{run_dir} is not a run directory, it has no recipe.yaml: name one that fastssl train "
+            "made."
         )
     recipe = load_recipe(run_dir / "recipe.yaml")
     limit = None if train else recipe.data.limit
     train, val = train or recipe.data.train, val or recipe.data.val
     if val is None:
         raise UserError(
-            f"{run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
+            f"{run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val "
+            "FILE.beton."
         )
     layouts = {read_header(beton).layout for beton in (train, val)}
     if device == "auto":
@@ -71,7 +73,8 @@ def _check(
     for beton, features in ((train, of_train), (val, of_val)):
         if not np.isfinite(features.h).all():
             raise UserError(
-                f"The encoder of {run_dir} gives numbers that are not finite on {beton}: train it again."
+                f"The encoder of {run_dir} gives numbers that are not finite on {beton}: train it "
+                "again."
             )
         if (features.label < 0).any():
             raise UserError(

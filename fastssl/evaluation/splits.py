@@ -13,14 +13,14 @@ from fastssl.recipe import UserError
 def balanced_draws(
     labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int
 ) -> list[np.ndarray]:
-    """`draws` independent samples of `labels_per_class` rows of every class, each sorted ascending."""
+    """`draws` independent samples of `labels_per_class` rows of every class, each ascending."""
     label_N = labels_array(labels)
     class_C, count_C = np.unique(label_N, return_counts=True)
     if count_C.min() < labels_per_class:
         scarce = class_C[count_C.argmin()]
         raise UserError(
-            f"Class {scarce} has {count_C.min()} training samples, fewer than the {labels_per_class} labels "
-            "a class asked for: ask for fewer, or give more data."
+            f"Class {scarce} has {count_C.min()} training samples, fewer than the "
+            f"{labels_per_class} labels a class asked for: ask for fewer, or give more data."
         )
     picked = []
     for draw in range(draws):
@@ -38,7 +38,7 @@ def stratified_holdout(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows to fit on, rows held out), both sorted: `share` of every class is held out.
 
-    At least one sample of a class is held out, and at least one is kept: a class of one is kept whole.
+    At least one sample of a class is held out and at least one is kept; a class of one is kept.
     """
     label_N = labels_array(labels)
     rng = np.random.default_rng(seed)
