@@ -1,0 +1,282 @@
+"""Training: the run directory, exact resume after a real kill, steps that are not finite, the optimisers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch_optimizer
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import fastssl
+from fastssl.recipe import Optim, UserError, load_recipe
+from fastssl.training import loop, train
+from fastssl.training.optim import LARS, learning_rate, make_optimizer, split_parameters
+
+SMALL = [
+    "views.size=32", "model.projector={layers: 2, hidden: 32, out: 32}", "embedding.samples=3",
+    "train.batch_size=16", "train.epochs=2", "train.device=cpu", "log.every=1", "probe.every=0",
+    "optim.warmup_epochs=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def small(canvas, tmp_path):
+    """Overrides of a recipe that trains 3 steps an epoch, in seconds."""
+    data = [f"data.train={canvas}/train.beton", f"data.val={canvas}/val.beton", f"run.dir={tmp_path}/run"]
+    return [*SMALL, *data]
+
+
+def metrics_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(run_dir):
+    return torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["model"]
+
+
+def test_run_directory_holds_what_other_tools_rely_on(small, capsys):
+    run = train(load_recipe("recipes/zprob_barlow.yaml", small), probe=lambda model: {"knn": 0.5})
+    lines = metrics_of(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert {"epoch", "on_diagonal", "off_diagonal", "beta_kl", "lr", "images_per_second", "data_wait"} <= set(line)
+        assert np.isfinite(line["loss"]) and 0 <= line["data_wait"] <= 1
+        assert line["loss"] == pytest.approx(line["on_diagonal"] + line["off_diagonal"] + line["beta_kl"], rel=1e-5)
+    assert [line for line in lines if "knn" in line] == [{"step": 6, "epoch": 1, "knn": 0.5}]
+    assert load_recipe(run / "recipe.yaml") == load_recipe("recipes/zprob_barlow.yaml", small)
+    assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert Image.open(run / "views.png").width > 100
+    assert not list(run.rglob("*.part*"))
+    assert "step 6/6" in capsys.readouterr().out
+
+    encoder = timm.create_model("resnet18", num_classes=0)
+    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(images), fastssl.load_encoder(run)(images))
+    embedding = fastssl.load_model(run).embed(images)
+    assert embedding.space == "z" and embedding.mu.shape == embedding.sigma.shape == (2, 32)
+
+
+@pytest.mark.parametrize("name", ["barlow", "hprob_barlow", "vicreg", "hprob_vicreg", "zprob_vicreg"])
+def test_every_objective_trains_and_reloads(small, name):
+    run = train(load_recipe(f"recipes/{name}.yaml", [*small, "train.epochs=1"]))
+    assert all(np.isfinite(line["loss"]) for line in metrics_of(run))
+    embedding = fastssl.load_model(run).embed(torch.rand(2, 3, 32, 32))
+    assert embedding.h.shape == (2, 512)
+    assert embedding.space == ("h" if name.startswith("h") else "z" if name.startswith("z") else None)
+
+
+def test_mixture_prior_learns(small):
+    mixture = ["embedding.prior=mixture", "embedding.mixture_components=3"]
+    run = train(load_recipe("recipes/zprob_barlow.yaml", [*small, *mixture]))
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["model"]["prior.means"].shape == (3, 32)
+    torch.manual_seed(0)
+    start = fastssl.models.SSLModel(load_recipe(run / "recipe.yaml")).prior.means
+    assert not torch.equal(start, saved["model"]["prior.means"])
+
+
+def test_full_layout_trains_with_crops_on_the_cpu(small, full):
+    run = train(load_recipe("recipes/barlow.yaml", [*small, f"data.train={full}/train.beton", "train.epochs=1"]))
+    assert len(metrics_of(run)) == 3
+
+
+def command(recipe, arguments):
+    return [sys.executable, "-m", "fastssl", "train", recipe, *arguments]
+
+
+@pytest.mark.parametrize("name", ["zprob_barlow", "hprob_vicreg"])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, tmp_path, name):
+    """SIGKILL in the middle of an epoch, behind a checkpoint in the middle of an epoch."""
+    arguments = [*small, "train.epochs=4", "checkpoint.every=4", "train.batch_size=8"]  # 24 steps
+    recipe = f"recipes/{name}.yaml"
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    straight = [a for a in arguments if not a.startswith("run.dir")] + [f"run.dir={tmp_path}/straight"]
+    subprocess.run(command(recipe, straight), check=True, env=env, capture_output=True)
+
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(recipe, arguments), env=env, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(metrics_of_torn(run)) >= 9:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    killed_at = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["step"]
+    assert killed_at % 4 == 0 and 8 <= killed_at < 24
+
+    subprocess.run([*command(recipe, arguments), "--resume", str(run)], check=True, env=env, capture_output=True)
+    want, got = weights_of(tmp_path / "straight"), weights_of(run)
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    losses = [[(line["step"], line["loss"]) for line in metrics_of(r)] for r in (tmp_path / "straight", run)]
+    assert losses[0] == losses[1] and len(losses[0]) == 24
+
+
+def metrics_of_torn(run_dir):
+    """Lines so far; the last one may be half-written."""
+    return (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
+
+
+def test_resume_refuses_another_recipe_and_names_the_keys(small):
+    run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
+    other = load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1", "optim.lr=0.5", "seed=3", "log.every=2"])
+    with pytest.raises(UserError, match="values of seed, optim.lr"):
+        train(other, resume=run)
+
+
+def test_a_directory_with_a_run_is_not_overwritten(small):
+    recipe = load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"])
+    run = train(recipe)
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="--resume"):
+        train(recipe)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_run_directories_are_numbered_by_default(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [a for a in small if not a.startswith("run.dir")]
+    recipe = load_recipe("recipes/barlow.yaml", [*arguments, "train.epochs=1", "name=x"])
+    assert [str(train(recipe)), str(train(recipe))] == ["runs/x", "runs/x-2"]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("owned-by-a-checkpoint",)
+
+
+@pytest.mark.parametrize("kind", ["half", "foreign", "payload", "empty"])
+def test_a_checkpoint_that_is_none_is_one_sentence_and_runs_no_code(small, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
+    path = run / "checkpoints" / "last.pt"
+    if kind == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        torch.save({"model": Payload()} if kind == "payload" else {"state_dict": {}}, path)
+    with pytest.raises(UserError, match="checkpoint") as error:
+        fastssl.load_model(run)
+    assert "\n" not in str(error.value) and not (tmp_path / "owned-by-a-checkpoint").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, monkeypatch):
+    """The loss becomes NaN at step 3; the checkpoint that is left has finite weights and statistics."""
+    steps = iter(range(100))
+    real = loop.loss_terms
+
+    def poisoned(*args):
+        terms = real(*args)
+        return {key: value * float("nan") for key, value in terms.items()} if next(steps) >= 3 else terms
+
+    monkeypatch.setattr(loop, "loss_terms", poisoned)
+    with pytest.raises(UserError, match=r"Step 3 was not finite \(loss=nan, .*untouched"):
+        train(load_recipe("recipes/barlow.yaml", small))
+    model = fastssl.load_model(tmp_path / "run")
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkeypatch):
+    steps = iter(range(100))
+    real = loop.loss_terms
+    monkeypatch.setattr(
+        loop, "loss_terms", lambda *a: {k: v / (next(steps) != 2) if k == "loss" else v for k, v in real(*a).items()}
+    )
+    run = train(load_recipe("recipes/barlow.yaml", [*small, "train.max_skipped_steps=1"]))
+    assert [line["skipped_steps"] for line in metrics_of(run)] == [0, 0, 1, 1, 1, 1]
+    assert all(t.isfinite().all() for t in weights_of(run).values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_flagged_step_changes_neither_weights_nor_optimiser(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = make_optimizer(model, Optim(name=name, lr=0.1))
+
+    def step(bad):
+        loss = model(torch.ones(3, 4)).square().sum() * (float("nan") if bad else 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+
+    def everything():
+        states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        return [t.clone() for t in (*model.parameters(), *states)]
+
+    step(bad=False)
+    before = everything()
+    step(bad=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything()))
+    step(bad=False)
+    assert not any(torch.equal(a, b) for a, b in zip(before, everything()))
+
+
+def test_lars_equals_torch_optimizer_step_by_step():
+    """Foreach norms sum in another order: float32 rounding, 1e-6 relative over 5 steps."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(6, 5), nn.Linear(6, 5)
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = []
+    for model, kind in ((ours, LARS), (theirs, torch_optimizer.LARS)):
+        groups = [{"params": [model.weight], "weight_decay": 1e-2}, {"params": [model.bias], "weight_decay": 0.0}]
+        optimizers.append(kind(groups, lr=0.3, momentum=0.9, trust_coefficient=0.02))
+    x = torch.randn(8, 6)
+    for _ in range(5):
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_weight_decay_leaves_out_biases_norms_and_priors(small):
+    recipe = load_recipe("recipes/zprob_barlow.yaml", [*small, "embedding.prior=mixture"])
+    model = fastssl.models.SSLModel(recipe)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, plain = split_parameters(model, ("bias", "norm", "prior"))
+    plain_names = {names[id(p)] for p in plain}
+    assert {"prior.means", "head.mu.bias", "encoder.bn1.weight", "projector.1.weight"} <= plain_names
+    assert {"encoder.conv1.weight", "projector.0.weight", "head.mu.weight"} <= {names[id(p)] for p in decay}
+    assert len(decay) + len(plain) == len(names)
+    assert len(split_parameters(model, ())[1]) == 0
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    rates = [learning_rate(step, 100, 10, 2.0, 0.5) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.5) and rates[100] == pytest.approx(1.0)
+    assert all(a <= b for a, b in zip(rates[:10], rates[1:10]))
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("train.device=cuda", "no GPU"),
+        ("model.backbone=resnet19", "resnet1"),
+        ("data.train=/nowhere/train.beton", "fastssl build-beton"),
+        ("train.batch_size=4096", "train.batch_size"),
+        ("run.dir=/proc/nowhere", "run.dir"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(small, override, says):
+    if override.endswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match=says) as error:
+        train(load_recipe("recipes/barlow.yaml", [*small, override]))
+    assert "\n" not in str(error.value)
