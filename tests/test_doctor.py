@@ -23,7 +23,7 @@ def test_everything_required_is_here(checks):
 
 
 def test_what_was_found_is_said(checks):
-    assert "decodes a JPEG" in checks["ffcv"].found
+    assert "decodes and resizes a JPEG" in checks["ffcv"].found
     assert checks["numba"].found.split()[-1] in ("omp", "tbb")
     assert "built for" in checks["torch"].found
     assert all(check.found for check in checks.values())
