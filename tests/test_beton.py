@@ -450,7 +450,7 @@ def refused(path: Path, content: bytes, match: str) -> None:
 
 def test_files_that_are_no_betons(tmp_path):
     path = tmp_path / "x.beton"
-    with pytest.raises(UserError, match="x.beton cannot be read"):
+    with pytest.raises(UserError, match="x.beton: make it with `fastssl build-beton imagefolder"):
         read_header(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_header(tmp_path)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastssl.beton import read_metadata
 from fastssl.loading import BetonLoader
-from fastssl.recipe import UserError, Views
+from fastssl.recipe import Jitter, UserError, ViewOnly, Views
 from fastssl.views import PairedViews, clean_view
 
 VIEWS = Views(size=48)
@@ -47,9 +47,9 @@ def test_canvas_of_jpegs_decodes_each_sample(photos, canvas_jpeg):
 
 def test_cpu_crops_are_the_device_crops(photos, full):
     """The same boxes and the same filter, so the same pixels but for rounding to uint8."""
-    plain = VIEWS.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1), "flip": 0.0, "gray": 0.0})
-    plain = plain.model_copy(update={"jitter": VIEWS.jitter.model_copy(update={"p": 0.0})})
-    plain = plain.model_copy(update={name: VIEWS.first.model_copy(update={"blur": 0.0}) for name in ("first", "second")})
+    plain = Views(
+        size=48, flip=0, jitter=Jitter(p=0), gray=0, first=ViewOnly(), second=ViewOnly(), mean=(0, 0, 0), std=(1, 1, 1)
+    )
     views = PairedViews(plain, seed=3)
     loader = BetonLoader(full / "train.beton", 16, seed=3, crop="cpu", views=plain)
     loader.set_epoch(5)

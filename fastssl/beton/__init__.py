@@ -2,6 +2,7 @@
 
     build.py     build_beton: a builder lists the images, workers encode them, one process writes
     images.py    one image: decode, convert, resize, encode
+    builders.py  the builders, found by name
     pool.py      the worker processes; progress.py how far they are
     write.py     the pages and tables of one file; format.py their dtypes
     read.py      what a file holds, checked before compiled code follows its pointers
@@ -15,7 +16,7 @@ Stock FFCV reads these files. Beside X.beton lies X.beton.json: how it was built
 """
 
 from .build import SplitReport, build_beton
-from .read import BetonInfo, read_header, read_labels, read_metadata
+from .read import BetonInfo, read_header, read_labels, read_metadata, read_samples
 from .sample import Sample
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "read_header",
     "read_labels",
     "read_metadata",
+    "read_samples",
 ]

@@ -11,14 +11,12 @@ by class would make its first thousand samples one class); `index` keeps the sou
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import importlib
 import importlib.metadata
 import itertools
 import json
 import os
-import pkgutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,7 @@ import numpy as np
 
 from fastssl.recipe import UserError
 
+from .builders import load_builder
 from .format import OUR_FIELDS, metadata_type
 from .images import Plan
 from .pool import encoded_in_order, encoder_pool
@@ -108,17 +107,6 @@ def build_beton(
             for split in splits:
                 reports.append(_build_split(split, out, plan, pool, workers, options))
     return reports
-
-
-def load_builder(name: str) -> ModuleType:
-    """The module beton_builders.NAME; an unknown name is refused with the nearest one."""
-    package = importlib.import_module("beton_builders")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "there is none of a similar name."
-        raise UserError(f"Unknown builder {name!r}; {hint} Builders: {', '.join(names)}.")
-    return importlib.import_module(f"beton_builders.{name}")
 
 
 def plan_storage(default: int, canvas: int | None, max_side: int | None, quality: int) -> Plan:

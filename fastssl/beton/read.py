@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fastssl.recipe import UserError
 
+from .builders import builder_names
 from .format import (
     ALLOCATION,
     FIELD,
@@ -59,7 +61,8 @@ class BetonInfo:
 def read_header(path: str | Path) -> BetonInfo:
     """Check the whole file but for its image data, and say what it holds."""
     path = Path(path)
-    page_size, field_types, metadata = _read_checked(path)
+    checked = _read_checked(path)
+    metadata = checked.metadata
     image = metadata["image"]
     heights, widths = image["height"], image["width"]
     max_resolution = (int(heights.max()), int(widths.max()))
@@ -72,8 +75,8 @@ def read_header(path: str | Path) -> BetonInfo:
     return BetonInfo(
         path=path,
         num_samples=len(metadata),
-        page_size=page_size,
-        fields={name: FIELD_TYPES[type_id][0] for name, type_id in field_types.items()},
+        page_size=checked.page_size,
+        fields={name: FIELD_TYPES[type_id][0] for name, type_id in checked.field_types.items()},
         layout=layout,
         storage=storage,
         resolution=max_resolution if is_fixed else None,
@@ -88,26 +91,41 @@ def read_metadata(path: str | Path) -> np.ndarray:
 
     The column "image" holds mode, width, height and data_ptr, as `format.IMAGE` declares them.
     """
-    return _read_checked(Path(path))[2]
+    return _read_checked(Path(path)).metadata
+
+
+def read_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """`read_metadata`, and beside it the stored bytes of each image, int64 (num_samples,)."""
+    checked = _read_checked(Path(path))
+    return checked.metadata, checked.image_bytes
 
 
 def read_labels(path: str | Path) -> np.ndarray:
     """The labels, int64 (num_samples,), in the order of the file."""
     path = Path(path)
-    _, field_types, metadata = _read_checked(path)
-    if field_types.get("label") != INT_FIELD:
-        raise UserError(
-            f"{path} has no integer field 'label'; its fields: {', '.join(field_types)}."
-        )
-    return np.ascontiguousarray(metadata["label"])
+    checked = _read_checked(path)
+    if checked.field_types.get("label") != INT_FIELD:
+        names = ", ".join(checked.field_types)
+        raise UserError(f"{path} has no integer field 'label'; its fields: {names}.")
+    return np.ascontiguousarray(checked.metadata["label"])
 
 
-def _read_checked(path: Path) -> tuple[int, dict[str, int], np.ndarray]:
-    """The page size, the fields (name -> type id) and the metadata of a file found sound."""
+class _Checked(NamedTuple):
+    """What `_read_checked` found sound."""
+
+    page_size: int
+    field_types: dict[str, int]  # name -> FFCV's number of the type
+    metadata: np.ndarray
+    image_bytes: np.ndarray
+
+
+def _read_checked(path: Path) -> _Checked:
     try:
         with open(path, "rb") as file:
             content = np.memmap(file, np.uint8, mode="r")
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except FileNotFoundError:
+        raise UserError(_how_to_make(path)) from None
+    except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:  # numpy cannot map an empty file
         raise _not_a_beton(path, "it is empty") from error
@@ -139,8 +157,8 @@ def _read_checked(path: Path) -> tuple[int, dict[str, int], np.ndarray]:
         raise _not_a_beton(path, "its allocation table is missing or cut off")
     table = _table(content, table_ptr, ALLOCATION, count, path, "the allocation table")
     _check_allocations(table, position, table_ptr, page_size, num_samples, path)
-    _check_images(metadata["image"], table, path)
-    return page_size, field_types, metadata
+    image_bytes = _check_images(metadata["image"], table, path)
+    return _Checked(page_size, field_types, metadata, image_bytes)
 
 
 def _field_types(descriptors: np.ndarray, path: Path) -> dict[str, int]:
@@ -177,8 +195,8 @@ def _check_allocations(
         raise _not_a_beton(path, "its allocation table names samples that it does not have")
 
 
-def _check_images(image: np.ndarray, table: np.ndarray, path: Path) -> None:
-    """Every image has its own allocation, found as FFCV finds it, of a size that fits."""
+def _check_images(image: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    """Every image has its own allocation, found as FFCV finds it, of a size that fits; the sizes."""
     by_ptr = table[np.argsort(table["ptr"])]
     found = np.searchsorted(by_ptr["ptr"], image["data_ptr"])
     allocation = by_ptr[np.minimum(found, len(by_ptr) - 1)]
@@ -192,6 +210,7 @@ def _check_images(image: np.ndarray, table: np.ndarray, path: Path) -> None:
         raise _not_a_beton(path, "it holds images stored neither as pixels nor as JPEG")
     if ((image["mode"] == RAW) & (allocation["size"] != 3 * pixels)).any():
         raise _not_a_beton(path, "the size of its images does not fit their height and width")
+    return allocation["size"].astype(np.int64)
 
 
 def _table(
@@ -223,6 +242,16 @@ def _read_manifest(path: Path, num_samples: int) -> dict | None:
             f"{manifest_path} does not belong to {path}; delete it, and the file reads without."
         )
     return manifest
+
+
+def _how_to_make(path: Path) -> str:
+    """The sentence for a file that is not there: shipped recipes read data/DATASET/train.beton."""
+    folder = path.parent
+    builder = folder.name if folder.name in builder_names() else "imagefolder"
+    return (
+        f"No file {path}: make it with `fastssl build-beton {builder} --source DIR --out {folder}`, "
+        "or name another."
+    )
 
 
 def _not_a_beton(path: Path, why: str) -> UserError:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastssl.beton import read_header
 from fastssl.evaluation.features import clean_features
 from fastssl.evaluation.knn import knn_accuracy
 from fastssl.models import SSLModel
@@ -14,6 +15,7 @@ BANK = 50_000  # images: all of CIFAR-10, and a pass of 20 s instead of 9 minute
 
 def knn_probe(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]]:
     """A function of the model: kNN accuracy on data.val, with up to 50,000 training images as the bank."""
+    read_header(recipe.data.val)  # a file that is not there is said now, not after hours
     bank = min(BANK, recipe.data.limit or BANK)
 
     def probe(model: SSLModel) -> dict[str, float]:

@@ -15,7 +15,6 @@ import torch
 # Importing ffcv sets torch's and numba's thread counts to 1.
 _torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
 from ffcv.libffcv import ctypes_imdecode, ctypes_memcopy  # noqa: E402
-from ffcv.reader import Reader  # noqa: E402, F401
 
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)

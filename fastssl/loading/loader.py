@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastssl.beton import read_header, read_metadata
+from fastssl.beton import read_header, read_samples
 from fastssl.geometry import NUMBERS, crop_box
 from fastssl.randomness import AUGMENTATION, permutation, uniforms
 from fastssl.recipe import UserError, Views
@@ -97,13 +97,11 @@ class BetonLoader:
 
     def _read_samples(self) -> None:
         """All that is known of each sample, as arrays over the file's rows."""
-        metadata = read_metadata(self.path)
+        metadata, self._size = read_samples(self.path)
         image, count = metadata["image"], len(metadata)
         self._mode = np.ascontiguousarray(image["mode"])
         self._start = image["data_ptr"].astype(np.int64)
         self._shape = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
-        table = np.sort(kernels.Reader(str(self.path)).alloc_table, order="ptr")
-        self._size = table["size"][np.searchsorted(table["ptr"], image["data_ptr"])].astype(np.int64)
 
         # A file of stock FFCV may lack these fields.
         def column(name: str, default: np.ndarray) -> np.ndarray:

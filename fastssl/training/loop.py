@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastssl.beton import read_header
 from fastssl.loading import BetonLoader
 from fastssl.models import SSLModel
+from fastssl.models.checkpoint import checkpoint_of
 from fastssl.objectives import loss_terms
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import PairedViews
@@ -35,6 +36,8 @@ def train(
     resume: a run directory to continue. probe: called with the model every `probe.every` epochs and at
     the end; what it returns is logged. Raises UserError for everything that the user can mend.
     """
+    if resume:
+        checkpoint_of(resume)  # says at once where there is nothing to resume
     device = choose_device(recipe.train.device)
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
@@ -220,8 +223,6 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
     """The loader of data.train; crops on the device for a canvas file, on the CPU for a full one."""
-    if not Path(recipe.data.train).exists():
-        raise UserError(missing_data(recipe.data.train))
     crop = recipe.data.crop
     if crop == "auto":
         crop = "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
@@ -235,13 +236,6 @@ def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
         device=device,
         limit=recipe.data.limit,
     )
-
-
-def missing_data(path: str) -> str:
-    """The sentence for a beton that is not there, with the command that would make it."""
-    folder = Path(path).parent
-    builder = folder.name if folder.name in ("cifar10", "mnist5k") else "imagefolder"
-    return f"No file {path}: make it with `fastssl build-beton {builder} --source DIR --out {folder}`, or set data.train."
 
 
 def save_encoder(run_dir: Path, model: SSLModel) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.recipe import Views
+
 from . import operations
 from .parameters import draw_boxes, draw_parameters, draw_uniforms
 from .resample import resample, resize_matrix

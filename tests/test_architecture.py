@@ -1,0 +1,62 @@
+"""The import rule: folders stand in the order of the data's flow, and each imports only what comes before."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOW = ["beton", "loading", "views", "models", "objectives", "training", "evaluation", "profiling", "reporting"]
+COMMON = {"recipe", "randomness", "geometry"}  # everyone may import these; they import nothing of ours
+APPLICATION = {"cli", "demo", "__main__", "__init__"}  # these may import everything
+
+
+def imports_of(path: Path) -> set[str]:
+    """First name below `fastssl` of everything of ours that a file imports, at any depth of its code."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] in ("fastssl", "beton_builders"):
+                found.add(parts[1] if parts[0] == "fastssl" and len(parts) > 1 else parts[0])
+    return found
+
+
+def test_folders_import_themselves_earlier_folders_and_the_three_common_files():
+    checked = 0
+    for path in (ROOT / "fastssl").rglob("*.py"):
+        place = path.relative_to(ROOT / "fastssl")
+        if len(place.parts) == 1:
+            if place.stem not in APPLICATION:
+                assert imports_of(path) == set(), f"{place} must import nothing of ours"
+            continue
+        folder = place.parts[0]
+        allowed = set(FLOW[: FLOW.index(folder) + 1]) | COMMON
+        if folder == "evaluation":
+            allowed -= {"training"}  # the command line hands the probe to the training, not the reverse
+        assert imports_of(path) <= allowed, f"{place} imports {imports_of(path) - allowed}"
+        checked += 1
+    assert checked > 20
+
+
+def test_a_builder_imports_only_the_sample():
+    for path in (ROOT / "beton_builders").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastssl"):
+                assert node.module == "fastssl.beton" and [a.name for a in node.names] == ["Sample"], path
+            if isinstance(node, ast.Import):
+                assert not any(a.name.startswith("fastssl") for a in node.names), path
+
+
+def test_the_rule_sees_every_form_of_import(tmp_path):
+    """The walk itself: relative, absolute and hidden in a function."""
+    path = ROOT / "fastssl" / "views" / "paired.py"
+    assert {"recipe", "views"} <= imports_of(path)
+    assert "evaluation" in imports_of(ROOT / "fastssl" / "cli.py")

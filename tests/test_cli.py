@@ -1,0 +1,86 @@
+"""The command line: what a person types, and what they get when it is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastssl import cli
+
+
+@pytest.fixture
+def fastssl(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
+    """Build, train, evaluate: the commands of the README on small files."""
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = fastssl("build-beton", "imagefolder", "--source", photos, "--out", "data", "--canvas", 32)
+    assert code == 0 and "data/train.beton holds 48 images of 3 classes" in out
+    code, out, _ = fastssl(
+        "train", "recipes/zprob_barlow.yaml", "data.train=data/train.beton", "data.val=data/val.beton",
+        "views.size=32", "train.batch_size=16", "train.epochs=1", "model.projector={layers: 2, hidden: 32, out: 32}",
+        "run.dir=run", "train.device=cpu", "log.every=1",
+    )  # fmt: skip
+    assert code == 0 and "step 3/3" in out and "knn" in out
+    code, out, _ = fastssl("eval", "knn", "run", "--k", "5")
+    assert code == 0 and "accuracy_k5" in out and (tmp_path / "run/eval/knn.json").exists()
+    code, out, _ = fastssl("eval", "linear", "run")
+    assert code == 0 and "accuracy" in out and (tmp_path / "run/eval/linear.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["train", "recipes/zprob_barlo.yaml"], "did you mean recipes/zprob_barlow.yaml"),
+        (["train", "recipes/barlow.yaml", "train.epoch=1"], "did you mean train.epochs"),
+        (["train", "recipes/barlow.yaml", "data.train=/no/train.beton", "data.val=null"], "fastssl build-beton"),
+        (["train", "recipes/barlow.yaml", "data.val=null", "--resume", "/no/run"], "/no/run"),
+        (["build-beton", "imagefoldr", "--source", ".", "--out", "x"], "imagefolder"),
+        (["build-beton", "imagefolder", "--source", "/no/where", "--out", "x"], "/no/where"),
+        (["eval", "knn", "/no/run"], "/no/run"),
+        (["eval", "linear", "/no/run"], "/no/run"),
+        (["recipes", "show", "recipes/nothing.yaml"], "recipes/"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(fastssl, arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = fastssl(*arguments)
+    assert code == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastssl", "train", "recipes/none.yaml", "--debug"])
+    with pytest.raises(cli.UserError):
+        cli.main()
+
+
+def test_missing_validation_data_is_found_before_the_training(fastssl, canvas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = fastssl("train", "recipes/barlow.yaml", f"data.train={canvas}/train.beton", "data.val=no.beton")
+    assert code == 2 and "no.beton" in err and not (tmp_path / "runs").exists()
+
+
+def test_recipes_are_listed_shown_and_copied(fastssl, tmp_path):
+    code, out, _ = fastssl("recipes", "ls")
+    assert code == 0 and "recipes/zprob_barlow.yaml" in out and "recipes/cifar10/hprob_vicreg.yaml" in out
+    mine = tmp_path / "mine.yaml"
+    assert fastssl("recipes", "copy", "recipes/demo.yaml", mine)[0] == 0
+    assert fastssl("recipes", "show", "recipes/demo.yaml")[1] == mine.read_text()
+    assert fastssl("recipes", "copy", "recipes/demo.yaml", mine)[0] == 2
+
+
+def test_help_starts_without_torch():
+    """`fastssl --help` and `doctor` must work where torch is missing, and be quick where it is not."""
+    code = "import sys; from fastssl import cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
