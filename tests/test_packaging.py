@@ -26,9 +26,7 @@ DEPENDENCIES = [
 ]
 PINS = {
     canonicalize_name(name): version
-    for name, _, version in (
-        line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
-    )
+    for name, _, version in (line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
     if version
 }
 
@@ -86,16 +84,19 @@ def test_everything_that_the_dependencies_bring_is_pinned():
     waiting = [str(dependency) for dependency in DEPENDENCIES]
     while waiting:
         requirement = Requirement(waiting.pop())
-        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
-        if key in seen:
+        name = canonicalize_name(requirement.name)
+        if (name, frozenset(requirement.extras)) in seen:
             continue
-        seen.add(key)
+        seen.add((name, frozenset(requirement.extras)))
         try:
-            asked_for = metadata.requires(key[0]) or []
+            asked_for = metadata.requires(name) or []
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # not installed here: a dependency of an installed torch, or a missing extra
-        if key[0] not in PINS:
-            unpinned.add(key[0])
+            continue
+        if name not in PINS:
+            unpinned.add(name)
+        if name == "torch" and version.partition("+")[0] != PINS["torch"]:
+            continue  # TORCH=system: what another torch brings is not ours to pin
         for line in asked_for:
             marker = Requirement(line).marker
             extras = requirement.extras or {""}
