@@ -57,9 +57,7 @@ class FakeModel(nn.Module):
 
 def fake_batches(count=10, batch_size=4):
     """Batches of 4x4 images; the last one is filled up with copies that are marked as such."""
-    images = torch.randint(
-        0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for first in range(0, count, batch_size):
         place = first + torch.arange(batch_size)
         row = place % count
@@ -210,9 +208,7 @@ def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, can
     assert len(extractions) == 4
 
 
-def test_a_changed_file_or_a_damaged_cache_means_extracting_again(
-    run, canvas, extractions, tmp_path
-):
+def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, extractions, tmp_path):
     folder, recipe, model = run
     beton = tmp_path / "copy.beton"
     beton.write_bytes((canvas / "val.beton").read_bytes())

@@ -92,10 +92,7 @@ def test_takes_arrays_and_tensors_of_any_float_type():
     expected = knn_accuracy(train_x, train_y, test_x, test_y)
     tensors = [torch.from_numpy(a) for a in (train_x, train_y, test_x, test_y)]
     assert knn_accuracy(*tensors) == expected
-    assert (
-        knn_accuracy(train_x.astype(np.float64), train_y, tensors[2], test_y.astype(np.int32))
-        == expected
-    )
+    assert knn_accuracy(train_x.astype(np.float64), train_y, tensors[2], test_y.astype(np.int32)) == expected
     # Half precision moves similarities by 1e-3: a few of 100 close calls may fall otherwise.
     half = knn_accuracy(tensors[0].half(), tensors[1], tensors[2].half(), tensors[3])
     assert half == pytest.approx(expected, abs=0.03)
@@ -103,9 +100,7 @@ def test_takes_arrays_and_tensors_of_any_float_type():
 
 def test_a_k_above_the_bank_lets_all_of_it_vote():
     data = (*blobs(30, seed=9), *blobs(100, seed=10))
-    assert knn_accuracies(*data, ks=(30, 1000)) == dict.fromkeys(
-        (30, 1000), knn_accuracy(*data, k=30)
-    )
+    assert knn_accuracies(*data, ks=(30, 1000)) == dict.fromkeys((30, 1000), knn_accuracy(*data, k=30))
 
 
 def test_equal_votes_go_to_the_smallest_label():

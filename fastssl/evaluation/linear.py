@@ -27,7 +27,7 @@ from fastssl.recipe import UserError
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 MOMENTUM = 0.9
-BATCH_SIZE = 256
+LARGEST_BATCH = 1024  # the global batch of DINOv2
 HELD_OUT = 0.1  # share of the training set that the rate is chosen on
 FEW_LABEL_C = 1.0
 CHUNK_ELEMENTS = 1 << 24  # inputs or logits held at a time when predicting: 64 MiB
@@ -61,9 +61,7 @@ class Heads:
             label_B = label_B.to(logits_HCB.device)
             truth_CB = label_B == self.class_C[:, None]
             right_H += (self.class_C[logits_HCB.argmax(dim=1)] == label_B).sum(dim=1)
-            loss_H -= (logits_HCB.log_softmax(dim=1) * truth_CB).sum(
-                dim=(1, 2), dtype=torch.float64
-            )
+            loss_H -= (logits_HCB.log_softmax(dim=1) * truth_CB).sum(dim=(1, 2), dtype=torch.float64)
         return (right_H / len(label_N)).tolist(), (loss_H / len(label_N)).tolist()
 
 
@@ -74,6 +72,7 @@ class LinearResult:
     selection_accuracy: float  # that rate's share on the held-out samples
     selection_accuracies: dict[float, float]  # every rate's
     held_out: int  # how many samples the choice was made on
+    batch_size: int
     heads: Heads  # the one classifier that was tested
 
 
@@ -99,10 +98,9 @@ def linear_accuracy(
     features_ND, label_N = torch.as_tensor(train_features), torch.as_tensor(train_labels)
     fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
     if len(held_rows) == 0:
-        raise UserError(
-            "The linear probe holds out one training sample of a class, but no class has two."
-        )
-    settings = dict(epochs=epochs, batch_size=BATCH_SIZE, seed=seed, advance=advance)
+        raise UserError("The linear probe holds out one training sample of a class, but no class has two.")
+    batch_size = min(LARGEST_BATCH, max(32, len(label_N) // 40))  # 40 steps an epoch, or more
+    settings = dict(epochs=epochs, batch_size=batch_size, seed=seed, advance=advance)
 
     swept = train_heads(features_ND[fit_rows], label_N[fit_rows], lrs, **settings)
     accuracy_H, loss_H = swept.evaluate(features_ND[held_rows], label_N[held_rows])
@@ -116,6 +114,7 @@ def linear_accuracy(
         selection_accuracy=accuracy_H[best],
         selection_accuracies=dict(zip(lrs, accuracy_H, strict=True)),
         held_out=len(held_rows),
+        batch_size=batch_size,
         heads=final,
     )
 
@@ -186,9 +185,7 @@ def few_label_linear(
     label_N, test_label_N = _array(train_labels), _array(test_labels)
     accuracies = []
     for rows in balanced_draws(label_N, labels_per_class, draws, seed):
-        classifier = LogisticRegression(C=FEW_LABEL_C, max_iter=1000).fit(
-            train_ND[rows], label_N[rows]
-        )
+        classifier = LogisticRegression(C=FEW_LABEL_C, max_iter=1000).fit(train_ND[rows], label_N[rows])
         accuracies.append(float(classifier.score(test_ND, test_label_N)))
     return accuracies
 
@@ -205,9 +202,7 @@ def evaluate_linear(
     """`fastssl eval linear RUN`: a classifier trained on data.train and tested on data.val, kept in
     RUN/eval/linear.json. Returns what that file holds; `results.result_table` prints it."""
     run = run_features(run_dir, train=train, val=val, device=device)
-    with progress(
-        f"Linear classifiers on {run.about['train']['path']}", 2 * epochs, "epochs"
-    ) as advance:
+    with progress(f"Linear classifiers on {run.about['train']['path']}", 2 * epochs, "epochs") as advance:
         linear = linear_accuracy(
             torch.as_tensor(run.train.h, device=run.device),
             run.train.label,
@@ -223,7 +218,7 @@ def evaluate_linear(
         "held-out training images, trained again on all of them",
         "settings": {
             "epochs": epochs,
-            "batch_size": BATCH_SIZE,
+            "batch_size": linear.batch_size,
             "momentum": MOMENTUM,
             "weight_decay": 0.0,
             "held_out_images": linear.held_out,
