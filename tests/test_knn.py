@@ -23,7 +23,8 @@ def blobs(count, *, seed, dim=16, spread=1.5):
 
 
 def oracle(train_x, train_y, query, k, temperature):
-    """One sample's class by the protocol's words, in float64."""
+    """One sample's class by the protocol's words, in float64; all weights have the same factor
+    exp(-1 / temperature), which changes no decision and keeps small temperatures finite."""
 
     def cosine(a, b):
         dot = sum(float(p) * float(q) for p, q in zip(a, b, strict=True))
@@ -33,7 +34,7 @@ def oracle(train_x, train_y, query, k, temperature):
     nearest = sorted(range(len(train_x)), key=lambda i: -similarity[i])[:k]
     votes = {}
     for i in nearest:
-        votes[train_y[i]] = votes.get(train_y[i], 0.0) + math.exp(similarity[i] / temperature)
+        votes[train_y[i]] = votes.get(train_y[i], 0.0) + math.exp((similarity[i] - 1) / temperature)
     return max(sorted(votes), key=votes.get)
 
 
@@ -84,6 +85,17 @@ def test_several_ks_in_one_pass_equal_one_at_a_time_in_any_chunks(monkeypatch):
     for k in ks:
         alone = knn_predictions(train_x, train_y, test_x, ks=(k,), temperature=1.0)
         assert torch.equal(alone[k], together[k])
+
+
+def test_nearly_parallel_features_are_told_apart():
+    """As a young encoder gives them: cosines within 1e-7 of 1, where float32 sees ties only."""
+    train_x, train_y = blobs(300, seed=14)
+    test_x, _ = blobs(50, seed=15)
+    train_x, test_x = (np.float32(100) + np.float32(0.01) * x for x in (train_x, test_x))
+    found = knn_predictions(train_x, train_y, test_x, ks=(20, 200), temperature=1e-7)
+    alone = knn_predictions(train_x, train_y, test_x, ks=(20,), temperature=1e-7)
+    assert torch.equal(found[20], alone[20])
+    assert alone[20].tolist() == [oracle(train_x, train_y, query, 20, 1e-7) for query in test_x]
 
 
 def test_takes_arrays_and_tensors_of_any_float_type():

@@ -2,7 +2,9 @@
 
 The protocol of InstDisc (Wu et al., arXiv 1805.01978, section 3.4), as solo-learn, lightly and DINO
 run it: by cosine similarity, each of the k nearest training samples votes for its class with weight
-exp(similarity / T). The search is exact: every test sample is compared with every training sample.
+exp(similarity / T). The search is exact: every test sample is compared with every training sample,
+in float64. A young encoder's features are nearly parallel (after 4 steps on digits, the median cosine
+was 0.999999), and in float32 four of five test samples had a tie at rank 20.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from fastssl.evaluation.runs import run_features
 from fastssl.evaluation.splits import balanced_draws
 from fastssl.recipe import UserError
 
-# Similarities held at a time: 64 MiB of float32, whatever the size of the bank.
+# Similarities held at a time: 128 MiB of float64, whatever the size of the bank.
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -51,9 +53,7 @@ def knn_accuracies(
 
     A test class without training samples is an error for each of its samples.
     """
-    guesses = knn_predictions(
-        train_features, train_labels, test_features, ks=ks, temperature=temperature
-    )
+    guesses = knn_predictions(train_features, train_labels, test_features, ks=ks, temperature=temperature)
     label_M = torch.as_tensor(test_labels).cpu()
     return {k: (guess_M == label_M).double().mean().item() for k, guess_M in guesses.items()}
 
@@ -74,14 +74,14 @@ def knn_predictions(
     shortened to it: all of them vote. Of training samples equally near at rank k, torch.topk's pick
     votes; of classes with equal votes, the smallest label wins.
     """
-    bank_ND = F.normalize(torch.as_tensor(train_features).float(), dim=1)
+    bank_ND = F.normalize(torch.as_tensor(train_features).double(), dim=1)
     device = bank_ND.device
     class_C, target_N = torch.unique(torch.as_tensor(train_labels).to(device), return_inverse=True)
     most = min(max(ks), len(bank_ND))
 
     guesses: dict[int, list[Tensor]] = {k: [] for k in ks}
     for query_BD in torch.as_tensor(test_features).split(max(1, CHUNK_ELEMENTS // len(bank_ND))):
-        similarity_BN = F.normalize(query_BD.to(device).float(), dim=1) @ bank_ND.T
+        similarity_BN = F.normalize(query_BD.to(device).double(), dim=1) @ bank_ND.T
         near_BK, neighbour_BK = similarity_BN.topk(most, dim=1)  # nearest first
         # Divided by the nearest one's weight: votes keep their proportions, and none overflows.
         weight_BK = torch.exp((near_BK - near_BK[:, :1]) / temperature)
@@ -136,8 +136,7 @@ def evaluate_knn(
     for k in ks:  # a shortened k would stand under the name of the published one
         if not 1 <= k <= bank["images"]:
             raise UserError(
-                f"--k {k} is not between 1 and the {bank['images']} images of {bank['path']}: "
-                "give one that is."
+                f"--k {k} is not between 1 and the {bank['images']} images of {bank['path']}: give one that is."
             )
     accuracies = knn_accuracies(
         torch.as_tensor(run.train.h, device=run.device),

@@ -62,7 +62,7 @@ class Heads:
             truth_CB = label_B == self.class_C[:, None]
             right_H += (self.class_C[logits_HCB.argmax(dim=1)] == label_B).sum(dim=1)
             loss_H -= (logits_HCB.log_softmax(dim=1) * truth_CB).sum(dim=(1, 2), dtype=torch.float64)
-        return (right_H / len(label_N)).tolist(), (loss_H / len(label_N)).tolist()
+        return (right_H.double() / len(label_N)).tolist(), (loss_H / len(label_N)).tolist()
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,9 @@ def write_result(run_dir: str | Path, result: dict) -> Path:
 def result_table(result: dict) -> Table:
     """The figures, shares from 0 to 1, in percent."""
     val = result["val"]
-    table = Table(
-        title=f"{result['evaluation']}: {result['run']}",
-        caption=f"{val['images']:,} images of {val['path']} ({result['layout']} file)",
-    )
+    caption = f"{val['images']:,} images of {val['path']} ({result['layout']} file)"
+    title = f"{result['evaluation']}: {result['run']}"
+    table = Table(title=title, caption=caption, min_width=max(len(title), len(caption)))
     table.add_column("figure")
     table.add_column("%", justify="right")
     for name, share in result["figures"].items():
@@ -51,9 +50,7 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
     )
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, rate="")
 
         def advance(count: int) -> None:
