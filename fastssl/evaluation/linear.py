@@ -44,8 +44,8 @@ class Heads:
 
     def inputs(self, features_BD: Tensor) -> Tensor:
         """(B, E): standardised, with a one appended that the bias multiplies."""
-        x_BD = (features_BD.to(self.mean_D.device).float() - self.mean_D) / self.std_D
-        return F.pad(x_BD, (0, 1), value=1.0)
+        x_BD = features_BD.to(self.mean_D.device).float() - self.mean_D
+        return F.pad(x_BD.div_(self.std_D), (0, 1), value=1.0)
 
     def logits(self, x_BE: Tensor) -> Tensor:
         """(H, C, B): this order lets the softmax over classes run along contiguous memory."""
@@ -143,7 +143,7 @@ def train_heads(
     weight_HCE = torch.zeros(H, C, features_ND.shape[1] + 1, device=device)
     heads = Heads(class_C, mean_D, std_D, weight_HCE)
 
-    velocity_HCE = torch.zeros_like(weight_HCE)
+    velocity_KE = torch.zeros_like(weight_HCE.flatten(0, 1))  # K = H * C
     lr_H11 = torch.tensor(lrs, device=device)[:, None, None]
     generator = torch.Generator().manual_seed(seed)
     steps, step = epochs * math.ceil(len(label_N) / batch_size), 0
@@ -152,10 +152,11 @@ def train_heads(
             x_BE = heads.inputs(features_ND[batch])
             residual_HCB = heads.logits(x_BE).softmax(dim=1)
             residual_HCB[:, target_N[batch], torch.arange(len(batch), device=device)] -= 1
-            gradient_HCE = (residual_HCB.flatten(0, 1) @ x_BE).view_as(weight_HCE) / len(batch)
-            velocity_HCE.mul_(MOMENTUM).add_(gradient_HCE)
+            # velocity = momentum * velocity + gradient, weight -= rate * velocity
+            residual_KB = residual_HCB.flatten(0, 1)
+            velocity_KE.addmm_(residual_KB, x_BE, beta=MOMENTUM, alpha=1 / len(batch))
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-            weight_HCE.sub_(lr_H11 * cosine * velocity_HCE)
+            weight_HCE.addcmul_(lr_H11, velocity_KE.view_as(weight_HCE), value=-cosine)
             step += 1
         advance(1)
     return heads
