@@ -4,6 +4,7 @@ import difflib
 from typing import Literal
 
 import timm
+from timm.models import is_model_in_modules
 from timm.models.resnet import ResNet
 from torch import nn
 
@@ -25,10 +26,13 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             f"the nearest are {', '.join(nearest)}."
         )
     # Where timm fixes the input size (transformers), the position embedding must fit ours.
-    fixed = timm.get_pretrained_cfg(backbone).fixed_input_size
-    encoder = timm.create_model(
-        backbone, pretrained=False, num_classes=0, **({"img_size": image_size} if fixed else {})
-    )
+    options = {"img_size": image_size} if timm.get_pretrained_cfg(backbone).fixed_input_size else {}
+    # timm starts each block's last batch norm at zero. At 32 px with the ImageNet stem, that leaves only
+    # strided 1x1 shortcuts: an untrained encoder sees a corner of the image, and learns late. torchvision
+    # starts at one, and so did the published runs.
+    if is_model_in_modules(backbone, ["resnet"]):
+        options["zero_init_last"] = False
+    encoder = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
     # Some families (MobileNetV3, VGG) pool into a wider layer before the classifier, and that is h.
     encoder.num_features = getattr(encoder, "head_hidden_size", encoder.num_features)
     if stem == "small":
