@@ -163,7 +163,7 @@ def _build_split(
         with open(part, "wb", buffering=1 << 20) as file:
             writer = BetonWriter(file, capacity=len(order))
             images = (split.samples[index].image for index in order)
-            with progress(len(order), split.name) as advance:
+            with progress(split.name, len(order)) as advance:
                 results = encoded_in_order(pool, images, plan, workers)
                 for index, result in zip(order, results, strict=True):
                     sample = split.samples[index]

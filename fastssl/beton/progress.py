@@ -1,11 +1,8 @@
-"""How far a build is: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+"""How far a long job is, on stderr: a live bar on a terminal, a plain line every ten seconds elsewhere."""
 
-from __future__ import annotations
-
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,44 +10,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_LINE_EVERY = 10.0  # seconds
 
 
-@contextlib.contextmanager
-def progress(total: int, title: str) -> Iterator[Callable[[], None]]:
-    """Gives a function to call once an image; shows images/s and the time left on stderr."""
+@contextmanager
+def progress(title: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number done since its last call; shows the rate and the time left."""
     console = Console(stderr=True)
-    start = time.monotonic()
+    start = last_line = time.monotonic()
+    done = 0
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, rate="")
 
-    if not console.is_terminal:
-        done, last_line = 0, start
-
-        def advance_plain() -> None:
+        def advance(count: int = 1) -> None:
             nonlocal done, last_line
-            done += 1
+            done += count
             now = time.monotonic()
-            if now - last_line >= PLAIN_LINE_EVERY:
+            rate = f"{done / (now - start):,.1f} {unit}/s"
+            bar.update(task, completed=done, rate=rate)
+            if not console.is_terminal and (done >= total or now - last_line >= PLAIN_LINE_EVERY):
                 last_line = now
-                rate = done / (now - start)
-                left = (total - done) / rate
-                print(
-                    f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, "
-                    f"{left:,.0f} s left",
-                    file=sys.stderr,
-                )
-
-        yield advance_plain
-        return
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total, rate="-")
-
-        def advance() -> None:
-            rate = (bar.tasks[0].completed + 1) / (time.monotonic() - start)
-            bar.update(task, advance=1, rate=f"{rate:,.0f}")
+                left = (total - done) * (now - start) / done
+                line = f"{title}: {done:,} of {total:,} {unit}, {rate}, {left:,.0f} s left"
+                console.print(line, soft_wrap=True, highlight=False)
 
         yield advance

@@ -6,7 +6,6 @@ it never has to be invalidated: a changed weight, file or view asks for another 
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +18,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from fastssl.beton import read_header
-from fastssl.evaluation.results import progress
+from fastssl.beton.atomic import write_atomically
+from fastssl.beton.progress import progress
 from fastssl.loading import Batch, BetonLoader
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import Views
@@ -136,10 +136,8 @@ def write_features(path: Path, features: Features) -> None:
     arrays = {
         name: np.ascontiguousarray(x) for name, x in features._asdict().items() if x is not None
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(arrays, part, metadata={"crc32": checksum(arrays)})
-    os.replace(part, path)
+    metadata = {"crc32": checksum(arrays)}
+    write_atomically(path, lambda beside: save_file(arrays, beside, metadata=metadata))
 
 
 def read_features(path: Path) -> Features | None:

@@ -20,7 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from fastssl.evaluation.results import progress, write_result
+from fastssl.beton.progress import progress
+from fastssl.evaluation.results import write_result
 from fastssl.evaluation.runs import run_features
 from fastssl.evaluation.splits import balanced_draws, stratified_holdout
 from fastssl.recipe import UserError

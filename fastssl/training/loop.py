@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl.beton import read_header
+from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import SSLModel
 from fastssl.models.checkpoint import checkpoint_of
@@ -23,7 +24,7 @@ from fastssl.views import PairedViews
 from .optim import learning_rate, make_optimizer
 from .progress import Display, Meter
 from .run_dir import describe_run, new_run_dir, save_view_sheet
-from .state import MetricsLog, TrainState, write_atomically
+from .state import MetricsLog, TrainState
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastssl.beton.atomic import write_atomically
 from fastssl.recipe import Recipe, UserError
 from fastssl.views.paired import unnormalize
-
-from .state import write_atomically
 
 PAIRS_SHOWN = 16
 

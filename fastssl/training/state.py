@@ -1,15 +1,14 @@
 """All that a resume needs, and the files of a run directory, none of them ever half-written."""
 
 import json
-import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import SSLModel
 from fastssl.models.checkpoint import checkpoint_of, read_checkpoint
@@ -85,16 +84,6 @@ def changed_keys(before: dict, after: dict, prefix: str = "") -> list[str]:
         both = isinstance(old, dict) and isinstance(new, dict)
         changed += changed_keys(old, new, dotted + ".") if both else [dotted]
     return changed
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: whoever reads sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part{path.suffix}")
-    write(beside)
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 class MetricsLog:
