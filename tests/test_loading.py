@@ -178,6 +178,20 @@ def test_a_damaged_sample_is_an_error_that_names_its_index(canvas_jpeg, full, tm
         list(BetonLoader(path, 8, crop=crop, views=VIEWS))
 
 
+def test_a_file_of_stock_ffcv_gets_derived_ids_and_sizes(tmp_path):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    rows = [(np.full((24, 16, 3), n, np.uint8), n % 3) for n in range(12)]
+    path = tmp_path / "stock.beton"
+    DatasetWriter(str(path), {"image": RGBImageField("raw"), "label": IntField()}, num_workers=1).from_indexed_dataset(
+        rows
+    )
+    for batch in BetonLoader(path, 4):
+        assert (batch.image.amax(dim=(1, 2, 3)) == batch.index).all() and (batch.label == batch.index % 3).all()
+        assert (batch.height == 24).all() and (batch.width == 16).all()
+
+
 def test_variable_sizes_are_refused_for_crops_on_the_device(full):
     with pytest.raises(UserError, match="data.crop=cpu"):
         BetonLoader(full / "train.beton", 8)

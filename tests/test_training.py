@@ -77,6 +77,45 @@ def test_every_objective_trains_and_reloads(small, name):
     assert embedding.space == ("h" if name.startswith("h") else "z" if name.startswith("z") else None)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_with_weights_and_losses_in_fp32(small, precision):
+    run = train(load_recipe("recipes/hprob_barlow.yaml", [*small, "train.epochs=1", f"train.precision={precision}"]))
+    assert all(np.isfinite(line["loss"]) and line["skipped_steps"] == 0 for line in metrics_of(run))
+    assert {t.dtype for t in weights_of(run).values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["barlow", "zprob_barlow", "hprob_vicreg"])
+def test_model_and_loss_compile_in_one_graph(small, name):
+    recipe = load_recipe(f"recipes/{name}.yaml", small)
+    model, loss_terms = fastssl.models.SSLModel(recipe), loop.total_loss(recipe)
+
+    def forward(v1, v2, index, step):
+        return loss_terms(*model(v1, v2, index, step), getattr(model, "prior", None))["loss"]
+
+    v1, v2 = torch.randn(2, 8, 3, 32, 32)
+    loss = torch.compile(forward, fullgraph=True, dynamic=False)(v1, v2, torch.arange(8), torch.tensor(0))
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_as_the_plain_one(small, tmp_path):
+    """Compiled kernels round differently: the losses agree to 1e-3, and the views' parameters are the same."""
+    losses = []
+    for compiled in ("true", "false"):
+        arguments = [*small, f"train.compile={compiled}", f"run.dir={tmp_path}/{compiled}"]
+        run = train(load_recipe("recipes/zprob_barlow.yaml", arguments))
+        losses.append([line["loss"] for line in metrics_of(run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_several_processes_are_refused_for_now(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        train(load_recipe("recipes/barlow.yaml", small))
+
+
 def test_mixture_prior_learns(small):
     mixture = ["embedding.prior=mixture", "embedding.mixture_components=3"]
     run = train(load_recipe("recipes/zprob_barlow.yaml", [*small, *mixture]))
@@ -176,13 +215,16 @@ def test_a_checkpoint_that_is_none_is_one_sentence_and_runs_no_code(small, tmp_p
 def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, monkeypatch):
     """The loss becomes NaN at step 3; the checkpoint that is left has finite weights and statistics."""
     steps = iter(range(100))
-    real = loop.loss_terms
+    real = loop.total_loss
 
-    def poisoned(*args):
-        terms = real(*args)
-        return {key: value * float("nan") for key, value in terms.items()} if next(steps) >= 3 else terms
+    def poisoned(recipe):
+        def loss_terms(*views):
+            terms = real(recipe)(*views)
+            return {key: value * float("nan") for key, value in terms.items()} if next(steps) >= 3 else terms
 
-    monkeypatch.setattr(loop, "loss_terms", poisoned)
+        return loss_terms
+
+    monkeypatch.setattr(loop, "total_loss", poisoned)
     with pytest.raises(UserError, match=r"Step 3 was not finite \(loss=nan, .*untouched"):
         train(load_recipe("recipes/barlow.yaml", small))
     model = fastssl.load_model(tmp_path / "run")
@@ -191,10 +233,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, mo
 
 def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkeypatch):
     steps = iter(range(100))
-    real = loop.loss_terms
-    monkeypatch.setattr(
-        loop, "loss_terms", lambda *a: {k: v / (next(steps) != 2) if k == "loss" else v for k, v in real(*a).items()}
-    )
+    real = loop.total_loss
+
+    def poisoned(recipe):
+        def loss_terms(*views):
+            terms = real(recipe)(*views)
+            return {**terms, "loss": terms["loss"] / (next(steps) != 2)}
+
+        return loss_terms
+
+    monkeypatch.setattr(loop, "total_loss", poisoned)
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.max_skipped_steps=1"]))
     assert [line["skipped_steps"] for line in metrics_of(run)] == [0, 0, 1, 1, 1, 1]
     assert all(t.isfinite().all() for t in weights_of(run).values())

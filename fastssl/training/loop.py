@@ -5,6 +5,7 @@ fastssl train recipes/zprob_barlow.yaml train.epochs=1 data.train=x.beton
 fastssl train recipes/zprob_barlow.yaml --resume runs/zprob_barlow
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import SSLModel
 from fastssl.models.checkpoint import checkpoint_of
-from fastssl.objectives import loss_terms
+from fastssl.objectives import total_loss
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import PairedViews
 
@@ -37,6 +38,8 @@ def train(
     resume: a run directory to continue. probe: called with the model every `probe.every` epochs and at
     the end; what it returns is logged. Raises UserError for everything that the user can mend.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("Training runs in one process so far: start it without torchrun.")
     if resume:
         checkpoint_of(resume)  # says at once where there is nothing to resume
     device = choose_device(recipe.train.device)
@@ -68,10 +71,12 @@ def train(
         warmup_steps = total_steps // 10
     peak_rate = recipe.optim.lr * recipe.train.batch_size / 256
 
+    loss_terms = total_loss(recipe)
+
     def forward(v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, DTYPES.get(precision), enabled=precision != "fp32"):
             first, second = model(v1, v2, index, step)
-        return loss_terms(first, second, recipe, getattr(model, "prior", None))
+        return loss_terms(first, second, getattr(model, "prior", None))
 
     def make_views(image, index, epoch, height, width) -> tuple[Tensor, Tensor]:
         pair = views(image, index, epoch, height, width)
