@@ -230,6 +230,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, mo
     model = fastssl.load_model(tmp_path / "run")
     assert all(t.isfinite().all() for t in model.state_dict().values())
 
+    monkeypatch.undo()  # the cause is gone, but the user has not allowed the steps that were left out
+    with pytest.raises(UserError, match="earlier steps"):
+        train(load_recipe("recipes/barlow.yaml", small), resume=tmp_path / "run")
+    train(load_recipe("recipes/barlow.yaml", [*small, "train.max_skipped_steps=9"]), resume=tmp_path / "run")
+
 
 def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkeypatch):
     steps = iter(range(100))

@@ -195,11 +195,14 @@ class FiniteGuard:
         return {**dict(zip(terms, numbers)), "skipped_steps": int(skipped)}
 
     def sentence(self, run_dir: Path) -> str:
+        mend = "lower optim.lr, or allow such steps with train.max_skipped_steps."
+        if self.first_bad_step < 0:  # they came before this resume
+            return f"{int(self.state.skipped)} earlier steps of {run_dir} were not finite and left out: {mend}"
         values = dict(zip(self.names, self.first_bad_terms.tolist()))
         shown = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
         return (
             f"Step {int(self.first_bad_step)} was not finite ({shown}): the weights in {run_dir} are untouched by "
-            "it; lower optim.lr, or allow such steps with train.max_skipped_steps."
+            f"it; {mend}"
         )
 
 

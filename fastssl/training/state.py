@@ -15,7 +15,9 @@ from fastssl.models.checkpoint import checkpoint_of, read_checkpoint
 from fastssl.recipe import Recipe, UserError
 
 # A resumed run may change these; any other key would make it another run.
-FREE_KEYS = ("run", "data.workers", "train.device", "train.compile", "probe", "log", "checkpoint")
+FREE_KEYS = (
+    "run", "data.workers", "train.device", "train.compile", "train.max_skipped_steps", "probe", "log", "checkpoint",
+)  # fmt: skip
 
 
 @dataclass
