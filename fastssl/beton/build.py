@@ -32,6 +32,7 @@ from fastssl.recipe import UserError
 from .builders import load_builder
 from .format import OUR_FIELDS, metadata_type
 from .images import Plan
+from .listing import Listing
 from .pool import encoded_in_order, encoder_pool
 from .progress import progress
 from .sample import Sample
@@ -130,7 +131,7 @@ def list_splits(module: ModuleType, builder: str, source: Path | None) -> list[S
         found = module.splits(source)
         splits = []
         for name, (classes, samples) in found.items():
-            listed = samples if isinstance(samples, Sequence) else list(samples)
+            listed = samples if isinstance(samples, Sequence) else Listing(samples)
             splits.append(Split(name, classes, listed))
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read: give yourself the right to.") from error

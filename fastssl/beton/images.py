@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .format import JPG, PAGE_SIZE, RAW
+from .sample import ImageSource
 
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
@@ -67,7 +67,7 @@ class Encoded(NamedTuple):
     how: str  # "raw", "encoded" or "passed_through"
 
 
-def encode_chunk(images: list[Path | bytes | np.ndarray], plan: Plan) -> list[Encoded | str]:
+def encode_chunk(images: list[ImageSource], plan: Plan) -> list[Encoded | str]:
     """Encode some images; for a bad one the reason stands in its place."""
     results: list[Encoded | str] = []
     for image in images:
@@ -80,7 +80,7 @@ def encode_chunk(images: list[Path | bytes | np.ndarray], plan: Plan) -> list[En
     return results
 
 
-def encode_image(source: Path | bytes | np.ndarray, plan: Plan) -> Encoded:
+def encode_image(source: ImageSource, plan: Plan) -> Encoded:
     """Decode, convert, resize and encode one image as `plan` says; raises on a bad one."""
     image, file_bytes = _open(source)
     orientation = _orientation(image)
@@ -122,7 +122,22 @@ def encode_image(source: Path | bytes | np.ndarray, plan: Plan) -> Encoded:
     return Encoded(payload, mode, image.height, image.width, source_height, source_width, how)
 
 
-def _open(source: Path | bytes | np.ndarray) -> tuple[Image.Image, bytes]:
+def read_image_bytes(source: ImageSource) -> bytes:
+    """The bytes of an image file that is not pixels in memory; see `Sample.image`."""
+    if isinstance(source, bytes):
+        return source
+    if callable(source):
+        return source()
+    path, offset, size = source if isinstance(source, tuple) else (source, 0, -1)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        content = file.read(size)
+    if size > len(content):
+        raise ValueError(f"{path} ends within this image, at byte {offset + len(content):,}")
+    return content
+
+
+def _open(source: ImageSource) -> tuple[Image.Image, bytes]:
     """The image, not yet decoded, and the bytes of its file (empty for pixels)."""
     if isinstance(source, np.ndarray):
         shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
@@ -131,7 +146,7 @@ def _open(source: Path | bytes | np.ndarray) -> tuple[Image.Image, bytes]:
                 f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}"
             )
         return Image.fromarray(source), b""
-    file_bytes = source.read_bytes() if isinstance(source, Path) else source
+    file_bytes = read_image_bytes(source)
     if not file_bytes:
         raise ValueError("the file is empty")
     return Image.open(io.BytesIO(file_bytes)), file_bytes

@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-
-import numpy as np
 
 from fastssl.recipe import UserError
 
 from .images import Encoded, Plan, encode_chunk, quiet_decoders
+from .sample import ImageSource
 
 CHUNK = 32  # images sent to a worker at once; a full-layout chunk comes back as about 5 MB
 
@@ -43,7 +41,7 @@ def encoder_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def encoded_in_order(
     pool: ProcessPoolExecutor,
-    images: Iterable[Path | bytes | np.ndarray],
+    images: Iterable[ImageSource],
     plan: Plan,
     workers: int,
 ) -> Iterator[Encoded | str]:
