@@ -57,7 +57,7 @@ def test_imagefolder_with_splits(tmp_path):
         ("train/cat/a.PNG", 1),
         ("train/cat/b.jpg", 1),
     ]
-    assert samples[0].image == tmp_path / "train" / "ant" / "z.bmp"
+    assert samples[0].image == str(tmp_path / "train" / "ant" / "z.bmp")
     assert names(found["val"][1]) == [("val/ant/v.jpeg", 0), ("val/cat/v.jpeg", 1)]
 
 
