@@ -3,7 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -47,31 +47,57 @@ def doctor() -> None:
 
 @app.command()
 def build_beton(
-    builder: Annotated[str, typer.Argument(help="imagefolder, cifar10 or mnist5k")],
-    out: Annotated[Path, typer.Option(help="folder for train.beton, val.beton, ...")],
+    builder: Annotated[str | None, typer.Argument(help="imagefolder, imagenet, cifar10, ...: see --list")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for train.beton, val.beton, ...")] = None,
     source: Annotated[Path | None, typer.Option(help="folder or archive of the images")] = None,
     canvas: Annotated[int | None, typer.Option(help="store squares of this side (default: the builder's)")] = None,
     max_side: Annotated[int | None, typer.Option(help="store whole images of at most this side")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs made here")] = 90,
+    order: Annotated[Literal["shuffle", "source"], typer.Option(help="of the samples in the file")] = "shuffle",
     workers: Annotated[int | None, typer.Option(help="processes (default: all cores)")] = None,
     limit: Annotated[int | None, typer.Option(help="take this many images of each split")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first bad image")] = False,
+    download: Annotated[bool, typer.Option("--download", help="fetch the data set into --source first")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written and how long it takes")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="list the builders")] = False,
 ) -> None:
-    """Convert images to FFCV's .beton files."""
-    from fastssl.beton import build_beton
+    """Convert images to FFCV's .beton files. A build that was stopped goes on with the same command."""
+    from fastssl import beton
 
-    reports = build_beton(
-        builder, source, out, canvas=canvas, max_side=max_side, quality=quality, workers=workers, limit=limit,
-        dry_run=dry_run,
+    if list_:
+        for name, (about, downloads) in beton.describe_builders().items():
+            print(f"{name:<14} {about}" + (" (--download)" if downloads else ""))
+        return
+    if builder is None or out is None:
+        raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
+    options = dict(
+        canvas=canvas, max_side=max_side, quality=quality, order=order, workers=workers, limit=limit
     )  # fmt: skip
+    if dry_run:
+        _print_forecast(beton.forecast_build(builder, source, out, **options))
+        return
+    reports = beton.build_beton(builder, source, out, **options, strict=strict, download=download)
     for report in reports:
-        would = "would hold about" if dry_run else "holds"
         print(
-            f"{report.path} {would} {report.samples:,} images of {report.classes} classes, "
-            f"{report.bytes / 1e6:,.1f} MB" + (f", {report.bad} bad images skipped" if report.bad else "")
+            f"{report.path} holds {report.samples:,} images of {report.classes} classes, {report.bytes / 1e6:,.1f} MB"
+            + (f", {report.bad} bad images skipped" if report.bad else "")
+            + (" (kept: it was built from the same images with the same options)" if report.kept else "")
         )
-    if any(report.bad for report in reports) and not dry_run:
+    if any(report.bad for report in reports):
         print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+
+
+def _print_forecast(forecast) -> None:
+    for split in forecast.splits:
+        print(
+            f"{split.path} would hold about {split.images:,} images of {split.classes} classes, "
+            f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes"
+            + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
+        )
+    total = sum(split.bytes for split in forecast.splits)
+    for fit, place, free in (("fit on", "disk", forecast.free_disk), ("fit into", "page cache", forecast.free_memory)):
+        verdict = fit if total < free else f"DO NOT {fit}"
+        print(f"All {total / 1e9:,.2f} GB {verdict} the {place}: {free / 1e9:,.1f} GB free.")
 
 
 @app.command()

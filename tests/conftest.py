@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pictures import jpeg_bytes, photo
 from PIL import Image
 
 from fastssl.beton import build_beton
@@ -52,3 +53,15 @@ def full(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("full")
     build_beton("imagefolder", photos, out, max_side=500, workers=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def forty_photos(tmp_path_factory):
+    """Two classes of twenty JPEGs of several sizes. Never changed: copy it to change it."""
+    root = tmp_path_factory.mktemp("photos")
+    for label, name in enumerate(("bird", "cat")):
+        (root / name).mkdir()
+        for number in range(20):
+            image = photo(20 * label + number, 90 + number, 70 + 2 * number)
+            (root / name / f"{number:02}.jpg").write_bytes(jpeg_bytes(image))
+    return root

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,29 +14,17 @@ import pytest
 from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.reader import Reader
+from pictures import jpeg_bytes, photo
 from PIL import Image
 
-import beton_builders
 from fastssl.beton import build_beton, format, read_header, read_labels, read_metadata
-from fastssl.beton.images import Plan, encode_image
+from fastssl.beton.images import Case, Plan, encode_image
 from fastssl.recipe import UserError
 
 # numba complains, harmlessly, when one of FFCV's many short-lived pipelines is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SCALARS = ("label", "index", "height", "width")
-
-
-def photo(seed: int, width: int, height: int) -> Image.Image:
-    """A smooth random picture: JPEG changes it by a few grey levels only."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def jpeg_bytes(image: Image.Image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **{"quality": 95, **options})
-    return buffer.getvalue()
 
 
 def payloads(path: Path) -> list[bytes]:
@@ -54,33 +36,13 @@ def payloads(path: Path) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """Two classes of twenty JPEGs of several sizes."""
-    root = tmp_path_factory.mktemp("photos")
-    for label, name in enumerate(("bird", "cat")):
-        (root / name).mkdir()
-        for number in range(20):
-            image = photo(20 * label + number, 90 + number, 70 + 2 * number)
-            (root / name / f"{number:02}.jpg").write_bytes(jpeg_bytes(image))
-    return root
-
-
-@pytest.fixture(scope="module")
-def betons(photos, tmp_path_factory) -> dict[str, Path]:
+def betons(forty_photos, tmp_path_factory) -> dict[str, Path]:
     """The photographs in each way of storing them."""
     out = tmp_path_factory.mktemp("betons")
     ways = {"raw": {"canvas": 32}, "jpg": {"canvas": 80}, "full": {"max_side": 100}}
     for way, options in ways.items():
-        build_beton("imagefolder", photos, out / way, workers=2, **options)
+        build_beton("imagefolder", forty_photos, out / way, workers=2, **options)
     return {way: out / way / "train.beton" for way in ways}
-
-
-def own_builder(tmp_path: Path, monkeypatch, name: str, source: str) -> None:
-    """Make a builder of that name, as a user would who puts a file into beton_builders."""
-    folder = tmp_path / "builders"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.py").write_text(source)
-    monkeypatch.setattr(beton_builders, "__path__", [*beton_builders.__path__, str(folder)])
 
 
 # --- the format is FFCV's -----------------------------------------------------------------------
@@ -116,10 +78,10 @@ def stock_loader(path: Path, decoder, os_cache: bool) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("os_cache", [True, False])
 @pytest.mark.parametrize("way, tolerance", [("raw", 0), ("jpg", 30)])
-def test_canvas_through_stock_ffcv(photos, betons, way, tolerance, os_cache):
+def test_canvas_through_stock_ffcv(forty_photos, betons, way, tolerance, os_cache):
     side = {"raw": 32, "jpg": 80}[way]
     got = stock_loader(betons[way], SimpleRGBImageDecoder(), os_cache)
-    paths = sorted(photos.glob("*/*.jpg"))
+    paths = sorted(forty_photos.glob("*/*.jpg"))
     assert sorted(got["index"][:, 0]) == list(range(len(paths)))
     assert got["index"][:, 0].tolist() != list(range(len(paths)))  # shuffled
     for row, index in enumerate(got["index"][:, 0]):
@@ -137,8 +99,8 @@ def test_full_through_stock_ffcv(betons):
     assert (got["image"].std(axis=(1, 2, 3)) > 5).all()
 
 
-def test_full_keeps_the_bytes_of_a_jpeg_that_fits(photos, betons):
-    paths = sorted(photos.glob("*/*.jpg"))
+def test_full_keeps_the_bytes_of_a_jpeg_that_fits(forty_photos, betons):
+    paths = sorted(forty_photos.glob("*/*.jpg"))
     metadata = read_metadata(betons["full"])
     kept = 0
     for row, stored in zip(metadata, payloads(betons["full"]), strict=True):
@@ -258,7 +220,7 @@ def test_exif_rotation_is_applied(orientation, layout):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
     encoded = encode_image(stored, Plan(layout, 64, 95))
     assert (encoded.source_width, encoded.source_height) == upright.size
-    assert (encoded.how == "passed_through") == (layout == "full" and orientation == 1)
+    assert (encoded.case == Case.PASSED_THROUGH) == (layout == "full" and orientation == 1)
     if layout == "canvas":
         got = np.frombuffer(encoded.payload, np.uint8).reshape(64, 64, 3)
         expected = np.asarray(upright.resize((64, 64), Image.Resampling.BILINEAR))
@@ -283,161 +245,6 @@ def test_a_large_photograph_is_shrunk_like_torchvision_would():
 def test_a_photograph_with_damaged_exif_is_good():
     stored = jpeg_bytes(photo(5, 40, 40), exif=b"Exif\0\0rubbish that is no TIFF")
     assert encode_image(stored, Plan("canvas", 32, 90)).source_width == 40
-
-
-# --- bad images, bad sources, dying workers -----------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{"canvas": 32}, {"max_side": 200}])
-def test_bad_images_are_listed_and_skipped(photos, tmp_path, options):
-    source = tmp_path / "source"
-    shutil.copytree(photos, source)
-    whole = jpeg_bytes(photo(1, 100, 100))
-    (source / "bird" / "00a truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (source / "bird" / "00b ünï text.jpg").write_text("not a picture")
-    (source / "cat" / "zz empty.JPEG").write_bytes(b"")
-    start = time.monotonic()
-    report = build_beton("imagefolder", source, tmp_path / "out", **options)[0]
-    assert time.monotonic() - start < 20
-    assert (report.samples, report.bad) == (40, 3)
-    lines = (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()
-    bad = [json.loads(line) for line in lines]
-    assert [entry["name"] for entry in bad] == [
-        "bird/00a truncated.jpg",
-        "bird/00b ünï text.jpg",
-        "cat/zz empty.JPEG",
-    ]
-    assert [entry["index"] for entry in bad] == [1, 2, 42]
-    assert "truncated" in bad[0]["reason"] and "empty" in bad[2]["reason"]
-    index = read_metadata(report.path)["index"]
-    assert sorted(index) == [position for position in range(43) if position not in (1, 2, 42)]
-    assert list((tmp_path / "out").glob("*.part")) == []
-
-
-def test_only_bad_images(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "a.jpg").write_text("no")
-    with pytest.raises(UserError, match="Not one of the 1 images .* could be read"):
-        build_beton("imagefolder", source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("train*"))
-
-
-DEADLY = """
-import os
-import numpy as np
-from fastssl.beton import Sample
-
-CANVAS = 32
-
-class Deadly:
-    def __reduce__(self):
-        return os._exit, (1,)  # unpickling, in the worker, ends it
-
-def splits(source):
-    good = [Sample(np.zeros((8, 8, 3), np.uint8), 0, str(n)) for n in range(200)]
-    return {"train": (["a"], good + [Sample(Deadly(), 0, "deadly")])}
-"""
-
-
-def test_a_dying_worker_is_one_sentence(tmp_path, monkeypatch):
-    own_builder(tmp_path, monkeypatch, "deadly", DEADLY)
-    with pytest.raises(UserError, match="worker process .* died"):
-        build_beton("deadly", None, tmp_path / "out", workers=2)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_ctrl_c_and_kill_leave_nothing_at_the_final_name(tmp_path):
-    """A build in a process group of its own: interrupted as a terminal would, then killed."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "source").mkdir()
-    noise = Image.fromarray(rng.integers(0, 256, (700, 700, 3), dtype=np.uint8))
-    for number in range(2000):
-        path = tmp_path / "source" / f"{number}.jpg"
-        path.symlink_to("0.jpg") if number else path.write_bytes(jpeg_bytes(noise))
-    out = tmp_path / "out"
-    script = tmp_path / "build.py"
-    script.write_text(
-        "import sys, pathlib\n"
-        "from fastssl.beton import build_beton\n"
-        "if __name__ == '__main__':\n"
-        "    source, out = map(pathlib.Path, sys.argv[1:])\n"
-        "    build_beton('imagefolder', source, out, workers=2)\n"
-    )
-    command = [sys.executable, script, tmp_path / "source", out]
-    for number in (signal.SIGINT, signal.SIGKILL):
-        build = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        part = out / "train.beton.part"
-        while not (part.exists() and part.stat().st_size) and build.poll() is None:
-            time.sleep(0.05)
-        if number == signal.SIGINT:
-            os.killpg(build.pid, number)
-        else:
-            build.kill()
-        stderr = build.communicate(timeout=20)[1]  # returns when the workers are gone too
-        assert build.returncode != 0
-        assert not (out / "train.beton").exists()
-        if number == signal.SIGINT:
-            assert not part.exists()
-            # The parent's; on a busy machine a worker that is still starting may add its own.
-            assert "KeyboardInterrupt" in stderr
-    with pytest.raises(UserError, match="its build was interrupted"):
-        read_header(part)
-
-
-def test_a_disk_that_takes_no_more(photos, tmp_path):
-    """A limit on the size of files stands in for a full disk: write fails in the same place."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-    try:
-        with pytest.raises(UserError, match=re.escape(f"Cannot write to {tmp_path}")):
-            build_beton("imagefolder", photos, tmp_path, workers=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_mistakes_are_one_sentence(photos, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="did you mean imagefolder"):
-        build_beton("imagefoldr", photos, out)
-    with pytest.raises(UserError, match="exclude each other"):
-        build_beton("imagefolder", photos, out, canvas=32, max_side=32)
-    with pytest.raises(UserError, match="--max-side is 70000"):
-        build_beton("imagefolder", photos, out, max_side=70000)
-    with pytest.raises(UserError, match="--workers is 0"):
-        build_beton("imagefolder", photos, out, workers=0)
-    with pytest.raises(UserError, match="nowhere does not exist"):
-        build_beton("imagefolder", tmp_path / "nowhere", out)
-    with pytest.raises(UserError, match="no images"):
-        (tmp_path / "empty").mkdir()
-        build_beton("imagefolder", tmp_path / "empty", out)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write to"):
-        build_beton("imagefolder", photos, tmp_path / "file" / "out")
-    assert not out.exists()
-
-
-# --- the same bytes -----------------------------------------------------------------------------
-
-
-def test_workers_do_not_change_the_bytes(photos, betons, tmp_path):
-    for way, options in (("jpg", {"canvas": 80}), ("full", {"max_side": 100})):
-        build_beton("imagefolder", photos, tmp_path / way, workers=1, **options)
-        for name in ("train.beton", "train.beton.json"):
-            assert (tmp_path / way / name).read_bytes() == (
-                betons[way].with_name(name).read_bytes()
-            )
-
-
-def test_limit_and_dry_run(photos, tmp_path):
-    forecast = build_beton("imagefolder", photos, tmp_path / "o", canvas=32, dry_run=True)[0]
-    assert not (tmp_path / "o").exists()
-    assert (forecast.samples, forecast.classes) == (40, 2)
-    assert forecast.bytes == 40 * (32 * 32 * 3 + 48)
-    report = build_beton("imagefolder", photos, tmp_path / "o", canvas=32, limit=10)[0]
-    assert report.samples == 10
-    assert set(read_labels(report.path)) == {0, 1}
 
 
 # --- files that are no betons -------------------------------------------------------------------

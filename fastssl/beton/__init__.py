@@ -1,29 +1,38 @@
 """The .beton file: one file with all images of a split, in FFCV's format.
 
-    build.py     build_beton: a builder lists the images, workers encode them, one process writes
-    images.py    one image: decode, convert, resize, encode
-    builders.py  the builders, found by name
-    pool.py      the worker processes; progress.py how far they are
-    write.py     the pages and tables of one file; format.py their dtypes
-    read.py      what a file holds, checked before compiled code follows its pointers
+    build.py       build_beton: a builder lists the images, workers encode and write them
+    forecast.py    what a build would give
+    builders.py    the builders, found by name; listing.py what they list, in little memory
+    images.py      one image: decode, convert, resize, encode; jpeg.py the loader's own decoder
+    pool.py        the worker processes; progress.py how far they are
+    unfinished.py  a file that is being built, kept so that a build that was stopped goes on
+    write.py       the pages and tables of one file; format.py their dtypes
+    read.py        what a file holds, checked before compiled code follows its pointers
 
 Two layouts. "canvas": every image resized to one square, stored as pixels up to 64 px, as JPEG
 above. "full": a JPEG that fits is stored with its own bytes, others are shrunk to fit and encoded.
 
 Every file has the fields `image`, `label`, `index` (the position in the builder's order, before
 bad images are skipped), and `height` and `width` of the source after its EXIF rotation, in px.
-Stock FFCV reads these files. Beside X.beton lies X.beton.json: how it was built, and its classes.
+Stock FFCV reads these files. Beside X.beton lie X.beton.json (how it was built, its classes, a
+checksum a sample) and X.beton.names.txt (line i + 1: the name of the image of index i).
 """
 
 from .build import SplitReport, build_beton
+from .builders import builder_names, describe_builders
+from .forecast import Forecast, forecast_build
 from .read import BetonInfo, read_header, read_labels, read_metadata, read_samples
 from .sample import Sample
 
 __all__ = [
     "BetonInfo",
+    "Forecast",
     "Sample",
     "SplitReport",
     "build_beton",
+    "builder_names",
+    "describe_builders",
+    "forecast_build",
     "read_header",
     "read_labels",
     "read_metadata",

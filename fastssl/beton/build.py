@@ -1,50 +1,47 @@
-"""Build .beton files: the builder lists the images, workers encode them, this process writes.
+"""Build .beton files: the builder lists the images, workers encode and write them.
 
 FFCV's own DatasetWriter is not used: it waits for ever when a worker meets a bad image, and can
-neither skip one nor store a JPEG's bytes as they are.
+neither skip one, nor store a JPEG's bytes as they are, nor go on after it was stopped.
 
-The same source and options give the same bytes whatever the number of workers: results are
-written in the order in which the images were handed out, which is a fixed shuffle (a file sorted
-by class would make its first thousand samples one class); `index` keeps the source order.
+The same source and options give the same bytes whatever the number of workers, and however often
+the build was stopped. Samples stand in a fixed shuffle (a file sorted by class would make its
+first thousand samples one class) or in the builder's order; `index` is always the latter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import importlib.metadata
 import itertools
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fastssl.recipe import UserError
 
+from .atomic import write_atomically
 from .builders import load_builder
-from .format import OUR_FIELDS, metadata_type
-from .images import Plan
-from .listing import Listing
-from .pool import encoded_in_order, encoder_pool
+from .images import Case, Plan
+from .listing import Listing, changed_since, digest
+from .pool import Pool, worker_pool
 from .progress import progress
 from .sample import Sample
-from .write import BetonWriter, replace_durably
+from .unfinished import UnfinishedBeton, manifest_path, names_path
 
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
 ORDER_SEED = 0
-DRY_RUN_IMAGES = 256  # encoded to forecast the size of a file
+LISTED_AT_ONCE = 10_000  # images between two updates of the progress of listing
 
 
 class SplitReport(NamedTuple):
-    """What became of one split. In a dry run `bytes` is the forecast and nothing is written."""
+    """What became of one split."""
 
     split: str
     path: Path
@@ -54,14 +51,16 @@ class SplitReport(NamedTuple):
     bad: int
     passed_through: int
     seconds: float
+    kept: bool  # the file was there already, built from the same images with the same options
 
 
 class Split(NamedTuple):
-    """One split as its builder gives it."""
+    """One split as its builder gives it, and how it is to be built."""
 
     name: str
     classes: list[str]
     samples: Sequence[Sample]
+    order: np.ndarray  # positions in `samples`, in the order in which they are written
 
 
 def build_beton(
@@ -72,42 +71,40 @@ def build_beton(
     canvas: int | None = None,
     max_side: int | None = None,
     quality: int = 90,
+    order: Literal["shuffle", "source"] = "shuffle",
     workers: int | None = None,
     limit: int | None = None,
-    dry_run: bool = False,
+    strict: bool = False,
+    download: bool = False,
 ) -> list[SplitReport]:
     """Write OUT/{split}.beton with its manifest for every split that `builder` finds in `source`.
 
     `canvas` px (layout "canvas", the builder's own default) or `max_side` px (layout "full") set
     what is stored; `quality` is that of JPEGs made here. `limit` takes that many images of each
-    split, spread over its classes. Bad images are skipped and listed in OUT/bad_images.jsonl.
+    split, spread over its classes. Bad images are skipped and listed in OUT/bad_images.jsonl;
+    with `strict` the first one is a UserError. A build that was stopped goes on where it was, and
+    a split that is there already is kept if the same call would write it again.
     """
     module = load_builder(builder)
     plan = plan_storage(module.CANVAS, canvas, max_side, quality)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    for option, value in (("--workers", workers), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}; it must be 1 or more.")
-    splits = list_splits(module, builder, source)
+    workers = settle_workers(workers)
+    if download:
+        fetch(module, builder, source)
     options = {
-        "fastssl": importlib.metadata.version("fastssl-trainer"),
         "builder": builder,
         "source": str(source) if source else None,
         "limit": limit,
+        "layout": plan.layout,
+        "canvas" if plan.layout == "canvas" else "max_side": plan.side,
+        "storage": plan.storage,
+        "quality": plan.quality if plan.storage == "jpg" else None,
+        "order": {"shuffled_with_seed": ORDER_SEED} if order == "shuffle" else "source",
     }
-
-    if dry_run:
-        with encoder_pool(workers) as pool:
-            return [_forecast(split, out, plan, pool, workers, limit) for split in splits]
-
+    splits = list_splits(module, builder, source, order, limit)
     with _naming_the_disk(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "bad_images.jsonl").unlink(missing_ok=True)
-        reports: list[SplitReport] = []
-        with encoder_pool(workers) as pool:
-            for split in splits:
-                reports.append(_build_split(split, out, plan, pool, workers, options))
-    return reports
+        with worker_pool(workers) as pool:
+            return [_build_split(split, out, plan, pool, options, strict) for split in splits]
 
 
 def plan_storage(default: int, canvas: int | None, max_side: int | None, quality: int) -> Plan:
@@ -123,16 +120,44 @@ def plan_storage(default: int, canvas: int | None, max_side: int | None, quality
     return Plan("full" if max_side is not None else "canvas", side, quality)
 
 
-def list_splits(module: ModuleType, builder: str, source: Path | None) -> list[Split]:
-    """Ask the builder what is in `source`; its complaint about the layout becomes a UserError."""
-    if source is not None and not source.exists():
-        raise UserError(f"{source} does not exist; --source must be what {builder} is built from.")
+def settle_workers(workers: int | None) -> int:
+    """The number of worker processes: as asked for, else one for each core this process may use."""
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}; it must be 1 or more.")
+    return len(os.sched_getaffinity(0)) if workers is None else workers
+
+
+def fetch(module: ModuleType, builder: str, source: Path | None) -> None:
+    """Let the builder download its data set into `source`."""
+    if not hasattr(module, "download"):
+        raise UserError(f"{builder} cannot be downloaded; `fastssl build-beton --list` says what can.")
+    if source is None:
+        raise UserError("--download needs --source, the folder to download into.")
+    source.mkdir(parents=True, exist_ok=True)
     try:
-        found = module.splits(source)
-        splits = []
-        for name, (classes, samples) in found.items():
-            listed = samples if isinstance(samples, Sequence) else Listing(samples)
-            splits.append(Split(name, classes, listed))
+        module.download(source)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise UserError(f"{builder} could not be downloaded into {source}: {error}") from error
+
+
+def list_splits(
+    module: ModuleType,
+    builder: str,
+    source: Path | None,
+    order: Literal["shuffle", "source"] = "shuffle",
+    limit: int | None = None,
+) -> list[Split]:
+    """Ask the builder what is in `source`; its complaint about the layout becomes a UserError."""
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; it must be 1 or more.")
+    if source is not None and not source.exists():
+        fetching = "; --download fetches it" if hasattr(module, "download") else ""
+        raise UserError(f"{source} does not exist; --source must be what {builder} is built from{fetching}.")
+    splits = []
+    try:
+        for name, (classes, samples) in module.splits(source).items():
+            listed = samples if isinstance(samples, Sequence) else Listing(_counted(samples, name))
+            splits.append(Split(name, classes, listed, _order(len(listed), order, limit)))
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read: give yourself the right to.") from error
     except (OSError, ValueError, ImportError) as error:
@@ -143,138 +168,145 @@ def list_splits(module: ModuleType, builder: str, source: Path | None) -> list[S
     return splits
 
 
+def _counted(samples: Iterable[Sample], split: str) -> Iterator[Sample]:
+    """The samples as they are, with their number shown: a million on a slow disk take minutes."""
+    samples = iter(samples)
+    with progress(f"{split}: listing", None) as advance:
+        while some := list(itertools.islice(samples, LISTED_AT_ONCE)):
+            yield from some
+            advance(len(some))
+
+
+def _order(samples: int, order: Literal["shuffle", "source"], limit: int | None) -> np.ndarray:
+    """Positions in the builder's order, in the order in which they are written."""
+    shuffled = np.random.default_rng(ORDER_SEED).permutation(samples)[:limit]
+    return shuffled if order == "shuffle" else np.sort(shuffled)
+
+
 def _build_split(
-    split: Split,
-    out: Path,
-    plan: Plan,
-    pool: ProcessPoolExecutor,
-    workers: int,
-    options: dict,
+    split: Split, out: Path, plan: Plan, pool: Pool, options: dict, strict: bool
 ) -> SplitReport:
-    """Write one split beside its final name, then rename it."""
+    """Write one split beside its final name, then rename it; or keep the one that is there."""
     start = time.monotonic()
-    path, part = out / f"{split.name}.beton", out / f"{split.name}.beton.part"
-    manifest_path = out / f"{split.name}.beton.json"
-    manifest_part = out / f"{split.name}.beton.json.part"
-    order = _order(split, options["limit"])
-    bad: list[dict] = []
-    how: Counter[str] = Counter()
+    path = out / f"{split.name}.beton"
+    key = {**options, "listing": digest(split.samples), "classes": split.classes}
+    if manifest := _finished(path, key, split.samples):
+        return _report(split, path, manifest, time.monotonic() - start, kept=True)
 
+    versions = {
+        "fastssl": importlib.metadata.version("fastssl-trainer"),
+        "pillow": importlib.metadata.version("pillow"),
+    }
+    with UnfinishedBeton(path, {**versions, **key}, capacity=len(split.order)) as unfinished:
+        done = (split.samples[index] for index in unfinished.rows["index"])
+        if changed_since(done, unfinished.started):
+            unfinished.begin_anew()
+        _handle_images(split, unfinished, plan, pool, strict)
+        _record_bad_images(out / "bad_images.jsonl", split.name, unfinished.bad)
+        if not len(unfinished.good):
+            raise UserError(
+                f"Not one of the {len(unfinished.bad)} images of the split {split.name!r} could be "
+                f"read (the first: {unfinished.bad[0]['reason']}); all are listed in "
+                f"{out}/bad_images.jsonl."
+            )
+        manifest = {**versions, **key, **_counts(unfinished.rows)}
+        unfinished.finish(manifest, (sample.name for sample in split.samples))
+    return _report(split, path, manifest, time.monotonic() - start, kept=False)
+
+
+def _handle_images(
+    split: Split, unfinished: UnfinishedBeton, plan: Plan, pool: Pool, strict: bool
+) -> None:
+    """Encode and write the images that have not been handled yet."""
+    if strict and unfinished.bad:
+        raise _strictly(unfinished.bad[0])
+    done = len(unfinished.rows)
+    images = (_checked(split.samples[index], split).image for index in split.order[done:])
+    with progress(split.name, len(split.order), done=done) as advance:
+        written = pool.write_encoded(unfinished.pages, unfinished.position, images, plan)
+        for rows, reasons in written:
+            rows["index"] = split.order[done : done + len(rows)]
+            rows["label"] = [split.samples[index].label for index in rows["index"]]
+            bad = [
+                _bad_image(split, int(index), reason)
+                for index, reason in zip(rows["index"][rows["case"] == Case.BAD], reasons, strict=True)
+            ]
+            if strict and bad:
+                raise _strictly(bad[0])
+            unfinished.add(rows, bad)
+            done += len(rows)
+            advance(len(rows), int(rows["size"].sum()))
+
+
+def _finished(path: Path, key: dict, samples: Sequence[Sample]) -> dict | None:
+    """The manifest of the file that is there, if this build would write the same one again."""
     try:
-        with open(part, "wb", buffering=1 << 20) as file:
-            writer = BetonWriter(file, capacity=len(order))
-            images = (split.samples[index].image for index in order)
-            with progress(split.name, len(order)) as advance:
-                results = encoded_in_order(pool, images, plan, workers)
-                for index, result in zip(order, results, strict=True):
-                    sample = split.samples[index]
-                    if isinstance(result, str):
-                        bad.append(_bad_image(split.name, sample, index, result))
-                    else:
-                        writer.add(result, _checked_label(sample, split), index)
-                        how[result.how] += 1
-                    advance()
-            _append_bad_images(out / "bad_images.jsonl", bad)
-            if not writer.samples:
-                raise UserError(
-                    f"Not one of the {len(bad)} images of the split {split.name!r} could be read "
-                    f"(the first: {bad[0]['reason']}); all are listed in {out}/bad_images.jsonl."
-                )
-            writer.finish()
+        manifest = json.loads(manifest_path(path).read_bytes())
+        is_same = all(manifest[name] == value for name, value in key.items())
+        is_whole = path.stat().st_size == manifest["bytes"] and names_path(path).exists()
+        began = manifest_path(path).stat().st_mtime_ns
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if is_same and is_whole and not changed_since(samples, began) else None
 
-        manifest = {
-            **options,
-            "layout": plan.layout,
-            "canvas" if plan.layout == "canvas" else "max_side": plan.side,
-            "storage": plan.storage,
-            "quality": plan.quality if plan.storage == "jpg" else None,
-            "order": {"shuffled_with_seed": ORDER_SEED},
-            "samples": writer.samples,
-            "classes": split.classes,
-            "counts": {
-                "passed_through": how["passed_through"],
-                "encoded": how["encoded"],
-                "raw": how["raw"],
-                "bad": len(bad),
-            },
-        }
-        with open(manifest_part, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, ensure_ascii=False)
-        # The old manifest goes first: a .beton without one can be read, with a wrong one it
-        # would be misread.
-        manifest_path.unlink(missing_ok=True)
-        replace_durably(part, path)
-        replace_durably(manifest_part, manifest_path)
-    finally:
-        part.unlink(missing_ok=True)
-        manifest_part.unlink(missing_ok=True)
 
+def _counts(rows: np.ndarray) -> dict:
+    """For the manifest: how many samples, and what became of all images."""
+    numbers = np.bincount(rows["case"], minlength=len(Case)).tolist()
+    cases = {case.name.lower(): numbers[case] for case in Case if numbers[case]}
+    counts = {name: cases.pop(name, 0) for name in ("passed_through", "raw", "bad")}
+    counts["encoded"] = sum(cases.values())
+    return {"samples": len(rows) - counts["bad"], "counts": counts, "encoded_because": cases}
+
+
+def _report(split: Split, path: Path, manifest: dict, seconds: float, kept: bool) -> SplitReport:
     return SplitReport(
         split.name,
         path,
-        writer.samples,
+        manifest["samples"],
         len(split.classes),
         path.stat().st_size,
-        len(bad),
-        how["passed_through"],
-        time.monotonic() - start,
+        manifest["counts"]["bad"],
+        manifest["counts"]["passed_through"],
+        seconds,
+        kept,
     )
 
 
-def _forecast(
-    split: Split,
-    out: Path,
-    plan: Plan,
-    pool: ProcessPoolExecutor,
-    workers: int,
-    limit: int | None,
-) -> SplitReport:
-    """What building a split would give, from encoding the first few hundred images in its order."""
-    start = time.monotonic()
-    order = _order(split, limit)
-    images = (split.samples[index].image for index in itertools.islice(order, DRY_RUN_IMAGES))
-    results = list(encoded_in_order(pool, images, plan, workers))
-    good = [result for result in results if not isinstance(result, str)]
-    seconds_an_image = (time.monotonic() - start) / len(results)
-    bytes_an_image = sum(len(result.payload) for result in good) / len(results)
-    bytes_a_row = metadata_type(OUR_FIELDS).itemsize
-    passed_through = sum(result.how == "passed_through" for result in good)
-    return SplitReport(
-        split.name,
-        out / f"{split.name}.beton",
-        len(order),
-        len(split.classes),
-        round(len(order) * (bytes_an_image + bytes_a_row)),
-        len(results) - len(good),
-        passed_through,
-        seconds_an_image * len(order),
-    )
-
-
-def _order(split: Split, limit: int | None) -> list[int]:
-    """Positions in the builder's order, in the order in which they are written."""
-    return np.random.default_rng(ORDER_SEED).permutation(len(split.samples))[:limit].tolist()
-
-
-def _checked_label(sample: Sample, split: Split) -> int:
+def _checked(sample: Sample, split: Split) -> Sample:
     if not 0 <= sample.label < len(split.classes):
         raise UserError(
             f"The builder gave {sample.name} the label {sample.label}, but the split "
             f"{split.name!r} has {len(split.classes)} classes: the builder needs mending."
         )
-    return sample.label
+    return sample
 
 
-def _bad_image(split: str, sample: Sample, index: int, reason: str) -> dict:
-    return {"split": split, "name": sample.name, "index": index, "reason": reason}
+def _bad_image(split: Split, index: int, reason: str) -> dict:
+    # A file name that is not UTF-8 is shown with escapes.
+    name = split.samples[index].name.encode("utf-8", "backslashreplace").decode()
+    return {"split": split.name, "name": name, "index": index, "reason": reason}
 
 
-def _append_bad_images(path: Path, bad: list[dict]) -> None:
-    """One JSON object a line, in source order; no file where every image was good."""
-    if bad:
-        with open(path, "a", encoding="utf-8") as file:
-            for entry in sorted(bad, key=lambda entry: entry["index"]):
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+def _strictly(bad: dict) -> UserError:
+    return UserError(
+        f"{bad['name']} is bad: {bad['reason']}; mend it or take it away, or leave out --strict."
+    )
+
+
+def _record_bad_images(path: Path, split: str, bad: list[dict]) -> None:
+    """Put the bad images of a split into the list of all, one JSON object a line; none, no file."""
+    try:
+        entries = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        entries = [entry for entry in entries if entry["split"] != split]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or not ours
+        entries = []
+    entries += sorted(bad, key=lambda entry: entry["index"])
+    if not entries:
+        path.unlink(missing_ok=True)
+        return
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    write_atomically(path, lambda beside: beside.write_text(text, "utf-8"))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,15 @@ def builder_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
+def describe_builders() -> dict[str, tuple[str, bool]]:
+    """For each builder the first line of its documentation, and whether it can download."""
+    modules = {name: load_builder(name) for name in builder_names()}
+    return {
+        name: (module.__doc__.strip().split("\n")[0], hasattr(module, "download"))
+        for name, module in modules.items()
+    }
+
+
 def load_builder(name: str) -> ModuleType:
     """The module beton_builders.NAME; an unknown name is refused with the nearest one."""
     names = builder_names()

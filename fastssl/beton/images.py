@@ -2,7 +2,10 @@
 
 This is what the worker processes run. It imports neither torch nor ffcv, so a worker starts fast.
 
-How pixels are converted, in this order:
+In the full layout a JPEG that fits is stored with its own bytes, once the loader's decoder has
+decoded it without a complaint. What it warns of is decoded by Pillow instead and encoded anew.
+
+How the pixels of all others are converted, in this order:
 1. A JPEG at least twice as large as needed is shrunk inside its decoder, to no less than twice the
    target, before the exact resize: photographs of 20 megapixels need not be decoded in full.
 2. To 8-bit RGB: 16-bit grey keeps its upper 8 bits; transparency is laid over white; palette, grey
@@ -17,11 +20,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from . import jpeg
 from .format import JPG, PAGE_SIZE, RAW
 from .sample import ImageSource
 
@@ -55,6 +60,24 @@ class Plan(NamedTuple):
         return "raw" if self.layout == "canvas" and self.side <= RAW_UP_TO else "jpg"
 
 
+class Case(IntEnum):
+    """What became of an image: left out, stored as it was, or encoded anew and for which reason.
+
+    The manifest counts them by these names; where several reasons hold, the first one counts.
+    """
+
+    BAD = 0
+    RAW = 1
+    PASSED_THROUGH = 2
+    CANVAS = 3
+    NOT_JPEG = 4
+    NOT_RGB = 5
+    ROTATED = 6
+    LARGER_THAN_MAX_SIDE = 7
+    LARGER_THAN_PAGE = 8
+    DECODER_WARNING = 9
+
+
 class Encoded(NamedTuple):
     """One image as stored; the source's height and width are those after the EXIF rotation."""
 
@@ -64,15 +87,17 @@ class Encoded(NamedTuple):
     width: int
     source_height: int
     source_width: int
-    how: str  # "raw", "encoded" or "passed_through"
+    case: Case
 
 
-def encode_chunk(images: list[ImageSource], plan: Plan) -> list[Encoded | str]:
+def encode_all(images: list[ImageSource], plan: Plan) -> list[Encoded | str]:
     """Encode some images; for a bad one the reason stands in its place."""
     results: list[Encoded | str] = []
     for image in images:
         try:
             results.append(encode_image(image, plan))
+        except MemoryError:  # says something about the machine, nothing about the image
+            raise
         except UnidentifiedImageError:
             results.append("not an image that Pillow can read")
         except Exception as error:  # decoders raise nearly anything on a damaged file
@@ -87,14 +112,9 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
     width, height = image.size
     source_height, source_width = (width, height) if orientation in SIDEWAYS else (height, width)
 
-    fits = max(width, height) <= plan.side
-    if plan.layout == "full" and fits and orientation not in TURNS and len(file_bytes) <= PAGE_SIZE:
-        if image.format == "JPEG" and image.mode == "RGB":
-            # Decoding at an eighth reads the whole stream, so it finds a truncated file, and
-            # leaves out most of the arithmetic.
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            image.load()
-            return Encoded(file_bytes, JPG, height, width, height, width, "passed_through")
+    case = _case(image, file_bytes, orientation, plan)
+    if case == Case.PASSED_THROUGH:
+        return Encoded(file_bytes, JPG, height, width, height, width, case)
 
     if plan.layout == "canvas":
         target = (plan.side, plan.side)
@@ -109,17 +129,36 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
         image = image.transpose(TURNS[orientation])
 
     if plan.storage == "raw":
-        payload, mode, how = image.tobytes(), RAW, "raw"
+        payload, mode = image.tobytes(), RAW
     else:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
-        payload, mode, how = buffer.getvalue(), JPG, "encoded"
+        payload, mode = buffer.getvalue(), JPG
     if len(payload) > PAGE_SIZE:
         raise ValueError(
             f"takes {len(payload):,} bytes as a JPEG, more than a page of {PAGE_SIZE:,}; "
             "a smaller --max-side or --quality makes it fit"
         )
-    return Encoded(payload, mode, image.height, image.width, source_height, source_width, how)
+    return Encoded(payload, mode, image.height, image.width, source_height, source_width, case)
+
+
+def _case(image: Image.Image, file_bytes: bytes, orientation: int, plan: Plan) -> Case:
+    """How the image will be stored; ValueError where the loader's decoder cannot decode it."""
+    if plan.storage == "raw":
+        return Case.RAW
+    if plan.layout == "canvas":
+        return Case.CANVAS
+    if image.format not in ("JPEG", "MPO"):  # MPO: a phone's JPEG with more pictures behind it
+        return Case.NOT_JPEG
+    if image.mode != "RGB":
+        return Case.NOT_RGB
+    if orientation in TURNS:
+        return Case.ROTATED
+    if max(image.size) > plan.side:
+        return Case.LARGER_THAN_MAX_SIDE
+    if len(file_bytes) > PAGE_SIZE:
+        return Case.LARGER_THAN_PAGE
+    return Case.DECODER_WARNING if jpeg.check(file_bytes) else Case.PASSED_THROUGH
 
 
 def read_image_bytes(source: ImageSource) -> bytes:

@@ -1,12 +1,15 @@
-"""A list of a million samples in little memory."""
+"""A list of a million samples in little memory, and whether it is still what it was."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from .sample import Sample
 
@@ -35,3 +38,38 @@ class Listing(Sequence[Sample]):
             raise IndexError(position)
         with memoryview(self._content) as content:
             return Sample(*pickle.loads(content[self._ends[position] : self._ends[position + 1]]))
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._content).hexdigest()
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """A SHA-256 that differs if the samples do: in number, order, place, label, name or pixels.
+
+    The content of files is not read.
+    """
+    if isinstance(samples, Listing):
+        return samples.digest()
+    result = hashlib.sha256()
+    for image, label, name in samples:
+        pixels = isinstance(image, np.ndarray)
+        result.update(repr((label, name, image.shape if pixels else image)).encode())
+        if pixels:
+            result.update(np.ascontiguousarray(image))
+    return result.hexdigest()
+
+
+def changed_since(samples: Iterable[Sample], time_ns: int) -> bool:
+    """Whether the file of any sample was written, moved or replaced later than that."""
+    seen = None
+    for image, _, _ in samples:
+        path = image[0] if isinstance(image, tuple) else image
+        if not isinstance(path, str | os.PathLike) or path == seen:
+            continue
+        seen = path
+        try:
+            if os.stat(path).st_ctime_ns > time_ns:
+                return True
+        except OSError:
+            return True
+    return False

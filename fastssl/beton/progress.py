@@ -11,25 +11,33 @@ PLAIN_LINE_EVERY = 10.0  # seconds
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number done since its last call; shows the rate and the time left."""
+def progress(
+    title: str, total: int | None, unit: str = "images", done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """Gives a function to call with the number done since its last call, and the bytes if they matter.
+
+    Shows the rate and the time left; of a `total` that is not known, how many so far. `done` were
+    done before.
+    """
     console = Console(stderr=True)
     start = last_line = time.monotonic()
-    done = 0
+    before, size = done, 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, rate="")
+        task = bar.add_task(title, total=total, completed=done, rate="")
 
-        def advance(count: int = 1) -> None:
-            nonlocal done, last_line
-            done += count
+        def advance(count: int = 1, size_B: int = 0) -> None:
+            nonlocal done, size, last_line
+            done, size = done + count, size + size_B
             now = time.monotonic()
-            rate = f"{done / (now - start):,.1f} {unit}/s"
+            a_second = (done - before) / (now - start)
+            rate = f"{a_second:,.1f} {unit}/s" + (f", {size / 1e6 / (now - start):,.1f} MB/s" if size else "")
             bar.update(task, completed=done, rate=rate)
-            if not console.is_terminal and (done >= total or now - last_line >= PLAIN_LINE_EVERY):
+            is_last = total is not None and done >= total
+            if not console.is_terminal and (is_last or now - last_line >= PLAIN_LINE_EVERY):
                 last_line = now
-                left = (total - done) * (now - start) / done
-                line = f"{title}: {done:,} of {total:,} {unit}, {rate}, {left:,.0f} s left"
+                line = f"{title}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}, {rate}"
+                line += f", {(total - done) / a_second:,.0f} s left" if total else ""
                 console.print(line, soft_wrap=True, highlight=False)
 
         yield advance

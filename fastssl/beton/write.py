@@ -1,13 +1,15 @@
-"""Write one .beton file: images into pages as they come, the tables at the end, the header last.
+"""The layout of one .beton file: where samples go, and the tables around them.
 
     header | field descriptors | metadata, one row a sample | ... page | page | page | allocations
 
+Samples are placed in order, each behind the last, so the file does not depend on who writes them.
 Until the header is written the version reads 0, so a file cut off at any moment is refused.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,53 +26,79 @@ from .format import (
     align,
     metadata_type,
 )
-from .images import Encoded
+
+# What a build knows of each image it has handled, in the order of the file. `case` is an
+# images.Case; of a bad image only `case` and `index` are set.
+ROW = np.dtype(
+    [
+        ("index", "<i8"),
+        ("label", "<i8"),
+        ("case", "u1"),
+        ("mode", "u1"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("source_width", "<u4"),
+        ("source_height", "<u4"),
+        ("size", "<u4"),
+        ("crc32", "<u4"),
+        ("data_ptr", "<u8"),
+    ]
+)
 
 
-class BetonWriter:
-    """Appends samples to an empty file open for binary writing; `finish` makes it a .beton.
+def data_start(capacity: int) -> int:
+    """Where the first sample goes, in bytes: behind the metadata of `capacity` samples.
 
-    `capacity` is the largest number of samples that may come: room for their metadata is kept
-    in front of the pages, since how many images turn out bad is known only at the end.
+    How many images turn out bad is known only at the end, so room is kept for all.
     """
+    tables = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize
+    return align(tables + capacity * metadata_type(OUR_FIELDS).itemsize)
 
-    def __init__(self, file: BinaryIO, capacity: int) -> None:
-        self._file = file
-        self._metadata = np.zeros(capacity, metadata_type(OUR_FIELDS))
-        self._allocations = np.zeros(capacity, ALLOCATION)
-        self._metadata_start = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize
-        self._position = align(self._metadata_start + self._metadata.nbytes)
-        self.samples = 0
 
-    def add(self, image: Encoded, label: int, index: int) -> None:
-        """Append one sample. `index` is its position in the builder's source order."""
-        size = len(image.payload)
-        end_of_page = align(self._position + 1)
-        if self._position + size > end_of_page:
-            self._position = end_of_page
-        self._file.seek(self._position)  # skipped bytes read as zeros
-        self._file.write(image.payload)
+def place(sizes: Sequence[int], position: int) -> tuple[list[int], int]:
+    """Where samples of these sizes go from `position` on, in bytes, and the position behind them.
 
-        stored = (image.mode, image.width, image.height, self._position)
-        row = (stored, label, index, image.source_height, image.source_width)
-        self._metadata[self.samples] = row
-        self._allocations[self.samples] = (self.samples, self._position, size)
-        self._position += size
-        self.samples += 1
+    A sample that would cross the end of a page begins on the next one; the gap reads as zeros.
+    """
+    pointers = []
+    for size in sizes:
+        end_of_page = align(position + 1)
+        if position + size > end_of_page:
+            position = end_of_page
+        pointers.append(position)
+        position += size
+    return pointers, position
 
-    def finish(self) -> None:
-        """Write the tables and the header, and wait until everything is on the disk."""
-        alloc_table_ptr = self._position
-        self._file.seek(alloc_table_ptr)
-        self._file.write(self._allocations[: self.samples].tobytes())
-        self._file.seek(HEADER.itemsize)
-        self._file.write(_field_descriptors().tobytes())
-        self._file.write(self._metadata[: self.samples].tobytes())
-        self._file.seek(0)
-        header = (VERSION, len(OUR_FIELDS), PAGE_SIZE, self.samples, alloc_table_ptr)
-        self._file.write(np.array(header, HEADER).tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+
+def write_tables(file: BinaryIO, rows: np.ndarray, position: int) -> np.ndarray:
+    """Make a file whose samples are in place a .beton; returns the metadata as written.
+
+    `rows` (ROW) describes its samples, `position` is the byte behind the last of them. Returns
+    when everything is on the disk.
+    """
+    metadata = np.zeros(len(rows), metadata_type(OUR_FIELDS))
+    for name in ("mode", "width", "height", "data_ptr"):
+        metadata["image"][name] = rows[name]
+    metadata["label"], metadata["index"] = rows["label"], rows["index"]
+    metadata["height"], metadata["width"] = rows["source_height"], rows["source_width"]
+    allocations = np.zeros(len(rows), ALLOCATION)
+    allocations["sample_id"] = np.arange(len(rows))
+    allocations["ptr"], allocations["size"] = rows["data_ptr"], rows["size"]
+
+    file.seek(position)
+    file.write(allocations.tobytes())
+    file.truncate()
+    file.seek(HEADER.itemsize)
+    file.write(_field_descriptors().tobytes())
+    file.write(metadata.tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+    file.seek(0)
+    header = (VERSION, len(OUR_FIELDS), PAGE_SIZE, len(rows), position)
+    file.write(np.array(header, HEADER).tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+    return metadata
 
 
 def _field_descriptors() -> np.ndarray:
