@@ -72,6 +72,8 @@ def read_list(folder: Path, split: str, classes: list[str]) -> list[tuple[str, i
                 f"unpack {ARCHIVE} again."
             )
         images.append((f"{name}/{file}", labels[name]))
+    if not images:
+        raise ValueError(f"{path} is empty: unpack {ARCHIVE} again.")
     return images
 
 
