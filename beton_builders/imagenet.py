@@ -1,0 +1,260 @@
+"""ImageNet-1k: 1,281,167 training and 50,000 validation images in 1,000 classes.
+
+SOURCE is a folder with any of these; only train or only val will do:
+    ILSVRC2012_img_train.tar          147,897,477,120 bytes, md5 1d675b47d978889d74fa0da5fadfb00e
+    ILSVRC2012_img_val.tar            6,744,924,160 bytes, md5 29b22e2961454d5413ddabcf34fc5622
+    train/WNID/*.JPEG                 the training images unpacked
+    val/WNID/*.JPEG                   the validation images sorted into classes
+    val/ILSVRC2012_val_*.JPEG         the same as they come out of their tar
+    ILSVRC/Data/CLS-LOC/{train,val}/  Kaggle's form of the two
+
+Validation images that are not in class folders need their labels beside them in SOURCE:
+    ILSVRC2012_devkit_t12.tar.gz      2.5 MB, md5 fa75699e90414af021442c21a62c3abf; or unpacked
+    LOC_val_solution.csv              Kaggle's file
+
+From https://image-net.org/download (free, after registration) or
+https://www.kaggle.com/c/imagenet-object-localization-challenge. The tars are read as they are:
+nothing is unpacked. Classes are the WordNet ids (WNID), sorted, so labels equal torchvision's.
+Order: by class and file name, the same from every form. Terms: non-commercial research and
+education only, as agreed to at registration.
+"""
+
+import csv
+import gzip
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from beton_builders.imagefolder import image_paths, is_image
+from beton_builders.webdataset import tar_files
+from fastssl.beton import Sample
+
+CANVAS = 256
+
+CLASSES = 1000
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT, SOLUTION = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
+META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+
+# Of MATLAB's file format: types of elements, and the class of a matrix of text
+COMPRESSED, CHARACTERS = 15, 4
+NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
+LARGEST_META = 1 << 26  # bytes
+
+# An image's file name, and where it is: a path, or the part of a tar.
+Found = list[tuple[str, str | tuple[str, int, int]]]
+# For each class in a split what lists its images; a class at a time, as there are a million.
+Classes = dict[str, Callable[[], Found]]
+
+
+def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
+    return find_splits("imagenet", source)
+
+
+def find_splits(
+    builder: str, source: Path | None, wanted: list[str] | None = None
+) -> dict[str, tuple[list[str], Iterator[Sample]]]:
+    """The splits in `source`, of the `wanted` classes or, where None, of all thousand."""
+    if source is None:
+        raise ValueError(f"{builder} needs --source, the folder of ImageNet's tars or images.")
+    if source.is_file():
+        raise ValueError(f"{builder} expects a folder: name the one that {source} lies in.")
+    found = {"train": find_train(source), "val": find_val(source)}
+    found = {split: classes for split, classes in found.items() if classes is not None}
+    if not found:
+        raise FileNotFoundError(
+            f"{builder} found none of {TRAIN_TAR}, {VAL_TAR}, train, val and {KAGGLE} in {source}: "
+            "name the folder that holds them."
+        )
+    for split, classes in found.items():
+        if wanted is None and len(classes) != CLASSES:
+            raise ValueError(
+                f"The {split} images in {source} are of {len(classes)} classes, not {CLASSES:,}: "
+                "unpack or download them whole, or use imagefolder for a choice of classes."
+            )
+        missing = sorted(set(wanted or next(iter(found.values()))) - set(classes))
+        if missing:
+            raise ValueError(
+                f"The {split} images in {source} lack the class {missing[0]}: unpack or download "
+                "them whole."
+            )
+    names = sorted(wanted or next(iter(found.values())))
+    return {split: (names, samples(split, names, classes)) for split, classes in found.items()}
+
+
+def samples(split: str, names: list[str], classes: Classes) -> Iterator[Sample]:
+    for label, wnid in enumerate(names):
+        for name, image in sorted(classes[wnid]()):
+            yield Sample(image, label, f"{split}/{wnid}/{name}")
+
+
+def find_train(source: Path) -> Classes | None:
+    for folder in (source / "train", source / KAGGLE / "train"):
+        if folder.is_dir():
+            return class_folders(folder)
+    if not (source / TRAIN_TAR).is_file():
+        return None
+    path = str(source / TRAIN_TAR)  # a tar of one tar a class, all uncompressed
+    return {
+        os.path.basename(name).removesuffix(".tar"): partial(images_in_tar, path, offset, size)
+        for name, offset, size in tar_files(path)
+    }
+
+
+def find_val(source: Path) -> Classes | None:
+    for folder in (source / "val", source / KAGGLE / "val"):
+        if folder.is_dir():
+            classes = class_folders(folder)
+            if classes:
+                return classes
+            return sorted_into_classes(images_in_folder(folder), source)
+    if (source / VAL_TAR).is_file():
+        return sorted_into_classes(images_in_tar(str(source / VAL_TAR)), source)
+    return None
+
+
+def class_folders(folder: Path) -> Classes:
+    return {
+        name: partial(images_in_folder, folder / name)
+        for name in os.listdir(folder)
+        if re.fullmatch(r"n\d{8}", name)
+    }
+
+
+def images_in_folder(folder: Path) -> Found:
+    return [(os.path.basename(path), path) for path in image_paths(folder)]
+
+
+def images_in_tar(path: str, start: int = 0, size: int | None = None) -> Found:
+    return [
+        (os.path.basename(name), (path, offset, size))
+        for name, offset, size in tar_files(path, start, size)
+        if is_image(os.path.basename(name))
+    ]
+
+
+def sorted_into_classes(images: Found, source: Path) -> Classes:
+    """The validation images as they come out of their tar, by the labels in `source`."""
+    wnids = validation_wnids(source)
+    found: dict[str, Found] = {}
+    for name, image in images:
+        wnid = wnids.get(os.path.splitext(name)[0])
+        if wnid is None:
+            raise ValueError(
+                f"The labels in {source} know no validation image {name}: download the images and "
+                f"{DEVKIT}.tar.gz again."
+            )
+        found.setdefault(wnid, []).append((name, image))
+    return {wnid: partial(list, of_class) for wnid, of_class in found.items()}
+
+
+def validation_wnids(source: Path) -> dict[str, str]:
+    """The class of each validation image, by its name without .JPEG."""
+    archive = source / f"{DEVKIT}.tar.gz"
+    if (source / SOLUTION).is_file():
+        return read_solution(source / SOLUTION)
+    if (source / DEVKIT).is_dir():
+        try:
+            meta, truth = ((source / DEVKIT / name).read_bytes() for name in (META, TRUTH))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error.filename} is missing: unpack {archive.name} again, or leave it packed."
+            ) from error
+        return read_devkit(meta, truth, source / DEVKIT)
+    if not archive.is_file():
+        raise FileNotFoundError(
+            f"The validation images in {source} are in no class folders, so {archive.name} or "
+            f"Kaggle's {SOLUTION} must lie there too: get it from where the images are from."
+        )
+    try:
+        with tarfile.open(archive, "r:gz") as opened:
+            files = (opened.extractfile(f"{DEVKIT}/{name}") for name in (META, TRUTH))
+            meta, truth = (file.read() for file in files)
+    except (
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+        KeyError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise ValueError(f"{archive} is not whole ({error}): download it again.") from error
+    return read_devkit(meta, truth, archive)
+
+
+def read_devkit(meta: bytes, truth: bytes, path: Path) -> dict[str, str]:
+    try:
+        wnids = {
+            int(mat_value(synset[b"ILSVRC2012_ID"])): str(mat_value(synset[b"WNID"]))
+            for synset in mat_structs(meta)
+        }
+        return {
+            f"ILSVRC2012_val_{position:08}": wnids[int(number)]
+            for position, number in enumerate(truth.split(), 1)
+        }
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error, zlib.error) as error:
+        raise ValueError(
+            f"{path} does not hold ImageNet's {META} and {TRUTH} ({error}): download it again."
+        ) from error
+
+
+def mat_structs(content: bytes) -> Iterator[dict[bytes, bytes]]:
+    """The structs in the array that a .mat file (MATLAB's format 5) holds, values not yet read.
+
+    scipy.io.loadmat reads the same, but a damaged file makes it crash the process.
+    """
+    kind, body, _ = mat_element(content, 128)  # behind the file's header
+    if kind == COMPRESSED:
+        body = mat_element(zlib.decompressobj().decompress(body, LARGEST_META), 0)[1]
+    # Flags, shape, name, the bytes that each field's name takes, those names; then the values.
+    parts, at = [], 0
+    for _ in range(5):
+        _, part, at = mat_element(body, at)
+        parts.append(part)
+    (length,) = struct.unpack("<i", parts[3])
+    names = [parts[4][i : i + length].split(b"\0")[0] for i in range(0, len(parts[4]), length)]
+    while names and at < len(body):
+        values = {}
+        for name in names:
+            _, values[name], at = mat_element(body, at)
+        yield values
+
+
+def mat_value(matrix: bytes) -> str | float:
+    """What a matrix of one number or of one text holds: the part after its flags, shape and name."""
+    at = 0
+    for _ in range(3):
+        at = mat_element(matrix, at)[2]
+    kind, value, _ = mat_element(matrix, at)
+    if kind in NUMBERS and matrix[8] != CHARACTERS:
+        return struct.unpack("<" + NUMBERS[kind], value)[0]
+    return value.replace(b"\0", b"").decode("ascii")  # characters take one byte or two
+
+
+def mat_element(content: bytes, at: int) -> tuple[int, bytes, int]:
+    """(type, content, where the next one starts) of the element at a byte of a .mat file."""
+    kind, size = struct.unpack_from("<II", content, at)
+    if kind >> 16:  # the short form: both in one word, up to four bytes of content in the other
+        return kind & 0xFFFF, content[at + 4 : at + 4 + (kind >> 16)], at + 8
+    if at + 8 + size > len(content):
+        raise ValueError(f"an element of {size:,} bytes is cut off")
+    return kind, content[at + 8 : at + 8 + size], at + 8 + size + -size % 8
+
+
+def read_solution(path: Path) -> dict[str, str]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    except (csv.Error, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not hold Kaggle's columns ImageId and PredictionString ({error}): "
+            "download it again."
+        ) from error
