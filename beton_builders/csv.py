@@ -1,0 +1,101 @@
+"""Your own images, listed in a CSV file.
+
+SOURCE is the file. Its first line names the columns, in any order:
+    path      of the image, absolute or within the folder that the file lies in
+    label     optional: the name of its class
+    split     optional: train, val, test or another word; without the column all is train
+
+Other columns are ignored. Comma-separated, UTF-8; values may stand in double quotes. Classes are
+the labels of all splits, sorted; where all are whole numbers, as numbers. Without a column label
+there is one class, unlabelled. Order: that of the file.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from operator import itemgetter
+from pathlib import Path
+
+from fastssl.beton import Sample
+
+CANVAS = 256
+
+SPLIT_NAME = re.compile(r"\w[\w-]*")
+
+
+def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
+    if source is None or source.is_dir():
+        raise ValueError("csv needs --source, a CSV file with the columns path and label.")
+    labels, names = set(), {}
+    for _, label, split in rows(source):
+        labels.add(label)
+        names[split] = None
+    if not names:
+        raise ValueError(f"{source} lists no images: write a line for each below the first.")
+    classes = in_order(labels)
+    return {name: (classes, samples(source, classes, name)) for name in names}
+
+
+def samples(source: Path, classes: list[str], wanted: str) -> Iterator[Sample]:
+    numbers = {label: number for number, label in enumerate(classes)}
+    for path, label, split in rows(source):
+        if split == wanted:
+            yield Sample(os.path.join(source.parent, path), numbers[label], path)
+
+
+def rows(source: Path) -> Iterator[tuple[str, str, str]]:
+    """Path, label and split of each line, checked; a million lines are never held at once."""
+    with open(source, "rb") as file:
+        reader = csv.reader(decoded(file, source), strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if "path" not in header:
+                raise ValueError(
+                    f"{source} must name its columns in line 1, path among them, and that line is "
+                    f"{','.join(header)[:60]!r}."
+                )
+            # A column that the file does not have is found behind its own.
+            columns = [*header, "label", "split"]
+            cells = itemgetter(*map(columns.index, ("path", "label", "split")))
+            for row in reader:
+                if not row:  # an empty line
+                    continue
+                if len(row) != len(header):
+                    raise ValueError(
+                        f"Line {reader.line_num} of {source} has {len(row)} values, and line 1 "
+                        f"names {len(header)} columns: put values with a comma in double quotes."
+                    )
+                path, label, split = cells([*row, "unlabelled", "train"])
+                if not (path and label and split):
+                    raise ValueError(
+                        f"Line {reader.line_num} of {source} gives no path, label or split: write "
+                        "one, or take the line out."
+                    )
+                if not SPLIT_NAME.fullmatch(split):
+                    raise ValueError(
+                        f"Line {reader.line_num} of {source} has the split {split[:60]!r}, which "
+                        "cannot name a file: use letters, digits and _."
+                    )
+                yield path, label, split
+        except csv.Error as error:
+            raise ValueError(
+                f"Line {reader.line_num} of {source} is not comma-separated text ({error}): "
+                "write the file again."
+            ) from error
+
+
+def decoded(file: Iterator[bytes], source: Path) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"Line {number} of {source} is not UTF-8 text: save the file as CSV UTF-8."
+            ) from error
+
+
+def in_order(labels: set[str]) -> list[str]:
+    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
