@@ -88,13 +88,20 @@ def read_row(path: str, column: str, group: int, row: int) -> bytes:
 @lru_cache(maxsize=1)  # such a group is often 10 MB and can be 100
 def read_group(path: str, column: str, group: int) -> Any:
     """The bytes of all images in a row group."""
-    from pyarrow import compute, parquet, types
+    from pyarrow import compute, types
 
-    with parquet.ParquetFile(path) as file:
-        struct = types.is_struct(file.schema_arrow.field(column).type)
-        wanted = f"{column}.bytes" if struct else column
-        images = file.read_row_group(group, columns=[wanted], use_threads=False).column(column)
+    file = open_file(path)
+    struct = types.is_struct(file.schema_arrow.field(column).type)
+    wanted = f"{column}.bytes" if struct else column
+    images = file.read_row_group(group, columns=[wanted], use_threads=False).column(column)
     return compute.struct_field(images, "bytes") if struct else images
+
+
+@lru_cache(maxsize=16)  # to read a file's table of groups takes milliseconds
+def open_file(path: str) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path)
 
 
 def read_file(path: str, name: str) -> File:

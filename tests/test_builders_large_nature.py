@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torchvision
 from test_builders_large import assert_images_read_back, listed, names, write
 
-from beton_builders import inaturalist, places365, sun397
+from beton_builders import imagenet, inaturalist, places365, sun397
 
 # --- places365 ----------------------------------------------------------------------------------
 
@@ -238,3 +239,46 @@ def test_sun397_says_what_is_wrong(tmp_path):
     (tmp_path / "SUN397" / "ClassName.txt").write_text("/a/abbey\n/c/church\n")
     with pytest.raises(FileNotFoundError, match="no class folder 'c/church' in .*SUN397: unpack"):
         sun397.splits(tmp_path)
+
+
+# --- downloads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "builder, name, expected",
+    [
+        (places365, "Places365", [{"split": "val", "small": True}]),
+        (inaturalist, "INaturalist", [{"version": "2021_train_mini"}, {"version": "2021_valid"}]),
+        (sun397, "SUN397", [{}]),
+    ],
+)
+def test_download_asks_torchvision(tmp_path, monkeypatch, builder, name, expected):
+    calls = []
+    accepted = inspect.signature(getattr(torchvision.datasets, name)).bind
+
+    def asked(*args, **options):
+        accepted(*args, **options)
+        calls.append((args, options))
+
+    monkeypatch.setattr(torchvision.datasets, name, asked)
+    builder.download(tmp_path)
+    assert calls == [((tmp_path,), {**options, "download": True}) for options in expected]
+
+
+def test_the_checksums_are_those_that_torchvision_holds():
+    from torchvision.datasets import imagenet as imagenets
+    from torchvision.datasets import inaturalist as species
+
+    published = {
+        imagenet: [md5 for _, md5 in imagenets.ARCHIVE_META.values()],
+        inaturalist: [md5 for year, md5 in species.DATASET_MD5.items() if year >= "2018"],
+        sun397: [torchvision.datasets.SUN397._DATASET_MD5],
+        places365: [
+            torchvision.datasets.Places365._IMAGES_META["val", True][1],
+            torchvision.datasets.Places365._IMAGES_META["val", False][1],
+            torchvision.datasets.Places365._DEVKIT_META["standard"][1],
+        ],
+    }
+    published[inaturalist].remove(species.DATASET_MD5["2019"])
+    for builder, checksums in published.items():
+        assert all(checksum in builder.__doc__ for checksum in checksums)
