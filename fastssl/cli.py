@@ -101,6 +101,32 @@ def _print_forecast(forecast) -> None:
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a .beton")],
+    verify: Annotated[bool, typer.Option("--verify", help="decode every image, compare it with its checksum")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to draw random samples into")] = None,
+    subset: Annotated[Path | None, typer.Option(help="list of image names or indices, one a line: count them")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes for --verify (default: all cores)")] = None,
+) -> None:
+    """Show what is in a .beton file, and whether all of it is sound."""
+    from rich.console import Console
+
+    from fastssl import beton
+
+    console = Console()
+    console.print(beton.summary_tables(beton.inspect_beton(file)))
+    if subset is not None:
+        console.print(beton.subset_table(file, subset))
+    if sheet is not None:
+        print(f"{sheet} shows {beton.draw_sheet(file, sheet)} samples.")
+    if verify:
+        verification = beton.verify(file, workers)
+        for line in verification.lines():
+            print(line)
+        print(verification.verdict())
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.epochs=1 ...")] = None,

@@ -8,6 +8,8 @@
     unfinished.py  a file that is being built, kept so that a build that was stopped goes on
     write.py       the pages and tables of one file; format.py their dtypes
     read.py        what a file holds, checked before compiled code follows its pointers
+    inspection.py  what a file holds, for a person: tables, a check of every image, a sheet of some
+    index_list.py  subsets: lists of names, as indices
 
 Two layouts. "canvas": every image resized to one square, stored as pixels up to 64 px, as JPEG
 above. "full": a JPEG that fits is stored with its own bytes, others are shrunk to fit and encoded.
@@ -21,6 +23,16 @@ checksum a sample) and X.beton.names.txt (line i + 1: the name of the image of i
 from .build import SplitReport, build_beton
 from .builders import builder_names, describe_builders
 from .forecast import Forecast, forecast_build
+from .index_list import read_index_list
+from .inspection import (
+    Summary,
+    Verification,
+    draw_sheet,
+    inspect_beton,
+    subset_table,
+    summary_tables,
+    verify,
+)
 from .read import BetonInfo, read_header, read_labels, read_metadata, read_samples
 from .sample import Sample
 
@@ -29,12 +41,20 @@ __all__ = [
     "Forecast",
     "Sample",
     "SplitReport",
+    "Summary",
+    "Verification",
     "build_beton",
     "builder_names",
     "describe_builders",
+    "draw_sheet",
     "forecast_build",
+    "inspect_beton",
     "read_header",
+    "read_index_list",
     "read_labels",
     "read_metadata",
     "read_samples",
+    "subset_table",
+    "summary_tables",
+    "verify",
 ]
