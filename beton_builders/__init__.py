@@ -8,5 +8,6 @@ A builder is a module of this package, found by its name (`fastssl build-beton N
   and an iterable of `Sample` in a fixed order. A source that is not laid out as expected raises
   ValueError or FileNotFoundError with one sentence: what was expected, found, and how to mend it.
 
-It imports `Sample` from fastssl.beton and nothing else of this project.
+It imports `Sample` from fastssl.beton and nothing else of this project. A module whose name begins
+with an underscore is no builder: it reads a format for several.
 """

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beton_builders.svhn import read_mat
+from beton_builders._matfile import read_mat, whole_numbers
 from fastssl.beton import Sample
 
 CANVAS = 256
@@ -44,21 +44,23 @@ blackberry lily
 """
 CLASSES = " ".join(NAMES.split()).split(", ")
 SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}  # and their names in setid.mat
-MD5 = {
-    "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
-    "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
-}
+IMAGES = 8189
 
 
 def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
     if source is None:
         raise ValueError("flowers102 needs --source, the folder with jpg and imagelabels.mat.")
     folder = find_folder(source)
-    (labels,) = read_mat(folder / "imagelabels.mat", MD5["imagelabels.mat"], "labels")
-    numbers = read_mat(folder / "setid.mat", MD5["setid.mat"], *SPLITS.values())
+    labels_path, numbers_path = folder / "imagelabels.mat", folder / "setid.mat"
+    labels = read_mat(labels_path, ["labels"])["labels"]
+    labels = whole_numbers(labels_path, "labels", labels, 1, len(CLASSES))
+    last = min(IMAGES, len(labels))
+    found = {}
+    for name, numbers in read_mat(numbers_path, SPLITS.values()).items():
+        found[name] = whole_numbers(numbers_path, name, numbers, 1, last)
     return {
-        split: (CLASSES, samples(source, folder, of_split.reshape(-1), labels.reshape(-1)))
-        for split, of_split in zip(SPLITS, numbers)
+        split: (CLASSES, samples(source, folder, found[name], labels))
+        for split, name in SPLITS.items()
     }
 
 

@@ -11,22 +11,18 @@ authors ask to be cited (Netzer et al., Reading Digits in Natural Images with Un
 Learning, 2011).
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from beton_builders._matfile import read_mat, whole_numbers
 from fastssl.beton import Sample
 
 CANVAS = 32
 
 CLASSES = [str(digit) for digit in range(10)]
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat", "extra": "extra_32x32.mat"}
-MD5 = {
-    "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
-    "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
-    "extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7",
-}
+MOST_BYTES = 1 << 31  # of the pixels in a file, which are read into memory
 
 
 def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
@@ -55,27 +51,18 @@ def download(source: Path) -> None:
 
 def read_split(path: Path) -> list[Sample]:
     """X (32, 32, 3, N) uint8: row, column, channel, image; y (N, 1): digits from 1 to 10."""
-    pixels, digits = read_mat(path, MD5[path.name], "X", "y")
-    images = np.moveaxis(pixels, 3, 0)
-    return [
-        Sample(image, int(digit) % 10, f"{path.name}/{number}")
-        for number, (image, digit) in enumerate(zip(images, digits.reshape(-1)))
-    ]
-
-
-def read_mat(path: Path, md5: str, *names: str) -> list[np.ndarray]:
-    """The variables `names` of a MATLAB file; other data sets have such files too.
-
-    Only of the very file that the authors published: scipy crashes on damaged ones.
-    """
-    from scipy.io import loadmat  # here: it takes a while, which a list of the builders need not
-
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
+    content = read_mat(path, ["X", "y"], most=MOST_BYTES)
+    pixels, digits = content["X"], whole_numbers(path, "y", content["y"], 0, 10)
+    shape = getattr(pixels, "shape", ())
+    if shape[:3] != (CANVAS, CANVAS, 3) or len(shape) != 4 or pixels.dtype != np.uint8:
         raise ValueError(
-            f"{path} is damaged or not the official file (its md5 is {found} instead of {md5}): "
-            "download it again."
+            f"{path} does not hold images of 32 x 32 x 3 bytes as X: download it again."
         )
-    content = loadmat(path, variable_names=names, appendmat=False)
-    return [content[name] for name in names]
+    if len(digits) != shape[3]:
+        raise ValueError(
+            f"{path} holds {shape[3]:,} images and {len(digits):,} labels: download it again."
+        )
+    return [
+        Sample(image, digit % 10, f"{path.name}/{number}")
+        for number, (image, digit) in enumerate(zip(np.moveaxis(pixels, 3, 0), digits.tolist()))
+    ]

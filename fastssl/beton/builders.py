@@ -10,7 +10,8 @@ from fastssl.recipe import UserError
 
 def builder_names() -> list[str]:
     package = importlib.import_module("beton_builders")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def describe_builders() -> dict[str, tuple[str, bool]]:
