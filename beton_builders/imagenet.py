@@ -21,15 +21,16 @@ education only, as agreed to at registration.
 
 import csv
 import gzip
+import io
 import os
 import re
-import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from beton_builders._matfile import read_variables
 from beton_builders.imagefolder import image_paths, is_image
 from beton_builders.webdataset import tar_files
 from fastssl.beton import Sample
@@ -41,11 +42,6 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT, SOLUTION = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 KAGGLE = "ILSVRC/Data/CLS-LOC"
-
-# Of MATLAB's file format: types of elements, and the class of a matrix of text
-COMPRESSED, CHARACTERS = 15, 4
-NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
-LARGEST_META = 1 << 26  # bytes
 
 # An image's file name, and where it is: a path, or the part of a tar.
 Found = list[tuple[str, str | tuple[str, int, int]]]
@@ -191,61 +187,18 @@ def validation_wnids(source: Path) -> dict[str, str]:
 
 def read_devkit(meta: bytes, truth: bytes, path: Path) -> dict[str, str]:
     try:
+        synsets = read_variables(io.BytesIO(meta), ["synsets"])["synsets"]
         wnids = {
-            int(mat_value(synset[b"ILSVRC2012_ID"])): str(mat_value(synset[b"WNID"]))
-            for synset in mat_structs(meta)
+            int(synset["ILSVRC2012_ID"].item()): str(synset["WNID"].item()) for synset in synsets
         }
         return {
             f"ILSVRC2012_val_{position:08}": wnids[int(number)]
             for position, number in enumerate(truth.split(), 1)
         }
-    except (ValueError, KeyError, IndexError, OverflowError, struct.error, zlib.error) as error:
+    except (ValueError, LookupError, OverflowError, AttributeError, TypeError, zlib.error) as error:
         raise ValueError(
             f"{path} does not hold ImageNet's {META} and {TRUTH} ({error}): download it again."
         ) from error
-
-
-def mat_structs(content: bytes) -> Iterator[dict[bytes, bytes]]:
-    """The structs in the array that a .mat file (MATLAB's format 5) holds, values not yet read.
-
-    scipy.io.loadmat reads the same, but a damaged file makes it crash the process.
-    """
-    kind, body, _ = mat_element(content, 128)  # behind the file's header
-    if kind == COMPRESSED:
-        body = mat_element(zlib.decompressobj().decompress(body, LARGEST_META), 0)[1]
-    # Flags, shape, name, the bytes that each field's name takes, those names; then the values.
-    parts, at = [], 0
-    for _ in range(5):
-        _, part, at = mat_element(body, at)
-        parts.append(part)
-    (length,) = struct.unpack("<i", parts[3])
-    names = [parts[4][i : i + length].split(b"\0")[0] for i in range(0, len(parts[4]), length)]
-    while names and at < len(body):
-        values = {}
-        for name in names:
-            _, values[name], at = mat_element(body, at)
-        yield values
-
-
-def mat_value(matrix: bytes) -> str | float:
-    """What a matrix of one number or of one text holds: the part after its flags, shape and name."""
-    at = 0
-    for _ in range(3):
-        at = mat_element(matrix, at)[2]
-    kind, value, _ = mat_element(matrix, at)
-    if kind in NUMBERS and matrix[8] != CHARACTERS:
-        return struct.unpack("<" + NUMBERS[kind], value)[0]
-    return value.replace(b"\0", b"").decode("ascii")  # characters take one byte or two
-
-
-def mat_element(content: bytes, at: int) -> tuple[int, bytes, int]:
-    """(type, content, where the next one starts) of the element at a byte of a .mat file."""
-    kind, size = struct.unpack_from("<II", content, at)
-    if kind >> 16:  # the short form: both in one word, up to four bytes of content in the other
-        return kind & 0xFFFF, content[at + 4 : at + 4 + (kind >> 16)], at + 8
-    if at + 8 + size > len(content):
-        raise ValueError(f"an element of {size:,} bytes is cut off")
-    return kind, content[at + 8 : at + 8 + size], at + 8 + size + -size % 8
 
 
 def read_solution(path: Path) -> dict[str, str]:
