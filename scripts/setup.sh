@@ -32,7 +32,7 @@ require_linux_and_python "$python"
 SECONDS=0
 # All that is missing is asked for at once: whoever has no root hears one sentence, not two.
 purpose=run
-[[ -n $(ffcv_wheel "$python") ]] || purpose=build
+[[ -n $(ffcv_wheel) ]] || purpose=build
 PYTHON=$python scripts/system_packages.sh "$purpose"
 PYTHON=$python scripts/build_ffcv_wheel.sh
 
@@ -56,7 +56,7 @@ printf '%s\n' "$python" >.venv/fastssl-python
 printf '%s\n' "$torch" >.venv/fastssl-torch
 
 say "installing into .venv (the first time with torch from PyPI: a 3 GB download, a few minutes)"
-.venv/bin/pip install --constraint "$constraints" --find-links "$(wheel_folder "$python")" \
+.venv/bin/pip install --constraint "$constraints" --find-links "$(wheel_folder)" \
     --only-binary ffcv --editable '.[demo,dev]'
 
 .venv/bin/python -c 'import ffcv, numba, timm, torch, torchvision' ||
