@@ -2,16 +2,19 @@
 
 PYTHON ?=
 TORCH ?=
-export PYTHON TORCH
+PY ?=
+HOST_HAS ?=
+export PYTHON TORCH PY HOST_HAS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint wheel clean
+.PHONY: help setup demo test test-slow lint wheel offline-bundle clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  make setup PYTHON=python3.12   with another Python (3.11 or newer)"
 	@echo "  make setup TORCH=system        over the torch and torchvision that this Python has"
+	@echo "  make offline-bundle PY=3.12 HOST_HAS=\"torch numba\"    without these and what they bring"
 
 setup: ## install what is missing: system packages, .venv, the FFCV wheel, fastssl
 	@scripts/setup.sh
@@ -30,6 +33,9 @@ lint: setup ## check the style
 
 wheel: ## build the self-contained FFCV wheel into .cache/wheels
 	@scripts/build_ffcv_wheel.sh
+
+offline-bundle: ## collect in dist/ what a host without network lacks: PY=3.12
+	@scripts/offline_bundle.sh
 
 clean: ## remove .venv and every cache; data and runs stay
 	rm -rf .venv .cache .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 export PIP_DISABLE_PIP_VERSION_CHECK=1  # its notices would bury the lines that matter
 
 FFCV_VERSION=1.0.2
+PIP_VERSION=26.3  # resolves for another Python, and goes into the offline bundle
 
 say() { printf 'fastssl: %s\n' "$*"; }
 die() { printf 'fastssl: %s\n' "$*" >&2; exit 1; }
