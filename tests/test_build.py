@@ -130,6 +130,19 @@ def test_mistakes_are_one_sentence(forty_photos, tmp_path):
     assert not out.exists()
 
 
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = os.fsencode(tmp_path / "source") + b"/cl\xe9"
+    os.makedirs(folder)
+    for name, content in ((b"a\xe9.jpg", jpeg_bytes(photo(0, 40, 40))), (b"bad\xe9.jpg", b"no picture")):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(content)
+    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out")[0]
+    assert (report.samples, report.bad) == (1, 1)
+    assert read_header(report.path).classes == ["cl\\udce9"]
+    assert json.loads((tmp_path / "out" / "bad_images.jsonl").read_text())["name"] == "cl\\udce9/bad\\udce9.jpg"
+    assert (tmp_path / "out" / "train.beton.names.txt").read_bytes() == b"cl\xe9/a\xe9.jpg\ncl\xe9/bad\xe9.jpg\n"
+
+
 # --- what the loader's decoder says decides -----------------------------------------------------
 
 

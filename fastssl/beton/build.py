@@ -92,7 +92,7 @@ def build_beton(
         fetch(module, builder, source)
     options = {
         "builder": builder,
-        "source": str(source) if source else None,
+        "source": _printable(str(source)) if source else None,
         "limit": limit,
         "layout": plan.layout,
         "canvas" if plan.layout == "canvas" else "max_side": plan.side,
@@ -156,6 +156,7 @@ def list_splits(
     splits = []
     try:
         for name, (classes, samples) in module.splits(source).items():
+            classes = [_printable(class_name) for class_name in classes]
             listed = samples if isinstance(samples, Sequence) else Listing(_counted(samples, name))
             splits.append(Split(name, classes, listed, _order(len(listed), order, limit)))
     except PermissionError as error:
@@ -283,9 +284,13 @@ def _checked(sample: Sample, split: Split) -> Sample:
 
 
 def _bad_image(split: Split, index: int, reason: str) -> dict:
-    # A file name that is not UTF-8 is shown with escapes.
-    name = split.samples[index].name.encode("utf-8", "backslashreplace").decode()
-    return {"split": split.name, "name": name, "index": index, "reason": reason}
+    name = _printable(split.samples[index].name)
+    return {"split": split.name, "name": name, "index": index, "reason": _printable(reason)}
+
+
+def _printable(name: str) -> str:
+    """A file name that is not UTF-8, with escapes for what is not."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _strictly(bad: dict) -> UserError:

@@ -42,9 +42,9 @@ def worker_pool(workers: int) -> Iterator[Pool]:
         yield pool
     except (BrokenProcessPool, MemoryError) as error:
         raise UserError(
-            "A worker process died or ran out of memory (dmesg names what the kernel killed); "
-            f"try again with fewer than {workers} --workers, or with more memory. What was finished "
-            "is kept."
+            "A worker process died or ran out of memory (dmesg names what the kernel killed): try again "
+            f"with {f'fewer than {workers} --workers' if workers > 1 else 'more memory'}. What a build had "
+            "finished is kept. (In a script of your own, call it under `if __name__ == '__main__':`.)"
         ) from error
     finally:
         pool.shutdown()
