@@ -14,7 +14,8 @@ Validation images that are not in class folders need their labels beside them in
 
 From https://image-net.org/download (free, after registration) or
 https://www.kaggle.com/c/imagenet-object-localization-challenge. The tars are read as they are:
-nothing is unpacked. Classes are the WordNet ids (WNID), sorted, so labels equal torchvision's.
+nothing is unpacked. Classes are the WordNet ids (WNID) that are there, sorted: with all thousand
+the labels equal torchvision's.
 Order: by class and file name, the same from every form. Terms: non-commercial research and
 education only, as agreed to at registration.
 """
@@ -37,7 +38,6 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 
-CLASSES = 1000
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT, SOLUTION = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -56,7 +56,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
 def find_splits(
     builder: str, source: Path | None, wanted: list[str] | None = None
 ) -> dict[str, tuple[list[str], Iterator[Sample]]]:
-    """The splits in `source`, of the `wanted` classes or, where None, of all thousand."""
+    """The splits in `source`, of the `wanted` classes or, where None, of all that are there."""
     if source is None:
         raise ValueError(f"{builder} needs --source, the folder of ImageNet's tars or images.")
     if source.is_file():
@@ -68,25 +68,20 @@ def find_splits(
             f"{builder} found none of {TRAIN_TAR}, {VAL_TAR}, train, val and {KAGGLE} in {source}: "
             "name the folder that holds them."
         )
+    names = sorted(wanted or set().union(*found.values()))
     for split, classes in found.items():
-        if wanted is None and len(classes) != CLASSES:
+        if not classes.keys() & set(names):
             raise ValueError(
-                f"The {split} images in {source} are of {len(classes)} classes, not {CLASSES:,}: "
-                "unpack or download them whole, or use imagefolder for a choice of classes."
+                f"The {split} images in {source} hold none of the {len(names)} classes of {builder}: "
+                "unpack or download them whole."
             )
-        missing = sorted(set(wanted or next(iter(found.values()))) - set(classes))
-        if missing:
-            raise ValueError(
-                f"The {split} images in {source} lack the class {missing[0]}: unpack or download "
-                "them whole."
-            )
-    names = sorted(wanted or next(iter(found.values())))
     return {split: (names, samples(split, names, classes)) for split, classes in found.items()}
 
 
 def samples(split: str, names: list[str], classes: Classes) -> Iterator[Sample]:
     for label, wnid in enumerate(names):
-        for name, image in sorted(classes[wnid]()):
+        images = classes[wnid]() if wnid in classes else []
+        for name, image in sorted(images):
             yield Sample(image, label, f"{split}/{wnid}/{name}")
 
 
