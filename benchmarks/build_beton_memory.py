@@ -70,7 +70,8 @@ def main() -> None:
     process.terminate()
     process.wait()
     print(
-        f"{arguments.images:,} images, {arguments.workers} workers: first image written after {first or seconds:.1f} s, "
+        f"{arguments.images:,} images, {arguments.workers} workers: "
+        f"first image written after {first or seconds:.1f} s, "
         f"peak memory {peak / 1e6:.0f} MB, {'finished' if finished else 'stopped'} after {seconds:.0f} s"
     )
     if finished:

@@ -12,7 +12,8 @@ How the pixels of all others are converted, in this order:
    and CMYK as Pillow converts them, without colour profiles. Of an animation the first frame.
    Floating-point pixels have no agreed range: such an image is bad.
 3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks: the filter that
-   torchvision's antialiased bilinear, our reference, was made equal to.
+   torchvision's antialiased bilinear, our reference, was made equal to. For images stored as JPEG
+   resize.py computes it, to one grey level.
 4. Turned as the EXIF orientation says.
 """
 
@@ -121,10 +122,11 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
     else:
         scale = min(1.0, plan.side / max(width, height))
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image.draft(None, (2 * target[0], 2 * target[1]))
-    image = _to_rgb(image)
-    if image.size != target:
-        image = image.resize(target, Image.Resampling.BILINEAR)
+    if plan.storage == "raw":  # small, and Pillow's pixels exactly
+        image.draft(None, (2 * target[0], 2 * target[1]))
+        image = _to_rgb(image).resize(target, Image.Resampling.BILINEAR)
+    else:
+        image = _shrink(_pixels(image, file_bytes, target), target)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
 
@@ -140,6 +142,27 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
             "a smaller --max-side or --quality makes it fit"
         )
     return Encoded(payload, mode, image.height, image.width, source_height, source_width, case)
+
+
+def _pixels(image: Image.Image, file_bytes: bytes, target: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3), no smaller than twice the target (width, height) where the image is not."""
+    if image.format == "JPEG" and image.mode == "RGB":
+        # The same pixels as Pillow's, without copies: 1.3 ms for 500x375 px, against 2.0.
+        room = min(image.width // (2 * target[0]), image.height // (2 * target[1]))
+        shrink = next((factor for factor in (8, 4, 2) if room >= factor), 1)
+        decoded = jpeg.decode(file_bytes, shrink)
+        if not decoded.warning:  # else Pillow says whether the image is whole
+            return decoded.pixels
+    image.draft(None, (2 * target[0], 2 * target[1]))
+    return np.array(_to_rgb(image))
+
+
+def _shrink(pixels: np.ndarray, target: tuple[int, int]) -> Image.Image:
+    if pixels.shape[1::-1] != target:
+        from .resize import resize  # brings numba, which not every build needs
+
+        pixels = resize(pixels, target[1], target[0])
+    return Image.fromarray(pixels)
 
 
 def _case(image: Image.Image, file_bytes: bytes, orientation: int, plan: Plan) -> Case:

@@ -31,7 +31,7 @@ from .sample import ImageSource
 from .write import ROW, place
 
 CHUNK = 32  # images handed to a worker at once
-UNDER_WAY = 4  # chunks a worker that may be handed out before the oldest one is done
+UNDER_WAY = 16  # chunks a worker handed out at most: enough to do while a slow disk is waited for
 
 
 @contextlib.contextmanager
