@@ -8,7 +8,8 @@
     unfinished.py  a file that is being built, kept so that a build that was stopped goes on
     write.py       the pages and tables of one file; format.py their dtypes
     read.py        what a file holds, checked before compiled code follows its pointers
-    inspection.py  what a file holds, for a person: tables, a check of every image, a sheet of some
+    inspection.py  what a file holds, as tables for a person; sheet.py some of its images, drawn
+    verification.py  every image decoded and compared with the checksum its build left
     index_list.py  subsets: lists of names, as indices
 
 Two layouts. "canvas": every image resized to one square, stored as pixels up to 64 px, as JPEG
@@ -24,17 +25,11 @@ from .build import SplitReport, build_beton
 from .builders import builder_names, describe_builders
 from .forecast import Forecast, forecast_build
 from .index_list import read_index_list
-from .inspection import (
-    Summary,
-    Verification,
-    draw_sheet,
-    inspect_beton,
-    subset_table,
-    summary_tables,
-    verify,
-)
+from .inspection import Summary, inspect_beton, subset_table, summary_tables
 from .read import BetonInfo, read_header, read_labels, read_metadata, read_samples
 from .sample import Sample
+from .sheet import draw_sheet
+from .verification import Verification, verify
 
 __all__ = [
     "BetonInfo",

@@ -92,7 +92,7 @@ def build_beton(
         fetch(module, builder, source)
     options = {
         "builder": builder,
-        "source": _printable(str(source)) if source else None,
+        "source": _as_utf8(str(source)) if source else None,
         "limit": limit,
         "layout": plan.layout,
         "canvas" if plan.layout == "canvas" else "max_side": plan.side,
@@ -156,7 +156,7 @@ def list_splits(
     splits = []
     try:
         for name, (classes, samples) in module.splits(source).items():
-            classes = [_printable(class_name) for class_name in classes]
+            classes = [_as_utf8(class_name) for class_name in classes]
             listed = samples if isinstance(samples, Sequence) else Listing(_counted(samples, name))
             splits.append(Split(name, classes, listed, _order(len(listed), order, limit)))
     except PermissionError as error:
@@ -284,12 +284,12 @@ def _checked(sample: Sample, split: Split) -> Sample:
 
 
 def _bad_image(split: Split, index: int, reason: str) -> dict:
-    name = _printable(split.samples[index].name)
-    return {"split": split.name, "name": name, "index": index, "reason": _printable(reason)}
+    name = _as_utf8(split.samples[index].name)
+    return {"split": split.name, "name": name, "index": index, "reason": _as_utf8(reason)}
 
 
-def _printable(name: str) -> str:
-    """A file name that is not UTF-8, with escapes for what is not."""
+def _as_utf8(name: str) -> str:
+    """A name with escapes for what is not UTF-8 in it: a file may have any name."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
