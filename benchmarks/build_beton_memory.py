@@ -67,8 +67,9 @@ def main() -> None:
         time.sleep(0.2)
     seconds = time.monotonic() - start
     finished = process.poll() == 0
-    process.terminate()
-    process.wait()
+    if not finished:
+        process.terminate()
+        process.wait()
     print(
         f"{arguments.images:,} images, {arguments.workers} workers: "
         f"first image written after {first or seconds:.1f} s, "
