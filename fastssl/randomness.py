@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # What a number is for. Two purposes never share a number.
-AUGMENTATION, NOISE, ORDER = 0, 1, 2
+AUGMENTATION, NOISE, ORDER, PAGE_ORDER = range(4)
 
 _MASK = 0xFFFFFFFF
 
@@ -56,10 +56,10 @@ def normals(seed: int, step: int | Tensor, index_B: Tensor, view: int, draws: in
     return quantiles(index_B.device)[cell_BSD.transpose(0, 1)]
 
 
-def permutation(seed: int, epoch: int, count: int) -> Tensor:
+def permutation(seed: int, epoch: int, count: int, purpose: int = ORDER) -> Tensor:
     """(count,) int64: the order of an epoch's samples, sorted by a random 64-bit key each."""
     rows = torch.arange(count)
-    words = _words(seed, epoch, rows, 0, 1, ORDER)
+    words = _words(seed, epoch, rows, 0, 1, purpose)
     return torch.argsort((words[0][:, 0] << 32) | words[1][:, 0], stable=True)
 
 

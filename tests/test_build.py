@@ -243,9 +243,10 @@ def test_a_worker_without_memory_is_one_sentence_and_no_wait(tmp_path, monkeypat
 
 BUILD = """
 import sys, pathlib
-from fastssl.beton import build_beton, unfinished
+from fastssl.beton import build_beton, pool, unfinished
 
 unfinished.SAVE_EVERY = 0.0  # after every chunk
+pool.UNDER_WAY = 2  # else the workers may be through before the first chunks are saved
 if __name__ == "__main__":
     source, out = map(pathlib.Path, sys.argv[1:])
     build_beton("imagefolder", source, out, canvas=256, workers=2)

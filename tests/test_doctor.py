@@ -24,7 +24,7 @@ def test_everything_required_is_here(checks):
 
 def test_what_was_found_is_said(checks):
     assert "decodes and resizes a JPEG" in checks["ffcv"].found
-    assert checks["numba"].found.split()[-1] in ("omp", "tbb")
+    assert checks["numba"].found.endswith("compiles")
     assert "built for" in checks["torch"].found
     assert all(check.found for check in checks.values())
 
@@ -67,14 +67,6 @@ def test_a_package_that_breaks_at_import_is_reported(monkeypatch):
     (check,) = doctor.doctor()
     assert not check.ok
     assert check.found == "OSError: libGL.so.1: cannot open shared object file"
-
-
-def test_the_threading_layer_that_aborts_is_refused(monkeypatch):
-    monkeypatch.setenv("NUMBA_THREADING_LAYER", "workqueue")
-    ok, found, mend = doctor.numba()
-    assert not ok
-    assert found.endswith("workqueue")
-    assert "libgomp1" in mend
 
 
 def test_an_ffcv_that_does_not_decode_is_refused(monkeypatch):

@@ -23,10 +23,10 @@ checksum a sample) and X.beton.names.txt (line i + 1: the name of the image of i
 
 from .build import SplitReport, build_beton
 from .builders import builder_names, describe_builders
-from .forecast import Forecast, forecast_build
+from .forecast import Forecast, forecast_build, free_memory
 from .index_list import read_index_list
 from .inspection import Summary, inspect_beton, subset_table, summary_tables
-from .read import BetonInfo, read_header, read_labels, read_metadata, read_samples
+from .read import BetonInfo, read_header, read_labels, read_metadata, read_names, read_samples
 from .sample import Sample
 from .sheet import draw_sheet
 from .verification import Verification, verify
@@ -43,11 +43,13 @@ __all__ = [
     "describe_builders",
     "draw_sheet",
     "forecast_build",
+    "free_memory",
     "inspect_beton",
     "read_header",
     "read_index_list",
     "read_labels",
     "read_metadata",
+    "read_names",
     "read_samples",
     "subset_table",
     "summary_tables",

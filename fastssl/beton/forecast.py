@@ -60,7 +60,7 @@ def forecast_build(
             pass  # the workers have started: their start is not part of the rate
         forecasts = [_forecast(split, out, plan, pool) for split in splits]
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return Forecast(forecasts, shutil.disk_usage(there).free, _free_memory())
+    return Forecast(forecasts, shutil.disk_usage(there).free, free_memory())
 
 
 def _forecast(split: Split, out: Path, plan: Plan, pool: Pool) -> SplitForecast:
@@ -85,7 +85,7 @@ def _forecast(split: Split, out: Path, plan: Plan, pool: Pool) -> SplitForecast:
     )
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that the page cache may grow to: the machine's, or the container's where that is less."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":") for line in file)

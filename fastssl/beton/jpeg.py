@@ -75,7 +75,7 @@ def _warning(library: ctypes.CDLL, handle: c_void_p) -> str:
 @contextlib.contextmanager
 def _decompressor() -> Iterator[tuple[ctypes.CDLL, c_void_p]]:
     """A new one for each image, in 5 us: one that has met a damaged header fails ever after."""
-    library = _turbojpeg()
+    library = turbojpeg()
     handle = c_void_p(library.tjInitDecompress())
     try:
         yield library, handle
@@ -84,7 +84,7 @@ def _decompressor() -> Iterator[tuple[ctypes.CDLL, c_void_p]]:
 
 
 @functools.cache
-def _turbojpeg() -> ctypes.CDLL:
+def turbojpeg() -> ctypes.CDLL:
     package = importlib.util.find_spec("ffcv")  # finds it without running it
     folder = Path(package.submodule_search_locations[0])
     library = ctypes.CDLL(str(next(folder.glob("_libffcv*.so"))))

@@ -31,6 +31,7 @@ from .format import (
     VERSION,
     metadata_type,
 )
+from .unfinished import names_path
 
 MOST_FIELDS = 256  # far above any real file; bounds what a damaged header can make us read
 
@@ -108,6 +109,19 @@ def read_labels(path: str | Path) -> np.ndarray:
         names = ", ".join(checked.field_types)
         raise UserError(f"{path} has no integer field 'label'; its fields: {names}.")
     return np.ascontiguousarray(checked.metadata["label"])
+
+
+def read_names(path: Path, indices: np.ndarray | list) -> dict[int, str]:
+    """The names of those of the images that have one of `indices`; {} without X.beton.names.txt."""
+    wanted = {int(index) for index in indices}
+    if not wanted or not names_path(path).exists():
+        return {}
+    with open(names_path(path), "rb") as file:
+        return {
+            index: line.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+            for index, line in enumerate(file)
+            if index in wanted
+        }
 
 
 class _Checked(NamedTuple):

@@ -18,8 +18,8 @@ from .format import FIELD, HEADER, RAW
 from .inspection import printable
 from .pool import worker_pool
 from .progress import progress
-from .read import BetonInfo, read_header, read_samples
-from .unfinished import manifest_path, names_path
+from .read import BetonInfo, read_header, read_names, read_samples
+from .unfinished import manifest_path
 
 CHECKED_AT_ONCE = 256  # samples handed to a worker: little to send, and progress that moves
 
@@ -106,7 +106,7 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
 
     positions = [position for position, _ in found]
     indices = metadata["index"][positions] if info.fields.get("index") == "IntField" else None
-    names = _names_of(info.path, [] if indices is None else indices)
+    names = read_names(info.path, [] if indices is None else indices)
     faults = []
     for number, (position, what) in enumerate(found):
         index = None if indices is None else int(indices[number])
@@ -194,16 +194,3 @@ def _decoding_fault(content: bytes, size: int, mode: int, height: int, width: in
     except ValueError as error:
         return f"does not decode: {error}"
     return f"decodes with a warning: {warning}" if warning else ""
-
-
-def _names_of(path: Path, indices: np.ndarray | list) -> dict[int, str]:
-    """The names of some images, by their index; {} without X.beton.names.txt."""
-    wanted = {int(index) for index in indices}
-    if not wanted or not names_path(path).exists():
-        return {}
-    with open(names_path(path), "rb") as file:
-        return {
-            index: line.removesuffix(b"\n").decode("utf-8", "surrogateescape")
-            for index, line in enumerate(file)
-            if index in wanted
-        }

@@ -1,7 +1,9 @@
 """From a .beton file to uint8 batches on the device.
 
-`kernels.py` holds the compiled operations (decode, crop and resize) over FFCV's library,
-`loader.py` the loop around them: order, threads, buffers, resume.
+    loader.py    BetonLoader: the loop around all, its place in the epoch, threads, hand-over to the device
+    order.py     the order of an epoch
+    samples.py   what is known of every sample, and its crop boxes
+    decoding.py  a batch's bytes to its pixels, by threads; kernels.py what they run, compiled
 """
 
 from .loader import Batch, BetonLoader

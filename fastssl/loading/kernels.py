@@ -1,174 +1,110 @@
-"""Compiled operations over whole batches: JPEG bytes to pixels, pixels to resized crops.
+"""Compiled operations: stored bytes to pixels, pixels to resized crops.
 
-FFCV's library (turbojpeg) does the decoding; its loader is not used, because there an error in a
-pipeline blocks for ever and a failed decode returns the previous batch's pixels. Here each sample
-reports whether it decoded.
+A batch is decoded by several threads at once: each one enters the same function, without the GIL,
+and takes samples from a counter that all share until none is left. FFCV's loader is not used: there
+an error blocks for ever, and a failed decode returns the previous batch's pixels. Here each sample's
+status says what the decoder (turbojpeg, the one that build-beton checks every JPEG with) thought.
 """
 
-import math
-from threading import Lock
+from ctypes import c_int, c_ulong, c_void_p
 
 import numba
 import numpy as np
-import torch
+from numba import types
+from numba.extending import intrinsic
 
-# Importing ffcv sets torch's and numba's thread counts to 1.
-_torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
-from ffcv.libffcv import ctypes_imdecode, ctypes_memcopy  # noqa: E402
+from fastssl.beton import jpeg
+from fastssl.beton.format import RAW
+from fastssl.beton.resize import crop_resize
 
-torch.set_num_threads(_torch_threads)
-numba.set_num_threads(_numba_threads)
-
-# numba's own "workqueue" layer aborts the process when two threads run parallel regions at once.
-# omp and tbb survive it, but would oversubscribe the cores: so one lock, one region at a time.
-numba.config.THREADING_LAYER = "threadsafe"
-_one_region = Lock()
-
-JPG = 0  # FFCV's code for an image stored as JPEG; 1 is raw pixels
+DECODED, WARNED, FAILED = 0, 1, 2  # a sample's status; WARNED: decoded, but the decoder complained
+ALL_TAKEN = 1 << 62  # set as the counter it makes the threads stop
 
 
-def decode_squares(file, start_B, size_B, mode_B, out_BHWC, workers: int) -> np.ndarray:
-    """Decode samples of one size straight into the batch. Returns (B,) bool: which ones decoded.
+def _function(name: str, result, *arguments):
+    """One of turbojpeg's, as numba can call it: addresses as numbers."""
+    function = jpeg.turbojpeg()[name]
+    function.restype, function.argtypes = result, arguments
+    return function
 
-    file: the mapped file, uint8. start_B, size_B: where each sample's bytes lie in it.
+
+_new_decoder = _function("tjInitDecompress", c_void_p)
+_free_decoder = _function("tjDestroy", c_int, c_void_p)
+_read_size = _function("tjDecompressHeader3", c_int, c_void_p, c_void_p, c_ulong, *[c_void_p] * 4)
+_decompress = _function("tjDecompress2", c_int, c_void_p, c_void_p, c_ulong, c_void_p, *[c_int] * 5)
+_error_code = _function("tjGetErrorCode", c_int, c_void_p)
+_TJPF_RGB, _TJERR_WARNING = jpeg.TJPF_RGB, jpeg.TJERR_WARNING
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def decode_squares(file, start_B, size_B, mode_B, out_BHWC, status_B, counter):
+    """Decode samples of one size straight into the batch, until none is left to take.
+
+    file: the mapped file, uint8. start_B, size_B: where each sample's bytes lie in it, mode_B: how
+    they are stored. status_B: is filled. counter: int64 (1,), the next sample that nobody has taken.
     """
-    with _one_region:
-        numba.set_num_threads(workers)
-        return _decode_squares(file, start_B, size_B, mode_B, out_BHWC)
+    decoder = _new_decoder()
+    b = _take(counter)
+    while b < len(start_B):
+        source = file[start_B[b] : start_B[b] + size_B[b]]
+        status_B[b], decoder = _decode(decoder, source, mode_B[b], out_BHWC[b])
+        b = _take(counter)
+    _free_decoder(decoder)
 
 
-def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, workers: int) -> np.ndarray:
-    """Decode each sample once and cut V resized crops out of it. Returns (B,) bool: which decoded.
+@numba.njit(nogil=True, error_model="numpy")
+def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, status_B, counter, scratch, line):
+    """The same, but decode each sample once into `scratch` and cut V resized crops out of it.
 
     shape_B2: stored heights and widths. box_BV4: float64 top, left, height, width in stored pixels.
+    scratch, line: this thread's own, uint8 for the largest image and float32 for its longest line.
     """
-    scratch = int(shape_B2.prod(axis=1).max()) * 3
-    tallest = int(shape_B2[:, 0].max())
-    with _one_region:
-        numba.set_num_threads(workers)
-        return _decode_crops(
-            file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC,
-            np.empty((workers, scratch), np.uint8),
-            np.empty((workers, tallest, out_BVSSC.shape[2], 3), np.float32),
-        )  # fmt: skip
-
-
-@numba.njit(parallel=True, nogil=True, error_model="numpy")
-def _decode_squares(file, start_B, size_B, mode_B, out_BHWC):
-    ok_B = np.zeros(len(start_B), np.bool_)
-    for b in numba.prange(len(start_B)):
-        source = file[start_B[b] : start_B[b] + size_B[b]]
-        ok_B[b] = _decode(source, mode_B[b], out_BHWC[b])
-    return ok_B
-
-
-@numba.njit(parallel=True, nogil=True, error_model="numpy")
-def _decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, scratch_TN, rows_THSC):
-    ok_B = np.zeros(len(start_B), np.bool_)
-    for b in numba.prange(len(start_B)):
-        thread = numba.get_thread_id()
+    decoder = _new_decoder()
+    b = _take(counter)
+    while b < len(start_B):
         source = file[start_B[b] : start_B[b] + size_B[b]]
         height, width = shape_B2[b]
-        image = scratch_TN[thread, : height * width * 3].reshape((height, width, 3))
-        ok_B[b] = _decode(source, mode_B[b], image)
-        if ok_B[b]:
+        image = scratch[: height * width * 3].reshape((height, width, 3))
+        status_B[b], decoder = _decode(decoder, source, mode_B[b], image)
+        if status_B[b] != FAILED:
             for v in range(box_BV4.shape[1]):
-                crop_resize(image, box_BV4[b, v], out_BVSSC[b, v], rows_THSC[thread])
-    return ok_B
+                crop_resize(image, box_BV4[b, v], out_BVSSC[b, v], line)
+        b = _take(counter)
+    _free_decoder(decoder)
+
+
+@intrinsic
+def _take(typing_context, counter):
+    """Add one to counter[0] and return what it was, in one step that no other thread can split."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(counter), generate
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _decode(source, mode, out_HWC):
-    """One stored image into `out_HWC`; False where it is damaged or of another size."""
+def _decode(decoder, source, mode, out_HWC):
+    """One stored image into `out_HWC`. Returns its status, and the decoder for the next one."""
+    if mode == RAW:
+        out_HWC.reshape(-1)[:] = source
+        return DECODED, decoder
+    # turbojpeg scales an image of another size to what it is asked for and leaves the rest of the
+    # buffer as it was, so the size in the header is compared first.
     height, width = out_HWC.shape[0], out_HWC.shape[1]
-    if mode != JPG:
-        ctypes_memcopy(source.ctypes.data, out_HWC.ctypes.data, np.uint64(height * width * 3))
-        return True
-    if _jpeg_shape(source) != (height, width):
-        return False
-    return (
-        ctypes_imdecode(
-            source.ctypes.data, np.uint64(source.size), np.uint32(height), np.uint32(width),
-            out_HWC.ctypes.data, np.uint32(height), np.uint32(width),
-            np.uint32(0), np.uint32(0), np.uint32(1), np.uint32(1), False, False,
-        ) == 0
-    )  # fmt: skip
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _jpeg_shape(source):
-    """(height, width) that a JPEG's own header states; (0, 0) where there is none.
-
-    turbojpeg scales an image of another size to what it is asked for and leaves the rest of the
-    buffer as it was, so the size is compared first.
-    """
-    at = 2
-    while at + 9 < source.size and source[at] == 0xFF:
-        marker = source[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
-            return (
-                np.int64(source[at + 5]) << 8 | np.int64(source[at + 6]),
-                np.int64(source[at + 7]) << 8 | np.int64(source[at + 8]),
-            )
-        if marker == 0xFF:  # padding
-            at += 1
-        else:
-            at += 2 + (np.int64(source[at + 2]) << 8 | np.int64(source[at + 3]))
-    return np.int64(0), np.int64(0)
-
-
-@numba.njit(nogil=True, error_model="numpy", fastmath=True)
-def crop_resize(image_HWC, box, out_SSC, rows_HSC):
-    """Antialiased bilinear resize of a box (top, left, height, width; float pixels), as views/resample.py.
-
-    rows_HSC: float32 scratch, at least as high as the image: the image resized along its width only.
-    """
-    size = out_SSC.shape[0]
-    top, left, height, width = box
-    low_S, high_S, weight_SK = _weights(left, width, size, image_HWC.shape[1])
-    first_row = max(0, int(math.floor(top)))
-    end_row = min(image_HWC.shape[0], int(math.ceil(top + height)))
-    for row in range(first_row, end_row):
-        for x in range(size):
-            r = g = b = np.float32(0)
-            for i in range(low_S[x], high_S[x]):
-                w = weight_SK[x, i - low_S[x]]
-                r += w * image_HWC[row, i, 0]
-                g += w * image_HWC[row, i, 1]
-                b += w * image_HWC[row, i, 2]
-            rows_HSC[row, x, 0], rows_HSC[row, x, 1], rows_HSC[row, x, 2] = r, g, b
-
-    low_S, high_S, weight_SK = _weights(top, height, size, image_HWC.shape[0])
-    line = np.empty(size * 3, np.float32)
-    for y in range(size):
-        line[:] = 0.5  # rounds to nearest below
-        for i in range(low_S[y], high_S[y]):
-            w = weight_SK[y, i - low_S[y]]
-            row_values = rows_HSC[i].reshape(-1)
-            for j in range(size * 3):
-                line[j] += w * row_values[j]
-        out = out_SSC[y].reshape(-1)
-        for j in range(size * 3):
-            out[j] = np.uint8(line[j])
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _weights(start, length, out_size, in_size):
-    """For each output position its range [low, high) of input pixels and their weights."""
-    scale = length / out_size
-    support = max(scale, 1.0)
-    low_S = np.empty(out_size, np.int64)
-    high_S = np.empty(out_size, np.int64)
-    weight_SK = np.zeros((out_size, int(2 * support) + 3), np.float32)
-    for position in range(out_size):
-        center = start + (position + 0.5) * scale
-        # Pixels with a part inside the interval, and within the triangle's reach.
-        low = max(int(math.floor(start)), int(math.floor(center - support)), 0)
-        high = min(int(math.ceil(start + length)), int(math.ceil(center + support)), in_size)
-        total = 0.0
-        for i in range(low, high):
-            total += max(0.0, 1.0 - abs(i + 0.5 - center) / support)
-        for i in range(low, high):
-            weight_SK[position, i - low] = max(0.0, 1.0 - abs(i + 0.5 - center) / support) / total
-        low_S[position], high_S[position] = low, high
-    return low_S, high_S, weight_SK
+    header = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    at = header.ctypes.data
+    data, size = source.ctypes.data, np.uint64(source.size)
+    failed = _read_size(decoder, data, size, at, at + 4, at + 8, at + 12)
+    if header[0] == width and header[1] == height:
+        failed = _decompress(
+            decoder, data, size, out_HWC.ctypes.data,
+            np.int32(width), np.int32(0), np.int32(height), np.int32(_TJPF_RGB), np.int32(0),
+        )  # fmt: skip
+        if not failed:
+            return DECODED, decoder
+        if _error_code(decoder) == _TJERR_WARNING:
+            return WARNED, decoder
+    _free_decoder(decoder)  # one that has met a damaged header fails ever after
+    return FAILED, _new_decoder()

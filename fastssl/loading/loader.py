@@ -1,8 +1,9 @@
-"""BetonLoader: batches of a .beton in a reproducible order, decoded ahead by a thread."""
+"""BetonLoader: batches of a .beton in a reproducible order, decoded ahead."""
 
-import io
 import os
 import queue
+import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
@@ -10,17 +11,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastssl.beton import read_header, read_samples
-from fastssl.geometry import NUMBERS, crop_box
-from fastssl.randomness import AUGMENTATION, permutation, uniforms
+from fastssl.beton import free_memory, read_header
+from fastssl.randomness import permutation
 from fastssl.recipe import UserError, Views
 
 from . import kernels
+from .decoding import Crop, Decoded, ThreadDecoder
+from .order import epoch_order
+from .samples import Samples
 
-BATCHES_AHEAD = 3
+UNDER_WAY = 2  # batches being decoded: while one waits for its last sample the next one has begun
+READY = 1  # decoded batches that wait for the caller
 SUBSET_SEED = 0  # data.limit picks the same images whatever the run's seed
 
 
@@ -42,12 +45,20 @@ class BetonLoader:
     views' crops on the CPU, at the boxes that `fastssl.views` would draw; crop="whole" resizes whole
     images of any size to views.size. The last two need `views`, the recipe's section.
 
-    Each epoch has its own order, a function of (seed, epoch). Over several processes, global batch b is
-    order[b * G:(b + 1) * G] and rank r gets its r-th equal slice. With drop_last=False the last batch
-    is filled up with repeated samples that `valid` marks False.
+    shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see
+    `order.py`). Each epoch has its own order, a function of (seed, epoch). Over several processes, global
+    batch b is order[b * G:(b + 1) * G] and rank r gets its r-th equal slice. With drop_last=False the
+    last batch is filled up with repeated samples that `valid` marks False.
 
-    Raises UserError for a file that cannot be used, and, while iterating, for a sample that cannot be
-    decoded, with its index. Leaving a loop early ends the thread.
+    resident=True decodes the whole file once, keeps it on the device and gives the same batches from
+    there: for a canvas that fits into the device's memory.
+
+    on_bad_sample: "error" raises a UserError that names a sample that cannot be decoded. "skip" puts
+    the next sample of the same batch in its place, with its label and index, and counts it in
+    `bad_samples`. `decoder_warnings` counts samples that decode, but not without complaint.
+
+    Raises UserError for a file that cannot be used. An exception ends the loop where it occurred, and
+    leaving a loop early ends all threads. Iterate over a loader from one place at a time.
     """
 
     def __init__(
@@ -56,12 +67,14 @@ class BetonLoader:
         batch_size: int,
         *,
         seed: int = 0,
-        crop: Literal["gpu", "cpu", "whole"] = "gpu",
+        crop: Crop = "gpu",
         views: Views | None = None,
         workers: int | None = None,
-        shuffle: bool = True,
+        shuffle: bool | Literal["quasi_random"] = True,
         drop_last: bool = True,
         device: str | torch.device = "cpu",
+        resident: bool = False,
+        on_bad_sample: Literal["error", "skip"] = "error",
         limit: int | None = None,
     ):
         self.path = Path(path)
@@ -69,10 +82,12 @@ class BetonLoader:
         self.seed = seed
         self.crop = crop
         self.views = views
-        self.workers = min(workers or available_cores(), kernels.numba.config.NUMBA_NUM_THREADS)
-        self.shuffle = shuffle
+        self.workers = workers or cores_of_this_process()
+        self.order = {True: "random", False: "sequential"}.get(shuffle, shuffle)
         self.drop_last = drop_last
         self.device = torch.device(device)
+        self.resident = resident
+        self.on_bad_sample = on_bad_sample
         self.rank, self.world = _rank_and_world()
 
         info = read_header(self.path)
@@ -83,7 +98,9 @@ class BetonLoader:
             )
         if crop != "gpu" and views is None:
             raise ValueError(f'crop="{crop}" needs views, the recipe\'s section.')
-        self._read_samples()
+        if crop == "cpu" and resident:
+            raise UserError("data.resident needs data.crop=gpu: crops made on the CPU are new in every epoch.")
+        self.samples = Samples.of(info)
         self.rows = np.arange(info.num_samples)
         if limit is not None and limit < len(self.rows):
             self.rows = np.sort(permutation(SUBSET_SEED, 0, len(self.rows))[:limit].numpy())
@@ -92,27 +109,13 @@ class BetonLoader:
                 f"{self.path} gives {len(self.rows)} images, fewer than one batch of "
                 f"{batch_size * self.world}: lower train.batch_size or add images."
             )
+        if self.order == "random" and not resident:
+            _warn_if_larger_than_memory(self.path)
         self.epoch = 0
         self.position = 0  # samples handed out this epoch, over all processes
-
-    def _read_samples(self) -> None:
-        """All that is known of each sample, as arrays over the file's rows."""
-        metadata, self._size = read_samples(self.path)
-        image, count = metadata["image"], len(metadata)
-        self._mode = np.ascontiguousarray(image["mode"])
-        self._start = image["data_ptr"].astype(np.int64)
-        self._shape = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
-
-        # A file of stock FFCV may lack these fields.
-        def column(name: str, default: np.ndarray) -> np.ndarray:
-            found = name in metadata.dtype.names and np.issubdtype(metadata[name].dtype, np.integer)
-            return metadata[name].astype(np.int64) if found else default
-
-        self._label = column("label", np.full(count, -1))
-        self._index = column("index", np.arange(count))
-        self._height = column("height", self._shape[:, 0])
-        self._width = column("width", self._shape[:, 1])
-        self._file = np.memmap(self.path, np.uint8, mode="r")
+        self.bad_samples = 0
+        self.decoder_warnings = 0
+        self._on_device: Batch | None = None
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -124,37 +127,57 @@ class BetonLoader:
         """Start the given epoch at its first sample."""
         self.epoch, self.position = epoch, 0
 
-    def state_dict(self) -> dict[str, int | bool]:
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "shuffle": self.shuffle}
+    def state_dict(self) -> dict[str, int | str]:
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "order": self.order}
 
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go on behind the last sample that was handed out; also with another number of processes."""
-        if (state["seed"], state["shuffle"]) != (self.seed, self.shuffle):
+        if (state["seed"], state["order"]) != (self.seed, self.order):
             raise UserError(
-                f"The saved place in {self.path} belongs to seed {state['seed']}, shuffle={state['shuffle']}; "
-                f"this loader has seed {self.seed}, shuffle={self.shuffle}."
+                f"The saved place in {self.path} belongs to seed {state['seed']} and the {state['order']} order; "
+                f"this loader has seed {self.seed} and the {self.order} order."
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch from `position` on; afterwards the loader stands at the next epoch."""
-        ready: queue.Queue = queue.Queue(BATCHES_AHEAD)
+        order = epoch_order(self.order, self.seed, self.epoch, self.samples.page_N[self.rows])
+        batches = self._from_device(order) if self.resident else self._decoded(order)
+        for batch in batches:
+            self.position += self.batch_size * self.world
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def _places(self) -> Iterator[np.ndarray]:
+        """This process's share of each global batch left of the epoch: (B,) places in the order.
+
+        Places behind the order's end fill up the last batch.
+        """
+        global_batch = self.batch_size * self.world
+        end = len(self.rows) - (global_batch - 1 if self.drop_last else 0)
+        for first in range(self.position, end, global_batch):
+            yield first + self.rank * self.batch_size + np.arange(self.batch_size)
+
+    def _decoded(self, order: np.ndarray) -> Iterator[Batch]:
+        """A thread decodes ahead; what it meets, an exception too, comes through the queue."""
+        ready: queue.Queue = queue.Queue(READY)
         stop = Event()
-        reader = Thread(target=self._read_ahead, args=(self.epoch, self.position, ready, stop), daemon=True)
+        work = self._read_ahead, (self.rows[order], list(self._places()), self.epoch, ready, stop)
+        reader = Thread(target=work[0], args=work[1], name="fastssl-reader", daemon=True)
         reader.start()
         try:
             while (item := ready.get()) is not None:
-                if isinstance(item, Exception):
+                if isinstance(item, BaseException):
                     raise item
-                self.position += self.batch_size * self.world
-                yield self._received(item)
-            self.epoch, self.position = self.epoch + 1, 0
+                yield self._received(*item)
         finally:
             stop.set()
             reader.join()
 
-    def _read_ahead(self, epoch: int, position: int, ready: queue.Queue, stop: Event) -> None:
-        """Thread: decode batch after batch into the queue; None ends it, an exception is handed over."""
+    def _read_ahead(
+        self, rows_N: np.ndarray, places: list[np.ndarray], epoch: int, ready: queue.Queue, stop: Event
+    ) -> None:
+        """The reader thread: batch after batch into the queue; None ends it, so does an exception."""
 
         def put(item) -> None:
             while not stop.is_set():
@@ -163,92 +186,55 @@ class BetonLoader:
                 except queue.Full:
                     pass
 
+        on_gpu = self.device.type == "cuda"
+        under_way: deque = deque()
+        decoder = ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, pinned=on_gpu)
         try:
-            copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            for rows, valid in self._batches(epoch, position):
+            copies = torch.cuda.Stream(self.device) if on_gpu else None
+            for place_B in [*places, *[None] * (UNDER_WAY - 1)]:
+                if place_B is not None:
+                    rows_B = rows_N.take(place_B, mode="wrap")
+                    under_way.append((rows_B, place_B < len(rows_N), decoder.start(rows_B, epoch)))
+                if len(under_way) == UNDER_WAY or place_B is None and under_way:
+                    rows_B, valid_B, decoding = under_way.popleft()
+                    batch = self._batch(rows_B, valid_B, decoder.finish(decoding))
+                    put(self._to_device(batch, copies) if on_gpu else (batch, None))
                 if stop.is_set():
                     return
-                batch = self._decode(rows, valid, epoch)
-                put(self._to_device(batch, copies) if copies else (batch, None))
             put(None)
-        except Exception as error:
+        except BaseException as error:
             put(error)
+        finally:
+            for _, _, decoding in under_way:
+                decoder.abandon(decoding)
+            decoder.close()
 
-    def _batches(self, epoch: int, position: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows, valid) of this process's share of each global batch that is left of the epoch."""
-        order = self.rows
-        if self.shuffle:
-            order = order[permutation(self.seed, epoch, len(order)).numpy()]
-        global_batch = self.batch_size * self.world
-        end = len(order) - len(order) % global_batch if self.drop_last else len(order)
-        for first in range(position, end, global_batch):
-            place = first + self.rank * self.batch_size + np.arange(self.batch_size)
-            yield order[place % len(order)], place < len(order)
-
-    def _decode(self, rows: np.ndarray, valid: np.ndarray, epoch: int) -> Batch:
-        where = self._file, self._start[rows], self._size[rows], self._mode[rows]
-        pin = self.device.type == "cuda"
-        if self.crop == "gpu":
-            height, width = self._shape[rows[0]]
-            image = torch.empty(len(rows), height, width, 3, dtype=torch.uint8, pin_memory=pin)
-            decoded = kernels.decode_squares(*where, image.numpy(), self.workers)
-        else:
-            boxes = self._boxes(rows, epoch)
-            count, size = boxes.shape[1], self.views.size
-            image = torch.empty(len(rows), count, size, size, 3, dtype=torch.uint8, pin_memory=pin)
-            decoded = kernels.decode_crops(*where, self._shape[rows], boxes, image.numpy(), self.workers)
-        for b in np.flatnonzero(~decoded):
-            pixels = self._decode_slowly(rows[b])
-            if self.crop == "gpu":
-                image[b] = torch.from_numpy(pixels)
-            else:
-                scratch = np.empty((len(pixels), self.views.size, 3), np.float32)
-                for v in range(count):
-                    kernels.crop_resize(pixels, boxes[b, v], image.numpy()[b, v], scratch)
-        if self.crop == "whole":
-            image = image[:, 0]
-        columns = (self._label, self._index, self._height, self._width)
-        return Batch(image, *(torch.from_numpy(c[rows]) for c in columns), torch.from_numpy(valid))
-
-    def _boxes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """(B, views, 4) float64 boxes in stored pixels: the ones that the device would draw, or all."""
-        shape = self._shape[rows]
-        if self.crop == "whole":
-            return np.concatenate([np.zeros_like(shape), shape], axis=1)[:, None].astype(np.float64)
-        index = torch.from_numpy(self._index[rows])
-        height, width = torch.from_numpy(self._height[rows]), torch.from_numpy(self._width[rows])
-        drawn = []
-        for view in (0, 1):
-            u_BN = uniforms(self.seed, epoch, index, view, NUMBERS, AUGMENTATION)
-            drawn.append(crop_box(u_BN, height, width, self.views.scale, self.views.ratio))
-        stored_per_source = shape / np.stack([height, width], axis=1)
-        return torch.stack(drawn, dim=1).numpy() * np.tile(stored_per_source, 2)[:, None]
-
-    def _decode_slowly(self, row: int) -> np.ndarray:
-        """Decode with Pillow what turbojpeg would not: it reports mere warnings as failures too."""
-        data = self._file[self._start[row] : self._start[row] + self._size[row]].tobytes()
-        try:
-            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-                pixels = np.array(image.convert("RGB"))
-            if pixels.shape[:2] != tuple(self._shape[row]):
-                raise ValueError(f"it is {pixels.shape[:2]}, not {tuple(self._shape[row].tolist())} pixels")
-        except Exception as error:
-            raise UserError(
-                f"{self.path}: the sample with index {self._index[row]} (row {row}) cannot be decoded "
-                f"({error}): build the file again with fastssl build-beton."
-            ) from None
-        return pixels
+    def _batch(self, rows_B: np.ndarray, valid_B: np.ndarray, decoded: Decoded) -> Batch:
+        """Put image and columns together; samples that did not decode are answered for here."""
+        image, status_B = decoded
+        self.decoder_warnings += int((status_B == kernels.WARNED).sum())
+        for b in np.flatnonzero(status_B == kernels.FAILED):
+            good = np.flatnonzero(status_B != kernels.FAILED)
+            if self.on_bad_sample == "error" or len(good) == 0:
+                raise UserError(
+                    f"{self.samples.describe(rows_B[b])} cannot be decoded: build the file again with "
+                    "fastssl build-beton, or set data.on_bad_sample=skip."
+                )
+            instead = good[np.searchsorted(good, b) % len(good)]
+            image[b], rows_B[b] = image[instead], rows_B[instead]
+            self.bad_samples += 1
+        samples = self.samples
+        columns = samples.label_N, samples.index_N, samples.height_N, samples.width_N
+        return Batch(image, *(torch.from_numpy(c[rows_B]) for c in columns), torch.from_numpy(valid_B))
 
     def _to_device(self, batch: Batch, copies: "torch.cuda.Stream"):
         """Start the copies on their own stream; the event tells when they are done."""
         with torch.cuda.stream(copies):
             moved = Batch(*(t.to(self.device, non_blocking=t.is_pinned()) for t in batch))
-        # The caching host allocator keeps a pinned buffer until the copies recorded on it are done.
         return moved, copies.record_event()
 
-    def _received(self, item) -> Batch:
+    def _received(self, batch: Batch, copied: "torch.cuda.Event | None") -> Batch:
         """Make the caller's stream wait for the copy, and tell the allocator who uses the memory."""
-        batch, copied = item
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
@@ -256,9 +242,39 @@ class BetonLoader:
                 tensor.record_stream(stream)
         return batch
 
+    def _from_device(self, order: np.ndarray) -> Iterator[Batch]:
+        """The same batches, gathered on the device from the columns kept there."""
+        if self._on_device is None:
+            self._on_device = self._whole_file()
+        order_N = torch.from_numpy(order).to(self.device)
+        for place_B in self._places():
+            place_B = torch.arange(int(place_B[0]), int(place_B[-1]) + 1, device=self.device)
+            row_B = order_N[place_B % len(order_N)]
+            yield Batch(*(column[row_B] for column in self._on_device[:-1]), place_B < len(order_N))
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    def _whole_file(self) -> Batch:
+        """All samples of `rows`, in their order, on the device."""
+        reader = BetonLoader(
+            self.path, min(self.batch_size, len(self.rows)), crop=self.crop, views=self.views, workers=self.workers,
+            shuffle=False, drop_last=False, device=self.device, on_bad_sample=self.on_bad_sample,
+        )  # fmt: skip
+        reader.rows, reader.rank, reader.world = self.rows, 0, 1
+        whole, filled = None, 0
+        for batch in reader:
+            if whole is None:
+                shapes = ((len(self.rows), *column.shape[1:]) for column in batch)
+                whole = Batch(*(column.new_empty(shape) for column, shape in zip(batch, shapes)))
+            count = min(self.batch_size, len(self.rows) - filled)
+            for kept, column in zip(whole, batch):
+                kept[filled : filled + count] = column[:count]
+            filled += count
+        self.bad_samples, self.decoder_warnings = reader.bad_samples, reader.decoder_warnings
+        return whole
+
+
+def cores_of_this_process() -> int:
+    """The cores it may use, shared evenly with the processes that torchrun started beside it."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _rank_and_world() -> tuple[int, int]:
@@ -266,3 +282,14 @@ def _rank_and_world() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _warn_if_larger_than_memory(path: Path) -> None:
+    size, memory = path.stat().st_size, free_memory()
+    if size > memory:
+        warnings.warn(
+            f"{path} has {size / 1e9:.3g} GB, but {memory / 1e9:.3g} GB of memory are free: a random order reads "
+            "single images from the disk; data.order=quasi_random reads it in large pieces, a smaller --canvas or "
+            "--max-side makes it fit.",
+            stacklevel=3,
+        )

@@ -1,0 +1,121 @@
+"""A batch's stored bytes to its pixels, by threads on the CPU."""
+
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.recipe import Views
+
+from . import kernels
+from .samples import Samples
+
+Crop = Literal["gpu", "cpu", "whole"]
+
+
+class Decoded(NamedTuple):
+    image: Tensor  # uint8 (B, H, W, 3) or (B, V, size, size, 3); a failed sample's pixels are undefined
+    status_B: np.ndarray  # kernels.DECODED, WARNED or FAILED
+
+
+class UnderWay(NamedTuple):
+    """A batch that the threads are decoding."""
+
+    image: Tensor
+    status_B: np.ndarray
+    counter: np.ndarray  # int64 (1,): the next sample that no thread has taken
+    threads: list[Future]
+
+
+class ThreadDecoder:
+    """Decodes batches of one size; two of them may be under way, so that no thread waits for the slowest."""
+
+    def __init__(
+        self, samples: Samples, crop: Crop, views: Views | None, seed: int, workers: int, pinned: bool
+    ) -> None:
+        self.samples, self.crop, self.views, self.seed = samples, crop, views, seed
+        self.workers = workers
+        self._buffers = Buffers(pinned)
+        self._pool = ThreadPoolExecutor(workers, "fastssl-decode")
+        self._scratch = threading.local()
+
+    def start(self, rows: np.ndarray, epoch: int) -> UnderWay:
+        samples = self.samples
+        source = samples.file, samples.start_N[rows], samples.size_N[rows], samples.mode_N[rows]
+        status_B, counter = np.full(len(rows), kernels.FAILED, np.int8), np.zeros(1, np.int64)
+        if self.crop == "gpu":
+            height, width = samples.shape_N2[rows[0]]
+            image = self._buffers.take((len(rows), int(height), int(width), 3))
+            work = kernels.decode_squares, *source, image.numpy(), status_B, counter
+        else:
+            box_BV4 = (
+                samples.whole_boxes(rows)
+                if self.crop == "whole"
+                else samples.crop_boxes(rows, self.seed, epoch, self.views)
+            )
+            size = self.views.size
+            image = self._buffers.take((len(rows), box_BV4.shape[1], size, size, 3))
+            shape_B2 = samples.shape_N2[rows]
+            work = self._decode_crops, *source, shape_B2, box_BV4, image.numpy(), status_B, counter
+        threads = [self._pool.submit(*work) for _ in range(min(self.workers, len(rows)))]
+        return UnderWay(image, status_B, counter, threads)
+
+    def finish(self, under_way: UnderWay) -> Decoded:
+        for thread in under_way.threads:
+            thread.result()
+        image = under_way.image[:, 0] if self.crop == "whole" else under_way.image
+        return Decoded(image, under_way.status_B)
+
+    def abandon(self, under_way: UnderWay) -> None:
+        """Let the threads stop at their next sample."""
+        under_way.counter[0] = kernels.ALL_TAKEN
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _decode_crops(self, *arguments) -> None:
+        kernels.decode_crops(*arguments, *self._own_scratch())
+
+    def _own_scratch(self) -> tuple[np.ndarray, np.ndarray]:
+        """This thread's room for the file's largest image, and for a line of its widest."""
+        if not hasattr(self._scratch, "arrays"):
+            shape_N2 = self.samples.shape_N2
+            largest, widest = int(shape_N2.prod(axis=1).max()) * 3, int(shape_N2[:, 1].max()) * 3
+            self._scratch.arrays = np.empty(largest, np.uint8), np.empty(widest, np.float32)
+        return self._scratch.arrays
+
+
+class Buffers:
+    """Batch-sized tensors in host memory, used again as soon as nobody holds the last batch in them.
+
+    Getting 50 MB from the system and giving them back costs 12,000 page faults a batch.
+    """
+
+    KEPT = 8  # more than the loader ever has under way; a caller may keep any number of batches
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        if self.pinned:  # torch keeps pinned memory, and knows which copies still read it
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        for array in self._arrays:
+            # A tensor made from an array holds a reference to it, and so do views of that tensor.
+            if sys.getrefcount(array) == _UNUSED and array.shape == shape:
+                return torch.from_numpy(array)
+        self._arrays = [*self._arrays, np.empty(shape, np.uint8)][-self.KEPT :]
+        return torch.from_numpy(self._arrays[-1])
+
+
+def _references_to_an_unused_array() -> int:
+    arrays = [np.empty(1)]
+    for array in arrays:
+        return sys.getrefcount(array)
+
+
+_UNUSED = _references_to_an_unused_array()

@@ -1,0 +1,85 @@
+"""What is known of every sample of a .beton without decoding it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastssl.beton import BetonInfo, read_names, read_samples
+from fastssl.geometry import NUMBERS, crop_box
+from fastssl.randomness import AUGMENTATION, uniforms
+from fastssl.recipe import Views
+
+
+class Samples(NamedTuple):
+    """Arrays over the N rows of a file, in their order there, already checked against its size.
+
+    A file of stock FFCV may lack labels (then -1), ids (the row) and source sizes (the stored ones).
+    """
+
+    path: Path
+    file: np.ndarray  # the whole file, mapped, uint8
+    start_N: np.ndarray  # where the image's bytes lie in it
+    size_N: np.ndarray
+    mode_N: np.ndarray  # beton.format's RAW or JPG
+    shape_N2: np.ndarray  # stored height and width in px
+    page_N: np.ndarray  # the page of the file that the image lies in
+    label_N: np.ndarray
+    index_N: np.ndarray  # stable sample ids
+    height_N: np.ndarray  # the source image's, in px
+    width_N: np.ndarray
+
+    @classmethod
+    def of(cls, info: BetonInfo) -> "Samples":
+        metadata, size_N = read_samples(info.path)
+        image, count = metadata["image"], len(metadata)
+        shape_N2 = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
+        start_N = image["data_ptr"].astype(np.int64)
+
+        def column(name: str, default: np.ndarray) -> np.ndarray:
+            found = name in metadata.dtype.names and np.issubdtype(metadata[name].dtype, np.integer)
+            return metadata[name].astype(np.int64) if found else default
+
+        return cls(
+            path=info.path,
+            file=np.memmap(info.path, np.uint8, mode="r"),
+            start_N=start_N,
+            size_N=size_N,
+            mode_N=np.ascontiguousarray(image["mode"]),
+            shape_N2=shape_N2,
+            page_N=start_N // info.page_size,
+            label_N=column("label", np.full(count, -1)),
+            index_N=column("index", np.arange(count)),
+            height_N=column("height", shape_N2[:, 0]),
+            width_N=column("width", shape_N2[:, 1]),
+        )
+
+    def stored(self, row: int) -> np.ndarray:
+        """The image's bytes as they lie in the file, uint8."""
+        return self.file[self.start_N[row] : self.start_N[row] + self.size_N[row]]
+
+    def describe(self, row: int) -> str:
+        """Names a sample: by file, index, place, and the source image where its name is known."""
+        index = int(self.index_N[row])
+        name = read_names(self.path, [index]).get(index)
+        source = f" ({name})" if name else ""
+        return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
+
+    def whole_boxes(self, rows: np.ndarray) -> np.ndarray:
+        """(B, 1, 4) float64: the box that holds all of each stored image."""
+        shape_B2 = self.shape_N2[rows]
+        return np.concatenate([np.zeros_like(shape_B2), shape_B2], axis=1)[:, None].astype(np.float64)
+
+    def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: Views) -> np.ndarray:
+        """(B, 2, 4) float64: both views' boxes in stored pixels, the ones that fastssl.views draws."""
+        index_B, height_B, width_B = (
+            torch.from_numpy(column[rows]) for column in (self.index_N, self.height_N, self.width_N)
+        )
+        drawn = []
+        for view in (0, 1):
+            u_BN = uniforms(seed, epoch, index_B, view, NUMBERS, AUGMENTATION)
+            drawn.append(crop_box(u_BN, height_B, width_B, views.scale, views.ratio))
+        source_B2 = torch.stack([height_B, width_B], dim=1).numpy()
+        stored_per_source = self.shape_N2[rows] / source_B2
+        return torch.stack(drawn, dim=1).numpy() * np.tile(stored_per_source, 2)[:, None]
