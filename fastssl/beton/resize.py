@@ -40,49 +40,51 @@ def crop_resize(pixels_HWC, box, out_YXC, line):
     three times as long as the image is wide.
     """
     top, left, box_height, box_width = box
-    first_Y, count_Y, weight_YK = _weights(top, box_height, out_YXC.shape[0], pixels_HWC.shape[0])
-    first_X, count_X, weight_XK = _weights(left, box_width, out_YXC.shape[1], pixels_HWC.shape[1])
-    begin = 3 * first_X[0]
-    end = 3 * (first_X[-1] + count_X[-1])
+    first_Y, weight_YK = _weights(top, box_height, out_YXC.shape[0], pixels_HWC.shape[0])
+    first_X, weight_XK = _weights(left, box_width, out_YXC.shape[1], pixels_HWC.shape[1])
+    begin, end = first_X[0], first_X[-1] + weight_XK.shape[1]
+    line = line[: 3 * (end - begin)]
     for y in range(out_YXC.shape[0]):
-        line[begin:end] = 0
-        for k in range(count_Y[y]):
+        line[:] = 0
+        for k in range(weight_YK.shape[1]):
             weight = weight_YK[y, k]
-            row = pixels_HWC[first_Y[y] + k].reshape(-1)
-            for i in range(begin, end):
-                line[i] += weight * np.float32(row[i])
+            if weight > 0:
+                row = pixels_HWC[first_Y[y] + k, begin:end].reshape(-1)
+                for i in range(len(line)):  # from 0 on, else it is not vectorised
+                    line[i] += weight * np.float32(row[i])
         out = out_YXC[y]
         for x in range(out_YXC.shape[1]):
             red = green = blue = np.float32(0.5)  # rounds to nearest below
-            i = 3 * first_X[x]
-            for k in range(count_X[x]):
+            i = np.uint64(3 * (first_X[x] - begin))  # unsigned: numba need not look for i < 0
+            for k in range(weight_XK.shape[1]):
                 weight = weight_XK[x, k]
                 red += weight * line[i]
-                green += weight * line[i + 1]
-                blue += weight * line[i + 2]
-                i += 3
+                green += weight * line[i + np.uint64(1)]
+                blue += weight * line[i + np.uint64(2)]
+                i += np.uint64(3)
             out[x, 0], out[x, 1], out[x, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
 
 
 @_compiled
 def _weights(start, length, out_size, in_size):
-    """For each output position: its first input pixel, how many it takes, and their weights."""
+    """For each output position the first of its input pixels, and their weights: equally many for all.
+
+    An equal count, with zeros, saves a quarter of the time: the loop over it is predictable.
+    """
     scale = length / out_size
     reach = max(scale, 1.0)
     begin = max(int(math.floor(start)), 0)  # the box's pixels, those that it touches included
     end = min(int(math.ceil(start + length)), in_size)
+    count = min(int(math.ceil(2 * reach)), end - begin)
     first_S = np.empty(out_size, np.int64)
-    count_S = np.empty(out_size, np.int64)
-    weight_SK = np.zeros((out_size, int(np.ceil(reach)) * 2 + 1), np.float32)
+    weight_SK = np.empty((out_size, count), np.float32)
     for position in range(out_size):
         center = start + (position + 0.5) * scale
-        first = max(int(math.floor(center - reach + 0.5)), begin)
-        count = min(int(math.floor(center + reach + 0.5)), end) - first
+        first = min(max(int(math.floor(center - reach + 0.5)), begin), end - count)
+        first_S[position] = first
         total = 0.0
         for k in range(count):
-            share = max(0.0, 1.0 - abs(first + k + 0.5 - center) / reach)
-            weight_SK[position, k] = share
-            total += share
-        weight_SK[position, :count] /= np.float32(total)
-        first_S[position], count_S[position] = first, count
-    return first_S, count_S, weight_SK
+            weight_SK[position, k] = max(0.0, 1.0 - abs(first + k + 0.5 - center) / reach)
+            total += weight_SK[position, k]
+        weight_SK[position] /= np.float32(total)
+    return first_S, weight_SK
