@@ -1,6 +1,6 @@
-"""The crop box of RandomResizedCrop, drawn in the source image's pixels.
+"""The crop box of RandomResizedCrop, drawn in the source image's pixels, and cutting it out on the device.
 
-One function serves the device (views) and the CPU (loading), so both cut the same boxes.
+One function draws for the device (views) and the CPU (loading), so both cut the same boxes.
 """
 
 import math
@@ -44,3 +44,44 @@ def crop_box(u_BN: Tensor, height_B: Tensor, width_B: Tensor, scale: tuple[float
     top = torch.where(fits, top, torch.floor((height_B - h) / 2))
     left = torch.where(fits, left, torch.floor((width_B - w) / 2))
     return torch.stack([top, left, h, w], dim=1).long()
+
+
+def crop_resize(image_BHWC: Tensor, of_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int) -> Tensor:
+    """Cut N boxes out of B images and resize each to a square: (N, 3, size, size) float32, on the images' scale.
+
+    of_N: the image that each box belongs to. box_N4: top, left, height, width in pixels of the image, which
+    may be fractional; pixels that a box touches count. flip_N: mirror the result left to right.
+
+    Bilinear, antialiased along an axis that shrinks: a triangle of radius max(1, length / size) pixels, cut
+    off at the box and normalised, which is Pillow's and torchvision's antialiased filter after a crop. Along
+    each axis the same number of pixels is gathered for every output position, some with weight 0.
+    """
+    top_N, left_N, height_N, width_N = box_N4.float().unbind(1)
+    y_NSK, weight_y_NSK = _taps(top_N, height_N, torch.zeros_like(flip_N), image_BHWC.shape[1], size)
+    x_NSK, weight_x_NSK = _taps(left_N, width_N, flip_N, image_BHWC.shape[2], size)
+    rows_NSWC = sum(
+        weight[:, :, None, None] * image_BHWC[of_N[:, None], y]
+        for y, weight in zip(y_NSK.unbind(2), weight_y_NSK.unbind(2))
+    )
+    n = torch.arange(len(of_N), device=of_N.device)[:, None, None]
+    row = torch.arange(size, device=of_N.device)[None, :, None]
+    out_NSSC = sum(
+        weight[:, None, :, None] * rows_NSWC[n, row, x[:, None]]
+        for x, weight in zip(x_NSK.unbind(2), weight_x_NSK.unbind(2))
+    )
+    return out_NSSC.permute(0, 3, 1, 2)
+
+
+def _taps(start_N: Tensor, length_N: Tensor, flip_N: Tensor, in_size: int, out_size: int) -> tuple[Tensor, Tensor]:
+    """(N, out_size, K) positions of pixels along an axis, int64, and their weights."""
+    count = math.ceil(2 * max(1, in_size / out_size))
+    start, length = start_N[:, None, None], length_N[:, None, None]
+    out = torch.arange(out_size, device=start_N.device)[:, None]
+    out = torch.where(flip_N[:, None, None], out_size - 1 - out, out)
+    scale = length / out_size
+    reach = scale.clamp(min=1)
+    center = start + (out + 0.5) * scale
+    pixel = torch.floor(center - reach + 0.5) + torch.arange(count, device=start_N.device)
+    weight = (1 - (pixel + 0.5 - center).abs() / reach).clamp(min=0)
+    weight = weight * ((pixel >= torch.floor(start)) & (pixel < torch.ceil(start + length)))
+    return pixel.long().clamp(0, in_size - 1), weight / weight.sum(dim=-1, keepdim=True)

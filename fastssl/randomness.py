@@ -34,8 +34,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def uniforms(seed: int, time: int | Tensor, index_B: Tensor, view: int, count: int, purpose: int) -> Tensor:
-    """(B, count) float64 in [0, 1), multiples of 2**-32. `time` is the epoch or the step."""
+def uniforms(
+    seed: int, time: int | Tensor, index_B: Tensor, view: int | Tensor, count: int, purpose: int
+) -> Tensor:
+    """(B, count) float64 in [0, 1), multiples of 2**-32. `time` is the epoch or the step, `view` one or (B,)."""
     words = _words(seed, time, index_B, view, math.ceil(count / 4), purpose)
     return torch.stack(words, dim=-1).flatten(1)[:, :count].double() * 2.0**-32
 
@@ -63,11 +65,11 @@ def permutation(seed: int, epoch: int, count: int, purpose: int = ORDER) -> Tens
     return torch.argsort((words[0][:, 0] << 32) | words[1][:, 0], stable=True)
 
 
-def _words(seed: int, time: int | Tensor, index_B: Tensor, view: int, blocks: int, purpose: int):
+def _words(seed: int, time: int | Tensor, index_B: Tensor, view: int | Tensor, blocks: int, purpose: int):
     """Four (B, blocks) int64 tensors of 32 random bits each."""
     block = torch.arange(blocks, device=index_B.device)
     time = torch.as_tensor(time, device=index_B.device)
-    last = torch.full((), 2 * purpose + view, device=index_B.device)
+    last = (2 * purpose + torch.as_tensor(view, device=index_B.device)).reshape(-1, 1)
     return torch.broadcast_tensors(*philox((block, index_B[:, None] & _MASK, time & _MASK, last), seed))
 
 

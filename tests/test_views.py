@@ -10,9 +10,9 @@ from scipy import stats
 
 from fastssl import geometry, randomness
 from fastssl.recipe import Jitter, ViewOnly, Views
-from fastssl.views import PairedViews, clean_view, operations
+from fastssl.views import PairedViews, clean_view, cpu, operations
+from fastssl.views.paired import portable_views
 from fastssl.views.parameters import draw_boxes, draw_parameters, draw_uniforms
-from fastssl.views.resample import resample, resize_matrix
 
 # torchvision works on the same float pixels, so only the order of float32 sums differs; 1e-4 is
 # 0.03 of a grey level. Where torchvision's way is another (its antialiased resize), 2/255 is allowed.
@@ -72,7 +72,7 @@ def test_crop_box_has_torchvision_distribution():
     from torchvision.transforms import RandomResizedCrop
 
     n, height, width = 4000, 375, 500
-    u = draw_uniforms(0, 0, torch.arange(n), 0)
+    u = draw_uniforms(0, 0, torch.arange(n // 2))
     ours = draw_boxes(u, Views(), torch.full((n,), height), torch.full((n,), width)).numpy()
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
@@ -88,7 +88,7 @@ def test_crop_box_has_torchvision_distribution():
 
 @pytest.mark.parametrize("height, width", [(10, 1000), (1000, 10), (1, 1), (3, 2000)])
 def test_crop_box_of_extreme_images_stays_inside(height, width):
-    u = draw_uniforms(0, 0, torch.arange(200), 0)
+    u = draw_uniforms(0, 0, torch.arange(100))
     box = draw_boxes(u, Views(), torch.full((200,), height), torch.full((200,), width))
     top, left, h, w = box.unbind(1)
     assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
@@ -106,14 +106,12 @@ def test_crop_box_fallback_equals_torchvision():
 @pytest.mark.parametrize("flip", [False, True])
 def test_crop_resize_flip_equals_torchvision(images, box, flip):
     top, left, h, w = box
-    n = len(images)
-    flips = torch.full((n,), flip)
-    rows = resize_matrix(torch.full((n,), top), torch.full((n,), h), torch.zeros_like(flips), 40, 32)
-    columns = resize_matrix(torch.full((n,), left), torch.full((n,), w), flips, 52, 32)
+    every, flips = torch.arange(6), torch.full((6,), flip)
+    ours = geometry.crop_resize(images.permute(0, 2, 3, 1), every, torch.tensor(box).expand(6, 4), flips, 32)
     want = tvf.resized_crop(images, top, left, h, w, [32, 32], antialias=True)
     want = tvf.horizontal_flip(want) if flip else want
-    torch.testing.assert_close(resample(images, rows, columns), want, rtol=0, atol=2 / 255)
-    assert (resample(images, rows, columns) - want).abs().mean() < 2e-4
+    torch.testing.assert_close(ours, want, rtol=0, atol=2 / 255)
+    assert (ours - want).abs().mean() < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_each_jitter_operation_equals_torchvision(images, operation, function, f
 
 def test_jitter_in_random_order_equals_torchvision_sample_by_sample(images):
     functions = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue]
-    drawn = draw_parameters(draw_uniforms(5, 0, torch.arange(6), 0), Views(jitter=Jitter(p=0.7)), 0)
+    drawn = draw_parameters(draw_uniforms(5, 0, torch.arange(3)), Views(jitter=Jitter(p=0.7)))
     ours = operations.color_jitter(images, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=True)
     want = images.clone()
     for i in range(6):
@@ -170,8 +168,9 @@ def test_grayscale_and_solarize_equal_torchvision(images):
 def test_parameters_follow_their_distributions():
     n = 6000
     views = Views()
+    drawn = draw_parameters(draw_uniforms(1, 2, torch.arange(n)), views)
     for view, own in enumerate((views.first, views.second)):
-        p = draw_parameters(draw_uniforms(1, 2, torch.arange(n), view), views, view)
+        p = type(drawn)(*(column.chunk(2)[view] for column in drawn))
         for applied, probability in [
             (p.flip_N, views.flip), (p.jitter_N, views.jitter.p), (p.gray_N, views.gray),
             (p.blur_N, own.blur), (p.solarize_N, own.solarize),
@@ -195,11 +194,66 @@ def test_a_view_does_not_depend_on_the_rest_of_its_batch(images):
     whole = views(uint8(images), index, 4)
     alone = [views(uint8(images[i : i + 1]), index[i : i + 1], 4) for i in range(6)]
     for view in (0, 1):
-        # Another batch shape: equal to rounding.
-        torch.testing.assert_close(whole[view], torch.cat([a[view] for a in alone]), rtol=0, atol=1e-5)
+        assert torch.equal(whole[view], torch.cat([a[view] for a in alone]))
     assert not torch.allclose(whole[0], whole[1])
     assert torch.equal(whole[0], views(uint8(images), index, 4)[0])
     assert not torch.allclose(whole[0], views(uint8(images), index, 5)[0])
+
+
+EVERYTHING = Views(
+    size=32, jitter=Jitter(p=0.7), gray=0.3, first=ViewOnly(blur=0.6), second=ViewOnly(blur=0.3, solarize=0.5)
+)
+
+
+def test_the_whole_chain_equals_torchvision_sample_by_sample(images):
+    """torchvision's functions, called with the parameters that were drawn, in the order of the chain."""
+    index, height, width = torch.arange(6), 40, 52
+    u = draw_uniforms(3, 1, index)
+    p = draw_parameters(u, EVERYTHING)
+    boxes = draw_boxes(u, EVERYTHING, torch.full((12,), height), torch.full((12,), width))
+    ours = torch.cat(PairedViews(EVERYTHING, seed=3)(uint8(images), index, 1))
+    jitter = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue]
+    for n in range(12):
+        x = uint8(images)[n % 6].permute(2, 0, 1) / 255
+        x = tvf.resized_crop(x, *boxes[n].tolist(), [32, 32], antialias=True)
+        x = tvf.horizontal_flip(x) if p.flip_N[n] else x
+        for operation in p.order_N4[n].tolist() if p.jitter_N[n] else []:
+            x = jitter[operation](x, p.factor_N4[n, operation].item())
+        x = tvf.rgb_to_grayscale(x, 3) if p.gray_N[n] else x
+        x = tvf.gaussian_blur(x, [13, 13], [p.sigma_N[n].item()] * 2) if p.blur_N[n] else x
+        solarized = tvf.solarize(x, operations.SOLARIZE_THRESHOLD) if p.solarize_N[n] else x
+        want = tvf.normalize(solarized, EVERYTHING.mean, EVERYTHING.std)
+        # Solarize jumps at its threshold: pixels within rounding of it may fall on either side.
+        unsure = (abs(x - operations.SOLARIZE_THRESHOLD) < 2 / 255) & p.solarize_N[n]
+        assert (ours[n] - want)[~unsure].abs().max() < 2 / 255 / min(EVERYTHING.std)
+        assert (ours[n] - want)[~unsure].abs().mean() < 2e-3
+    assert all(column.any() and not column.all() for column in (p.flip_N, p.jitter_N, p.gray_N, p.blur_N))
+
+
+@pytest.mark.parametrize("shape", [(40, 52), (32, 32), (90, 20), (5, 200)])
+def test_the_cpu_kernel_equals_the_portable_chain(shape):
+    """Enlarging, shrinking and both; rounding apart. A hue may turn where the channels are almost equal."""
+    image = torch.randint(0, 256, (16, *shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views, index = PairedViews(EVERYTHING, seed=3), torch.arange(16)
+    for epoch in range(4):
+        u = draw_uniforms(3, epoch, index)
+        drawn = draw_parameters(u, EVERYTHING)
+        boxes = views._boxes(u, image, torch.full((16,), 61), torch.full((16,), 83))
+        ours, want = (chain(image, boxes, drawn, EVERYTHING) for chain in (cpu.make_views, portable_views))
+        assert (abs(ours - want) > 1e-4).float().mean() < 1e-3
+        pair = image[:, None, :5, :5].repeat(1, 2, 7, 7, 1)[:, :, :32, :32]
+        ours, want = (chain(pair, None, drawn, EVERYTHING) for chain in (cpu.make_views, portable_views))
+        assert (abs(ours - want) > 1e-4).float().mean() < 1e-3
+
+
+def test_views_on_the_cpu_do_not_depend_on_the_threads(images):
+    views, before = PairedViews(EVERYTHING, seed=1), torch.get_num_threads()
+    made = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        made.append(views(uint8(images), torch.arange(6), 0))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*made))
 
 
 def test_crop_is_drawn_in_source_pixels_whatever_the_canvas(images):
@@ -218,8 +272,9 @@ def test_views_cropped_by_the_loader_get_flip_and_colour_here(images):
     pair = torch.stack([uint8(images)[:, :size, :size], uint8(images)[:, -size:, -size:]], dim=1)
     plain = PairedViews(PLAIN.model_copy(update={"flip": 0.5}), seed=0)
     index = torch.arange(6)
+    flips = draw_parameters(draw_uniforms(0, 0, index), plain.views).flip_N.chunk(2)
     for view, out in enumerate(plain(pair, index, 0)):
-        flipped = draw_parameters(draw_uniforms(0, 0, index, view), plain.views, view).flip_N
+        flipped = flips[view]
         assert flipped.any() and not flipped.all()
         want = pair[:, view].permute(0, 3, 1, 2) / 255
         want = torch.where(flipped[:, None, None, None], want.flip(3), want)

@@ -33,40 +33,54 @@ def resize(pixels_HWC, height, width):
 
 @_compiled
 def crop_resize(pixels_HWC, box, out_YXC, line):
-    """Resize the box (top, left, height, width; float pixels) of an image to fill `out_YXC`.
+    """Resize the box (top, left, height, width; float pixels) of an image to fill `out_YXC`, uint8.
 
     A triangle filter, widened where it shrinks, cut off at the box: torchvision's antialiased
     bilinear resize after a crop. Pixels that the box touches count. line: float32 scratch, at least
     three times as long as the image is wide.
     """
     top, left, box_height, box_width = box
-    first_Y, weight_YK = _weights(top, box_height, out_YXC.shape[0], pixels_HWC.shape[0])
-    first_X, weight_XK = _weights(left, box_width, out_YXC.shape[1], pixels_HWC.shape[1])
-    begin, end = first_X[0], first_X[-1] + weight_XK.shape[1]
-    line = line[: 3 * (end - begin)]
+    first_Y, weight_YK = resize_weights(top, box_height, out_YXC.shape[0], pixels_HWC.shape[0])
+    first_X, weight_XK = resize_weights(left, box_width, out_YXC.shape[1], pixels_HWC.shape[1])
     for y in range(out_YXC.shape[0]):
-        line[:] = 0
-        for k in range(weight_YK.shape[1]):
-            weight = weight_YK[y, k]
-            if weight > 0:
-                row = pixels_HWC[first_Y[y] + k, begin:end].reshape(-1)
-                for i in range(len(line)):  # from 0 on, else it is not vectorised
-                    line[i] += weight * np.float32(row[i])
+        begin, end = first_X[0], first_X[-1] + weight_XK.shape[1]
+        sum_rows(pixels_HWC, first_Y[y], weight_YK[y], begin, end, line)
         out = out_YXC[y]
         for x in range(out_YXC.shape[1]):
-            red = green = blue = np.float32(0.5)  # rounds to nearest below
-            i = np.uint64(3 * (first_X[x] - begin))  # unsigned: numba need not look for i < 0
-            for k in range(weight_XK.shape[1]):
-                weight = weight_XK[x, k]
-                red += weight * line[i]
-                green += weight * line[i + np.uint64(1)]
-                blue += weight * line[i + np.uint64(2)]
-                i += np.uint64(3)
-            out[x, 0], out[x, 1], out[x, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
+            red, green, blue = sum_pixels(line, first_X[x] - begin, weight_XK, x)
+            half = np.float32(0.5)  # rounds to nearest
+            out[x, 0], out[x, 1], out[x, 2] = np.uint8(red + half), np.uint8(green + half), np.uint8(blue + half)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def sum_rows(pixels_HWC, first, weight_K, begin, end, line):
+    """The weighted sum of some rows from `first` on, between two columns, into `line`: (pixel, channel)."""
+    line = line[: 3 * (end - begin)]
+    line[:] = 0
+    for k in range(len(weight_K)):
+        weight = weight_K[k]
+        if weight > 0:
+            row = pixels_HWC[first + k, begin:end].reshape(-1)
+            for i in range(len(line)):  # from 0 on, else it is not vectorised
+                line[i] += weight * np.float32(row[i])
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def sum_pixels(line, first, weight_XK, x):
+    """The sum of some pixels of `line` from `first` on, with the weights of x: red, green, blue."""
+    red = green = blue = np.float32(0)
+    i = np.uint64(3 * first)  # unsigned: numba need not look for i < 0
+    for k in range(weight_XK.shape[1]):
+        weight = weight_XK[x, k]
+        red += weight * line[i]
+        green += weight * line[i + np.uint64(1)]
+        blue += weight * line[i + np.uint64(2)]
+        i += np.uint64(3)
+    return red, green, blue
 
 
 @_compiled
-def _weights(start, length, out_size, in_size):
+def resize_weights(start, length, out_size, in_size):
     """For each output position the first of its input pixels, and their weights: equally many for all.
 
     An equal count, with zeros, saves a quarter of the time: the loop over it is predictable.

@@ -44,11 +44,11 @@ def decode_squares(file, start_B, size_B, mode_B, out_BHWC, status_B, counter):
     they are stored. status_B: is filled. counter: int64 (1,), the next sample that nobody has taken.
     """
     decoder = _new_decoder()
-    b = _take(counter)
+    b = take(counter)
     while b < len(start_B):
         source = file[start_B[b] : start_B[b] + size_B[b]]
         status_B[b], decoder = _decode(decoder, source, mode_B[b], out_BHWC[b])
-        b = _take(counter)
+        b = take(counter)
     _free_decoder(decoder)
 
 
@@ -60,7 +60,7 @@ def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, st
     scratch, line: this thread's own, uint8 for the largest image and float32 for its longest line.
     """
     decoder = _new_decoder()
-    b = _take(counter)
+    b = take(counter)
     while b < len(start_B):
         source = file[start_B[b] : start_B[b] + size_B[b]]
         height, width = shape_B2[b]
@@ -69,12 +69,12 @@ def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, st
         if status_B[b] != FAILED:
             for v in range(box_BV4.shape[1]):
                 crop_resize(image, box_BV4[b, v], out_BVSSC[b, v], line)
-        b = _take(counter)
+        b = take(counter)
     _free_decoder(decoder)
 
 
 @intrinsic
-def _take(typing_context, counter):
+def take(typing_context, counter):
     """Add one to counter[0] and return what it was, in one step that no other thread can split."""
 
     def generate(context, builder, signature, arguments):

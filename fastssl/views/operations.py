@@ -6,37 +6,46 @@ Images are (N, 3, H, W) float32, RGB.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .parameters import BRIGHTNESS, CONTRAST, HUE
 
 BLUR_RADIUS = 6
+LUMA = (0.2989, 0.587, 0.114)  # red, green, blue, as torchvision weighs them (ITU-R 601)
 SOLARIZE_THRESHOLD = 128 / 255
 
 
 def luma(x: Tensor) -> Tensor:
-    """(N, 1, H, W): the grey value as torchvision weighs it (ITU-R 601)."""
+    """(N, 1, H, W): the grey value."""
     r, g, b = x.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
+    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b)[:, None]
 
 
 def color_jitter(x: Tensor, apply_N: Tensor, order_N4: Tensor, factor_N4: Tensor, with_hue: bool) -> Tensor:
     """Brightness, contrast, saturation and hue, in each sample's own order, clamped after each one.
 
-    The first three are blends with black, with the mean grey and with the grey image, so one blend
-    serves all three. `with_hue=False` leaves out the hue's arithmetic where its strength is 0.
+    Contrast alone looks beyond the pixel, at the image's mean grey. So the operations before it make one
+    pointwise pass that ends in a mean, and contrast and those behind it make another.
+    `with_hue=False` leaves out the hue's arithmetic where its strength is 0.
     """
-    result = x
-    for stage in range(4):
+    contrast_at_N = (order_N4 == CONTRAST).int().argmax(dim=1)
+
+    def pointwise(x: Tensor, stage: int, active_N: Tensor) -> Tensor:
+        """Brightness and saturation, blends with black and with the grey image, or hue."""
         operation_N = order_N4[:, stage]
         factor = factor_N4.gather(1, operation_N[:, None])[:, :, None, None]
-        operation = operation_N[:, None, None, None]
-        gray = luma(result)
-        other = torch.where(operation == CONTRAST, gray.mean(dim=(2, 3), keepdim=True), gray)
-        other = torch.where(operation == BRIGHTNESS, torch.zeros_like(gray), other)
-        blended = (factor * result + (1 - factor) * other).clamp(0, 1)
-        same_or_shifted = shift_hue(result, factor) if with_hue else result
-        result = torch.where(operation == HUE, same_or_shifted, blended)
-    return torch.where(apply_N[:, None, None, None], result, x)
+        operation_N = torch.where(active_N, operation_N, CONTRAST)[:, None, None, None]
+        other = torch.where(operation_N == BRIGHTNESS, 0.0, luma(x))
+        result = torch.where(operation_N == CONTRAST, x, (factor * x + (1 - factor) * other).clamp(0, 1))
+        return torch.where(operation_N == HUE, shift_hue(x, factor), result) if with_hue else result
+
+    for stage in range(3):
+        x = pointwise(x, stage, apply_N & (stage < contrast_at_N))
+    factor = torch.where(apply_N, factor_N4[:, CONTRAST], 1.0)[:, None, None, None]
+    x = (factor * x + (1 - factor) * luma(x).mean(dim=(2, 3), keepdim=True)).clamp(0, 1)
+    for stage in range(1, 4):
+        x = pointwise(x, stage, apply_N & (stage > contrast_at_N))
+    return x
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
@@ -63,33 +72,19 @@ def grayscale(x: Tensor, apply_N: Tensor) -> Tensor:
 
 def gaussian_blur(x: Tensor, apply_N: Tensor, sigma_N: Tensor) -> Tensor:
     """Gaussian blur of radius 6 with a sigma (in pixels) a sample and a reflected border."""
-    rows, columns = _blur_matrix(sigma_N, x.shape[2]), _blur_matrix(sigma_N, x.shape[3])
-    blurred = rows[:, None] @ x @ columns[:, None].transpose(-1, -2)
-    return torch.where(apply_N[:, None, None, None], blurred, x)
+    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device)
+    kernel_NK = torch.exp(-0.5 * (offset / sigma_N[:, None]) ** 2)
+    kernel_NK = kernel_NK / kernel_NK.sum(dim=1, keepdim=True)
+    kernel_NK = torch.where(apply_N[:, None], kernel_NK, (offset == 0).float())
+    taps = kernel_NK[:, :, None, None, None].unbind(1)
+    height, width = x.shape[2:]
+    x = functional.pad(x, (0, 0, BLUR_RADIUS, BLUR_RADIUS), mode="reflect")
+    x = sum(tap * x[:, :, d : d + height] for d, tap in enumerate(taps))
+    x = functional.pad(x, (BLUR_RADIUS, BLUR_RADIUS, 0, 0), mode="reflect")
+    return sum(tap * x[..., d : d + width] for d, tap in enumerate(taps))
 
 
 def solarize(x: Tensor, apply_N: Tensor) -> Tensor:
     inverted = torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x)
     return torch.where(apply_N[:, None, None, None], inverted, x)
 
-
-def _blur_matrix(sigma_N: Tensor, size: int) -> Tensor:
-    """(N, size, size): convolution with each sample's kernel along one axis, border included."""
-    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=sigma_N.device)
-    kernel = torch.exp(-0.5 * (offset / sigma_N[:, None]) ** 2)
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    return (kernel @ _reflected_shifts(size, sigma_N.device).flatten(1)).view(-1, size, size)
-
-
-@torch.compiler.assume_constant_result  # else a compiled graph would build it for every batch
-def _reflected_shifts(size: int, device: torch.device) -> Tensor:
-    """(13, size, size) of 0 and 1: entry (d, i, j) is 1 where position i + d - 6 is pixel j after reflection."""
-    if (size, device) not in _shifts:
-        position = torch.arange(size)[:, None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
-        position = torch.remainder(position, 2 * size - 2)
-        position = torch.minimum(position, 2 * size - 2 - position)
-        _shifts[size, device] = torch.nn.functional.one_hot(position.T, size).float().to(device)
-    return _shifts[size, device]
-
-
-_shifts: dict[tuple[int, torch.device], Tensor] = {}

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastssl.geometry import crop_resize
 from fastssl.recipe import Views
 
-from . import operations
-from .parameters import draw_boxes, draw_parameters, draw_uniforms
-from .resample import resample, resize_matrix
+from . import cpu, operations
+from .parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms
 
 
 class PairedViews(nn.Module):
@@ -39,45 +39,41 @@ class PairedViews(nn.Module):
         is drawn; None: the stored image is the source.
         Returns two (B, 3, size, size) float32 tensors, normalised, on the image's device.
         """
-        cropped = image.ndim == 5
-        if height is None and not cropped:
-            height = torch.full_like(index, image.shape[1])
-            width = torch.full_like(index, image.shape[2])
-        return tuple(
-            self._one_view(image[:, view] if cropped else image, index, epoch, height, width, view, cropped)
-            for view in (0, 1)
-        )
+        u_NU = draw_uniforms(self.seed, epoch, index)
+        drawn = draw_parameters(u_NU, self.views)
+        box_N4 = None if image.ndim == 5 else self._boxes(u_NU, image, height, width)
+        if image.device.type == "cpu" and not torch.compiler.is_compiling():
+            return cpu.make_views(image, box_N4, drawn, self.views).chunk(2)
+        return portable_views(image, box_N4, drawn, self.views).chunk(2)
 
-    def _one_view(self, image_BHWC, index, epoch, height, width, view: int, cropped: bool) -> Tensor:
-        views, own = self.views, (self.views.first, self.views.second)[view]
-        u_BN = draw_uniforms(self.seed, epoch, index, view)
-        drawn = draw_parameters(u_BN, views, view)
+    def _boxes(self, u_NU: Tensor, image: Tensor, height: Tensor | None, width: Tensor | None) -> Tensor:
+        """(N, 4) in pixels of the stored image, which may be a scaled copy of the source."""
+        stored_h, stored_w = image.shape[1:3]
+        ones = torch.ones(len(u_NU), dtype=torch.int64, device=image.device)
+        height_N = ones * stored_h if height is None else height.repeat(2)
+        width_N = ones * stored_w if width is None else width.repeat(2)
+        scale_N4 = torch.stack([stored_h / height_N, stored_w / width_N] * 2, dim=1)
+        return draw_boxes(u_NU, self.views, height_N, width_N) * scale_N4
 
-        x = to_unit_range(image_BHWC)
-        if cropped:
-            x = torch.where(drawn.flip_N[:, None, None, None], x.flip(3), x)
-        else:
-            x = self._crop(x, draw_boxes(u_BN, views, height, width), height, width, drawn.flip_N)
-        if views.jitter.p > 0:
-            x = operations.color_jitter(
-                x, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=views.jitter.hue > 0
-            )
-        if views.gray > 0:
-            x = operations.grayscale(x, drawn.gray_N)
-        if own.blur > 0:
-            x = operations.gaussian_blur(x, drawn.blur_N, drawn.sigma_N)
-        if own.solarize > 0:
-            x = operations.solarize(x, drawn.solarize_N)
-        return normalize(x, views)
 
-    def _crop(self, x: Tensor, box_B4: Tensor, height: Tensor, width: Tensor, flip_B: Tensor) -> Tensor:
-        """Cut boxes given in source pixels out of the stored images, which may be scaled copies."""
-        stored_h, stored_w = x.shape[2:]
-        top, left, box_h, box_w = box_B4.unbind(1)
-        y, x_ = stored_h / height, stored_w / width
-        rows = resize_matrix(top * y, box_h * y, torch.zeros_like(flip_B), stored_h, self.views.size)
-        columns = resize_matrix(left * x_, box_w * x_, flip_B, stored_w, self.views.size)
-        return resample(x, rows, columns)
+def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Views) -> Tensor:
+    """The chain in torch operations, for any device and for torch.compile; what cpu.make_views computes."""
+    jitter, first, second = views.jitter, views.first, views.second
+    if box_N4 is None:
+        x = to_unit_range(image.transpose(0, 1).flatten(0, 1))
+        x = torch.where(drawn.flip_N[:, None, None, None], x.flip(3), x)
+    else:
+        of_N = torch.arange(len(image), device=image.device).repeat(2)
+        x = crop_resize(image, of_N, box_N4, drawn.flip_N, views.size) / 255
+    if jitter.p > 0:
+        x = operations.color_jitter(x, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=jitter.hue > 0)
+    if views.gray > 0:
+        x = operations.grayscale(x, drawn.gray_N)
+    if max(first.blur, second.blur) > 0:
+        x = operations.gaussian_blur(x, drawn.blur_N, drawn.sigma_N)
+    if max(first.solarize, second.solarize) > 0:
+        x = operations.solarize(x, drawn.solarize_N)
+    return normalize(x, views)
 
 
 def clean_view(views: Views) -> Callable[[Tensor], Tensor]:
@@ -89,17 +85,13 @@ def clean_view(views: Views) -> Callable[[Tensor], Tensor]:
     def clean(image_BHWC: Tensor) -> Tensor:
         x = to_unit_range(image_BHWC)
         if x.shape[2:] != (views.size, views.size):
-            rows, columns = (_whole(side, views.size, x.device) for side in x.shape[2:])
-            x = resample(x, rows, columns)
+            count, height, width = image_BHWC.shape[:3]
+            each = torch.arange(count, device=image_BHWC.device)
+            box_N4 = torch.tensor([0, 0, height, width], device=each.device).expand(count, 4)
+            x = crop_resize(image_BHWC, each, box_N4, torch.zeros_like(each, dtype=torch.bool), views.size) / 255
         return normalize(x, views)
 
     return clean
-
-
-def _whole(side: int, size: int, device: torch.device) -> Tensor:
-    """(1, size, side): resize a whole axis."""
-    zero = torch.zeros(1, device=device)
-    return resize_matrix(zero, zero + side, zero.bool(), side, size)
 
 
 def to_unit_range(image_BHWC: Tensor) -> Tensor:

@@ -32,35 +32,38 @@ class Parameters(NamedTuple):
     solarize_N: Tensor
 
 
-def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor, view: int) -> Tensor:
-    """(B, numbers) float64: all of one view's random numbers for the samples with these ids."""
-    return uniforms(seed, epoch, index_B, view, _COUNT, AUGMENTATION)
+def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor) -> Tensor:
+    """(2 B, numbers) float64: all random numbers of both views, the first view's samples before the second's."""
+    view = torch.arange(2, device=index_B.device).repeat_interleave(len(index_B))
+    return uniforms(seed, epoch, index_B.repeat(2), view, _COUNT, AUGMENTATION)
 
 
-def draw_boxes(u_BN: Tensor, views: Views, height_B: Tensor, width_B: Tensor) -> Tensor:
-    """(B, 4) int64 crop boxes (top, left, height, width) in source pixels."""
-    return geometry.crop_box(u_BN[:, : geometry.NUMBERS], height_B, width_B, views.scale, views.ratio)
+def draw_boxes(u_NU: Tensor, views: Views, height_N: Tensor, width_N: Tensor) -> Tensor:
+    """(N, 4) int64 crop boxes (top, left, height, width) in source pixels."""
+    return geometry.crop_box(u_NU[:, : geometry.NUMBERS], height_N, width_N, views.scale, views.ratio)
 
 
-def draw_parameters(u_BN: Tensor, views: Views, view: int) -> Parameters:
-    """Turn one view's uniform numbers into the parameters of everything but the crop."""
-    jitter, own = views.jitter, (views.first, views.second)[view]
+def draw_parameters(u_NU: Tensor, views: Views) -> Parameters:
+    """Turn both views' uniform numbers (N = 2 B) into the parameters of everything but the crop."""
+    jitter = views.jitter
+    first, second = u_NU.chunk(2)
     if jitter.order == "random":
-        orders = torch.tensor(list(itertools.permutations(range(4))), device=u_BN.device)
-        order_N4 = orders[(u_BN[:, _ORDER] * len(orders)).long()]
+        orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
+        order_N4 = orders[(u_NU[:, _ORDER] * len(orders)).long()]
     else:
-        order_N4 = torch.arange(4, device=u_BN.device).expand(len(u_BN), 4)
+        order_N4 = torch.arange(4, device=u_NU.device).expand(len(u_NU), 4)
     ranges = [(max(0.0, 1 - s), 1 + s) for s in (jitter.brightness, jitter.contrast, jitter.saturation)]
     ranges.append((-jitter.hue, jitter.hue))
-    low = torch.tensor([a for a, _ in ranges], dtype=torch.float64, device=u_BN.device)
-    high = torch.tensor([b for _, b in ranges], dtype=torch.float64, device=u_BN.device)
+    factors = [low + u_NU[:, _FACTORS + i] * (high - low) for i, (low, high) in enumerate(ranges)]
     return Parameters(
-        flip_N=u_BN[:, _FLIP] < views.flip,
-        jitter_N=u_BN[:, _JITTER] < jitter.p,
+        flip_N=u_NU[:, _FLIP] < views.flip,
+        jitter_N=u_NU[:, _JITTER] < jitter.p,
         order_N4=order_N4,
-        factor_N4=(low + u_BN[:, _FACTORS : _FACTORS + 4] * (high - low)).float(),
-        gray_N=u_BN[:, _GRAY] < views.gray,
-        blur_N=u_BN[:, _BLUR] < own.blur,
-        sigma_N=(BLUR_SIGMA[0] + u_BN[:, _SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])).float(),
-        solarize_N=u_BN[:, _SOLARIZE] < own.solarize,
+        factor_N4=torch.stack(factors, dim=1).float(),
+        gray_N=u_NU[:, _GRAY] < views.gray,
+        blur_N=torch.cat([first[:, _BLUR] < views.first.blur, second[:, _BLUR] < views.second.blur]),
+        sigma_N=(BLUR_SIGMA[0] + u_NU[:, _SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])).float(),
+        solarize_N=torch.cat(
+            [first[:, _SOLARIZE] < views.first.solarize, second[:, _SOLARIZE] < views.second.solarize]
+        ),
     )

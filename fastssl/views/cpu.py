@@ -1,0 +1,208 @@
+"""The chain of paired.py for images on a CPU: one view after the other, each while it is in the cache.
+
+Compiled by numba instead of torch: torch.compile's kernel runs every operation on every sample and comes to
+a fifth of the speed. Here an operation runs only on the views that drew it. The parameters are those of
+parameters.py, and the pixels equal the portable chain's but for rounding, which a test holds.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.beton.resize import resize_weights, sum_pixels, sum_rows
+from fastssl.loading.kernels import take
+from fastssl.recipe import Views
+
+from .operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
+from .parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def make_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Views) -> Tensor:
+    """(N = 2 B, 3, size, size) float32, normalised: both views of B images, the first views first.
+
+    image uint8: (B, H, W, 3) with boxes in its pixels, or (B, 2, size, size, 3), already cropped.
+    """
+    if box_N4 is None:
+        source = image.transpose(0, 1).flatten(0, 1).numpy()
+        box_N4 = torch.tensor([0, 0, views.size, views.size]).expand(len(source), 4)
+    else:
+        source = image.numpy()
+    out = torch.empty(len(box_N4), 3, views.size, views.size)
+    counter = np.zeros(1, np.int64)
+    work = (
+        _make_views, source, box_N4.double().contiguous().numpy(), *(p.contiguous().numpy() for p in drawn),
+        np.array(views.mean, np.float32), np.array(views.std, np.float32), out.numpy(), counter,
+    )  # fmt: skip
+    for thread in [_threads().submit(*work) for _ in range(torch.get_num_threads())]:
+        thread.result()
+    return out
+
+
+def _threads() -> ThreadPoolExecutor:
+    """As many as torch may use, which the caller waits for: never more busy threads than with torch alone."""
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-views")
+    return _pool
+
+
+_kernel = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+
+
+@_kernel
+def _make_views(
+    source, box_N4, flip_N, jitter_N, order_N4, factor_N4, gray_N, blur_N, sigma_N, solarize_N, mean, std, out, counter
+):
+    size = out.shape[2]
+    line = np.empty(3 * source.shape[2], np.float32)
+    scratch = np.empty((size, size), np.float32)
+    padded = np.empty(size + 2 * BLUR_RADIUS, np.float32)
+    n = take(counter)
+    while n < len(out):
+        x = out[n]
+        _crop_resize(source[n % len(source)], box_N4[n], flip_N[n], x, line)
+        red, green, blue = x[0].reshape(-1), x[1].reshape(-1), x[2].reshape(-1)
+        if jitter_N[n]:
+            for stage in range(4):
+                operation = order_N4[n, stage]
+                factor = factor_N4[n, operation]
+                if operation == HUE and factor != 0:
+                    _shift_hue(red, green, blue, factor)
+                elif operation != HUE:
+                    _blend(red, green, blue, operation, factor)
+        if gray_N[n]:
+            for i in range(len(red)):
+                red[i] = green[i] = blue[i] = _luma(red[i], green[i], blue[i])
+        if blur_N[n]:
+            kernel_K = _gaussian(sigma_N[n])
+            for channel in range(3):
+                _blur(x[channel], kernel_K, scratch, padded)
+        for channel in range(3):
+            _finish(x[channel].reshape(-1), solarize_N[n], mean[channel], np.float32(1) / std[channel])
+        n = take(counter)
+
+
+@_kernel
+def _crop_resize(pixels_HWC, box, flip, out_CSS, line):
+    """As beton.resize.crop_resize, to planes of floats in [0, 1]."""
+    size = out_CSS.shape[1]
+    top, left, height, width = box
+    first_Y, weight_YK = resize_weights(top, height, size, pixels_HWC.shape[0])
+    first_X, weight_XK = resize_weights(left, width, size, pixels_HWC.shape[1])
+    begin, end = first_X[0], first_X[-1] + weight_XK.shape[1]
+    weight_YK /= np.float32(255)
+    for y in range(size):
+        sum_rows(pixels_HWC, first_Y[y], weight_YK[y], begin, end, line)
+        for x in range(size):
+            red, green, blue = sum_pixels(line, first_X[x] - begin, weight_XK, x)
+            place = size - 1 - x if flip else x
+            out_CSS[0, y, place], out_CSS[1, y, place], out_CSS[2, y, place] = red, green, blue
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _luma(red, green, blue):
+    return np.float32(LUMA[0]) * red + np.float32(LUMA[1]) * green + np.float32(LUMA[2]) * blue
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _clamp(value):
+    return min(max(value, np.float32(0)), np.float32(1))
+
+
+@_kernel
+def _blend(red, green, blue, operation, factor):
+    """Brightness, contrast, saturation: a blend with black, with the mean grey, with the grey image."""
+    mean = np.float32(0)
+    if operation == CONTRAST:
+        total = 0.0
+        for i in range(len(red)):
+            total += _luma(red[i], green[i], blue[i])
+        mean = np.float32(total / len(red))
+    rest = np.float32(1) - factor
+    if operation == BRIGHTNESS or operation == CONTRAST:
+        for plane in (red, green, blue):
+            for i in range(len(plane)):
+                plane[i] = _clamp(factor * plane[i] + rest * mean)
+    else:
+        for i in range(len(red)):
+            other = rest * _luma(red[i], green[i], blue[i])
+            red[i] = _clamp(factor * red[i] + other)
+            green[i] = _clamp(factor * green[i] + other)
+            blue[i] = _clamp(factor * blue[i] + other)
+
+
+@_kernel
+def _shift_hue(red, green, blue, turn):
+    """operations.shift_hue."""
+    zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
+    for i in range(len(red)):
+        r, g, b = red[i], green[i], blue[i]
+        value, low = max(r, max(g, b)), min(r, min(g, b))
+        chroma = value - low
+        scale = one / (one if chroma == zero else chroma)
+        from_red, from_green, from_blue = (g - b) * scale, (b - r) * scale + np.float32(2), (r - g) * scale + four
+        sextant = from_red if value == r else (from_green if value == g else from_blue)
+        start = sextant + six * turn
+        red[i] = _channel(np.float32(5) + start, value, chroma)
+        green[i] = _channel(np.float32(3) + start, value, chroma)
+        blue[i] = _channel(one + start, value, chroma)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _channel(k, value, chroma):
+    k -= np.float32(6) * np.floor(k * np.float32(1 / 6))
+    return _clamp(value - chroma * _clamp(min(k, np.float32(4) - k)))
+
+
+@_kernel
+def _gaussian(sigma):
+    offset = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1).astype(np.float32)
+    kernel_K = np.exp(np.float32(-0.5) * (offset / sigma) ** 2)
+    return kernel_K / kernel_K.sum()
+
+
+@_kernel
+def _blur(plane, kernel_K, scratch, padded):
+    """Down the columns into `scratch`, then along the rows back into `plane`; borders reflected."""
+    size = len(plane)
+    for y in range(size):
+        out = scratch[y]
+        out[:] = 0
+        for d in range(len(kernel_K)):
+            weight = kernel_K[d]
+            if weight > 0:
+                row = plane[_reflected(y + d - BLUR_RADIUS, size)]
+                for x in range(len(out)):
+                    out[x] += weight * row[x]
+    for y in range(size):
+        for x in range(len(padded)):
+            padded[x] = scratch[y, _reflected(x - BLUR_RADIUS, size)]
+        out = plane[y]
+        out[:] = 0
+        for d in range(len(kernel_K)):
+            weight = kernel_K[d]
+            if weight > 0:
+                part = padded[d : d + size]
+                for x in range(len(out)):
+                    out[x] += weight * part[x]
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _reflected(position, size):
+    position = abs(position)
+    return position if position < size else 2 * size - 2 - position
+
+
+@_kernel
+def _finish(plane, solarize, mean, scale):
+    """Solarize where it was drawn, then normalise."""
+    threshold = np.float32(SOLARIZE_THRESHOLD) if solarize else np.float32(2)
+    for i in range(len(plane)):
+        value = plane[i]
+        value = np.float32(1) - value if value >= threshold else value
+        plane[i] = (value - mean) * scale
