@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.beton import read_metadata
-from fastssl.loading import BetonLoader, decoding
+from fastssl.beton import read_header, read_metadata
+from fastssl.loading import BetonLoader, decoding, kernels, memory_bill
 from fastssl.loading import loader as loader_module
+from fastssl.loading.gpu_decoding import GpuDecoder
 from fastssl.loading.order import PAGES_AT_ONCE, epoch_order
+from fastssl.loading.samples import Samples
 from fastssl.recipe import Jitter, UserError, ViewOnly, Views
 from fastssl.views import PairedViews, clean_view
 
@@ -347,10 +349,10 @@ def test_memory_does_not_grow_over_a_hundred_epochs(canvas_jpeg):
         for _batch in loader:
             pass
         if epoch == 9:
-            before = process.memory_info().rss, process.num_threads()
+            before = process.memory_info().rss, threading.active_count()
     # 100 epochs of 1.3 MB: a leak of one batch an epoch would be 22 MB.
     assert process.memory_info().rss - before[0] < 10e6
-    assert process.num_threads() <= before[1]
+    assert threading.active_count() == before[1]
 
 
 def test_two_loaders_and_a_dataloader_side_by_side(canvas, canvas_jpeg, full):
@@ -397,3 +399,53 @@ def test_a_file_larger_than_memory_is_warned_of_with_the_mend(canvas, monkeypatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BetonLoader(canvas / "train.beton", 8, shuffle="quasi_random")
+
+
+@pytest.mark.parametrize("crop", ["cpu", "whole"])
+def test_gpu_decoding_gives_the_same_images(full, crop):
+    """torchvision's CPU decoder in place of nvJPEG: the same interface, its own rounding."""
+    samples = Samples.of(read_header(full / "train.beton"))
+    decoders = [
+        decoding.ThreadDecoder(samples, crop, VIEWS, seed=3, workers=2, pinned=False),
+        GpuDecoder(samples, crop, VIEWS, seed=3, device=torch.device("cpu")),
+    ]
+    rows = np.array([5, 0, 40, 17])
+    ours, theirs = (decoder.finish(decoder.start(rows, epoch=2)) for decoder in decoders)
+    assert ours.image.shape == theirs.image.shape and (theirs.status_B == kernels.DECODED).all()
+    # The crops are sums of floats rounded to a grey level, over pixels that are off by one at times.
+    assert (ours.image.int() - theirs.image.int()).abs().max() <= 2
+
+
+def test_gpu_decoding_of_a_canvas(canvas_jpeg):
+    samples = Samples.of(read_header(canvas_jpeg / "train.beton"))
+    decoder = GpuDecoder(samples, "gpu", None, seed=3, device=torch.device("cpu"))
+    image, _ = decoder.finish(decoder.start(np.arange(48), epoch=0))
+    (batch,) = BetonLoader(canvas_jpeg / "train.beton", 48, shuffle=False)
+    assert (image.int() - batch.image.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("damage", [garbage, other_size])
+def test_gpu_decoding_finds_the_damaged_sample(full, tmp_path, damage):
+    path = damaged_copy(full / "train.beton", tmp_path, 7, damage)
+    decoder = GpuDecoder(Samples.of(read_header(path)), "cpu", VIEWS, seed=3, device=torch.device("cpu"))
+    _, status = decoder.finish(decoder.start(np.arange(5, 10), epoch=0))
+    assert status.tolist() == [kernels.DECODED, kernels.DECODED, kernels.FAILED, kernels.DECODED, kernels.DECODED]
+
+
+def test_gpu_decoding_is_refused_where_it_cannot_work(canvas, full):
+    with pytest.raises(UserError, match="needs a GPU"):
+        BetonLoader(full / "train.beton", 8, crop="cpu", views=VIEWS, decode="gpu")
+    with pytest.raises(UserError, match="needs JPEGs"):
+        GpuDecoder(Samples.of(read_header(canvas / "train.beton")), "gpu", None, 0, torch.device("cpu"))
+
+
+def test_the_memory_bill_is_what_is_taken(canvas_jpeg, full):
+    """Batches, scratch and table, by arithmetic; and the batches are all that a run allocates."""
+    bill = memory_bill(BetonLoader(full / "train.beton", 16, crop="cpu", views=VIEWS, workers=3))
+    assert bill["5 batches of 16"] == 5 * 16 * 2 * 48 * 48 * 3
+    assert bill["scratch of 3 threads"] == 3 * (88 * 90 * 3 + 90 * 3 * 4)
+    loader, seen = BetonLoader(canvas_jpeg / "train.beton", 4), set()
+    for batch in loader:
+        seen.add(batch.image.data_ptr())
+        del batch
+    assert len(seen) * 4 * 96 * 96 * 3 <= memory_bill(loader)["5 batches of 4"]

@@ -4,8 +4,11 @@
     order.py     the order of an epoch
     samples.py   what is known of every sample, and its crop boxes
     decoding.py  a batch's bytes to its pixels, by threads; kernels.py what they run, compiled
+    gpu_decoding.py  the same on the GPU (experimental)
+    memory.py    what a loader will take
 """
 
 from .loader import Batch, BetonLoader
+from .memory import memory_bill
 
-__all__ = ["Batch", "BetonLoader"]
+__all__ = ["Batch", "BetonLoader", "memory_bill"]

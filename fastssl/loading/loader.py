@@ -19,6 +19,7 @@ from fastssl.recipe import UserError, Views
 
 from . import kernels
 from .decoding import Crop, Decoded, ThreadDecoder
+from .gpu_decoding import GpuDecoder
 from .order import epoch_order
 from .samples import Samples
 
@@ -50,6 +51,9 @@ class BetonLoader:
     batch b is order[b * G:(b + 1) * G] and rank r gets its r-th equal slice. With drop_last=False the
     last batch is filled up with repeated samples that `valid` marks False.
 
+    decode="gpu" (experimental) hands the JPEGs' bytes to the GPU and decodes and cuts them there, in every
+    mode of `crop`.
+
     resident=True decodes the whole file once, keeps it on the device and gives the same batches from
     there: for a canvas that fits into the device's memory.
 
@@ -73,6 +77,7 @@ class BetonLoader:
         shuffle: bool | Literal["quasi_random"] = True,
         drop_last: bool = True,
         device: str | torch.device = "cpu",
+        decode: Literal["cpu", "gpu"] = "cpu",
         resident: bool = False,
         on_bad_sample: Literal["error", "skip"] = "error",
         limit: int | None = None,
@@ -86,6 +91,7 @@ class BetonLoader:
         self.order = {True: "random", False: "sequential"}.get(shuffle, shuffle)
         self.drop_last = drop_last
         self.device = torch.device(device)
+        self.decode = decode
         self.resident = resident
         self.on_bad_sample = on_bad_sample
         self.rank, self.world = _rank_and_world()
@@ -100,6 +106,8 @@ class BetonLoader:
             raise ValueError(f'crop="{crop}" needs views, the recipe\'s section.')
         if crop == "cpu" and resident:
             raise UserError("data.resident needs data.crop=gpu: crops made on the CPU are new in every epoch.")
+        if decode == "gpu" and self.device.type != "cuda":
+            raise UserError("data.decode=gpu needs a GPU, which this run does not use: set data.decode=cpu.")
         self.samples = Samples.of(info)
         self.rows = np.arange(info.num_samples)
         if limit is not None and limit < len(self.rows):
@@ -186,28 +194,41 @@ class BetonLoader:
                 except queue.Full:
                     pass
 
-        on_gpu = self.device.type == "cuda"
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         under_way: deque = deque()
-        decoder = ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, pinned=on_gpu)
+        decoder = None
+
+        def hand_over_oldest() -> None:
+            rows_B, valid_B, decoding = under_way.popleft()
+            batch = self._batch(rows_B, valid_B, decoder.finish(decoding))
+            put(self._to_device(batch, copies) if copies else (batch, None))
+
         try:
-            copies = torch.cuda.Stream(self.device) if on_gpu else None
-            for place_B in [*places, *[None] * (UNDER_WAY - 1)]:
-                if place_B is not None:
+            with torch.cuda.stream(copies):  # None: does nothing
+                decoder = self._decoder()
+                for place_B in places:
                     rows_B = rows_N.take(place_B, mode="wrap")
                     under_way.append((rows_B, place_B < len(rows_N), decoder.start(rows_B, epoch)))
-                if len(under_way) == UNDER_WAY or place_B is None and under_way:
-                    rows_B, valid_B, decoding = under_way.popleft()
-                    batch = self._batch(rows_B, valid_B, decoder.finish(decoding))
-                    put(self._to_device(batch, copies) if on_gpu else (batch, None))
-                if stop.is_set():
-                    return
+                    if len(under_way) == UNDER_WAY:
+                        hand_over_oldest()
+                    if stop.is_set():
+                        return
+                while under_way:
+                    hand_over_oldest()
             put(None)
         except BaseException as error:
             put(error)
         finally:
             for _, _, decoding in under_way:
                 decoder.abandon(decoding)
-            decoder.close()
+            if decoder:
+                decoder.close()
+
+    def _decoder(self) -> "ThreadDecoder | GpuDecoder":
+        if self.decode == "gpu":
+            return GpuDecoder(self.samples, self.crop, self.views, self.seed, self.device)
+        pinned = self.device.type == "cuda"
+        return ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, pinned)
 
     def _batch(self, rows_B: np.ndarray, valid_B: np.ndarray, decoded: Decoded) -> Batch:
         """Put image and columns together; samples that did not decode are answered for here."""
@@ -228,9 +249,8 @@ class BetonLoader:
         return Batch(image, *(torch.from_numpy(c[rows_B]) for c in columns), torch.from_numpy(valid_B))
 
     def _to_device(self, batch: Batch, copies: "torch.cuda.Stream"):
-        """Start the copies on their own stream; the event tells when they are done."""
-        with torch.cuda.stream(copies):
-            moved = Batch(*(t.to(self.device, non_blocking=t.is_pinned()) for t in batch))
+        """Start the copies on the reader's stream; the event tells when they are done."""
+        moved = Batch(*(t.to(self.device, non_blocking=t.is_pinned()) for t in batch))
         return moved, copies.record_event()
 
     def _received(self, batch: Batch, copied: "torch.cuda.Event | None") -> Batch:
@@ -256,7 +276,7 @@ class BetonLoader:
         """All samples of `rows`, in their order, on the device."""
         reader = BetonLoader(
             self.path, min(self.batch_size, len(self.rows)), crop=self.crop, views=self.views, workers=self.workers,
-            shuffle=False, drop_last=False, device=self.device, on_bad_sample=self.on_bad_sample,
+            shuffle=False, drop_last=False, device=self.device, decode=self.decode, on_bad_sample=self.on_bad_sample,
         )  # fmt: skip
         reader.rows, reader.rank, reader.world = self.rows, 0, 1
         whole, filled = None, 0

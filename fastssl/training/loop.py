@@ -124,6 +124,8 @@ def train(
                         state.save(run_dir)
                         raise UserError(guard.sentence(run_dir))
                     entry = {"step": state.step, "epoch": epoch, **figures, "lr": rate, **meter.read()}
+                    if loader.bad_samples:
+                        entry["bad_samples"] = loader.bad_samples
                     metrics.write(entry)
                     display.log(entry)
                 if state.step % recipe.checkpoint.every == 0:
@@ -232,18 +234,28 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
     """The loader of data.train; crops on the device for a canvas file, on the CPU for a full one."""
-    crop = recipe.data.crop
+    data, info = recipe.data, read_header(recipe.data.train)
+    crop = data.crop
     if crop == "auto":
-        crop = "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
+        crop = "cpu" if info.resolution is None else "gpu"
+    resident = data.resident == "yes"
+    if data.resident == "auto" and device.type == "cuda" and crop == "gpu":
+        height, width = info.max_resolution
+        memory = torch.cuda.get_device_properties(device).total_memory
+        resident = info.num_samples * height * width * 3 <= memory / 8
     return BetonLoader(
-        recipe.data.train,
+        data.train,
         recipe.train.batch_size,
         seed=recipe.seed,
         crop=crop,
         views=recipe.views,
-        workers=recipe.data.workers,
+        workers=data.workers,
+        shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
-        limit=recipe.data.limit,
+        decode=data.decode,
+        resident=resident,
+        on_bad_sample=data.on_bad_sample,
+        limit=data.limit,
     )
 
 

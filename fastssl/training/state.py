@@ -16,7 +16,8 @@ from fastssl.recipe import Recipe, UserError
 
 # A resumed run may change these; any other key would make it another run.
 FREE_KEYS = (
-    "run", "data.workers", "train.device", "train.compile", "train.max_skipped_steps", "probe", "log", "checkpoint",
+    "run", "data.resident", "data.on_bad_sample", "data.workers", "train.device", "train.compile",
+    "train.max_skipped_steps", "probe", "log", "checkpoint",
 )  # fmt: skip
 
 
