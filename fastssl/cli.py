@@ -106,6 +106,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="decode every image, compare it with its checksum")] = False,
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw random samples into")] = None,
     subset: Annotated[Path | None, typer.Option(help="list of image names or indices, one a line: count them")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="show the memory that such batches take")] = None,
     workers: Annotated[int | None, typer.Option(help="processes for --verify (default: all cores)")] = None,
 ) -> None:
     """Show what is in a .beton file, and whether all of it is sound."""
@@ -115,6 +116,14 @@ def inspect(
 
     console = Console()
     console.print(beton.summary_tables(beton.inspect_beton(file)))
+    if batch_size is not None:
+        from fastssl.loading import BetonLoader, memory_bill
+        from fastssl.recipe import Views
+
+        crop = "cpu" if beton.read_header(file).resolution is None else "gpu"
+        bill = memory_bill(BetonLoader(file, batch_size, crop=crop, views=Views(), drop_last=False))
+        title = f"memory for batches of {batch_size}, crops on the {crop.upper()}"
+        console.print(beton.pairs_table(title, {cause: f"{size / 1e6:,.1f} MB" for cause, size in bill.items()}))
     if subset is not None:
         console.print(beton.subset_table(file, subset))
     if sheet is not None:

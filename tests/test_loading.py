@@ -13,8 +13,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from fastssl.beton import read_header, read_metadata
+from fastssl.cli import app
 from fastssl.loading import BetonLoader, decoding, kernels, memory_bill
 from fastssl.loading import loader as loader_module
 from fastssl.loading.gpu_decoding import GpuDecoder
@@ -401,6 +403,10 @@ def test_a_file_larger_than_memory_is_warned_of_with_the_mend(canvas, monkeypatc
         BetonLoader(canvas / "train.beton", 8, shuffle="quasi_random")
 
 
+deprecated = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")  # torchvision's, for torchcodec
+
+
+@deprecated
 @pytest.mark.parametrize("crop", ["cpu", "whole"])
 def test_gpu_decoding_gives_the_same_images(full, crop):
     """torchvision's CPU decoder in place of nvJPEG: the same interface, its own rounding."""
@@ -416,6 +422,7 @@ def test_gpu_decoding_gives_the_same_images(full, crop):
     assert (ours.image.int() - theirs.image.int()).abs().max() <= 2
 
 
+@deprecated
 def test_gpu_decoding_of_a_canvas(canvas_jpeg):
     samples = Samples.of(read_header(canvas_jpeg / "train.beton"))
     decoder = GpuDecoder(samples, "gpu", None, seed=3, device=torch.device("cpu"))
@@ -424,6 +431,7 @@ def test_gpu_decoding_of_a_canvas(canvas_jpeg):
     assert (image.int() - batch.image.int()).abs().max() <= 2
 
 
+@deprecated
 @pytest.mark.parametrize("damage", [garbage, other_size])
 def test_gpu_decoding_finds_the_damaged_sample(full, tmp_path, damage):
     path = damaged_copy(full / "train.beton", tmp_path, 7, damage)
@@ -432,6 +440,7 @@ def test_gpu_decoding_finds_the_damaged_sample(full, tmp_path, damage):
     assert status.tolist() == [kernels.DECODED, kernels.DECODED, kernels.FAILED, kernels.DECODED, kernels.DECODED]
 
 
+@deprecated
 def test_gpu_decoding_is_refused_where_it_cannot_work(canvas, full):
     with pytest.raises(UserError, match="needs a GPU"):
         BetonLoader(full / "train.beton", 8, crop="cpu", views=VIEWS, decode="gpu")
@@ -449,3 +458,11 @@ def test_the_memory_bill_is_what_is_taken(canvas_jpeg, full):
         seen.add(batch.image.data_ptr())
         del batch
     assert len(seen) * 4 * 96 * 96 * 3 <= memory_bill(loader)["5 batches of 4"]
+
+
+def test_inspect_prints_the_memory_bill(canvas_jpeg, full):
+    runner = CliRunner()
+    shown = runner.invoke(app, ["inspect", str(canvas_jpeg / "train.beton"), "--batch-size", "16"]).output
+    assert "5 batches of 16" in shown and f"{5 * 16 * 96 * 96 * 3 / 1e6:.1f} MB" in shown
+    shown = runner.invoke(app, ["inspect", str(full / "train.beton"), "--batch-size", "16"]).output
+    assert "crops on the CPU" in shown and "scratch of" in shown

@@ -25,7 +25,7 @@ from .build import SplitReport, build_beton
 from .builders import builder_names, describe_builders
 from .forecast import Forecast, forecast_build, free_memory
 from .index_list import read_index_list
-from .inspection import Summary, inspect_beton, subset_table, summary_tables
+from .inspection import Summary, inspect_beton, pairs_table, subset_table, summary_tables
 from .read import BetonInfo, read_header, read_labels, read_metadata, read_names, read_samples
 from .sample import Sample
 from .sheet import draw_sheet
@@ -45,6 +45,7 @@ __all__ = [
     "forecast_build",
     "free_memory",
     "inspect_beton",
+    "pairs_table",
     "read_header",
     "read_index_list",
     "read_labels",

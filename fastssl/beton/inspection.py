@@ -105,7 +105,7 @@ def _file_table(summary: Summary) -> Table:
     else:
         resolution = "up to {} x {} px (height x width)".format(*info.max_resolution)
     without = "none, as of files that stock FFCV or an older version built"
-    return _pairs(
+    return pairs_table(
         str(info.path),
         {
             "samples": f"{info.num_samples:,}",
@@ -162,7 +162,7 @@ def _build_table(manifest: dict) -> Table:
         if counts.get(name):
             why = f" ({reasons})" if name == "encoded" and reasons else ""
             rows[what] = f"{counts[name]:,} images{why}"
-    return _pairs("how it was built", {name: row for name, row in rows.items() if row is not None})
+    return pairs_table("how it was built", {name: row for name, row in rows.items() if row is not None})
 
 
 def _with_unit(value: int | None, unit: str) -> str | None:
@@ -204,7 +204,7 @@ def _table(title: str, first: str, *figures: str) -> Table:
     return table
 
 
-def _pairs(title: str, rows: dict[str, object]) -> Table:
+def pairs_table(title: str, rows: dict[str, object]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=None, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
