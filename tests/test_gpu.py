@@ -45,6 +45,59 @@ def test_batches_on_the_device_are_never_overwritten(canvas):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(want, kept, strict=True))
 
 
+@pytest.fixture
+def compiled_views(canvas_jpeg):
+    """The compiled views of one batch on the device, as a function without arguments, already compiled."""
+    views = torch.compile(PairedViews(Views(size=64), seed=1), fullgraph=True, dynamic=False)
+    batch = next(iter(BetonLoader(canvas_jpeg / "train.beton", 16, device="cuda")))
+    epoch = torch.tensor(2, device="cuda")
+
+    def call():
+        return views(batch.image, batch.index, epoch, batch.height, batch.width)
+
+    call()
+    return call
+
+
+def test_compiled_views_launch_few_kernels(compiled_views):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled_views()
+        torch.cuda.synchronize()
+    launched = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(launched) <= 15, launched
+
+
+def test_compiled_views_never_wait_for_the_device(compiled_views):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled_views()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": False}, {"shuffle": "quasi_random"}])
+def test_a_resident_set_gives_the_same_batches(canvas, options):
+    streamed, resident = (
+        BetonLoader(canvas / "train.beton", 7, device="cuda", resident=r, **options) for r in (False, True)
+    )
+    for _ in range(2):
+        for a, b in zip(streamed, resident, strict=True):
+            assert all(torch.equal(x, y) and y.is_cuda for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("crop", ["cpu", "whole"])
+def test_nvjpeg_gives_the_same_crops(full, crop):
+    """Another decoder, with its own rounding and its own upsampling of colour."""
+    views = Views(size=48)
+    loaders = [
+        BetonLoader(full / "train.beton", 16, crop=crop, views=views, device="cuda", decode=decode)
+        for decode in ("cpu", "gpu")
+    ]
+    for a, b in zip(*loaders, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert (a.image.int() - b.image.int()).abs().float().mean() < 2
+
+
 @pytest.mark.parametrize("name", ["barlow", "zprob_barlow", "hprob_vicreg"])
 def test_compiled_bf16_training_learns(canvas, tmp_path, name):
     """The loss of the last ten steps is below that of the first ten; nothing is skipped."""

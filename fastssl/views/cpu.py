@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.beton.resize import resize_weights, sum_pixels, sum_rows
+from fastssl.beton.resize import resize_line, resize_weights
 from fastssl.loading.kernels import take
 from fastssl.recipe import Views
 
@@ -94,14 +94,14 @@ def _crop_resize(pixels_HWC, box, flip, out_CSS, line):
     top, left, height, width = box
     first_Y, weight_YK = resize_weights(top, height, size, pixels_HWC.shape[0])
     first_X, weight_XK = resize_weights(left, width, size, pixels_HWC.shape[1])
-    begin, end = first_X[0], first_X[-1] + weight_XK.shape[1]
     weight_YK /= np.float32(255)
+    resized = np.empty(3 * size, np.float32)
     for y in range(size):
-        sum_rows(pixels_HWC, first_Y[y], weight_YK[y], begin, end, line)
+        resize_line(pixels_HWC, first_Y[y], weight_YK[y], first_X, weight_XK, line, resized)
         for x in range(size):
-            red, green, blue = sum_pixels(line, first_X[x] - begin, weight_XK, x)
             place = size - 1 - x if flip else x
-            out_CSS[0, y, place], out_CSS[1, y, place], out_CSS[2, y, place] = red, green, blue
+            for channel in range(3):
+                out_CSS[channel, y, place] = resized[3 * x + channel]
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
