@@ -14,7 +14,8 @@ line below runs in a process of its own, one after the other, in rounds; batch 2
                    that two at once cost; for the memory two loaders run side by side
     torchvision    DataLoader over the JPEG files themselves, two views a sample on the CPU
     ours           BetonLoader; for a canvas both crops are left to the device. "+ views" adds
-                   PairedViews, compiled, on the same cores
+                   PairedViews, on the same cores. Where there is a GPU, batches and views are made there,
+                   and "ours, nvJPEG" decodes there too
 
 Memory is the peak of the process's own memory, mapped files left out.
 """
@@ -30,6 +31,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
 
 BATCH, SIZE = 256, 224
 MEASURED_FOR = 6.0  # seconds a line and round, behind a first epoch that compiles and warms up
@@ -100,7 +103,6 @@ def imdecode_only(path: Path, workers: int) -> Iterator[int]:
 
 
 def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator[int]:
-    import torch
     from torchvision import datasets
     from torchvision.transforms import v2
 
@@ -127,20 +129,23 @@ def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator
             yield len(image)
 
 
-def ours(path: Path, workers: int, crop: str, with_views: bool = False) -> Iterator[int]:
-    import torch
-
+def ours(path: Path, workers: int, crop: str, with_views: bool = False, decode: str = "cpu") -> Iterator[int]:
     from fastssl.loading import BetonLoader
     from fastssl.recipe import ViewOnly, Views
     from fastssl.views import PairedViews
 
     recipe = Views(size=SIZE, first=ViewOnly(blur=1.0), second=ViewOnly(blur=0.1, solarize=0.2))
-    views = torch.compile(PairedViews(recipe), dynamic=False)
-    loader = BetonLoader(path, BATCH, crop=crop, views=recipe, workers=workers)
+    on_gpu = torch.cuda.is_available()
+    views = torch.compile(PairedViews(recipe), dynamic=False) if on_gpu else PairedViews(recipe)
+    device = "cuda" if on_gpu else "cpu"
+    loader = BetonLoader(path, BATCH, crop=crop, views=recipe, workers=workers, device=device, decode=decode)
     for _ in forever():
         for batch in loader:
             if with_views:
-                views(batch.image, batch.index, torch.tensor(loader.epoch), batch.height, batch.width)
+                epoch = torch.full((), loader.epoch, device=device)
+                views(batch.image, batch.index, epoch, batch.height, batch.width)
+            if on_gpu:
+                torch.cuda.synchronize()
             yield len(batch.image)
 
 
@@ -168,6 +173,8 @@ LINES = {
     "full, q90": {
         "decode only": lambda folder, workers: imdecode_only(folder / "q90.beton", workers),
         "ours": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu"),
+        "ours + views": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu", True),
+        "ours, nvJPEG": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu", decode="gpu"),
         "FFCV, two pipelines": lambda folder, workers: stock_crop(folder / "q90.beton", workers),
         "FFCV, two at once (memory)": lambda folder, workers: two_at_once(folder / "q90.beton", workers),
     },
@@ -258,6 +265,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for table, lines in LINES.items():
                 for line in lines:
+                    if "nvJPEG" in line and not torch.cuda.is_available():
+                        continue
                     command = [sys.executable, __file__, folder, "--line", table, line]
                     done = subprocess.run(
                         [*command, "--workers", str(arguments.workers)],

@@ -209,6 +209,11 @@ def test_variable_sizes_are_refused_for_crops_on_the_device(full):
         BetonLoader(full / "train.beton", 8)
 
 
+def test_an_unknown_order_is_refused(canvas):
+    with pytest.raises(ValueError, match="quasi_random"):
+        BetonLoader(canvas / "train.beton", 8, shuffle="quasi-random")
+
+
 def test_a_batch_larger_than_the_data_is_refused(canvas):
     with pytest.raises(UserError, match="lower train.batch_size"):
         BetonLoader(canvas / "train.beton", 64)
@@ -337,11 +342,13 @@ def test_kept_batches_are_never_overwritten(canvas_jpeg):
 
 
 def test_buffers_are_used_again(canvas_jpeg):
-    seen = set()
-    for batch in BetonLoader(canvas_jpeg / "train.beton", 2):
-        seen.add(batch.image.data_ptr())
-        del batch
-    assert len(seen) <= 5  # 24 batches
+    """Also by the next epoch: 48 batches in five buffers."""
+    loader, seen = BetonLoader(canvas_jpeg / "train.beton", 2), set()
+    for _ in range(2):
+        for batch in loader:
+            seen.add(batch.image.data_ptr())
+            del batch
+    assert len(seen) <= 5
 
 
 def test_memory_does_not_grow_over_a_hundred_epochs(canvas_jpeg):
@@ -412,7 +419,7 @@ def test_gpu_decoding_gives_the_same_images(full, crop):
     """torchvision's CPU decoder in place of nvJPEG: the same interface, its own rounding."""
     samples = Samples.of(read_header(full / "train.beton"))
     decoders = [
-        decoding.ThreadDecoder(samples, crop, VIEWS, seed=3, workers=2, pinned=False),
+        decoding.ThreadDecoder(samples, crop, VIEWS, seed=3, workers=2, buffers=decoding.Buffers(pinned=False)),
         GpuDecoder(samples, crop, VIEWS, seed=3, device=torch.device("cpu")),
     ]
     rows = np.array([5, 0, 40, 17])

@@ -35,11 +35,11 @@ class ThreadDecoder:
     """Decodes batches of one size; two of them may be under way, so that no thread waits for the slowest."""
 
     def __init__(
-        self, samples: Samples, crop: Crop, views: Views | None, seed: int, workers: int, pinned: bool
+        self, samples: Samples, crop: Crop, views: Views | None, seed: int, workers: int, buffers: "Buffers"
     ) -> None:
         self.samples, self.crop, self.views, self.seed = samples, crop, views, seed
         self.workers = workers
-        self._buffers = Buffers(pinned)
+        self._buffers = buffers
         self._pool = ThreadPoolExecutor(workers, "fastssl-decode")
         self._scratch = threading.local()
 

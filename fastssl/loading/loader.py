@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from fastssl.randomness import permutation
 from fastssl.recipe import UserError, Views
 
 from . import kernels
-from .decoding import Crop, Decoded, ThreadDecoder
+from .decoding import Buffers, Crop, Decoded, ThreadDecoder
 from .gpu_decoding import GpuDecoder
-from .order import epoch_order
+from .order import Order, epoch_order
 from .samples import Samples
 
 UNDER_WAY = 2  # batches being decoded: while one waits for its last sample the next one has begun
@@ -102,6 +102,8 @@ class BetonLoader:
                 f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch: "
                 "set data.crop=cpu, or build it with --canvas."
             )
+        if self.order not in get_args(Order):
+            raise ValueError(f'shuffle must be True, False or "quasi_random", not {shuffle!r}')
         if crop != "gpu" and views is None:
             raise ValueError(f'crop="{crop}" needs views, the recipe\'s section.')
         if crop == "cpu" and resident:
@@ -123,6 +125,7 @@ class BetonLoader:
         self.position = 0  # samples handed out this epoch, over all processes
         self.bad_samples = 0
         self.decoder_warnings = 0
+        self._buffers = Buffers(pinned=self.device.type == "cuda")
         self._on_device: Batch | None = None
 
     def __len__(self) -> int:
@@ -156,22 +159,18 @@ class BetonLoader:
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
-    def _places(self) -> Iterator[np.ndarray]:
-        """This process's share of each global batch left of the epoch: (B,) places in the order.
-
-        Places behind the order's end fill up the last batch.
-        """
+    def _first_places(self) -> range:
+        """Where in the order each global batch begins that is left of the epoch."""
         global_batch = self.batch_size * self.world
         end = len(self.rows) - (global_batch - 1 if self.drop_last else 0)
-        for first in range(self.position, end, global_batch):
-            yield first + self.rank * self.batch_size + np.arange(self.batch_size)
+        return range(self.position, end, global_batch)
 
     def _decoded(self, order: np.ndarray) -> Iterator[Batch]:
         """A thread decodes ahead; what it meets, an exception too, comes through the queue."""
         ready: queue.Queue = queue.Queue(READY)
         stop = Event()
-        work = self._read_ahead, (self.rows[order], list(self._places()), self.epoch, ready, stop)
-        reader = Thread(target=work[0], args=work[1], name="fastssl-reader", daemon=True)
+        work = self.rows[order], self._first_places(), self.epoch, ready, stop
+        reader = Thread(target=self._read_ahead, args=work, name="fastssl-reader", daemon=True)
         reader.start()
         try:
             while (item := ready.get()) is not None:
@@ -183,7 +182,7 @@ class BetonLoader:
             reader.join()
 
     def _read_ahead(
-        self, rows_N: np.ndarray, places: list[np.ndarray], epoch: int, ready: queue.Queue, stop: Event
+        self, rows_N: np.ndarray, firsts: range, epoch: int, ready: queue.Queue, stop: Event
     ) -> None:
         """The reader thread: batch after batch into the queue; None ends it, so does an exception."""
 
@@ -206,7 +205,9 @@ class BetonLoader:
         try:
             with torch.cuda.stream(copies):  # None: does nothing
                 decoder = self._decoder()
-                for place_B in places:
+                for first in firsts:
+                    # Places behind the order's end fill up the last batch.
+                    place_B = first + self.rank * self.batch_size + np.arange(self.batch_size)
                     rows_B = rows_N.take(place_B, mode="wrap")
                     under_way.append((rows_B, place_B < len(rows_N), decoder.start(rows_B, epoch)))
                     if len(under_way) == UNDER_WAY:
@@ -227,8 +228,7 @@ class BetonLoader:
     def _decoder(self) -> "ThreadDecoder | GpuDecoder":
         if self.decode == "gpu":
             return GpuDecoder(self.samples, self.crop, self.views, self.seed, self.device)
-        pinned = self.device.type == "cuda"
-        return ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, pinned)
+        return ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, self._buffers)
 
     def _batch(self, rows_B: np.ndarray, valid_B: np.ndarray, decoded: Decoded) -> Batch:
         """Put image and columns together; samples that did not decode are answered for here."""
@@ -265,10 +265,13 @@ class BetonLoader:
     def _from_device(self, order: np.ndarray) -> Iterator[Batch]:
         """The same batches, gathered on the device from the columns kept there."""
         if self._on_device is None:
-            self._on_device = self._whole_file()
+            try:
+                self._on_device = self._whole_file()
+            except torch.OutOfMemoryError:
+                raise UserError(f"{self.path} does not fit into the device's memory: set data.resident=no.") from None
         order_N = torch.from_numpy(order).to(self.device)
-        for place_B in self._places():
-            place_B = torch.arange(int(place_B[0]), int(place_B[-1]) + 1, device=self.device)
+        for first in self._first_places():
+            place_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)
             row_B = order_N[place_B % len(order_N)]
             yield Batch(*(column[row_B] for column in self._on_device[:-1]), place_B < len(order_N))
 
