@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.beton.format import RAW
 from fastssl.recipe import Views
 
 from . import kernels
 from .samples import Samples
 
 Crop = Literal["gpu", "cpu", "whole"]
+
+SMALL = 1 << 20  # bytes; copying that many stored pixels takes as long as handing the work to threads
 
 
 class Decoded(NamedTuple):
@@ -61,6 +64,9 @@ class ThreadDecoder:
             image = self._buffers.take((len(rows), box_BV4.shape[1], size, size, 3))
             shape_B2 = samples.shape_N2[rows]
             work = self._decode_crops, *source, shape_B2, box_BV4, image.numpy(), status_B, counter
+        if image.nbytes <= SMALL and (source[3] == RAW).all():
+            work[0](*work[1:])
+            return UnderWay(image, status_B, counter, [])
         threads = [self._pool.submit(*work) for _ in range(min(self.workers, len(rows)))]
         return UnderWay(image, status_B, counter, threads)
 

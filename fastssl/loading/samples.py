@@ -43,7 +43,7 @@ class Samples(NamedTuple):
 
         return cls(
             path=info.path,
-            file=np.memmap(info.path, np.uint8, mode="r"),
+            file=np.asarray(np.memmap(info.path, np.uint8, mode="r")),  # numba dispatches slowly on a memmap
             start_N=start_N,
             size_N=size_N,
             mode_N=np.ascontiguousarray(image["mode"]),
