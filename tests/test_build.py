@@ -242,9 +242,11 @@ def test_a_worker_without_memory_is_one_sentence_and_no_wait(tmp_path, monkeypat
 
 
 BUILD = """
-import sys, pathlib
+import sys, pathlib, signal
 from fastssl.beton import build_beton, pool, unfinished
 
+# A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 unfinished.SAVE_EVERY = 0.0  # after every chunk
 pool.UNDER_WAY = 2  # else the workers may be through before the first chunks are saved
 if __name__ == "__main__":

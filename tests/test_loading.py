@@ -383,8 +383,10 @@ def test_batches_of_one(canvas_jpeg):
 def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
     """A real process, interrupted in the middle of an epoch, is gone within seconds."""
     script = (
-        "import sys, itertools\n"
+        "import itertools, signal\n"
         "from fastssl.loading import BetonLoader\n"
+        # A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"loader = BetonLoader({str(canvas_jpeg / 'train.beton')!r}, 4)\n"
         "try:\n"
         "    for n in itertools.count():\n"
@@ -397,7 +399,10 @@ def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "running\n"
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=10)
+        try:
+            out, _ = process.communicate(timeout=10)
+        finally:
+            process.kill()  # else leaving the block would wait for ever
     assert out.split()[-1] == "1" and process.returncode == 0
 
 
