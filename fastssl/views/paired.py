@@ -9,7 +9,7 @@ from fastssl.geometry import crop_resize
 from fastssl.recipe import Views
 
 from . import cpu, operations
-from .parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms
+from .parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms, nothing_drawn
 
 
 class PairedViews(nn.Module):
@@ -83,12 +83,14 @@ def clean_view(views: Views) -> Callable[[Tensor], Tensor]:
     """
 
     def clean(image_BHWC: Tensor) -> Tensor:
-        x = to_unit_range(image_BHWC)
-        if x.shape[2:] != (views.size, views.size):
-            count, height, width = image_BHWC.shape[:3]
-            each = torch.arange(count, device=image_BHWC.device)
-            box_N4 = torch.tensor([0, 0, height, width], device=each.device).expand(count, 4)
-            x = crop_resize(image_BHWC, each, box_N4, torch.zeros_like(each, dtype=torch.bool), views.size) / 255
+        count, height, width = image_BHWC.shape[:3]
+        if (height, width) == (views.size, views.size):
+            return normalize(to_unit_range(image_BHWC), views)
+        each = torch.arange(count, device=image_BHWC.device)
+        box_B4 = torch.tensor([0, 0, height, width], device=each.device).expand(count, 4)
+        if image_BHWC.device.type == "cpu":
+            return cpu.make_views(image_BHWC, box_B4, nothing_drawn(count), views)
+        x = crop_resize(image_BHWC, each, box_B4, torch.zeros_like(each, dtype=torch.bool), views.size) / 255
         return normalize(x, views)
 
     return clean

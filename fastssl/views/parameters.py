@@ -67,3 +67,10 @@ def draw_parameters(u_NU: Tensor, views: Views) -> Parameters:
             [first[:, _SOLARIZE] < views.first.solarize, second[:, _SOLARIZE] < views.second.solarize]
         ),
     )
+
+
+def nothing_drawn(count: int) -> Parameters:
+    """Parameters, on the CPU, under which no operation applies."""
+    no = torch.zeros(count, dtype=torch.bool)
+    order_N4 = torch.arange(4).expand(count, 4)
+    return Parameters(no, no, order_N4, torch.ones(count, 4), no, no, torch.ones(count), no)
