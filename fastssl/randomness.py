@@ -69,7 +69,8 @@ def _words(seed: int, time: int | Tensor, index_B: Tensor, view: int | Tensor, b
     """Four (B, blocks) int64 tensors of 32 random bits each."""
     block = torch.arange(blocks, device=index_B.device)
     time = torch.as_tensor(time, device=index_B.device)
-    last = (2 * purpose + torch.as_tensor(view, device=index_B.device)).reshape(-1, 1)
+    # Added to a zero that is made there: a number copied to a GPU would wait for it.
+    last = (torch.zeros((), dtype=torch.int64, device=index_B.device) + (2 * purpose + view)).reshape(-1, 1)
     return torch.broadcast_tensors(*philox((block, index_B[:, None] & _MASK, time & _MASK, last), seed))
 
 

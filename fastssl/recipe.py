@@ -40,7 +40,7 @@ class Data(Section):
     crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for a full one
     decode: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG, experimental
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
-    resident: Literal["auto", "yes", "no"] = "auto"  # all images on the device; auto: where they take 1/8 of it
+    resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: where they take 1/8 of it
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: the next sample of the batch takes its place
     workers: Count | None = None  # decoding threads; None: all cores this process may use
 

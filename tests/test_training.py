@@ -333,3 +333,15 @@ def test_what_the_user_can_mend_is_one_sentence(small, override, says):
     with pytest.raises(UserError, match=says) as error:
         train(load_recipe("recipes/barlow.yaml", [*small, override]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("written, resident", [("no", False), ("yes", True), ("auto", False)])
+def test_recipe_keys_reach_the_loader(canvas, written, resident):
+    """YAML reads yes and no as booleans; auto keeps a set resident on a GPU only."""
+    recipe = load_recipe(
+        "recipes/cifar10/barlow.yaml",
+        [f"data.train={canvas}/train.beton", "train.batch_size=8", f"data.resident={written}",
+         "data.order=quasi_random", "data.on_bad_sample=skip"],
+    )  # fmt: skip
+    loader = loop.training_loader(recipe, torch.device("cpu"))
+    assert (loader.resident, loader.order, loader.on_bad_sample) == (resident, "quasi_random", "skip")

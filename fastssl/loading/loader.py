@@ -268,7 +268,7 @@ class BetonLoader:
             try:
                 self._on_device = self._whole_file()
             except torch.OutOfMemoryError:
-                raise UserError(f"{self.path} does not fit into the device's memory: set data.resident=no.") from None
+                raise UserError(f"{self.path} does not fit on the device: set data.resident=false.") from None
         order_N = torch.from_numpy(order).to(self.device)
         for first in self._first_places():
             place_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)

@@ -238,7 +238,7 @@ def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
     crop = data.crop
     if crop == "auto":
         crop = "cpu" if info.resolution is None else "gpu"
-    resident = data.resident == "yes"
+    resident = data.resident is True
     if data.resident == "auto" and device.type == "cuda" and crop == "gpu":
         height, width = info.max_resolution
         memory = torch.cuda.get_device_properties(device).total_memory
