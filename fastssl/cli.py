@@ -146,7 +146,8 @@ def train(
     from fastssl.evaluation.probe import knn_probe
     from fastssl.training import train
 
-    train(settings, resume=resume, probe=knn_probe(settings) if settings.data.val and settings.probe.every else None)
+    wanted = settings.probe.every and (settings.data.val or settings.probe.on == "rest")
+    train(settings, resume=resume, probe=knn_probe(settings) if wanted else None)
 
 
 @evaluation.command()

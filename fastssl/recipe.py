@@ -97,18 +97,21 @@ class Model(Section):
 
 
 class Embedding(Section):
-    stochastic: Literal["none", "z", "h"] = "none"
+    stochastic: Literal["none", "z", "h", "hz"] = "none"
     samples: Count = 12  # Monte Carlo draws S
+    chunk: Count | None = None  # draws at a time, computed again in the backward pass; null: all at once
     beta: Annotated[float, Field(ge=0)] = 1e-3  # weight of the KL term
-    prior: Literal["standard_normal", "mixture"] = "standard_normal"
-    mixture_components: Count = 10
+    beta_warmup_epochs: Annotated[float, Field(ge=0)] = 0  # beta grows linearly from 0
+    free_bits: Annotated[float, Field(ge=0)] = 0  # nats a dimension: floor of an image's KL, below which it is free
+    prior: Literal["standard_normal", "mixture", "vamp"] = "standard_normal"
+    mixture_components: Count = 10  # of a mixture or vamp prior
     mixture_mode: Literal["joint", "per_dim", "reference"] = "joint"
     kl: Literal["auto", "closed", "mc"] = "auto"  # auto: closed where a closed form exists
 
     @model_validator(mode="after")
     def check(self) -> "Embedding":
-        if self.prior == "mixture" and self.kl == "closed":
-            raise ValueError("embedding.kl=closed has no formula for a mixture prior: set embedding.kl=mc")
+        if self.prior != "standard_normal" and self.kl == "closed":
+            raise ValueError(f"embedding.kl=closed has no formula for a {self.prior} prior: set embedding.kl=mc")
         return self
 
 
@@ -117,6 +120,7 @@ class BarlowTwins(Section):
     lambd: Annotated[float, Field(ge=0)] = 5e-3
     unbiased: bool = False
     eps: Annotated[float, Field(ge=0)] = 1e-5
+    gather: bool = True  # statistics over all processes' batches; false: each process for itself
 
 
 class VICReg(Section):
@@ -127,16 +131,34 @@ class VICReg(Section):
     gamma: Annotated[float, Field(gt=0)] = 1.0
     eps: Annotated[float, Field(ge=0)] = 1e-4
     center: bool = False
+    gather: bool = True
+
+
+class SimCLR(Section):
+    name: Literal["simclr"] = "simclr"
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    over_draws: Literal["mean", "log_mean_exp"] = "mean"  # log_mean_exp: MCInfoNCE
+    gather: bool = True
+
+
+class BYOL(Section):
+    name: Literal["byol"] = "byol"
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996  # of the target at the start; 1 at the end
+    predictor_hidden: Count = 4096
+
+
+Objective = BarlowTwins | VICReg | SimCLR | BYOL
 
 
 class Optim(Section):
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    name: str = "adamw"  # of a class of torch.optim or torch_optimizer, such as sgd, lars, lamb, radam
     lr: Annotated[float, Field(gt=0)] = 1e-3  # at global batch 256; the used one is lr x batch / 256
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     warmup_epochs: Annotated[float, Field(ge=0)] = 4
     final_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.5  # cosine ends at this share of lr
     clip: Annotated[float, Field(gt=0)] | None = 0.5  # gradient norm; null: no clipping
-    exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")  # no decay
+    exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")  # no decay, no trust ratio
+    options: dict[str, bool | int | float | tuple[float, ...]] = {}  # the class's other arguments
 
 
 class Train(Section):
@@ -146,11 +168,13 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: Literal["auto"] | bool = "auto"  # auto: on for a GPU, off for a CPU
     channels_last: bool = True
+    sync_bn: bool = True  # batch-norm statistics over all processes
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # non-finite steps to skip before stopping
 
 
 class Probe(Section):
     every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
+    on: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
     k: Count = 20
 
 
@@ -170,12 +194,28 @@ class Recipe(Section):
     views: Views = Views()
     model: Model = Model()
     embedding: Embedding = Embedding()
-    objective: Annotated[BarlowTwins | VICReg, Field(discriminator="name")] = BarlowTwins()
+    objective: Annotated[Objective, Field(discriminator="name")] = BarlowTwins()
     optim: Optim = Optim()
     train: Train = Train()
     probe: Probe = Probe()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def check(self) -> "Recipe":
+        if getattr(self.objective, "over_draws", "mean") == "log_mean_exp":
+            if self.embedding.stochastic == "none":
+                raise ValueError(
+                    "objective.over_draws=log_mean_exp needs draws to average over: set embedding.stochastic to z, h or hz"
+                )
+            if self.embedding.chunk is not None:
+                raise ValueError(
+                    "embedding.chunk cannot split the mean inside the logarithm of objective.over_draws=log_mean_exp: "
+                    "leave one of the two out"
+                )
+        if self.probe.on == "rest" and self.data.limit is None:
+            raise ValueError("probe.on=rest means the images that data.limit leaves out: set data.limit")
+        return self
 
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
@@ -276,9 +316,9 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the key {key} is missing."
     if first["type"] == "union_tag_invalid":
-        return f"objective.name should be barlow_twins or vicreg, not {first['input'].get('name')!r}."
+        return f"objective.name should be one of {first['ctx']['expected_tags']}, not {first['input'].get('name')!r}."
     if first["type"] == "union_tag_not_found":
-        return "the key objective.name is missing: barlow_twins or vicreg."
+        return "the key objective.name is missing: barlow_twins, vicreg, simclr or byol."
     if first["type"] == "value_error":  # from our own validators: already a sentence
         return f"{first['ctx']['error']}."
     message = first["msg"][0].lower() + first["msg"][1:]

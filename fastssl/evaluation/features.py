@@ -75,11 +75,12 @@ def clean_features(
     views: Views,
     *,
     limit: int | None = None,
+    rest: bool = False,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Features:
     """`extract_features` of a .beton under the clean view, on the model's device.
 
-    `limit` picks the same random subset as data.limit does in training.
+    `limit` picks the same random subset as data.limit does in training; with `rest`, what it leaves out.
     """
     # Images of one size go to the device as they are; others are brought to the view's by the CPU.
     crop = "gpu" if read_header(beton).resolution else "whole"
@@ -92,6 +93,7 @@ def clean_features(
         drop_last=False,
         device=next(model.parameters()).device,
         limit=limit,
+        rest=rest,
     )
     return extract_features(model, loader, clean_view(views), advance=advance)
 
