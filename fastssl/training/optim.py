@@ -1,44 +1,128 @@
-"""Optimisers and the learning rate. Every optimiser here leaves out a step that is flagged on the device."""
+"""Optimisers by name, and the learning rate."""
 
+import difflib
+import inspect
 import math
+from typing import Any
 
 import torch
 import torch_optimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from fastssl.recipe import Optim
+from fastssl.recipe import Optim, UserError
 
 MOMENTUM = 0.9  # of SGD and LARS, as in SimCLR, BYOL and Barlow Twins
 TRUST = 1e-3  # of LARS, as in Barlow Twins
+DEFAULTS = {"sgd": {"momentum": MOMENTUM}, "lars": {"momentum": MOMENTUM, "trust_coefficient": TRUST}}
+
+REFUSED = {
+    "a2gradexp": "follows no learning rate",
+    "a2gradinc": "follows no learning rate",
+    "a2graduni": "follows no learning rate",
+    "adahessian": "needs second derivatives",
+    "apollo": "warms up by itself and keeps the graph of every step",
+    "lbfgs": "needs the loss several times a step",
+    "lookahead": "needs another optimiser to wrap",
+    "sparseadam": "takes sparse gradients only",
+}
+NOT_OPTIONS = ("params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all of the model's parameters, weight decay as `optim.exclude` says.
+def make_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+    """The recipe's optimiser over all of the model's parameters.
 
-    Setting `optimizer.found_inf` to a float tensor of 1 makes the next step change nothing, without the
-    host knowing: torch's protocol for fused optimisers (GradScaler uses it), which our LARS follows too.
+    What `optim.exclude` names has no weight decay, and LARS and LAMB do not adapt its rate to its norm.
+    Raises UserError for a name or options that no optimiser here has, or with which it cannot train.
     """
+    name = optim.name.lower()
+    kind = optimizer_class(name)
+    options = check_options(name, kind, optim)
     decay, plain = split_parameters(model, optim.exclude)
-    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": optim.weight_decay},
+        {"params": plain, "weight_decay": 0.0, "adapt": False},
+    ]
     groups = [group for group in groups if group["params"]]
-    if optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=MOMENTUM, fused=True)
-    return LARS(groups, lr=optim.lr, momentum=MOMENTUM, trust_coefficient=TRUST)
+    try:
+        step_once(kind, options)
+        optimizer = kind(groups, lr=optim.lr, **options)
+    except Exception as error:  # other people's constructors and steps raise whatever they like
+        given = f" with optim.options={optim.options}" if optim.options else ""
+        raise UserError(f"optim.name: {name}{given} does not train here: {' '.join(str(error).split())}") from error
+    if kind is torch.optim.SGD and options["momentum"]:
+        # The fused step makes these without filling them, and leaves them so where the first step is flagged.
+        for p in (*decay, *plain):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class with this name in small letters: ours, else torch.optim's, else torch_optimizer's."""
+    known = {
+        key.lower(): value
+        for module in (torch_optimizer, torch.optim)  # of two with one name the last stays
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    known |= {"lars": LARS, "lamb": LAMB}
+    if name in REFUSED:
+        raise UserError(f"optim.name: {name} does not work here: it {REFUSED[name]}.")
+    if name not in known:
+        near = difflib.get_close_matches(name, known.keys() - REFUSED.keys(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "adamw, sgd, lars and lamb are some of those there."
+        raise UserError(f"optim.name: no optimiser {name} in torch.optim or torch_optimizer; {hint}")
+    return known[name]
+
+
+def check_options(name: str, kind: type[Optimizer], optim: Optim) -> dict[str, Any]:
+    """Keyword arguments of the optimiser beside `lr`: our defaults, the recipe's options and the fused step."""
+    arguments = inspect.signature(kind).parameters
+    for key, instead in (("lr", "optim.lr"), ("weight_decay", "optim.weight_decay")):
+        if key in optim.options:
+            raise UserError(f"optim.options.{key}: set {instead} instead.")
+    allowed = [key for key in arguments if key not in NOT_OPTIONS]
+    for key in optim.options:
+        if key in NOT_OPTIONS:
+            raise UserError(f"optim.options.{key}: the trainer sets this itself, so leave it out.")
+        if key not in allowed:
+            raise UserError(f"optim.options.{key}: {name} has no such option; its options are {', '.join(allowed)}.")
+    if optim.weight_decay and "weight_decay" not in arguments:
+        raise UserError(f"optim.weight_decay: {name} has no weight decay, so set optim.weight_decay=0.")
+    fused = {"fused": True} if "fused" in arguments else {}
+    return {**DEFAULTS.get(name, {}), **optim.options, **fused}
+
+
+def step_once(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """A step with a bias, a matrix and a convolution: what an optimiser cannot do shows before the first epoch."""
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    kind(params, lr=1e-3, **options).step()
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether `optimizer.found_inf`, a float tensor of 1, makes its next step change nothing.
+
+    The host need not know then. It is torch's protocol for fused optimisers (GradScaler uses it), which our
+    LARS and LAMB follow too.
+    """
+    return isinstance(optimizer, ForeachStep) or optimizer.defaults.get("fused") is True
 
 
 def split_parameters(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters with and without weight decay."""
+    """Parameters that learn, with and without weight decay and adaptation."""
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     decay, plain = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         excluded = (
             ("norm" in exclude and id(parameter) in norms)
             or ("bias" in exclude and name.endswith("bias"))
-            or ("prior" in exclude and name.startswith("prior."))
+            or ("prior" in exclude and name.startswith("priors."))
         )
         (plain if excluded else decay).append(parameter)
     return decay, plain
@@ -55,29 +139,39 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, f
     return peak * (final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-class LARS(torch_optimizer.LARS):
-    """torch-optimizer's LARS with its step in foreach kernels.
+class ForeachStep:
+    """A step over all tensors of a group at once, which never asks the device for a number.
 
-    Its own step asks the device about every tensor's norm and so stops the host once a tensor.
+    torch-optimizer's own steps ask about every tensor's norm and so stop the host once a tensor.
     """
 
     found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(group, params)
+                # Zeros for a flagged step's gradients: a product would keep the NaN.
+                self.step_group(group, params, [self.unless_flagged(p.grad, 0.0) for p in params])
 
-    def _step_group(self, group: dict, params: list[Tensor]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        grads = [p.grad for p in params]
-        if self.found_inf is not None:
-            bad = self.found_inf.bool()
-            grads = [torch.where(bad, 0.0, g) for g in grads]  # a product would keep the NaN
-            lr, momentum = torch.where(bad, 0.0, lr), torch.where(bad, 1.0, momentum)
+    def unless_flagged(self, value: float | Tensor, otherwise: float) -> float | Tensor:
+        return value if self.found_inf is None else torch.where(self.found_inf.bool(), otherwise, value)
 
+
+class LARS(ForeachStep, torch_optimizer.LARS):
+    """torch-optimizer's LARS in foreach kernels, without dampening.
+
+    As there, a group without weight decay is not adapted. Nor is one with `adapt` False.
+    """
+
+    def __init__(
+        self, params, lr=1e-2, *, momentum=0.0, weight_decay=0.0, nesterov=False, trust_coefficient=0.01, eps=1e-8
+    ):
+        # Dampening treats the first step apart, and which one that is only the device knows: it may be flagged.
+        super().__init__(params, lr, momentum, 0.0, weight_decay, nesterov, trust_coefficient, eps)
+
+    def step_group(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         decay = group["weight_decay"]
         if decay != 0:
             p_norm = torch.stack(torch._foreach_norm(params))
@@ -86,12 +180,58 @@ class LARS(torch_optimizer.LARS):
             trust = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
             trust, decay = torch.where(scaled, trust, 1.0), torch.where(scaled, decay, 0.0)
             grads = torch._foreach_add(grads, torch._foreach_mul(params, list(decay.unbind())))
-            torch._foreach_mul_(grads, list(trust.unbind()))
+            if group.get("adapt", True):
+                torch._foreach_mul_(grads, list(trust.unbind()))
 
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
+        momentum = self.unless_flagged(group["momentum"], 1.0)
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
-        torch._foreach_sub_(params, torch._foreach_mul(buffers, lr))
+        updates = buffers
+        if group["nesterov"]:
+            updates = torch._foreach_add(grads, torch._foreach_mul(buffers, momentum))
+        torch._foreach_sub_(params, torch._foreach_mul(updates, self.unless_flagged(group["lr"], 0.0)))
+
+
+class LAMB(ForeachStep, torch_optimizer.Lamb):
+    """torch-optimizer's Lamb in foreach kernels. A group with `adapt` False has trust ratio 1: it is Adam."""
+
+    def add_param_group(self, param_group: dict) -> None:
+        # By this key load_state_dict puts "step" on the parameters' device, where it counts.
+        super().add_param_group({**param_group, "capturable": True})
+
+    def step_group(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                count = torch.zeros((), device=p.device)
+                self.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        states = [self.state[p] for p in params]
+        counts, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+
+        beta1, beta2 = group["betas"]
+        # One number for each: a single tensor that is added reaches torch by its value, read by the host.
+        torch._foreach_add_(counts, [self.unless_flagged(1.0, 0.0)] * len(counts))
+        torch._foreach_mul_(means, self.unless_flagged(beta1, 1.0))
+        torch._foreach_add_(means, grads, alpha=1 - beta1)
+        torch._foreach_mul_(squares, self.unless_flagged(beta2, 1.0))
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, roots)
+        if group["weight_decay"] != 0:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+
+        rates = torch.full((len(params),), group["lr"], device=params[0].device)
+        if self.debias:
+            count = torch.stack(counts).double()  # in float32, 1 - 0.999 is wrong in the fifth digit
+            rates = rates * (1 - beta2**count).sqrt() / (1 - beta1**count)
+        if group.get("adapt", True) and not self.adam:
+            p_norm = torch.stack(torch._foreach_norm(params)).clamp(max=self.clamp_value)
+            u_norm = torch.stack(torch._foreach_norm(updates))
+            rates = rates * torch.where((p_norm == 0) | (u_norm == 0), 1.0, p_norm / u_norm)
+        torch._foreach_mul_(updates, list(self.unless_flagged(rates, 0.0).unbind()))
+        torch._foreach_sub_(params, updates)
