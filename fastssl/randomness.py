@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # What a number is for. Two purposes never share a number.
-AUGMENTATION, NOISE, ORDER, PAGE_ORDER = range(4)
+AUGMENTATION, NOISE_Z, ORDER, PAGE_ORDER, NOISE_H = range(5)
 
 _MASK = 0xFFFFFFFF
 
@@ -42,7 +42,9 @@ def uniforms(
     return torch.stack(words, dim=-1).flatten(1)[:, :count].double() * 2.0**-32
 
 
-def normals(seed: int, step: int | Tensor, index_B: Tensor, view: int, draws: int, dim: int) -> Tensor:
+def normals(
+    seed: int, step: int | Tensor, index_B: Tensor, view: int, draws: int, dim: int, purpose: int = NOISE_Z
+) -> Tensor:
     """(S, B, D) float32 standard normal noise; draw s is the same however many draws are asked for.
 
     Each 16 bits pick one of 2**16 equally probable values: the normal quantiles at the middle of each
@@ -51,7 +53,7 @@ def normals(seed: int, step: int | Tensor, index_B: Tensor, view: int, draws: in
     transform's logarithm and cosine are not.
     """
     blocks = math.ceil(dim / 8)  # one hash gives 4 words, 8 numbers
-    words = _words(seed, step, index_B, view, draws * blocks, NOISE)
+    words = _words(seed, step, index_B, view, draws * blocks, purpose)
     low_high = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     cell_BN8 = torch.stack(low_high, dim=-1)
     cell_BSD = cell_BN8.view(len(index_B), draws, blocks * 8)[:, :, :dim]

@@ -1,22 +1,22 @@
-"""Both objectives against their formulas written out in NumPy, in float64, one index at a time."""
+"""The objectives against their formulas written out in NumPy, in float64, one index at a time."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.objectives import (
     barlow_twins_loss,
     barlow_twins_terms,
+    byol_loss,
+    momentum_at,
+    simclr_loss,
     vicreg_loss,
     vicreg_terms,
 )
-from fastssl.objectives.collective import sum_over_ranks
 
-LOSSES = [barlow_twins_loss, vicreg_loss]
+LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss]
 # float64 on both sides, a few hundred additions in another order: 1e-12 is 10^4 roundings.
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 
@@ -83,6 +83,59 @@ def test_vicreg_is_its_formula(inv, var, cov, gamma, eps, center):
     )
 
 
+def simclr_by_hand(z1, z2, temperature):
+    """(2B,): -log p of every anchor."""
+    z = np.concatenate((z1, z2))
+    B, losses = len(z1), []
+    for a in range(2 * B):
+        cosines = [z[a] @ z[k] / np.linalg.norm(z[a]) / np.linalg.norm(z[k]) for k in range(2 * B)]
+        exps = np.exp(np.array(cosines) / temperature)
+        losses.append(-np.log(exps[(a + B) % (2 * B)] / (exps.sum() - exps[a])))
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7])
+def test_simclr_is_its_formula(temperature):
+    z1, z2 = two_views(7, 4)
+    want = simclr_by_hand(z1.numpy(), z2.numpy(), temperature).mean()
+    # The length's floor of 1e-12 under the root, beside squares of about 1.
+    assert simclr_loss(z1, z2, temperature=temperature).item() == pytest.approx(want, rel=1e-10)
+
+
+def test_mcinfonce_averages_probabilities_over_draws():
+    z1, z2 = two_views(5, 7, 4)
+    p = np.exp([-simclr_by_hand(a.numpy(), b.numpy(), 0.5) for a, b in zip(z1, z2, strict=True)])  # (S, 2B)
+    got = simclr_loss(z1, z2, temperature=0.5, over_draws="log_mean_exp").item()
+    assert got == pytest.approx(-np.log(p.mean(0)).mean(), rel=1e-10)
+    assert got < simclr_loss(z1, z2, temperature=0.5).item() - 0.01  # Jensen
+
+
+def test_byol_is_its_formula():
+    (p1, p2), (t1, t2) = two_views(7, 4), two_views(7, 4, seed=1)
+
+    def one_way(p, t):
+        return np.mean([2 - 2 * a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(p, t, strict=True)])
+
+    want = one_way(p1.numpy(), t2.numpy()) + one_way(p2.numpy(), t1.numpy())
+    assert byol_loss(p1, p2, t1, t2).item() == pytest.approx(want, rel=1e-10)
+    draws = torch.stack((p1, p2, t1))
+    each = sum(byol_loss(p, p2, t1, t2).item() for p in draws) / 3
+    assert byol_loss(draws, p2.expand(3, -1, -1), t1, t2).item() == pytest.approx(each, rel=1e-10)
+    assert byol_loss(t2, t1, t1, t2).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_byol_gradients_against_finite_differences_and_only_into_predictions():
+    (p1, p2), (t1, t2) = two_views(2, 5, 3), two_views(5, 3, seed=1)
+    inputs = [p1.requires_grad_(), p2.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: byol_loss(a, b, t1, t2), inputs)
+
+
+def test_byol_momentum_grows_from_its_start_to_one():
+    assert momentum_at(0, 100, 0.99) == pytest.approx(0.99)
+    assert momentum_at(50, 100, 0.99) == pytest.approx(0.995)
+    assert momentum_at(100, 100, 0.99) == 1
+
+
 def test_defaults_are_the_published_values():
     z1, z2 = two_views(7, 4)
     a, b = z1.numpy(), z2.numpy()
@@ -90,6 +143,7 @@ def test_defaults_are_the_published_values():
     np.testing.assert_allclose(barlow_twins_loss(z1, z2).item(), want, **CLOSE)
     want = vicreg_by_hand(a, b, 25, 25, 1, 1, 1e-4, False)
     np.testing.assert_allclose(vicreg_loss(z1, z2).item(), want, **CLOSE)
+    assert simclr_loss(z1, z2).item() == pytest.approx(simclr_by_hand(a, b, 0.1).mean(), rel=1e-10)
 
 
 def test_perfect_embeddings_cost_nothing():
@@ -186,68 +240,3 @@ def test_compiles_whole(loss):
     z1, z2 = two_views(2, 6, 3)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z1, z2), loss(z1, z2), **CLOSE)
-
-
-# --- Several processes -------------------------------------------------------------------------
-
-CASES = [
-    (barlow_twins_loss, {}),
-    (barlow_twins_loss, {"unbiased": True, "eps": 0.0}),
-    (vicreg_loss, {}),
-    (vicreg_loss, {"center": True}),
-]
-SPLITS = [(6, 6), (5, 7)]  # rows a rank; unequal batches are counted, not assumed away
-
-
-def embed(network, views):
-    """(2, S, B, D) -> one (S, B, D) a view, in a layout that makes the gradients non-contiguous."""
-    return network(views).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def make_network():
-    torch.manual_seed(1)
-    return torch.nn.Linear(3, 4, dtype=torch.float64)
-
-
-def check_one_rank(rank, address):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    views = torch.stack(two_views(2, 12, 3))
-    for (loss, options), split in itertools.product(CASES, SPLITS):
-        mine = views.split(split, dim=2)[rank]
-
-        whole = make_network()
-        whole_loss = loss(*embed(whole, views), gather=False, **options)
-        whole_loss.backward()
-
-        network = DistributedDataParallel(make_network())
-        global_loss = loss(*embed(network, mine), **options)
-        global_loss.backward()
-        torch.testing.assert_close(global_loss, whole_loss, **CLOSE)
-        torch.testing.assert_close(network.module.weight.grad, whole.weight.grad, **CLOSE)
-        torch.testing.assert_close(network.module.bias.grad, whole.bias.grad, **CLOSE)
-
-        explicit = loss(*embed(whole, mine), gather=True, **options)
-        torch.testing.assert_close(explicit, whole_loss, **CLOSE)
-        local = loss(*embed(whole, mine), gather=False, **options)
-        assert abs(local.item() - whole_loss.item()) > 1e-3
-
-    # A transposed layout on one rank only: gloo adds memory to memory, whatever the strides say.
-    x = views[0, 0].clone().requires_grad_()
-    laid_out = x if rank == 0 else x.T.contiguous().T
-    weights = torch.randn_like(x) if rank == 0 else torch.randn_like(x.T).T
-    total = sum_over_ranks(laid_out, None)
-    (total * weights).sum().backward()
-    torch.testing.assert_close(total, 2 * x, **CLOSE)
-    torch.testing.assert_close(x.grad, sum_over_ranks(weights, None), **CLOSE)
-
-    one_each = views[:, 0, rank : rank + 1]  # one sample a rank still makes a global batch of two
-    assert barlow_twins_loss(*one_each).item() == barlow_twins_loss(*views[:, 0, :2]).item()
-    with pytest.raises(ValueError, match="at least 2 samples"):
-        barlow_twins_loss(*one_each, gather=False)
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
-    """Value on every rank and DDP's gradients: those of one process on the whole batch."""
-    torch.multiprocessing.spawn(check_one_rank, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -3,20 +3,25 @@
 from fastssl.models.checkpoint import load_encoder, load_model
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import DiagonalGaussian, GaussianHead
-from fastssl.models.priors import MixtureOfGaussians, StandardNormal
+from fastssl.models.priors import MixtureOfGaussians, StandardNormal, VampPrior
 from fastssl.models.projector import Projector, project_draws
-from fastssl.models.ssl_model import Embedding, SSLModel, View
+from fastssl.models.ssl_model import Draws, Embedding, SSLModel, View
+from fastssl.models.sync_bn import GlobalBatchNorm, convert_batch_norms
 
 __all__ = [
     "DiagonalGaussian",
+    "Draws",
     "Embedding",
     "GaussianHead",
+    "GlobalBatchNorm",
     "MixtureOfGaussians",
     "Projector",
     "SSLModel",
     "StandardNormal",
+    "VampPrior",
     "View",
     "build_encoder",
+    "convert_batch_norms",
     "load_encoder",
     "load_model",
     "project_draws",

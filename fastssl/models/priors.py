@@ -49,10 +49,10 @@ class MixtureOfGaussians(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """x (..., D) -> (...), summed over D. In reference mode x (S, B, D) -> (B,)."""
         x = at_least_fp32(x)
-        log_w_K = at_least_fp32(self.logits).log_softmax(0)
         if self.mode == "joint":
-            return (log_w_K + self._component_log_probs(x)).logsumexp(-1).to(x.dtype)
+            return joint_mixture_log_prob(x, self.logits, self.means, self.log_vars)
 
+        log_w_K = at_least_fp32(self.logits).log_softmax(0)
         means_KD, log_vars_KD = at_least_fp32(self.means), at_least_fp32(self.log_vars)
         if self.mode == "per_dim":
             squares = (x.unsqueeze(-2) - means_KD).square()  # (..., K, D)
@@ -65,18 +65,42 @@ class MixtureOfGaussians(nn.Module):
         log_probs = -0.5 * (squares * (-log_vars_KD).exp() + log_vars_KD + LOG_2PI)
         return (log_probs + log_w_K[:, None]).logsumexp(-2).sum(-1)
 
-    def _component_log_probs(self, x: Tensor) -> Tensor:
-        """log N(x; mu_k, var_k) over whole vectors, x (..., D) -> (..., K), in fp64.
 
-        The square is multiplied out so that only matrix products with K columns remain, and nothing
-        of size (..., K, D). Its parts reach 1e7 and cancel to about D, too much for fp32; in fp64
-        the products are still negligible beside the encoder, as K is small.
-        """
-        x, means, log_vars = x.double(), self.means.double(), self.log_vars.double()
-        precisions = (-log_vars).exp()
-        squares = (
-            x.square() @ precisions.T
-            - 2 * x @ (means * precisions).T
-            + (means.square() * precisions).sum(-1)
-        )
-        return -0.5 * (squares + (log_vars + LOG_2PI).sum(-1))
+class VampPrior(nn.Module):
+    """A mixture whose K components are what the Gaussian head makes of K learned pseudo-features.
+
+    As the VampPrior (arXiv 1705.07120, equation 9, there with learned pseudo-images), with learned weights, and with
+    the pseudo-inputs at the head's input: q's own family, so the prior moves with the embedding.
+
+    head: the GaussianHead of the embedding, in_dim -> D. Parameters `pseudo` (K, in_dim) start as N(0, 1) draws,
+    `logits` (K,) as zeros; the head's parameters are shared, and get this prior's gradients too.
+    """
+
+    def __init__(self, components: int, head: nn.Module):
+        super().__init__()
+        self.head = head
+        self.pseudo = nn.Parameter(torch.randn(components, head.mu.in_features))
+        self.logits = nn.Parameter(torch.zeros(components))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """x (..., D) -> log p(x) (...), of a mixture over whole vectors."""
+        q = self.head(self.pseudo)
+        return joint_mixture_log_prob(at_least_fp32(x), self.logits, q.mu, q.log_var)
+
+
+def joint_mixture_log_prob(x: Tensor, logits_K: Tensor, means_KD: Tensor, log_vars_KD: Tensor) -> Tensor:
+    """log sum_k w_k N(x; mu_k, var_k) over whole vectors, x (..., D) -> (...).
+
+    The square is multiplied out so that only matrix products with K columns remain, and nothing of size (..., K, D).
+    Its parts reach 1e7 and cancel to about D, too much for fp32; in fp64 the products are still negligible beside the
+    encoder, as K is small.
+    """
+    exact, means_KD, log_vars_KD = x.double(), means_KD.double(), log_vars_KD.double()
+    precisions_KD = (-log_vars_KD).exp()
+    squares = (
+        exact.square() @ precisions_KD.T
+        - 2 * exact @ (means_KD * precisions_KD).T
+        + (means_KD.square() * precisions_KD).sum(-1)
+    )
+    log_probs = -0.5 * (squares + (log_vars_KD + LOG_2PI).sum(-1))
+    return (logits_K.double().log_softmax(0) + log_probs).logsumexp(-1).to(x.dtype)

@@ -1,5 +1,6 @@
-"""The assembled model: encoder, projector, and, for stochastic embeddings, Gaussian heads and prior."""
+"""The assembled model: encoder, projector, Gaussian heads with their priors, and for BYOL predictor and target."""
 
+import copy
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -8,49 +9,65 @@ from torch import Tensor, nn
 
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import DiagonalGaussian, GaussianHead
-from fastssl.models.priors import MixtureOfGaussians, StandardNormal
+from fastssl.models.priors import MixtureOfGaussians, StandardNormal, VampPrior
 from fastssl.models.projector import Projector, project_draws
-from fastssl.randomness import normals
+from fastssl.randomness import NOISE_H, NOISE_Z, normals
+from fastssl.recipe import Embedding as EmbeddingKeys
 from fastssl.recipe import Recipe
 
 
 class Embedding(NamedTuple):
     """What the trained model says about B images. mu and sigma are None for a deterministic model."""
 
-    h: Tensor  # (B, D): the representation; for H-prob its mean
+    h: Tensor  # (B, D): the representation; where h is stochastic, its mean
     mu: Tensor | None  # (B, D'): mean and standard deviation of the stochastic embedding
     sigma: Tensor | None
-    space: Literal["h", "z"] | None  # where that embedding lives
+    space: Literal["h", "z"] | None  # where that embedding lives; "h" where both are stochastic
+
+
+class Draws(NamedTuple):
+    """A stochastic embedding and the draws from it that the objective saw."""
+
+    q: DiagonalGaussian  # over (B, D); with both spaces stochastic, z's over (S * B, D)
+    x_SBD: Tensor  # (S, B, D); then (1, S * B, D)
 
 
 class View(NamedTuple):
     """One view's way through the model."""
 
-    z: Tensor  # (B, D), or (S, B, D) with S Monte Carlo draws
-    q: DiagonalGaussian | None  # the stochastic embedding
-    x_SBD: Tensor | None  # the draws from q that led to z
+    h: Tensor  # (B, D): the representation, a mean where it is stochastic
+    z: Tensor  # (B, D), or (S, B, D) with S Monte Carlo draws: what the objective compares
+    draws: dict[str, Draws]  # by space: "h", "z", both or none
+    target: Tensor | None  # (B, D), BYOL: the target network's z of this view, without gradient
+
+    def mean_z(self) -> Tensor:
+        """(B, D): z without its noise, which would hide a collapse: its mu, or where it has none the mean over draws."""
+        if self.z.ndim == 2:
+            return self.z
+        only_z = self.draws.keys() == {"z"} and self.target is None
+        return self.draws["z"].q.mu if only_z else self.z.mean(0)
 
 
 class SSLModel(nn.Module):
-    """encoder -> [h head] -> projector -> [z head], as the recipe's `model` and `embedding` say."""
+    """encoder -> [h head] -> projector -> [z head] [-> predictor], as the recipe's `model` and `embedding` say."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        sizes, embedding = recipe.model.projector, recipe.embedding
+        sizes, embedding, objective = recipe.model.projector, recipe.embedding, recipe.objective
         self.seed = recipe.seed
-        self.stochastic = embedding.stochastic
-        self.samples = embedding.samples
+        self.samples, self.chunk = embedding.samples, embedding.chunk
         self.encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
         width = self.encoder.num_features
         self.projector = Projector(width, sizes.hidden, sizes.out, sizes.layers)
-        if self.stochastic != "none":
-            width = width if self.stochastic == "h" else sizes.out
-            self.head = GaussianHead(width, width)
-            self.prior = (
-                StandardNormal()
-                if embedding.prior == "standard_normal"
-                else MixtureOfGaussians(embedding.mixture_components, width, embedding.mixture_mode)
-            )
+        widths = {"h": width, "z": sizes.out}
+        spaces = [] if embedding.stochastic == "none" else list(embedding.stochastic)
+        self.heads = nn.ModuleDict({space: GaussianHead(widths[space], widths[space]) for space in spaces})
+        self.priors = nn.ModuleDict({space: make_prior(embedding, self.heads[space]) for space in spaces})
+        self.target = None
+        if objective.name == "byol":
+            self.predictor = Projector(sizes.out, objective.predictor_hidden, sizes.out, layers=2)
+            online = {"encoder": self.encoder, "projector": self.projector, "heads": self.heads}
+            self.target = copy.deepcopy(nn.ModuleDict(online)).requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> tuple[View, View]:
         """v1, v2: (B, 3, size, size) views. index (B,), step (): what the noise is a function of.
@@ -60,27 +77,69 @@ class SSLModel(nn.Module):
         return self._one_view(v1, index, step, 0), self._one_view(v2, index, step, 1)
 
     def _one_view(self, v: Tensor, index: Tensor, step: Tensor, view: int) -> View:
-        h = self.encoder(v)
-        if self.stochastic == "none":
-            return View(self.projector(h), None, None)
-        q = self.head(h if self.stochastic == "h" else self.projector(h))
-        noise_SBD = normals(self.seed, step, index, view, self.samples, q.mu.shape[1])
-        x_SBD = q.rsample(self.samples, noise_SBD)
-        z = project_draws(self.projector, x_SBD) if self.stochastic == "h" else x_SBD
-        return View(z, q, x_SBD)
+        def noise(purpose: int, width: int) -> Tensor:
+            return normals(self.seed, step, index, view, self.samples, width, purpose)
+
+        h, draws = self.encoder(v), {}
+        if "h" in self.heads:
+            q = self.heads["h"](h)
+            h, h_SBD = q.mu, q.rsample(self.samples, noise(NOISE_H, q.mu.shape[-1]))
+            draws["h"] = Draws(q, h_SBD)
+            z = project_draws(self.projector, h_SBD, self.chunk)
+        else:
+            z = self.projector(h)
+        if "z" in self.heads:
+            z, draws["z"] = self._draw_z(z, noise)
+        if self.target is not None:
+            z = project_draws(self.predictor, z, self.chunk) if z.ndim == 3 else self.predictor(z)
+        return View(h, z, draws, self._target_of(v))
+
+    def _draw_z(self, features: Tensor, noise) -> tuple[Tensor, Draws]:
+        """(B, D) -> S draws; where each draw of h has led to features of its own (S, B, D), one draw for each."""
+        q = self.heads["z"](features.flatten(0, -2))
+        noise_SBD = noise(NOISE_Z, q.mu.shape[-1])
+        if features.ndim == 2:
+            z_SBD = q.rsample(self.samples, noise_SBD)
+            return z_SBD, Draws(q, z_SBD)
+        x = q.rsample(1, noise_SBD.flatten(0, 1)[None])
+        return x.view(noise_SBD.shape), Draws(q, x)
+
+    @torch.no_grad()
+    def _target_of(self, v: Tensor) -> Tensor | None:
+        """What BYOL predicts: the target network's z, by the means where an embedding is stochastic."""
+        if self.target is None:
+            return None
+        heads, x = self.target["heads"], self.target["encoder"](v)
+        x = self.target["projector"](heads["h"](x).mu if "h" in heads else x)
+        return heads["z"](x).mu if "z" in heads else x
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """target <- momentum * target + (1 - momentum) * online, parameter by parameter (BYOL, equation 1)."""
+        online = [p for part in (self.encoder, self.projector, self.heads) for p in part.parameters()]
+        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Embedding:
         """images (B, 3, size, size): clean views. Runs in eval mode; batch statistics stay as they are."""
         with evaluating(self):
             h = self.encoder(images)
-            if self.stochastic == "none":
-                return Embedding(h, None, None, None)
-            if self.stochastic == "h":
-                q = self.head(h)
+            if "h" in self.heads:
+                q = self.heads["h"](h)
                 return Embedding(q.mu, q.mu, q.sigma, "h")
-            q = self.head(self.projector(h))
-            return Embedding(h, q.mu, q.sigma, "z")
+            if "z" in self.heads:
+                q = self.heads["z"](self.projector(h))
+                return Embedding(h, q.mu, q.sigma, "z")
+            return Embedding(h, None, None, None)
+
+
+def make_prior(embedding: EmbeddingKeys, head: GaussianHead) -> nn.Module:
+    """The recipe's prior for the embedding that `head` makes."""
+    if embedding.prior == "standard_normal":
+        return StandardNormal()
+    if embedding.prior == "vamp":
+        return VampPrior(embedding.mixture_components, head)
+    return MixtureOfGaussians(embedding.mixture_components, head.mu.out_features, embedding.mixture_mode)
 
 
 @contextmanager

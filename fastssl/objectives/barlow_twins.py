@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastssl.objectives.collective import rows, stack_views, sum_over_ranks
+from fastssl.models.collective import count_rows, sum_over_ranks
+from fastssl.objectives.views import require_two, stack_views
 
 
 def barlow_twins_loss(
@@ -39,7 +40,7 @@ def barlow_twins_terms(
 ) -> dict[str, Tensor]:
     """The loss's weighted terms, `on_diagonal` and `off_diagonal`, which sum to it."""
     z = stack_views(z1, z2)  # z_VSBD, or z_VBD: every line below holds for both
-    n = rows(z, gather)
+    n = require_two(count_rows(z, gather))
     with torch.autocast(z.device.type, enabled=False):
         mean = sum_over_ranks(z.sum(-2, keepdim=True), gather) / n
         z = z - mean

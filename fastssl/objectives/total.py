@@ -1,41 +1,104 @@
 """The whole loss of arXiv 2310.18080: an objective on the draws plus beta times the KL to the prior."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastssl.models import View
+from fastssl.models import Draws, View
+from fastssl.models.collective import mean_over_ranks
+from fastssl.models.gaussian import SIGMA_MAX, SIGMA_MIN
 from fastssl.objectives.barlow_twins import barlow_twins_terms
+from fastssl.objectives.byol import byol_loss
+from fastssl.objectives.simclr import simclr_loss
 from fastssl.objectives.vicreg import vicreg_terms
-from fastssl.recipe import Recipe
+from fastssl.recipe import Objective, Recipe
 
-TERMS = {"barlow_twins": barlow_twins_terms, "vicreg": vicreg_terms}
+Terms = dict[str, Tensor]
 
 
-def total_loss(recipe: Recipe) -> Callable[[View, View, nn.Module | None], dict[str, Tensor]]:
-    """The recipe's loss as a function of two views and the prior (None for deterministic embeddings).
+def total_loss(
+    recipe: Recipe, steps_per_epoch: int = 1
+) -> Callable[[View, View, nn.ModuleDict, int | Tensor], Terms]:
+    """The recipe's loss as a function of two views, the priors by space (none for deterministic embeddings) and the step.
 
-    It gives `loss`, the weighted terms that sum to it, and for stochastic embeddings `kl`, the unweighted mean
-    over both views and the batch in nats, and `sigma`, the mean standard deviation.
+    It gives `loss`, the weighted terms that sum to it, and for each stochastic space (suffix _h or _z): `kl`, the
+    unweighted mean over both views and the batch in nats; `kl_per_dim`; the mean, least and largest standard deviation
+    `sigma`, `sigma_min`, `sigma_max`; and `sigma_clamped`, the share of them that stands at one of the two limits.
     """
     # Plain values: a compiled graph cannot look into a recipe's section.
-    objective_terms = partial(TERMS[recipe.objective.name], **recipe.objective.model_dump(exclude={"name"}))
-    embedding = recipe.embedding
+    embedding, gather = recipe.embedding, getattr(recipe.objective, "gather", True)
+    compare = in_chunks(objective_terms(recipe.objective), embedding.chunk)
     closed = embedding.kl == "closed" or (embedding.kl == "auto" and embedding.prior == "standard_normal")
-    beta, method = embedding.beta, "closed" if closed else "mc"
+    method, beta, free_bits = "closed" if closed else "mc", embedding.beta, embedding.free_bits
+    warmup_steps = round(embedding.beta_warmup_epochs * steps_per_epoch)
 
-    def kl_to_prior(view: View, prior: nn.Module) -> Tensor:
+    def kl_to_prior(draws: Draws, prior: nn.Module) -> Tensor:
         """KL(q || p) summed over dimensions, averaged over the batch (equation 5)."""
-        return view.q.kl_to(prior, method=method, samples=view.x_SBD).mean()
+        kl_B = draws.q.kl_to(prior, method=method, samples=draws.x_SBD)
+        # Free bits (arXiv 1606.04934, appendix C.8) with all dimensions of an image as one group: a mixture over whole
+        # vectors has no KL of a single dimension.
+        return kl_B.clamp_min(free_bits * draws.q.mu.shape[-1]).mean() if free_bits else kl_B.mean()
 
-    def loss_terms(first: View, second: View, prior: nn.Module | None) -> dict[str, Tensor]:
-        terms = objective_terms(first.z, second.z)
-        watched = {}
-        if first.q is not None:
-            kl = (kl_to_prior(first, prior) + kl_to_prior(second, prior)) / 2
-            terms["beta_kl"] = beta * kl
-            watched = {"kl": kl, "sigma": (first.q.sigma.mean() + second.q.sigma.mean()) / 2}
+    def loss_terms(first: View, second: View, priors: nn.ModuleDict, step: int | Tensor) -> Terms:
+        terms, watched, kl_total = compare(first, second), {}, 0.0
+        for space in first.draws:
+            pair = first.draws[space], second.draws[space]
+            kl = mean_over_ranks((kl_to_prior(pair[0], priors[space]) + kl_to_prior(pair[1], priors[space])) / 2, gather)
+            kl_total = kl_total + kl
+            watched |= {f"{name}_{space}": value for name, value in spread(kl, *pair).items()}
+        if first.draws:
+            grown = torch.as_tensor((step + 1) / warmup_steps).clamp_max(1.0) if warmup_steps else 1.0
+            terms["beta_kl"] = beta * grown * kl_total
         return {"loss": sum(terms.values()), **terms, **watched}
 
     return loss_terms
+
+
+def objective_terms(objective: Objective) -> Callable[[Tensor, ...], Terms]:
+    """The recipe's objective as a function of both views' z (and for BYOL both targets): its weighted terms."""
+    options = objective.model_dump(exclude={"name"})
+    if objective.name == "byol":
+        return lambda *views: {"prediction": byol_loss(*views)}
+    if objective.name == "simclr":
+        return lambda z1, z2: {"nt_xent": simclr_loss(z1, z2, **options)}
+    return partial({"barlow_twins": barlow_twins_terms, "vicreg": vicreg_terms}[objective.name], **options)
+
+
+def in_chunks(terms: Callable[[Tensor, ...], Terms], chunk: int | None) -> Callable[[View, View], Terms]:
+    """The terms of two views, taken over `chunk` draws at a time and computed again in the backward pass.
+
+    Barlow Twins and VICReg keep matrices of D x D for each draw: 268 MB each at D = 8192.
+    """
+
+    def of_views(first: View, second: View) -> Terms:
+        targets = () if first.target is None else (first.target, second.target)
+        if chunk is None or first.z.ndim == 2 or chunk >= len(first.z):
+            return terms(first.z, second.z, *targets)
+        total: Terms = {}
+        for z1, z2 in zip(first.z.split(chunk), second.z.split(chunk), strict=True):
+            share = len(z1) / len(first.z)
+            for name, value in checkpoint(terms, z1, z2, *targets, use_reentrant=False).items():
+                total[name] = total.get(name, 0.0) + share * value
+        return total
+
+    return of_views
+
+
+@torch.no_grad()
+def spread(kl: Tensor, first: Draws, second: Draws) -> Terms:
+    """What shows whether an embedding's uncertainty collapses, explodes or does its work."""
+    sigma = torch.stack((first.q.sigma, second.q.sigma))
+    log_var = torch.stack((first.q.log_var, second.q.log_var))
+    clamped = (log_var <= 2 * math.log(SIGMA_MIN)) | (log_var >= 2 * math.log(SIGMA_MAX))
+    return {
+        "kl": kl.detach(),
+        "kl_per_dim": kl.detach() / sigma.shape[-1],
+        "sigma": sigma.mean(),
+        "sigma_min": sigma.min(),
+        "sigma_max": sigma.max(),
+        "sigma_clamped": clamped.float().mean(),
+    }

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastssl.objectives.collective import rows, stack_views, sum_over_ranks
+from fastssl.models.collective import count_rows, sum_over_ranks
+from fastssl.objectives.views import require_two, stack_views
 
 
 def vicreg_loss(
@@ -50,7 +51,7 @@ def vicreg_terms(
 ) -> dict[str, Tensor]:
     """The loss's weighted terms, `invariance`, `variance` and `covariance`, which sum to it."""
     z = stack_views(z1, z2)  # z_VSBD, or z_VBD: every line below holds for both
-    n, D = rows(z, gather), z.shape[-1]
+    n, D = require_two(count_rows(z, gather)), z.shape[-1]
     with torch.autocast(z.device.type, enabled=False):
         mean = sum_over_ranks(z.sum(-2, keepdim=True), gather) / n
         zc = z - mean

@@ -10,20 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl.beton import read_header
 from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
-from fastssl.models import SSLModel
+from fastssl.models import SSLModel, convert_batch_norms
 from fastssl.models.checkpoint import checkpoint_of
-from fastssl.objectives import total_loss
+from fastssl.objectives import momentum_at, total_loss
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import PairedViews
 
-from .optim import learning_rate, make_optimizer
-from .progress import Display, Meter
+from .meters import Meter, rankme
+from .optim import learning_rate, make_optimizer, skips_on_device
+from .progress import Display
 from .run_dir import describe_run, new_run_dir, save_view_sheet
 from .state import MetricsLog, TrainState
 
@@ -50,6 +52,8 @@ def train(
     loader = training_loader(recipe, device)
     torch.manual_seed(recipe.seed)
     model = SSLModel(recipe).to(device=device, memory_format=memory_format)
+    if recipe.train.sync_bn and dist.is_initialized():
+        convert_batch_norms(model)
     views = PairedViews(recipe.views, seed=recipe.seed)
     state = TrainState(
         recipe,
@@ -71,12 +75,13 @@ def train(
         warmup_steps = total_steps // 10
     peak_rate = recipe.optim.lr * recipe.train.batch_size / 256
 
-    loss_terms = total_loss(recipe)
+    loss_terms = total_loss(recipe, steps_per_epoch=len(loader))
 
-    def forward(v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> dict[str, Tensor]:
+    def forward(v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The loss's terms, and the first view's h and z, to look at."""
         with torch.autocast(device.type, DTYPES.get(precision), enabled=precision != "fp32"):
             first, second = model(v1, v2, index, step)
-        return loss_terms(first, second, getattr(model, "prior", None))
+        return loss_terms(first, second, model.priors, step), first.h.detach(), first.mean_z().detach()
 
     def make_views(image, index, epoch, height, width) -> tuple[Tensor, Tensor]:
         pair = views(image, index, epoch, height, width)
@@ -108,11 +113,13 @@ def train(
                 for group in state.optimizer.param_groups:
                     group["lr"] = rate
                 guard.remember()
-                terms = forward(v1, v2, batch.index, step)
+                terms, h, z = forward(v1, v2, batch.index, step)
                 state.scaler.scale(terms["loss"]).backward()
                 terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
                 guard.step(terms)
                 state.optimizer.zero_grad()
+                if model.target is not None:
+                    model.update_target(momentum_at(state.step, total_steps, recipe.objective.momentum))
                 state.step += 1
                 meter.images += recipe.train.batch_size
                 display.step(state.step)
@@ -123,7 +130,8 @@ def train(
                     if figures["skipped_steps"] > recipe.train.max_skipped_steps:
                         state.save(run_dir)
                         raise UserError(guard.sentence(run_dir))
-                    entry = {"step": state.step, "epoch": epoch, **figures, "lr": rate, **meter.read()}
+                    ranks = {"rankme_h": rankme(h), "rankme_z": rankme(z)}
+                    entry = {"step": state.step, "epoch": epoch, **figures, **ranks, "lr": rate, **meter.read()}
                     if loader.bad_samples:
                         entry["bad_samples"] = loader.bad_samples
                     metrics.write(entry)
@@ -150,6 +158,7 @@ class FiniteGuard:
     """Keeps a step that is not finite away from the weights, without the host looking.
 
     A flag on the device makes the optimiser leave the step out and puts the batch-norm statistics back.
+    Only for an optimiser that takes no flag (`skips_on_device` says which do) the host waits once a step.
     The first bad step and its terms stay on the device until the host asks at a log step.
     """
 
@@ -176,8 +185,11 @@ class FiniteGuard:
         # fp16 looks for its scale by letting gradients overflow; at scale 1 there is nothing to find.
         counts = bad_loss | (bad_gradient & (scaler._scale <= 1)) if scaler.is_enabled() else bad
 
-        state.optimizer.found_inf = bad.float()
-        state.optimizer.step()
+        if skips_on_device(state.optimizer):
+            state.optimizer.found_inf = bad.float()
+            state.optimizer.step()
+        elif not bad:  # the host waits here
+            state.optimizer.step()
         if scaler.is_enabled():
             scaler.update()
         for buffer, saved in zip(self.buffers, self.saved):

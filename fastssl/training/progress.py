@@ -1,41 +1,12 @@
 """What a person sees during training: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable, Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-
-class Meter:
-    """Images per second and the share of time spent waiting for the loader, since the last reading."""
-
-    def __init__(self):
-        self._restart()
-
-    def _restart(self) -> None:
-        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    def watch(self, loader: Iterable) -> Iterator:
-        """The loader's batches; the time inside the loader counts as waiting."""
-        batches = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            yield batch
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.since
-        figures = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
-        self._restart()
-        return figures
 
 
 class Display:

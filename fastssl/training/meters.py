@@ -1,0 +1,51 @@
+"""What training measures of itself: its speed, and the rank of what it makes."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def rankme(z_BD: Tensor) -> float:
+    """RankMe (arXiv 2210.02885, equation 1): the effective rank of embeddings, from 1 to min(B, D).
+
+    exp of the entropy of the singular values as shares of their sum. Collapsed embeddings have few. A training batch
+    bounds it by B, so it compares runs of one batch size; the paper takes 25,600 samples. NaN for embeddings that are
+    not finite.
+    """
+    z_BD = z_BD.detach().float()
+    if not z_BD.isfinite().all():
+        return float("nan")
+    singular = torch.linalg.svdvals(z_BD)
+    shares = singular / singular.sum() + 1e-7
+    return (-shares * shares.log()).sum().exp().item()
+
+
+class Meter:
+    """Images per second and the share of time spent waiting for the loader, since the last reading."""
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self) -> None:
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """The loader's batches; the time inside the loader counts as waiting."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        figures = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
+        self._restart()
+        return figures

@@ -1,0 +1,206 @@
+"""Two and four processes against one: losses, batch norm, and whole training steps, with every gradient."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.models import GlobalBatchNorm, SSLModel, collective, convert_batch_norms
+from fastssl.models.collective import gather_rows, sum_over_ranks
+from fastssl.objectives import barlow_twins_loss, byol_loss, simclr_loss, total_loss, vicreg_loss
+from fastssl.recipe import Recipe
+
+# float64 on both sides, sums in another order; the gradients of a whole network collect more roundings.
+CLOSE = dict(rtol=1e-11, atol=1e-12)
+CLOSE_WEIGHTS = dict(rtol=1e-7, atol=1e-9)
+BATCH = 12
+
+
+def spawn(check, world, tmp_path, *arguments):
+    torch.multiprocessing.spawn(join_group, (world, str(tmp_path / "rendezvous"), check, *arguments), nprocs=world)
+
+
+def join_group(rank, world, address, check, *arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
+    check(rank, world, *arguments)
+    dist.destroy_process_group()
+
+
+def views(*shape):
+    """(2, ...) correlated views with unequal means and scales, so that no convention can hide."""
+    first, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.stack((2 * first + 1, first + 0.5 * noise - 2))
+
+
+def byol_against_fixed_targets(z1, z2, gather=None):
+    return byol_loss(z1, z2, z2.detach().mean(0).cos(), z1.detach().mean(0).sin(), gather=gather)
+
+
+LOSSES = [
+    (barlow_twins_loss, {}),
+    (barlow_twins_loss, {"unbiased": True, "eps": 0.0}),
+    (vicreg_loss, {}),
+    (vicreg_loss, {"center": True}),
+    (simclr_loss, {}),
+    (simclr_loss, {"over_draws": "log_mean_exp"}),
+    (byol_against_fixed_targets, {}),
+]
+
+
+def check_losses(rank, world, without=None):
+    if without == "gradient sum":  # the mutation of test_mutations: a raw all-reduce, as in the official Barlow Twins
+        collective._AllReduceSum.backward = staticmethod(lambda ctx, grad: grad)
+    whole_views = views(3, BATCH, 3)
+    mine = whole_views.chunk(world, dim=2)[rank]
+
+    def network():
+        torch.manual_seed(1)
+        return torch.nn.Linear(3, 4, dtype=torch.float64)
+
+    def embed(network, views):
+        """(2, S, B, D) -> one (S, B, D) a view, in a layout that makes the gradients non-contiguous."""
+        return network(views).transpose(1, 2).contiguous().transpose(1, 2)
+
+    for loss, options in LOSSES:
+        whole = network()
+        whole_loss = loss(*embed(whole, whole_views), gather=False, **options)
+        whole_loss.backward()
+
+        parallel = DistributedDataParallel(network())
+        global_loss = loss(*embed(parallel, mine), **options)
+        global_loss.backward()
+        torch.testing.assert_close(global_loss, whole_loss, **CLOSE)
+        torch.testing.assert_close(parallel.module.weight.grad, whole.weight.grad, **CLOSE)
+        torch.testing.assert_close(parallel.module.bias.grad, whole.bias.grad, **CLOSE)
+
+        explicit = loss(*embed(whole, mine), gather=True, **options)
+        torch.testing.assert_close(explicit, whole_loss, **CLOSE)
+        local = loss(*embed(whole, mine), gather=False, **options)
+        assert abs(local.item() - whole_loss.item()) > 1e-3
+
+
+def check_collectives(rank, world):
+    # A transposed layout on one rank only: gloo adds memory to memory, whatever the strides say.
+    x = views(4, 3)[0].requires_grad_()
+    laid_out = x if rank == 0 else x.T.contiguous().T
+    weights = (rank + 1) * torch.arange(12, dtype=torch.float64).view(4, 3)
+    total = sum_over_ranks(laid_out, None)
+    (total * (weights if rank == 0 else weights.T.contiguous().T)).sum().backward()
+    torch.testing.assert_close(total, world * x, **CLOSE)
+    torch.testing.assert_close(x.grad, sum_over_ranks(weights, None), **CLOSE)
+
+    x.grad = None
+    rows = gather_rows((x * (rank + 1)).T.contiguous().T, None)
+    torch.testing.assert_close(rows, torch.cat([x * (r + 1) for r in range(world)]), **CLOSE)
+    (rows.T * (rank + 1)).sum().backward()  # a gradient that is not contiguous
+    everyone = sum(r + 1 for r in range(world))
+    torch.testing.assert_close(x.grad, torch.full_like(x, everyone * (rank + 1)), **CLOSE)
+
+    # One sample a rank still makes a global batch; unequal batches are refused by every rank, so that none waits.
+    one_each = views(world, 5)[:, rank : rank + 1]
+    whole = barlow_twins_loss(*views(world, 5), gather=False)
+    torch.testing.assert_close(barlow_twins_loss(*one_each), whole, **CLOSE)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        barlow_twins_loss(*one_each, gather=False)
+    unequal = views(9, 5)[:, : 4 if rank else 5]
+    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss):
+        with pytest.raises(ValueError, match="batches of one size"):
+            loss(*unequal)
+
+
+def check_batch_norm(rank, world):
+    for shape in ((BATCH, 5), (BATCH, 5, 3, 2)):
+        dims = len(shape) - 2
+        plain = {0: torch.nn.BatchNorm1d, 2: torch.nn.BatchNorm2d}[dims](5, eps=1e-3, momentum=0.3).double()
+        torch.nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(1))
+        synced = DistributedDataParallel(GlobalBatchNorm(copy.deepcopy(plain)))
+        whole_x, weights = views(*shape)
+        my_x, my_weights = (t.chunk(world)[rank].clone() for t in (whole_x, weights))
+        whole_x, my_x = whole_x.clone().requires_grad_(), my_x.requires_grad_()
+        y = plain(whole_x)
+        (y * weights).sum().backward()
+        mine = synced(my_x)
+        (mine * my_weights).sum().backward()  # ranks hold parts of one sum, not copies of a global loss
+        torch.testing.assert_close(mine, y.chunk(world)[rank], **CLOSE)
+        torch.testing.assert_close(my_x.grad, whole_x.grad.chunk(world)[rank], rtol=1e-9, atol=1e-10)
+        for name, parameter in plain.named_parameters():
+            ours = dict(synced.module.named_parameters())[name].grad * world  # DDP averages
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(synced.module.state_dict(), plain.state_dict(), **CLOSE)
+
+
+def recipe_of(objective, embedding):
+    """timm's test_resnet: 0.5 million parameters, a real ResNet."""
+    return Recipe.model_validate({
+        "name": "x", "data": {"train": "x.beton"}, "views": {"size": 32}, "objective": objective,
+        "model": {"backbone": "test_resnet", "projector": {"layers": 2, "hidden": 16, "out": 8}},
+        "embedding": {"samples": 3, "beta": 0.1, **embedding},
+    })  # fmt: skip
+
+
+MODELS = [
+    ({"name": "barlow_twins"}, {"stochastic": "none"}),
+    ({"name": "barlow_twins"}, {"stochastic": "h"}),
+    ({"name": "vicreg"}, {"stochastic": "z", "prior": "mixture"}),
+    ({"name": "vicreg"}, {"stochastic": "hz", "chunk": 2}),
+    ({"name": "simclr"}, {"stochastic": "z", "prior": "vamp"}),
+    ({"name": "byol", "predictor_hidden": 16}, {"stochastic": "h"}),
+]
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, recipe):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model, self.loss_terms = SSLModel(recipe).double(), total_loss(recipe)
+
+    def forward(self, v1, v2, index, step):
+        return self.loss_terms(*self.model(v1, v2, index, step), self.model.priors, step)
+
+
+def train_steps(module, v1, v2, index, steps=3):
+    core = getattr(module, "module", module)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05)
+    values = []
+    for step in range(steps):
+        terms = module(v1, v2, index, torch.tensor(step))
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        if core.model.target is not None:
+            core.model.update_target(0.9)
+        values.append({name: value.item() for name, value in terms.items() if not name.startswith("sigma")})
+    return values
+
+
+def check_training(rank, world):
+    """Encoder, heads, projector, objective and KL: a run of several processes is the run of one."""
+    v1, v2 = views(BATCH, 3, 32, 32)
+    index = torch.arange(100, 100 + BATCH)
+    for objective, embedding in MODELS:
+        alone = {} if objective["name"] == "byol" else {"gather": False}  # one process in the midst of several
+        whole, mine = Loss(recipe_of(objective | alone, embedding)), Loss(recipe_of(objective, embedding))
+        convert_batch_norms(mine)
+        parallel = DistributedDataParallel(mine)
+        want = train_steps(whole, v1, v2, index)
+        got = train_steps(parallel, *(t.chunk(world)[rank] for t in (v1, v2, index)))
+        for of_whole, of_rank in zip(want, got, strict=True):
+            assert of_rank == pytest.approx(of_whole, rel=1e-7), (objective, embedding)
+        torch.testing.assert_close(mine.state_dict(), whole.state_dict(), **CLOSE_WEIGHTS)
+
+
+CHECKS = [check_losses, check_collectives, check_batch_norm, check_training]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_equal_one(tmp_path, world):
+    spawn(check_all, world, tmp_path)
+
+
+def check_all(rank, world):
+    for check in CHECKS:
+        check(rank, world)
