@@ -1,0 +1,107 @@
+"""Do the objectives behave as the theory says? Short runs on CIFAR-10 and a picture of their curves.
+
+    python benchmarks/objective_curves.py run data/cifar10 runs/curves --steps 300
+    python benchmarks/objective_curves.py draw runs/curves curves.png
+
+Each variant trains for `steps` steps of batch 128 with the ImageNet stem at 32 px (for CPUs), its other keys as in
+recipes/cifar10. The picture shows, for every run, its loss, sigma, KL a dimension and RankMe of h and z.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from fastssl import load_recipe
+from fastssl.recipe import Recipe
+from fastssl.training import train
+
+SIMCLR = ["objective={name: simclr, temperature: 0.5}"]
+VARIANTS = {  # recipe of recipes/cifar10, and what differs from it
+    "barlow": ("barlow", []),
+    "zprob_barlow": ("zprob_barlow", []),
+    "hprob_barlow": ("hprob_barlow", []),
+    "vicreg": ("vicreg", []),
+    "zprob_vicreg": ("zprob_vicreg", []),
+    "hprob_vicreg": ("hprob_vicreg", []),
+    "hzprob_barlow": ("hprob_barlow", ["embedding.stochastic=hz"]),
+    "zprob_barlow_mixture": ("zprob_barlow", ["embedding.prior=mixture"]),
+    "simclr": ("barlow", SIMCLR),
+    "byol": ("barlow", ["objective={name: byol, momentum: 0.99, predictor_hidden: 1024}"]),
+}
+BATCH = 128
+
+
+def recipe_of(name: str, data: Path, out: Path, steps: int) -> Recipe:
+    base, overrides = VARIANTS[name]
+    return load_recipe(
+        f"recipes/cifar10/{base}.yaml",
+        [f"data.train={data}/train.beton", f"data.val={data}/val.beton", f"data.limit={steps * BATCH}", "train.epochs=1",
+         f"run.dir={out}/{name}", "model.stem=imagenet", f"train.batch_size={BATCH}", "log.every=10", "data.workers=1",
+         "probe.every=0", *overrides],
+    )  # fmt: skip
+
+
+def run(data: Path, out: Path, steps: int, names: list[str]) -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} torch threads", flush=True)
+    for name in names:
+        train(recipe_of(name, data, out, steps))
+
+
+def draw(out: Path, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in VARIANTS if (out / name / "metrics.jsonl").exists()]
+    figure, axes = plt.subplots(len(names), 4, figsize=(18, 2.6 * len(names)), squeeze=False, layout="constrained")
+    for row, name in zip(axes, names, strict=True):
+        lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines]
+
+        def plot(axis, keys, title):
+            for key in keys:
+                if key in lines[0]:
+                    axis.plot(steps, [line[key] for line in lines], label=key)
+            axis.set_title(title, fontsize=9)
+            if axis.lines:
+                axis.legend(fontsize=7)
+            else:
+                axis.text(0.5, 0.5, "deterministic", ha="center", transform=axis.transAxes, color="grey")
+            axis.grid(alpha=0.3)
+
+        terms = [key for key in ("on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent",
+                                 "prediction", "beta_kl")]  # fmt: skip
+        plot(row[0], ["loss", *terms], f"{name}: loss and its terms")
+        row[0].set_yscale("log")
+        plot(row[1], [f"sigma{what}_{s}" for s in "hz" for what in ("", "_min", "_max")], "sigma")
+        plot(row[2], [f"kl_per_dim_{s}" for s in "hz"], "KL, nats a dimension")
+        plot(row[3], ["rankme_h", "rankme_z"], "RankMe (batch of 128)")
+        row[0].set_ylabel(name, fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.savefig(picture, dpi=70)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("data", type=Path, help="folder of train.beton and val.beton")
+    running.add_argument("out", type=Path, help="folder for the run directories")
+    running.add_argument("--steps", type=int, default=300)
+    running.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    drawing = commands.add_parser("draw")
+    drawing.add_argument("out", type=Path)
+    drawing.add_argument("picture", type=Path)
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options.data, options.out, options.steps, options.variants)
+    else:
+        draw(options.out, options.picture)
+
+
+if __name__ == "__main__":
+    main()
