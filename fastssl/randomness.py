@@ -57,7 +57,8 @@ def normals(
     low_high = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     cell_BN8 = torch.stack(low_high, dim=-1)
     cell_BSD = cell_BN8.view(len(index_B), draws, blocks * 8)[:, :, :dim]
-    return quantiles(index_B.device)[cell_BSD.transpose(0, 1)]
+    # Looked up first, transposed after: torch 2.15 traces the other order with strides that it then does not have.
+    return quantiles(index_B.device)[cell_BSD].transpose(0, 1)
 
 
 def permutation(seed: int, epoch: int, count: int, purpose: int = ORDER) -> Tensor:

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import recipe_of
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.models import GlobalBatchNorm, SSLModel, collective, convert_batch_norms
 from fastssl.models.collective import gather_rows, sum_over_ranks
 from fastssl.objectives import barlow_twins_loss, byol_loss, simclr_loss, total_loss, vicreg_loss
-from fastssl.recipe import Recipe
 
 # float64 on both sides, sums in another order; the gradients of a whole network collect more roundings.
 CLOSE = dict(rtol=1e-11, atol=1e-12)
@@ -106,7 +106,7 @@ def check_collectives(rank, world):
     with pytest.raises(ValueError, match="at least 2 samples"):
         barlow_twins_loss(*one_each, gather=False)
     unequal = views(9, 5)[:, : 4 if rank else 5]
-    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss):
+    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, byol_against_fixed_targets):
         with pytest.raises(ValueError, match="batches of one size"):
             loss(*unequal)
 
@@ -130,15 +130,6 @@ def check_batch_norm(rank, world):
             ours = dict(synced.module.named_parameters())[name].grad * world  # DDP averages
             torch.testing.assert_close(ours, parameter.grad, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(synced.module.state_dict(), plain.state_dict(), **CLOSE)
-
-
-def recipe_of(objective, embedding):
-    """timm's test_resnet: 0.5 million parameters, a real ResNet."""
-    return Recipe.model_validate({
-        "name": "x", "data": {"train": "x.beton"}, "views": {"size": 32}, "objective": objective,
-        "model": {"backbone": "test_resnet", "projector": {"layers": 2, "hidden": 16, "out": 8}},
-        "embedding": {"samples": 3, "beta": 0.1, **embedding},
-    })  # fmt: skip
 
 
 MODELS = [

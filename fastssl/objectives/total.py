@@ -26,7 +26,7 @@ def total_loss(
     """The recipe's loss as a function of two views, the priors by space (none for deterministic embeddings) and the step.
 
     It gives `loss`, the weighted terms that sum to it, and for each stochastic space (suffix _h or _z): `kl`, the
-    unweighted mean over both views and the batch in nats; `kl_per_dim`; the mean, least and largest standard deviation
+    unweighted mean over both views and the batch in nats, free bits not applied; `kl_per_dim`; the mean, least and largest standard deviation
     `sigma`, `sigma_min`, `sigma_max`; and `sigma_clamped`, the share of them that stands at one of the two limits.
     """
     # Plain values: a compiled graph cannot look into a recipe's section.
@@ -37,19 +37,21 @@ def total_loss(
     warmup_steps = round(embedding.beta_warmup_epochs * steps_per_epoch)
 
     def kl_to_prior(draws: Draws, prior: nn.Module) -> Tensor:
-        """KL(q || p) summed over dimensions, averaged over the batch (equation 5)."""
+        """(2,): KL(q || p) summed over dimensions, averaged over the batch (equation 5), to log and to learn from."""
         kl_B = draws.q.kl_to(prior, method=method, samples=draws.x_SBD)
         # Free bits (arXiv 1606.04934, appendix C.8) with all dimensions of an image as one group: a mixture over whole
         # vectors has no KL of a single dimension.
-        return kl_B.clamp_min(free_bits * draws.q.mu.shape[-1]).mean() if free_bits else kl_B.mean()
+        floored_B = kl_B.clamp_min(free_bits * draws.q.mu.shape[-1]) if free_bits else kl_B
+        return torch.stack((kl_B.detach().mean(), floored_B.mean()))
 
     def loss_terms(first: View, second: View, priors: nn.ModuleDict, step: int | Tensor) -> Terms:
         terms, watched, kl_total = compare(first, second), {}, 0.0
         for space in first.draws:
             pair = first.draws[space], second.draws[space]
-            kl = mean_over_ranks((kl_to_prior(pair[0], priors[space]) + kl_to_prior(pair[1], priors[space])) / 2, gather)
-            kl_total = kl_total + kl
-            watched |= {f"{name}_{space}": value for name, value in spread(kl, *pair).items()}
+            both_views = sum(kl_to_prior(draws, priors[space]) for draws in pair) / 2
+            kl, penalty = mean_over_ranks(both_views, gather)
+            kl_total = kl_total + penalty
+            watched |= {f"{name}_{space}": value for name, value in spread(kl.detach(), *pair).items()}
         if first.draws:
             grown = torch.as_tensor((step + 1) / warmup_steps).clamp_max(1.0) if warmup_steps else 1.0
             terms["beta_kl"] = beta * grown * kl_total
@@ -95,8 +97,8 @@ def spread(kl: Tensor, first: Draws, second: Draws) -> Terms:
     log_var = torch.stack((first.q.log_var, second.q.log_var))
     clamped = (log_var <= 2 * math.log(SIGMA_MIN)) | (log_var >= 2 * math.log(SIGMA_MAX))
     return {
-        "kl": kl.detach(),
-        "kl_per_dim": kl.detach() / sigma.shape[-1],
+        "kl": kl,
+        "kl_per_dim": kl / sigma.shape[-1],
         "sigma": sigma.mean(),
         "sigma_min": sigma.min(),
         "sigma_max": sigma.max(),
