@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributions as D
 
-from fastssl.models import DiagonalGaussian, GaussianHead, MixtureOfGaussians, StandardNormal
+from fastssl.models import DiagonalGaussian, GaussianHead, MixtureOfGaussians, StandardNormal, VampPrior
 
 # float64 on both sides, sums of a few dozen terms in another order.
 CLOSE = dict(rtol=1e-12, atol=1e-12)
@@ -256,3 +256,63 @@ def test_joint_needs_no_tensor_over_components_and_dimensions():
     ):
         MixtureOfGaussians(K, width).log_prob(x)
     assert max(sizes) <= S * B * width
+
+
+# --- The VampPrior -----------------------------------------------------------------------------
+
+
+def vamp(components=3, in_dim=6, width=4):
+    prior = VampPrior(components, GaussianHead(in_dim, width)).double()
+    torch.nn.init.normal_(prior.logits)
+    return prior
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4)])
+def test_vamp_is_a_mixture_of_what_the_head_makes_of_its_pseudo_features(shape):
+    prior, x = vamp(), torch.randn(shape).double()
+    components = D.Independent(
+        D.Normal(prior.head.mu(prior.pseudo), (0.5 * prior.head.log_var(prior.pseudo)).exp()), 1
+    )
+    want = D.MixtureSameFamily(D.Categorical(logits=prior.logits), components)
+    torch.testing.assert_close(prior.log_prob(x), want.log_prob(x), **CLOSE)
+
+
+def test_vamp_with_the_batch_s_own_features_is_the_aggregate_posterior():
+    """The best prior for a batch is the mixture of its own q; then KL(q || p) is at most log B."""
+    prior, features = vamp(components=5), torch.randn(5, 6).double()
+    torch.nn.init.zeros_(prior.logits)
+    prior.pseudo.data = features
+    q = prior.head(features)
+    x = q.rsample(4000)
+    kl = q.kl_to(prior, method="mc", samples=x)
+    # Each draw's ratio is below log 5 by construction: the mixture holds q itself with weight 1/5.
+    assert (kl <= math.log(5) + 1e-9).all() and (kl > 0).all()
+
+
+def test_vamp_gradients_against_finite_differences():
+    prior, x = vamp(), torch.randn(2, 3, 4).double().requires_grad_()
+    parameters = dict(prior.named_parameters())
+    assert set(parameters) == {"pseudo", "logits", "head.mu.weight", "head.mu.bias", "head.log_var.weight", "head.log_var.bias"}
+    prior.forward = prior.log_prob
+
+    def log_prob(x, *values):
+        return torch.func.functional_call(prior, dict(zip(parameters, values)), (x,))
+
+    assert torch.autograd.gradcheck(log_prob, (x, *parameters.values()))
+
+
+# --- At the limits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw_log_var", [-99.0, 2 * math.log(0.01), 2 * math.log(5.0), 99.0])
+@pytest.mark.parametrize("prior", [StandardNormal(), *(MixtureOfGaussians(3, 4, mode) for mode in MODES)], ids=str)
+def test_values_and_gradients_are_finite_at_both_limits_of_sigma(prior, raw_log_var):
+    mu = torch.full((5, 4), 20.0).requires_grad_()
+    log_var = torch.full((5, 4), raw_log_var).requires_grad_()
+    q = DiagonalGaussian(mu, log_var)
+    x = q.rsample(3)
+    kl = q.kl_to(prior, method="mc", samples=x).sum()
+    if isinstance(prior, StandardNormal):
+        kl = kl + q.kl_to(prior).sum()
+    gradients = torch.autograd.grad(kl + x.square().sum(), (mu, log_var, *prior.parameters()))
+    assert kl.isfinite() and all(g.isfinite().all() for g in gradients)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastssl
+from fastssl.evaluation.probe import knn_probe
 from fastssl.recipe import UserError, load_recipe
 from fastssl.training import loop, train
 
@@ -74,6 +75,42 @@ def test_every_objective_trains_and_reloads(small, name):
     assert embedding.space == ("h" if name.startswith("h") else "z" if name.startswith("z") else None)
 
 
+BEYOND = {
+    "hz": ["embedding={stochastic: hz, samples: 3, prior: vamp, mixture_components: 3}"],
+    "simclr": ["objective={name: simclr, over_draws: log_mean_exp}", "embedding={stochastic: z, samples: 3}"],
+    "byol": ["objective={name: byol, predictor_hidden: 32}", "embedding={stochastic: h, samples: 3, chunk: 2}"],
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_goes_beyond_the_paper_trains_logs_and_reloads(small, name):
+    run = train(load_recipe("recipes/barlow.yaml", [*small, *BEYOND[name], "train.epochs=1"]))
+    lines = metrics_of(run)
+    for line in lines:
+        terms = {"hz": ["on_diagonal", "off_diagonal"], "simclr": ["nt_xent"], "byol": ["prediction"]}[name]
+        assert line["loss"] == pytest.approx(sum(line[term] for term in (*terms, "beta_kl")), rel=1e-5)
+        for space in {"hz": "hz", "simclr": "z", "byol": "h"}[name]:
+            sigmas = [line[f"{key}_{space}"] for key in ("sigma_min", "sigma", "sigma_max")]
+            assert 0.01 <= sigmas[0] <= sigmas[1] <= sigmas[2] <= 5 and 0 <= line[f"sigma_clamped_{space}"] <= 1
+            assert line[f"kl_per_dim_{space}"] > 0
+        assert 1 <= line["rankme_h"] <= 16 and 1 <= line["rankme_z"] <= 16
+    embedding = fastssl.load_model(run).embed(torch.rand(2, 3, 32, 32))
+    assert embedding.sigma.shape == embedding.mu.shape
+    if name == "byol":  # the target moved, and with its own batch statistics
+        weights = weights_of(run)
+        online, target = weights["encoder.conv1.weight"], weights["target.encoder.conv1.weight"]
+        assert not torch.equal(online, target) and (online - target).abs().max() < 0.1
+
+
+def test_the_probe_on_the_rest_never_sees_the_test_images(small):
+    """48 training images, 20 of them trained on, 28 probed; data.val is a file that does not exist."""
+    keys = ["data.limit=20", "data.val=nowhere.beton", "probe={every: 1, on: rest, k: 3}", "train.epochs=1"]
+    recipe = load_recipe("recipes/barlow.yaml", [*small, *keys])
+    run = train(recipe, probe=knn_probe(recipe))
+    (accuracy,) = (line["knn_top1"] for line in metrics_of(run) if "knn_top1" in line)
+    assert (accuracy / 100 * 28) == pytest.approx(round(accuracy / 100 * 28), abs=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_with_weights_and_losses_in_fp32(small, precision):
     run = train(load_recipe("recipes/hprob_barlow.yaml", [*small, "train.epochs=1", f"train.precision={precision}"]))
@@ -82,9 +119,10 @@ def test_half_precision_trains_with_weights_and_losses_in_fp32(small, precision)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["barlow", "zprob_barlow", "hprob_vicreg"])
+@pytest.mark.parametrize("name", ["barlow", "zprob_barlow", "hprob_vicreg", *BEYOND])
 def test_model_and_loss_compile_in_one_graph(small, name):
-    recipe = load_recipe(f"recipes/{name}.yaml", small)
+    base = "barlow" if name in BEYOND else name
+    recipe = load_recipe(f"recipes/{base}.yaml", [*small, *BEYOND.get(name, [])])
     model, loss_terms = fastssl.models.SSLModel(recipe), loop.total_loss(recipe)
 
     def forward(v1, v2, index, step):

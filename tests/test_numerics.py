@@ -1,0 +1,90 @@
+"""Whole models where numbers get extreme: half precisions, both limits of sigma, collapse, tiny batches."""
+
+import pytest
+import torch
+from small_models import recipe_of
+
+from fastssl.models import SSLModel
+from fastssl.objectives import total_loss
+
+OBJECTIVES = [{"name": "barlow_twins"}, {"name": "vicreg"}, {"name": "simclr"}, {"name": "byol", "predictor_hidden": 16}]
+EMBEDDINGS = [
+    {"stochastic": "none"},
+    {"stochastic": "z"},
+    {"stochastic": "h", "prior": "mixture"},
+    {"stochastic": "hz", "prior": "vamp"},
+]
+COMBINATIONS = pytest.mark.parametrize(
+    "objective, embedding",
+    [pytest.param(o, e, id=f"{o['name']}-{e['stochastic']}") for o in OBJECTIVES for e in EMBEDDINGS],
+)
+
+
+def step(recipe, model, batch=8, images=None, dtype=None, scale=1.0):
+    """The terms, after a backward pass; under autocast where a dtype is given."""
+    v1, v2 = torch.randn(2, batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)) if images is None else images
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        views = model(v1, v2, torch.arange(batch), torch.tensor(0))
+        # The loss too: whoever leaves it under autocast gets the same.
+        terms = total_loss(recipe)(*views, model.priors, 0)
+    (scale * terms["loss"]).backward()
+    return terms
+
+
+def build(objective, embedding):
+    torch.manual_seed(0)
+    recipe = recipe_of(objective, embedding)
+    return recipe, SSLModel(recipe)
+
+
+def assert_finite(terms, model):
+    assert all(value.isfinite() for value in terms.values()), terms
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients)
+
+
+@COMBINATIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_fp32_losses_and_finite_gradients(objective, embedding, dtype):
+    """fp16 with a loss scale of 1,024, well below GradScaler's start of 65,536, which may overflow by design."""
+    recipe, model = build(objective, embedding)
+    terms = step(recipe, model, dtype=dtype, scale=1024.0 if dtype == torch.float16 else 1.0)
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    assert_finite(terms, model)
+    exact = step(*build(objective, embedding))
+    # Half precisions round the features (bf16 to 4e-3); were the loss in half precision too, Barlow Twins' sums over
+    # D^2 would be off by more.
+    assert terms["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.1)
+
+
+@pytest.mark.parametrize("raw", [-99.0, 99.0])
+@COMBINATIONS
+def test_gradients_are_finite_where_every_sigma_is_at_a_limit(objective, embedding, raw):
+    recipe, model = build(objective, embedding)
+    for head in model.heads.values():
+        torch.nn.init.constant_(head.log_var.bias, raw)
+    terms = step(recipe, model)
+    assert_finite(terms, model)
+    for space in model.heads:
+        assert terms[f"sigma_clamped_{space}"] == 1
+
+
+@COMBINATIONS
+def test_gradients_are_finite_when_all_features_collapse(objective, embedding):
+    """The same black image everywhere, through an encoder whose last block is zero: no variance at all."""
+    recipe, model = build(objective, embedding)
+    black = torch.zeros(2, 8, 3, 32, 32)
+    assert_finite(step(recipe, model, images=black), model)
+    recipe, model = build(objective, embedding)
+    with torch.no_grad():
+        for p in model.projector.parameters():
+            p.zero_()
+    assert_finite(step(recipe, model), model)
+
+
+@COMBINATIONS
+def test_a_batch_of_two_is_enough_and_one_is_refused_in_a_sentence(objective, embedding):
+    recipe, model = build(objective, embedding)
+    assert_finite(step(recipe, model, batch=2), model)
+    with pytest.raises(ValueError, match="at least 2 samples|more than 1 value per channel"):
+        step(recipe, model, batch=1)
