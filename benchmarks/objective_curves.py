@@ -30,6 +30,9 @@ VARIANTS = {  # recipe of recipes/cifar10, and what differs from it
     "simclr": ("barlow", SIMCLR),
     "byol": ("barlow", ["objective={name: byol, momentum: 0.99, predictor_hidden: 1024}"]),
 }
+TERMS = [
+    "on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent", "prediction", "beta_kl",
+]  # fmt: skip
 BATCH = 128
 
 
@@ -37,9 +40,9 @@ def recipe_of(name: str, data: Path, out: Path, steps: int) -> Recipe:
     base, overrides = VARIANTS[name]
     return load_recipe(
         f"recipes/cifar10/{base}.yaml",
-        [f"data.train={data}/train.beton", f"data.val={data}/val.beton", f"data.limit={steps * BATCH}", "train.epochs=1",
-         f"run.dir={out}/{name}", "model.stem=imagenet", f"train.batch_size={BATCH}", "log.every=10", "data.workers=1",
-         "probe.every=0", *overrides],
+        [f"data.train={data}/train.beton", f"data.val={data}/val.beton", f"data.limit={steps * BATCH}",
+         "train.epochs=1", f"run.dir={out}/{name}", "model.stem=imagenet", f"train.batch_size={BATCH}", "log.every=10",
+         "data.workers=1", "probe.every=0", *overrides],
     )  # fmt: skip
 
 
@@ -59,30 +62,28 @@ def draw(out: Path, picture: Path) -> None:
     figure, axes = plt.subplots(len(names), 4, figsize=(18, 2.6 * len(names)), squeeze=False, layout="constrained")
     for row, name in zip(axes, names, strict=True):
         lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-        steps = [line["step"] for line in lines]
-
-        def plot(axis, keys, title):
-            for key in keys:
-                if key in lines[0]:
-                    axis.plot(steps, [line[key] for line in lines], label=key)
-            axis.set_title(title, fontsize=9)
-            if axis.lines:
-                axis.legend(fontsize=7)
-            else:
-                axis.text(0.5, 0.5, "deterministic", ha="center", transform=axis.transAxes, color="grey")
-            axis.grid(alpha=0.3)
-
-        terms = [key for key in ("on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent",
-                                 "prediction", "beta_kl")]  # fmt: skip
-        plot(row[0], ["loss", *terms], f"{name}: loss and its terms")
+        plot(row[0], lines, ["loss", *TERMS], f"{name}: loss and its terms")
         row[0].set_yscale("log")
-        plot(row[1], [f"sigma{what}_{s}" for s in "hz" for what in ("", "_min", "_max")], "sigma")
-        plot(row[2], [f"kl_per_dim_{s}" for s in "hz"], "KL, nats a dimension")
-        plot(row[3], ["rankme_h", "rankme_z"], "RankMe (batch of 128)")
+        plot(row[1], lines, [f"sigma{what}_{space}" for space in "hz" for what in ("", "_min", "_max")], "sigma")
+        plot(row[2], lines, [f"kl_per_dim_{space}" for space in "hz"], "KL, nats a dimension")
+        plot(row[3], lines, ["rankme_h", "rankme_z"], f"RankMe (batch of {BATCH})")
         row[0].set_ylabel(name, fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.savefig(picture, dpi=70)
+
+
+def plot(axis, lines: list[dict], keys: list[str], title: str) -> None:
+    """Those of the keys that the run has logged, over its steps."""
+    for key in keys:
+        if key in lines[0]:
+            axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=key)
+    axis.set_title(title, fontsize=9)
+    if axis.lines:
+        axis.legend(fontsize=7)
+    else:
+        axis.text(0.5, 0.5, "deterministic", ha="center", transform=axis.transAxes, color="grey")
+    axis.grid(alpha=0.3)
 
 
 def main() -> None:

@@ -206,7 +206,8 @@ class Recipe(Section):
         if getattr(self.objective, "over_draws", "mean") == "log_mean_exp":
             if self.embedding.stochastic == "none":
                 raise ValueError(
-                    "objective.over_draws=log_mean_exp needs draws to average over: set embedding.stochastic to z, h or hz"
+                    "objective.over_draws=log_mean_exp needs draws to average over: "
+                    "set embedding.stochastic to z, h or hz"
                 )
             if self.embedding.chunk is not None:
                 raise ValueError(

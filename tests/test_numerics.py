@@ -7,7 +7,8 @@ from small_models import recipe_of
 from fastssl.models import SSLModel
 from fastssl.objectives import total_loss
 
-OBJECTIVES = [{"name": "barlow_twins"}, {"name": "vicreg"}, {"name": "simclr"}, {"name": "byol", "predictor_hidden": 16}]
+BYOL = {"name": "byol", "predictor_hidden": 16}
+OBJECTIVES = [{"name": "barlow_twins"}, {"name": "vicreg"}, {"name": "simclr"}, BYOL]
 EMBEDDINGS = [
     {"stochastic": "none"},
     {"stochastic": "z"},

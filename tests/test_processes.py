@@ -1,6 +1,7 @@
 """Two and four processes against one: losses, batch norm, and whole training steps, with every gradient."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from small_models import recipe_of
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.models import GlobalBatchNorm, SSLModel, collective, convert_batch_norms
+from fastssl.models import GlobalBatchNorm, SSLModel, collective, convert_batch_norms, sync_bn
 from fastssl.models.collective import gather_rows, sum_over_ranks
 from fastssl.objectives import barlow_twins_loss, byol_loss, simclr_loss, total_loss, vicreg_loss
 
@@ -50,9 +51,20 @@ LOSSES = [
 ]
 
 
-def check_losses(rank, world, without=None):
-    if without == "gradient sum":  # the mutation of test_mutations: a raw all-reduce, as in the official Barlow Twins
-        collective._AllReduceSum.backward = staticmethod(lambda ctx, grad: grad)
+def without_gradient_sums(rank, world, check):
+    """A check on collectives that sum forwards alone: test_mutations wants it to fail."""
+    collective._AllReduceSum.backward = staticmethod(lambda ctx, grad: grad)
+    healthy = sync_bn._BatchNormOverRanks.backward
+
+    def backward(*arguments):
+        with mock.patch.object(dist, "all_reduce"):
+            return healthy(*arguments)
+
+    sync_bn._BatchNormOverRanks.backward = staticmethod(backward)
+    check(rank, world)
+
+
+def check_losses(rank, world):
     whole_views = views(3, BATCH, 3)
     mine = whole_views.chunk(world, dim=2)[rank]
 
@@ -105,7 +117,7 @@ def check_collectives(rank, world):
     torch.testing.assert_close(barlow_twins_loss(*one_each), whole, **CLOSE)
     with pytest.raises(ValueError, match="at least 2 samples"):
         barlow_twins_loss(*one_each, gather=False)
-    unequal = views(9, 5)[:, : 4 if rank else 5]
+    unequal = views(3, 9, 5)[:, :, : 4 if rank else 5]
     for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, byol_against_fixed_targets):
         with pytest.raises(ValueError, match="batches of one size"):
             loss(*unequal)

@@ -41,7 +41,7 @@ class View(NamedTuple):
     target: Tensor | None  # (B, D), BYOL: the target network's z of this view, without gradient
 
     def mean_z(self) -> Tensor:
-        """(B, D): z without its noise, which would hide a collapse: its mu, or where it has none the mean over draws."""
+        """(B, D): z without the noise that would hide a collapse: its mu, or where it has none the mean over draws."""
         if self.z.ndim == 2:
             return self.z
         only_z = self.draws.keys() == {"z"} and self.target is None

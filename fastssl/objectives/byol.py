@@ -18,7 +18,7 @@ def byol_loss(p1: Tensor, p2: Tensor, t1: Tensor, t2: Tensor, *, gather: bool | 
     torch.distributed runs (the samples do not interact, so only the value depends on it).
     """
     predictions, targets = stack_views(p1, p2), stack_views(t2, t1)
-    count_rows(predictions, gather)  # refuses unequal batches, whose samples the mean over processes would weigh unequally
+    count_rows(predictions, gather)  # refuses batches of unequal size, whose means would weigh samples unequally
     with torch.autocast(p1.device.type, enabled=False):
         if predictions.ndim == 4:
             targets = targets.unsqueeze(1)  # the same target for every draw

@@ -23,11 +23,12 @@ Terms = dict[str, Tensor]
 def total_loss(
     recipe: Recipe, steps_per_epoch: int = 1
 ) -> Callable[[View, View, nn.ModuleDict, int | Tensor], Terms]:
-    """The recipe's loss as a function of two views, the priors by space (none for deterministic embeddings) and the step.
+    """The recipe's loss as a function of two views, the priors by space (empty if deterministic) and the step.
 
     It gives `loss`, the weighted terms that sum to it, and for each stochastic space (suffix _h or _z): `kl`, the
-    unweighted mean over both views and the batch in nats, free bits not applied; `kl_per_dim`; the mean, least and largest standard deviation
-    `sigma`, `sigma_min`, `sigma_max`; and `sigma_clamped`, the share of them that stands at one of the two limits.
+    unweighted mean over both views and the batch in nats, free bits not applied; `kl_per_dim`; the mean, least and
+    largest standard deviation `sigma`, `sigma_min`, `sigma_max`; and `sigma_clamped`, the share of them that stands at
+    one of the two limits.
     """
     # Plain values: a compiled graph cannot look into a recipe's section.
     embedding, gather = recipe.embedding, getattr(recipe.objective, "gather", True)

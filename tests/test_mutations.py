@@ -1,0 +1,125 @@
+"""Would the tests notice? Each mistake is put into the source, and the test named beside it must fail.
+
+The mistakes are those that this field makes: the other variance convention, a mean where a sum belongs, prior modes
+swapped, gradients of collectives without their factor.
+"""
+
+import inspect
+import textwrap
+from contextlib import contextmanager
+
+import pytest
+import test_gaussian
+import test_objectives
+import test_optim
+import test_processes
+import test_projector
+import test_ssl_model
+import test_total_loss
+import torch
+
+from fastssl.models import DiagonalGaussian, MixtureOfGaussians, SSLModel, StandardNormal, projector, sync_bn
+from fastssl.objectives import barlow_twins_terms, byol_loss, simclr_loss, total, vicreg_terms
+from fastssl.training.optim import LAMB, LARS
+
+BARLOW = lambda unbiased: lambda: test_objectives.test_barlow_twins_is_its_formula(5e-3, unbiased, 1e-5)  # noqa: E731
+VICREG = lambda center: lambda: test_objectives.test_vicreg_is_its_formula(2.0, 3.0, 5.0, 1.5, 0.0, center)  # noqa: E731
+DRAWS = lambda: test_projector.test_draws_equal_the_loop({}, 4)  # noqa: E731
+
+
+def lars():
+    test_optim.test_ours_equal_torch_optimizer(LARS, test_optim.torch_optimizer.LARS, dict(momentum=0.9), 0.05)
+
+
+def lamb():
+    test_optim.test_ours_equal_torch_optimizer(LAMB, test_optim.torch_optimizer.Lamb, dict(debias=True), 0.05)
+
+
+MUTATIONS = [  # function, what it says, the mistake, the test that must fail
+    # Variance conventions.
+    (barlow_twins_terms, "(n - int(unbiased))", "(n - 1)", BARLOW(False)),
+    (barlow_twins_terms, "(n - int(unbiased))", "n", BARLOW(True)),
+    (barlow_twins_terms, "zn1.mT @ zn2, gather) / n", "zn1.mT @ zn2, gather) / (n - 1)", BARLOW(False)),
+    (barlow_twins_terms, "(var + eps).sqrt()", "(var.sqrt() + eps)", BARLOW(False)),
+    (vicreg_terms, "zc.square().sum(-2), gather) / (n - 1)", "zc.square().sum(-2), gather) / n", VICREG(False)),
+    (vicreg_terms, "zc.mT @ zc, gather) / (n - 1)", "zc.mT @ zc, gather) / n", VICREG(False)),
+    (vicreg_terms, "var * hinge.mean()", "var * hinge.sum(0).mean()", VICREG(False)),
+    (vicreg_terms, "off.sum(0).mean()", "off.mean()", VICREG(False)),
+    (vicreg_terms, "zc if center else z", "zc", VICREG(False)),
+    (vicreg_terms, "zc if center else z", "z", VICREG(True)),
+    # The other objectives.
+    (simclr_loss, "one_hot, -torch.inf", "one_hot, 0.0", lambda: test_objectives.test_simclr_is_its_formula(0.7)),
+    (simclr_loss, "log_p.logsumexp(0) - math.log(len(log_p))", "log_p.mean(0)",
+     test_objectives.test_mcinfonce_averages_probabilities_over_draws),
+    (byol_loss, "stack_views(t2, t1)", "stack_views(t1, t2)", test_objectives.test_byol_is_its_formula),
+    # KL: a sum over dimensions, a mean over images, over the draws that the objective saw.
+    (DiagonalGaussian.kl_to, "self.log_var).sum(-1)", "self.log_var).mean(-1)",
+     test_gaussian.test_closed_kl_is_exact_and_summed),
+    (DiagonalGaussian.kl_to, "self.mu.square() + ", "", test_gaussian.test_closed_kl_is_exact_and_summed),
+    (DiagonalGaussian.kl_to, "prior.log_prob(samples)).mean(0)", "prior.log_prob(samples)).sum(0)",
+     test_gaussian.test_monte_carlo_kl_tends_to_the_closed_one),
+    (DiagonalGaussian.log_prob, "LOG_2PI).sum(-1)", "LOG_2PI).mean(-1)",
+     test_gaussian.test_log_prob_sums_over_dimensions),
+    (DiagonalGaussian.rsample, "self.sigma * noise", "self.log_var.exp() * noise",
+     test_gaussian.test_rsample_is_mu_plus_sigma_noise),
+    (StandardNormal.log_prob, "LOG_2PI).sum(-1)", "LOG_2PI).mean(-1)", test_gaussian.test_standard_normal),
+    (total.spread, "kl / sigma.shape[-1]", "kl / sigma.shape[-2]",
+     test_total_loss.test_loss_is_objective_plus_beta_times_the_mean_kl),
+    # The priors' modes.
+    (MixtureOfGaussians.log_prob, 'self.mode == "joint"', 'self.mode == "per_dim"',
+     lambda: test_gaussian.test_joint_is_a_mixture_over_vectors((3, 5, 4))),
+    (MixtureOfGaussians.log_prob, 'self.mode == "per_dim"', 'self.mode == "reference"',
+     lambda: test_gaussian.test_per_dim_is_a_mixture_in_every_dimension((3, 5, 4))),
+    (MixtureOfGaussians.log_prob, "+ var_BD.unsqueeze(1)", "",
+     test_gaussian.test_reference_averages_draws_before_mixing),
+    (MixtureOfGaussians.log_prob, "+ log_w_K[:, None]", "",
+     lambda: test_gaussian.test_per_dim_is_a_mixture_in_every_dimension((3, 5, 4))),
+    # Batched draws.
+    (projector._project, "h_SBD.transpose(0, 1).contiguous()", "h_SBD.contiguous()", DRAWS),
+    (projector._batch_norm_draws, "p.repeat(S)", "p.repeat_interleave(S)", DRAWS),
+    (sync_bn.update_running_statistics, "torch.arange(S - 1, -1, -1, **like_means)", "torch.arange(S, **like_means)",
+     DRAWS),
+    (SSLModel._draw_z, "noise_SBD.flatten(0, 1)[None]", "noise_SBD.transpose(0, 1).flatten(0, 1)[None]",
+     test_ssl_model.test_each_draw_of_h_leads_to_one_draw_of_z),
+    (SSLModel.update_target, "online, 1 - momentum", "online, momentum",
+     test_ssl_model.test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly),
+    # Optimisers.
+    (LARS.step_group, "torch.where(scaled, trust, 1.0)", "trust", lars),
+    (LAMB.step_group, "beta2**count", "beta1**count", lamb),
+]  # fmt: skip
+
+
+@contextmanager
+def mutated(function, says: str, mistake: str):
+    """The function with the mistake, wherever it has been imported."""
+    function = inspect.unwrap(function)  # from under torch.no_grad
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(says) == 1, f"{function.__qualname__} no longer says {says!r} once: write the mutation anew."
+    namespace = dict(function.__globals__)
+    exec(compile(source.replace(says, mistake), "mutated", "exec"), namespace)
+    healthy, sick = function.__code__, inspect.unwrap(namespace[function.__name__]).__code__
+    function.__code__ = sick
+    try:
+        yield
+    finally:
+        function.__code__ = healthy
+
+
+def names():
+    return [f"{function.__qualname__}: {mistake or 'no ' + says}" for function, says, mistake, _ in MUTATIONS]
+
+
+@pytest.mark.parametrize("function, says, mistake, test", MUTATIONS, ids=names())
+def test_the_mistake_is_noticed(function, says, mistake, test):
+    torch.manual_seed(0)
+    test()  # healthy
+    torch.manual_seed(0)
+    with mutated(function, says, mistake), pytest.raises(AssertionError):
+        test()
+
+
+@pytest.mark.parametrize("check", [test_processes.check_losses, test_processes.check_batch_norm])
+def test_gradients_of_collectives_without_their_sum_are_noticed(tmp_path, check):
+    """As in the official Barlow Twins: all-reduced forwards, not backwards."""
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="AssertionError"):
+        test_processes.spawn(test_processes.without_gradient_sums, 2, tmp_path, check)
