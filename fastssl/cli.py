@@ -146,7 +146,7 @@ def train(
     from fastssl.evaluation.probe import knn_probe
     from fastssl.training import train
 
-    wanted = settings.probe.every and (settings.data.val or settings.probe.on == "rest")
+    wanted = settings.probe.every and (settings.data.val or settings.probe.split == "rest")
     train(settings, resume=resume, probe=knn_probe(settings) if wanted else None)
 
 
@@ -188,7 +188,7 @@ def ls() -> None:
     """List the shipped recipes."""
     for path in sorted(shipped_recipes().rglob("*.yaml")):
         first_line = path.read_text().split("\n")[0].removeprefix("# ")
-        print(f"recipes/{path.relative_to(shipped_recipes())!s:<32} {first_line}")
+        print(f"recipes/{path.relative_to(shipped_recipes())!s:<36} {first_line}")
 
 
 @recipes.command()

@@ -174,7 +174,7 @@ class Train(Section):
 
 class Probe(Section):
     every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
-    on: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
+    split: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
     k: Count = 20
 
 
@@ -214,8 +214,8 @@ class Recipe(Section):
                     "embedding.chunk cannot split the mean inside the logarithm of objective.over_draws=log_mean_exp: "
                     "leave one of the two out"
                 )
-        if self.probe.on == "rest" and self.data.limit is None:
-            raise ValueError("probe.on=rest means the images that data.limit leaves out: set data.limit")
+        if self.probe.split == "rest" and self.data.limit is None:
+            raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self
 
     def to_yaml(self) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fastssl.recipe import Recipe, UserError, load_recipe, shipped_recipes
+from fastssl.recipe import Recipe, UserError, _keys, load_recipe, shipped_recipes
 
 SHIPPED = sorted(str(p.relative_to(shipped_recipes())) for p in shipped_recipes().rglob("*.yaml"))
 
@@ -39,6 +39,34 @@ def test_the_published_values_are_in_the_recipes():
     assert cifar.model.stem == "small" and cifar.views.first.blur == cifar.views.second.blur == 0
     vicreg = load_recipe("recipes/vicreg.yaml").objective
     assert (vicreg.inv, vicreg.var, vicreg.cov) == (25, 25, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("reference/")])
+def test_reference_recipes_are_the_plain_ones_with_the_published_choices(name):
+    """docs/fidelity.md lists them; whatever else differs would be a slip."""
+    ours = name.removeprefix("reference/").replace("cifar10_", "cifar10/")
+    reference, plain = load_recipe(f"recipes/{name}"), load_recipe(f"recipes/{ours}")
+    want = plain.model_dump()
+    want |= {"name": f"reference_{plain.name}", "seed": 1997}
+    want["objective"]["gather"] = False
+    if plain.objective.name == "vicreg":
+        want["objective"] |= {"eps": 1e-6, "center": True}
+    else:
+        want["objective"] |= {"unbiased": True, "eps": 0}
+    if plain.embedding.stochastic != "none":
+        want["embedding"] |= {"kl": "mc", "mixture_mode": "reference"}
+    want["optim"]["exclude"] = ()
+    want["train"]["precision"] = "fp16"
+    if "cifar10" in name:
+        want["data"]["limit"] = 40_000
+        want["probe"]["split"] = "rest"
+    assert reference.model_dump() == want
+
+
+def test_keys_are_not_words_that_yaml_reads_otherwise():
+    """`on`, `off`, `yes` and `no` are booleans in YAML 1.1: a key of that name cannot be written in a file."""
+    for key in _keys(Recipe):
+        assert yaml.safe_load(f"{key}: 1") == {key: 1}, key
 
 
 def test_shipped_recipes_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_what_is_logged_of_sigma():
     [
         ("objective={name: simclr, over_draws: log_mean_exp}", "needs draws"),
         ("embedding={stochastic: z, prior: vamp, kl: closed}", "set embedding.kl=mc"),
-        ("probe.on=rest", "set data.limit"),
+        ("probe.split=rest", "set data.limit"),
         ("embedding.stochastic=zh", "hz"),
         ("objective={name: byol, lambd: 1}", "unknown key objective.lambd"),
         ("objective={lambd: 1}", "barlow_twins, vicreg, simclr or byol"),
