@@ -61,21 +61,26 @@ def vicreg_by_hand(z1, z2, inv, var, cov, gamma, eps, center):
     return inv * invariance + var * variance + cov * covariance
 
 
+SHAPES = [(7, 4), (4, 7)]  # more samples than dimensions and fewer: products over the one or over the other
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
 @pytest.mark.parametrize("lambd", [5e-3, 0.7])
-def test_barlow_twins_is_its_formula(lambd, unbiased, eps):
-    z1, z2 = two_views(7, 4)
+def test_barlow_twins_is_its_formula(lambd, unbiased, eps, shape):
+    z1, z2 = two_views(*shape)
     got = barlow_twins_loss(z1, z2, lambd=lambd, unbiased=unbiased, eps=eps)
     want = barlow_twins_by_hand(z1.numpy(), z2.numpy(), lambd, unbiased, eps)
     np.testing.assert_allclose(got.item(), want, **CLOSE)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("gamma, eps", [(1.0, 1e-4), (1.5, 0.0), (0.7, 0.2)])
 @pytest.mark.parametrize("inv, var, cov", [(25.0, 25.0, 1.0), (2.0, 3.0, 5.0), (0, 1, 0)])
-def test_vicreg_is_its_formula(inv, var, cov, gamma, eps, center):
-    z1, z2 = two_views(7, 4)
+def test_vicreg_is_its_formula(inv, var, cov, gamma, eps, center, shape):
+    z1, z2 = two_views(*shape)
     weights = dict(inv=inv, var=var, cov=cov, gamma=gamma, eps=eps, center=center)
     got = vicreg_loss(z1, z2, **weights)
     np.testing.assert_allclose(
@@ -174,6 +179,14 @@ def test_terms_are_weighted_and_sum_to_the_loss(loss, terms, names):
         assert doubled["on_diagonal"].item() == parts["on_diagonal"].item()
 
 
+@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
+def test_fewer_samples_than_dimensions_make_no_matrix_of_dimensions(loss):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        loss(*(z.requires_grad_() for z in two_views(3, 8, 64)))
+    assert max(sizes) <= 2 * 3 * 8 * 64  # both views' draws themselves; a matrix of 64 x 64 for each has 12,288
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_draws_are_averaged(loss):
     z1, z2 = two_views(5, 8, 3)
@@ -182,7 +195,7 @@ def test_draws_are_averaged(loss):
     assert one_by_one.std() > 0.01  # else any way to combine them would pass
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3)])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 5, 3), (2, 3, 5)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_against_finite_differences(loss, shape):
     views = [z.requires_grad_() for z in two_views(*shape)]

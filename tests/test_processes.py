@@ -1,6 +1,7 @@
 """Two and four processes against one: losses, batch norm, and whole training steps, with every gradient."""
 
 import copy
+import itertools
 from unittest import mock
 
 import pytest
@@ -68,20 +69,21 @@ def check_losses(rank, world):
     whole_views = views(3, BATCH, 3)
     mine = whole_views.chunk(world, dim=2)[rank]
 
-    def network():
+    def network(width):
         torch.manual_seed(1)
-        return torch.nn.Linear(3, 4, dtype=torch.float64)
+        return torch.nn.Linear(3, width, dtype=torch.float64)
 
     def embed(network, views):
         """(2, S, B, D) -> one (S, B, D) a view, in a layout that makes the gradients non-contiguous."""
         return network(views).transpose(1, 2).contiguous().transpose(1, 2)
 
-    for loss, options in LOSSES:
-        whole = network()
+    # Fewer dimensions than samples and more: products over the one or over the other.
+    for (loss, options), width in itertools.product(LOSSES, (4, 2 * BATCH)):
+        whole = network(width)
         whole_loss = loss(*embed(whole, whole_views), gather=False, **options)
         whole_loss.backward()
 
-        parallel = DistributedDataParallel(network())
+        parallel = DistributedDataParallel(network(width))
         global_loss = loss(*embed(parallel, mine), **options)
         global_loss.backward()
         torch.testing.assert_close(global_loss, whole_loss, **CLOSE)

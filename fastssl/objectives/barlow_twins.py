@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastssl.models.collective import count_rows, sum_over_ranks
-from fastssl.objectives.views import require_two, stack_views
+from fastssl.objectives.batch import require_two, stack_views, sum_of_squared_products
 
 
 def barlow_twins_loss(
@@ -46,12 +46,10 @@ def barlow_twins_terms(
         z = z - mean
         var = sum_over_ranks(z.square().sum(-2, keepdim=True), gather) / (n - int(unbiased))
         zn1, zn2 = z / (var + eps).sqrt()
-        C_SDD = sum_over_ranks(zn1.mT @ zn2, gather) / n
 
-        diagonal_SD = C_SDD.diagonal(dim1=-2, dim2=-1)
+        diagonal_SD = sum_over_ranks((zn1 * zn2).sum(-2), gather) / n  # of C = zn1' zn2 / n
         on = (diagonal_SD - 1).square().sum(-1)
-        # The whole minus the diagonal needs no D x D mask. Its rounding error is 1e-7 of the
-        # diagonal's D, against an off-diagonal of about D^2 / B from sampling noise alone, and the
-        # gradient on the diagonal cancels exactly.
-        off = C_SDD.square().sum((-2, -1)) - diagonal_SD.square().sum(-1)
+        # The whole minus the diagonal needs no D x D mask. Its rounding error is 1e-7 of the diagonal's D, against an
+        # off-diagonal of about D^2 / B from sampling noise alone.
+        off = sum_of_squared_products(zn1, zn2, n, gather) / n**2 - diagonal_SD.square().sum(-1)
         return {"on_diagonal": on.mean(), "off_diagonal": lambd * off.mean()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.models.collective import count_rows, mean_over_ranks
-from fastssl.objectives.views import stack_views, unit
+from fastssl.objectives.batch import stack_views, unit
 
 
 def byol_loss(p1: Tensor, p2: Tensor, t1: Tensor, t2: Tensor, *, gather: bool | None = None) -> Tensor:

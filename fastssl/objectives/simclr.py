@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastssl.models.collective import count_rows, gather_rows, mean_over_ranks, rank_of
-from fastssl.objectives.views import require_two, stack_views, unit
+from fastssl.objectives.batch import require_two, stack_views, unit
 
 
 def simclr_loss(

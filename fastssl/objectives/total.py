@@ -74,7 +74,7 @@ def objective_terms(objective: Objective) -> Callable[[Tensor, ...], Terms]:
 def in_chunks(terms: Callable[[Tensor, ...], Terms], chunk: int | None) -> Callable[[View, View], Terms]:
     """The terms of two views, taken over `chunk` draws at a time and computed again in the backward pass.
 
-    Barlow Twins and VICReg keep matrices of D x D for each draw: 268 MB each at D = 8192.
+    SimCLR keeps matrices of 2 B x 2 B for each draw, Barlow Twins and VICReg of min(B, D) x min(B, D).
     """
 
     def of_views(first: View, second: View) -> Terms:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastssl.models.collective import count_rows, sum_over_ranks
-from fastssl.objectives.views import require_two, stack_views
+from fastssl.objectives.batch import require_two, stack_views, sum_of_squared_products
 
 
 def vicreg_loss(
@@ -63,10 +63,8 @@ def vicreg_terms(
         variance = sum_over_ranks(zc.square().sum(-2), gather) / (n - 1)
         hinge = (gamma - (variance + eps).sqrt()).relu()  # (V, S, D): the mean over V is 1/2 sum
 
-        cov_VSDD = sum_over_ranks(zc.mT @ zc, gather) / (n - 1)
         # The whole minus the diagonal, as in Barlow Twins: no D x D mask.
-        diagonal = cov_VSDD.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-        off = (cov_VSDD.square().sum((-2, -1)) - diagonal) / D
+        off = (sum_of_squared_products(zc, zc, n, gather) / (n - 1) ** 2 - variance.square().sum(-1)) / D
         return {
             "invariance": inv * invariance.mean(),
             "variance": var * hinge.mean(),

@@ -1,7 +1,9 @@
-"""What the objectives share: the two views as one tensor in full precision."""
+"""What the objectives share: the two views as one tensor, lengths, and products over the batch."""
 
 import torch
 from torch import Tensor
+
+from fastssl.models.collective import gather_rows, sum_over_ranks
 
 
 def stack_views(z1: Tensor, z2: Tensor) -> Tensor:
@@ -25,3 +27,16 @@ def require_two(rows: int) -> int:
 def unit(z: Tensor) -> Tensor:
     """z (..., D) over its length. The length's floor of 1e-6 keeps the gradient of a zero vector finite."""
     return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+def sum_of_squared_products(x: Tensor, y: Tensor, n: int, gather: bool | None) -> Tensor:
+    """The squared Frobenius norm of x'y over the n rows of all processes: x, y (..., B, D) -> (...).
+
+    With fewer rows than columns it is taken as the sum of (xx') * (yy'), so that matrices of n x n are made and
+    none of D x D: at n = 128 and D = 1024 an eighth of the multiplications and 1/64 of the numbers.
+    """
+    if n >= x.shape[-1]:
+        return sum_over_ranks(x.mT @ y, gather).square().sum((-2, -1))
+    rows_x = x @ gather_rows(x, gather).mT
+    rows_y = rows_x if y is x else y @ gather_rows(y, gather).mT
+    return sum_over_ranks((rows_x * rows_y).sum((-2, -1)), gather)

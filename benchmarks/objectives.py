@@ -1,0 +1,196 @@
+"""What Monte Carlo draws cost: time and memory of a training step, beside the naive loop over draws, in one run.
+
+    python benchmarks/objectives.py                                  # on a CPU: 32 px, batch 128
+    python benchmarks/objectives.py --device cuda                    # 224 px, batch 256, bf16, ours compiled too
+
+A step is forward pass, objective, KL and backward pass of two views, without the optimiser; ResNet-18 with the ImageNet
+stem and the projector of the ImageNet recipes, 512-1024-1024-1024. "behind the encoder" leaves the encoder out: h is
+given. The naive loop does what the published code does: torch.randn for the noise; for each draw the projector once, and
+the objective once with its matrix of D x D. Both take the closed KL. Ways take turns in rounds, of which the median
+counts; a first call of each, which warms up or compiles, is not timed. Memory is the peak above what the process held
+before the step: of the process on a CPU, of torch's allocator on a GPU.
+"""
+
+import argparse
+import ctypes
+import re
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.models import SSLModel
+from fastssl.objectives import total_loss
+from fastssl.recipe import Recipe
+
+SPACES = {"none": "deterministic", "z": "Z-prob", "h": "H-prob", "hz": "HZ-prob"}
+STEP = 3
+
+
+def off_diagonal(matrix_DD: Tensor) -> Tensor:
+    return matrix_DD[~torch.eye(len(matrix_DD), dtype=torch.bool, device=matrix_DD.device)]
+
+
+def naive_barlow_twins(z1: Tensor, z2: Tensor) -> Tensor:
+    zn1, zn2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
+    C = zn1.T @ zn2 / len(z1)
+    return (C.diagonal() - 1).square().sum() + 5e-3 * off_diagonal(C).square().sum()
+
+
+def naive_vicreg(z1: Tensor, z2: Tensor) -> Tensor:
+    loss = 25 * (z1 - z2).square().mean()
+    for z in (z1, z2):
+        hinge = (1 - (z.var(0) + 1e-4).sqrt()).relu().mean()
+        loss = loss + 25 * hinge / 2 + off_diagonal(torch.cov(z.T)).square().sum() / z.shape[1]
+    return loss
+
+
+NAIVE = {"barlow_twins": naive_barlow_twins, "vicreg": naive_vicreg}
+
+
+def recipe_of(objective: str, space: str, samples: int, chunk: int | None, size: int) -> Recipe:
+    return Recipe.model_validate({
+        "name": "benchmark", "data": {"train": "none.beton"}, "views": {"size": size}, "objective": {"name": objective},
+        "embedding": {"stochastic": space, "samples": samples, "chunk": chunk},
+    })  # fmt: skip
+
+
+def ours(model: SSLModel, recipe: Recipe) -> Callable[..., Tensor]:
+    loss_terms = total_loss(recipe)
+    return lambda v1, v2, index, step: loss_terms(*model(v1, v2, index, step), model.priors, step)["loss"]
+
+
+def naive_loop(model: SSLModel, recipe: Recipe) -> Callable[..., Tensor]:
+    loss, S, heads = NAIVE[recipe.objective.name], recipe.embedding.samples, model.heads
+
+    def draws_and_kl(v: Tensor) -> tuple[list[Tensor], Tensor | float]:
+        h, kl = model.encoder(v), 0.0
+        draws = [h]
+        if "h" in heads:
+            q = heads["h"](h)
+            draws, kl = list(q.rsample(S)), kl + q.kl_to(model.priors["h"]).mean()
+        draws = [model.projector(h) for h in draws]
+        if "z" in heads:
+            qs = [heads["z"](z) for z in draws]
+            draws = list(qs[0].rsample(S)) if len(qs) == 1 else [q.rsample(1)[0] for q in qs]
+            kl = kl + sum(q.kl_to(model.priors["z"]).mean() for q in qs) / len(qs)
+        return draws, kl
+
+    def total(v1, v2, index, step) -> Tensor:
+        (first, kl1), (second, kl2) = draws_and_kl(v1), draws_and_kl(v2)
+        losses = [loss(a.float(), b.float()) for a, b in zip(first, second, strict=True)]
+        return sum(losses) / len(losses) + recipe.embedding.beta * (kl1 + kl2) / 2
+
+    return total
+
+
+class Step:
+    """One way to make a step, timed and weighed."""
+
+    def __init__(self, loss: Callable[..., Tensor], model: SSLModel, views: tuple[Tensor, Tensor], precision: str):
+        self.loss, self.model, self.views, self.precision = loss, model, views, precision
+        self.index = torch.arange(len(views[0]), device=views[0].device)
+        self.step = torch.tensor(STEP, device=views[0].device)
+        self.milliseconds: list[float] = []
+
+    def __call__(self) -> None:
+        device = self.views[0].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.loss(*self.views, self.index, self.step)
+        loss.backward()
+        self.model.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self) -> None:
+        start = time.perf_counter()
+        self()
+        self.milliseconds.append(1e3 * (time.perf_counter() - start))
+
+    def peak_megabytes(self) -> float:
+        if self.views[0].is_cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self()
+            return (torch.cuda.max_memory_allocated() - before) / 1e6
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the kernel forgets the process's peak
+        before = own_memory("VmRSS")
+        self()
+        return own_memory("VmHWM") - before
+
+
+def own_memory(which: str) -> float:
+    with open("/proc/self/status") as file:
+        return int(re.search(rf"{which}:\s+(\d+) kB", file.read())[1]) * 1024 / 1e6
+
+
+def measure(options, objective: str, space: str, samples: int, whole: bool) -> dict[str, tuple[float, float]]:
+    """Milliseconds and megabytes of each way."""
+    cuda = options.device == "cuda"
+    ways = {}
+    for name, chunk in {"ours": None, "ours, in chunks of 4": 4, "naive loop": None}.items():
+        if (chunk and samples <= chunk) or (name != "ours" and space == "none"):
+            continue
+        torch.manual_seed(0)
+        recipe = recipe_of(objective, space, samples, chunk, options.size)
+        model = SSLModel(recipe).to(options.device, memory_format=torch.channels_last)
+        if whole:
+            views = torch.randn(2, options.batch, 3, options.size, options.size, device=options.device)
+            views = tuple(v.contiguous(memory_format=torch.channels_last) for v in views)
+        else:
+            views = torch.randn(2, options.batch, model.encoder.num_features, device=options.device, requires_grad=True)
+            model.encoder = nn.Identity()
+        make = naive_loop if name == "naive loop" else ours
+        ways[name] = Step(make(model, recipe), model, views, options.precision)
+        if cuda and name != "naive loop":
+            compiled = torch.compile(make(model, recipe), dynamic=False)
+            ways[name + ", compiled"] = Step(compiled, model, views, options.precision)
+    for step in ways.values():
+        step()
+        step()
+    megabytes = {name: step.peak_megabytes() for name, step in ways.items()}
+    for _ in range(options.rounds):
+        for step in ways.values():
+            step.time()
+    return {name: (statistics.median(step.milliseconds), megabytes[name]) for name, step in ways.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--objectives", nargs="+", default=list(NAIVE), choices=NAIVE)
+    parser.add_argument("--samples", nargs="+", type=int, default=[1, 12, 36])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
+    options.batch, options.size = options.batch or (256 if cuda else 128), options.size or (224 if cuda else 32)
+    options.precision = "bf16" if cuda else "fp32"
+    machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{machine}, torch {torch.__version__}, {options.precision}, batch {options.batch}, {options.size} px")
+    for whole in (False, True):
+        print(f"\n{'whole step' if whole else 'behind the encoder'}")
+        print("| objective | embedding | S | way | ms | of deterministic | of the naive loop | peak MB |")
+        print("|---|---|---|---|---|---|---|---|")
+        for objective in options.objectives:
+            deterministic: dict[str, float] = {}
+            for space, label in SPACES.items():
+                for samples in options.samples if space != "none" else [1]:
+                    measured = measure(options, objective, space, samples, whole)
+                    for way, (milliseconds, megabytes) in measured.items():
+                        if space == "none":
+                            deterministic[way] = milliseconds
+                        base = deterministic["ours, compiled" if way.endswith("compiled") else "ours"]
+                        loop = measured.get("naive loop", (float("nan"),))[0]
+                        print(f"| {objective} | {label} | {samples if space != 'none' else ''} | {way} | "
+                              f"{milliseconds:.1f} | {milliseconds / base:.2f} | {milliseconds / loop:.2f} | "
+                              f"{megabytes:.0f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
