@@ -5,8 +5,8 @@
 
 A step is forward pass, objective, KL and backward pass of two views, without the optimiser; ResNet-18 with the ImageNet
 stem and the projector of the ImageNet recipes, 512-1024-1024-1024. "behind the encoder" leaves the encoder out: h is
-given. The naive loop does what the published code does: torch.randn for the noise; for each draw the projector once, and
-the objective once with its matrix of D x D. Both take the closed KL. Ways take turns in rounds, of which the median
+given. The naive loop does what the published code does: torch.randn for the noise; for each draw the projector once,
+and the objective once with its matrix of D x D. Both take the closed KL. Ways take turns in rounds, of which the median
 counts; a first call of each, which warms up or compiles, is not timed. Memory is the peak above what the process held
 before the step: of the process on a CPU, of torch's allocator on a GPU.
 """

@@ -1,0 +1,131 @@
+"""How much each choice of the published code changes loss and gradient, on real images and a trained model.
+
+    python benchmarks/fidelity.py runs/zprob_barlow runs/zprob_vicreg runs/zprob_barlow_mixture
+
+For every run directory: the run's own recipe and weights, a few training batches of its data, in training mode. Then
+the same weights, batches and noise with one choice of the published code at a time. Printed are the loss's relative
+change and, for the gradient of the encoder's weights, the relative distance |g' - g| / |g| and the cosine, averaged
+over the batches. Local statistics: the batch in parts of equal size, one a process, whose losses are averaged, behind
+batch norms over the whole batch. Half precision: the objective alone, computed under fp16 autocast as the published
+code does, with the gradient of z.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastssl.loading import BetonLoader
+from fastssl.models import DiagonalGaussian, Draws, SSLModel, View
+from fastssl.models.checkpoint import checkpoint_of, read_checkpoint
+from fastssl.objectives import total_loss
+from fastssl.recipe import Recipe, load_recipe
+from fastssl.views import PairedViews
+
+BATCH, BATCHES = 256, 3
+CHOICES = {  # by objective, then what every stochastic run has
+    "barlow_twins": {"unbiased deviation, no eps": ["objective.unbiased=true", "objective.eps=0"]},
+    "vicreg": {
+        "variance eps 1e-6": ["objective.eps=1e-6"],
+        "views centred before the invariance": ["objective.center=true"],
+    },
+    "standard_normal": {"Monte Carlo KL": ["embedding.kl=mc"]},
+    "mixture": {
+        "mixture per dimension": ["embedding.mixture_mode=per_dim"],
+        "mixture as published": ["embedding.mixture_mode=reference"],
+    },
+}
+
+
+def batches_of(recipe: Recipe) -> list[tuple[Tensor, ...]]:
+    loader = BetonLoader(recipe.data.train, BATCH, seed=1, limit=BATCH * BATCHES)
+    views, made = PairedViews(recipe.views, seed=recipe.seed), []
+    for batch in loader:
+        v1, v2 = views(batch.image, batch.index, 0, batch.height, batch.width)
+        made.append((v1.clone(), v2.clone(), batch.index.clone(), torch.tensor(len(made))))
+    return made
+
+
+def rows_of(view: View, rows: slice) -> View:
+    """What a process sees of a view whose batch it shares with others."""
+    draws = {
+        space: Draws(DiagonalGaussian(q.mu[rows], q.log_var[rows]), x[:, rows]) for space, (q, x) in view.draws.items()
+    }
+    return View(view.h[rows], view.z[..., rows, :], draws, None)
+
+
+def in_parts(loss_terms: Callable, parts: int) -> Callable[[View, View, SSLModel], Tensor]:
+    def loss(first: View, second: View, model: SSLModel) -> Tensor:
+        size = BATCH // parts
+        slices = [slice(start, start + size) for start in range(0, BATCH, size)]
+        return sum(loss_terms(rows_of(first, s), rows_of(second, s), model.priors, 0)["loss"] for s in slices) / parts
+
+    return loss
+
+
+def losses_and_gradients(run: Path, overrides: list[str], batches: list, parts: int = 1) -> list[tuple[float, Tensor]]:
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    model = SSLModel(recipe)
+    model.load_state_dict(read_checkpoint(checkpoint_of(run))["model"])
+    loss, found = in_parts(total_loss(recipe), parts), []
+    for v1, v2, index, step in batches:
+        model.train()
+        value = loss(*model(v1, v2, index, step), model)
+        gradient = torch.autograd.grad(value, list(model.encoder.parameters()))
+        found.append((value.item(), torch.cat([g.flatten() for g in gradient])))
+    return found
+
+
+def half_precision(run: Path, batches: list) -> tuple[list, list]:
+    """The objective in fp32 and under fp16 autocast, the published form, with the gradient of the first view's z."""
+    from objectives import NAIVE
+
+    recipe = load_recipe(run / "recipe.yaml")
+    model, naive = SSLModel(recipe), NAIVE[recipe.objective.name]
+    model.load_state_dict(read_checkpoint(checkpoint_of(run))["model"])
+    found = [], []
+    for v1, v2, index, step in batches:
+        with torch.no_grad():
+            first, second = (view.z if view.z.ndim == 2 else view.z[0] for view in model(v1, v2, index, step))
+        for half, results in zip((False, True), found):
+            z1 = first.clone().requires_grad_()
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                # fp16 gradients below 6e-8 vanish: scaled as GradScaler would.
+                value = naive(z1, second)
+            results.append((value.item(), torch.autograd.grad(value.float() * 1024, z1)[0].flatten() / 1024))
+    return found
+
+
+def compare(name: str, run: Path, before: list, after: list) -> None:
+    change = [after_loss / loss - 1 for (loss, _), (after_loss, _) in zip(before, after)]
+    distance = [((b - a).norm() / a.norm()).item() for (_, a), (_, b) in zip(before, after)]
+    cosine = [torch.cosine_similarity(a.double(), b.double(), dim=0).item() for (_, a), (_, b) in zip(before, after)]
+    mean = [sum(values) / len(values) for values in (change, distance, cosine)]
+    print(f"| {run.name} | {name} | {mean[0]:+.2%} | {mean[1]:.2%} | {mean[2]:.5f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {BATCHES} batches of {BATCH}\n")
+    print("| run | choice of the published code | loss | gradient: distance | cosine |\n|---|---|---|---|---|")
+    for run in options.runs:
+        recipe = load_recipe(run / "recipe.yaml")
+        batches = batches_of(recipe)
+        ours = losses_and_gradients(run, [], batches)
+        kinds = [recipe.objective.name]
+        kinds += [] if recipe.embedding.stochastic == "none" else [recipe.embedding.prior]
+        for kind in kinds:
+            for name, overrides in CHOICES[kind].items():
+                compare(name, run, ours, losses_and_gradients(run, overrides, batches))
+        for parts in (2, 8):
+            name = f"local statistics, {parts} processes of {BATCH // parts}"
+            compare(name, run, ours, losses_and_gradients(run, [], batches, parts))
+        compare("objective in fp16 (gradient of z)", run, *half_precision(run, batches))
+
+
+if __name__ == "__main__":
+    main()
