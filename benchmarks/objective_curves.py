@@ -17,18 +17,21 @@ from fastssl import load_recipe
 from fastssl.recipe import Recipe
 from fastssl.training import train
 
+REFERENCE = ["train.precision=fp32", "seed=0", "probe.split=val"]  # as the others, to be compared with them
 SIMCLR = ["objective={name: simclr, temperature: 0.5}"]
-VARIANTS = {  # recipe of recipes/cifar10, and what differs from it
-    "barlow": ("barlow", []),
-    "zprob_barlow": ("zprob_barlow", []),
-    "hprob_barlow": ("hprob_barlow", []),
-    "vicreg": ("vicreg", []),
-    "zprob_vicreg": ("zprob_vicreg", []),
-    "hprob_vicreg": ("hprob_vicreg", []),
-    "hzprob_barlow": ("hprob_barlow", ["embedding.stochastic=hz"]),
-    "zprob_barlow_mixture": ("zprob_barlow", ["embedding.prior=mixture"]),
-    "simclr": ("barlow", SIMCLR),
-    "byol": ("barlow", ["objective={name: byol, momentum: 0.99, predictor_hidden: 1024}"]),
+VARIANTS = {  # recipe, and what differs from it
+    "barlow": ("cifar10/barlow", []),
+    "zprob_barlow": ("cifar10/zprob_barlow", []),
+    "hprob_barlow": ("cifar10/hprob_barlow", []),
+    "vicreg": ("cifar10/vicreg", []),
+    "zprob_vicreg": ("cifar10/zprob_vicreg", []),
+    "hprob_vicreg": ("cifar10/hprob_vicreg", []),
+    "hzprob_barlow": ("cifar10/hprob_barlow", ["embedding.stochastic=hz"]),
+    "zprob_barlow_mixture": ("cifar10/zprob_barlow", ["embedding.prior=mixture"]),
+    "simclr": ("cifar10/barlow", SIMCLR),
+    "byol": ("cifar10/barlow", ["objective={name: byol, momentum: 0.99, predictor_hidden: 1024}"]),
+    "reference_zprob_barlow": ("reference/cifar10_zprob_barlow", REFERENCE),
+    "reference_zprob_vicreg": ("reference/cifar10_zprob_vicreg", REFERENCE),
 }
 TERMS = [
     "on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent", "prediction", "beta_kl",
@@ -39,7 +42,7 @@ BATCH = 128
 def recipe_of(name: str, data: Path, out: Path, steps: int) -> Recipe:
     base, overrides = VARIANTS[name]
     return load_recipe(
-        f"recipes/cifar10/{base}.yaml",
+        f"recipes/{base}.yaml",
         [f"data.train={data}/train.beton", f"data.val={data}/val.beton", f"data.limit={steps * BATCH}",
          "train.epochs=1", f"run.dir={out}/{name}", "model.stem=imagenet", f"train.batch_size={BATCH}", "log.every=10",
          "data.workers=1", "probe.every=0", *overrides],
