@@ -68,6 +68,7 @@ def draw(out: Path, picture: Path) -> None:
         plot(row[0], lines, ["loss", *TERMS], f"{name}: loss and its terms")
         row[0].set_yscale("log")
         plot(row[1], lines, [f"sigma{what}_{space}" for space in "hz" for what in ("", "_min", "_max")], "sigma")
+        row[1].set_yscale("log")
         plot(row[2], lines, [f"kl_per_dim_{space}" for space in "hz"], "KL, nats a dimension")
         plot(row[3], lines, ["rankme_h", "rankme_z"], f"RankMe (batch of {BATCH})")
         row[0].set_ylabel(name, fontsize=8)
