@@ -114,6 +114,9 @@ def main() -> None:
     print("| run | choice of the published code | loss | gradient: distance | cosine |\n|---|---|---|---|---|")
     for run in options.runs:
         recipe = load_recipe(run / "recipe.yaml")
+        embedding = recipe.embedding
+        if recipe.objective.name not in CHOICES or embedding.prior == "vamp" or embedding.stochastic == "hz":
+            parser.error(f"{run} is not of a kind that the published code trains.")
         batches = batches_of(recipe)
         ours = losses_and_gradients(run, [], batches)
         kinds = [recipe.objective.name]

@@ -112,6 +112,15 @@ class Embedding(Section):
     def check(self) -> "Embedding":
         if self.prior != "standard_normal" and self.kl == "closed":
             raise ValueError(f"embedding.kl=closed has no formula for a {self.prior} prior: set embedding.kl=mc")
+        if self.prior == "vamp" and self.mixture_mode != "joint":
+            raise ValueError(
+                f"embedding.mixture_mode={self.mixture_mode} is for embedding.prior=mixture; vamp is always joint"
+            )
+        if self.prior == "mixture" and self.mixture_mode == "reference" and self.stochastic == "hz":
+            raise ValueError(
+                "embedding.mixture_mode=reference averages over the draws of one Gaussian, and with "
+                "embedding.stochastic=hz each draw of z has its own: set embedding.mixture_mode to joint or per_dim"
+            )
         return self
 
 
@@ -148,6 +157,7 @@ class BYOL(Section):
 
 
 Objective = BarlowTwins | VICReg | SimCLR | BYOL
+OBJECTIVES = {kind.model_fields["name"].default: kind for kind in (BarlowTwins, VICReg, SimCLR, BYOL)}
 
 
 class Optim(Section):
@@ -306,13 +316,23 @@ def _apply(values: dict, override: str) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first of pydantic's complaints as one sentence that names the dotted key and the mend."""
     first = error.errors()[0]
-    # Inside the objective, pydantic adds the chosen class's tag to the location.
-    parts = [str(part) for part in first["loc"]]
+    # Inside the objective, pydantic adds the chosen class's tag to the location; inside options, what it tried.
+    parts, objective = [str(part) for part in first["loc"]], None
     if len(parts) > 1 and parts[0] == "objective":
-        parts.pop(1)
+        objective = parts.pop(1)
+    if parts[:2] == ["optim", "options"] and len(parts) > 2:
+        return f"{'.'.join(parts[:3])} should be a number, true, false or a list of numbers, not {first['input']!r}."
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        near = _nearest(parts, _keys(Recipe))
+        owners = [kind for kind in OBJECTIVES if parts[1:] and parts[-1] in OBJECTIVES[kind].model_fields]
+        if objective and owners:
+            return (
+                f"{key} belongs to {' and '.join(owners)}: to change the objective, write it whole, "
+                f"objective={{name: {objective}}}."
+            )
+        own = {f"objective.{name}" for name in OBJECTIVES[objective].model_fields} if objective else set()
+        foreign = [name for name in _keys(Recipe) if objective and name.startswith("objective.") and name not in own]
+        near = _nearest(parts, [name for name in _keys(Recipe) if name not in foreign])
         return f"unknown key {key}" + (f": did you mean {near}?" if near else ".")
     if first["type"] == "missing":
         return f"the key {key} is missing."

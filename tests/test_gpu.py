@@ -98,15 +98,22 @@ def test_nvjpeg_gives_the_same_crops(full, crop):
         assert (a.image.int() - b.image.int()).abs().float().mean() < 2
 
 
-@pytest.mark.parametrize("name", ["barlow", "zprob_barlow", "hprob_vicreg"])
+BEYOND = {
+    "hz": ["embedding={stochastic: hz, samples: 3, chunk: 2, prior: vamp}"],
+    "simclr": ["objective={name: simclr, over_draws: log_mean_exp}", "embedding={stochastic: z, samples: 3}"],
+    "byol": ["objective={name: byol, predictor_hidden: 64}", "embedding={stochastic: h, samples: 3}"],
+}
+
+
+@pytest.mark.parametrize("name", ["barlow", "zprob_barlow", "hprob_vicreg", *BEYOND])
 def test_compiled_bf16_training_learns(canvas, tmp_path, name):
     """The loss of the last ten steps is below that of the first ten; nothing is skipped."""
     run = train(
         load_recipe(
-            f"recipes/cifar10/{name}.yaml",
+            f"recipes/cifar10/{'barlow' if name in BEYOND else name}.yaml",
             [f"data.train={canvas}/train.beton", f"run.dir={tmp_path}/run", "train.batch_size=16", "train.epochs=20",
              "model.projector={layers: 2, hidden: 64, out: 64}", "train.device=cuda", "train.precision=bf16",
-             "train.compile=true", "log.every=1"],
+             "train.compile=true", "log.every=1", *BEYOND.get(name, [])],
         )
     )  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

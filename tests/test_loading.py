@@ -143,13 +143,14 @@ def test_limit_takes_the_same_random_subset_for_every_seed(canvas):
     assert subsets[0] == subsets[1] and len(set(subsets[0])) == 10 and subsets[0] != list(range(10))
 
 
-def test_the_rest_is_what_limit_leaves_out(canvas):
+def test_skip_starts_behind_what_limit_took(canvas):
     def taken(**options):
         return sorted(sum(indices(BetonLoader(canvas / "train.beton", 1, drop_last=False, **options)), []))
 
-    assert sorted(taken(limit=10) + taken(limit=10, rest=True)) == list(range(48))
+    assert sorted(taken(limit=10) + taken(skip=10)) == list(range(48))
+    assert sorted(taken(limit=10) + taken(skip=10, limit=20) + taken(skip=30)) == list(range(48))
     with pytest.raises(UserError, match="0 images"):
-        taken(limit=48, rest=True)
+        taken(skip=48)
 
 
 def test_leaving_the_loop_early_leaves_no_thread(canvas):

@@ -1,11 +1,16 @@
 """Whole models where numbers get extreme: half precisions, both limits of sigma, collapse, tiny batches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from no_host import NoHost
 from small_models import recipe_of
 
 from fastssl.models import SSLModel
 from fastssl.objectives import total_loss
+from fastssl.training.loop import FiniteGuard, clip_gradients
+from fastssl.training.optim import make_optimizer
 
 BYOL = {"name": "byol", "predictor_hidden": 16}
 OBJECTIVES = [{"name": "barlow_twins"}, {"name": "vicreg"}, {"name": "simclr"}, BYOL]
@@ -89,3 +94,52 @@ def test_a_batch_of_two_is_enough_and_one_is_refused_in_a_sentence(objective, em
     assert_finite(step(recipe, model, batch=2), model)
     with pytest.raises(ValueError, match="at least 2 samples|more than 1 value per channel"):
         step(recipe, model, batch=1)
+
+
+def training_step(objective, embedding, device):
+    """A function that makes one whole step of the loop: loss, gradients, clipping, optimiser, BYOL's target."""
+    recipe, model = build(objective, {**embedding, "chunk": 2})
+    model, loss_terms = model.to(device), total_loss(recipe, beta_warmup_steps=10)
+    state = SimpleNamespace(
+        model=model, optimizer=make_optimizer(model, recipe.optim), step=0,
+        scaler=torch.amp.GradScaler(device, enabled=False), skipped=torch.zeros((), dtype=torch.int64, device=device),
+    )  # fmt: skip
+    guard = FiniteGuard(model, state)
+    v1, v2 = torch.randn(2, 8, 3, 32, 32, device=device)
+    index, step = torch.arange(8, device=device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def take_step():
+        guard.remember()
+        terms = loss_terms(*model(v1, v2, index, step), model.priors, step)
+        terms["loss"].backward()
+        terms["grad_norm"] = clip_gradients(state, 0.5)
+        skipped = guard.step(terms)
+        state.optimizer.zero_grad()
+        if model.target is not None:
+            model.update_target(0.9, unless=skipped)
+        return skipped
+
+    return take_step
+
+
+@COMBINATIONS
+def test_a_step_asks_no_tensor_for_its_value(objective, embedding):
+    take_step = training_step(objective, embedding, "cpu")
+    take_step()  # makes the optimiser's state
+    with NoHost():
+        skipped = take_step()
+    assert not skipped
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@COMBINATIONS
+def test_a_step_never_waits_for_the_gpu(objective, embedding):
+    take_step = training_step(objective, embedding, "cuda")
+    take_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        skipped = take_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not skipped

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch_optimizer
+from no_host import NoHost
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.models import SSLModel
 from fastssl.recipe import Optim, UserError, load_recipe
@@ -212,14 +212,6 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad_step):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-class NoHost(TorchDispatchMode):
-    """Fails where a tensor's value becomes a Python number."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name, options", [("lars", {}), ("lars", {"nesterov": True}), ("lamb", {"debias": True})])
 def test_ours_never_ask_the_device(name, options):
     """Tensors without values (device meta) refuse what the mode does not see: reads inside a kernel."""
@@ -311,12 +303,23 @@ def test_what_is_excluded_has_no_decay():
     assert {"encoder.conv1.weight", "projector.0.weight", "heads.z.mu.weight"} <= decay
     assert len(decay) + len(plain) == len(names)
     assert len(split_parameters(model, ())[1]) == 0
+    for kind, some in (("norm", "encoder.bn1.weight"), ("bias", "heads.z.mu.bias"), ("prior", "priors.z.logits")):
+        alone = {names[id(p)] for p in split_parameters(model, (kind,))[1]}
+        assert some in alone and alone < plain
     model.encoder.requires_grad_(False)
     assert sum(map(len, split_parameters(model, ()))) < len(names) / 2
 
     for group in make_optimizer(model, Optim(name="lamb", weight_decay=0.1)).param_groups:
         excluded = names[id(group["params"][0])] in plain
         assert group["weight_decay"] == (0 if excluded else 0.1) and group.get("adapt", True) == (not excluded)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit4", "test_convnext", "test_resnet"])
+def test_a_backbone_s_own_norms_and_scales_are_excluded(backbone):
+    """timm's norms are not all torch's, and layer scales are no norms at all."""
+    recipe = load_recipe("recipes/barlow.yaml", [f"model.backbone={backbone}", "views.size=160"])
+    decay, plain = split_parameters(SSLModel(recipe), ("bias", "norm", "prior"))
+    assert all(p.ndim > 1 for p in decay) and all(p.ndim == 1 for p in plain)
 
 
 def test_names_are_found_in_any_case_and_torch_comes_first():
@@ -372,6 +375,7 @@ def test_options_reach_the_optimiser(tmp_path):
         (dict(name="sgd", options={"momentun": 0.9}), "sgd has no such option; its options are momentum, dampening"),
         (dict(name="lars", options={"dampening": 0.1}), "lars has no such option; its options are momentum, nesterov"),
         (dict(name="sgd", options={"momentum": -1.0}), "Invalid momentum value: -1"),
+        (dict(name="sgd", options={"dampening": 0.1}), "optim.options.dampening: not with steps"),
         (dict(name="adamw", options={"betas": (0.9,)}), "betas.* does not train here"),
         (dict(name="lamb", options={"betas": (0.9, 0.99, 0.999)}), "betas.* does not train here"),
         (dict(name="lamb", options={"betas": 0.9}), "lamb with optim.options={'betas': 0.9} does not train here"),

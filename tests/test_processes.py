@@ -177,7 +177,7 @@ def train_steps(module, v1, v2, index, steps=3):
         optimizer.step()
         optimizer.zero_grad()
         if core.model.target is not None:
-            core.model.update_target(0.9)
+            core.model.update_target(0.9, unless=torch.tensor(False))
         values.append({name: value.item() for name, value in terms.items() if not name.startswith("sigma")})
     return values
 

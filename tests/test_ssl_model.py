@@ -35,7 +35,7 @@ def test_every_objective_with_every_embedding_learns_in_all_its_parameters(objec
     model = model_of(objective, embedding)
     first, second = views = model(*inputs())
     for view in views:
-        assert view.h.shape == (B, model.encoder.num_features) and view.mean_z().shape == (B, 8)
+        assert view.h.shape == (B, model.encoder.num_features) and model.mean_z(view.h).shape == (B, 8)
         assert view.z.shape == ((B, 8) if stochastic == "none" else (S, B, 8))
         assert list(view.draws) == [space for space in "hz" if space in stochastic and stochastic != "none"]
     terms = total_loss(recipe_of(objective, embedding))(first, second, model.priors, 0)
@@ -105,7 +105,7 @@ def test_chunks_change_nothing_but_memory(objective, stochastic):
 def test_chunks_keep_fewer_numbers_for_the_backward_pass():
     """Twelve draws one at a time keep less than a third of what they keep at once, the encoder's share left out.
 
-    What stays with each draw is h and z; what goes is the projector's inside and the matrices of D x D.
+    What stays with each draw is h and z; what goes is the inside of the projector and of the objective.
     """
 
     def kept(chunk):
@@ -133,7 +133,9 @@ def test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly():
         for p in online:
             p.add_(1.0)
     before = [p.clone() for p in target]
-    model.update_target(0.9)
+    model.update_target(0.9, unless=torch.tensor(True))  # a step that was left out
+    assert all(torch.equal(old, now) for old, now in zip(before, target))
+    model.update_target(0.9, unless=torch.tensor(False))
     for old, now in zip(before, target):
         torch.testing.assert_close(now, old + 0.1)
 
@@ -149,6 +151,20 @@ def test_byol_predicts_the_target_s_mean_of_the_other_view(stochastic):
     z = reference["heads"]["z"](z).mu if "z" in stochastic else z
     torch.testing.assert_close(view.target, z)
     assert not view.target.requires_grad and not torch.allclose(view.target, other.target)
+
+
+@pytest.mark.parametrize("stochastic", SPACES)
+@pytest.mark.parametrize("objective", [BARLOW, BYOL], ids=lambda o: o["name"])
+def test_mean_z_shows_a_collapse_behind_any_noise(objective, stochastic):
+    """The same h for every image and sigma 1: draws have full rank, z without noise has one row."""
+    model = model_of(objective, {"stochastic": stochastic})
+    model(*inputs())  # running statistics
+    h = torch.randn(1, model.encoder.num_features, dtype=torch.float64).expand(B, -1)
+    before = copy.deepcopy(model.state_dict())
+    z = model.mean_z(h)
+    assert z.shape == (B, 8) and torch.equal(z, z[:1].expand(B, -1)) and not z.requires_grad
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert model.training and model.projector.training
 
 
 # --- Embeddings for users ----------------------------------------------------------------------------

@@ -22,10 +22,10 @@ def view(seed, spaces="z", log_var=None):
     return View(h=z.mean(0), z=z, draws=draws, target=None)
 
 
-def terms_of(first, second, step=0, steps_per_epoch=1, **embedding) -> dict:
+def terms_of(first, second, step=0, beta_warmup_steps=0, **embedding) -> dict:
     recipe = recipe_of({"name": "barlow_twins"}, {"stochastic": "z", **embedding})
     priors = {space: StandardNormal() for space in first.draws}
-    return total_loss(recipe, steps_per_epoch)(first, second, priors, step)
+    return total_loss(recipe, beta_warmup_steps)(first, second, priors, step)
 
 
 def kl_by_hand(v, space="z"):
@@ -67,9 +67,9 @@ def test_monte_carlo_kl_uses_the_objective_s_draws():
 def test_beta_grows_linearly_over_its_warm_up(step, share):
     first, second = view(0), view(1)
     at_once = terms_of(first, second)["beta_kl"]
-    grown = terms_of(first, second, step=step, steps_per_epoch=10, beta_warmup_epochs=2)["beta_kl"]
+    grown = terms_of(first, second, step=step, beta_warmup_steps=20)["beta_kl"]
     torch.testing.assert_close(grown, share * at_once)
-    as_tensor = terms_of(first, second, step=torch.tensor(step), steps_per_epoch=10, beta_warmup_epochs=2)["beta_kl"]
+    as_tensor = terms_of(first, second, step=torch.tensor(step), beta_warmup_steps=20)["beta_kl"]
     torch.testing.assert_close(as_tensor, grown)
 
 
@@ -102,7 +102,12 @@ def test_what_is_logged_of_sigma():
         ("embedding={stochastic: z, prior: vamp, kl: closed}", "set embedding.kl=mc"),
         ("probe.split=rest", "set data.limit"),
         ("embedding.stochastic=zh", "hz"),
-        ("objective={name: byol, lambd: 1}", "unknown key objective.lambd"),
+        ("embedding={stochastic: z, prior: vamp, mixture_mode: per_dim}", "always joint"),
+        ("embedding={stochastic: hz, prior: mixture, mixture_mode: reference}", "joint or per_dim"),
+        ("objective={name: byol, lambd: 1}", "objective.lambd belongs to barlow_twins: .* objective={name: byol}"),
+        ("objective.name=simclr", "objective.lambd belongs to barlow_twins: .* objective={name: simclr}"),
+        ("objective={name: simclr, temprature: 1}", "objective.temprature: did you mean objective.temperature"),
+        ("optim.options.foo=abc", "optim.options.foo should be a number, true, false or a list of numbers, not 'abc'"),
         ("objective={lambd: 1}", "barlow_twins, vicreg, simclr or byol"),
     ],
 )

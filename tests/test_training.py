@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastssl
-from fastssl.evaluation.probe import knn_probe
+from fastssl.evaluation import probe as probe_module
 from fastssl.recipe import UserError, load_recipe
 from fastssl.training import loop, train
 
@@ -96,7 +96,7 @@ def test_what_goes_beyond_the_paper_trains_logs_and_reloads(small, name):
         assert 1 <= line["rankme_h"] <= 16 and 1 <= line["rankme_z"] <= 16
     embedding = fastssl.load_model(run).embed(torch.rand(2, 3, 32, 32))
     assert embedding.sigma.shape == embedding.mu.shape
-    if name == "byol":  # the target moved, and with its own batch statistics
+    if name == "byol":  # the target follows
         weights = weights_of(run)
         online, target = weights["encoder.conv1.weight"], weights["target.encoder.conv1.weight"]
         assert not torch.equal(online, target) and (online - target).abs().max() < 0.1
@@ -109,13 +109,78 @@ def test_other_backbones_train(small, name):
     assert fastssl.load_model(run).embed(torch.rand(2, 3, 32, 32)).h.shape == (2, 2048 if "50" in name else 384)
 
 
-def test_the_probe_on_the_rest_never_sees_the_test_images(small):
+def test_the_probe_on_the_rest_sees_neither_test_nor_training_images(small, monkeypatch):
     """48 training images, 20 of them trained on, 28 probed; data.val is a file that does not exist."""
     keys = ["data.limit=20", "data.val=nowhere.beton", "probe={every: 1, split: rest, k: 3}", "train.epochs=1"]
     recipe = load_recipe("recipes/barlow.yaml", [*small, *keys])
-    run = train(recipe, probe=knn_probe(recipe))
-    (accuracy,) = (line["knn"] for line in metrics_of(run) if "knn" in line)
-    assert accuracy * 28 == pytest.approx(round(accuracy * 28), abs=1e-6)
+    seen, real = [], probe_module.clean_features
+
+    def watched(*arguments, **options):
+        seen.append(real(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(probe_module, "clean_features", watched)
+    run = train(recipe, probe=probe_module.knn_probe(recipe))
+    assert [line["knn"] for line in metrics_of(run) if "knn" in line]
+    bank, rest = (set(features.index.tolist()) for features in seen)
+    assert len(bank) == 20 and len(rest) == 28 and not bank & rest
+    trained_on = set(torch.cat([b.index for b in loop.training_loader(recipe, torch.device("cpu"))]).tolist())
+    assert trained_on <= bank
+
+    with pytest.raises(UserError, match="leaves out none of the 48 images"):
+        probe_module.knn_probe(load_recipe("recipes/barlow.yaml", [*small, *keys, "data.limit=48"]))
+
+
+EVERYTHING = [
+    "model.backbone=test_resnet", "objective={name: byol, predictor_hidden: 32, momentum: 0.9}", "train.epochs=4",
+    "embedding={stochastic: hz, samples: 3, chunk: 2, prior: vamp, mixture_components: 3, beta_warmup_epochs: 2}",
+    "optim={name: lamb, lr: 1e-2}", "checkpoint.every=4",
+]  # fmt: skip
+
+
+def test_a_resume_restores_target_pseudo_features_momentum_and_warm_up(small, tmp_path):
+    """Stopped behind step 6 of 12, continued from the checkpoint of step 4: the same bits as without a stop."""
+    straight = train(load_recipe("recipes/barlow.yaml", [*small, *EVERYTHING]))
+
+    class Stop(Exception):
+        pass
+
+    def stop(model):
+        raise Stop
+
+    arguments = [*small, *EVERYTHING, f"run.dir={tmp_path}/stopped", "probe.every=2"]
+    recipe = load_recipe("recipes/barlow.yaml", arguments)
+    with pytest.raises(Stop):
+        train(recipe, probe=stop)
+    resumed = train(recipe, resume=tmp_path / "stopped", probe=lambda model: {})
+    before, after = weights_of(straight), weights_of(resumed)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    lines = [[line for line in metrics_of(run) if "loss" in line] for run in (straight, resumed)]
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+    # beta grows over the first 6 of 12 steps; the KL's weight is then 1e-3.
+    weights = [line["beta_kl"] / (line["kl_h"] + line["kl_z"]) for line in lines[0]]
+    assert weights == pytest.approx([1e-3 * min(1, (step + 1) / 6) for step in range(12)], rel=1e-4)
+
+
+def test_a_beta_warm_up_longer_than_the_run_is_shortened_and_said(small, capsys):
+    keys = ["embedding.beta_warmup_epochs=100", "train.epochs=4"]
+    run = train(load_recipe("recipes/zprob_barlow.yaml", [*small, *keys]))
+    assert "embedding.beta_warmup_epochs=100 is the whole run or more" in capsys.readouterr().out
+    last = [line for line in metrics_of(run) if "loss" in line][-1]
+    assert last["beta_kl"] == pytest.approx(1e-2 * last["kl_z"], rel=1e-4)
+
+
+def test_a_run_from_before_a_key_existed_resumes_with_its_default(small):
+    run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
+    path = run / "checkpoints" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["recipe"]["embedding"]["free_bits"], saved["recipe"]["train"]["sync_bn"]
+    torch.save(saved, path)
+    train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]), resume=run)
+    saved["recipe"]["train"]["no_such_key"] = 1
+    torch.save(saved, path)
+    with pytest.raises(UserError, match="does not know"):
+        train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]), resume=run)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -75,12 +75,12 @@ def clean_features(
     views: Views,
     *,
     limit: int | None = None,
-    rest: bool = False,
+    skip: int = 0,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Features:
     """`extract_features` of a .beton under the clean view, on the model's device.
 
-    `limit` picks the same random subset as data.limit does in training; with `rest`, what it leaves out.
+    `limit` picks the same random subset as data.limit does in training, behind the first `skip` of its draw.
     """
     # Images of one size go to the device as they are; others are brought to the view's by the CPU.
     crop = "gpu" if read_header(beton).resolution else "whole"
@@ -93,7 +93,7 @@ def clean_features(
         drop_last=False,
         device=next(model.parameters()).device,
         limit=limit,
-        rest=rest,
+        skip=skip,
     )
     return extract_features(model, loader, clean_view(views), advance=advance)
 

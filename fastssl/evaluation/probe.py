@@ -8,7 +8,7 @@ from fastssl.beton import read_header
 from fastssl.evaluation.features import clean_features
 from fastssl.evaluation.knn import knn_accuracy
 from fastssl.models import SSLModel
-from fastssl.recipe import Recipe
+from fastssl.recipe import Recipe, UserError
 
 BANK = 50_000  # images: all of CIFAR-10, and 4% of ImageNet, whose whole would cost a pass over 1.28 million
 
@@ -19,16 +19,19 @@ def knn_probe(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]]:
     With probe.split=rest, on the images of data.train that data.limit leaves out, as the published CIFAR-10 runs choose
     their checkpoint on 10,000 training images: the test set stays unseen.
     """
-    if recipe.probe.split == "val":
-        read_header(recipe.data.val)  # a file that is not there is said now, not after hours
-    bank = min(BANK, recipe.data.limit or BANK)
+    data, rest = recipe.data, recipe.probe.split == "rest"
+    probed = data.train if rest else data.val
+    images = read_header(probed).num_samples  # a file that is not there is said now, not after hours
+    if rest and images <= data.limit:
+        raise UserError(
+            f"probe.split=rest has nothing to look at: data.limit={data.limit} leaves out none of the {images} images "
+            f"of {probed}; lower it, or set probe.split=val."
+        )
+    bank, skip = min(BANK, data.limit or BANK), data.limit if rest else 0
 
     def probe(model: SSLModel) -> dict[str, float]:
-        train = clean_features(model, recipe.data.train, recipe.views, limit=bank)
-        if recipe.probe.split == "val":
-            val = clean_features(model, recipe.data.val, recipe.views, limit=BANK)
-        else:
-            val = clean_features(model, recipe.data.train, recipe.views, limit=recipe.data.limit, rest=True)
+        train = clean_features(model, data.train, recipe.views, limit=bank)
+        val = clean_features(model, probed, recipe.views, limit=BANK, skip=skip)
         device = next(model.parameters()).device
         accuracy = knn_accuracy(
             torch.as_tensor(train.h, device=device),

@@ -54,7 +54,7 @@ class BetonLoader:
     decode="gpu" (experimental) hands the JPEGs' bytes to the GPU and decodes and cuts them there, in every
     mode of `crop`.
 
-    limit: this many samples, drawn at random, the same for every seed; with rest=True all the others.
+    limit: this many samples, drawn at random, the same for every seed, behind the first `skip` of that draw.
 
     resident=True decodes the whole file once, keeps it on the device and gives the same batches from
     there: for a canvas that fits into the device's memory.
@@ -83,7 +83,7 @@ class BetonLoader:
         resident: bool = False,
         on_bad_sample: Literal["error", "skip"] = "error",
         limit: int | None = None,
-        rest: bool = False,
+        skip: int = 0,
     ):
         self.path = Path(path)
         self.batch_size = batch_size
@@ -115,9 +115,9 @@ class BetonLoader:
             raise UserError("data.decode=gpu needs a GPU, which this run does not use: set data.decode=cpu.")
         self.samples = Samples.of(info)
         self.rows = np.arange(info.num_samples)
-        if limit is not None and (rest or limit < len(self.rows)):
-            chosen = permutation(SUBSET_SEED, 0, len(self.rows)).numpy()
-            self.rows = np.sort(chosen[limit:] if rest else chosen[:limit])
+        if skip or (limit is not None and limit < len(self.rows)):
+            drawn = permutation(SUBSET_SEED, 0, len(self.rows)).numpy()
+            self.rows = np.sort(drawn[skip:][:limit])
         if len(self) == 0:
             raise UserError(
                 f"{self.path} gives {len(self.rows)} images, fewer than one batch of "

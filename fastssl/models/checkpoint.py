@@ -33,14 +33,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return saved
 
 
+def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint holds. Keys that are newer than it have their defaults."""
+    try:
+        return Recipe.model_validate(saved["recipe"])
+    except ValidationError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} holds a recipe that this version of fastssl does not know: {reason}") from None
+
+
 def load_model(run_or_checkpoint: str | Path) -> SSLModel:
     """The trained model of a run directory or checkpoint file, in eval mode, on the CPU."""
     path = checkpoint_of(run_or_checkpoint)
     saved = read_checkpoint(path)
+    recipe = recipe_in(path, saved)
     try:
-        model = SSLModel(Recipe.model_validate(saved["recipe"]))
+        model = SSLModel(recipe)
         model.load_state_dict(saved["model"])
-    except (ValidationError, RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit its own recipe: {reason}") from None
     return model.eval()

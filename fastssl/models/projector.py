@@ -42,7 +42,7 @@ def project_draws(projector: nn.Sequential, h_SBD: Tensor, chunk: int | None = N
         return z_SBD
     parts = []
     for part in h_SBD.split(chunk):
-        z, statistics = checkpoint(_project, projector, part, use_reentrant=False)
+        z, statistics = checkpoint(_project, projector, part, use_reentrant=False, preserve_rng_state=False)
         _update(statistics)  # here, not inside: what is computed twice must not count twice
         parts.append(z)
     return torch.cat(parts)

@@ -40,13 +40,6 @@ class View(NamedTuple):
     draws: dict[str, Draws]  # by space: "h", "z", both or none
     target: Tensor | None  # (B, D), BYOL: the target network's z of this view, without gradient
 
-    def mean_z(self) -> Tensor:
-        """(B, D): z without the noise that would hide a collapse: its mu, or where it has none the mean over draws."""
-        if self.z.ndim == 2:
-            return self.z
-        only_z = self.draws.keys() == {"z"} and self.target is None
-        return self.draws["z"].q.mu if only_z else self.z.mean(0)
-
 
 class SSLModel(nn.Module):
     """encoder -> [h head] -> projector -> [z head] [-> predictor], as the recipe's `model` and `embedding` say."""
@@ -109,15 +102,29 @@ class SSLModel(nn.Module):
         """What BYOL predicts: the target network's z, by the means where an embedding is stochastic."""
         if self.target is None:
             return None
-        heads, x = self.target["heads"], self.target["encoder"](v)
-        x = self.target["projector"](heads["h"](x).mu if "h" in heads else x)
-        return heads["z"](x).mu if "z" in heads else x
+        heads, h = self.target["heads"], self.target["encoder"](v)
+        return without_noise(self.target["projector"], heads, heads["h"](h).mu if "h" in heads else h)
 
     @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """target <- momentum * target + (1 - momentum) * online, parameter by parameter (BYOL, equation 1)."""
+    def update_target(self, momentum: float, unless: Tensor) -> None:
+        """target <- momentum * target + (1 - momentum) * online, parameter by parameter (BYOL, equation 1).
+
+        unless: a flag () on the device that makes it change nothing.
+        """
         online = [p for part in (self.encoder, self.projector, self.heads) for p in part.parameters()]
-        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
+        target = list(self.target.parameters())
+        steps = torch._foreach_sub(online, target)
+        torch._foreach_mul_(steps, torch.where(unless, 0.0, 1 - momentum))
+        torch._foreach_add_(target, steps)
+
+    @torch.no_grad()
+    def mean_z(self, h: Tensor) -> Tensor:
+        """h (B, D), a mean where it is stochastic -> z (B, D) without noise, which would hide a collapse.
+
+        Before BYOL's predictor, and with the running batch statistics.
+        """
+        with evaluating(self.projector):
+            return without_noise(self.projector, self.heads, h.to(next(self.projector.parameters()).dtype))
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Embedding:
@@ -131,6 +138,12 @@ class SSLModel(nn.Module):
                 q = self.heads["z"](self.projector(h))
                 return Embedding(h, q.mu, q.sigma, "z")
             return Embedding(h, None, None, None)
+
+
+def without_noise(projector: nn.Module, heads: nn.ModuleDict, h: Tensor) -> Tensor:
+    """What the projector makes of h, or where z is stochastic its mean."""
+    z = projector(h)
+    return heads["z"](z).mu if "z" in heads else z
 
 
 def make_prior(embedding: EmbeddingKeys, head: GaussianHead) -> nn.Module:

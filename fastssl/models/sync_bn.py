@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastssl.models.priors import at_least_fp32
+
 
 class GlobalBatchNorm(_BatchNorm):
     """Takes the place of a batch norm of any dimension: same parameters, buffers and names in the state dictionary.
@@ -85,7 +87,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        exact = x if x.dtype == torch.float64 else x.float()
+        exact = at_least_fp32(x)
         over = [d for d in range(x.ndim) if d != 1]
         sums = torch.stack([exact.sum(over), exact.square().sum(over)])
         count = sums.new_full((1,), x.numel() // x.shape[1])

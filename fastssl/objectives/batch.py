@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastssl.models.collective import gather_rows, sum_over_ranks
+from fastssl.models.priors import at_least_fp32
 
 
 def stack_views(z1: Tensor, z2: Tensor) -> Tensor:
@@ -13,8 +14,7 @@ def stack_views(z1: Tensor, z2: Tensor) -> Tensor:
             "Both views' embeddings must have one shape, (B, D) or (S, B, D), "
             f"not {tuple(z1.shape)} and {tuple(z2.shape)}."
         )
-    z = torch.stack((z1, z2))
-    return z if z.dtype == torch.float64 else z.float()
+    return at_least_fp32(torch.stack((z1, z2)))
 
 
 def require_two(rows: int) -> int:

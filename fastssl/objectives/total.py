@@ -21,7 +21,7 @@ Terms = dict[str, Tensor]
 
 
 def total_loss(
-    recipe: Recipe, steps_per_epoch: int = 1
+    recipe: Recipe, beta_warmup_steps: int = 0
 ) -> Callable[[View, View, nn.ModuleDict, int | Tensor], Terms]:
     """The recipe's loss as a function of two views, the priors by space (empty if deterministic) and the step.
 
@@ -29,13 +29,14 @@ def total_loss(
     unweighted mean over both views and the batch in nats, free bits not applied; `kl_per_dim`; the mean, least and
     largest standard deviation `sigma`, `sigma_min`, `sigma_max`; and `sigma_clamped`, the share of them that stands at
     one of the two limits.
+
+    beta_warmup_steps: what embedding.beta_warmup_epochs comes to in steps, which only the training loop knows.
     """
     # Plain values: a compiled graph cannot look into a recipe's section.
     embedding, gather = recipe.embedding, getattr(recipe.objective, "gather", True)
     compare = in_chunks(objective_terms(recipe.objective), embedding.chunk)
     closed = embedding.kl == "closed" or (embedding.kl == "auto" and embedding.prior == "standard_normal")
     method, beta, free_bits = "closed" if closed else "mc", embedding.beta, embedding.free_bits
-    warmup_steps = round(embedding.beta_warmup_epochs * steps_per_epoch)
 
     def kl_to_prior(draws: Draws, prior: nn.Module) -> Tensor:
         """(2,): KL(q || p) summed over dimensions, averaged over the batch (equation 5), to log and to learn from."""
@@ -54,14 +55,14 @@ def total_loss(
             kl_total = kl_total + penalty
             watched |= {f"{name}_{space}": value for name, value in spread(kl.detach(), *pair).items()}
         if first.draws:
-            grown = torch.as_tensor((step + 1) / warmup_steps).clamp_max(1.0) if warmup_steps else 1.0
+            grown = torch.as_tensor((step + 1) / beta_warmup_steps).clamp_max(1.0) if beta_warmup_steps else 1.0
             terms["beta_kl"] = beta * grown * kl_total
         return {"loss": sum(terms.values()), **terms, **watched}
 
     return loss_terms
 
 
-def objective_terms(objective: Objective) -> Callable[[Tensor, ...], Terms]:
+def objective_terms(objective: Objective) -> Callable[..., Terms]:
     """The recipe's objective as a function of both views' z (and for BYOL both targets): its weighted terms."""
     options = objective.model_dump(exclude={"name"})
     if objective.name == "byol":
@@ -71,7 +72,7 @@ def objective_terms(objective: Objective) -> Callable[[Tensor, ...], Terms]:
     return partial({"barlow_twins": barlow_twins_terms, "vicreg": vicreg_terms}[objective.name], **options)
 
 
-def in_chunks(terms: Callable[[Tensor, ...], Terms], chunk: int | None) -> Callable[[View, View], Terms]:
+def in_chunks(terms: Callable[..., Terms], chunk: int | None) -> Callable[[View, View], Terms]:
     """The terms of two views, taken over `chunk` draws at a time and computed again in the backward pass.
 
     SimCLR keeps matrices of 2 B x 2 B for each draw, Barlow Twins and VICReg of min(B, D) x min(B, D).
@@ -84,7 +85,8 @@ def in_chunks(terms: Callable[[Tensor, ...], Terms], chunk: int | None) -> Calla
         total: Terms = {}
         for z1, z2 in zip(first.z.split(chunk), second.z.split(chunk), strict=True):
             share = len(z1) / len(first.z)
-            for name, value in checkpoint(terms, z1, z2, *targets, use_reentrant=False).items():
+            part = checkpoint(terms, z1, z2, *targets, use_reentrant=False, preserve_rng_state=False)
+            for name, value in part.items():
                 total[name] = total.get(name, 0.0) + share * value
         return total
 

@@ -27,9 +27,10 @@ def vicreg_loss(
     z1, z2: (B, D), or (S, B, D) for S Monte Carlo draws, of which the mean loss is returned
     (arXiv 2310.18080, section 3). Computed in fp32 under any autocast; fp64 stays fp64.
 
-    gamma: the standard deviation that the hinge asks for. eps: added to the variance.
-    center: subtract each view's mean before the invariance term. gather: None for statistics over
-    all processes wherever torch.distributed runs, False for this process alone.
+    gamma: the standard deviation that the hinge asks for. eps: added to the variance; with 0, a
+    feature that is constant over the batch has no finite gradient. center: subtract each view's mean
+    before the invariance term. gather: None for statistics over all processes wherever
+    torch.distributed runs, False for this process alone.
     """
     terms = vicreg_terms(
         z1, z2, inv=inv, var=var, cov=cov, gamma=gamma, eps=eps, center=center, gather=gather

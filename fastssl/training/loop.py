@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import SSLModel, convert_batch_norms
 from fastssl.models.checkpoint import checkpoint_of
+from fastssl.models.collective import is_global
 from fastssl.objectives import momentum_at, total_loss
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import PairedViews
@@ -52,7 +52,7 @@ def train(
     loader = training_loader(recipe, device)
     torch.manual_seed(recipe.seed)
     model = SSLModel(recipe).to(device=device, memory_format=memory_format)
-    if recipe.train.sync_bn and dist.is_initialized():
+    if recipe.train.sync_bn and is_global(None):
         convert_batch_norms(model)
     views = PairedViews(recipe.views, seed=recipe.seed)
     state = TrainState(
@@ -69,19 +69,22 @@ def train(
     metrics = MetricsLog(run_dir / "metrics.jsonl", state.step)
 
     total_steps = recipe.train.epochs * len(loader)
-    warmup_steps = round(recipe.optim.warmup_epochs * len(loader))
-    if warmup_steps >= total_steps:
-        warnings.append(f"A warm-up of {recipe.optim.warmup_epochs} epochs is the whole run or more: shortened to 10%.")
-        warmup_steps = total_steps // 10
+    warmup_steps, beta_warmup_steps = (
+        count_warmup(key, epochs, len(loader), total_steps, warnings)
+        for key, epochs in (
+            ("optim.warmup_epochs", recipe.optim.warmup_epochs),
+            ("embedding.beta_warmup_epochs", recipe.embedding.beta_warmup_epochs),
+        )
+    )
     peak_rate = recipe.optim.lr * recipe.train.batch_size / 256
 
-    loss_terms = total_loss(recipe, steps_per_epoch=len(loader))
+    loss_terms = total_loss(recipe, beta_warmup_steps)
 
-    def forward(v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The loss's terms, and the first view's h and z, to look at."""
+    def forward(v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss's terms, and the first view's h, to look at."""
         with torch.autocast(device.type, DTYPES.get(precision), enabled=precision != "fp32"):
             first, second = model(v1, v2, index, step)
-        return loss_terms(first, second, model.priors, step), first.h.detach(), first.mean_z().detach()
+        return loss_terms(first, second, model.priors, step), first.h.detach()
 
     def make_views(image, index, epoch, height, width) -> tuple[Tensor, Tensor]:
         pair = views(image, index, epoch, height, width)
@@ -113,24 +116,25 @@ def train(
                 for group in state.optimizer.param_groups:
                     group["lr"] = rate
                 guard.remember()
-                terms, h, z = forward(v1, v2, batch.index, step)
+                terms, h = forward(v1, v2, batch.index, step)
                 state.scaler.scale(terms["loss"]).backward()
                 terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
-                guard.step(terms)
+                skipped = guard.step(terms)
                 state.optimizer.zero_grad()
                 if model.target is not None:
-                    model.update_target(momentum_at(state.step, total_steps, recipe.objective.momentum))
+                    momentum = momentum_at(state.step, total_steps, recipe.objective.momentum)
+                    model.update_target(momentum, unless=skipped)
                 state.step += 1
                 meter.images += recipe.train.batch_size
                 display.step(state.step)
 
                 if state.step % recipe.log.every == 0 or state.step == total_steps:
-                    # The host waits for the device here, and nowhere else in the loop.
+                    # The host waits for the device here, and with most optimisers (FiniteGuard) nowhere else.
                     figures = guard.read(terms)
                     if figures["skipped_steps"] > recipe.train.max_skipped_steps:
                         state.save(run_dir)
                         raise UserError(guard.sentence(run_dir))
-                    ranks = {"rankme_h": rankme(h), "rankme_z": rankme(z)}
+                    ranks = {"rankme_h": rankme(h), "rankme_z": rankme(model.mean_z(h))}
                     entry = {"step": state.step, "epoch": epoch, **figures, **ranks, "lr": rate, **meter.read()}
                     if loader.bad_samples:
                         entry["bad_samples"] = loader.bad_samples
@@ -148,6 +152,15 @@ def train(
         metrics.close()
         display.say(f"Done: {run_dir} (look at {run_dir / 'views.png'} first)")
     return run_dir
+
+
+def count_warmup(key: str, epochs: float, steps_per_epoch: int, total_steps: int, warnings: list[str]) -> int:
+    """The steps of a warm-up; one that is not shorter than the run becomes a tenth of it, with a warning."""
+    steps = round(epochs * steps_per_epoch)
+    if steps < total_steps:
+        return steps
+    warnings.append(f"{key}={epochs:g} is the whole run or more: shortened to 10% of its steps.")
+    return total_steps // 10
 
 
 def is_probe_epoch(recipe: Recipe, epochs_done: int) -> bool:
@@ -175,8 +188,8 @@ class FiniteGuard:
         """Before the forward pass: the running statistics to come back to."""
         torch._foreach_copy_(self.saved, self.buffers)
 
-    def step(self, terms: dict[str, Tensor]) -> None:
-        """After the backward pass: the optimiser's step, or nothing."""
+    def step(self, terms: dict[str, Tensor]) -> Tensor:
+        """After the backward pass: the optimiser's step, or nothing. Returns whether it was nothing, on the device."""
         state, scaler = self.state, self.state.scaler
         self.names = list(terms)
         values = torch.stack([term.detach().float() for term in terms.values()])
@@ -201,6 +214,7 @@ class FiniteGuard:
         self.first_bad_terms = torch.where(first, values, self.first_bad_terms)
         self.first_bad_step = torch.where(first, state.step, self.first_bad_step)
         state.skipped += counts
+        return bad
 
     def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The terms of the last step and the number of skipped ones, on the host (one copy)."""

@@ -28,8 +28,6 @@ REFUSED = {
 }
 NOT_OPTIONS = ("params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize")
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
 
 def make_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
     """The recipe's optimiser over all of the model's parameters.
@@ -89,6 +87,9 @@ def check_options(name: str, kind: type[Optimizer], optim: Optim) -> dict[str, A
             raise UserError(f"optim.options.{key}: the trainer sets this itself, so leave it out.")
         if key not in allowed:
             raise UserError(f"optim.options.{key}: {name} has no such option; its options are {', '.join(allowed)}.")
+    if optim.options.get("dampening"):
+        # It treats the first step apart, and which one that is only the device knows: it may be left out.
+        raise UserError("optim.options.dampening: not with steps that may be left out on the device, so leave it out.")
     if optim.weight_decay and "weight_decay" not in arguments:
         raise UserError(f"optim.weight_decay: {name} has no weight decay, so set optim.weight_decay=0.")
     fused = {"fused": True} if "fused" in arguments else {}
@@ -113,18 +114,23 @@ def skips_on_device(optimizer: Optimizer) -> bool:
 
 
 def split_parameters(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters that learn, with and without weight decay and adaptation."""
-    norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    """Parameters that learn, with and without weight decay and adaptation.
+
+    "norm" is every vector that is neither bias nor prior: the scales of whatever norm a backbone has, and of its
+    layers. A transformer's position embedding and class token are no vectors, and decay.
+    """
     decay, plain = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        excluded = (
-            ("norm" in exclude and id(parameter) in norms)
-            or ("bias" in exclude and name.endswith("bias"))
-            or ("prior" in exclude and name.startswith("priors."))
-        )
-        (plain if excluded else decay).append(parameter)
+        kind = "weight"
+        if name.startswith("priors."):
+            kind = "prior"
+        elif name.endswith("bias"):
+            kind = "bias"
+        elif parameter.ndim <= 1:
+            kind = "norm"
+        (plain if kind in exclude else decay).append(parameter)
     return decay, plain
 
 

@@ -1,6 +1,7 @@
 """All that a resume needs, and the files of a run directory, none of them ever half-written."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,12 @@ from torch import Tensor
 from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import SSLModel
-from fastssl.models.checkpoint import checkpoint_of, read_checkpoint
+from fastssl.models.checkpoint import checkpoint_of, read_checkpoint, recipe_in
 from fastssl.recipe import Recipe, UserError
 
 # A resumed run may change these; any other key would make it another run.
 FREE_KEYS = (
-    "run", "data.resident", "data.on_bad_sample", "data.workers", "train.device", "train.compile",
+    "run", "data.resident", "data.on_bad_sample", "data.workers", "embedding.chunk", "train.device", "train.compile",
     "train.max_skipped_steps", "probe", "log", "checkpoint",
 )  # fmt: skip
 
@@ -56,7 +57,7 @@ class TrainState:
         """Continue the run in this directory. Returns warnings. Raises UserError for another run's recipe."""
         path = checkpoint_of(run_dir)
         saved = read_checkpoint(path)
-        changed = changed_keys(saved["recipe"], self.recipe.model_dump(mode="json"))
+        changed = changed_keys(recipe_in(path, saved).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
         if changed:
             raise UserError(
                 f"{run_dir} was trained with other values of {', '.join(changed)}: resume with its own "
@@ -99,7 +100,9 @@ class MetricsLog:
         self._file = open(path, "a")
 
     def write(self, metrics: dict) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        # JSON has no word for what is not finite.
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:
