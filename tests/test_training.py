@@ -324,9 +324,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, mo
     steps = iter(range(100))
     real = loop.total_loss
 
-    def poisoned(recipe, **options):
+    def poisoned(*arguments):
         def loss_terms(*views):
-            terms = real(recipe, **options)(*views)
+            terms = real(*arguments)(*views)
             return {key: value * float("nan") for key, value in terms.items()} if next(steps) >= 3 else terms
 
         return loss_terms
@@ -347,9 +347,9 @@ def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkey
     steps = iter(range(100))
     real = loop.total_loss
 
-    def poisoned(recipe, **options):
+    def poisoned(*arguments):
         def loss_terms(*views):
-            terms = real(recipe, **options)(*views)
+            terms = real(*arguments)(*views)
             return {**terms, "loss": terms["loss"] / (next(steps) != 2)}
 
         return loss_terms
@@ -357,6 +357,7 @@ def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkey
     monkeypatch.setattr(loop, "total_loss", poisoned)
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.max_skipped_steps=1"]))
     assert [line["skipped_steps"] for line in metrics_of(run)] == [0, 0, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in metrics_of(run)] == [step == 2 for step in range(6)]  # JSON has no NaN
     assert all(t.isfinite().all() for t in weights_of(run).values())
 
 

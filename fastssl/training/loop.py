@@ -69,13 +69,9 @@ def train(
     metrics = MetricsLog(run_dir / "metrics.jsonl", state.step)
 
     total_steps = recipe.train.epochs * len(loader)
-    warmup_steps, beta_warmup_steps = (
-        count_warmup(key, epochs, len(loader), total_steps, warnings)
-        for key, epochs in (
-            ("optim.warmup_epochs", recipe.optim.warmup_epochs),
-            ("embedding.beta_warmup_epochs", recipe.embedding.beta_warmup_epochs),
-        )
-    )
+    length = len(loader), total_steps, warnings
+    warmup_steps = count_warmup("optim.warmup_epochs", recipe.optim.warmup_epochs, *length)
+    beta_warmup_steps = count_warmup("embedding.beta_warmup_epochs", recipe.embedding.beta_warmup_epochs, *length)
     peak_rate = recipe.optim.lr * recipe.train.batch_size / 256
 
     loss_terms = total_loss(recipe, beta_warmup_steps)
