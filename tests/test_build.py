@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -21,7 +22,7 @@ from pictures import jpeg_bytes, photo
 from PIL import Image
 
 import beton_builders
-from fastssl.beton import build_beton, forecast_build, jpeg, read_header, read_labels, read_metadata
+from fastssl.beton import build_beton, forecast_build, jpeg, pool, read_header, read_labels, read_metadata
 from fastssl.beton import unfinished as unfinished_module
 from fastssl.recipe import UserError
 
@@ -239,6 +240,15 @@ def test_a_worker_without_memory_is_one_sentence_and_no_wait(tmp_path, monkeypat
     own_builder(tmp_path, monkeypatch, "greedy", DEADLY.replace("Deadly()", "partial(bytes, 1 << 60)"))
     with pytest.raises(UserError, match="A worker process died or ran out of memory"):
         build_beton("greedy", None, tmp_path / "out", workers=2)
+
+
+def test_a_turn_that_has_come_is_taken_though_a_later_one_has_failed():
+    turns = pool.Turns(multiprocessing.get_context("spawn"))
+    turns.restart(100)
+    turns.give_up()  # of chunk 1, say
+    assert len(turns.place(0, [10, 20])) == 2
+    with pytest.raises(RuntimeError, match="earlier chunk"):
+        turns.place(2, [10])
 
 
 BUILD = """

@@ -403,7 +403,10 @@ def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
         "        for batch in loader:\n"
         "            if n == 1: print('running', flush=True)\n"
         "except KeyboardInterrupt:\n"
-        "    import threading\n"
+        # It may have struck while the loop waited for its threads: they end by themselves, soon.
+        "    import threading, time\n"
+        "    until = time.monotonic() + 5\n"
+        "    while threading.active_count() > 1 and time.monotonic() < until: time.sleep(0.01)\n"
         "    print(threading.active_count(), flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:

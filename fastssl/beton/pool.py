@@ -113,7 +113,8 @@ class Turns:
         """Wait for this turn and take it: gives the samples' places in the file."""
         with self._changed:
             self._changed.wait_for(lambda: self._turn.value == turn or self._failed.value)
-            if self._failed.value:
+            # A later chunk may have failed already; the first error in order is the one that the user is told.
+            if self._turn.value != turn:
                 raise RuntimeError("an earlier chunk failed")
             pointers, self._position.value = place(sizes, self._position.value)
             self._turn.value += 1

@@ -175,15 +175,16 @@ class BetonLoader:
         stop = Event()
         work = self.rows[order], self._first_places(), self.epoch, ready, stop
         reader = Thread(target=self._read_ahead, args=work, name="fastssl-reader", daemon=True)
-        reader.start()
         try:
+            reader.start()  # inside: Ctrl-C may strike while this waits for the thread, which then has to be told
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield self._received(*item)
         finally:
             stop.set()
-            reader.join()
+            if reader.is_alive():
+                reader.join()
 
     def _read_ahead(
         self, rows_N: np.ndarray, firsts: range, epoch: int, ready: queue.Queue, stop: Event
