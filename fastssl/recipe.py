@@ -324,15 +324,16 @@ def _sentence(error: ValidationError) -> str:
         return f"{'.'.join(parts[:3])} should be a number, true, false or a list of numbers, not {first['input']!r}."
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        owners = [kind for kind in OBJECTIVES if parts[1:] and parts[-1] in OBJECTIVES[kind].model_fields]
-        if objective and owners:
-            return (
-                f"{key} belongs to {' and '.join(owners)}: to change the objective, write it whole, "
-                f"objective={{name: {objective}}}."
-            )
-        own = {f"objective.{name}" for name in OBJECTIVES[objective].model_fields} if objective else set()
-        foreign = [name for name in _keys(Recipe) if objective and name.startswith("objective.") and name not in own]
-        near = _nearest(parts, [name for name in _keys(Recipe) if name not in foreign])
+        known = _keys(Recipe)
+        if objective:
+            owners = [name for name, kind in OBJECTIVES.items() if parts[-1] in kind.model_fields]
+            if owners:
+                return (
+                    f"{key} belongs to {' and '.join(owners)}: to change the objective, write it whole, "
+                    f"objective={{name: {objective}}}."
+                )
+            known = _keys(OBJECTIVES[objective], "objective.")
+        near = _nearest(parts, known)
         return f"unknown key {key}" + (f": did you mean {near}?" if near else ".")
     if first["type"] == "missing":
         return f"the key {key} is missing."

@@ -77,8 +77,8 @@ def check_losses(rank, world):
         """(2, S, B, D) -> one (S, B, D) a view, in a layout that makes the gradients non-contiguous."""
         return network(views).transpose(1, 2).contiguous().transpose(1, 2)
 
-    # Fewer dimensions than samples and more: products over the one or over the other.
-    for (loss, options), width in itertools.product(LOSSES, (4, 2 * BATCH)):
+    # Few dimensions for the samples and many: products of D x D or of B x B.
+    for (loss, options), width in itertools.product(LOSSES, (4, 3 * BATCH)):
         whole = network(width)
         whole_loss = loss(*embed(whole, whole_views), gather=False, **options)
         whole_loss.backward()

@@ -162,6 +162,30 @@ def test_a_resume_restores_target_pseudo_features_momentum_and_warm_up(small, tm
     assert weights == pytest.approx([1e-3 * min(1, (step + 1) / 6) for step in range(12)], rel=1e-4)
 
 
+def test_byol_s_target_is_told_of_a_step_that_is_left_out(small, monkeypatch):
+    steps, told = iter(range(100)), []
+    real, real_update = loop.total_loss, fastssl.models.SSLModel.update_target
+
+    def poisoned(*arguments):
+        def loss_terms(*views):
+            terms = real(*arguments)(*views)
+            return {**terms, "loss": terms["loss"] / (next(steps) != 2)}
+
+        return loss_terms
+
+    def watched(model, momentum, unless):
+        told.append((momentum, bool(unless)))
+        real_update(model, momentum, unless)
+
+    monkeypatch.setattr(loop, "total_loss", poisoned)
+    monkeypatch.setattr(fastssl.models.SSLModel, "update_target", watched)
+    keys = ["objective={name: byol, predictor_hidden: 32, momentum: 0.9}", "train.max_skipped_steps=1"]
+    run = train(load_recipe("recipes/barlow.yaml", [*small, *keys]))
+    assert [unless for _, unless in told] == [step == 2 for step in range(6)]
+    assert [momentum for momentum, _ in told] == [fastssl.objectives.momentum_at(step, 6, 0.9) for step in range(6)]
+    assert all(t.isfinite().all() for t in weights_of(run).values())
+
+
 def test_a_beta_warm_up_longer_than_the_run_is_shortened_and_said(small, capsys):
     keys = ["embedding.beta_warmup_epochs=100", "train.epochs=4"]
     run = train(load_recipe("recipes/zprob_barlow.yaml", [*small, *keys]))

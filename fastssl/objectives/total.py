@@ -75,7 +75,7 @@ def objective_terms(objective: Objective) -> Callable[..., Terms]:
 def in_chunks(terms: Callable[..., Terms], chunk: int | None) -> Callable[[View, View], Terms]:
     """The terms of two views, taken over `chunk` draws at a time and computed again in the backward pass.
 
-    SimCLR keeps matrices of 2 B x 2 B for each draw, Barlow Twins and VICReg of min(B, D) x min(B, D).
+    SimCLR keeps a matrix of 2 B x 2 B for each draw; Barlow Twins and VICReg one of D x D, or smaller ones of B x B.
     """
 
     def of_views(first: View, second: View) -> Terms:
