@@ -145,12 +145,14 @@ def train(
 ) -> None:
     """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
-    from fastssl.evaluation.probe import knn_probe
     from fastssl.training import train
 
-    wanted = settings.probe.every and (settings.data.val or settings.probe.split == "rest")
-    resume = Path(resume) if resume not in (None, "auto") else resume
-    train(settings, resume=resume, probe=knn_probe(settings) if wanted else None)
+    probe = None
+    if settings.probe.every and (settings.data.val or settings.probe.split == "rest"):
+        from fastssl.evaluation.probe import knn_probe
+
+        probe = knn_probe(settings)
+    train(settings, resume=Path(resume) if resume not in (None, "auto") else resume, probe=probe)
 
 
 @evaluation.command()
