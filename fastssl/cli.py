@@ -141,7 +141,7 @@ def inspect(
 def train(
     recipe: Annotated[str, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.epochs=1 ...")] = None,
-    resume: Annotated[str | None, typer.Option(help="run to continue; auto: the recipe's own, where there is one")] = None,
+    resume: Annotated[str | None, typer.Option(help="run to continue; auto: the recipe's own, if there is one")] = None,
 ) -> None:
     """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
