@@ -377,7 +377,7 @@ def _nearest(parts: list[str], keys: list[str]) -> str | None:
     """The real key most like a mistyped one: same section first, then the same last word anywhere."""
     siblings = [key for key in keys if key.split(".")[:-1] == parts[:-1]]
     close = difflib.get_close_matches(".".join(parts), siblings, n=1, cutoff=0.6)
-    close = close or [key for key in keys if key.split(".")[-1] == parts[-1]]
+    close = close or sorted((key for key in keys if key.split(".")[-1] == parts[-1]), key=lambda key: key.count("."))
     close = close or difflib.get_close_matches(".".join(parts), keys, n=1, cutoff=0.6)
     return close[0] if close else None
 

@@ -281,6 +281,7 @@ def test_a_checkpoint_that_is_none_is_one_sentence_and_runs_no_code(small, tmp_p
     monkeypatch.chdir(tmp_path)
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
     path = run / "checkpoints" / "last.pt"
+    (run / "checkpoints" / "previous.pt").unlink()  # test_resume.py: else it takes the damaged one's place
     if kind == "half":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif kind == "empty":
