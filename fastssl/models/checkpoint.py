@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fastssl.models.exported import load_exported_encoder, load_exported_model
 from fastssl.models.ssl_model import SSLModel
 from fastssl.recipe import Recipe, UserError
 
@@ -43,7 +44,9 @@ def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
 
 
 def load_model(run_or_checkpoint: str | Path) -> SSLModel:
-    """The trained model of a run directory or checkpoint file, in eval mode, on the CPU."""
+    """The trained model of a run directory, a checkpoint or an exported .safetensors, in eval mode, on the CPU."""
+    if Path(run_or_checkpoint).suffix == ".safetensors":
+        return load_exported_model(Path(run_or_checkpoint))
     path = checkpoint_of(run_or_checkpoint)
     saved = read_checkpoint(path)
     recipe = recipe_in(path, saved)
@@ -58,4 +61,6 @@ def load_model(run_or_checkpoint: str | Path) -> SSLModel:
 
 def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     """The trained timm backbone alone, in eval mode: images (B, 3, H, W) to features (B, D)."""
+    if Path(run_or_checkpoint).suffix == ".safetensors":
+        return load_exported_encoder(Path(run_or_checkpoint))
     return load_model(run_or_checkpoint).encoder

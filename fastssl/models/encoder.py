@@ -25,8 +25,7 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             f"model.backbone: timm {timm.__version__} has no architecture {backbone!r}; "
             f"the nearest are {', '.join(nearest)}."
         )
-    # Where timm fixes the input size (transformers), the position embedding must fit ours.
-    options = {"img_size": image_size} if timm.get_pretrained_cfg(backbone).fixed_input_size else {}
+    options = input_size_options(backbone, image_size)
     # timm starts each block's last batch norm at zero. At 32 px with the ImageNet stem, that leaves only
     # strided 1x1 shortcuts: an untrained encoder sees a corner of the image, and learns late. torchvision
     # starts at one, and so did the published runs.
@@ -38,6 +37,11 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
     if stem == "small":
         _use_small_stem(encoder, backbone)
     return encoder
+
+
+def input_size_options(backbone: str, image_size: int) -> dict[str, int]:
+    """What timm.create_model must be told of the input's size: where it is fixed (transformers), positions must fit."""
+    return {"img_size": image_size} if timm.get_pretrained_cfg(backbone).fixed_input_size else {}
 
 
 def _use_small_stem(encoder: nn.Module, backbone: str) -> None:
