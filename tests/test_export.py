@@ -1,8 +1,11 @@
 """`fastssl export`: the three formats give what the run's model gives, and the card says what the run says."""
 
+import importlib.metadata
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -12,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastssl
 from fastssl import cli
@@ -25,6 +28,7 @@ from fastssl.recipe import Recipe, UserError, load_recipe
 from fastssl.training import train
 from fastssl.views import clean_view
 
+DOCS = Path(__file__).parent.parent / "docs" / "export.md"
 KINDS = {
     "none": {},
     "z": {"embedding": {"stochastic": "z"}},
@@ -112,8 +116,8 @@ def test_timm_loads_the_file_with_the_line_that_is_printed(checkpoint, images, t
     out = tmp_path / "made" / "here" / "encoder.safetensors"
     code, said, _ = command(monkeypatch, capsys, checkpoint(kind), "--format", "timm", "--out", out)
     line = re.search(r"Load it with: (.*)", said)[1]
-    assert code == 0 and ("img_size=32" in line) == (kind == "vit") and line in out.with_name("model_card.md").read_text(
-    ).replace('"encoder.safetensors"', f'"{out}"')
+    card = out.with_name("model_card.md").read_text()
+    assert code == 0 and ("img_size=32" in line) == (kind == "vit") and line.replace(str(out), out.name) in card
     with torch.inference_mode():
         h = eval(line, {"timm": timm})(images)
         assert torch.equal(h, fastssl.load_encoder(checkpoint(kind))(images))
@@ -124,7 +128,7 @@ def test_timm_loads_the_file_with_the_line_that_is_printed(checkpoint, images, t
         "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
     }  # fmt: skip
     assert header["backbone"] == KINDS[kind].get("model", {}).get("backbone", "test_resnet")
-    assert header["fastssl_version"] == fastssl.__version__
+    assert header["fastssl_version"] == importlib.metadata.version("fastssl-trainer")
 
 
 def test_the_small_stem_has_no_timm_name_and_is_kept_as_safetensors(checkpoint, images, tmp_path):
@@ -189,7 +193,7 @@ def strange_files(folder, checkpoint):
     }.items():
         save_file(weights, folder / "x.safetensors", metadata={"recipe": changed} if changed else None)
         yield name, (folder / "x.safetensors").read_bytes()
-    del weights["encoder.conv1.weight"]
+    del weights["encoder.conv1.0.weight"]
     save_file(weights, folder / "x.safetensors", metadata=header)
     yield "a weight lacks", (folder / "x.safetensors").read_bytes()
 
@@ -208,10 +212,10 @@ def test_files_from_strangers_are_one_sentence(checkpoint, tmp_path):
     assert len(seen) == 12
 
 
-@pytest.mark.parametrize("kind", ["none", "z", "h", "small", "vit", "relpos", "resnet18"])
+@pytest.mark.parametrize("kind", ["relpos", "small", "vit", "resnet18"])
 def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
-    """To 1e-4 at several batch sizes, from h alone or with mu and sigma."""
-    path, sigma = tmp_path / "x.onnx", kind not in ("none", "relpos", "small")
+    """To 1e-4 at several batch sizes: deterministic (attention that exports without gradients only), Z-prob, H-prob."""
+    path, sigma = tmp_path / "x.onnx", kind not in ("relpos", "resnet18")
     made = export_run(checkpoint(kind), "onnx", path, sigma=sigma)
     model = fastssl.load_model(checkpoint(kind))
     assert 0 <= made.difference < 1e-4
@@ -225,7 +229,7 @@ def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
             np.testing.assert_allclose(found, getattr(model.embed(images), name).numpy(), rtol=1e-4, atol=1e-4)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["clean_view"])["size"] == 32 and metadata["outputs"] == " ".join(names)
-    assert list(tmp_path.iterdir()) == [path, made.card] or list(tmp_path.iterdir()) == [made.card, path]
+    assert set(tmp_path.iterdir()) == {path, made.card}
     # The exporter notes the source line of every operation: nothing of this machine may stay.
     assert str(timm.__path__[0]).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
@@ -244,22 +248,11 @@ def test_onnx_clamps_mu_and_sigma_as_torch_does(checkpoint, images, tmp_path):
     np.testing.assert_allclose(sigma, expected.sigma.numpy(), rtol=1e-3)
 
 
-def test_a_file_that_does_not_do_as_torch_does_is_refused(checkpoint, tmp_path):
-    path, model = tmp_path / "x.onnx", fastssl.load_model(checkpoint("none"))
-    export_run(checkpoint("none"), "onnx", path)
-    assert largest_difference(path, Embed(model, False), 32) < 1e-4
-    with torch.no_grad():
-        model.encoder.bn1.bias += 0.01
-    with pytest.raises(UserError, match="differs from torch by"):
-        largest_difference(path, Embed(model, False), 32)
-    with torch.no_grad():
-        model.encoder.bn1.bias[0] = torch.nan
-    with pytest.raises(UserError, match="differs from torch by nan"):
-        largest_difference(path, Embed(model, False), 32)
-
-
-def test_packages_that_lack_are_named(checkpoint, tmp_path, monkeypatch, capsys):
-    arguments = checkpoint("none"), "--format", "onnx", "--out", tmp_path / "x.onnx"
+def test_onnx_packages_that_lack_are_named_and_a_file_that_differs_is_refused(
+    checkpoint, images, photos, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "x.onnx"
+    arguments = checkpoint("none"), "--format", "onnx", "--out", path
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxscript", None)
         code, _, err = command(without, capsys, *arguments)
@@ -268,27 +261,56 @@ def test_packages_that_lack_are_named(checkpoint, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxruntime", None)
         code, out, _ = command(without, capsys, *arguments)
-    assert code == 0 and "Not checked against torch" in out and (tmp_path / "x.onnx").is_file()
+    assert code == 0 and "Not checked against torch" in out
+
+    model = fastssl.load_model(checkpoint("none"))
+    (h,) = run_onnx(path, images)
+    np.testing.assert_allclose(h, model.embed(images).h.numpy(), rtol=1e-4, atol=1e-4)
+    h = run_card(path.with_name("model_card.md"), photos / "train" / "class0" / "000.jpg", monkeypatch)["h"]
+    assert h.shape == (1, 96) and largest_difference(path, Embed(model, False), 32) < 1e-4
+    for change in (0.01, torch.nan):
+        with torch.no_grad():
+            model.encoder.bn1.bias[0] += change
+        with pytest.raises(UserError, match="differs from torch by"):
+            largest_difference(path, Embed(model, False), 32)
 
 
-@pytest.mark.parametrize("format, sigma", [("timm", False), ("safetensors", False), ("safetensors", True),
-                                           ("onnx", False), ("onnx", True)])  # fmt: skip
-def test_the_code_of_the_card_runs(run, photos, tmp_path, monkeypatch, format, sigma):
-    """As a reader would run it: beside the file, with a photo; its preprocessing is the clean view to rounding."""
-    monkeypatch.chdir(tmp_path)
-    photo = Image.open(photos / "train" / "class0" / "000.jpg")
-    photo.save("photo.jpg", quality=95)
-    made = export_run(run, format, tmp_path / ("x.onnx" if format == "onnx" else "x.safetensors"), sigma)
+def run_card(card, photo, monkeypatch):
+    """The variables of the card's program, run beside the file with a photo, as a reader would."""
+    monkeypatch.chdir(card.parent)
+    shutil.copy(photo, "photo.jpg")
     names = {}
-    exec(re.search(r"```python\n(.*?)```", made.card.read_text(), re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1], names)
+    return names
 
+
+@pytest.mark.parametrize(
+    "format, sigma", [("timm", False), ("safetensors", False), ("safetensors", True), ("onnx", True)]
+)
+def test_the_code_of_the_card_gives_the_embedding(run, photos, tmp_path, monkeypatch, format, sigma):
+    """And its preprocessing is the clean view to rounding."""
+    made = export_run(run, format, tmp_path / ("x.onnx" if format == "onnx" else "x.safetensors"), sigma)
+    names = run_card(made.card, photos / "train" / "class0" / "000.jpg", monkeypatch)
     pixels = torch.from_numpy(np.asarray(Image.open("photo.jpg"))[None].copy())
     images = clean_view(load_recipe(run / "recipe.yaml").views)(pixels)
     # Pillow rounds to 1/255 after each of its two passes, and std is 0.22.
-    np.testing.assert_allclose(names["preprocess"]("photo.jpg"), images.numpy(), atol=2 / 255 / 0.22)
+    np.testing.assert_allclose(names["preprocess"]("photo.jpg"), images.numpy(), atol=1 / 255 / 0.22)
     expected = fastssl.load_model(run).embed(torch.from_numpy(names["preprocess"]("photo.jpg")))
     for name in ["h", "mu", "sigma"] if sigma else ["h"]:
         np.testing.assert_allclose(np.asarray(names[name]), getattr(expected, name).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_code_of_the_docs_prepares_as_the_card_does(run, photos, tmp_path, monkeypatch):
+    photo = photos / "train" / "class0" / "000.jpg"
+    names = run_card(export_run(run, "timm", tmp_path / "x.safetensors").card, photo, monkeypatch)
+    blocks = re.findall(r"```(?:python|json)\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    documented = {}
+    exec(next(block for block in blocks if "def preprocess" in block), documented)
+    view = json.loads(next(block for block in blocks if '"kind"' in block))
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert view == json.loads(file.metadata()["clean_view"]) | {"size": 224}
+    prepared = documented["preprocess"](photo, 32, view["mean"], view["std"])
+    np.testing.assert_array_equal(prepared, names["preprocess"](photo))
 
 
 def parts_of(card):
@@ -323,7 +345,8 @@ def test_the_card_says_what_the_run_says(run):
     # The checkpoint inside a run directory stands for the run; its weights are in the card by their hash.
     again = export_run(run / "checkpoints" / "last.pt", "timm", run / "again" / "y.safetensors")
     assert parts_of(again.card)[1] == text.replace("zprob_barlow.safetensors", "y.safetensors")
-    assert again.path.read_bytes() == made.path.read_bytes()
+    first, second = load_file(made.path), load_file(again.path)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_card_of_a_checkpoint_alone_says_what_is_not_known(checkpoint, tmp_path):
@@ -345,8 +368,9 @@ def test_the_card_of_a_damaged_run_says_what_is_damaged(copy, tmp_path):
     (copy / "eval" / "list.json").write_text("[1, 2]")
     (copy / "eval" / "deep.json").write_text("[" * 100_000)
     (copy / "eval" / "bytes.json").write_bytes(b"\xff\xfe{")
-    strange = {"evaluation": "<b>x|y\n# z", "figures": {"auroc": {"svhn": 0.875, "n": "7"}, "huge": 10**400, "a": None}}
-    (copy / "eval" / "strange.json").write_text(json.dumps({**strange, "val": {"path": 3, "images": "many"}, "train": 7}))
+    figures = {"auroc": {"svhn": 0.875, "n": "7"}, "huge": 10**400, "a": None}
+    strange = {"evaluation": "<b>x|y\n# z", "figures": figures, "val": {"path": 3, "images": "many"}, "train": 7}
+    (copy / "eval" / "strange.json").write_text(json.dumps(strange))
     (copy / "metrics.jsonl").write_text(
         '{"step": 3, "epoch": 0, "knn": 0.25}\n{"step": 4, "loss": 1.0}\nnull\n7\n{"step": 5, "epoch": 1, "kn'
         '\n{"step": 5}\n\xff\n{"step": 900, "epoch": 9, "knn": 0.99}\n{"step": 6, "epoch"'
@@ -376,7 +400,7 @@ def test_nothing_is_overwritten_or_half_written(run, checkpoint, tmp_path, monke
     taken, card = tmp_path / "x.safetensors", tmp_path / "model_card.md"
     spoilt = tmp_path / "spoilt.pt"
     saved = torch.load(checkpoint("none"), weights_only=True)
-    saved["model"]["encoder.conv1.weight"][0] = torch.inf
+    saved["model"]["encoder.conv1.0.weight"][0] = torch.inf
     torch.save(saved, spoilt)
     for arguments, says in (
         ([run, "--format", "timm", "--out", taken], f"{taken} exists already"),

@@ -31,14 +31,15 @@ class Exported:
 def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: bool = False) -> Exported:
     """Write a trained run's model as one file that others can load, with model_card.md beside it.
 
-    out: the file; None means RUN/export/FORMAT/NAME. sigma: also what leads to the mean and standard deviation of
-    the stochastic embedding. Nothing is ever overwritten. Raises UserError for everything that the user can mend.
+    out: the file; None means RUN/export/FORMAT/NAME, with sigma RUN/export/FORMAT-sigma/NAME. sigma: also what leads to
+    the mean and standard deviation of the stochastic embedding. Nothing is ever overwritten. Raises UserError for
+    everything that the user can mend.
     """
     if format == "onnx":
         require_onnx()
     source = open_run(run)
     refuse_what_a_format_lacks(run, source, format, sigma)
-    path = out or default_path(source, format)
+    path = out or default_path(source, format, sigma)
     card = path.with_name(CARD)
     refuse_taken_names(path, card, format)
     findings = look_into(source)
@@ -75,10 +76,11 @@ def refuse_what_a_format_lacks(run: str | Path, source: Source, format: Format, 
         raise UserError("A timm model has no place for sigma: use --format safetensors or onnx, or leave out --sigma.")
 
 
-def default_path(source: Source, format: Format) -> Path:
-    """A folder for each format, as each file has a card of its own."""
+def default_path(source: Source, format: Format, sigma: bool) -> Path:
+    """A folder for each kind of file, as each has a card of its own."""
     name = re.sub(r"[^\w.-]+", "-", source.recipe.name).strip(".-") or "model"
-    return (source.run_dir or source.checkpoint.parent) / "export" / format / f"{name}{SUFFIX[format]}"
+    folder = f"{format}-sigma" if sigma else format
+    return (source.run_dir or source.checkpoint.parent) / "export" / folder / f"{name}{SUFFIX[format]}"
 
 
 def refuse_taken_names(path: Path, card: Path, format: Format) -> None:

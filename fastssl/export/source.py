@@ -1,11 +1,11 @@
 """The run that is exported: its weights, and what its checkpoint says of them."""
 
 import hashlib
+import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import fastssl
 from fastssl.models import SSLModel
 from fastssl.models.checkpoint import checkpoint_of, load_model, read_checkpoint, recipe_in
 from fastssl.models.encoder import input_size_options
@@ -39,7 +39,7 @@ class Source:
     def header(self) -> dict[str, str]:
         """What an exported file says about itself; a file's metadata are words, so lists and objects are JSON."""
         return {
-            "fastssl_version": fastssl.__version__,
+            "fastssl_version": importlib.metadata.version("fastssl-trainer"),
             "name": self.recipe.name,
             "backbone": self.recipe.model.backbone,
             "stem": self.recipe.model.stem,
