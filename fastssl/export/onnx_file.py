@@ -67,9 +67,9 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).split("\n")[0]
+            reason = " ".join(str(error.__cause__ or error).split())[:100]
             raise UserError(
-                f"torch cannot write {backbone} as ONNX ({reason}): use --format timm or safetensors."
+                f"torch cannot write {backbone} as ONNX ({reason} ...): use --format timm or safetensors."
             ) from None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
