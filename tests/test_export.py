@@ -215,9 +215,9 @@ def test_files_from_strangers_are_one_sentence(checkpoint, tmp_path):
 
 
 # relpos: attention that exports only where no gradients are wanted
-@pytest.mark.parametrize("kind", ["none", "small", "vit", "resnet18", pytest.param("relpos", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["h", "small", "vit", pytest.param("relpos", marks=pytest.mark.slow)])
 def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
-    """To 1e-4 at several batch sizes: deterministic, Z-prob, H-prob."""
+    """To 1e-4 at several batch sizes; of an H-prob model h is a mean. (Below: a deterministic one.)"""
     path, sigma = tmp_path / "x.onnx", kind in ("small", "vit")
     made = export_run(checkpoint(kind), "onnx", path, sigma=sigma)
     model = fastssl.load_model(checkpoint(kind))
@@ -237,16 +237,16 @@ def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
     assert str(timm.__path__[0]).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
-def test_onnx_clamps_mu_and_sigma_as_torch_does(checkpoint, images, tmp_path):
-    saved = torch.load(checkpoint("h"), weights_only=True)
+def test_onnx_of_a_resnet18_clamps_mu_and_sigma_as_torch_does(checkpoint, images, tmp_path):
+    saved = torch.load(checkpoint("resnet18"), weights_only=True)
     for name in ("mu", "log_var"):
-        saved["model"][f"heads.h.{name}.weight"] *= 1000
+        saved["model"][f"heads.h.{name}.weight"] *= 100
     torch.save(saved, tmp_path / "x.pt")
     export_run(tmp_path / "x.pt", "onnx", tmp_path / "x.onnx", sigma=True)
     _, mu, sigma = run_onnx(tmp_path / "x.onnx", images)
     expected = fastssl.load_model(tmp_path / "x.pt").embed(images)
     assert {-20, 20} <= set(mu.flat) and sigma.min() == pytest.approx(0.01) and sigma.max() == pytest.approx(5)
-    # Before the clamp the values are some hundred: 1e-6 of that is rounding of fp32.
+    # The weights, a hundred times those of a fresh head, enlarge the rounding of fp32 as much.
     np.testing.assert_allclose(mu, expected.mu.numpy(), rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(sigma, expected.sigma.numpy(), rtol=1e-3)
 
