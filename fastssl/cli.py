@@ -1,5 +1,6 @@
 """The commands. Each one parses, calls one function and prints; imports wait until a command needs them."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def main() -> NoReturn:
     except UserError as error:
         if debug:
             raise
-        print(f"fastssl: {error}", file=sys.stderr)
+        rank = f" process {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"fastssl{rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fastssl: interrupted.", file=sys.stderr)
@@ -139,15 +141,18 @@ def inspect(
 def train(
     recipe: Annotated[str, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.epochs=1 ...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="run directory to continue")] = None,
+    resume: Annotated[str | None, typer.Option(help="run to continue; auto: the recipe's own, where there is one")] = None,
 ) -> None:
-    """Train a recipe."""
+    """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
-    from fastssl.evaluation.probe import knn_probe
     from fastssl.training import train
 
-    wanted = settings.probe.every and (settings.data.val or settings.probe.split == "rest")
-    train(settings, resume=resume, probe=knn_probe(settings) if wanted else None)
+    probe = None
+    if settings.probe.every and (settings.data.val or settings.probe.split == "rest"):
+        from fastssl.evaluation.probe import knn_probe
+
+        probe = knn_probe(settings)
+    train(settings, resume=Path(resume) if resume not in (None, "auto") else resume, probe=probe)
 
 
 @evaluation.command()

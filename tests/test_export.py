@@ -1,5 +1,6 @@
 """`fastssl export`: the three formats give what the run's model gives, and the card says what the run says."""
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -36,7 +37,7 @@ KINDS = {
     "hz": {"embedding": {"stochastic": "hz", "prior": "vamp", "mixture_components": 3}},
     "byol": {"embedding": {"stochastic": "z"}, "objective": {"name": "byol", "predictor_hidden": 16}},
     "small": {"embedding": {"stochastic": "z"}, "model": {"stem": "small"}},
-    "vit": {"embedding": {"stochastic": "z"}, "model": {"backbone": "test_vit"}},
+    "vit": {"embedding": {"stochastic": "z"}, "model": {"backbone": "test_vit", "init": "/home/someone/runs/first"}},
     "relpos": {"model": {"backbone": "test_vit_relpos"}},
     "hiera": {"model": {"backbone": "hiera_tiny_224"}, "views": {"size": 224}},
     "resnet18": {"embedding": {"stochastic": "h"}, "model": {"backbone": "resnet18"}},
@@ -437,3 +438,18 @@ def test_a_name_is_no_path(checkpoint, tmp_path):
     made = export_run(tmp_path / "x.pt", "timm")
     assert made.path == tmp_path / "export" / "timm" / "x-y.safetensors"
     assert '# ../../x"y\n' in made.card.read_text()
+
+
+def test_the_weights_are_those_that_load_model_gives(copy, tmp_path):
+    """The running average where there is one, and the checkpoint before where the last is damaged."""
+    last, previous = copy / "checkpoints" / "last.pt", copy / "checkpoints" / "previous.pt"
+    saved = torch.load(last, weights_only=True)
+    average = {name: weight * 0.5 if weight.is_floating_point() else weight for name, weight in saved["model"].items()}
+    torch.save({**saved, "ema": average}, previous)
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="last.pt is not a readable checkpoint"):
+        made = export_run(copy, "timm", tmp_path / "x.safetensors")
+    assert torch.equal(load_file(made.path)["conv1.0.weight"], saved["model"]["encoder.conv1.0.weight"] * 0.5)
+    sha256 = hashlib.sha256(previous.read_bytes()).hexdigest()
+    assert f"| previous.pt |\n| its sha256 | {sha256} |" in made.card.read_text()
+    assert "`eval/knn.json` was measured on other weights" in made.card.read_text()

@@ -156,6 +156,10 @@ def training_rows(source: Source, findings: Findings) -> Iterable[tuple[str, obj
     yield "optimiser", ", ".join([optim.name, *(f"{key}={value}" for key, value in optim.options.items())])
     yield "peak learning rate", f"{optim.lr * train.batch_size / 256:.4g} ({optim.lr:g} at batch 256)"
     yield "weight decay", f"{optim.weight_decay:g}"
+    if train.ema is not None:
+        yield "weights", f"their running average, decay {train.ema:g}"
+    if recipe.model.init is not None:
+        yield "started from", short_path(recipe.model.init)
     yield "seed", recipe.seed
     auto = "auto: bf16 on a GPU, else fp32"
     yield "precision", auto if train.precision == "auto" else train.precision

@@ -3,12 +3,13 @@
 import hashlib
 import importlib.metadata
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastssl.models import SSLModel
-from fastssl.models.checkpoint import checkpoint_of, load_model, read_checkpoint, recipe_in
-from fastssl.models.encoder import input_size_options
+from fastssl.models.checkpoint import load_model, newest_checkpoint, recipe_in
+from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import describe_clean_view
 
@@ -32,8 +33,8 @@ class Source:
 
     @property
     def timm_options(self) -> dict[str, int]:
-        """What timm.create_model needs beside the name and num_classes=0."""
-        return input_size_options(self.recipe.model.backbone, self.recipe.views.size)
+        """What timm.create_model needs beside the name and num_classes=0: positions must fit the input's size."""
+        return {"img_size": self.recipe.views.size} if has_fixed_size(self.recipe.model.backbone) else {}
 
     @property
     def header(self) -> dict[str, str]:
@@ -51,8 +52,9 @@ class Source:
 
 def open_run(run: str | Path) -> Source:
     """A run directory, or a checkpoint file. Raises UserError where there is no sound model in it."""
-    path = checkpoint_of(run)
-    saved = read_checkpoint(path)
+    path, saved, warning = newest_checkpoint(run)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
     # Where gradients are wanted, torch.export keeps views in some attention (relpos, maxvit) that ONNX refuses.
     model = load_model(path).requires_grad_(False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):

@@ -25,7 +25,8 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             f"model.backbone: timm {timm.__version__} has no architecture {backbone!r}; "
             f"the nearest are {', '.join(nearest)}."
         )
-    options = input_size_options(backbone, image_size)
+    # Where timm fixes the input size (transformers), the position embedding must fit ours.
+    options = {"img_size": image_size} if has_fixed_size(backbone) else {}
     # timm starts each block's last batch norm at zero. At 32 px with the ImageNet stem, that leaves only
     # strided 1x1 shortcuts: an untrained encoder sees a corner of the image, and learns late. torchvision
     # starts at one, and so did the published runs.
@@ -39,9 +40,9 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
     return encoder
 
 
-def input_size_options(backbone: str, image_size: int) -> dict[str, int]:
-    """What timm.create_model must be told of the input's size: where it is fixed (transformers), positions must fit."""
-    return {"img_size": image_size} if timm.get_pretrained_cfg(backbone).fixed_input_size else {}
+def has_fixed_size(backbone: str) -> bool:
+    """Whether a backbone takes images of one size only, the one that it was built for."""
+    return timm.get_pretrained_cfg(backbone).fixed_input_size
 
 
 def _use_small_stem(encoder: nn.Module, backbone: str) -> None:

@@ -67,14 +67,16 @@ def load_exported_encoder(path: Path) -> nn.Module:
 
 
 def without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with the last two parts of its data's paths, such as imagenet/train.beton, and no run.dir.
+    """The recipe with the last two parts of its paths, such as imagenet/train.beton, and no run.dir.
 
     What is published should not tell where its maker keeps files.
     """
-    shortened = {key: short_path(path) for key in ("train", "val") if (path := getattr(recipe.data, key)) is not None}
+    data = {key: short_path(path) for key in ("train", "val") if (path := getattr(recipe.data, key)) is not None}
+    init = recipe.model.init and short_path(recipe.model.init)
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update=shortened),
+            "data": recipe.data.model_copy(update=data),
+            "model": recipe.model.model_copy(update={"init": init}),
             "run": recipe.run.model_copy(update={"dir": None}),
         }
     )
