@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fastssl.models.exported import load_exported_encoder, load_exported_model
 from fastssl.models.ssl_model import SSLModel
 from fastssl.recipe import Recipe, UserError
 
@@ -80,10 +81,12 @@ def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
 
 
 def load_model(run_or_checkpoint: str | Path) -> SSLModel:
-    """The trained model of a run directory or checkpoint file, in eval mode, on the CPU.
+    """The trained model of a run directory, a checkpoint or an exported .safetensors, in eval mode, on the CPU.
 
     Its weights are their running average where the run kept one (train.ema).
     """
+    if Path(run_or_checkpoint).suffix == ".safetensors":
+        return load_exported_model(Path(run_or_checkpoint))
     path, saved, warning = newest_checkpoint(run_or_checkpoint)
     if warning:
         warnings.warn(warning, stacklevel=2)
@@ -99,6 +102,8 @@ def load_model(run_or_checkpoint: str | Path) -> SSLModel:
 
 def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     """The trained timm backbone alone, in eval mode: images (B, 3, H, W) to features (B, D)."""
+    if Path(run_or_checkpoint).suffix == ".safetensors":
+        return load_exported_encoder(Path(run_or_checkpoint))
     return load_model(run_or_checkpoint).encoder
 
 
