@@ -110,11 +110,13 @@ def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
 def start_from(model: SSLModel, source: str) -> str:
     """Fill a new model with the weights of `source`, as `model.init` says; returns a line on what came and what not.
 
-    source: a run, a checkpoint of fastssl, or a .safetensors with the backbone's weights under timm's names. All of the
+    source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm's for this backbone. All of the
     encoder must come from there; projector, heads and priors come where names and shapes agree.
     """
     if Path(source).suffix == ".safetensors":
-        weights = {f"encoder.{name}": tensor for name, tensor in _read_safetensors(Path(source)).items()}
+        weights = _read_safetensors(Path(source))
+        if not any(name.startswith("encoder.") for name in weights):  # timm's names; our exports have ours
+            weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     else:
         path, saved, _ = newest_checkpoint(source)
         weights = saved.get("ema") or saved["model"]
