@@ -161,8 +161,11 @@ def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None
     state.epochs_probed = epochs_done
     output.log({"epoch": epochs_done - 1, **figures})
     name, value = next(iter(figures.items()), (None, None))
-    if name and value > state.best.get(name, float("-inf")):
+    better = name and value > state.best.get(name, float("-inf"))
+    if better:
         state.best = {name: value, "step": state.step}
+    output.save()  # a resume from before would have to probe again
+    if better:
         output.save("best.pt")
 
 
