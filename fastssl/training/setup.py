@@ -24,6 +24,7 @@ from .guard import FiniteGuard
 from .optim import make_optimizer
 from .schedule import Schedule, image_size, plan
 from .state import TrainState
+from .tracking import require_trackers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,6 +85,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
 
     Raises UserError for everything that the user can mend.
     """
+    require_trackers(recipe)
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device)
