@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 
 import psutil
@@ -120,14 +121,15 @@ def test_a_job_goes_on_with_the_host_that_is_left(canvas, tmp_path):
     arguments = small(canvas, tmp_path / "run", "train.epochs=200", "checkpoint.every=2", "--resume", "auto")
     rendezvous = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test")
     endpoint = ("--rdzv-endpoint", "localhost:29417", "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1")
-    hosts = [start("barlow", arguments, 1, (*rendezvous, *endpoint)) for _ in range(2)]
-    wait_for_line(hosts[0], tmp_path / "run", 6)
-    # The second host is the one that does not hold the rendezvous.
-    gone = next(host for host in hosts if host is not hosts[0])
+    kept = start("barlow", arguments, 1, (*rendezvous, *endpoint))
+    while socket.socket().connect_ex(("localhost", 29417)) != 0:  # the rendezvous is this host's
+        time.sleep(0.1)
+    gone = start("barlow", arguments, 1, (*rendezvous, *endpoint))
+    wait_for_line(kept, tmp_path / "run", 6)
     for process in (*psutil.Process(gone.pid).children(recursive=True), psutil.Process(gone.pid)):
         process.kill()
-    output, _ = hosts[0].communicate(timeout=PATIENCE)
-    assert hosts[0].returncode == 0, output
+    output, _ = kept.communicate(timeout=PATIENCE)
+    assert kept.returncode == 0, output
     assert [step for step, _ in losses_of(tmp_path / "run")] == list(range(1, 601))
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert starts["processes"] == 1 and starts["earlier"][0]["processes"] == 2
