@@ -143,11 +143,28 @@ def train(
 ) -> None:
     """Train a recipe."""
     settings = load_recipe(recipe, overrides or [])
-    from fastssl.evaluation.probe import knn_probe
+    from fastssl.evaluation.probe import probe_of
     from fastssl.training import train
 
-    wanted = settings.probe.every and (settings.data.val or settings.probe.split == "rest")
-    train(settings, resume=resume, probe=knn_probe(settings) if wanted else None)
+    train(settings, resume=resume, probe=probe_of(settings))
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="a YAML file; recipes/sweeps/x.yaml also means the shipped one")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for every run")] = None,
+    executor: Annotated[Literal["local", "slurm"], typer.Option(help="this machine, or a SLURM cluster")] = "local",
+    per_gpu: Annotated[int, typer.Option(min=1, help="runs at a time on each GPU; without one, on the CPU")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="how often a run that crashed is continued")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show runs and predicted hours")] = False,
+    images_per_second: Annotated[float | None, typer.Option(min=0.1, help="of one run, for --dry-run")] = None,
+) -> None:
+    """Train every run of a sweep. Finished runs are skipped, so the same command goes on after any stop."""
+    from fastssl import sweep
+
+    chosen = sweep.load_sweep(file)
+    runs = sweep.expand(chosen, overrides or [])
+    sys.exit(sweep.run_sweep(chosen, runs, per_gpu=per_gpu, retries=retries))
 
 
 @evaluation.command()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastssl.beton import read_header
 from fastssl.beton.atomic import write_atomically
-from fastssl.loading import BetonLoader
+from fastssl.loading import Batch, BetonLoader
 from fastssl.models import SSLModel, convert_batch_norms
 from fastssl.models.checkpoint import checkpoint_of
 from fastssl.models.collective import is_global
@@ -33,15 +33,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
-    recipe: Recipe, *, resume: Path | None = None, probe: Callable[[SSLModel], dict[str, float]] | None = None
+    recipe: Recipe,
+    *,
+    resume: Path | None = None,
+    probe: Callable[[SSLModel], dict[str, float]] | None = None,
+    resident: Batch | None = None,
 ) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
     resume: a run directory to continue. probe: called with the model every `probe.every` epochs and at
-    the end; what it returns is logged. Raises UserError for everything that the user can mend.
+    the end; what it returns is logged. resident: all images of the run, where another process holds them
+    on the device. Raises UserError for everything that the user can mend.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("Training runs in one process so far: start it without torchrun.")
+    if resume == "auto":
+        resume = Path(recipe.run.dir) if (Path(recipe.run.dir) / "checkpoints/last.pt").exists() else None
+        if resume is None:
+            (Path(recipe.run.dir) / "recipe.yaml").unlink(missing_ok=True)
     if resume:
         checkpoint_of(resume)  # says at once where there is nothing to resume
     device = choose_device(recipe.train.device)
@@ -49,7 +58,7 @@ def train(
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
-    loader = training_loader(recipe, device)
+    loader = training_loader(recipe, device, resident)
     torch.manual_seed(recipe.seed)
     model = SSLModel(recipe).to(device=device, memory_format=memory_format)
     if recipe.train.sync_bn and is_global(None):
@@ -254,28 +263,39 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
-    """The loader of data.train; crops on the device for a canvas file, on the CPU for a full one."""
-    data, info = recipe.data, read_header(recipe.data.train)
-    crop = data.crop
-    if crop == "auto":
-        crop = "cpu" if info.resolution is None else "gpu"
-    resident = data.resident is True
-    if data.resident == "auto" and device.type == "cuda" and crop == "gpu":
-        height, width = info.max_resolution
-        memory = torch.cuda.get_device_properties(device).total_memory
-        resident = info.num_samples * height * width * 3 <= memory / 8
+def crop_of(recipe: Recipe) -> str:
+    """Where crops are cut: on the device for a canvas file, on the CPU for a full one, unless data.crop says."""
+    if recipe.data.crop != "auto":
+        return recipe.data.crop
+    return "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
+
+
+def is_resident(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the run keeps all of its images on the device."""
+    data = recipe.data
+    if data.resident != "auto":
+        return data.resident
+    if device.type != "cuda" or crop_of(recipe) != "gpu":
+        return False
+    info = read_header(data.train)
+    height, width = info.max_resolution
+    return info.num_samples * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
+
+
+def training_loader(recipe: Recipe, device: torch.device, resident: Batch | None = None) -> BetonLoader:
+    """The loader of data.train. resident: its images, where another process holds them on the device already."""
+    data = recipe.data
     return BetonLoader(
         data.train,
         recipe.train.batch_size,
         seed=recipe.seed,
-        crop=crop,
+        crop=crop_of(recipe),
         views=recipe.views,
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
         decode=data.decode,
-        resident=resident,
+        resident=resident or is_resident(recipe, device),
         on_bad_sample=data.on_bad_sample,
         limit=data.limit,
     )
