@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastssl.loading import BetonLoader
 from fastssl.models import DiagonalGaussian, Draws, SSLModel, View
-from fastssl.models.checkpoint import checkpoint_of, read_checkpoint
+from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.objectives import total_loss
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.views import PairedViews
@@ -68,7 +68,7 @@ def in_parts(loss_terms: Callable, parts: int) -> Callable[[View, View, SSLModel
 def losses_and_gradients(run: Path, overrides: list[str], batches: list, parts: int = 1) -> list[tuple[float, Tensor]]:
     recipe = load_recipe(run / "recipe.yaml", overrides)
     model = SSLModel(recipe)
-    model.load_state_dict(read_checkpoint(checkpoint_of(run))["model"])
+    model.load_state_dict(newest_checkpoint(run).saved["model"])
     loss, found = in_parts(total_loss(recipe), parts), []
     for v1, v2, index, step in batches:
         model.train()
@@ -84,7 +84,7 @@ def half_precision(run: Path, batches: list) -> tuple[list, list]:
 
     recipe = load_recipe(run / "recipe.yaml")
     model, naive = SSLModel(recipe), NAIVE[recipe.objective.name]
-    model.load_state_dict(read_checkpoint(checkpoint_of(run))["model"])
+    model.load_state_dict(newest_checkpoint(run).saved["model"])
     found = [], []
     for v1, v2, index, step in batches:
         with torch.no_grad():

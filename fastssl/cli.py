@@ -1,5 +1,6 @@
 """The commands. Each one parses, calls one function and prints; imports wait until a command needs them."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def main() -> NoReturn:
     except UserError as error:
         if debug:
             raise
-        print(f"fastssl: {error}", file=sys.stderr)
+        rank = f" process {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"fastssl{rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fastssl: interrupted.", file=sys.stderr)
@@ -139,13 +141,14 @@ def inspect(
 def train(
     recipe: Annotated[str, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.epochs=1 ...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="run directory to continue")] = None,
+    resume: Annotated[str | None, typer.Option(help="run to continue; auto: the recipe's own, if there is one")] = None,
 ) -> None:
-    """Train a recipe."""
+    """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
     from fastssl.evaluation.probe import probe_of
     from fastssl.training import train
 
+    resume = Path(resume) if resume not in (None, "auto") else resume
     train(settings, resume=resume, probe=probe_of(settings))
 
 

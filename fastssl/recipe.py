@@ -61,8 +61,16 @@ class ViewOnly(Section):
     solarize: Probability = 0.0
 
 
+class Grow(Section):
+    """Training views that start small: FFCV's progressive resizing. Evaluation always has views.size."""
+
+    size: Annotated[int, Field(ge=8)]  # of the first epochs
+    epochs: tuple[Annotated[float, Field(ge=0)], float]  # from which to which it grows, in steps of 32 px
+
+
 class Views(Section):
     size: Annotated[int, Field(ge=8)] = 224
+    grow: Grow | None = None
     scale: Range = (0.08, 1.0)  # share of the source's area
     ratio: Range = (3 / 4, 4 / 3)  # width / height
     flip: Probability = 0.5
@@ -81,6 +89,11 @@ class Views(Section):
             raise ValueError(f"views.ratio must be 0 < low <= high, not {list(self.ratio)}")
         if min(self.std) <= 0:
             raise ValueError(f"views.std must be above 0, not {list(self.std)}")
+        if self.grow and not (self.grow.size < self.size and self.grow.epochs[0] < self.grow.epochs[1]):
+            raise ValueError(
+                f"views.grow must have a size below views.size={self.size} and epochs that rise, "
+                f"not {self.grow.size} and {list(self.grow.epochs)}"
+            )
         return self
 
 
@@ -94,6 +107,7 @@ class Model(Section):
     backbone: str = "resnet18"
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
     projector: ProjectorSizes = ProjectorSizes()
+    init: str | None = None  # a run, a checkpoint or timm's .safetensors: a new run that starts from its weights
 
 
 class Embedding(Section):
@@ -175,10 +189,14 @@ class Train(Section):
     epochs: Count = 100
     batch_size: Annotated[int, Field(ge=2)] = 256  # over all processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
+    accumulate: Count = 1  # micro-batches a step; the loss's and the batch norms' statistics are those of one
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: Literal["auto"] | bool = "auto"  # auto: on for a GPU, off for a CPU
+    cuda_graphs: bool = False  # replay the compiled step's kernels as one; experimental
     channels_last: bool = True
     sync_bn: bool = True  # batch-norm statistics over all processes
+    compress_gradients: bool = False  # processes exchange them in bf16
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the average of the weights that the run gives
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # non-finite steps to skip before stopping
 
 
@@ -190,10 +208,12 @@ class Probe(Section):
 
 class Log(Section):
     every: Count = 50  # steps
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
 
 
 class Checkpoint(Section):
     every: Count = 1000  # steps
+    keep: Annotated[int, Field(ge=0)] = 0  # epochs between checkpoints that stay; 0: none do
 
 
 class Recipe(Section):
@@ -224,6 +244,12 @@ class Recipe(Section):
                     "embedding.chunk cannot split the mean inside the logarithm of objective.over_draws=log_mean_exp: "
                     "leave one of the two out"
                 )
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} does not divide train.batch_size={self.train.batch_size}"
+            )
+        if self.train.cuda_graphs and self.train.compile is False:
+            raise ValueError("train.cuda_graphs replays compiled steps: leave out train.compile=false")
         if self.probe.split == "rest" and self.data.limit is None:
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self

@@ -82,7 +82,7 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
      DRAWS),
     (SSLModel._draw_z, "noise_SBD.flatten(0, 1)[None]", "noise_SBD.transpose(0, 1).flatten(0, 1)[None]",
      test_ssl_model.test_each_draw_of_h_leads_to_one_draw_of_z),
-    (SSLModel.update_target, "0.0, 1 - momentum", "0.0, momentum",
+    (SSLModel.update_target, "1 - momentum, unless", "momentum, unless",
      test_ssl_model.test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly),
     # Optimisers.
     (LARS.step_group, "torch.where(scaled, trust, 1.0)", "trust", lars),

@@ -9,7 +9,7 @@ from small_models import recipe_of
 
 from fastssl.models import SSLModel
 from fastssl.objectives import total_loss
-from fastssl.training.loop import FiniteGuard, clip_gradients
+from fastssl.training.guard import FiniteGuard, clip_gradients
 from fastssl.training.optim import make_optimizer
 
 BYOL = {"name": "byol", "predictor_hidden": 16}

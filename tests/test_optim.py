@@ -12,16 +12,16 @@ from torch import nn
 
 from fastssl.models import SSLModel
 from fastssl.recipe import Optim, UserError, load_recipe
-from fastssl.training.loop import FiniteGuard
+from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import (
     LAMB,
     LARS,
-    learning_rate,
     make_optimizer,
     optimizer_class,
     skips_on_device,
     split_parameters,
 )
+from fastssl.training.schedule import learning_rate
 
 PAIRS = [
     pytest.param(LARS, torch_optimizer.LARS, options, id=f"lars-{number}")

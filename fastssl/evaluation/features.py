@@ -94,6 +94,7 @@ def clean_features(
         device=next(model.parameters()).device,
         limit=limit,
         skip=skip,
+        shard=False,
     )
     return extract_features(model, loader, clean_view(views), advance=advance)
 

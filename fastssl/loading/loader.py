@@ -5,6 +5,7 @@ import queue
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
 from typing import Literal, NamedTuple, get_args
@@ -54,6 +55,8 @@ class BetonLoader:
     decode="gpu" (experimental) hands the JPEGs' bytes to the GPU and decodes and cuts them there, in every
     mode of `crop`.
 
+    shard: False gives every sample to this process, whatever others there are.
+
     limit: this many samples, drawn at random, the same for every seed, behind the first `skip` of that draw.
 
     resident=True decodes the whole file once, keeps it on the device and gives the same batches from
@@ -85,6 +88,7 @@ class BetonLoader:
         on_bad_sample: Literal["error", "skip"] = "error",
         limit: int | None = None,
         skip: int = 0,
+        shard: bool = True,
     ):
         self.path = Path(path)
         self.batch_size = batch_size
@@ -98,7 +102,7 @@ class BetonLoader:
         self.decode = decode
         self.resident = resident is not False
         self.on_bad_sample = on_bad_sample
-        self.rank, self.world = _rank_and_world()
+        self.rank, self.world = _rank_and_world() if shard else (0, 1)
 
         info = read_header(self.path)
         if crop == "gpu" and info.resolution is None:
@@ -148,7 +152,12 @@ class BetonLoader:
         self.epoch, self.position = epoch, 0
 
     def state_dict(self) -> dict[str, int | str]:
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "order": self.order}
+        place = {"epoch": self.epoch, "position": self.position, "seed": self.seed, "order": self.order}
+        return {**place, "samples": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.samples.fingerprint()
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go on behind the last sample that was handed out; also with another number of processes."""
@@ -156,6 +165,11 @@ class BetonLoader:
             raise UserError(
                 f"The saved place in {self.path} belongs to seed {state['seed']} and the {state['order']} order; "
                 f"this loader has seed {self.seed} and the {self.order} order."
+            )
+        if state.get("samples", self._fingerprint) != self._fingerprint:
+            raise UserError(
+                f"{self.path} does not hold the images that were read before, in their order: name the file of then as "
+                "data.train, or start a new run."
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
@@ -287,8 +301,9 @@ class BetonLoader:
         reader = BetonLoader(
             self.path, min(self.batch_size, len(self.rows)), crop=self.crop, views=self.views, workers=self.workers,
             shuffle=False, drop_last=False, device=self.device, decode=self.decode, on_bad_sample=self.on_bad_sample,
+            shard=False,
         )  # fmt: skip
-        reader.rows, reader.rank, reader.world = self.rows, 0, 1
+        reader.rows = self.rows
         whole, filled = None, 0
         try:
             for batch in reader:

@@ -1,5 +1,6 @@
 """Models: timm encoder, projector, Gaussian heads and their priors, and the whole put together."""
 
+from fastssl.models.averaging import WeightAverage
 from fastssl.models.checkpoint import load_encoder, load_model
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import DiagonalGaussian, GaussianHead
@@ -20,6 +21,7 @@ __all__ = [
     "StandardNormal",
     "VampPrior",
     "View",
+    "WeightAverage",
     "build_encoder",
     "convert_batch_norms",
     "load_encoder",

@@ -1,33 +1,70 @@
 """Checkpoints and run directories back into models. Files from strangers run no code."""
 
+import io
+import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fastssl.models.ssl_model import SSLModel
 from fastssl.recipe import Recipe, UserError
 
+LAST, PREVIOUS = "last.pt", "previous.pt"
 
-def checkpoint_of(run_or_checkpoint: str | Path) -> Path:
-    """The checkpoint file that a run directory, or the path itself, stands for."""
+
+class Checkpoint(NamedTuple):
+    path: Path
+    saved: dict[str, Any]  # what training saved; tensors on the CPU
+    warning: str | None  # where the newest file was damaged and this is the one before
+
+
+def find_checkpoints(run_or_checkpoint: str | Path) -> list[Path]:
+    """The checkpoint files that a run directory, or the path itself, stands for: the newest first."""
     path = Path(run_or_checkpoint)
-    found = path / "checkpoints" / "last.pt" if path.is_dir() else path
-    if not found.is_file():
-        raise UserError(f"{path} holds no checkpoint: name a run directory of fastssl train or a .pt file.")
-    return found
+    files = [path / "checkpoints" / name for name in (LAST, PREVIOUS)] if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]
+
+
+def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
+    """The last checkpoint of a run, or where that one is damaged the one before it.
+
+    Raises UserError where there is none that can be read.
+    """
+    files = find_checkpoints(run_or_checkpoint)
+    if not files:
+        raise UserError(
+            f"{run_or_checkpoint} holds no checkpoint: name a run directory of fastssl train or a .pt file."
+        )
+    damaged = None
+    for path in files:
+        try:
+            saved = read_checkpoint(path)
+        except UserError as error:
+            damaged = damaged or error
+            continue
+        return Checkpoint(path, saved, f"{damaged} Taking {path}, of step {saved['step']}." if damaged else None)
+    raise damaged
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dictionary that training saved; tensors on the CPU."""
+    """What training saved in this file; tensors on the CPU. Raises UserError for a damaged or foreign file."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        # torch leaves out the check of the archive's checksums; a flipped bit would become a weight.
+        damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         missing = {"recipe", "model", "step"} - set(saved)
     except Exception as error:  # a damaged file raises whatever its bytes happen to lead to
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}") from None
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
     if missing:
         raise UserError(f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}.")
     return saved
@@ -43,13 +80,17 @@ def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
 
 
 def load_model(run_or_checkpoint: str | Path) -> SSLModel:
-    """The trained model of a run directory or checkpoint file, in eval mode, on the CPU."""
-    path = checkpoint_of(run_or_checkpoint)
-    saved = read_checkpoint(path)
+    """The trained model of a run directory or checkpoint file, in eval mode, on the CPU.
+
+    Its weights are their running average where the run kept one (train.ema).
+    """
+    path, saved, warning = newest_checkpoint(run_or_checkpoint)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
     recipe = recipe_in(path, saved)
     try:
         model = SSLModel(recipe)
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved.get("ema") or saved["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit its own recipe: {reason}") from None
@@ -59,3 +100,40 @@ def load_model(run_or_checkpoint: str | Path) -> SSLModel:
 def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     """The trained timm backbone alone, in eval mode: images (B, 3, H, W) to features (B, D)."""
     return load_model(run_or_checkpoint).encoder
+
+
+def start_from(model: SSLModel, source: str) -> str:
+    """Fill a new model with the weights of `source`, as `model.init` says; returns a line on what came and what not.
+
+    source: a run, a checkpoint of fastssl, or a .safetensors with the backbone's weights under timm's names. All of the
+    encoder must come from there; projector, heads and priors come where names and shapes agree.
+    """
+    if Path(source).suffix == ".safetensors":
+        weights = {f"encoder.{name}": tensor for name, tensor in _read_safetensors(Path(source)).items()}
+    else:
+        path, saved, _ = newest_checkpoint(source)
+        weights = saved.get("ema") or saved["model"]
+        if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
+            raise UserError(f"model.init: {path} holds no weights that this version of fastssl knows.")
+    own = model.state_dict()
+    # BYOL's target starts as a copy of the online network, wherever that comes from.
+    online = {name: weights.get(name.removeprefix("target.")) for name in own if name.startswith("target.")}
+    weights = {name: t for name, t in online.items() if t is not None} | weights
+    fitting = {name: t for name, t in weights.items() if name in own and own[name].shape == t.shape}
+    lacking = [name for name in own if name not in fitting]
+    of_encoder = [name for name in lacking if name.startswith("encoder.")]
+    if of_encoder:
+        raise UserError(
+            f"model.init: {source} lacks {len(of_encoder)} tensors of this encoder or has them in other shapes, such "
+            f"as {of_encoder[0]}: set model.backbone and model.stem as they were there."
+        )
+    model.load_state_dict(fitting, strict=False)
+    rest = f"; {len(lacking)} others start anew, such as {lacking[0]}" if lacking else ""
+    return f"Starting from {source}: {len(fitting)} tensors{rest}."
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.init: {path} is not a readable safetensors file: {error}.") from None

@@ -26,7 +26,7 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             f"the nearest are {', '.join(nearest)}."
         )
     # Where timm fixes the input size (transformers), the position embedding must fit ours.
-    options = {"img_size": image_size} if timm.get_pretrained_cfg(backbone).fixed_input_size else {}
+    options = {"img_size": image_size} if has_fixed_size(backbone) else {}
     # timm starts each block's last batch norm at zero. At 32 px with the ImageNet stem, that leaves only
     # strided 1x1 shortcuts: an untrained encoder sees a corner of the image, and learns late. torchvision
     # starts at one, and so did the published runs.
@@ -38,6 +38,11 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
     if stem == "small":
         _use_small_stem(encoder, backbone)
     return encoder
+
+
+def has_fixed_size(backbone: str) -> bool:
+    """Whether a backbone takes images of one size only, the one that it was built for."""
+    return timm.get_pretrained_cfg(backbone).fixed_input_size
 
 
 def _use_small_stem(encoder: nn.Module, backbone: str) -> None:

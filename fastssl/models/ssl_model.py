@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.averaging import move_towards
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import DiagonalGaussian, GaussianHead
 from fastssl.models.priors import MixtureOfGaussians, StandardNormal, VampPrior
@@ -105,17 +106,13 @@ class SSLModel(nn.Module):
         heads, h = self.target["heads"], self.target["encoder"](v)
         return without_noise(self.target["projector"], heads, heads["h"](h).mu if "h" in heads else h)
 
-    @torch.no_grad()
     def update_target(self, momentum: float, unless: Tensor) -> None:
         """target <- momentum * target + (1 - momentum) * online, parameter by parameter (BYOL, equation 1).
 
         unless: a flag () on the device that makes it change nothing.
         """
         online = [p for part in (self.encoder, self.projector, self.heads) for p in part.parameters()]
-        target = list(self.target.parameters())
-        steps = torch._foreach_sub(online, target)
-        torch._foreach_mul_(steps, torch.where(unless, 0.0, 1 - momentum))
-        torch._foreach_add_(target, steps)
+        move_towards(list(self.target.parameters()), online, 1 - momentum, unless)
 
     @torch.no_grad()
     def mean_z(self, h: Tensor) -> Tensor:

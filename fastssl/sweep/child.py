@@ -13,11 +13,11 @@ from fastssl.evaluation.probe import probe_of
 from fastssl.loading import Batch
 from fastssl.recipe import Recipe, UserError
 from fastssl.training import train
-from fastssl.training.loop import choose_device, is_resident
+from fastssl.training.setup import choose_device, is_resident
+from fastssl.training.signals import COME_AGAIN
 
 BUSY = 73  # exit code: another process trains in this directory
 USER_ERROR = 2
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal behind a checkpoint, to be continued
 PR_SET_PDEATHSIG = 1
 
 
@@ -49,7 +49,7 @@ def end_with(parent: int) -> None:
     """Let the system send SIGTERM when the parent dies, even of SIGKILL; training then saves a checkpoint and ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before this
-        sys.exit(STOPPED)
+        sys.exit(COME_AGAIN)
     # SLURM's requeue signal reaches every process of a job. For a run it means the same.
     signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 

@@ -5,8 +5,8 @@ import signal
 from rich.console import Console
 
 from fastssl.recipe import UserError
+from fastssl.training.signals import COME_AGAIN, INTERRUPTED
 
-from .child import STOPPED
 from .grid import Run, Sweep
 from .local import run_here, tasks_of
 from .table import SweepDisplay, results_table
@@ -26,7 +26,7 @@ def run_sweep(sweep: Sweep, runs: list[Run], *, per_gpu: int = 1, retries: int =
     Console().print(results_table(runs))
     if signals:
         print(f"Stopped with {finished} of {len(runs)} runs finished; the same command goes on from here.")
-        return 128 + signal.SIGINT if signals[0] == signal.SIGINT else STOPPED
+        return INTERRUPTED if signals[0] == signal.SIGINT else COME_AGAIN
     failed = [task for task in tasks if task.state == "failed"]
     print(f"{finished} of {len(runs)} runs are finished, in {sweep.folder}.")
     for task in failed:

@@ -1,7 +1,8 @@
 """One copy of a data set on a device, for all runs there.
 
-A keeper is a process beside the runs of one GPU (or of the CPU). A run asks it for its images; the first to ask has them
-loaded, and everyone gets a view of the same memory: CUDA's inter-process handles on a GPU, shared memory on a CPU.
+A keeper is a process beside the runs of one GPU (or of the CPU). A run asks it for its images; the first to ask has
+them loaded, and everyone gets a view of the same memory: by CUDA's inter-process handles on a GPU, by shared memory on
+a CPU.
 """
 
 import shutil
@@ -12,7 +13,7 @@ import torch
 
 from fastssl.loading import Batch
 from fastssl.recipe import Recipe, UserError
-from fastssl.training.loop import choose_device, training_loader
+from fastssl.training.setup import choose_device, training_loader
 
 SHARED_MEMORY = "/dev/shm"
 

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from fastssl.recipe import Recipe
+from fastssl.training.signals import COME_AGAIN, INTERRUPTED
 
-from .child import BUSY, STOPPED, USER_ERROR, run_child
+from .child import BUSY, USER_ERROR, run_child
 from .grid import Run
 from .keeper import keep
 from .progress import is_finished, is_locked, last_words
@@ -174,7 +175,7 @@ def settle(task: Task, retries: int) -> None:
     task.process = None
     if is_finished(task.run):
         task.state = "finished"
-    elif code in (BUSY, STOPPED, -signal.SIGTERM, 128 + signal.SIGINT):  # it is not the run's fault
+    elif code in (BUSY, COME_AGAIN, INTERRUPTED, -signal.SIGTERM):  # it is not the run's fault
         task.state = "waiting"
     else:
         task.failures += 1

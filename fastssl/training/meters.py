@@ -6,6 +6,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from fastssl.loading import BetonLoader
+
+from .distributed import of_all_processes
+
 
 @torch.no_grad()
 def rankme(z_BD: Tensor) -> float:
@@ -29,9 +33,9 @@ class Meter:
     """Images per second and the share of time spent waiting for the loader, since the last reading."""
 
     def __init__(self):
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def watch(self, loader: Iterable) -> Iterator:
@@ -46,8 +50,21 @@ class Meter:
             self.waited += time.perf_counter() - asked
             yield batch
 
-    def read(self) -> dict[str, float]:
+    def read(self, loader: BetonLoader) -> dict[str, float]:
+        """Since the last reading, over all processes: the one that waits most holds up the others."""
         seconds = time.perf_counter() - self.since
-        figures = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
-        self._restart()
+        of_each = of_all_processes(torch.tensor([self.waited / seconds, loader.bad_samples], dtype=torch.float64))
+        figures = {"images_per_second": self.images / seconds, "data_wait": of_each[:, 0].max().item()}
+        if bad_samples := int(of_each[:, 1].sum()):
+            figures["bad_samples"] = bad_samples
+        self.restart()
         return figures
+
+
+def compile_counts() -> dict[str, int]:
+    """What torch.compile has made in this process: each graph beyond the expected ones cost a compilation."""
+    from torch._dynamo.utils import counters, get_compilation_metrics
+
+    breaks = sum(sum(counters[cause].values()) for cause in ("graph_break", "unimplemented"))
+    recompiled = sum(compilation.recompile_reason is not None for compilation in get_compilation_metrics())
+    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks, "recompiled": recompiled}

@@ -1,8 +1,7 @@
-"""Optimisers by name, and the learning rate."""
+"""Optimisers by name."""
 
 import difflib
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -132,17 +131,6 @@ def split_parameters(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[T
             kind = "norm"
         (plain if kind in exclude else decay).append(parameter)
     return decay, plain
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final_factor: float) -> float:
-    """The rate of step 0, 1, ...: linear from 0 to `peak`, then half a cosine down to peak * final_factor.
-
-    The first warm-up step has peak / warmup_steps, the last step of all nearly the final rate.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 class ForeachStep:

@@ -1,58 +1,123 @@
-"""The run directory's first files: recipe, environment, and the picture of the views."""
+"""The run directory: which one, who writes in it, and its first files: recipe, environment, picture of the views."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from fastssl.beton.atomic import write_atomically
+from fastssl.models.checkpoint import find_checkpoints, newest_checkpoint
 from fastssl.recipe import Recipe, UserError
 from fastssl.views.paired import unnormalize
+
+from .distributed import world_size
 
 PAIRS_SHOWN = 16
 
 
-def new_run_dir(recipe: Recipe) -> Path:
-    """The directory that the recipe names, refused if a run is in it; else runs/NAME, or NAME-2 and so on."""
-    if recipe.run.dir is not None:
-        path = Path(recipe.run.dir)
-        if (path / "recipe.yaml").exists():
-            raise UserError(f"{path} already holds a run: continue it with --resume {path}, or set another run.dir.")
-    else:
-        path, number = Path("runs") / recipe.name, 1
-        while path.exists():
-            number += 1
-            path = Path("runs") / f"{recipe.name}-{number}"
+def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restarted: bool) -> tuple[Path, bool]:
+    """The run directory, and whether a run in it goes on.
+
+    resume: a directory whose run goes on; "auto": the one in run.dir (or runs/NAME), where there is one. None: a new
+    run, in run.dir, refused if a run is in it, else in runs/NAME or NAME-2 and so on. But where torchrun has restarted
+    the processes because one died, None means their own run.
+    """
+    if resume not in (None, "auto"):
+        newest_checkpoint(resume)  # says at once where there is nothing to resume
+        return Path(resume), True
+    free, newest = _numbered_dirs(recipe.name)
+    named = recipe.run.dir and Path(recipe.run.dir)
+    if resume == "auto" or restarted:
+        path = named or (newest if restarted else Path("runs") / recipe.name)
+        return path, bool(find_checkpoints(path))
+    if named and (named / "recipe.yaml").exists():
+        raise UserError(f"{named} already holds a run: continue it with --resume {named}, or set another run.dir.")
+    return named or free, False
+
+
+def _numbered_dirs(name: str) -> tuple[Path, Path]:
+    """Of runs/NAME, runs/NAME-2 and so on the first that is free, and the one before it."""
+    newest = free = Path("runs") / name
+    number = 1
+    while free.exists():
+        newest, number = free, number + 1
+        free = Path("runs") / f"{name}-{number}"
+    return free, newest
+
+
+@contextmanager
+def opened_run_dir(path: Path) -> Iterator[None]:
+    """Make the directory where needed, and keep other processes from training in it meanwhile."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")
     except OSError as error:
         raise UserError(f"The run directory {path} cannot be made ({error.strerror}): set another run.dir.") from None
-    return path
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
+        except BlockingIOError:
+            raise UserError(f"Another process is training in {path}: wait for it, or set another run.dir.") from None
+        except OSError:
+            pass  # some network file systems know no locks
+        for abandoned in (path / "checkpoints").glob(".*.part*"):  # of a process that was killed while it saved
+            abandoned.unlink()
+        yield
 
 
-def describe_run(run_dir: Path, recipe: Recipe, device: torch.device) -> None:
-    """Write recipe.yaml (resolved) and environment.json."""
+def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int) -> None:
+    """Write recipe.yaml (resolved) and environment.json: this start of the run, and under "earlier" those before it."""
     write_atomically(run_dir / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml()))
     packages = ("fastssl-trainer", "torch", "torchvision", "timm", "ffcv", "numba", "numpy", "torch-optimizer")
     environment = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
         "command": sys.argv,
         "git": _git_state(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "machine": platform.platform(),
+        "host": platform.node(),
+        "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "torch_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "earlier": _earlier_starts(run_dir / "environment.json"),
     }
     text = json.dumps(environment, indent=2) + "\n"
     write_atomically(run_dir / "environment.json", lambda path: path.write_text(text))
+
+
+def _earlier_starts(path: Path) -> list[dict]:
+    try:
+        last = json.loads(path.read_text())
+        return [*last.pop("earlier", []), last]
+    except (OSError, ValueError, AttributeError):  # there is none, or not one of ours
+        return []
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "cpu")
 
 
 def _version(name: str) -> str | None:

@@ -1,7 +1,6 @@
-"""All that a resume needs, and the files of a run directory, none of them ever half-written."""
+"""All that a resume needs, and how it is saved: a checkpoint is there whole or not at all."""
 
-import json
-import math
+import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +10,27 @@ from torch import Tensor
 
 from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
-from fastssl.models import SSLModel
-from fastssl.models.checkpoint import checkpoint_of, read_checkpoint, recipe_in
+from fastssl.models import SSLModel, WeightAverage
+from fastssl.models.checkpoint import LAST, PREVIOUS, Checkpoint, recipe_in
 from fastssl.recipe import Recipe, UserError
 
-# A resumed run may change these; any other key would make it another run.
+from .distributed import is_first
+
+# A resumed run may change these; any other key would make it another run. The data may have moved: that they are the
+# same images, the loader checks.
 FREE_KEYS = (
-    "run", "data.resident", "data.on_bad_sample", "data.workers", "embedding.chunk", "train.device", "train.compile",
-    "train.max_skipped_steps", "probe", "log", "checkpoint",
+    "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "embedding.chunk",
+    "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps", "probe", "log", "checkpoint",
 )  # fmt: skip
 
 
 @dataclass
 class TrainState:
-    """What changes during training. `step` counts optimiser steps, skipped ones included."""
+    """What changes during training. `step` counts optimiser steps, skipped ones included.
+
+    Learning rate, momentum of the target, size of the views and all noise are functions of the step or epoch, of the
+    recipe and of its seed: they need no state.
+    """
 
     recipe: Recipe
     model: SSLModel
@@ -32,50 +38,82 @@ class TrainState:
     scaler: torch.amp.GradScaler
     loader: BetonLoader
     skipped: Tensor  # int64 () on the device: steps left out because they were not finite
+    average: WeightAverage | None = None
     step: int = 0
+    epochs_probed: int = 0  # the epoch behind which the last probe ran
+    best: dict[str, float] = field(default_factory=dict)  # the probe's best figure, and its step
     seconds: float = 0.0  # of training, over all resumes
     started: float = field(default_factory=time.monotonic)
 
-    def save(self, run_dir: Path) -> None:
+    def save(self, run_dir: Path, name: str = LAST) -> None:
+        """Write checkpoints/NAME, in the first process. The last checkpoint before it stays as previous.pt.
+
+        Raises OSError where the disk does not take it; then the old files are still there.
+        """
+        if not is_first():
+            return
         now = time.monotonic()
         self.seconds, self.started = self.seconds + now - self.started, now
         saved = {
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "skipped": self.skipped,
             "step": self.step,
+            "epochs_probed": self.epochs_probed,
+            "best": self.best,
             "seconds": self.seconds,
             "torch_threads": torch.get_num_threads(),
             "rng": torch.get_rng_state(),  # for backbones with dropout
+            "cuda_rng": torch.cuda.get_rng_state() if self.skipped.is_cuda else None,
         }
-        write_atomically(run_dir / "checkpoints" / "last.pt", lambda path: torch.save(saved, path))
+        # Into memory first: torch.save on a full disk raises whatever its archive happens to meet there.
+        data = io.BytesIO()
+        torch.save(saved, data)
+        folder = run_dir / "checkpoints"
+        keep = folder / PREVIOUS if name == LAST else None
+        write_atomically(folder / name, lambda path: path.write_bytes(data.getbuffer()), keep=keep)
 
-    def resume(self, run_dir: Path) -> list[str]:
-        """Continue the run in this directory. Returns warnings. Raises UserError for another run's recipe."""
-        path = checkpoint_of(run_dir)
-        saved = read_checkpoint(path)
+    def load(self, checkpoint: Checkpoint) -> list[str]:
+        """Go on from a checkpoint. Returns warnings. Raises UserError for another run's recipe or a file's damage."""
+        path, saved, warning = checkpoint
         changed = changed_keys(recipe_in(path, saved).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
         if changed:
             raise UserError(
-                f"{run_dir} was trained with other values of {', '.join(changed)}: resume with its own "
-                f"{run_dir / 'recipe.yaml'}, or start a new run."
+                f"{path} is of a run with other values of {', '.join(changed)}: resume with that run's own "
+                f"recipe.yaml, or start a new run (model.init={path} starts it from these weights)."
             )
+        try:
+            self._fill_from(saved)
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit its own recipe, so no run goes on from it: {reason}.") from None
+        threads = saved["torch_threads"]
+        warnings = [warning] if warning else []
+        if threads != torch.get_num_threads():
+            warnings.append(
+                f"torch ran with {threads} threads before and has {torch.get_num_threads()} now, so results agree to "
+                f"rounding only (OMP_NUM_THREADS={threads} restores them)."
+            )
+        return warnings
+
+    def _fill_from(self, saved: dict) -> None:
         self.model.load_state_dict(saved["model"])
+        if self.average:
+            self.average.model.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.loader.load_state_dict(saved["loader"])
         self.skipped.copy_(saved["skipped"])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        torch.set_rng_state(saved["rng"])
-        if saved["torch_threads"] != torch.get_num_threads():
-            return [
-                f"torch ran with {saved['torch_threads']} threads before and has {torch.get_num_threads()} "
-                f"now, so results agree to rounding only (OMP_NUM_THREADS={saved['torch_threads']} restores them)."
-            ]
-        return []
+        self.epochs_probed, self.best = saved["epochs_probed"], saved["best"]
+        if is_first():
+            torch.set_rng_state(saved["rng"])
+            if self.skipped.is_cuda and saved["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_rng"])
 
 
 def changed_keys(before: dict, after: dict, prefix: str = "") -> list[str]:
@@ -88,32 +126,3 @@ def changed_keys(before: dict, after: dict, prefix: str = "") -> list[str]:
         both = isinstance(old, dict) and isinstance(new, dict)
         changed += changed_keys(old, new, dotted + ".") if both else [dotted]
     return changed
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each step once even after a resume."""
-
-    def __init__(self, path: Path, resumed_at: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _belongs_before(line, resumed_at)]
-        write_atomically(path, lambda beside: beside.write_text("".join(line + "\n" for line in kept)))
-        self._file = open(path, "a")
-
-    def write(self, metrics: dict) -> None:
-        # JSON has no word for what is not finite.
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _belongs_before(line: str, resumed_at: int) -> bool:
-    """Whether a line was written before the checkpoint of step `resumed_at`; a torn last line was not."""
-    try:
-        metrics = json.loads(line)
-    except ValueError:
-        return False
-    # The probe runs behind the checkpoint of its step, so that line comes again.
-    return metrics["step"] < resumed_at or (metrics["step"] == resumed_at and "loss" in metrics)

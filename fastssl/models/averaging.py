@@ -1,0 +1,37 @@
+"""Running averages of a network's weights: BYOL's target, and the average that a run gives."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def move_towards(targets: list[Tensor], sources: list[Tensor], share: float, unless: Tensor) -> None:
+    """targets <- targets + share * (sources - targets), in place. unless: a flag () on the device to change nothing."""
+    steps = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(steps, torch.where(unless, 0.0, share))
+    torch._foreach_add_(targets, steps)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights and running statistics, itself a model in eval mode.
+
+    The decay grows as min(decay, (1 + step) / (10 + step)), TensorFlow's rule, so that the first steps' weights do not
+    stay in the average of a short run. torch's AveragedModel would ask the device for its count at every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # batch norms' counts of batches
+
+    def update(self, step: int, unless: Tensor) -> None:
+        """After step 0, 1, ... of the model that this was made from."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, weights = zip(*self._averaged)
+        move_towards(list(averages), list(weights), 1 - decay, unless)
+        for average, weight in self._copied:
+            average.copy_(weight)

@@ -1,0 +1,114 @@
+"""What a run shows and writes, all of it in the first process."""
+
+import signal
+from pathlib import Path
+
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fastssl.beton.atomic import write_atomically
+from fastssl.models.checkpoint import LAST
+from fastssl.recipe import UserError
+
+from .distributed import is_first
+from .progress import Display
+from .run_dir import describe_run, save_view_sheet
+from .setup import Run
+from .signals import COME_AGAIN, Stopped, StopRequest
+from .tracking import Trackers
+
+
+class Output:
+    """Figures, checkpoints and the end of a run. Use as a context manager.
+
+    A disk that takes no checkpoint costs a warning, not the run: the next log step tries again.
+    """
+
+    def __init__(self, run: Run, run_dir: Path):
+        self.run, self.run_dir = run, run_dir
+        self.save_failed = False
+        recipe, state, device = run.recipe, run.state, run.device
+        if not is_first():
+            self.display, self.trackers = None, None
+            return
+        describe_run(run_dir, recipe, device, state.step)
+        self.trackers = Trackers(run_dir, recipe, state.step, state.epochs_probed, self.say)
+        title = f"{recipe.name}  ({device.type}, {run.precision})"
+        self.display = Display(title, state.step, run.schedule.total_steps)
+
+    def __enter__(self) -> "Output":
+        if self.display:
+            self.display.__enter__()
+        recipe, state = self.run.recipe, self.run.state
+        where = f"on {self.run.device.type} ({self.run.precision}) in {self.run_dir}"
+        if state.step == 0:
+            self.say(f"Training {recipe.name} {where}")
+            self.save()  # whoever is killed before the first step that saves can resume too
+        else:
+            self.say(f"Going on with {recipe.name} behind step {state.step} {where}")
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.display:
+            self.trackers.close()
+            self.display.__exit__(*error)
+
+    def say(self, line: str) -> None:
+        if self.display:
+            self.display.say(line)
+
+    def step(self, step: int) -> None:
+        if self.display:
+            self.display.step(step)
+
+    def log(self, figures: dict) -> None:
+        if self.display:
+            entry = {"step": self.run.state.step, **figures}
+            self.trackers.write(entry)
+            self.display.log(entry)
+
+    def save_view_sheet(self, v1: Tensor, v2: Tensor) -> None:
+        if self.display:
+            save_view_sheet(self.run_dir, v1, v2, self.run.recipe)
+
+    def save(self, name: str = LAST) -> None:
+        try:
+            self.run.state.save(self.run_dir, name)
+            self.save_failed = False
+        except OSError as error:
+            if not self.save_failed:
+                self.say(
+                    f"Warning: the checkpoint of step {self.run.state.step} cannot be written ({error.strerror}): "
+                    "training goes on and tries again."
+                )
+            self.save_failed = True
+
+    def stopped(self, stop: StopRequest) -> None:
+        """End the process behind the checkpoint that was asked for."""
+        step = self.run.state.step
+        if self.save_failed:
+            raise UserError(
+                f"Stopped at step {step}, which the disk did not take: free some space, then --resume {self.run_dir} "
+                "goes on from the checkpoint before."
+            )
+        name = signal.Signals(stop.received).name if stop.received else "another process"
+        self.say(f"Stopped by {name} behind step {step}, which is saved: --resume {self.run_dir} goes on.")
+        raise Stopped(stop.exit_code if stop.received else COME_AGAIN)
+
+    def finish(self) -> None:
+        """The last checkpoint, and encoder.safetensors: the backbone's weights under timm's names."""
+        self.save()
+        if self.save_failed:
+            raise UserError(
+                f"{self.run_dir} is trained, but the disk does not take the result: free some space, then "
+                f"--resume {self.run_dir} goes on from the checkpoint before."
+            )
+        state = self.run.state
+        encoder = (state.average.model if state.average else state.model).encoder
+        if is_first():
+            weights = {name: weight.contiguous().cpu() for name, weight in encoder.state_dict().items()}
+            write_atomically(self.run_dir / "encoder.safetensors", lambda path: path.write_bytes(to_bytes(weights)))
+        best = ", ".join(f"{name} {value:.4g}" for name, value in state.best.items() if name != "step")
+        if best:
+            self.say(f"Best probe: {best} at step {state.best['step']} (checkpoints/best.pt)")
+        self.say(f"Done: {self.run_dir} (look at {self.run_dir / 'views.png'} first)")

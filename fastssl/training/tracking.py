@@ -1,0 +1,128 @@
+"""Where the figures of a run go: metrics.jsonl always, TensorBoard and Weights & Biases where the recipe names them."""
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from fastssl.beton.atomic import write_atomically
+from fastssl.recipe import Recipe, UserError
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each step once even after a resume.
+
+    On a full disk lines wait in memory, with one warning, until there is room for them.
+    """
+
+    def __init__(self, path: Path, resumed_at: int, epochs_probed: int, warn: Callable[[str], None]):
+        self.path, self.warn = path, warn
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _belongs_before(line, resumed_at, epochs_probed)]
+        write_atomically(path, lambda beside: beside.write_text("".join(line + "\n" for line in kept)))
+        self._file = open(path, "ab", buffering=0)  # no buffer of its own: what a failed write leaves is known
+        self._waiting: list[bytes] = []
+        self._warned = False
+
+    def write(self, metrics: dict) -> None:
+        # JSON has no word for what is not finite.
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._waiting.append(json.dumps(finite).encode() + b"\n")
+        data, end = b"".join(self._waiting), self._file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._file.truncate(end)  # no half line
+            if not self._warned:
+                self.warn(f"Warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory.")
+                self._warned = True
+            return
+        self._waiting = []
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _belongs_before(line: str, resumed_at: int, epochs_probed: int) -> bool:
+    """Whether the run has written this line before the checkpoint that it resumes from; a torn line it has not."""
+    try:
+        metrics = json.loads(line)
+        is_step = "loss" in metrics
+        return metrics["step"] <= resumed_at if is_step else metrics["epoch"] < epochs_probed
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+class TensorBoard:
+    """Every figure as a scalar over steps, in RUN/tensorboard."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, resumed_at: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("log.to=[tensorboard] needs a package: pip install tensorboard.") from None
+        purge = resumed_at + 1 if resumed_at else None  # what the run had shown behind its checkpoint
+        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge)
+        self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}\n```")
+
+    def write(self, metrics: dict) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, metrics["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run of the recipe's name, continued by a resume. WANDB_PROJECT and WANDB_MODE work as usual."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, resumed_at: int):
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise UserError("log.to=[wandb] needs a package: pip install wandb.") from None
+        identity = run_dir / "wandb_id.txt"
+        if not (resumed_at and identity.exists()):
+            identity.write_text(uuid4().hex[:12])
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fastssl"),
+            name=recipe.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=recipe.model_dump(mode="json"),
+        )
+
+    def write(self, metrics: dict) -> None:
+        figures = {name: value for name, value in metrics.items() if name != "step"}
+        self._run.log(figures, step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+class Trackers:
+    """All the places that `log.to` names, behind metrics.jsonl."""
+
+    def __init__(
+        self, run_dir: Path, recipe: Recipe, resumed_at: int, epochs_probed: int, warn: Callable[[str], None]
+    ):
+        self._all = [TRACKERS[name](run_dir, recipe, resumed_at) for name in recipe.log.to]
+        self._all.insert(0, MetricsLog(run_dir / "metrics.jsonl", resumed_at, epochs_probed, warn))
+
+    def write(self, metrics: dict) -> None:
+        for tracker in self._all:
+            tracker.write(metrics)
+
+    def close(self) -> None:
+        for tracker in self._all:
+            tracker.close()
