@@ -1,4 +1,4 @@
-"""`fastssl sweep`: from the file to finished runs on this machine."""
+"""`fastssl sweep`: from the file to finished runs, here or on a cluster."""
 
 import signal
 
@@ -9,18 +9,21 @@ from fastssl.training.signals import COME_AGAIN, INTERRUPTED
 
 from .grid import Run, Sweep
 from .local import run_here, tasks_of
+from .progress import images_per_epoch
+from .slurm import submit
 from .table import SweepDisplay, results_table
 
 
-def run_sweep(sweep: Sweep, runs: list[Run], *, per_gpu: int = 1, retries: int = 2) -> int:
+def run_locally(sweep: Sweep, runs: list[Run], *, per_gpu: int = 1, retries: int = 2) -> int:
     """Run what is not finished yet, on this machine, and show the results. Returns the exit code.
 
     0: all runs are finished. 1: some have failed for good. 75 and 130: stopped by SIGTERM or Ctrl-C; the same call
     goes on.
     """
     tasks = tasks_of(runs)
+    display = SweepDisplay(f"{sweep.name}  ({sweep.folder})", tasks)
     make_folder(sweep)
-    with SweepDisplay(f"{sweep.name}  ({sweep.folder})", tasks) as display:
+    with display:
         signals = run_here(tasks, display, per_gpu=per_gpu, retries=retries)
     finished = sum(task.state == "finished" for task in tasks)
     Console().print(results_table(runs))
@@ -34,6 +37,25 @@ def run_sweep(sweep: Sweep, runs: list[Run], *, per_gpu: int = 1, retries: int =
     if failed:
         print("The same command tries the failed runs again.")
     return 1 if failed else 0
+
+
+def submit_to_slurm(sweep: Sweep, runs: list[Run], **options) -> int:
+    """Submit what is neither finished nor queued (options: see `submit`) and show how far the sweep is."""
+    for run in runs:
+        images_per_epoch(run.recipe)  # a file that is not there is said now, not by every job
+    make_folder(sweep)
+    submission = submit(sweep, runs, **options)
+    Console().print(results_table(runs))
+    finished = sum(task.state == "finished" for task in submission.tasks)
+    print(
+        f"{finished} of {len(runs)} runs are finished, {len(submission.queued)} were queued or running already, "
+        f"{len(submission.submitted)} are submitted now."
+    )
+    for name, job_id in submission.submitted.items():
+        print(f"{job_id}  {name}")
+    if finished < len(runs):
+        print(f"The jobs' logs are in {sweep.folder / 'slurm'}. The same command shows how far they are.")
+    return 0
 
 
 def make_folder(sweep: Sweep) -> None:

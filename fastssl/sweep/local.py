@@ -77,7 +77,7 @@ def run_here(
     """
     devices = visible_devices([task.run.recipe for task in tasks])
     cores = max(1, len(os.sched_getaffinity(0)) // (len(devices) * per_gpu))
-    keepers = Keepers(tasks) if per_gpu > 1 else None
+    keepers = Keepers() if per_gpu > 1 else None
     stop = Stop()
     try:
         with stop.on(stop_on):
@@ -204,7 +204,7 @@ def end_all(tasks: list[Task], stop: Stop, display: SweepDisplay) -> None:
 class Keepers:
     """The keepers of shared images, one for each device, started when the first run there may want it."""
 
-    def __init__(self, tasks: list[Task]):
+    def __init__(self):
         self.started: dict[str, tuple[BaseProcess, Connection]] = {}
 
     def connect(self, device: str) -> Connection:

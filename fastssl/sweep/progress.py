@@ -3,6 +3,7 @@
 import fcntl
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fastssl.beton import read_header
@@ -55,10 +56,20 @@ def is_locked(run: Run) -> bool:
 
 
 def images_per_epoch(recipe: Recipe) -> int:
-    """Images that one epoch trains on: whole batches. Reads the header of data.train."""
-    images = read_header(recipe.data.train).num_samples
-    batch = recipe.train.batch_size
-    return min(images, recipe.data.limit or images) // batch * batch
+    """Images that one epoch trains on: whole batches. Looks into data.train. Raises UserError for less than one."""
+    images = images_in(recipe.data.train)
+    images, batch = min(images, recipe.data.limit or images), recipe.train.batch_size
+    if images < batch:
+        raise UserError(
+            f"{recipe.run.dir} would train on {images} images of {recipe.data.train}, fewer than one batch of {batch}: "
+            "lower train.batch_size or raise data.limit."
+        )
+    return images // batch * batch
+
+
+@cache
+def images_in(path: str) -> int:
+    return read_header(path).num_samples  # this checks all of the file's tables, so once for all runs
 
 
 def read_progress(run: Run) -> Progress:
