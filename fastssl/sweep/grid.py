@@ -72,8 +72,9 @@ def expand(sweep: Sweep, overrides: list[str] = ()) -> list[Run]:
     for grid, name in zip(sweep.grids, names):
         if names.count(name) > 1:
             raise UserError(f"Two grids of the sweep {sweep.name} are named {name}: give one another `name:`.")
-        fixed = [*as_overrides(sweep.set), *as_overrides(grid.set), *overrides]
-        check_keys(name, grid, fixed)
+        nearest = [*as_overrides(grid.set), *overrides]
+        fixed = [*as_overrides(sweep.set), *nearest]
+        check_keys(name, list(grid.axes), keys_of(fixed), keys_of(nearest))
         for combination in itertools.product(*grid.axes.values()):
             values = dict(zip(grid.axes, combination))
             runs.append(make_run(sweep.folder, name, grid.recipe, fixed, values))
@@ -101,15 +102,18 @@ def as_overrides(values: dict[str, JsonValue]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML too
 
 
-def check_keys(name: str, grid: Grid, overrides: list[str]) -> None:
-    """Refuse keys that the runs' axes would hide, and run.dir, which the sweep chooses."""
-    for key in [override.partition("=")[0] for override in overrides] + list(grid.axes):
+def keys_of(overrides: list[str]) -> list[str]:
+    return [override.partition("=")[0] for override in overrides]
+
+
+def check_keys(grid: str, axes: list[str], fixed: list[str], nearest: list[str]) -> None:
+    """Refuse run.dir, which the sweep chooses, and `nearest` keys (the grid's, the command's) that axes would hide."""
+    for key in [*fixed, *axes]:
         if f"{key}.".startswith("run."):
-            raise UserError(f"Grid {name}: the sweep chooses each run's directory; leave out {key} and set `dir`.")
-    for key in [override.partition("=")[0] for override in overrides]:
-        for axis in grid.axes:
-            if f"{key}.".startswith(f"{axis}."):
-                raise UserError(f"Grid {name}: {key} cannot be set for all runs, {axis} is an axis of this grid.")
+            raise UserError(f"Grid {grid}: the sweep chooses each run's directory; leave out {key} and set `dir`.")
+    for key, axis in itertools.product(nearest, axes):
+        if f"{key}.".startswith(f"{axis}."):
+            raise UserError(f"Grid {grid}: {key} cannot be set for all runs, because {axis} is an axis of this grid.")
 
 
 def short_names(keys: list[str]) -> list[str]:
