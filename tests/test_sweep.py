@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fastssl.loading import BetonLoader
 from fastssl.recipe import UserError, load_recipe, shipped_recipes
 from fastssl.sweep import dry_run, expand, in_minutes, load_sweep, run_locally, submit_to_slurm
-from fastssl.sweep.local import Keepers
+from fastssl.sweep.local import Keepers, visible_devices
 from fastssl.sweep.progress import is_finished, is_locked, log_of
 from fastssl.sweep.slurm import Pack
 from fastssl.sweep.table import mean_and_deviation
@@ -159,6 +159,8 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     assert f"Predicted: {hours:.1f} hours, with 20 runs at a time" in out
     dry_run(sweep, runs)
     assert "No hours are predicted: there is no data/cifar10/train.beton" in capsys.readouterr().out
+    dry_run(sweep, runs, jobs=5)
+    assert "No hours are predicted: no run of hprob_barlow has logged its rate" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -258,15 +260,16 @@ def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_pa
 
 
 def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_sweep, tmp_path, capsys):
-    path = write_sweep(barlow(seed=[5]), **{"train.epochs": 40})
+    path = write_sweep(barlow(seed=[5]), **{"train.epochs": 40, "data.resident": True})
     sweep, (run,) = loaded(path)
-    command = [sys.executable, "-m", "fastssl", "sweep", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "fastssl", "sweep", str(path), "--per-gpu", "2"]
+    process = psutil.Popen(command, stdout=subprocess.PIPE)
     wait_until(lambda: steps_in(run) >= 5)
-    assert is_locked(run) and not is_gone(pids_of(run)[0])
+    pids = [child.pid for child in process.children(recursive=True)]
+    assert is_locked(run) and pids_of(run)[0] in pids and len(pids) >= 2  # the run and the keeper of its images
     process.kill()
     process.communicate()
-    wait_until(lambda: is_gone(pids_of(run)[0]), 30)
+    wait_until(lambda: all(is_gone(pid) for pid in pids), 30)
     reached = torch.load(run.dir / "checkpoints" / "last.pt", weights_only=True)["step"]
     assert reached >= 5 and not is_finished(run) and not is_locked(run)  # it saved a checkpoint when its parent died
 
@@ -285,16 +288,21 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_
         run_locally(*loaded(path, "optim.lr=0.5"))
 
 
-def test_one_copy_of_the_images_serves_every_process(write_sweep):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_copy_of_the_images_serves_every_process(write_sweep, device):
     """Two connections get the same memory; a loader on it gives the batches that one on the file gives."""
-    _, (run,) = loaded(write_sweep(barlow(), **{"data.resident": True, "data.limit": 40}))
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    settings = {"data.resident": True, "data.limit": 40, "train.device": device}
+    _, (run,) = loaded(write_sweep(barlow(), **settings))
     keepers, copies = Keepers(), []
-    connections = [keepers.connect("cpu") for _ in range(2)]
+    connections = [keepers.connect(visible_devices([run.recipe])[0]) for _ in range(2)]
     for connection in connections:
         connection.send(run.recipe)
         copies.append(connection.recv())
-    assert all(column.is_shared() for copy in copies for column in copy)
-    loaders = [BetonLoader(run.recipe.data.train, 16, seed=3, limit=40, resident=r) for r in (False, copies[0])]
+    assert all(column.is_shared() and column.device.type == device for copy in copies for column in copy)
+    options = dict(seed=3, limit=40, device=device)
+    loaders = [BetonLoader(run.recipe.data.train, 16, **options, resident=r) for r in (False, copies[0])]
     for streamed, shared in zip(*loaders, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(streamed, shared))
     copies[0].label[7] = 77
@@ -302,9 +310,7 @@ def test_one_copy_of_the_images_serves_every_process(write_sweep):
     with pytest.raises(ValueError, match="not the 48 of"):
         BetonLoader(run.recipe.data.train, 16, resident=copies[0])
     (keeper, _), = keepers.started.values()
-    for connection in connections:
-        connection.close()
-    keepers.close()  # waits for the keeper, which waits for the last connection
+    keepers.close()
     assert not keeper.is_alive()
 
 

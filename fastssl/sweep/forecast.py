@@ -38,13 +38,14 @@ def dry_run(
 ) -> None:
     """Print the grids, what is finished, and predicted hours.
 
-    jobs: GPUs at a time (None: those of this machine). The rate of a grid's runs is images_per_second, else what its
-    runs have logged so far, else what `per_gpu` of them reach beside each other in some steps in a temporary folder.
+    jobs: of a cluster, at a time; None: on this machine. The rate of a grid's runs is images_per_second, else what its
+    runs have logged so far, else, on this machine, what `per_gpu` of them reach beside each other in a few steps in a
+    temporary folder.
     """
     forecasts: dict[str, Forecast] = {}
     for task in tasks_of(runs):
         forecasts.setdefault(task.run.grid, Forecast([])).tasks.append(task)
-    reason = fill_in(forecasts, images_per_second, per_gpu)
+    reason = fill_in(forecasts, images_per_second, per_gpu, here=jobs is None)
 
     for grid, forecast in forecasts.items():
         finished = sum(task.state == "finished" for task in forecast.tasks)
@@ -72,7 +73,7 @@ def dry_run(
     )
 
 
-def fill_in(forecasts: dict[str, Forecast], given: float | None, per_gpu: int) -> str | None:
+def fill_in(forecasts: dict[str, Forecast], given: float | None, per_gpu: int, here: bool) -> str | None:
     """Images and rate of each grid. Returns what is missing where hours cannot be predicted."""
     try:
         for forecast in forecasts.values():
@@ -85,6 +86,8 @@ def fill_in(forecasts: dict[str, Forecast], given: float | None, per_gpu: int) -
             forecast.rate, forecast.source = given, "--images-per-second"
         elif logged:
             forecast.rate, forecast.source = statistics.harmonic_mean(logged), f"{len(logged)} runs of the sweep"
+        elif not here:
+            return f"no run of {grid} has logged its rate, and the cluster's is not known here: --images-per-second."
         elif not Path(file := forecast.tasks[0].run.recipe.data.train).exists():
             return f"there is no {file} to time runs with; build it, or give their rate with --images-per-second."
         else:

@@ -158,7 +158,8 @@ def inherited(device: str, cores: int) -> Iterator[None]:
     before = dict(os.environ)
     if device != CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(threads, str(cores))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -223,8 +224,10 @@ class Keepers:
         return runs
 
     def close(self) -> None:
+        """To be called when no run is left."""
         for process, commands in self.started.values():
-            commands.close()  # the keeper ends when no run needs it
+            commands.close()
+            process.kill()  # it may be loading still, for a run that has been stopped
             process.join()
 
 

@@ -78,16 +78,15 @@ class SweepDisplay:
         return table
 
     def _steps_done(self, tasks: "list[Task]") -> int:
-        return sum(
-            self.steps[task.run.name] if task.state == "finished" else read_progress(task.run).step for task in tasks
-        )
+        finished = sum(self.steps[task.run.name] for task in tasks if task.state == "finished")
+        return finished + sum(read_progress(task.run).step for task in tasks if task.state in ("waiting", "running"))
 
     def _eta(self, tasks: "list[Task]") -> str:
-        """Time until all steps are done, at the pace so far."""
+        """Time until all steps are done, those of failed runs left out, at the pace so far."""
         done = self._steps_done(tasks)
         if done <= self.first_steps:
             return "?"
-        left = sum(self.steps.values()) - done
+        left = sum(self.steps[task.run.name] for task in tasks if task.state != "failed") - done
         seconds = int((time.monotonic() - self.began) / (done - self.first_steps) * left)
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
