@@ -145,11 +145,14 @@ def train(
 ) -> None:
     """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
-    from fastssl.evaluation.probe import probe_of
     from fastssl.training import train
 
-    resume = Path(resume) if resume not in (None, "auto") else resume
-    train(settings, resume=resume, probe=probe_of(settings))
+    probe = None
+    if settings.wants_probe:
+        from fastssl.evaluation.probe import knn_probe
+
+        probe = knn_probe(settings)
+    train(settings, resume=Path(resume) if resume not in (None, "auto") else resume, probe=probe)
 
 
 @app.command()
@@ -209,6 +212,28 @@ def linear(
     from fastssl.evaluation import evaluate_linear
 
     _print_result(evaluate_linear(run, train=train, val=val))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory or checkpoint file")],
+    format: Annotated[
+        Literal["timm", "safetensors", "onnx"],
+        typer.Option(help="timm: its create_model loads it; safetensors: fastssl does; onnx: any ONNX runtime"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="file to write (default: RUN/export/FORMAT/NAME)")] = None,
+    sigma: Annotated[bool, typer.Option("--sigma", help="with what gives mu and sigma (safetensors, onnx)")] = False,
+) -> None:
+    """Write the trained encoder as one file for others, with a model card."""
+    from fastssl.export import export_run
+
+    exported = export_run(run, format, out, sigma)
+    print(f"{exported.path} holds {exported.path.stat().st_size / 1e6:,.1f} MB; {exported.card} describes it.")
+    print(f"Load it with: {exported.load_with}")
+    if exported.difference is not None:
+        print(f"On random images, onnxruntime differs from torch by {exported.difference:.1e} at most.")
+    elif format == "onnx":
+        print("Not checked against torch, as onnxruntime is missing: pip install 'onnxruntime'.")
 
 
 def _print_result(result: dict) -> None:

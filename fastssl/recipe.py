@@ -254,6 +254,11 @@ class Recipe(Section):
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self
 
+    @property
+    def wants_probe(self) -> bool:
+        """Whether training measures kNN accuracy on the way: probe.every, and images to measure it on."""
+        return self.probe.every > 0 and (bool(self.data.val) or self.probe.split == "rest")
+
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -378,7 +383,7 @@ def _nearest(parts: list[str], keys: list[str]) -> str | None:
     """The real key most like a mistyped one: same section first, then the same last word anywhere."""
     siblings = [key for key in keys if key.split(".")[:-1] == parts[:-1]]
     close = difflib.get_close_matches(".".join(parts), siblings, n=1, cutoff=0.6)
-    close = close or [key for key in keys if key.split(".")[-1] == parts[-1]]
+    close = close or sorted((key for key in keys if key.split(".")[-1] == parts[-1]), key=lambda key: key.count("."))
     close = close or difflib.get_close_matches(".".join(parts), keys, n=1, cutoff=0.6)
     return close[0] if close else None
 

@@ -4,7 +4,9 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLOW = ["beton", "loading", "views", "models", "objectives", "training", "evaluation", "profiling", "reporting"]
+FLOW = [
+    "beton", "loading", "views", "models", "objectives", "training", "evaluation", "profiling", "reporting", "export",
+]  # fmt: skip
 COMMON = {"recipe", "randomness", "geometry"}  # everyone may import these; they import nothing of ours
 APPLICATION = {"cli", "demo", "sweep", "__main__", "__init__"}  # these files and folders may import everything
 

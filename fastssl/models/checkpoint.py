@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fastssl.models.exported import load_exported_encoder, load_exported_model
 from fastssl.models.ssl_model import SSLModel
 from fastssl.recipe import Recipe, UserError
 
@@ -80,10 +81,12 @@ def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
 
 
 def load_model(run_or_checkpoint: str | Path) -> SSLModel:
-    """The trained model of a run directory or checkpoint file, in eval mode, on the CPU.
+    """The trained model of a run directory, a checkpoint or an exported .safetensors, in eval mode, on the CPU.
 
     Its weights are their running average where the run kept one (train.ema).
     """
+    if Path(run_or_checkpoint).suffix == ".safetensors":
+        return load_exported_model(Path(run_or_checkpoint))
     path, saved, warning = newest_checkpoint(run_or_checkpoint)
     if warning:
         warnings.warn(warning, stacklevel=2)
@@ -99,17 +102,21 @@ def load_model(run_or_checkpoint: str | Path) -> SSLModel:
 
 def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     """The trained timm backbone alone, in eval mode: images (B, 3, H, W) to features (B, D)."""
+    if Path(run_or_checkpoint).suffix == ".safetensors":
+        return load_exported_encoder(Path(run_or_checkpoint))
     return load_model(run_or_checkpoint).encoder
 
 
 def start_from(model: SSLModel, source: str) -> str:
     """Fill a new model with the weights of `source`, as `model.init` says; returns a line on what came and what not.
 
-    source: a run, a checkpoint of fastssl, or a .safetensors with the backbone's weights under timm's names. All of the
+    source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm's for this backbone. All of the
     encoder must come from there; projector, heads and priors come where names and shapes agree.
     """
     if Path(source).suffix == ".safetensors":
-        weights = {f"encoder.{name}": tensor for name, tensor in _read_safetensors(Path(source)).items()}
+        weights = _read_safetensors(Path(source))
+        if not any(name.startswith("encoder.") for name in weights):  # timm's names; our exports have ours
+            weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     else:
         path, saved, _ = newest_checkpoint(source)
         weights = saved.get("ema") or saved["model"]

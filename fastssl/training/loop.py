@@ -27,7 +27,7 @@ from .distributed import any_process, combine, from_first, is_first, joined_proc
 from .guard import clip_gradients
 from .meters import Meter, compile_counts, rankme
 from .output import Output
-from .run_dir import choose_run_dir, opened_run_dir
+from .run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
 from .schedule import image_size
 from .setup import Run, choose_device, prepare
 from .signals import CutShort, StopRequest
@@ -57,9 +57,12 @@ def train(
         stop = stack.enter_context(StopRequest())
         restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = from_first(choose_run_dir(recipe, resume, restarted) if is_first() else None)
-        run, warnings = prepare(recipe, device, newest_checkpoint(run_dir) if resumes else None, resident)
+        checkpoint = newest_checkpoint(run_dir) if resumes else None
+        run, warnings = prepare(recipe, device, checkpoint, resident)
         if is_first():
             stack.enter_context(opened_run_dir(run_dir))
+            if checkpoint:
+                set_damaged_aside(run_dir, checkpoint.path)
         output = stack.enter_context(Output(run, run_dir))
         for warning in warnings:
             output.say(warning)
@@ -165,8 +168,11 @@ def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None
     state.epochs_probed = epochs_done
     output.log({"epoch": epochs_done - 1, **figures})
     name, value = next(iter(figures.items()), (None, None))
-    if name and value > state.best.get(name, float("-inf")):
+    better = name and value > state.best.get(name, float("-inf"))
+    if better:
         state.best = {name: value, "step": state.step}
+    output.save()  # a resume from before would have to probe again
+    if better:
         output.save("best.pt")
 
 

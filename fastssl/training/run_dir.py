@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fastssl.beton.atomic import write_atomically
-from fastssl.models.checkpoint import find_checkpoints, newest_checkpoint
+from fastssl.models.checkpoint import LAST, PREVIOUS, find_checkpoints, newest_checkpoint
 from fastssl.recipe import Recipe, UserError
 from fastssl.views.paired import unnormalize
 
@@ -45,6 +45,13 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
     if named and (named / "recipe.yaml").exists():
         raise UserError(f"{named} already holds a run: continue it with --resume {named}, or set another run.dir.")
     return named or free, False
+
+
+def set_damaged_aside(run_dir: Path, resumed_from: Path) -> None:
+    """Where a run goes on from previous.pt, last.pt is damaged: the next save must not make it the previous one."""
+    last = run_dir / "checkpoints" / LAST
+    if resumed_from.name == PREVIOUS and last.exists():
+        last.replace(last.with_name("damaged.pt"))
 
 
 def _numbered_dirs(name: str) -> tuple[Path, Path]:
@@ -141,7 +148,8 @@ def save_view_sheet(run_dir: Path, v1: torch.Tensor, v2: torch.Tensor, recipe: R
     pairs = min(PAIRS_SHOWN, len(v1))
     columns = 4
     rows = -(-pairs // columns)
-    size, gap = recipe.views.size, max(2, recipe.views.size // 16)
+    size = v1.shape[-1]  # views.grow may start below views.size
+    gap = max(2, size // 16)
     sheet = np.full((rows * (size + gap) + gap, columns * (2 * size + 2 * gap) + gap, 3), 255, np.uint8)
     for i in range(pairs):
         for view, v in enumerate((v1, v2)):

@@ -65,8 +65,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("log.to=[tensorboard] needs a package: pip install tensorboard.") from None
-        purge = resumed_at + 1 if resumed_at else None  # what the run had shown behind its checkpoint
-        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge)
+        # purge_step: hide what the run had shown behind its checkpoint.
+        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_at + 1)
         self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}\n```")
 
     def write(self, metrics: dict) -> None:

@@ -4,6 +4,6 @@
 the operations as pure functions of (pixels, parameters), `resample.py` the resizing.
 """
 
-from .paired import PairedViews, clean_view
+from .paired import PairedViews, clean_view, describe_clean_view
 
-__all__ = ["PairedViews", "clean_view"]
+__all__ = ["PairedViews", "clean_view", "describe_clean_view"]

@@ -96,6 +96,21 @@ def clean_view(views: Views) -> Callable[[Tensor], Tensor]:
     return clean
 
 
+def describe_clean_view(views: Views) -> dict:
+    """What `clean_view` does to an RGB image in [0, 1], for programs without fastssl; values that JSON knows.
+
+    kind "squash": the whole image becomes a square of `size` pixels, whatever its aspect ratio.
+    """
+    return {
+        "kind": "squash",
+        "size": views.size,
+        "interpolation": "bilinear",
+        "antialias": True,  # along an axis that shrinks
+        "mean": list(views.mean),
+        "std": list(views.std),
+    }
+
+
 def to_unit_range(image_BHWC: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [0, 1]."""
     return image_BHWC.permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,146 @@
+"""Fault drill: a CIFAR-10 run is killed again and again at random moments, and has to end as an undisturbed one.
+
+python benchmarks/faults.py --data data/cifar10 --out records/faults.md
+
+Trains ResNet-18 (ImageNet stem, 32 px, batch 128) on 5,000 images for two epochs with a kNN probe behind each, once
+undisturbed and once under fire: SIGKILL to the whole process group, --kills times, each a random time after the start.
+A kill may strike while Python starts, in a step, in a save or in a probe.
+
+Ends with exit code 1 unless weights, optimiser and the loss of every step are equal bit for bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+RECIPE = "recipes/zprob_barlow.yaml"
+LATEST = 35  # seconds after the start
+EARLY = 5  # kills that strike within the first 10 seconds, while the process starts
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10's train.beton and val.beton")
+    arguments.add_argument("--kills", type=int, default=20)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", type=Path, help="write the result here as Markdown")
+    options = arguments.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    keys = [
+        f"data.train={options.data}/train.beton", f"data.val={options.data}/val.beton", "data.limit=5000",
+        "views.size=32", "train.batch_size=128", "train.epochs=2", "train.device=cpu", "optim.warmup_epochs=1",
+        "probe.every=1", "log.every=1", "checkpoint.every=2",
+    ]  # fmt: skip
+
+    began = time.monotonic()
+    print("undisturbed run ...", flush=True)
+    if start(keys, work / "straight").wait() != 0:
+        return 1
+    undisturbed = time.monotonic() - began
+    rows = []
+    for kill, delay in enumerate(moments(options.kills, options.seed), 1):
+        rows.append(kill_once(keys, work / "killed", delay))
+        print(f"kill {kill}: {rows[-1]}", flush=True)
+    print("last start, left alone ...", flush=True)
+    if start(keys, work / "killed").wait() != 0:
+        return 1
+    differences = compare(work / "straight", work / "killed")
+    text = report(options, rows, differences, undisturbed, time.monotonic() - began)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+    shutil.rmtree(work)
+    return 1 if differences else 0
+
+
+def start(keys: list[str], run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastssl", "train", RECIPE, *keys, f"run.dir={run_dir}", "--resume", "auto"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def moments(kills: int, seed: int) -> list[float]:
+    """Seconds after the start at which to kill, in random order."""
+    generator = random.Random(seed)
+    delays = [generator.uniform(0, 10) for _ in range(EARLY)]
+    delays += [generator.uniform(0, LATEST) for _ in range(kills - EARLY)]
+    generator.shuffle(delays)
+    return delays
+
+
+def kill_once(keys: list[str], run_dir: Path, delay: float) -> dict:
+    """Start the run, kill it, and say where it was."""
+    process = start(keys, run_dir)
+    time.sleep(delay)
+    if process.poll() is not None:
+        raise SystemExit(f"The run ended by itself ({process.returncode}) before it was killed: give it more epochs.")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = checkpoint(run_dir)
+    logged = lines(run_dir)
+    return {
+        "after": round(delay, 1),
+        "step logged": max((line["step"] for line in logged), default=0),
+        "step saved": saved["step"] if saved else None,
+        "in a save": bool(list(run_dir.glob("checkpoints/.*.part*"))),
+        "in a probe": bool(saved) and saved["step"] > 0 and saved["step"] % 39 == 0,
+    }
+
+
+def checkpoint(run_dir: Path) -> dict | None:
+    for name in ("last.pt", "previous.pt"):
+        if (run_dir / "checkpoints" / name).exists():
+            return torch.load(run_dir / "checkpoints" / name, weights_only=True)
+    return None
+
+
+def lines(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in text]
+
+
+def compare(straight: Path, killed: Path) -> list[str]:
+    """What differs between the two runs; nothing should."""
+    a, b = checkpoint(straight), checkpoint(killed)
+    found = [f"weight {name}" for name, tensor in a["model"].items() if not torch.equal(tensor, b["model"][name])]
+    for index, state in a["optimizer"]["state"].items():
+        other = b["optimizer"]["state"][index]
+        found += [f"optimiser {index}.{key}" for key in state if not torch.equal(state[key], other[key])]
+    figures = [
+        [(line["step"], line.get("loss"), line.get("knn")) for line in lines(run)] for run in (straight, killed)
+    ]
+    if figures[0] != figures[1]:
+        found.append("metrics.jsonl")
+    return found
+
+
+def report(options, rows: list[dict], differences: list[str], undisturbed: float, seconds: float) -> str:
+    head = "| kill | " + " | ".join(rows[0]) + " |\n|" + "---|" * (len(rows[0]) + 1)
+    cells = [" | ".join(map(str, (n, *row.values()))) for n, row in enumerate(rows, 1)]
+    body = "\n".join(f"| {line} |" for line in cells)
+    verdict = "Everything is equal, bit for bit." if not differences else f"DIFFERENT: {', '.join(differences[:9])}"
+    command = f"python benchmarks/faults.py --data CIFAR10 --kills {options.kills} --seed {options.seed}"
+    return (
+        f"# Fault drill\n\n`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{os.cpu_count()} cores. The undisturbed run took {undisturbed:.0f} s, all {seconds / 60:.0f} minutes.\n\n"
+        f"{len(rows)} times SIGKILL to the process group at a random moment, then the same command again; "
+        f"weights, optimiser and every line's loss and kNN compared with the undisturbed run. **{verdict}**\n\n"
+        f"{head}\n{body}\n\n"
+        "after: seconds from the start of the process. step logged, step saved: where the run stood when it was "
+        "killed. in a save: a half-written checkpoint lay beside the whole one. in a probe: the last step of an epoch "
+        "was saved, and the kNN probe behind it had not finished.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

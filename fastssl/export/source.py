@@ -1,0 +1,86 @@
+"""The run that is exported: its weights, and what its checkpoint says of them."""
+
+import hashlib
+import importlib.metadata
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastssl.models import SSLModel
+from fastssl.models.checkpoint import load_model, newest_checkpoint, recipe_in
+from fastssl.models.encoder import has_fixed_size
+from fastssl.recipe import Recipe, UserError
+from fastssl.views import describe_clean_view
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model and where it comes from."""
+
+    model: SSLModel  # eval mode, on the CPU
+    recipe: Recipe
+    checkpoint: Path
+    checkpoint_sha256: str
+    step: int | None  # None, also below: the checkpoint does not say
+    epochs_done: int | None
+    run_dir: Path | None  # None: the checkpoint lies in no run directory
+
+    @property
+    def spaces(self) -> str:
+        """Where embeddings are stochastic: "h", "z", "hz", or "" for a deterministic run."""
+        return self.recipe.embedding.stochastic.replace("none", "")
+
+    @property
+    def timm_options(self) -> dict[str, int]:
+        """What timm.create_model needs beside the name and num_classes=0: positions must fit the input's size."""
+        return {"img_size": self.recipe.views.size} if has_fixed_size(self.recipe.model.backbone) else {}
+
+    @property
+    def header(self) -> dict[str, str]:
+        """What an exported file says about itself; a file's metadata are words, so lists and objects are JSON."""
+        return {
+            "fastssl_version": importlib.metadata.version("fastssl-trainer"),
+            "name": self.recipe.name,
+            "backbone": self.recipe.model.backbone,
+            "stem": self.recipe.model.stem,
+            "stochastic": self.recipe.embedding.stochastic,
+            "clean_view": json.dumps(describe_clean_view(self.recipe.views)),
+            "checkpoint_sha256": self.checkpoint_sha256,
+        }
+
+
+def open_run(run: str | Path) -> Source:
+    """A run directory, or a checkpoint file. Raises UserError where there is no sound model in it."""
+    path, saved, warning = newest_checkpoint(run)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    # Where gradients are wanted, torch.export keeps views in some attention (relpos, maxvit) that ONNX refuses.
+    model = load_model(path).requires_grad_(False)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
+    loader = saved.get("loader")
+    return Source(
+        model,
+        recipe_in(path, saved),
+        path,
+        _sha256(path),
+        _count(saved["step"]),
+        _count(loader.get("epoch")) if isinstance(loader, dict) else None,
+        _run_dir_of(path),
+    )
+
+
+def _run_dir_of(checkpoint: Path) -> Path | None:
+    inside = checkpoint.resolve().parent
+    return inside.parent if inside.name == "checkpoints" and (inside.parent / "recipe.yaml").is_file() else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _count(value: object) -> int | None:
+    """A checkpoint from a stranger may hold anything under any key."""
+    return value if type(value) is int and value >= 0 else None

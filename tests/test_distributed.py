@@ -1,0 +1,123 @@
+"""`fastssl train` in several processes, started by torchrun for real: equal to one, killed, restarted, resized."""
+
+import json
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from runs import (
+    PATIENCE,
+    assert_same_run,
+    checkpoint_in,
+    losses_of,
+    metrics_of,
+    run_command,
+    small,
+    start,
+    wait_for_line,
+    weights_of,
+)
+
+from fastssl.models import SSLModel
+from fastssl.recipe import load_recipe
+
+TWENTY_STEPS = ["train.epochs=20", "train.batch_size=48", "optim.warmup_epochs=0"]  # one batch an epoch
+SGD = "optim={name: sgd, lr: 2e-3, final_lr_factor: 1.0}"
+
+
+@pytest.mark.parametrize(
+    "recipe, more, of_losses",
+    [
+        ("vicreg", [SGD], 1e-4),
+        ("zprob_barlow", [SGD, "train.accumulate=2"], 1e-4),
+        # AdamW divides by the root of a gradient's square: where that is nearly zero, rounding decides the step.
+        ("zprob_barlow", ["optim.lr=1e-4"], 1e-3),
+    ],
+)
+def test_two_processes_train_as_one(canvas, tmp_path, recipe, more, of_losses):
+    """With synchronised batch norms: the loss of every step, and with SGD the weights behind the last one."""
+    for processes in (1, 2):
+        run_command(recipe, small(canvas, tmp_path / f"{processes}", *TWENTY_STEPS, *more), processes)
+    one, two = tmp_path / "1", tmp_path / "2"
+    losses = [[loss for _, loss in losses_of(run)] for run in (one, two)]
+    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=of_losses)
+    for key in ("rankme_h", "rankme_z", "grad_norm"):
+        assert [line[key] for line in metrics_of(two)] == pytest.approx([x[key] for x in metrics_of(one)], rel=1e-2)
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+    if more[0] == SGD:
+        torch.manual_seed(0)
+        start_weights = dict(SSLModel(load_recipe(one / "recipe.yaml")).named_parameters())
+        first, second, begun = (
+            torch.cat([weights[name].double().flatten() for name in start_weights])
+            for weights in (weights_of(one), weights_of(two), start_weights)
+        )
+        apart = (first - second).norm()
+        assert apart < 1e-4 * first.norm() and apart < 0.03 * (first - begun).norm()
+
+
+def ranks_of(launcher) -> dict[int, psutil.Process]:
+    """The training processes below torchrun, by rank."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        environment = process.environ()
+        if "LOCAL_RANK" in environment:
+            found[int(environment["RANK"])] = process
+    return found
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_undisturbed(canvas, tmp_path):
+    """The command of the first start names no checkpoint: a restarted process finds its own run."""
+    arguments = ["train.epochs=6", "checkpoint.every=2"]
+    run_command("hprob_vicreg", small(canvas, tmp_path / "straight", *arguments), 2)
+    launcher = start("hprob_vicreg", small(canvas, tmp_path / "killed", *arguments), 2, ("--max-restarts", "2"))
+    wait_for_line(launcher, tmp_path / "killed", 5)
+    ranks_of(launcher)[1].send_signal(signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 0, output
+    assert "Going on with" in output
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    assert len(json.loads((tmp_path / "killed" / "environment.json").read_text())["earlier"]) == 1
+
+
+def test_sigterm_to_torchrun_saves_the_step_and_one_process_goes_on(canvas, tmp_path):
+    """As a scheduler does it: all ranks stop at one step, with a checkpoint; the run ends at another world size."""
+    arguments = small(canvas, tmp_path / "run", "train.epochs=30", "checkpoint.every=1000", "optim.lr=1e-4")
+    launcher = start("zprob_barlow", arguments, 2)
+    wait_for_line(launcher, tmp_path / "run", 4)
+    asked = time.time()
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=PATIENCE)
+    assert time.time() - asked < 30 and launcher.returncode != 0
+    stopped_at = checkpoint_in(tmp_path / "run")["step"]
+    assert 4 <= stopped_at < 90 and f"Stopped by SIGTERM behind step {stopped_at}" in output
+    run_command("zprob_barlow", [*arguments, "--resume", "auto"])
+    assert [step for step, _ in losses_of(tmp_path / "run")] == list(range(1, 91))
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_every_process(canvas, tmp_path):
+    launcher = start("barlow", small(canvas, tmp_path / "run", "train.batch_size=15"), 2)
+    output, _ = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode != 0 and not (tmp_path / "run").exists()
+    assert "process 1: train.batch_size=15 does not divide by 2 processes" in output
+    assert "UserError" not in output  # one sentence; the traceback is torchrun's own
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_the_host_that_is_left(canvas, tmp_path):
+    """Two hosts of one process each (two torchruns); one is gone for good, the other goes on alone."""
+    arguments = small(canvas, tmp_path / "run", "train.epochs=200", "checkpoint.every=2", "--resume", "auto")
+    rendezvous = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test")
+    endpoint = ("--rdzv-endpoint", "localhost:29417", "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1")
+    hosts = [start("barlow", arguments, 1, (*rendezvous, *endpoint)) for _ in range(2)]
+    wait_for_line(hosts[0], tmp_path / "run", 6)
+    # The second host is the one that does not hold the rendezvous.
+    gone = next(host for host in hosts if host is not hosts[0])
+    for process in (*psutil.Process(gone.pid).children(recursive=True), psutil.Process(gone.pid)):
+        process.kill()
+    output, _ = hosts[0].communicate(timeout=PATIENCE)
+    assert hosts[0].returncode == 0, output
+    assert [step for step, _ in losses_of(tmp_path / "run")] == list(range(1, 601))
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert starts["processes"] == 1 and starts["earlier"][0]["processes"] == 2
