@@ -125,6 +125,7 @@ def test_directories_are_short_readable_and_safe(write_sweep):
         ([barlow(**{"run.dir": ["a", "b"]})], [], "leave out run.dir"),
         ([{"recipe": "recipes/barlo.yaml"}], [], "did you mean recipes/barlow.yaml"),
         ([{"recipe": "recipes/barlow.yaml", "name": "../up"}], [], "grids.0.name"),
+        ([{"recipe": "recipes/barlow.yaml", "name": "slurm"}], [], "rename it"),
     ],
 )
 def test_a_wrong_sweep_is_one_sentence(write_sweep, grids, overrides, says):
@@ -372,8 +373,12 @@ def test_what_slurm_is_asked_for_and_never_twice(write_sweep, slurm_commands, ca
     assert not (slurm_commands / "script").exists()
 
     (slurm_commands / "queue").write_text("17_1\n")
+    runs[0].dir.mkdir(parents=True)
+    log_of(runs[0]).write_text("step 3\nfastssl: The disk is full.\n")
     submit_to_slurm(sweep, runs, **options)
-    assert "2 were queued or running already, 3 are submitted now" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 were queued or running already, 3 are submitted now" in out
+    assert "17_0  barlow/seed=1  (a job before this one ended with: The disk is full.)\n17_0  barlow/seed=2\n17_1" in out
     assert "#SBATCH --array=0-1%2\n" in (slurm_commands / "script").read_text()
 
     (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")

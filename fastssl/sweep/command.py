@@ -7,9 +7,9 @@ from rich.console import Console
 from fastssl.recipe import UserError
 from fastssl.training.signals import COME_AGAIN, INTERRUPTED
 
-from .grid import Run, Sweep
+from .grid import JOBS_FOLDER, Run, Sweep
 from .local import run_here, tasks_of
-from .progress import images_per_epoch
+from .progress import images_per_epoch, last_words, log_of
 from .slurm import submit
 from .table import SweepDisplay, results_table
 
@@ -51,10 +51,12 @@ def submit_to_slurm(sweep: Sweep, runs: list[Run], **options) -> int:
         f"{finished} of {len(runs)} runs are finished, {len(submission.queued)} were queued or running already, "
         f"{len(submission.submitted)} are submitted now."
     )
-    for name, job_id in submission.submitted.items():
-        print(f"{job_id}  {name}")
+    for run in runs:
+        if run.name in submission.submitted:
+            before = f"  (a job before this one ended with: {last_words(run)})" if log_of(run).exists() else ""
+            print(f"{submission.submitted[run.name]}  {run.name}{before}")
     if finished < len(runs):
-        print(f"The jobs' logs are in {sweep.folder / 'slurm'}. The same command shows how far they are.")
+        print(f"The jobs' logs are in {sweep.folder / JOBS_FOLDER}. The same command shows how far they are.")
     return 0
 
 

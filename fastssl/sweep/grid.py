@@ -17,6 +17,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from fastssl.recipe import Recipe, Section, UserError, find_recipe, load_recipe, read_yaml, sentence
 
+JOBS_FOLDER = "slurm"  # beside the grids' folders
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]  # it becomes a folder
 
 
@@ -72,6 +73,8 @@ def expand(sweep: Sweep, overrides: list[str] = ()) -> list[Run]:
     for grid, name in zip(sweep.grids, names):
         if names.count(name) > 1:
             raise UserError(f"Two grids of the sweep {sweep.name} are named {name}: give one another `name:`.")
+        if name == JOBS_FOLDER:
+            raise UserError(f"A grid of the sweep {sweep.name} is named {name}, as the folder of SLURM's logs: rename it.")
         nearest = [*as_overrides(grid.set), *overrides]
         fixed = [*as_overrides(sweep.set), *nearest]
         check_keys(name, list(grid.axes), keys_of(fixed), keys_of(nearest))

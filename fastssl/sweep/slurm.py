@@ -12,7 +12,7 @@ from pathlib import Path
 from fastssl.beton.atomic import write_atomically
 from fastssl.recipe import UserError
 
-from .grid import Run, Sweep
+from .grid import JOBS_FOLDER, Run, Sweep
 from .local import GRACE, Task, run_here, tasks_of
 from .table import SweepDisplay
 
@@ -79,7 +79,7 @@ def submit(
     checkpoints. Raises UserError where there is no SLURM, or where it refuses.
     """
     tasks = tasks_of(runs)
-    folder = (sweep.folder / "slurm").absolute()
+    folder = (sweep.folder / JOBS_FOLDER).absolute()
     jobs_file = folder / "jobs.json"
     jobs = json.loads(jobs_file.read_text()) if jobs_file.exists() else {}
     in_queue = ids_in_queue()
