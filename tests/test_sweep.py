@@ -1,5 +1,6 @@
 """Sweeps: from a file to runs, and real processes that are killed, stopped and continued."""
 
+import fcntl
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from fastssl.loading import BetonLoader
 from fastssl.recipe import UserError, load_recipe, shipped_recipes
 from fastssl.sweep import dry_run, expand, in_minutes, load_sweep, run_locally, submit_to_slurm
-from fastssl.sweep.local import Keepers, visible_devices
+from fastssl.sweep.child import BUSY, run_child
+from fastssl.sweep.local import SPAWN, Keepers, visible_devices
 from fastssl.sweep.progress import is_finished, is_locked, log_of
 from fastssl.sweep.slurm import Pack
 from fastssl.sweep.table import mean_and_deviation
@@ -289,6 +291,30 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_
         run_locally(*loaded(path, "optim.lr=0.5"))
 
 
+def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
+    """A lock on the log keeps a second process out; a sweep waits, and takes the run as finished once it is."""
+    sweep, (run,) = loaded(write_sweep(barlow()))
+    run.dir.mkdir(parents=True)
+    with open(log_of(run), "w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        process = SPAWN.Process(target=run_child, args=(run.recipe, os.getpid(), None))
+        process.start()
+        process.join(120)
+        assert process.exitcode == BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
+
+        def finish():
+            (run.dir / "metrics.jsonl").write_text("")
+            (run.dir / "recipe.yaml").write_text(run.recipe.to_yaml())
+            (run.dir / "encoder.safetensors").touch()
+            log.close()
+
+        began = time.time()
+        other = send_when(lambda: time.time() > began + 1.5, finish)
+        assert run_locally(sweep, [run]) == 0 and time.time() > began + 1.5
+        other.join()
+    assert pids_of(run) == []
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_one_copy_of_the_images_serves_every_process(write_sweep, device):
     """Two connections get the same memory; a loader on it gives the batches that one on the file gives."""
@@ -336,6 +362,28 @@ def test_a_requeued_job_goes_on_from_the_checkpoints(write_sweep, tmp_path):
     assert same_weights(runs[0].dir, undisturbed(runs[0], tmp_path))
 
 
+def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
+    """SIGTERM first, then the signal whose handler (submitit's in a job) puts the job back into the queue."""
+    pytest.importorskip("submitit")
+    _, runs = loaded(write_sweep(barlow()))
+    monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "1")
+    me, answered = psutil.Process(), []
+
+    def requeue(number, _):
+        answered.append((number, len([child for child in me.children() if "spawn_main" in " ".join(child.cmdline())])))
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    first = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
+    began = time.time()
+    second = send_when(lambda: time.time() > began + 6, lambda: me.send_signal(signal.SIGUSR2))
+    with pytest.raises(SystemExit):
+        Pack("tiny", runs, 1, 0)()
+    first.join(), second.join()
+    signal.signal(signal.SIGUSR2, before)
+    assert answered == [(signal.SIGUSR2, 0)] and not is_locked(runs[0])
+
+
 @pytest.fixture
 def slurm_commands(tmp_path, monkeypatch):
     """A PATH on which sbatch keeps its scripts and squeue shows the jobs in the file `queue`: SLURM for submitit."""
@@ -378,7 +426,7 @@ def test_what_slurm_is_asked_for_and_never_twice(write_sweep, slurm_commands, ca
     submit_to_slurm(sweep, runs, **options)
     out = capsys.readouterr().out
     assert "2 were queued or running already, 3 are submitted now" in out
-    assert "17_0  barlow/seed=1  (a job before this one ended with: The disk is full.)\n17_0  barlow/seed=2\n17_1" in out
+    assert "17_0  barlow/seed=1  (a job before this one ended with: The disk is full.)\n17_0  barlow/seed=2\n" in out
     assert "#SBATCH --array=0-1%2\n" in (slurm_commands / "script").read_text()
 
     (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")

@@ -74,7 +74,7 @@ def expand(sweep: Sweep, overrides: list[str] = ()) -> list[Run]:
         if names.count(name) > 1:
             raise UserError(f"Two grids of the sweep {sweep.name} are named {name}: give one another `name:`.")
         if name == JOBS_FOLDER:
-            raise UserError(f"A grid of the sweep {sweep.name} is named {name}, as the folder of SLURM's logs: rename it.")
+            raise UserError(f"A grid of {sweep.name} is named {name}, as the folder of SLURM's logs is: rename it.")
         nearest = [*as_overrides(grid.set), *overrides]
         fixed = [*as_overrides(sweep.set), *nearest]
         check_keys(name, list(grid.axes), keys_of(fixed), keys_of(nearest))
