@@ -13,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.models import GlobalBatchNorm, SSLModel, collective, convert_batch_norms, sync_bn
 from fastssl.models.collective import gather_rows, sum_over_ranks
 from fastssl.objectives import barlow_twins_loss, byol_loss, simclr_loss, total_loss, vicreg_loss
+from fastssl.training.guard import FiniteGuard
+from fastssl.training.optim import make_optimizer
+from fastssl.training.state import TrainState
 
 # float64 on both sides, sums in another order; the gradients of a whole network collect more roundings.
 CLOSE = dict(rtol=1e-11, atol=1e-12)
@@ -198,7 +201,27 @@ def check_training(rank, world):
         torch.testing.assert_close(mine.state_dict(), whole.state_dict(), **CLOSE_WEIGHTS)
 
 
-CHECKS = [check_losses, check_collectives, check_batch_norm, check_training]
+def check_guard(rank, world):
+    """A loss of its own batch alone that overflows in the last process: all leave the step out, and count it once."""
+    recipe = recipe_of({"name": "barlow_twins", "gather": False}, {"stochastic": "none"})
+    model = SSLModel(recipe).double()
+    optimizer = make_optimizer(model, recipe.optim)
+    scaler, loader = torch.amp.GradScaler(enabled=False), None
+    state = TrainState(recipe, model, optimizer, scaler, loader, skipped=torch.zeros((), dtype=torch.int64))
+    guard, before = FiniteGuard(model, state), copy.deepcopy(model.state_dict())
+    for bad_rank in (world - 1, None):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        loss = torch.tensor(float("inf") if rank == bad_rank else 2.0 + rank)
+        terms = {"loss": loss, "sigma_min": torch.tensor(1.0 + rank), "grad_norm": torch.tensor(1.0)}
+        left_out = guard.step(terms)
+        same = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        assert bool(left_out) == same == (bad_rank is not None)
+    figures = guard.read(terms)
+    assert figures == {"loss": 2 + (world - 1) / 2, "sigma_min": 1.0, "grad_norm": 1.0, "skipped_steps": 1}
+
+
+CHECKS = [check_guard, check_losses, check_collectives, check_batch_norm, check_training]
 
 
 @pytest.mark.parametrize("world", [2, 4])
