@@ -440,6 +440,12 @@ def test_no_slurm_is_one_sentence(write_sweep, monkeypatch, tmp_path):
         submit_to_slurm(*loaded(write_sweep(barlow())))
 
 
+def test_no_submitit_is_one_sentence(write_sweep, slurm_commands, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        submit_to_slurm(*loaded(write_sweep(barlow())))
+
+
 @pytest.mark.parametrize("text, minutes", [("90", 90), ("24:00", 1440), ("1:5", 65)])
 def test_time_limits(text, minutes):
     assert in_minutes(text) == minutes

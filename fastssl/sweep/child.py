@@ -33,6 +33,8 @@ def run_child(recipe: Recipe, parent: int, keeper: Connection | None) -> None:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(BUSY)
+    except OSError:
+        pass  # some network file systems know no locks
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
         stream.reconfigure(line_buffering=True)

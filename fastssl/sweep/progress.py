@@ -48,10 +48,10 @@ def is_locked(run: Run) -> bool:
         try:
             with open(path, "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            continue
         except BlockingIOError:
             return True
+        except OSError:
+            continue  # there is no such file, or its file system knows no locks
     return False
 
 

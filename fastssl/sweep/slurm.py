@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastssl.beton.atomic import write_atomically
 from fastssl.recipe import UserError
@@ -15,6 +16,9 @@ from fastssl.recipe import UserError
 from .grid import JOBS_FOLDER, Run, Sweep
 from .local import GRACE, Task, run_here, tasks_of
 from .table import SweepDisplay
+
+if TYPE_CHECKING:
+    import submitit  # an extra: imported where it is needed
 
 REQUEUES = 1000  # times that a job may reach its time limit; submitit's own limit is 3
 SIGNAL_DELAY = GRACE + 60  # seconds between the requeue signal and the end of a job at its time limit
@@ -48,7 +52,7 @@ class Pack:
         if left:
             raise RuntimeError(f"{len(left)} of {len(tasks)} runs are not finished: {', '.join(left)}")
 
-    def checkpoint(self):
+    def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """What submitit puts back into the queue: the same again, since finished runs are known by their files."""
         import submitit
 
@@ -100,7 +104,7 @@ def submit(
 
 def make_executor(
     folder: Path, name: str, parallel: int, cpus: int, minutes: int, partition: str | None, gpus: int
-) -> "submitit.AutoExecutor":  # noqa: F821
+) -> "submitit.AutoExecutor":
     try:
         import submitit
     except ModuleNotFoundError:
@@ -118,7 +122,7 @@ def make_executor(
     return executor
 
 
-def submit_packs(executor: "submitit.AutoExecutor", packs: list[Pack]) -> list[str]:  # noqa: F821
+def submit_packs(executor: "submitit.AutoExecutor", packs: list[Pack]) -> list[str]:
     """The job ids, in the packs' order."""
     import submitit
 
