@@ -167,6 +167,7 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
     dry_run(sweep, runs)
@@ -263,7 +264,7 @@ def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_pa
 
 
 def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_sweep, tmp_path, capsys):
-    path = write_sweep(barlow(seed=[5]), **{"train.epochs": 40, "data.resident": True})
+    path = write_sweep(barlow(seed=[5]), **{"data.resident": True})
     sweep, (run,) = loaded(path)
     command = [sys.executable, "-m", "fastssl", "sweep", str(path), "--per-gpu", "2"]
     process = psutil.Popen(command, stdout=subprocess.PIPE)
