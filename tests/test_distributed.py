@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 import torch
-from runs import (
+from training_runs import (
     PATIENCE,
     assert_same_run,
     checkpoint_in,
@@ -102,6 +102,16 @@ def test_a_batch_that_does_not_divide_is_refused_by_every_process(canvas, tmp_pa
     assert launcher.returncode != 0 and not (tmp_path / "run").exists()
     assert "process 1: train.batch_size=15 does not divide by 2 processes" in output
     assert "UserError" not in output  # one sentence; the traceback is torchrun's own
+
+
+def test_a_directory_that_is_taken_is_one_sentence_from_every_process(canvas, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("somebody's")
+    launcher = start("barlow", small(canvas, tmp_path / "run"), 2)
+    output, _ = launcher.communicate(timeout=PATIENCE)
+    for rank in (0, 1):
+        assert f"fastssl process {rank}: {tmp_path}/run already holds a run" in output
+    assert "UserError" not in output and "Connection" not in output
 
 
 @pytest.mark.slow

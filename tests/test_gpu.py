@@ -8,7 +8,8 @@ import torch
 from fastssl import randomness
 from fastssl.loading import BetonLoader
 from fastssl.recipe import Views, load_recipe
-from fastssl.training import train
+from fastssl.training import loop, train
+from fastssl.training.guard import FiniteGuard
 from fastssl.views import PairedViews
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -120,3 +121,61 @@ def test_compiled_bf16_training_learns(canvas, tmp_path, name):
     losses = [line["loss"] for line in lines]
     assert len(losses) == 60 and lines[-1]["skipped_steps"] == 0
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def gpu_recipe(canvas, run_dir, *more):
+    return load_recipe(
+        "recipes/cifar10/zprob_barlow.yaml",
+        [f"data.train={canvas}/train.beton", f"run.dir={run_dir}", "train.batch_size=16", "train.epochs=8",
+         "model.projector={layers: 2, hidden: 64, out: 64}", "train.device=cuda", "log.every=1", *more],
+    )  # fmt: skip
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_loop_waits_for_the_device_at_log_steps_only(canvas, tmp_path, monkeypatch):
+    """Steps 9 to 16 of 24, the next log step, run under CUDA's sync debug mode, where every wait is an error."""
+    real_step, real_read, watched = loop.forward_and_backward, FiniteGuard.read, []
+
+    def step(run, batches, epoch):
+        if 8 <= run.state.step < 16:
+            torch.cuda.set_sync_debug_mode("error")
+            watched.append(run.state.step)
+        return real_step(run, batches, epoch)
+
+    def read(self, terms):
+        torch.cuda.set_sync_debug_mode("default")
+        return real_read(self, terms)
+
+    monkeypatch.setattr(loop, "forward_and_backward", step)
+    monkeypatch.setattr(FiniteGuard, "read", read)
+    try:
+        train(gpu_recipe(canvas, tmp_path / "run", "log.every=8", "train.ema=0.9", "data.resident=false"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched == list(range(8, 16))
+
+
+@pytest.mark.parametrize("more", [["train.cuda_graphs=true"], ["train.precision=tf32"], ["train.precision=fp16"]])
+def test_other_ways_to_compute_a_step_give_its_losses(canvas, tmp_path, more):
+    """fp32 without compile is the oracle. Half precision rounds to 4e-3; the first steps show no drift yet."""
+    want = losses(train(gpu_recipe(canvas, tmp_path / "a", "train.precision=fp32", "train.compile=false")))
+    got = losses(train(gpu_recipe(canvas, tmp_path / "b", *more)))
+    assert len(got) == 24 and got[:4] == pytest.approx(want[:4], rel=3e-2)
+
+
+def test_a_resumed_run_goes_on_where_it_was(canvas, tmp_path):
+    """DESIGN's terms on a GPU: the loss of the first resumed step within 1e-3."""
+    straight = losses(train(gpu_recipe(canvas, tmp_path / "a", "train.precision=fp32")))
+    recipe = gpu_recipe(canvas, tmp_path / "b", "train.precision=fp32", "checkpoint.every=10", "probe.every=4")
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, probe=stop)  # behind step 12: steps 11 and 12 come again
+    resumed = losses(train(recipe, resume="auto"))
+    assert len(resumed) == 24 and resumed[10] == pytest.approx(straight[10], rel=1e-3)

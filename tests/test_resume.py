@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import (
+from training_runs import (
     ENVIRONMENT,
     PATIENCE,
     assert_same_run,

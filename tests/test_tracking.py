@@ -5,8 +5,8 @@ import sys
 import types
 
 import pytest
-from runs import metrics_of, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import metrics_of, small
 
 from fastssl.recipe import UserError, load_recipe
 from fastssl.training import train
@@ -86,10 +86,11 @@ def test_weights_and_biases_gets_every_line_under_one_identity(canvas, tmp_path,
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_is_one_sentence(canvas, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, "wandb" if name == "wandb" else "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, name, None)
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", f"log.to=[{name}]"))
     with pytest.raises(UserError, match=f"pip install {name}"):
         train(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_environment_of_every_start_is_kept(canvas, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import metrics_of, weights_of
-from runs import small as small_run
 from safetensors.torch import load_file
+from training_runs import metrics_of, weights_of
+from training_runs import small as small_run
 
 import fastssl
 from fastssl.evaluation import probe as probe_module

@@ -4,7 +4,7 @@ A value on the CPU travels by gloo and never waits for a device.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -47,13 +47,22 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def from_first(value: Value) -> Value:
-    """The first process's value, on all of them; a plain Python value."""
+def from_first(make: Callable[[], Value]) -> Value:
+    """What `make` returns in the first process, a plain Python value, on all of them; its UserError too."""
     if not dist.is_initialized():
-        return value
-    box = [value]
+        return make()
+    value = mistake = None
+    if is_first():
+        try:
+            value = make()
+        except UserError as error:
+            mistake = str(error)
+    box = [value, mistake]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+    value, mistake = box
+    if mistake:
+        raise UserError(mistake)
+    return value
 
 
 def any_process(flag: bool) -> bool:

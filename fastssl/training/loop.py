@@ -27,7 +27,7 @@ from .distributed import any_process, combine, from_first, is_first, joined_proc
 from .guard import clip_gradients
 from .meters import Meter, compile_counts, rankme
 from .output import Output
-from .run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
+from .run_dir import choose_run_dir, opened_run_dir
 from .schedule import image_size
 from .setup import Run, choose_device, prepare
 from .signals import CutShort, StopRequest
@@ -56,16 +56,13 @@ def train(
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
         stop = stack.enter_context(StopRequest())
         restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-        run_dir, resumes = from_first(choose_run_dir(recipe, resume, restarted) if is_first() else None)
+        run_dir, resumes = from_first(lambda: choose_run_dir(recipe, resume, restarted))
         checkpoint = newest_checkpoint(run_dir) if resumes else None
-        run, warnings = prepare(recipe, device, checkpoint, resident)
-        if is_first():
-            stack.enter_context(opened_run_dir(run_dir))
-            if checkpoint:
-                set_damaged_aside(run_dir, checkpoint.path)
+        run, remarks = prepare(recipe, device, checkpoint, resident)
+        from_first(lambda: stack.enter_context(opened_run_dir(run_dir, checkpoint)))
         output = stack.enter_context(Output(run, run_dir))
-        for warning in warnings:
-            output.say(warning)
+        for remark in remarks:
+            output.say(remark)
         fit(run, output, stop, probe)
     return run_dir
 
@@ -164,7 +161,7 @@ def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None
     if any_process(stop.received is not None):
         output.save()
         output.stopped(stop)
-    figures = from_first(figures)
+    figures = from_first(lambda: figures)
     state.epochs_probed = epochs_done
     output.log({"epoch": epochs_done - 1, **figures})
     name, value = next(iter(figures.items()), (None, None))

@@ -31,8 +31,12 @@ class Output:
         if not is_first():
             self.display, self.trackers = None, None
             return
-        describe_run(run_dir, recipe, device, state.step)
-        self.trackers = Trackers(run_dir, recipe, state.step, state.epochs_probed, self.say)
+        try:
+            describe_run(run_dir, recipe, device, state.step)
+            self.trackers = Trackers(run_dir, recipe, state.step, state.epochs_probed, self.say)
+        except OSError as error:
+            reason = f"{run_dir} cannot be written ({error.strerror})"
+            raise UserError(f"{reason}: free some space, or set run.dir.") from None
         title = f"{recipe.name}  ({device.type}, {run.precision})"
         self.display = Display(title, state.step, run.schedule.total_steps)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fastssl.beton.atomic import write_atomically
-from fastssl.models.checkpoint import LAST, PREVIOUS, find_checkpoints, newest_checkpoint
+from fastssl.models.checkpoint import LAST, PREVIOUS, Checkpoint, find_checkpoints, newest_checkpoint
 from fastssl.recipe import Recipe, UserError
 from fastssl.views.paired import unnormalize
 
@@ -47,13 +47,6 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
     return named or free, False
 
 
-def set_damaged_aside(run_dir: Path, resumed_from: Path) -> None:
-    """Where a run goes on from previous.pt, last.pt is damaged: the next save must not make it the previous one."""
-    last = run_dir / "checkpoints" / LAST
-    if resumed_from.name == PREVIOUS and last.exists():
-        last.replace(last.with_name("damaged.pt"))
-
-
 def _numbered_dirs(name: str) -> tuple[Path, Path]:
     """Of runs/NAME, runs/NAME-2 and so on the first that is free, and the one before it."""
     newest = free = Path("runs") / name
@@ -65,8 +58,11 @@ def _numbered_dirs(name: str) -> tuple[Path, Path]:
 
 
 @contextmanager
-def opened_run_dir(path: Path) -> Iterator[None]:
-    """Make the directory where needed, and keep other processes from training in it meanwhile."""
+def opened_run_dir(path: Path, checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Make the directory where needed, and keep other processes from training in it meanwhile.
+
+    checkpoint: the one that the run goes on from.
+    """
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")
@@ -81,6 +77,9 @@ def opened_run_dir(path: Path) -> Iterator[None]:
             pass  # some network file systems know no locks
         for abandoned in (path / "checkpoints").glob(".*.part*"):  # of a process that was killed while it saved
             abandoned.unlink()
+        last = path / "checkpoints" / LAST
+        if checkpoint and checkpoint.path.name == PREVIOUS and last.exists():
+            last.replace(last.with_name("damaged.pt"))  # the next save must not make it the previous one
         yield
 
 

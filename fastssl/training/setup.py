@@ -1,5 +1,6 @@
 """From a recipe to everything that the loop works with."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .guard import FiniteGuard
 from .optim import make_optimizer
 from .schedule import Schedule, image_size, plan
 from .state import TrainState
+from .tracking import require_trackers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,21 +83,22 @@ class TrainingViews:
 def prepare(
     recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None, resident: Batch | None = None
 ) -> tuple[Run, list[str]]:
-    """Build the run, from its checkpoint where there is one. Returns it with warnings to show.
+    """Build the run, from its checkpoint where there is one. Returns it with remarks to show.
 
     Raises UserError for everything that the user can mend.
     """
+    require_trackers(recipe)
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device, resident)
-    schedule, warnings = plan(recipe, len(loader) // recipe.train.accumulate)
+    schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
 
     if recipe.views.grow and has_fixed_size(recipe.model.backbone):
         raise UserError(f"views.grow: {recipe.model.backbone} takes images of one size only, so leave it out.")
     torch.manual_seed(recipe.seed)
     model = SSLModel(recipe).to(device=device, memory_format=memory_format(recipe))
     if recipe.model.init and not checkpoint:
-        warnings.append(start_from(model, recipe.model.init))
+        remarks.append(start_from(model, recipe.model.init))
     if recipe.train.sync_bn and world_size() > 1:
         convert_batch_norms(model)
     model.train()
@@ -109,21 +112,24 @@ def prepare(
         average=WeightAverage(model, recipe.train.ema) if recipe.train.ema else None,
     )
     if checkpoint:
-        warnings += state.load(checkpoint)
+        remarks += state.load(checkpoint)
     if not is_first():  # dropout masks of its own; the first process's generator is part of the state
         torch.manual_seed(recipe.seed + 1_000_003 * (state.step + 1) + torch.distributed.get_rank())
 
     network = Network(model, total_loss(recipe, schedule.beta_warmup_steps), device, precision)
     if world_size() > 1:
         # Batch norms' buffers need no broadcast: they are the same everywhere, or with sync_bn=false the first one's.
-        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # The name that torch 2.15 wants instead, forward_sync_buffers, 2.13 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
         if recipe.train.compress_gradients:
             network.register_comm_hook(None, bf16_compress_hook)
     no_sync = getattr(network, "no_sync", nullcontext)
     if compiled:
         network = torch.compile(network, dynamic=False, mode="reduce-overhead" if recipe.train.cuda_graphs else None)
     views, guard = TrainingViews(recipe, compiled), FiniteGuard(model, state)
-    return Run(recipe, device, precision, compiled, schedule, state, network, no_sync, views, guard), warnings
+    return Run(recipe, device, precision, compiled, schedule, state, network, no_sync, views, guard), remarks
 
 
 def choose_device(asked: str) -> torch.device:

@@ -61,10 +61,8 @@ class TensorBoard:
     """Every figure as a scalar over steps, in RUN/tensorboard."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, resumed_at: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("log.to=[tensorboard] needs a package: pip install tensorboard.") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         # purge_step: hide what the run had shown behind its checkpoint.
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_at + 1)
         self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}\n```")
@@ -83,10 +81,8 @@ class WeightsAndBiases:
     """A W&B run of the recipe's name, continued by a resume. WANDB_PROJECT and WANDB_MODE work as usual."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, resumed_at: int):
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise UserError("log.to=[wandb] needs a package: pip install wandb.") from None
+        import wandb
+
         identity = run_dir / "wandb_id.txt"
         if not (resumed_at and identity.exists()):
             identity.write_text(uuid4().hex[:12])
@@ -105,6 +101,15 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raises UserError where the package of a name in `log.to` is missing."""
+    for name in recipe.log.to:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"log.to=[{name}] needs a package that is not here: pip install {name}.") from None
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

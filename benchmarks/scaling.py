@@ -1,0 +1,145 @@
+"""What a training step sends between GPUs and keeps in their memory, counted, not timed: for docs/scaling.md.
+
+python benchmarks/scaling.py --out records/scaling.md
+
+Sent: one real step of each recipe in a pretended process group of N ranks, where every collective call is counted with
+its bytes. Kept: the tensors that autograd saves for the backward pass of one step under bf16 autocast, at two batch
+sizes, so that a cost for each image comes out; weights, gradients and AdamW's two moments from the parameters. Eager
+mode: torch.compile keeps less.
+"""
+
+import argparse
+import inspect
+import platform
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fastssl.models import SSLModel, convert_batch_norms
+from fastssl.objectives import total_loss
+from fastssl.recipe import Recipe, load_recipe
+
+RECIPES = [
+    "recipes/barlow.yaml", "recipes/zprob_barlow.yaml", "recipes/hprob_barlow.yaml", "recipes/zprob_vicreg.yaml",
+    "recipes/beyond/zprob_simclr.yaml", "recipes/beyond/resnet50_zprob_barlow.yaml",
+]  # fmt: skip
+GPUS = [(2, 256), (4, 256), (8, 256), (8, 2048), (16, 2048), (32, 2048), (64, 2048)]  # and the global batch
+MB = 1e6
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path, help="write the tables here as Markdown")
+    out = arguments.parse_args().out
+    lines = [
+        "# What a step sends and keeps",
+        "",
+        f"`python benchmarks/scaling.py`, torch {torch.__version__}, {platform.machine()}: counted, not timed.",
+        "",
+        "## Kept in a GPU's memory",
+        "",
+        "| recipe | parameters, millions | weights, gradients, AdamW: MB | saved for the backward pass, MB an image |",
+        "|---|---|---|---|",
+    ]
+    for name in RECIPES:
+        recipe = load_recipe(name)
+        count, per_image = parameters(recipe), saved_per_image(recipe)
+        lines.append(f"| {short(name)} | {count / 1e6:.1f} | {4 * 4 * count / MB:.0f} | {per_image / MB:.1f} |")
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "## Sent by each GPU in a step, with train.sync_bn, in MB (calls)",
+        "",
+        "Gradients: 2 (N - 1) / N of their bytes, as in a ring; half of it with train.compress_gradients. Statistics: "
+        "what loss and batch norms exchange, forwards and backwards, in the same measure; their calls are small.",
+        "",
+        "| recipe | GPUs | global batch | gradients | statistics of the loss | of the batch norms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in RECIPES[:4]:
+        recipe = load_recipe(name)
+        for world, batch in GPUS:
+            loss, norms = sent(recipe, world, batch // world)
+            ring = 2 * (world - 1) / world
+            gradients = 4 * parameters(recipe) * ring / MB
+            lines.append(
+                f"| {short(name)} | {world} | {batch} | {gradients:.0f} "
+                f"| {loss['bytes'] * ring / MB:.1f} ({loss['calls']}) "
+                f"| {norms['bytes'] * ring / MB:.2f} ({norms['calls']}) |"
+            )
+            print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n"
+    if out:
+        out.write_text(text)
+
+
+def short(name: str) -> str:
+    return name.removeprefix("recipes/").removesuffix(".yaml")
+
+
+def parameters(recipe: Recipe) -> int:
+    return sum(p.numel() for p in SSLModel(recipe).parameters() if p.requires_grad)
+
+
+def saved_per_image(recipe: Recipe, batches: tuple[int, int] = (4, 8)) -> float:
+    """Bytes that autograd keeps for an image (both its views), from the difference between two batch sizes."""
+    model, loss_terms = SSLModel(recipe), total_loss(recipe)
+    saved = []
+    for batch in batches:
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        v1, v2 = torch.randn(2, batch, 3, recipe.views.size, recipe.views.size)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16):
+                pair = model(v1, v2, torch.arange(batch), torch.tensor(0))
+            terms = loss_terms(*pair, model.priors, torch.tensor(0))
+        saved.append(sum(kept.values()))
+        del pair, terms
+    return (saved[1] - saved[0]) / (batches[1] - batches[0])
+
+
+def sent(recipe: Recipe, world: int, batch: int) -> tuple[Counter, Counter]:
+    """Bytes and calls of the collectives of one step, those of the loss and those of the batch norms.
+
+    Small images: the size of the statistics does not depend on theirs.
+    """
+    of_loss, of_norms = Counter(), Counter()
+
+    def all_reduce(tensor, *_):
+        (of_norms if in_batch_norm() else of_loss).update(bytes=tensor.nbytes, calls=1)
+        tensor.mul_(world)  # as if all ranks had the same batch
+
+    def all_gather(parts, tensor):
+        # A ring sends each part once, where it sends what is reduced twice.
+        of_loss.update(bytes=tensor.nbytes * world / 2, calls=1)
+        for part in parts:
+            part.copy_(tensor)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with mock.patch.object(dist, "all_reduce", all_reduce), mock.patch.object(dist, "all_gather", all_gather):
+            model, loss_terms = convert_batch_norms(SSLModel(recipe)), total_loss(recipe)
+            v1, v2 = torch.randn(2, batch, 3, 32, 32)
+            pair = model(v1, v2, torch.arange(batch), torch.tensor(0))
+            loss_terms(*pair, model.priors, torch.tensor(0))["loss"].backward()
+    finally:
+        dist.destroy_process_group()
+    return of_loss, of_norms
+
+
+def in_batch_norm() -> bool:
+
+    return any(frame.function in ("forward", "backward") and "sync_bn" in frame.filename for frame in inspect.stack(0))
+
+
+if __name__ == "__main__":
+    main()
