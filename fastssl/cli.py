@@ -148,11 +148,45 @@ def train(
     from fastssl.training import train
 
     probe = None
-    if settings.probe.every and (settings.data.val or settings.probe.split == "rest"):
+    if settings.wants_probe:
         from fastssl.evaluation.probe import knn_probe
 
         probe = knn_probe(settings)
     train(settings, resume=Path(resume) if resume not in (None, "auto") else resume, probe=probe)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="a YAML file; recipes/sweeps/x.yaml also means the shipped one")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for every run")] = None,
+    executor: Annotated[Literal["local", "slurm"], typer.Option(help="this machine, or a SLURM cluster")] = "local",
+    per_gpu: Annotated[int, typer.Option(min=1, help="runs at a time on each GPU; without one, on the CPU")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="how often a run that crashed is continued")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show runs and predicted hours")] = False,
+    images_per_second: Annotated[float | None, typer.Option(min=0.1, help="of one run, for --dry-run")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="SLURM: jobs at a time, each with one GPU")] = 8,
+    cpus: Annotated[int, typer.Option(min=1, help="SLURM: cores of a job")] = 8,
+    time_limit: Annotated[str, typer.Option(help="SLURM: of a job, then requeued; minutes or HH:MM")] = "24:00",
+    partition: Annotated[str | None, typer.Option(help="SLURM: where to run (default: the cluster's)")] = None,
+) -> None:
+    """Train every run of a sweep. Finished runs are skipped, so the same command goes on after any stop."""
+    from fastssl import sweep
+
+    minutes = sweep.in_minutes(time_limit)
+    chosen = sweep.load_sweep(file)
+    runs = sweep.expand(chosen, overrides or [])
+    if dry_run:
+        jobs = parallel if executor == "slurm" else None
+        sweep.dry_run(chosen, runs, per_gpu=per_gpu, jobs=jobs, images_per_second=images_per_second)
+    elif executor == "slurm":
+        sys.exit(
+            sweep.submit_to_slurm(
+                chosen, runs, per_gpu=per_gpu, retries=retries, parallel=parallel, cpus=cpus, minutes=minutes,
+                partition=partition,
+            )
+        )  # fmt: skip
+    else:
+        sys.exit(sweep.run_locally(chosen, runs, per_gpu=per_gpu, retries=retries))
 
 
 @evaluation.command()

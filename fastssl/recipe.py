@@ -254,6 +254,11 @@ class Recipe(Section):
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self
 
+    @property
+    def wants_probe(self) -> bool:
+        """Whether training measures kNN accuracy on the way: probe.every, and images to measure it on."""
+        return self.probe.every > 0 and (bool(self.data.val) or self.probe.split == "rest")
+
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -266,13 +271,13 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     Data files are not touched. Raises UserError with one sentence for anything wrong.
     """
     path = find_recipe(Path(path))
-    values = _read_yaml(path)
+    values = read_yaml(path)
     for override in overrides:
         _apply(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error)}") from None
+        raise UserError(f"{path}: {sentence(error, Recipe)}") from None
 
 
 def shipped_recipes() -> Path:
@@ -310,7 +315,8 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader: builds plain values only
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """The keys and values of a YAML file, 1e-3 read as a number. Raises UserError where there are none."""
     try:
         values = _parse(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -339,8 +345,8 @@ def _apply(values: dict, override: str) -> None:
         raise UserError(f"Override {key}: '{text}' is not a value in YAML syntax.") from None
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one sentence that names the dotted key and the mend."""
+def sentence(error: ValidationError, section: type[BaseModel]) -> str:
+    """The first of pydantic's complaints about a `section` as one sentence that names the dotted key and the mend."""
     first = error.errors()[0]
     # Inside the objective, pydantic adds the chosen class's tag to the location; inside options, what it tried.
     parts, objective = [str(part) for part in first["loc"]], None
@@ -350,7 +356,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{'.'.join(parts[:3])} should be a number, true, false or a list of numbers, not {first['input']!r}."
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        known = _keys(Recipe)
+        known = _keys(section)
         if objective:
             owners = [name for name, kind in OBJECTIVES.items() if parts[-1] in kind.model_fields]
             if owners:

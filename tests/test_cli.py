@@ -50,6 +50,10 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         (["build-beton", "imagefolder", "--source", "/no/where", "--out", "x"], "/no/where"),
         (["eval", "knn", "/no/run"], "/no/run"),
         (["eval", "linear", "/no/run"], "/no/run"),
+        (["sweep", "recipes/sweeps/ablation.yaml"], "did you mean recipes/sweeps/ablation_cifar10.yaml"),
+        (["sweep", "recipes/sweeps/ablation_cifar10.yaml", "seed=1"], "seed is an axis"),
+        (["sweep", "recipes/sweeps/ablation_cifar10.yaml"], "fastssl build-beton cifar10"),
+        (["sweep", "recipes/barlow.yaml"], "the key grids is missing"),
         (["recipes", "show", "recipes/nothing.yaml"], "recipes/"),
     ],
 )

@@ -60,7 +60,8 @@ class BetonLoader:
     limit: this many samples, drawn at random, the same for every seed, behind the first `skip` of that draw.
 
     resident=True decodes the whole file once, keeps it on the device and gives the same batches from
-    there: for a canvas that fits into the device's memory.
+    there: for a canvas that fits into the device's memory. A Batch, what `whole_file` of another loader of
+    the same file and limit gave, is used as it is: so several processes can read one copy.
 
     on_bad_sample: "error" raises a UserError that names a sample that cannot be decoded. "skip" puts
     the next sample of the same batch in its place, with its label and index, and counts it in
@@ -83,7 +84,7 @@ class BetonLoader:
         drop_last: bool = True,
         device: str | torch.device = "cpu",
         decode: Literal["cpu", "gpu"] = "cpu",
-        resident: bool = False,
+        resident: "bool | Batch" = False,
         on_bad_sample: Literal["error", "skip"] = "error",
         limit: int | None = None,
         skip: int = 0,
@@ -99,7 +100,7 @@ class BetonLoader:
         self.drop_last = drop_last
         self.device = torch.device(device)
         self.decode = decode
-        self.resident = resident
+        self.resident = resident is not False
         self.on_bad_sample = on_bad_sample
         self.rank, self.world = _rank_and_world() if shard else (0, 1)
 
@@ -135,6 +136,10 @@ class BetonLoader:
         self.decoder_warnings = 0
         self._buffers = Buffers(pinned=self.device.type == "cuda")
         self._on_device: Batch | None = None
+        if isinstance(resident, Batch):
+            if len(resident.index) != len(self.rows):
+                raise ValueError(f"resident holds {len(resident.index)} samples, not the {len(self.rows)} of {path}")
+            self._on_device = resident
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -284,18 +289,15 @@ class BetonLoader:
     def _from_device(self, order: np.ndarray) -> Iterator[Batch]:
         """The same batches, gathered on the device from the columns kept there."""
         if self._on_device is None:
-            try:
-                self._on_device = self._whole_file()
-            except torch.OutOfMemoryError:
-                raise UserError(f"{self.path} does not fit on the device: set data.resident=false.") from None
+            self._on_device = self.whole_file()
         order_N = torch.from_numpy(order).to(self.device)
         for first in self._first_places():
             place_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)
             row_B = order_N[place_B % len(order_N)]
             yield Batch(*(column[row_B] for column in self._on_device[:-1]), place_B < len(order_N))
 
-    def _whole_file(self) -> Batch:
-        """All samples of `rows`, in their order, on the device."""
+    def whole_file(self) -> Batch:
+        """All samples that the loader draws from, in the file's order, on the device; UserError if they do not fit."""
         reader = BetonLoader(
             self.path, min(self.batch_size, len(self.rows)), crop=self.crop, views=self.views, workers=self.workers,
             shuffle=False, drop_last=False, device=self.device, decode=self.decode, on_bad_sample=self.on_bad_sample,
@@ -303,14 +305,17 @@ class BetonLoader:
         )  # fmt: skip
         reader.rows = self.rows
         whole, filled = None, 0
-        for batch in reader:
-            if whole is None:
-                shapes = ((len(self.rows), *column.shape[1:]) for column in batch)
-                whole = Batch(*(column.new_empty(shape) for column, shape in zip(batch, shapes)))
-            count = min(self.batch_size, len(self.rows) - filled)
-            for kept, column in zip(whole, batch):
-                kept[filled : filled + count] = column[:count]
-            filled += count
+        try:
+            for batch in reader:
+                if whole is None:
+                    shapes = ((len(self.rows), *column.shape[1:]) for column in batch)
+                    whole = Batch(*(column.new_empty(shape) for column, shape in zip(batch, shapes)))
+                count = min(self.batch_size, len(self.rows) - filled)
+                for kept, column in zip(whole, batch):
+                    kept[filled : filled + count] = column[:count]
+                filled += count
+        except torch.OutOfMemoryError:
+            raise UserError(f"{self.path} does not fit on the device: set data.resident=false.") from None
         self.bad_samples, self.decoder_warnings = reader.bad_samples, reader.decoder_warnings
         return whole
 

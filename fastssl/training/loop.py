@@ -35,12 +35,19 @@ from .signals import CutShort, StopRequest
 Probe = Callable[[SSLModel], dict[str, float]]
 
 
-def train(recipe: Recipe, *, resume: Path | Literal["auto"] | None = None, probe: Probe | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    resume: Path | Literal["auto"] | None = None,
+    probe: Probe | None = None,
+    resident: Batch | None = None,
+) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
     resume: a run directory to continue, or "auto": continue the recipe's own where there is one. probe: called with
     the model, in the first process, every `probe.every` epochs and at the end; what it returns is logged, and the
-    checkpoint with the highest first figure stays as best.pt.
+    checkpoint with the highest first figure stays as best.pt. resident: all images of the run, where another process
+    holds them on the device.
 
     Raises UserError for everything that the user can mend, and Stopped (a SystemExit) after SIGTERM, SIGUSR1 or Ctrl-C,
     with a checkpoint of the step before.
@@ -51,7 +58,7 @@ def train(recipe: Recipe, *, resume: Path | Literal["auto"] | None = None, probe
         restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = from_first(lambda: choose_run_dir(recipe, resume, restarted))
         checkpoint = newest_checkpoint(run_dir) if resumes else None
-        run, remarks = prepare(recipe, device, checkpoint)
+        run, remarks = prepare(recipe, device, checkpoint, resident)
         from_first(lambda: stack.enter_context(opened_run_dir(run_dir, checkpoint)))
         output = stack.enter_context(Output(run, run_dir))
         for remark in remarks:

@@ -80,7 +80,9 @@ class TrainingViews:
         return tuple(v.contiguous(memory_format=self.layout) for v in pair)
 
 
-def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None) -> tuple[Run, list[str]]:
+def prepare(
+    recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None, resident: Batch | None = None
+) -> tuple[Run, list[str]]:
     """Build the run, from its checkpoint where there is one. Returns it with remarks to show.
 
     Raises UserError for everything that the user can mend.
@@ -88,7 +90,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     require_trackers(recipe)
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
-    loader = training_loader(recipe, device)
+    loader = training_loader(recipe, device, resident)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
 
     if recipe.views.grow and has_fixed_size(recipe.model.backbone):
@@ -156,37 +158,47 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
-def training_loader(recipe: Recipe, device: torch.device) -> BetonLoader:
-    """The loader of data.train; crops on the device for a canvas file, on the CPU for a full one.
+def crop_of(recipe: Recipe) -> str:
+    """Where crops are cut: on the device for a canvas file, on the CPU for a full one, unless data.crop says."""
+    if recipe.data.crop != "auto":
+        return recipe.data.crop
+    return "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
+
+
+def is_resident(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the run keeps all of its images on the device."""
+    if recipe.data.resident != "auto":
+        return recipe.data.resident
+    if device.type != "cuda" or crop_of(recipe) != "gpu":
+        return False
+    info = read_header(recipe.data.train)
+    height, width = info.max_resolution
+    return info.num_samples * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
+
+
+def training_loader(recipe: Recipe, device: torch.device, resident: Batch | None = None) -> BetonLoader:
+    """The loader of data.train. resident: its images, where another process holds them on the device.
 
     Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate.
     """
-    data, info = recipe.data, read_header(recipe.data.train)
+    data = recipe.data
     shares = world_size() * recipe.train.accumulate
     if recipe.train.batch_size % shares:
         raise UserError(
             f"train.batch_size={recipe.train.batch_size} does not divide by {world_size()} processes x "
             f"train.accumulate={recipe.train.accumulate}: choose a multiple of {shares}."
         )
-    crop = data.crop
-    if crop == "auto":
-        crop = "cpu" if info.resolution is None else "gpu"
-    resident = data.resident is True
-    if data.resident == "auto" and device.type == "cuda" and crop == "gpu":
-        height, width = info.max_resolution
-        memory = torch.cuda.get_device_properties(device).total_memory
-        resident = info.num_samples * height * width * 3 <= memory / 8
     loader = BetonLoader(
         data.train,
         recipe.train.batch_size // shares,
         seed=recipe.seed,
-        crop=crop,
+        crop=crop_of(recipe),
         views=recipe.views,
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
         decode=data.decode,
-        resident=resident,
+        resident=resident or is_resident(recipe, device),
         on_bad_sample=data.on_bad_sample,
         limit=data.limit,
     )

@@ -1,0 +1,75 @@
+"""The process of one run: its log and lock, its share of the machine, and its end when the sweep ends."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fastssl.loading import Batch
+from fastssl.recipe import Recipe, UserError
+from fastssl.training import train
+from fastssl.training.setup import choose_device, is_resident
+from fastssl.training.signals import COME_AGAIN
+
+BUSY = 73  # exit code: another process trains in this directory
+USER_ERROR = 2
+PR_SET_PDEATHSIG = 1
+
+
+def run_child(recipe: Recipe, parent: int, keeper: Connection | None) -> None:
+    """Train `recipe` in recipe.run.dir, from its last checkpoint if there is one; ends in an exit code.
+
+    What it prints goes to output.log. keeper: where to ask for the images that runs share.
+    """
+    end_with(parent)
+    run_dir = Path(recipe.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = open(run_dir / "output.log", "a")  # open, and locked, as long as the process lives
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(BUSY)
+    except OSError:
+        pass  # some network file systems know no locks
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    print(f"--- process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    probe = None
+    try:
+        if recipe.wants_probe:
+            from fastssl.evaluation.probe import knn_probe
+
+            probe = knn_probe(recipe)
+        train(recipe, resume="auto", probe=probe, resident=shared_images(recipe, keeper))
+    except UserError as error:
+        print(f"fastssl: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def end_with(parent: int) -> None:
+    """Let the system send SIGTERM when the parent dies, even of SIGKILL; training then saves a checkpoint and ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before this
+        sys.exit(COME_AGAIN)
+    # SLURM's requeue signal reaches every process of a job. For a run it means the same.
+    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def shared_images(recipe: Recipe, keeper: Connection | None) -> Batch | None:
+    """The run's images from the keeper; None where it streams them, or has to count damaged ones itself."""
+    if keeper is None or recipe.data.on_bad_sample == "skip":
+        return None
+    if not is_resident(recipe, choose_device(recipe.train.device)):
+        return None
+    keeper.send(recipe)
+    images = keeper.recv()
+    if isinstance(images, UserError):
+        raise images
+    if images is not None:
+        print(f"All {len(images.index):,} images come from the copy that the runs share.")
+    return images

@@ -1,0 +1,59 @@
+"""One copy of a data set on a device, for all runs there.
+
+A keeper is a process beside the runs of one GPU (or of the CPU). A run asks it for its images; the first to ask has
+them loaded, and everyone gets a view of the same memory: by CUDA's inter-process handles on a GPU, by shared memory on
+a CPU.
+"""
+
+import shutil
+import signal
+from multiprocessing.connection import Connection, wait
+
+import torch
+
+from fastssl.loading import Batch
+from fastssl.recipe import Recipe, UserError
+from fastssl.training.setup import choose_device, training_loader
+
+SHARED_MEMORY = "/dev/shm"
+
+
+def keep(commands: Connection) -> None:
+    """Answer the runs whose connections come through `commands`, until the sweep and all of them are gone.
+
+    The memory must outlive the runs that read it, so a keeper does not end with the sweep, but with the last run.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # a group of processes may get these together
+        signal.signal(number, signal.SIG_IGN)
+    kept: dict[tuple, Batch] = {}
+    sources: list[Connection] = [commands]
+    while sources:
+        for source in wait(sources):
+            try:
+                message = source.recv()
+                if source is commands:
+                    sources.append(message)
+                else:
+                    source.send(images_for(message, kept))
+            except (EOFError, OSError):  # whoever held the other end is gone
+                sources.remove(source)
+
+
+def images_for(recipe: Recipe, kept: dict[tuple, Batch]) -> Batch | UserError | None:
+    """The images of a run, loaded once for all that have the same; None where shared memory is too small for them."""
+    data = recipe.data
+    key = (data.train, data.limit, data.decode, recipe.train.device)
+    if key not in kept:
+        device = choose_device(recipe.train.device)
+        try:
+            loader = training_loader(recipe, device)
+            if device.type == "cpu" and loader.path.stat().st_size > shutil.disk_usage(SHARED_MEMORY).free:
+                return None
+            kept[key] = loader.whole_file()
+        except UserError as error:
+            return error
+        for column in kept[key]:
+            column.share_memory_()  # nothing to do on a GPU
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return kept[key]
