@@ -250,6 +250,8 @@ class Recipe(Section):
             )
         if self.train.cuda_graphs and self.train.compile is False:
             raise ValueError("train.cuda_graphs replays compiled steps: leave out train.compile=false")
+        if self.train.cuda_graphs and self.train.accumulate > 1:
+            raise ValueError("train.cuda_graphs keeps no gradients between micro-batches: leave out train.accumulate")
         if self.probe.split == "rest" and self.data.limit is None:
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self

@@ -98,6 +98,7 @@ def test_what_does_not_go_together_is_said_before_any_work(canvas, tmp_path, key
     [
         ("train.accumulate=3", "train.accumulate=3 does not divide train.batch_size=256"),
         ("train={cuda_graphs: true, compile: false}", "leave out train.compile=false"),
+        ("train={cuda_graphs: true, accumulate: 2}", "no gradients between micro-batches"),
         ("views.grow={size: 224, epochs: [0, 1]}", "a size below views.size=224"),
         ("views.grow={size: 64, epochs: [3, 1]}", "epochs that rise"),
         ("log.to=[tensorbord]", "tensorboard"),

@@ -33,5 +33,6 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = zip(*self._averaged)
         move_towards(list(averages), list(weights), 1 - decay, unless)
-        for average, weight in self._copied:
-            average.copy_(weight)
+        if self._copied:
+            averages, weights = zip(*self._copied)
+            torch._foreach_copy_(list(averages), list(weights))

@@ -33,10 +33,8 @@ def joined_processes(device: torch.device) -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set, but not RANK: start several processes with torchrun.")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # at a good end only: behind an error it might wait for the others for ever
 
 
 def world_size() -> int:
@@ -76,6 +74,8 @@ def any_process(flag: bool) -> bool:
 
 def combine(names: list[str], values_KN: torch.Tensor) -> torch.Tensor:
     """K copies of N figures as one (N,): of sigma_min and sigma_max the least and the largest, of others the mean."""
+    if len(values_KN) == 1:  # the usual case, at every step
+        return values_KN[0]
     kinds = {"min": torch.amin, "max": torch.amax}
     kind_N = [next((kinds[part] for part in name.split("_") if part in kinds), torch.mean) for name in names]
     return torch.stack([kind(values_KN[:, n], 0) for n, kind in enumerate(kind_N)])

@@ -73,7 +73,10 @@ class Output:
 
     def save_view_sheet(self, v1: Tensor, v2: Tensor) -> None:
         if self.display:
-            save_view_sheet(self.run_dir, v1, v2, self.run.recipe)
+            try:
+                save_view_sheet(self.run_dir, v1, v2, self.run.recipe)
+            except OSError as error:
+                self.say(f"Warning: views.png cannot be written ({error.strerror}).")
 
     def save(self, name: str = LAST) -> None:
         try:

@@ -88,6 +88,8 @@ def prepare(
     Raises UserError for everything that the user can mend.
     """
     require_trackers(recipe)
+    if recipe.train.cuda_graphs and world_size() > 1:
+        raise UserError("train.cuda_graphs is for a single process: leave it out.")
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device, resident)
