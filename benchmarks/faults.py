@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 RECIPE = "recipes/zprob_barlow.yaml"
+STEPS = 39  # an epoch
 LATEST = 35  # seconds after the start
 EARLY = 5  # kills that strike within the first 10 seconds, while the process starts
 
@@ -79,6 +80,8 @@ def moments(kills: int, seed: int) -> list[float]:
 
 def kill_once(keys: list[str], run_dir: Path, delay: float) -> dict:
     """Start the run, kill it, and say where it was."""
+    for part in run_dir.glob("checkpoints/.*.part*"):  # of the kill before
+        part.unlink()
     process = start(keys, run_dir)
     time.sleep(delay)
     if process.poll() is not None:
@@ -86,13 +89,13 @@ def kill_once(keys: list[str], run_dir: Path, delay: float) -> dict:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     saved = checkpoint(run_dir)
-    logged = lines(run_dir)
+    logged = max((line["step"] for line in lines(run_dir)), default=0)
     return {
         "after": round(delay, 1),
-        "step logged": max((line["step"] for line in logged), default=0),
+        "step logged": logged,
         "step saved": saved["step"] if saved else None,
         "in a save": bool(list(run_dir.glob("checkpoints/.*.part*"))),
-        "in a probe": bool(saved) and saved["step"] > 0 and saved["step"] % 39 == 0,
+        "in a probe": logged > 0 and logged % STEPS == 0 and saved["epochs_probed"] < logged // STEPS,
     }
 
 
@@ -138,7 +141,7 @@ def report(options, rows: list[dict], differences: list[str], undisturbed: float
         f"{head}\n{body}\n\n"
         "after: seconds from the start of the process. step logged, step saved: where the run stood when it was "
         "killed. in a save: a half-written checkpoint lay beside the whole one. in a probe: the last step of an epoch "
-        "was saved, and the kNN probe behind it had not finished.\n"
+        "was done, and the kNN probe behind it was not.\n"
     )
 
 

@@ -31,7 +31,7 @@ def main() -> NoReturn:
     except UserError as error:
         if debug:
             raise
-        rank = f" process {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = f" process {os.environ.get('RANK')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"fastssl{rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -94,6 +94,8 @@ class Views(Section):
                 f"views.grow must have a size below views.size={self.size} and epochs that rise, "
                 f"not {self.grow.size} and {list(self.grow.epochs)}"
             )
+        if self.grow and self.size - self.grow.size > 7 * 32:
+            raise ValueError("views.grow has more than 8 sizes, and each is compiled: start from a larger one")
         return self
 
 

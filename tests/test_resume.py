@@ -62,7 +62,8 @@ def test_every_objective_killed_and_resumed_equals_undisturbed_bit_for_bit(canva
         wait_for_line(killed, tmp_path / "killed" / name, 7 + 2 * number)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
-        assert checkpoint_in(tmp_path / "killed" / name)["step"] % 4 == 0
+        step = checkpoint_in(tmp_path / "killed" / name)["step"]
+        assert step % 4 == 0 or step % 6 == 0  # checkpoint.every, or behind a probe
         killed = process("killed")
     assert killed.wait(PATIENCE) == 0 and straight.wait(PATIENCE) == 0
     for name in VARIANTS:

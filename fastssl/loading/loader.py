@@ -274,7 +274,8 @@ class BetonLoader:
 
     def _to_device(self, batch: Batch, copies: "torch.cuda.Stream"):
         """Start the copies on the reader's stream; the event tells when they are done."""
-        moved = Batch(*(t.to(self.device, non_blocking=t.is_pinned()) for t in batch))
+        pinned = (t if t.is_pinned() else t.pin_memory() for t in batch)  # from other memory, copies would wait
+        moved = Batch(*(t.to(self.device, non_blocking=True) for t in pinned))
         return moved, copies.record_event()
 
     def _received(self, batch: Batch, copied: "torch.cuda.Event | None") -> Batch:
@@ -290,7 +291,9 @@ class BetonLoader:
         """The same batches, gathered on the device from the columns kept there."""
         if self._on_device is None:
             self._on_device = self.whole_file()
-        order_N = torch.from_numpy(order).to(self.device)
+        order_N = torch.from_numpy(order)
+        if self.device.type == "cuda":
+            order_N = order_N.pin_memory().to(self.device, non_blocking=True)
         for first in self._first_places():
             place_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)
             row_B = order_N[place_B % len(order_N)]

@@ -24,7 +24,9 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        # Not the state dictionary, which lists a tensor twice that two modules share, as VampPrior does its head's.
+        averages, weights = ([*m.parameters(), *m.buffers()] for m in (self.model, model))
+        pairs = list(zip(averages, weights))
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # batch norms' counts of batches
 

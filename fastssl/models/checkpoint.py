@@ -114,11 +114,11 @@ def start_from(model: SSLModel, source: str) -> str:
     encoder must come from there; projector, heads and priors come where names and shapes agree.
     """
     if Path(source).suffix == ".safetensors":
-        weights = _read_safetensors(Path(source))
+        weights, warning = _read_safetensors(Path(source)), None
         if not any(name.startswith("encoder.") for name in weights):  # timm's names; our exports have ours
             weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     else:
-        path, saved, _ = newest_checkpoint(source)
+        path, saved, warning = newest_checkpoint(source)
         weights = saved.get("ema") or saved["model"]
         if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
             raise UserError(f"model.init: {path} holds no weights that this version of fastssl knows.")
@@ -135,8 +135,9 @@ def start_from(model: SSLModel, source: str) -> str:
             f"as {of_encoder[0]}: set model.backbone and model.stem as they were there."
         )
     model.load_state_dict(fitting, strict=False)
+    warning = f"{warning} " if warning else ""
     rest = f"; {len(lacking)} others start anew, such as {lacking[0]}" if lacking else ""
-    return f"Starting from {source}: {len(fitting)} tensors{rest}."
+    return f"{warning}Starting from {source}: {len(fitting)} tensors{rest}."
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -4,16 +4,24 @@ A value on the CPU travels by gloo and never waits for a device.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from fastssl.recipe import UserError
 
+from .signals import Stopped
+
 Value = TypeVar("Value")
+
+
+_control: dist.ProcessGroup | None = None  # of the CPUs; it waits for hours, as a probe in the first process may take
 
 
 @contextmanager
@@ -32,9 +40,41 @@ def joined_processes(device: torch.device) -> Iterator[torch.device]:
         return
     if "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set, but not RANK: start several processes with torchrun.")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield device
-    dist.destroy_process_group()  # at a good end only: behind an error it might wait for the others for ever
+    store, rank, world = fresh_store()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    global _control
+    _control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    try:
+        yield device
+    except Stopped:  # all processes end here together; behind another error, leaving might wait for the others for ever
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def fresh_store() -> tuple[dist.Store, int, int]:
+    """torchrun's store under a prefix that no earlier start of its processes has used, this one's rank, and how many.
+
+    torchrun keeps its store over a restart (torch 2.15), and in it the addresses of processes that are gone: whoever
+    reads one before it is replaced fails to connect. Its restart count would be no prefix, as every host counts for
+    itself. So the first process makes up a name, and answers with it whoever asks by a number of its own.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank > 0:
+        question = uuid4().hex
+        store.set(f"fastssl/question/{rank}", question)
+        name = store.get(f"fastssl/answer/{question}").decode()  # waits for it
+        store.add(f"{name}/joined", 1)
+        return dist.PrefixStore(name, store), rank, world
+    name, deadline = uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    while store.add(f"{name}/joined", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"fastssl/question/{other}"]):  # perhaps that of a process that is gone: no matter
+                store.set(f"fastssl/answer/{store.get(f'fastssl/question/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"Not all of {world} processes have come within {store.timeout}.")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store), rank, world
 
 
 def world_size() -> int:
@@ -56,7 +96,7 @@ def from_first(make: Callable[[], Value]) -> Value:
         except UserError as error:
             mistake = str(error)
     box = [value, mistake]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, group=_control)
     value, mistake = box
     if mistake:
         raise UserError(mistake)
@@ -68,7 +108,7 @@ def any_process(flag: bool) -> bool:
     if not dist.is_initialized():
         return flag
     raised = torch.tensor(int(flag))
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    dist.all_reduce(raised, dist.ReduceOp.MAX, group=_control)
     return bool(raised)
 
 
@@ -86,5 +126,5 @@ def of_all_processes(values_N: torch.Tensor) -> torch.Tensor:
     if not dist.is_initialized():
         return values_N[None]
     rows = [torch.empty_like(values_N) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, values_N)
+    dist.all_gather(rows, values_N, group=None if values_N.is_cuda else _control)
     return torch.stack(rows)

@@ -27,7 +27,7 @@ from .distributed import any_process, combine, from_first, is_first, joined_proc
 from .guard import clip_gradients
 from .meters import Meter, compile_counts, rankme
 from .output import Output
-from .run_dir import choose_run_dir, opened_run_dir
+from .run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
 from .schedule import image_size
 from .setup import Run, choose_device, prepare
 from .signals import CutShort, StopRequest
@@ -57,9 +57,15 @@ def train(
         stop = stack.enter_context(StopRequest())
         restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = from_first(lambda: choose_run_dir(recipe, resume, restarted))
+        opened = lambda: stack.enter_context(opened_run_dir(run_dir))  # noqa: E731
+        if resumes:  # before anything is read that another process might still write
+            from_first(opened)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint, resident)
-        from_first(lambda: stack.enter_context(opened_run_dir(run_dir, checkpoint)))
+        if not resumes:  # now that nothing is wrong with the recipe
+            from_first(opened)
+        if checkpoint and is_first():
+            set_damaged_aside(checkpoint)
         output = stack.enter_context(Output(run, run_dir))
         for remark in remarks:
             output.say(remark)
@@ -74,7 +80,8 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> Non
     meter = Meter()
     while True:
         # Behind an epoch: state.epochs_probed tells a resumed run whether this is done.
-        if probe and state.epochs_probed < loader.epoch and is_probe_epoch(recipe, loader.epoch):
+        ends_epoch = loader.position == 0 and state.epochs_probed < loader.epoch
+        if probe and ends_epoch and is_probe_epoch(recipe, loader.epoch):
             run_probe(run, output, stop, probe)
             meter.restart()  # the probe's time is not the training's
         if loader.epoch == epochs:
@@ -112,7 +119,8 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> Non
                 h = gather_rows(h, None)
                 ranks = {"rankme_h": rankme(h), "rankme_z": rankme(model.mean_z(h))}
                 compiled = compile_counts() if run.compiled else {}
-                output.log({"epoch": epoch, **figures, **ranks, "lr": rate, **meter.read(loader), **compiled})
+                time = {"seconds": state.count_seconds()}
+                output.log({"epoch": epoch, **figures, **ranks, "lr": rate, **meter.read(loader), **compiled, **time})
             stops = any_process(stop.received is not None)
             if stops or state.step % recipe.checkpoint.every == 0 or (logs and output.save_failed):
                 output.save()
@@ -165,12 +173,10 @@ def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None
     state.epochs_probed = epochs_done
     output.log({"epoch": epochs_done - 1, **figures})
     name, value = next(iter(figures.items()), (None, None))
-    better = name and value > state.best.get(name, float("-inf"))
-    if better:
+    if name and value > state.best.get(name, float("-inf")):
         state.best = {name: value, "step": state.step}
+        output.save("best.pt")  # before the checkpoint that says so
     output.save()  # a resume from before would have to probe again
-    if better:
-        output.save("best.pt")
 
 
 def is_probe_epoch(recipe: Recipe, epochs_done: int) -> bool:

@@ -55,7 +55,8 @@ class Meter:
         seconds = time.perf_counter() - self.since
         of_each = of_all_processes(torch.tensor([self.waited / seconds, loader.bad_samples], dtype=torch.float64))
         figures = {"images_per_second": self.images / seconds, "data_wait": of_each[:, 0].max().item()}
-        if bad_samples := int(of_each[:, 1].sum()):
+        bad = of_each[:, 1]
+        if bad_samples := int(bad.max() if loader.resident else bad.sum()):  # resident: each decodes the whole file
             figures["bad_samples"] = bad_samples
         self.restart()
         return figures

@@ -26,7 +26,7 @@ class Output:
 
     def __init__(self, run: Run, run_dir: Path):
         self.run, self.run_dir = run, run_dir
-        self.save_failed = False
+        self.save_failed = False  # of last.pt
         recipe, state, device = run.recipe, run.state, run.device
         if not is_first():
             self.display, self.trackers = None, None
@@ -79,16 +79,19 @@ class Output:
                 self.say(f"Warning: views.png cannot be written ({error.strerror}).")
 
     def save(self, name: str = LAST) -> None:
+        if self.trackers:
+            self.trackers.flush()  # no line may be missing that the checkpoint has behind it
+        failed = None
         try:
             self.run.state.save(self.run_dir, name)
-            self.save_failed = False
         except OSError as error:
-            if not self.save_failed:
-                self.say(
-                    f"Warning: the checkpoint of step {self.run.state.step} cannot be written ({error.strerror}): "
-                    "training goes on and tries again."
-                )
-            self.save_failed = True
+            failed = error.strerror
+        if failed and not (name == LAST and self.save_failed):
+            then = "tries again" if name == LAST else f"leaves out {name}"
+            what = f"the checkpoint of step {self.run.state.step} cannot be written ({failed})"
+            self.say(f"Warning: {what}: training goes on and {then}.")
+        if name == LAST:
+            self.save_failed = failed is not None
 
     def stopped(self, stop: StopRequest) -> None:
         """End the process behind the checkpoint that was asked for."""
@@ -105,16 +108,19 @@ class Output:
     def finish(self) -> None:
         """The last checkpoint, and encoder.safetensors: the backbone's weights under timm's names."""
         self.save()
+        state = self.run.state
+        encoder = (state.average.model if state.average else state.model).encoder
+        try:
+            if is_first() and not self.save_failed:
+                weights = {name: weight.contiguous().cpu() for name, weight in encoder.state_dict().items()}
+                write_atomically(self.run_dir / "encoder.safetensors", lambda path: path.write_bytes(to_bytes(weights)))
+        except OSError:
+            self.save_failed = True
         if self.save_failed:
             raise UserError(
                 f"{self.run_dir} is trained, but the disk does not take the result: free some space, then "
-                f"--resume {self.run_dir} goes on from the checkpoint before."
+                f"--resume {self.run_dir} goes on from its last checkpoint."
             )
-        state = self.run.state
-        encoder = (state.average.model if state.average else state.model).encoder
-        if is_first():
-            weights = {name: weight.contiguous().cpu() for name, weight in encoder.state_dict().items()}
-            write_atomically(self.run_dir / "encoder.safetensors", lambda path: path.write_bytes(to_bytes(weights)))
         best = ", ".join(f"{name} {value:.4g}" for name, value in state.best.items() if name != "step")
         if best:
             self.say(f"Best probe: {best} at step {state.best['step']} (checkpoints/best.pt)")

@@ -18,33 +18,56 @@ import torch
 from PIL import Image
 
 from fastssl.beton.atomic import write_atomically
-from fastssl.models.checkpoint import LAST, PREVIOUS, Checkpoint, find_checkpoints, newest_checkpoint
+from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints
 from fastssl.recipe import Recipe, UserError
 from fastssl.views.paired import unnormalize
 
 from .distributed import world_size
 
 PAIRS_SHOWN = 16
+LOCK = ".lock"
 
 
 def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restarted: bool) -> tuple[Path, bool]:
-    """The run directory, and whether a run in it goes on.
+    """The run directory, and whether a checkpoint in it is to go on.
 
     resume: a directory whose run goes on; "auto": the one in run.dir (or runs/NAME), where there is one. None: a new
     run, in run.dir, refused if a run is in it, else in runs/NAME or NAME-2 and so on. But where torchrun has restarted
-    the processes because one died, None means their own run.
+    the processes because one died, None means the run that they had begun.
     """
-    if resume not in (None, "auto"):
-        newest_checkpoint(resume)  # says at once where there is nothing to resume
-        return Path(resume), True
     free, newest = _numbered_dirs(recipe.name)
     named = recipe.run.dir and Path(recipe.run.dir)
-    if resume == "auto" or restarted:
-        path = named or (newest if restarted else Path("runs") / recipe.name)
+    if resume == "auto":
+        path = named or Path("runs") / recipe.name
         return path, bool(find_checkpoints(path))
+    if resume is not None:
+        if not find_checkpoints(resume) and not (resume / "recipe.yaml").exists():
+            raise UserError(f"{resume} holds no run: name a run directory of fastssl train.")
+        return resume, bool(find_checkpoints(resume))  # without one it was killed before its first: from the beginning
+    if restarted and _launcher_of(named or newest) == _launcher():
+        return named or newest, bool(find_checkpoints(named or newest))
     if named and (named / "recipe.yaml").exists():
         raise UserError(f"{named} already holds a run: continue it with --resume {named}, or set another run.dir.")
     return named or free, False
+
+
+def _launcher() -> str:
+    """Tells torchrun's agent apart, which stays while it restarts its processes."""
+    return f"{platform.node()} {os.getppid()}"
+
+
+def _launcher_of(run_dir: Path) -> str | None:
+    try:
+        return (run_dir / LOCK).read_text()
+    except OSError:
+        return None
+
+
+def set_damaged_aside(checkpoint: Checkpoint) -> None:
+    """Where a run goes on from the checkpoint before a damaged one: the next save must not make that the previous."""
+    if checkpoint.warning:
+        last = checkpoint.path.with_name(LAST)
+        last.replace(last.with_name("damaged.pt"))
 
 
 def _numbered_dirs(name: str) -> tuple[Path, Path]:
@@ -58,14 +81,11 @@ def _numbered_dirs(name: str) -> tuple[Path, Path]:
 
 
 @contextmanager
-def opened_run_dir(path: Path, checkpoint: Checkpoint | None) -> Iterator[None]:
-    """Make the directory where needed, and keep other processes from training in it meanwhile.
-
-    checkpoint: the one that the run goes on from.
-    """
+def opened_run_dir(path: Path) -> Iterator[None]:
+    """Make the directory where needed, and keep other processes from training in it meanwhile."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")
+        lock = open(path / LOCK, "a")
     except OSError as error:
         raise UserError(f"The run directory {path} cannot be made ({error.strerror}): set another run.dir.") from None
     with lock:
@@ -75,11 +95,12 @@ def opened_run_dir(path: Path, checkpoint: Checkpoint | None) -> Iterator[None]:
             raise UserError(f"Another process is training in {path}: wait for it, or set another run.dir.") from None
         except OSError:
             pass  # some network file systems know no locks
-        for abandoned in (path / "checkpoints").glob(".*.part*"):  # of a process that was killed while it saved
-            abandoned.unlink()
-        last = path / "checkpoints" / LAST
-        if checkpoint and checkpoint.path.name == PREVIOUS and last.exists():
-            last.replace(last.with_name("damaged.pt"))  # the next save must not make it the previous one
+        lock.truncate(0)
+        lock.write(_launcher())
+        lock.flush()
+        for folder in (path, path / "checkpoints"):
+            for abandoned in folder.glob(".*.part*"):  # of a process that was killed while it wrote
+                abandoned.unlink()
         yield
 
 

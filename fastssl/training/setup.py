@@ -19,7 +19,7 @@ from fastssl.objectives import total_loss
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import PairedViews
 
-from .distributed import is_first, world_size
+from .distributed import from_first, is_first, world_size
 from .guard import FiniteGuard
 from .optim import make_optimizer
 from .schedule import Schedule, image_size, plan
@@ -115,6 +115,8 @@ def prepare(
     )
     if checkpoint:
         remarks += state.load(checkpoint)
+    if from_first(lambda: state.step) != state.step:
+        raise UserError("The processes found different checkpoints: let all hosts see one run directory.")
     if not is_first():  # dropout masks of its own; the first process's generator is part of the state
         torch.manual_seed(recipe.seed + 1_000_003 * (state.step + 1) + torch.distributed.get_rank())
 

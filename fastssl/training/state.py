@@ -52,8 +52,6 @@ class TrainState:
         """
         if not is_first():
             return
-        now = time.monotonic()
-        self.seconds, self.started = self.seconds + now - self.started, now
         saved = {
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
@@ -65,7 +63,7 @@ class TrainState:
             "step": self.step,
             "epochs_probed": self.epochs_probed,
             "best": self.best,
-            "seconds": self.seconds,
+            "seconds": self.count_seconds(),
             "torch_threads": torch.get_num_threads(),
             "rng": torch.get_rng_state(),  # for backbones with dropout
             "cuda_rng": torch.cuda.get_rng_state() if self.skipped.is_cuda else None,
@@ -76,6 +74,12 @@ class TrainState:
         folder = run_dir / "checkpoints"
         keep = folder / PREVIOUS if name == LAST else None
         write_atomically(folder / name, lambda path: path.write_bytes(data.getbuffer()), keep=keep)
+
+    def count_seconds(self) -> float:
+        """Of training so far, over all resumes."""
+        now = time.monotonic()
+        self.seconds, self.started = self.seconds + now - self.started, now
+        return self.seconds
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Go on from a checkpoint. Returns warnings. Raises UserError for another run's recipe or a file's damage."""

@@ -31,6 +31,10 @@ class MetricsLog:
         # JSON has no word for what is not finite.
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._waiting.append(json.dumps(finite).encode() + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, if there is room."""
         data, end = b"".join(self._waiting), self._file.seek(0, os.SEEK_END)
         try:
             while data:
@@ -44,6 +48,7 @@ class MetricsLog:
         self._waiting = []
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
 
 
@@ -86,14 +91,18 @@ class WeightsAndBiases:
         identity = run_dir / "wandb_id.txt"
         if not (resumed_at and identity.exists()):
             identity.write_text(uuid4().hex[:12])
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fastssl"),
-            name=recipe.name,
-            id=identity.read_text(),
-            resume="allow",
-            dir=str(run_dir),
-            config=recipe.model_dump(mode="json"),
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "fastssl"),
+                name=recipe.name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=recipe.model_dump(mode="json"),
+            )
+        except Exception as error:  # no key, no network: it has errors of its own for each
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"log.to=[wandb]: {reason}; WANDB_MODE=offline needs neither key nor network.") from None
 
     def write(self, metrics: dict) -> None:
         figures = {name: value for name, value in metrics.items() if name != "step"}
@@ -116,18 +125,28 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 class Trackers:
-    """All the places that `log.to` names, behind metrics.jsonl."""
+    """metrics.jsonl, and the places that `log.to` names. One of those whose disk is full is left out from then on."""
 
     def __init__(
         self, run_dir: Path, recipe: Recipe, resumed_at: int, epochs_probed: int, warn: Callable[[str], None]
     ):
-        self._all = [TRACKERS[name](run_dir, recipe, resumed_at) for name in recipe.log.to]
-        self._all.insert(0, MetricsLog(run_dir / "metrics.jsonl", resumed_at, epochs_probed, warn))
+        self.log = MetricsLog(run_dir / "metrics.jsonl", resumed_at, epochs_probed, warn)
+        self.others = {name: TRACKERS[name](run_dir, recipe, resumed_at) for name in recipe.log.to}
+        self.warn = warn
 
     def write(self, metrics: dict) -> None:
-        for tracker in self._all:
-            tracker.write(metrics)
+        self.log.write(metrics)
+        for name, tracker in list(self.others.items()):
+            try:
+                tracker.write(metrics)
+            except OSError as error:
+                self.warn(f"Warning: {name} cannot be written ({error}): its figures end here, metrics.jsonl has them.")
+                del self.others[name]
+
+    def flush(self) -> None:
+        self.log.flush()
 
     def close(self) -> None:
-        for tracker in self._all:
+        self.log.close()
+        for tracker in self.others.values():
             tracker.close()
