@@ -88,3 +88,11 @@ def test_help_starts_without_torch():
     """`fastssl --help` and `doctor` must work where torch is missing, and be quick where it is not."""
     code = "import sys; from fastssl import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_mistake_among_several_processes_names_the_process(fastssl, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = fastssl("train", "recipes/barlow.yaml", "train.epoch=1")
+    assert code == 2 and err.startswith("fastssl process None:") and "Traceback" not in err  # RANK is not set
+    monkeypatch.setenv("RANK", "1")
+    assert fastssl("train", "recipes/barlow.yaml", "train.epoch=1")[2].startswith("fastssl process 1: ")

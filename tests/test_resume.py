@@ -282,7 +282,8 @@ def test_moved_data_go_on_and_other_data_do_not(canvas, canvas_jpeg, tmp_path):
 def test_kept_epochs_and_the_average_of_the_weights(canvas, tmp_path):
     """What load_model and encoder.safetensors give is the average, computed here by hand from each step's weights."""
     arguments = ["train.ema=0.6", "train.epochs=2", "checkpoint={every: 1, keep: 1}"]
-    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *arguments))
+    arguments += ["embedding.prior=vamp", "embedding.mixture_components=3"]  # it shares its head's tensors
+    recipe = load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *arguments))
     seen = []
     real = output.Output.save
 
@@ -342,3 +343,48 @@ def test_init_refuses_another_encoder_and_files_that_are_none(canvas, tmp_path):
         with pytest.raises(UserError, match=says):
             train(load_recipe("recipes/barlow.yaml", arguments))
         assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(canvas, tmp_path):
+    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
+    run = train(recipe)
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    train(recipe, resume=run)
+    assert [step for step, _ in losses_of(run)] == [1, 2, 3]
+    with pytest.raises(UserError, match="holds no run"):
+        train(recipe, resume=tmp_path)
+
+
+def test_a_restart_takes_over_its_own_run_only(canvas, tmp_path, monkeypatch):
+    """torchrun restarts what ended with exit code 2 too: the second try must not go on with somebody else's run."""
+    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
+    train(recipe)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "run" / ".lock").write_text("elsewhere 1")
+    with pytest.raises(UserError, match="already holds a run"):
+        train(recipe)
+
+
+def test_a_probe_that_is_switched_on_later_waits_for_the_epoch_s_end(canvas, tmp_path, at_step):
+    keys = small(canvas, tmp_path / "run", "train.epochs=3")
+    at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(signals.Stopped):
+        train(load_recipe("recipes/barlow.yaml", keys))
+    assert checkpoint_in(tmp_path / "run")["step"] == 5  # in the middle of the second epoch
+    train(load_recipe("recipes/barlow.yaml", [*keys, "probe.every=1"]), resume="auto", probe=lambda model: {"knn": 0.5})
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "knn" in line] == [6, 9]
+
+
+def test_an_encoder_that_the_disk_does_not_take_is_one_sentence(canvas, tmp_path, monkeypatch):
+    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
+
+    def no_space(path, write):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_atomically", no_space)
+        with pytest.raises(UserError, match="is trained, but the disk does not take the result"):
+            train(recipe)
+    train(recipe, resume="auto")
+    assert (tmp_path / "run" / "encoder.safetensors").exists()

@@ -1,6 +1,8 @@
 """metrics.jsonl, TensorBoard and Weights & Biases: every figure of every step, once, whatever happened to the run."""
 
 import json
+import resource
+import signal
 import sys
 import types
 
@@ -9,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import metrics_of, small
 
 from fastssl.recipe import UserError, load_recipe
-from fastssl.training import train
+from fastssl.training import tracking, train
 from fastssl.training.signals import Stopped
 from fastssl.training.tracking import MetricsLog
 
@@ -105,3 +107,34 @@ def test_the_environment_of_every_start_is_kept(canvas, tmp_path):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert {"command", "git", "packages", "host", "cpu", "cores", "memory_gb", "processes"} <= set(environment)
     assert len(environment["earlier"]) == 1 and environment["earlier"][0]["step"] == 0
+
+
+def test_lines_that_wait_for_room_are_written_when_there_is_some(tmp_path):
+    """The line fails; room comes back; the next save, or the end, writes it without a line behind it."""
+    warnings = []
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, 0, warnings.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        log.write({"step": 1, "loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+        log.write({"step": 2, "loss": 2.0})
+        log.write({"step": 3, "loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1] and len(warnings) == 1
+    log.flush()
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3]
+    log.close()
+
+
+def test_a_tracker_whose_disk_is_full_is_left_out_and_training_goes_on(canvas, tmp_path, monkeypatch, capsys):
+    def no_space(self, metrics):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracking.TensorBoard, "write", no_space)
+    keys = "log.to=[tensorboard]", "train.epochs=1"
+    run = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys)))
+    assert len(metrics_of(run)) == 3
+    assert capsys.readouterr().out.count("Warning: tensorboard cannot be written") == 1
