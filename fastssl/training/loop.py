@@ -9,6 +9,7 @@ torchrun --nproc-per-node 8 -m fastssl train recipes/zprob_barlow.yaml
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -57,13 +58,13 @@ def train(
         stop = stack.enter_context(StopRequest())
         restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = from_first(lambda: choose_run_dir(recipe, resume, restarted))
-        opened = lambda: stack.enter_context(opened_run_dir(run_dir))  # noqa: E731
+        open_run_dir = partial(stack.enter_context, opened_run_dir(run_dir))
         if resumes:  # before anything is read that another process might still write
-            from_first(opened)
+            from_first(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint, resident)
         if not resumes:  # now that nothing is wrong with the recipe
-            from_first(opened)
+            from_first(open_run_dir)
         if checkpoint and is_first():
             set_damaged_aside(checkpoint)
         output = stack.enter_context(Output(run, run_dir))
