@@ -159,7 +159,10 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     assert "hprob_barlow: 54 runs, 0 finished" in out and "samples: 1, 12, 36" in out
     assert "180 runs in runs/ablation_cifar10, 0 of them finished" in out
     hours = 180 * 200 * (40000 // 256 * 256) / 1000 / 3600 / 20
-    assert f"Predicted: {hours:.1f} hours, with 20 runs at a time" in out
+    assert f"Predicted: {hours:.1f} hours. Runs at a time: 20" in out
+    assert [line.split() for line in out.splitlines() if line.startswith("    waiting")] == [
+        ["waiting", run.name] for run in runs
+    ]
     dry_run(sweep, runs)
     assert "No hours are predicted: there is no data/cifar10/train.beton" in capsys.readouterr().out
     dry_run(sweep, runs, jobs=5)
@@ -172,7 +175,7 @@ def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
     dry_run(sweep, runs)
     out = capsys.readouterr().out
-    assert "images/s (30 steps of barlow/seed=" in out and "Predicted: " in out and "with 1 runs at a time" in out
+    assert "images/s (30 steps of barlow/seed=" in out and "hours. Runs at a time: 1 (" in out
     assert not Path("out").exists()
 
 

@@ -36,7 +36,7 @@ class Forecast:
 def dry_run(
     sweep: Sweep, runs: list[Run], *, per_gpu: int = 1, jobs: int | None = None, images_per_second: float | None = None
 ) -> None:
-    """Print the grids, what is finished, and predicted hours.
+    """Print every grid, its runs and whether they are finished, and predicted hours.
 
     jobs: of a cluster, at a time; None: on this machine. The rate of a grid's runs is images_per_second, else what its
     runs have logged so far, else, on this machine, what `per_gpu` of them reach beside each other in a few steps in a
@@ -54,6 +54,8 @@ def dry_run(
             print(f"    {line}")
         if forecast.hours_of_runs is not None:
             print(f"    {forecast.hours_of_runs:,.1f} hours at {forecast.rate:,.0f} images/s ({forecast.source})")
+        for task in forecast.tasks:
+            print(f"    {task.state:<8}  {task.run.name}")
 
     total = sum(len(forecast.tasks) for forecast in forecasts.values())
     finished = sum(task.state == "finished" for forecast in forecasts.values() for task in forecast.tasks)
@@ -68,7 +70,7 @@ def dry_run(
     hours = sum(forecast.hours_of_runs for forecast in forecasts.values()) / places
     where = f"{jobs} jobs" if jobs else "the CPU" if devices == ["cpu"] else f"{len(devices)} GPUs"
     print(
-        f"Predicted: {hours:,.1f} hours, with {places} runs at a time ({where}, {per_gpu} on each). Assumed: a run "
+        f"Predicted: {hours:,.1f} hours. Runs at a time: {places} ({where}, {per_gpu} on each). Assumed: a run "
         "keeps its rate, no place waits for a run, and probes and checkpoints cost nothing."
     )
 
