@@ -2,7 +2,7 @@
 
 python benchmarks/faults.py --data data/cifar10 --out records/faults.md
 
-Trains ResNet-18 (ImageNet stem, 32 px, batch 128) on 5,000 images for two epochs with a kNN probe behind each, once
+Trains ResNet-18 (ImageNet stem, 32 px, batch 128) on 5,000 images for five epochs with a kNN probe behind each, once
 undisturbed and once under fire: SIGKILL to the whole process group, --kills times, each a random time after the start.
 A kill may strike while Python starts, in a step, in a save or in a probe.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 RECIPE = "recipes/zprob_barlow.yaml"
-STEPS = 39  # an epoch
+EPOCHS, STEPS = 5, 39  # and steps of each
 LATEST = 35  # seconds after the start
 EARLY = 5  # kills that strike within the first 10 seconds, while the process starts
 
@@ -39,7 +39,7 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="faults-"))
     keys = [
         f"data.train={options.data}/train.beton", f"data.val={options.data}/val.beton", "data.limit=5000",
-        "views.size=32", "train.batch_size=128", "train.epochs=2", "train.device=cpu", "optim.warmup_epochs=1",
+        "views.size=32", "train.batch_size=128", f"train.epochs={EPOCHS}", "train.device=cpu", "optim.warmup_epochs=1",
         "probe.every=1", "log.every=1", "checkpoint.every=2",
     ]  # fmt: skip
 
