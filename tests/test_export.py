@@ -22,7 +22,7 @@ import fastssl
 from fastssl import cli
 from fastssl.evaluation import evaluate_knn
 from fastssl.evaluation.probe import knn_probe
-from fastssl.export import export_run
+from fastssl.export import command, export_run
 from fastssl.export.onnx_file import Embed, largest_difference
 from fastssl.models import SSLModel
 from fastssl.recipe import Recipe, UserError, load_recipe
@@ -453,3 +453,16 @@ def test_the_weights_are_those_that_load_model_gives(copy, tmp_path):
     sha256 = hashlib.sha256(previous.read_bytes()).hexdigest()
     assert f"| previous.pt |\n| its sha256 | {sha256} |" in made.card.read_text()
     assert "`eval/knn.json` was measured on other weights" in made.card.read_text()
+
+
+def test_a_write_that_fails_leaves_neither_file_nor_card(run, tmp_path, monkeypatch):
+    def no_space(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "save_file", no_space)
+        with pytest.raises(UserError, match="No space left"):
+            export_run(run, "timm", path)
+    assert list(tmp_path.iterdir()) == []
+    assert {made.name for made in export_run(run, "timm", path).card.parent.iterdir()} == {path.name, "model_card.md"}

@@ -14,6 +14,7 @@ from training_runs import (
     PATIENCE,
     assert_same_run,
     checkpoint_in,
+    command,
     losses_of,
     metrics_of,
     small,
@@ -24,7 +25,7 @@ from training_runs import (
 
 import fastssl
 from fastssl.recipe import UserError, load_recipe
-from fastssl.training import output, setup, signals, train
+from fastssl.training import output, run_dir, setup, signals, state, train
 
 # Every objective, every space, both priors that learn, EMA, micro-batches, growing views, other optimisers. Six steps
 # an epoch and a checkpoint every four: it lies in the middle of an epoch, behind a probe or before one.
@@ -109,7 +110,9 @@ def at_step(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(canvas, tmp_path, at_step, number, code):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "log.every=4"))
     handler = signal.getsignal(number)
@@ -122,6 +125,42 @@ def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(canv
     train(recipe, resume="auto")
     straight = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "straight", "log.every=4"))
     assert_same_run(train(straight), tmp_path / "run")
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(canvas, tmp_path, at_step):
+    """As nohup does it."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(1, lambda: signal.raise_signal(signal.SIGHUP))
+    try:
+        assert len(losses_of(train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run"))))) == 6
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_output_that_cannot_be_written_stops_no_run(canvas, tmp_path):
+    """Standard output is a device that is always full, as a log file on the disk of the checkpoints may be."""
+    recipe = small(canvas, tmp_path / "run", "train.epochs=1", "name='a[/b] :smile:'")
+    with open("/dev/full", "w") as full:
+        subprocess.run(command("barlow", recipe), env=ENVIRONMENT, stdout=full, timeout=PATIENCE)
+    assert len(losses_of(tmp_path / "run")) == 3 and (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_a_best_checkpoint_that_the_disk_refused_is_not_taken_for_saved(canvas, tmp_path, monkeypatch):
+    keys = small(canvas, tmp_path / "run", "probe.every=1", "train.epochs=3")
+    recipe = load_recipe("recipes/barlow.yaml", keys)
+    figures, refused = iter([0.9, 0.8, 0.7]), []
+    real = state.TrainState.save
+
+    def save(self, run_dir, name="last.pt"):
+        if name == "best.pt" and not refused:
+            refused.append(name)
+            raise OSError(28, "No space left on device")
+        real(self, run_dir, name)
+
+    monkeypatch.setattr(state.TrainState, "save", save)
+    train(recipe, probe=lambda model: {"knn": next(figures)})
+    assert checkpoint_in(tmp_path / "run", "best.pt")["best"] == {"knn": 0.8, "step": 6}
+    assert checkpoint_in(tmp_path / "run")["best"] == {"knn": 0.8, "step": 6}
 
 
 def test_a_second_ctrl_c_interrupts_at_once(canvas, tmp_path, at_step):
@@ -223,6 +262,22 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(canvas, t
     assert fastssl.load_model(run) is not None
 
 
+def test_a_list_of_the_right_words_is_no_checkpoint(canvas, tmp_path):
+    path = tmp_path / "list.pt"
+    torch.save(["recipe", "model", "step"], path)
+    with pytest.raises(UserError, match="is not a checkpoint of fastssl"):
+        fastssl.load_model(path)
+    run = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1")))
+    saved = checkpoint_in(run)
+    for odd in (torch.zeros(2), {"x": torch.zeros(2, 2).to_sparse()}):
+        torch.save({**saved, "ema": odd}, path)
+        keys = small(canvas, tmp_path / "new", f"model.init={path}")
+        with pytest.raises(UserError, match="holds no weights"):
+            train(load_recipe("recipes/barlow.yaml", keys))
+        with pytest.raises(UserError, match="do not fit its own recipe"):
+            fastssl.load_model(path)
+
+
 def test_a_checkpoint_of_another_kind_of_state_is_one_sentence(canvas, tmp_path):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
     run = train(recipe)
@@ -258,7 +313,7 @@ def test_two_processes_never_train_in_one_directory(canvas, tmp_path):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "probe.every=1"))
 
     def probe(model):
-        with pytest.raises(UserError, match="Another process is training"):
+        with pytest.raises(run_dir.RunDirBusy, match="Another process is training"):
             train(recipe, resume=tmp_path / "run")
         return {"asked": 1.0}
 

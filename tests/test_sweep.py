@@ -21,7 +21,7 @@ from fastssl.recipe import UserError, load_recipe, shipped_recipes
 from fastssl.sweep import dry_run, expand, in_minutes, load_sweep, run_locally, submit_to_slurm
 from fastssl.sweep.child import BUSY, run_child
 from fastssl.sweep.local import SPAWN, Keepers, visible_devices
-from fastssl.sweep.progress import is_finished, is_locked, log_of
+from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_words, log_of, read_progress
 from fastssl.sweep.slurm import Pack
 from fastssl.sweep.table import mean_and_deviation
 from fastssl.training import train
@@ -168,6 +168,30 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     dry_run(sweep, runs, jobs=5)
     assert "No hours are predicted: no run of hprob_barlow has logged its rate" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_no_place_that_no_run_fills(write_sweep, capsys):
+    sweep, runs = loaded(write_sweep(barlow(seed=[1, 2])))
+    dry_run(sweep, runs, per_gpu=4, jobs=8, images_per_second=1)
+    images = runs[0].recipe.train.epochs * 48
+    assert f"Predicted: {images / 3600:.1f} hours. Runs at a time: 2" in capsys.readouterr().out
+
+
+def test_what_runs_left_behind_is_read_with_patience(write_sweep, tmp_path):
+    """Lines that are none, a finished run without metrics, a log that is a folder."""
+    _, (run,) = loaded(write_sweep(barlow()))
+    assert last_knn(run) is None and read_progress(run).step == 0
+    run.dir.mkdir(parents=True)
+    text = 'null\n{"step": "x", "knn": 1}\n{"step": 3, "loss": 2.0, "knn": 0.25}\n{"step": 4, "lo'
+    (run.dir / "metrics.jsonl").write_text(text)
+    assert last_knn(run) == 0.25 and read_progress(run).step == 3
+    log_of(run).mkdir()
+    assert last_words(run) == "it printed nothing"
+
+
+def test_names_beyond_16_bits_reach_the_run(write_sweep):
+    _, runs = loaded(write_sweep({**barlow(seed=[1]), "set": {"data.val": "😀.beton"}}))
+    assert runs[0].recipe.data.val == "😀.beton"
 
 
 @pytest.mark.slow

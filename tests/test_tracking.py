@@ -138,3 +138,8 @@ def test_a_tracker_whose_disk_is_full_is_left_out_and_training_goes_on(canvas, t
     run = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys)))
     assert len(metrics_of(run)) == 3
     assert capsys.readouterr().out.count("Warning: tensorboard cannot be written") == 1
+
+
+def test_readers_pass_over_what_is_no_line():
+    lines = ["null", "[1]", '{"step": "x"}', '{"step": 1, "loss": null, "note": "x"}', "[" * 100000, '{"step": 2, "l']
+    assert list(tracking.readable_lines(lines)) == [{"step": 1, "loss": None}]

@@ -42,8 +42,7 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
     path = out or default_path(source, format, sigma)
     card = path.with_name(CARD)
     refuse_taken_names(path, card, format)
-    findings = look_into(source)
-
+    text = model_card(source, look_into(source), path.name, format, sigma).encode("utf-8", "replace")
     difference = None
 
     def write(beside: Path) -> None:
@@ -56,11 +55,13 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
             write_exported(beside, source.model, source.recipe, {"format": "pt", **source.header}, whole=sigma)
 
     try:
+        write_atomically(card, lambda beside: beside.write_bytes(text))
         write_atomically(path, write)
-        text = model_card(source, findings, path.name, format, sigma)
-        write_atomically(card, lambda beside: beside.write_text(text))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}): name another file with --out.") from None
+    finally:
+        if not path.exists():  # a card alone would be in the way of the next try
+            card.unlink(missing_ok=True)
     return Exported(path, card, loading_line(source, str(path), format, sigma), difference)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastssl.evaluation.features import weights_sha256
 from fastssl.export.source import Source
+from fastssl.training.tracking import readable_lines
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,9 @@ def _last_probe(path: Path, exported_step: int | None) -> dict[str, float] | Non
     if not path.is_file():
         return None
     last = None
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        figures = _numbers(_object(entry))
-        if "step" not in figures or "loss" in entry or len(figures) == (2 if "epoch" in figures else 1):
+    for entry in readable_lines(path.read_text(errors="replace").splitlines()):
+        figures = _numbers(entry)
+        if "loss" in entry or not figures.keys() - {"step", "epoch"}:
             continue
         if exported_step is None or figures["step"] <= exported_step:
             last = figures

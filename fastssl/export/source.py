@@ -1,6 +1,5 @@
 """The run that is exported: its weights, and what its checkpoint says of them."""
 
-import hashlib
 import importlib.metadata
 import json
 import warnings
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastssl.models import SSLModel
-from fastssl.models.checkpoint import load_model, newest_checkpoint, recipe_in
+from fastssl.models.checkpoint import model_in, newest_checkpoint, recipe_in
 from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import describe_clean_view
@@ -52,11 +51,12 @@ class Source:
 
 def open_run(run: str | Path) -> Source:
     """A run directory, or a checkpoint file. Raises UserError where there is no sound model in it."""
-    path, saved, warning = newest_checkpoint(run)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
+    checkpoint = newest_checkpoint(run)
+    path, saved = checkpoint.path, checkpoint.saved
+    if checkpoint.warning:
+        warnings.warn(checkpoint.warning, stacklevel=2)
     # Where gradients are wanted, torch.export keeps views in some attention (relpos, maxvit) that ONNX refuses.
-    model = load_model(path).requires_grad_(False)
+    model = model_in(checkpoint).requires_grad_(False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
     loader = saved.get("loader")
@@ -64,7 +64,7 @@ def open_run(run: str | Path) -> Source:
         model,
         recipe_in(path, saved),
         path,
-        _sha256(path),
+        checkpoint.sha256,
         _count(saved["step"]),
         _count(loader.get("epoch")) if isinstance(loader, dict) else None,
         _run_dir_of(path),
@@ -74,11 +74,6 @@ def open_run(run: str | Path) -> Source:
 def _run_dir_of(checkpoint: Path) -> Path | None:
     inside = checkpoint.resolve().parent
     return inside.parent if inside.name == "checkpoints" and (inside.parent / "recipe.yaml").is_file() else None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _count(value: object) -> int | None:

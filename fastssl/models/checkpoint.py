@@ -1,5 +1,6 @@
 """Checkpoints and run directories back into models. Files from strangers run no code."""
 
+import hashlib
 import io
 import warnings
 import zipfile
@@ -22,7 +23,8 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 class Checkpoint(NamedTuple):
     path: Path
     saved: dict[str, Any]  # what training saved; tensors on the CPU
-    warning: str | None  # where the newest file was damaged and this is the one before
+    sha256: str  # of the file
+    warning: str | None = None  # where the newest file was damaged and this is the one before
 
 
 def find_checkpoints(run_or_checkpoint: str | Path) -> list[Path]:
@@ -45,16 +47,16 @@ def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     damaged = None
     for path in files:
         try:
-            saved = read_checkpoint(path)
+            found = read_checkpoint(path)
         except UserError as error:
             damaged = damaged or error
             continue
-        return Checkpoint(path, saved, f"{damaged} Taking {path}, of step {saved['step']}." if damaged else None)
+        return found._replace(warning=damaged and f"{damaged} Taking {path}, of step {found.saved['step']}.")
     raise damaged
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What training saved in this file; tensors on the CPU. Raises UserError for a damaged or foreign file."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What training saved in this file. Raises UserError for a damaged or foreign one."""
     try:
         data = path.read_bytes()
         # torch leaves out the check of the archive's checksums; a flipped bit would become a weight.
@@ -62,13 +64,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        missing = {"recipe", "model", "step"} - set(saved)
+        missing = {"recipe", "model", "step"} - (saved.keys() if isinstance(saved, dict) else set())
     except Exception as error:  # a damaged file raises whatever its bytes happen to lead to
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
     if missing:
         raise UserError(f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}.")
-    return saved
+    return Checkpoint(path, saved, hashlib.sha256(data).hexdigest())
 
 
 def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
@@ -87,13 +89,19 @@ def load_model(run_or_checkpoint: str | Path) -> SSLModel:
     """
     if Path(run_or_checkpoint).suffix == ".safetensors":
         return load_exported_model(Path(run_or_checkpoint))
-    path, saved, warning = newest_checkpoint(run_or_checkpoint)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
+    checkpoint = newest_checkpoint(run_or_checkpoint)
+    if checkpoint.warning:
+        warnings.warn(checkpoint.warning, stacklevel=2)
+    return model_in(checkpoint)
+
+
+def model_in(checkpoint: Checkpoint) -> SSLModel:
+    """What `load_model` gives, of a checkpoint that has been read."""
+    path, saved = checkpoint.path, checkpoint.saved
     recipe = recipe_in(path, saved)
     try:
         model = SSLModel(recipe)
-        model.load_state_dict(saved.get("ema") or saved["model"])
+        model.load_state_dict(saved["model"] if saved.get("ema") is None else saved["ema"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit its own recipe: {reason}") from None
@@ -118,9 +126,9 @@ def start_from(model: SSLModel, source: str) -> str:
         if not any(name.startswith("encoder.") for name in weights):  # timm's names; our exports have ours
             weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     else:
-        path, saved, warning = newest_checkpoint(source)
-        weights = saved.get("ema") or saved["model"]
-        if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
+        path, saved, _, warning = newest_checkpoint(source)
+        weights = saved["model"] if saved.get("ema") is None else saved["ema"]
+        if not isinstance(weights, dict) or not all(map(_is_dense, weights.values())):
             raise UserError(f"model.init: {path} holds no weights that this version of fastssl knows.")
     own = model.state_dict()
     # BYOL's target starts as a copy of the online network, wherever that comes from.
@@ -138,6 +146,10 @@ def start_from(model: SSLModel, source: str) -> str:
     warning = f"{warning} " if warning else ""
     rest = f"; {len(lacking)} others start anew, such as {lacking[0]}" if lacking else ""
     return f"{warning}Starting from {source}: {len(fitting)} tensors{rest}."
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fastssl.loading import Batch
 from fastssl.recipe import Recipe, UserError
 from fastssl.training import train
+from fastssl.training.run_dir import RunDirBusy
 from fastssl.training.setup import choose_device, is_resident
 from fastssl.training.signals import COME_AGAIN
 
@@ -48,7 +49,7 @@ def run_child(recipe: Recipe, parent: int, keeper: Connection | None) -> None:
         train(recipe, resume="auto", probe=probe, resident=shared_images(recipe, keeper))
     except UserError as error:
         print(f"fastssl: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(BUSY if isinstance(error, RunDirBusy) else USER_ERROR)
 
 
 def end_with(parent: int) -> None:
@@ -56,8 +57,11 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before this
         sys.exit(COME_AGAIN)
-    # SLURM's requeue signal reaches every process of a job. For a run it means the same.
-    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    # SLURM's requeue signal reaches every process of a job, a closed terminal's every process of the sweep. For a run
+    # they mean the same; of the second, training says so itself once it runs.
+    for number in (signal.SIGUSR2, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def shared_images(recipe: Recipe, keeper: Connection | None) -> Batch | None:

@@ -66,7 +66,7 @@ def dry_run(
         print(f"No hours are predicted: {reason}")
         return
     devices = visible_devices([run.recipe for run in runs])
-    places = (jobs or len(devices)) * per_gpu
+    places = min((jobs or len(devices)) * per_gpu, max(1, total - finished))
     hours = sum(forecast.hours_of_runs for forecast in forecasts.values()) / places
     where = f"{jobs} jobs" if jobs else "the CPU" if devices == ["cpu"] else f"{len(devices)} GPUs"
     print(

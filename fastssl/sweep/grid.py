@@ -95,14 +95,18 @@ def make_run(folder: Path, grid: str, recipe: str, fixed: list[str], values: dic
     shown = ",".join(f"{short}={in_a_name(value)}" for short, value in zip(short_names(list(values)), values.values()))
     name = f"{grid}/{shown}" if shown else grid
     try:
-        loaded = load_recipe(recipe, [*fixed, *as_overrides(values), f"run.dir={json.dumps(str(folder / name))}"])
+        loaded = load_recipe(recipe, [*fixed, *as_overrides(values), f"run.dir={as_yaml(str(folder / name))}"])
     except UserError as error:
         raise UserError(f"Run {name}: {error}") from None
     return Run(name, grid, values, loaded)
 
 
 def as_overrides(values: dict[str, JsonValue]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML too
+    return [f"{key}={as_yaml(value)}" for key, value in values.items()]
+
+
+def as_yaml(value: JsonValue) -> str:
+    return json.dumps(value, ensure_ascii=False)  # JSON is YAML too, but for what it escapes beyond 16 bits
 
 
 def keys_of(overrides: list[str]) -> list[str]:

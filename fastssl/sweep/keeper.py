@@ -23,9 +23,11 @@ def keep(commands: Connection) -> None:
 
     The memory must outlive the runs that read it, so a keeper does not end with the sweep, but with the last run.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # a group of processes may get these together
+    # A group of processes may get these together.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     kept: dict[tuple, Batch] = {}
+    readers: dict[Connection, tuple] = {}  # the set that each run reads
     sources: list[Connection] = [commands]
     while sources:
         for source in wait(sources):
@@ -34,15 +36,22 @@ def keep(commands: Connection) -> None:
                 if source is commands:
                     sources.append(message)
                 else:
-                    source.send(images_for(message, kept))
+                    readers[source] = key = key_of(message)
+                    for unread in kept.keys() - readers.values():  # room for the next one
+                        del kept[unread]
+                    source.send(images_for(message, key, kept))
             except (EOFError, OSError):  # whoever held the other end is gone
                 sources.remove(source)
+                readers.pop(source, None)
 
 
-def images_for(recipe: Recipe, kept: dict[tuple, Batch]) -> Batch | UserError | None:
+def key_of(recipe: Recipe) -> tuple:
+    """What runs with the same images have in common."""
+    return recipe.data.train, recipe.data.limit, recipe.data.decode, recipe.train.device
+
+
+def images_for(recipe: Recipe, key: tuple, kept: dict[tuple, Batch]) -> Batch | UserError | None:
     """The images of a run, loaded once for all that have the same; None where shared memory is too small for them."""
-    data = recipe.data
-    key = (data.train, data.limit, data.decode, recipe.train.device)
     if key not in kept:
         device = choose_device(recipe.train.device)
         try:

@@ -1,7 +1,6 @@
 """How far runs are, read from their directories: any process may ask, and a sweep that was killed has lost nothing."""
 
 import fcntl
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from fastssl.beton import read_header
 from fastssl.recipe import Recipe, UserError, load_recipe
 from fastssl.training.state import changed_keys
+from fastssl.training.tracking import readable_lines
 
 from .grid import Run
 
@@ -75,11 +75,7 @@ def images_in(path: str) -> int:
 def read_progress(run: Run) -> Progress:
     """The figures of the run's latest lines of metrics.jsonl."""
     progress = Progress()
-    for line in tail(run.dir / "metrics.jsonl", TAIL):
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the first of these lines may have lost its beginning, the last may be half-written
-            continue
+    for entry in readable_lines(tail(run.dir / "metrics.jsonl", TAIL)):
         for key in ("step", "loss", "images_per_second", "knn"):
             if entry.get(key) is not None:
                 setattr(progress, key, entry[key])
@@ -88,12 +84,10 @@ def read_progress(run: Run) -> Progress:
 
 def last_knn(run: Run) -> float | None:
     """Accuracy of the last kNN probe, from 0 to 1; None where the run had no probe."""
-    found = None
-    with open(run.dir / "metrics.jsonl") as file:
-        for line in file:
-            if '"knn"' in line:
-                found = json.loads(line)["knn"]
-    return found
+    path = run.dir / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    probes = [entry["knn"] for entry in readable_lines(line for line in lines if '"knn"' in line) if "knn" in entry]
+    return probes[-1] if probes else None
 
 
 def last_words(run: Run) -> str:
@@ -103,10 +97,10 @@ def last_words(run: Run) -> str:
 
 
 def tail(path: Path, size: int) -> list[str]:
-    """The lines in a file's last bytes; none where there is no file."""
+    """The lines in a file's last bytes, the first of which may have lost its beginning; none where there is no file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - size))
             return file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return []

@@ -40,7 +40,10 @@ class SweepDisplay:
             self.live.stop()
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        try:
+            self.console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        except OSError:
+            pass  # as in training's Display
 
     def say_state(self, task: "Task") -> None:
         """One line for a task that has just changed its state."""
@@ -53,7 +56,8 @@ class SweepDisplay:
     def show(self, tasks: "list[Task]") -> None:
         """Refresh the panel."""
         if self.live:
-            self.live.update(Panel(Group(self._counts(tasks), self._running(tasks), failures(tasks)), title=self.title))
+            parts = Group(self._counts(tasks), self._running(tasks), failures(tasks))
+            self.live.update(Panel(parts, title=Text(self.title)))
 
     def _counts(self, tasks: "list[Task]") -> Text:
         counts = Counter(task.state for task in tasks)
@@ -117,7 +121,7 @@ def results_table(runs: list[Run]) -> Table:
     for (grid, setting), same in settings.items():
         finished = [run for run in same if is_finished(run)]
         accuracies = [100 * knn for knn in map(last_knn, finished) if knn is not None]
-        table.add_row(grid, setting, f"{len(finished)} of {len(same)}", mean_and_deviation(accuracies))
+        table.add_row(grid, Text(setting), f"{len(finished)} of {len(same)}", mean_and_deviation(accuracies))
     return table
 
 

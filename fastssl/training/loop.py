@@ -175,8 +175,9 @@ def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None
     output.log({"epoch": epochs_done - 1, **figures})
     name, value = next(iter(figures.items()), (None, None))
     if name and value > state.best.get(name, float("-inf")):
-        state.best = {name: value, "step": state.step}
-        output.save("best.pt")  # before the checkpoint that says so
+        before, state.best = state.best, {name: value, "step": state.step}
+        if not output.save("best.pt"):  # before the checkpoint that says so
+            state.best = before
     output.save()  # a resume from before would have to probe again
 
 

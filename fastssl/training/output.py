@@ -78,7 +78,8 @@ class Output:
             except OSError as error:
                 self.say(f"Warning: views.png cannot be written ({error.strerror}).")
 
-    def save(self, name: str = LAST) -> None:
+    def save(self, name: str = LAST) -> bool:
+        """Whether the disk took it; a warning is said where it did not."""
         if self.trackers:
             self.trackers.flush()  # no line may be missing that the checkpoint has behind it
         failed = None
@@ -92,6 +93,7 @@ class Output:
             self.say(f"Warning: {what}: training goes on and {then}.")
         if name == LAST:
             self.save_failed = failed is not None
+        return failed is None
 
     def stopped(self, stop: StopRequest) -> None:
         """End the process behind the checkpoint that was asked for."""

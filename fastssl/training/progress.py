@@ -7,6 +7,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Display:
@@ -47,10 +48,13 @@ class Display:
         else:
             figures = "  ".join(f"{key} {_short(value)}" for key, value in metrics.items() if key != "step")
             step = metrics["step"]
-            print(f"step {step}/{self.total_steps}  {figures}  eta {self._eta(step)}", flush=True)
+            self.say(f"step {step}/{self.total_steps}  {figures}  eta {self._eta(step)}")
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True)
+        try:
+            self.console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        except OSError:
+            pass  # the output is a file on a disk that is full, or its reader is gone: no reason to stop
 
     def _eta(self, step: int) -> str:
         done = step - self.first_step
@@ -64,7 +68,7 @@ class Display:
         for key, value in self.latest.items():
             if key != "step":
                 table.add_row(key.replace("_", " "), _short(value))
-        return Panel(Group(table, self.bar), title=self.title)
+        return Panel(Group(table, self.bar), title=Text(self.title))
 
 
 def _short(value: float) -> str:

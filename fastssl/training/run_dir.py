@@ -28,6 +28,10 @@ PAIRS_SHOWN = 16
 LOCK = ".lock"
 
 
+class RunDirBusy(UserError):
+    """Another process trains there."""
+
+
 def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restarted: bool) -> tuple[Path, bool]:
     """The run directory, and whether a checkpoint in it is to go on.
 
@@ -85,19 +89,21 @@ def opened_run_dir(path: Path) -> Iterator[None]:
     """Make the directory where needed, and keep other processes from training in it meanwhile."""
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "a")
+        lock = open(path / LOCK, "ab", buffering=0)
     except OSError as error:
         raise UserError(f"The run directory {path} cannot be made ({error.strerror}): set another run.dir.") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
         except BlockingIOError:
-            raise UserError(f"Another process is training in {path}: wait for it, or set another run.dir.") from None
+            raise RunDirBusy(f"Another process is training in {path}: wait for it, or set another run.dir.") from None
         except OSError:
             pass  # some network file systems know no locks
-        lock.truncate(0)
-        lock.write(_launcher())
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(_launcher().encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): free some space, or set run.dir.") from None
         for folder in (path, path / "checkpoints"):
             for abandoned in folder.glob(".*.part*"):  # of a process that was killed while it wrote
                 abandoned.unlink()

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 (a scheduler takes the machine back) and Ctrl-C.
+"""Being asked to stop: SIGTERM and SIGUSR1 (a scheduler takes the machine back), SIGHUP (the terminal goes) and Ctrl-C.
 
 Training ends at the next step, with a checkpoint behind it, so that the same run can go on later.
 """
@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-COME_AGAIN = 75  # exit code after SIGTERM or SIGUSR1: sysexits.h's EX_TEMPFAIL, "try again later"
+COME_AGAIN = 75  # exit code after SIGTERM, SIGUSR1 or SIGHUP: sysexits.h's EX_TEMPFAIL, "try again later"
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -24,7 +24,8 @@ class CutShort(BaseException):
 class StopRequest:
     """Notes a signal while the context is open; a second Ctrl-C interrupts at once, as usual.
 
-    Outside the main thread, where Python allows no handlers, it notes nothing.
+    A signal that the process was started to ignore (nohup does so) stays ignored. Outside the main thread, where Python
+    allows no handlers, it notes nothing.
     """
 
     def __init__(self):
@@ -33,7 +34,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         main = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if main else {}
+        heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:

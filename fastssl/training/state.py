@@ -83,7 +83,7 @@ class TrainState:
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Go on from a checkpoint. Returns warnings. Raises UserError for another run's recipe or a file's damage."""
-        path, saved, warning = checkpoint
+        path, saved, _, warning = checkpoint
         changed = changed_keys(recipe_in(path, saved).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
         if changed:
             raise UserError(

@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -50,6 +50,17 @@ class MetricsLog:
     def close(self) -> None:
         self.flush()
         self._file.close()
+
+
+def readable_lines(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
+    """The numbers (and nulls) of each line of a metrics.jsonl that is one; torn and foreign lines are passed over."""
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            yield {key: value for key, value in entry.items() if type(value) in (int, float, type(None))}
 
 
 def _belongs_before(line: str, resumed_at: int, epochs_probed: int) -> bool:
