@@ -22,7 +22,7 @@ import fastssl
 from fastssl import cli
 from fastssl.evaluation import evaluate_knn
 from fastssl.evaluation.probe import knn_probe
-from fastssl.export import command, export_run
+from fastssl.export import export_run
 from fastssl.export.onnx_file import Embed, largest_difference
 from fastssl.models import SSLModel
 from fastssl.recipe import Recipe, UserError, load_recipe
@@ -461,7 +461,7 @@ def test_a_write_that_fails_leaves_neither_file_nor_card(run, tmp_path, monkeypa
 
     path = tmp_path / "x.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(command, "save_file", no_space)
+        patch.setattr("fastssl.export.command.save_file", no_space)
         with pytest.raises(UserError, match="No space left"):
             export_run(run, "timm", path)
     assert list(tmp_path.iterdir()) == []

@@ -60,8 +60,8 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}): name another file with --out.") from None
     finally:
-        if not path.exists():  # a card alone would be in the way of the next try
-            card.unlink(missing_ok=True)
+        if card.exists() and not path.exists():  # a card alone would be in the way of the next try
+            card.unlink()
     return Exported(path, card, loading_line(source, str(path), format, sigma), difference)
 
 

@@ -20,9 +20,9 @@ def run_locally(sweep: Sweep, runs: list[Run], *, per_gpu: int = 1, retries: int
     0: all runs are finished. 1: some have failed for good. 75 and 130: stopped by SIGTERM or Ctrl-C; the same call
     goes on.
     """
-    make_folder(sweep)
     tasks = tasks_of(runs)
     display = SweepDisplay(f"{sweep.name}  ({sweep.folder})", tasks)
+    make_folder(sweep)
     with display:
         signals = run_here(tasks, display, per_gpu=per_gpu, retries=retries)
     finished = sum(task.state == "finished" for task in tasks)
