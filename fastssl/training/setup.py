@@ -124,7 +124,7 @@ def prepare(
     if world_size() > 1:
         # Batch norms' buffers need no broadcast: they are the same everywhere, or with sync_bn=false the first one's.
         with warnings.catch_warnings():
-            # The name that torch 2.15 wants instead, forward_sync_buffers, 2.13 does not know.
+            # torch 2.15 wants the name forward_sync_buffers instead, which older ones that we allow may not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
         if recipe.train.compress_gradients:

@@ -65,12 +65,12 @@ def readable_lines(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
 
 def _belongs_before(line: str, resumed_at: int, epochs_probed: int) -> bool:
     """Whether the run has written this line before the checkpoint that it resumes from; a torn line it has not."""
-    try:
-        metrics = json.loads(line)
-        is_step = "loss" in metrics
-        return metrics["step"] <= resumed_at if is_step else metrics["epoch"] < epochs_probed
-    except (ValueError, TypeError, KeyError):
-        return False
+    for entry in readable_lines([line]):
+        if "loss" in entry:
+            return entry["step"] <= resumed_at
+        epoch = entry.get("epoch")
+        return epoch is not None and epoch < epochs_probed
+    return False
 
 
 class TensorBoard:
