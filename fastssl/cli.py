@@ -145,14 +145,11 @@ def train(
 ) -> None:
     """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
+    from fastssl.evaluation.probe import probe_of
     from fastssl.training import train
 
-    probe = None
-    if settings.wants_probe:
-        from fastssl.evaluation.probe import knn_probe
-
-        probe = knn_probe(settings)
-    train(settings, resume=Path(resume) if resume not in (None, "auto") else resume, probe=probe)
+    resume = Path(resume) if resume not in (None, "auto") else resume
+    train(settings, resume=resume, probe=probe_of(settings))
 
 
 @app.command()

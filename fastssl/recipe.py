@@ -258,11 +258,6 @@ class Recipe(Section):
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self
 
-    @property
-    def wants_probe(self) -> bool:
-        """Whether training measures kNN accuracy on the way: probe.every, and images to measure it on."""
-        return self.probe.every > 0 and (bool(self.data.val) or self.probe.split == "rest")
-
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

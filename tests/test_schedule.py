@@ -138,6 +138,13 @@ def test_compilations_are_counted_and_logged(canvas, tmp_path):
     assert json.loads((run / "environment.json").read_text())["device"]
 
 
+def test_processes_that_found_different_checkpoints_do_not_train(canvas, tmp_path, monkeypatch):
+    """A network file system may show one host an older file: here, the first process stands a step further."""
+    monkeypatch.setattr(setup, "from_first", lambda make: make() + 1)
+    with pytest.raises(UserError, match="found different checkpoints"):
+        train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run")))
+
+
 def test_set_up_gives_the_precision_that_was_asked_for():
     assert setup.choose_precision("auto", torch.device("cpu")) == "fp32"
     assert setup.choose_precision("bf16", torch.device("cpu")) == "bf16"

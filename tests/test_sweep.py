@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fastssl.loading import BetonLoader
 from fastssl.recipe import UserError, load_recipe, shipped_recipes
-from fastssl.sweep import dry_run, expand, in_minutes, load_sweep, run_locally, submit_to_slurm
+from fastssl.sweep import dry_run, expand, in_minutes, keeper, load_sweep, run_locally, submit_to_slurm
 from fastssl.sweep.child import BUSY, run_child
 from fastssl.sweep.local import SPAWN, Keepers, visible_devices
 from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_words, log_of, read_progress
@@ -262,18 +262,24 @@ def undisturbed(run, tmp_path):
 
 
 def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_path, capsys):
-    """Two runs at a time share one copy of the images; one is killed. A third names a backbone that does not exist."""
+    """Two runs at a time share one copy of the images; one is killed, the other hears that its terminal has gone.
+
+    A third names a backbone that does not exist.
+    """
     hopeless = {**barlow(), "name": "hopeless", "set": {"model.backbone": "resnet19"}}
     path = write_sweep(barlow(seed=[1, 2]), hopeless, **{"data.resident": True})
     sweep, runs = loaded(path)
     killed, other, never = runs
     killer = send_when(lambda: steps_in(killed) >= 7, lambda: os.kill(pids_of(killed)[0], signal.SIGKILL))
+    hanger_up = send_when(lambda: steps_in(other) >= 7, lambda: os.kill(pids_of(other)[0], signal.SIGHUP))
     code = run_locally(sweep, runs, per_gpu=2, retries=1)
     killer.join()
+    hanger_up.join()
     out = capsys.readouterr().out
 
     assert code == 1 and [is_finished(run) for run in runs] == [True, True, False]
-    assert [len(pids_of(run)) for run in runs] == [2, 1, 1]
+    assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
+    assert "Stopped by SIGHUP behind step" in log_of(other).read_text()
     assert "seed=1  waits to be tried again: killed by SIGKILL" in out and "2 of 3 runs are finished" in out
     assert "Failed: hopeless: " in out and "resnet19" in out.split("Failed: hopeless: ")[1]
     assert "Going on with barlow behind step" in log_of(killed).read_text()
@@ -287,7 +293,7 @@ def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_pa
             file.writelines(json.dumps({"step": 60, "knn": accuracy}) + "\n" for accuracy in accuracies)
     assert run_locally(sweep, runs[:2]) == 0  # nothing is left to do
     assert "60.0 ± 14.1" in next(line for line in capsys.readouterr().out.splitlines() if "2 of 2" in line)
-    assert [len(pids_of(run)) for run in runs] == [2, 1, 1]
+    assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
 
 
 def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_sweep, tmp_path, capsys):
@@ -341,6 +347,47 @@ def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
         assert run_locally(sweep, [run]) == 0 and time.time() > began + 1.5
         other.join()
     assert pids_of(run) == []
+
+
+def test_a_keeper_lets_go_of_what_no_run_reads(write_sweep, monkeypatch):
+    """Runs ask for a set, for another, and for the first again: it is loaded anew once its reader has gone."""
+    first, second = (
+        loaded(write_sweep({**barlow(), "set": {"data.limit": limit, "train.batch_size": 4}}))[1][0].recipe
+        for limit in (16, 20)
+    )
+    asked = []
+    real = keeper.training_loader
+    monkeypatch.setattr(keeper, "training_loader", lambda recipe, device: asked.append(recipe) or real(recipe, device))
+    ours, commands = SPAWN.Pipe()
+
+    def ask(recipe):
+        mine, theirs = SPAWN.Pipe()
+        ours.send(theirs)
+        theirs.close()
+        mine.send(recipe)
+        assert len(mine.recv().index) == recipe.data.limit
+        return mine
+
+    def clients():
+        reading = ask(first)
+        ask(second).close()
+        ask(first).close()  # still there, as it is read
+        reading.close()
+        ask(second).close()
+        ask(first).close()  # gone meanwhile
+        ours.close()
+
+    handlers = {number: signal.getsignal(number) for number in range(1, 20)}
+    asking = Thread(target=clients)
+    asking.start()
+    try:
+        keeper.keep(commands)
+    finally:
+        for number, handler in handlers.items():
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(number, handler)
+    asking.join()
+    assert [recipe.data.limit for recipe in asked] == [16, 20, 20, 16]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

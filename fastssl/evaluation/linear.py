@@ -16,8 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from fastssl.beton.progress import progress
@@ -182,6 +180,10 @@ def few_label_linear(
     by up to 2 points on standardised features, by up to 14 on features of length 1.) The draws
     depend on labels and seed alone, so they are the same for every encoder.
     """
+    # Here, as it takes 1.3 s to import: training's probe needs nothing of it.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(_array(train_features))
     train_ND, test_ND = (scaler.transform(_array(x)) for x in (train_features, test_features))
     label_N, test_label_N = _array(train_labels), _array(test_labels)

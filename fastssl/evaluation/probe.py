@@ -13,6 +13,12 @@ from fastssl.recipe import Recipe, UserError
 BANK = 50_000  # images: all of CIFAR-10, and 4% of ImageNet, whose whole would cost a pass over 1.28 million
 
 
+def probe_of(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]] | None:
+    """The probe that a recipe asks for: none without probe.every, or without images to look at."""
+    wanted = recipe.probe.every and (recipe.data.val or recipe.probe.split == "rest")
+    return knn_probe(recipe) if wanted else None
+
+
 def knn_probe(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]]:
     """A function of the model: kNN accuracy on data.val, with up to 50,000 training images as the bank.
 

@@ -9,6 +9,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from fastssl.evaluation.probe import probe_of
 from fastssl.loading import Batch
 from fastssl.recipe import Recipe, UserError
 from fastssl.training import train
@@ -40,13 +41,8 @@ def run_child(recipe: Recipe, parent: int, keeper: Connection | None) -> None:
         os.dup2(log.fileno(), stream.fileno())
         stream.reconfigure(line_buffering=True)
     print(f"--- process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    probe = None
     try:
-        if recipe.wants_probe:
-            from fastssl.evaluation.probe import knn_probe
-
-            probe = knn_probe(recipe)
-        train(recipe, resume="auto", probe=probe, resident=shared_images(recipe, keeper))
+        train(recipe, resume="auto", probe=probe_of(recipe), resident=shared_images(recipe, keeper))
     except UserError as error:
         print(f"fastssl: {error}", file=sys.stderr)
         sys.exit(BUSY if isinstance(error, RunDirBusy) else USER_ERROR)
