@@ -232,6 +232,18 @@ def test_a_full_disk_costs_one_warning_and_no_line(canvas, tmp_path, at_step, fu
     assert not list((tmp_path / "run").rglob("*.part*"))
 
 
+def test_a_waiting_line_is_written_before_the_checkpoint_behind_it(canvas, tmp_path, at_step, full_disk, monkeypatch):
+    """Step 2 meets a full disk; step 3 saves. Whoever is killed then goes on at step 3: the line has to be there."""
+    run = tmp_path / "run"
+    seen = []
+    at_step(1, lambda: full_disk(True))
+    at_step(2, lambda: full_disk(False))
+    at_step(3, lambda: seen.extend([checkpoint_in(run)["step"], *(line["step"] for line in metrics_of(run))]))
+    monkeypatch.setattr(output.Display, "say", lambda self, line: None)
+    train(load_recipe("recipes/barlow.yaml", small(canvas, run, "log.every=2", "checkpoint.every=3")))
+    assert seen == [3, 2]
+
+
 def damage(path):
     """Flip a bit in the middle of the largest tensor: what torch.load alone would read as a weight."""
     data = bytearray(path.read_bytes())
