@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fastssl.beton import read_header, read_metadata
 from fastssl.cli import app
-from fastssl.loading import BetonLoader, decoding, kernels, memory_bill
+from fastssl.loading import BetonLoader, count_images, decoding, kernels, memory_bill
 from fastssl.loading import loader as loader_module
 from fastssl.loading.gpu_decoding import GpuDecoder
 from fastssl.loading.order import PAGES_AT_ONCE, epoch_order
@@ -74,6 +74,15 @@ def test_cpu_crops_are_the_device_crops(photos, full):
                 got = batch.image[b, view].permute(2, 0, 1) / 255
                 # rounding to uint8; and Pillow may have another libjpeg.
                 assert (got - want[view][0]).abs().mean() < 2 / 255
+
+
+def test_one_crop_is_the_first_of_two(full):
+    loaders = [BetonLoader(full / "train.beton", 16, seed=3, crop="cpu", views=VIEWS, crops=n) for n in (1, 2)]
+    for one, two in zip(*loaders, strict=True):
+        assert one.image.shape == (16, 1, 48, 48, 3) and torch.equal(one.index, two.index)
+        assert torch.equal(one.image[:, 0], two.image[:, 0])
+    bills = [memory_bill(loader)["5 batches of 16"] for loader in loaders]
+    assert bills[1] == 2 * bills[0] == 5 * 16 * 2 * 48 * 48 * 3
 
 
 def test_whole_images_of_any_size_become_the_clean_view(photos, full):
@@ -151,6 +160,48 @@ def test_skip_starts_behind_what_limit_took(canvas):
     assert sorted(taken(limit=10) + taken(skip=10, limit=20) + taken(skip=30)) == list(range(48))
     with pytest.raises(UserError, match="0 images"):
         taken(skip=48)
+
+
+@pytest.fixture
+def fourteen(tmp_path):
+    """A list of 14 of the 48 images, not in the file's order."""
+    path = tmp_path / "some.txt"
+    path.write_text("".join(f"{index}\n" for index in range(47, 5, -3)))
+    return path
+
+
+def test_a_subset_is_exactly_the_images_of_its_list(canvas, full, fourteen):
+    listed = set(range(47, 5, -3))
+    of_canvas = BetonLoader(canvas / "train.beton", 7, subset=fourteen)
+    of_full = BetonLoader(full / "train.beton", 7, subset=fourteen, crop="cpu", views=VIEWS)
+    for loader in (of_canvas, of_full, BetonLoader(canvas / "train.beton", 7, subset=fourteen, resident=True)):
+        for _ in range(2):
+            assert sorted(sum(indices(loader), [])) == sorted(listed)
+    whole = {int(i): image for b in BetonLoader(canvas / "train.beton", 8) for i, image in zip(b.index, b.image)}
+    for batch in of_canvas:
+        assert all(torch.equal(image, whole[int(index)]) for index, image in zip(batch.index, batch.image))
+    assert count_images(canvas / "train.beton", subset=fourteen) == 14
+    assert count_images(canvas / "train.beton", subset=fourteen, limit=9) == 9
+    assert count_images(canvas / "train.beton", limit=99) == count_images(canvas / "train.beton") == 48
+
+
+def test_limit_and_skip_draw_from_the_subset(canvas, fourteen):
+    def taken(**options):
+        return sum(indices(BetonLoader(canvas / "train.beton", 1, subset=fourteen, **options)), [])
+
+    assert len(taken(limit=6)) == 6 and sorted(taken(limit=6) + taken(skip=6)) == list(range(8, 48, 3))
+    assert sorted(taken(limit=99)) == list(range(8, 48, 3)) and set(taken(limit=6, seed=1)) == set(taken(limit=6))
+
+
+def test_a_place_in_another_subset_is_refused(canvas, fourteen, tmp_path):
+    state = BetonLoader(canvas / "train.beton", 7, subset=fourteen).state_dict()
+    moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
+    moved.write_text("# the same images\n" + fourteen.read_text())
+    other.write_text(fourteen.read_text().replace("47", "46"))
+    BetonLoader(canvas / "train.beton", 7, subset=moved).load_state_dict(state)
+    for subset in (other, None):
+        with pytest.raises(UserError, match="its list of then as data.subset"):
+            BetonLoader(canvas / "train.beton", 7, subset=subset).load_state_dict(state)
 
 
 def test_leaving_the_loop_early_leaves_no_thread(canvas):

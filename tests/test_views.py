@@ -256,6 +256,23 @@ def test_views_on_the_cpu_do_not_depend_on_the_threads(images):
     assert all(torch.equal(a, b) for a, b in zip(*made))
 
 
+@pytest.mark.parametrize("make", [cpu.make_views, portable_views], ids=["kernel", "portable"])
+def test_one_view_is_the_first_of_two_in_every_bit(images, monkeypatch, make):
+    """Cropped here and cropped by the loader; of the second view no number is drawn and no pixel made."""
+    monkeypatch.setattr(cpu, "make_views", make)
+    index, pixels = torch.arange(6), uint8(images)
+    pair = torch.stack([pixels[:, :32, :32], pixels[:, -32:, -32:]], dim=1)
+    one, two = PairedViews(EVERYTHING, seed=3, count=1), PairedViews(EVERYTHING, seed=3)
+    for epoch in range(3):
+        (cropped_here,) = one(pixels, index, epoch)
+        assert torch.equal(cropped_here, two(pixels, index, epoch)[0])
+        (cropped_before,) = one(pair[:, :1].contiguous(), index, epoch)
+        assert torch.equal(cropped_before, two(pair, index, epoch)[0])
+    assert len(draw_uniforms(3, 0, index, 1)) == 6
+    with pytest.raises(ValueError, match="cut 2 crops from each image for 1 views"):
+        one(pair, index, 0)
+
+
 def test_crop_is_drawn_in_source_pixels_whatever_the_canvas(images):
     """The same picture stored at its own size and squashed to a square shows the same region."""
     big = torch.nn.functional.interpolate(images, (200, 260), mode="bilinear")

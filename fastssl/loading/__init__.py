@@ -8,7 +8,7 @@
     memory.py    what a loader will take
 """
 
-from .loader import Batch, BetonLoader
+from .loader import Batch, BetonLoader, count_images
 from .memory import memory_bill
 
-__all__ = ["Batch", "BetonLoader", "memory_bill"]
+__all__ = ["Batch", "BetonLoader", "count_images", "memory_bill"]

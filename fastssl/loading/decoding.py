@@ -38,10 +38,17 @@ class ThreadDecoder:
     """Decodes batches of one size; two of them may be under way, so that no thread waits for the slowest."""
 
     def __init__(
-        self, samples: Samples, crop: Crop, views: Views | None, seed: int, workers: int, buffers: "Buffers"
+        self,
+        samples: Samples,
+        crop: Crop,
+        views: Views | None,
+        seed: int,
+        workers: int,
+        buffers: "Buffers",
+        crops: Literal[1, 2] = 2,
     ) -> None:
         self.samples, self.crop, self.views, self.seed = samples, crop, views, seed
-        self.workers = workers
+        self.workers, self.crops = workers, crops
         self._buffers = buffers
         self._pool = ThreadPoolExecutor(workers, "fastssl-decode")
         self._scratch = threading.local()
@@ -58,7 +65,7 @@ class ThreadDecoder:
             box_BV4 = (
                 samples.whole_boxes(rows)
                 if self.crop == "whole"
-                else samples.crop_boxes(rows, self.seed, epoch, self.views)
+                else samples.crop_boxes(rows, self.seed, epoch, self.views, self.crops)
             )
             size = self.views.size
             image = self._buffers.take((len(rows), box_BV4.shape[1], size, size, 3))

@@ -5,7 +5,7 @@ its CPU decoder in place of nvJPEG; records/gpu-pending.md says what is still to
 """
 
 import io
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,17 @@ class GpuDecoder:
     Raises UserError where the file holds pixels in place of JPEGs, or the device cannot decode.
     """
 
-    def __init__(self, samples: Samples, crop: Crop, views: Views | None, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        crop: Crop,
+        views: Views | None,
+        seed: int,
+        device: torch.device,
+        crops: Literal[1, 2] = 2,
+    ) -> None:
         self.samples, self.crop, self.views, self.seed, self.device = samples, crop, views, seed, device
+        self.crops = crops
         if (samples.mode_N == RAW).any():
             raise UserError(f"data.decode=gpu needs JPEGs, but {samples.path} stores pixels: set data.decode=cpu.")
         probe = io.BytesIO()
@@ -56,7 +65,8 @@ class GpuDecoder:
             return Bytes(rows_B, jpegs, None)
         if self.crop == "whole":
             return Bytes(rows_B, jpegs, self.samples.whole_boxes(rows_B))
-        return Bytes(rows_B, jpegs, self.samples.crop_boxes(rows_B, self.seed, epoch, self.views))
+        boxes = self.samples.crop_boxes(rows_B, self.seed, epoch, self.views, self.crops)
+        return Bytes(rows_B, jpegs, boxes)
 
     def finish(self, batch: Bytes) -> Decoded:
         shape_B2 = self.samples.shape_N2[batch.rows_B]

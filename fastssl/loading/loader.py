@@ -1,5 +1,6 @@
 """BetonLoader: batches of a .beton in a reproducible order, decoded ahead."""
 
+import hashlib
 import os
 import queue
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.beton import free_memory, read_header
+from fastssl.beton import free_memory, read_header, read_index_list
 from fastssl.randomness import permutation
 from fastssl.recipe import UserError, Views
 
@@ -32,7 +33,7 @@ SUBSET_SEED = 0  # data.limit picks the same images whatever the run's seed
 class Batch(NamedTuple):
     """One batch, on the device. The caller may keep it: it is never written again."""
 
-    image: Tensor  # uint8 (B, H, W, 3); (B, 2, size, size, 3) for crop="cpu", flip not yet applied
+    image: Tensor  # uint8 (B, H, W, 3); (B, crops, size, size, 3) for crop="cpu", flip not yet applied
     label: Tensor  # int64 (B,); -1 where the file has no labels
     index: Tensor  # int64 (B,): stable sample ids
     height: Tensor  # int64 (B,): the source images' sizes in pixels
@@ -44,8 +45,8 @@ class BetonLoader:
     """Batches of `batch_size` samples (a process) from a .beton file, as `Batch` tuples.
 
     crop="gpu" gives whole stored images (all of one size); crop="cpu" decodes once and cuts both
-    views' crops on the CPU, at the boxes that `fastssl.views` would draw; crop="whole" resizes whole
-    images of any size to views.size. The last two need `views`, the recipe's section.
+    views' crops on the CPU (crops=1: the first view's), at the boxes that `fastssl.views` would draw;
+    crop="whole" resizes whole images of any size to views.size. The last two need `views`, the recipe's section.
 
     shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see
     `order.py`). Each epoch has its own order, a function of (seed, epoch). Over several processes, global
@@ -57,11 +58,14 @@ class BetonLoader:
 
     shard: False gives every sample to this process, whatever others there are.
 
-    limit: this many samples, drawn at random, the same for every seed, behind the first `skip` of that draw.
+    subset: a file that lists images (`fastssl.beton.read_index_list`); the loader gives these alone.
+
+    limit: this many samples (of the subset), drawn at random, the same for every seed, behind the first `skip`
+    of that draw.
 
     resident=True decodes the whole file once, keeps it on the device and gives the same batches from
     there: for a canvas that fits into the device's memory. A Batch, what `whole_file` of another loader of
-    the same file and limit gave, is used as it is: so several processes can read one copy.
+    the same file, subset and limit gave, is used as it is: so several processes can read one copy.
 
     on_bad_sample: "error" raises a UserError that names a sample that cannot be decoded. "skip" puts
     the next sample of the same batch in its place, with its label and index, and counts it in
@@ -79,6 +83,7 @@ class BetonLoader:
         seed: int = 0,
         crop: Crop = "gpu",
         views: Views | None = None,
+        crops: Literal[1, 2] = 2,
         workers: int | None = None,
         shuffle: bool | Literal["quasi_random"] = True,
         drop_last: bool = True,
@@ -86,6 +91,7 @@ class BetonLoader:
         decode: Literal["cpu", "gpu"] = "cpu",
         resident: "bool | Batch" = False,
         on_bad_sample: Literal["error", "skip"] = "error",
+        subset: str | Path | None = None,
         limit: int | None = None,
         skip: int = 0,
         shard: bool = True,
@@ -95,6 +101,7 @@ class BetonLoader:
         self.seed = seed
         self.crop = crop
         self.views = views
+        self.crops = crops
         self.workers = workers or cores_of_this_process()
         self.order = {True: "random", False: "sequential"}.get(shuffle, shuffle)
         self.drop_last = drop_last
@@ -119,10 +126,13 @@ class BetonLoader:
         if decode == "gpu" and self.device.type != "cuda":
             raise UserError("data.decode=gpu needs a GPU, which this run does not use: set data.decode=cpu.")
         self.samples = Samples.of(info)
+        self.subset = subset
         self.rows = np.arange(info.num_samples)
+        if subset is not None:
+            self.rows = np.flatnonzero(np.isin(self.samples.index_N, read_index_list(self.path, subset)))
         if skip or (limit is not None and limit < len(self.rows)):
             drawn = permutation(SUBSET_SEED, 0, len(self.rows)).numpy()
-            self.rows = np.sort(drawn[skip:][:limit])
+            self.rows = self.rows[np.sort(drawn[skip:][:limit])]
         if len(self) == 0:
             raise UserError(
                 f"{self.path} gives {len(self.rows)} images, fewer than one batch of "
@@ -157,7 +167,10 @@ class BetonLoader:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self.samples.fingerprint()
+        of_file = self.samples.fingerprint()
+        if self.subset is None:
+            return of_file
+        return hashlib.sha256(of_file.encode() + self.rows.tobytes()).hexdigest()
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go on behind the last sample that was handed out; also with another number of processes."""
@@ -169,7 +182,7 @@ class BetonLoader:
         if state.get("samples", self._fingerprint) != self._fingerprint:
             raise UserError(
                 f"{self.path} does not hold the images that were read before, in their order: name the file of then as "
-                "data.train, or start a new run."
+                "data.train (and its list of then as data.subset), or start a new run."
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
@@ -251,8 +264,8 @@ class BetonLoader:
 
     def _decoder(self) -> "ThreadDecoder | GpuDecoder":
         if self.decode == "gpu":
-            return GpuDecoder(self.samples, self.crop, self.views, self.seed, self.device)
-        return ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, self._buffers)
+            return GpuDecoder(self.samples, self.crop, self.views, self.seed, self.device, self.crops)
+        return ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, self._buffers, self.crops)
 
     def _batch(self, rows_B: np.ndarray, valid_B: np.ndarray, decoded: Decoded) -> Batch:
         """Put image and columns together; samples that did not decode are answered for here."""
@@ -321,6 +334,12 @@ class BetonLoader:
             raise UserError(f"{self.path} does not fit on the device: set data.resident=false.") from None
         self.bad_samples, self.decoder_warnings = reader.bad_samples, reader.decoder_warnings
         return whole
+
+
+def count_images(path: str | Path, *, subset: str | Path | None = None, limit: int | None = None) -> int:
+    """How many samples a BetonLoader with these arguments draws from; nothing is decoded."""
+    count = read_header(path).num_samples if subset is None else len(read_index_list(path, subset))
+    return count if limit is None else min(count, limit)
 
 
 def cores_of_this_process() -> int:

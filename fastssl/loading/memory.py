@@ -10,7 +10,7 @@ def memory_bill(loader: BetonLoader) -> dict[str, int]:
         height, width = (int(side) for side in samples.shape_N2[0])
         image = height * width * 3
     else:
-        image = (2 if loader.crop == "cpu" else 1) * loader.views.size**2 * 3
+        image = (loader.crops if loader.crop == "cpu" else 1) * loader.views.size**2 * 3
     on_device = loader.device.type != "cpu"
     batches = UNDER_WAY + READY + 2  # the caller holds two while one takes the other's place
     bill = {

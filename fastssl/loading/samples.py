@@ -77,13 +77,13 @@ class Samples(NamedTuple):
         shape_B2 = self.shape_N2[rows]
         return np.concatenate([np.zeros_like(shape_B2), shape_B2], axis=1)[:, None].astype(np.float64)
 
-    def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: Views) -> np.ndarray:
-        """(B, 2, 4) float64: both views' boxes in stored pixels, the ones that fastssl.views draws."""
+    def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: Views, count: int) -> np.ndarray:
+        """(B, count, 4) float64: the views' boxes in stored pixels, the ones that fastssl.views draws."""
         index_B, height_B, width_B = (
             torch.from_numpy(column[rows]) for column in (self.index_N, self.height_N, self.width_N)
         )
         drawn = []
-        for view in (0, 1):
+        for view in range(count):
             u_BN = uniforms(seed, epoch, index_B, view, NUMBERS, AUGMENTATION)
             drawn.append(crop_box(u_BN, height_B, width_B, views.scale, views.ratio))
         source_B2 = torch.stack([height_B, width_B], dim=1).numpy()

@@ -25,7 +25,7 @@ _pool: ThreadPoolExecutor | None = None
 def make_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Views) -> Tensor:
     """(N, 3, size, size) float32, normalised: one view each, or both (N = 2 B, the first ones first).
 
-    image uint8: (B, H, W, 3) with boxes in its pixels, or (B, 2, size, size, 3), already cropped.
+    image uint8: (B, H, W, 3) with boxes in its pixels, or (B, N / B, size, size, 3), already cropped.
     """
     if box_N4 is None:
         source = image.transpose(0, 1).flatten(0, 1).numpy()

@@ -1,6 +1,7 @@
-"""Two augmented views of a batch, and the clean view: the chain from uint8 pixels to normalised floats."""
+"""The augmented views of a batch, two or one, and the clean view: the chain from uint8 pixels to normalised floats."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,17 @@ from .parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms, 
 class PairedViews(nn.Module):
     """Crop + resize + flip, colour jitter, grayscale, blur, solarize, normalise; twice, independently.
 
+    count=1 makes the first view alone, the same in every bit, and draws and computes nothing for a second.
+
     Every parameter is a function of (seed, epoch, sample index, view), so a view does not depend on the
     batch it comes in. The module holds no weights and is not compiled unless asked: torch.compile(views).
     """
 
-    def __init__(self, views: Views, seed: int = 0):
+    def __init__(self, views: Views, seed: int = 0, count: Literal[1, 2] = 2):
         super().__init__()
         self.views = views
         self.seed = seed
+        self.count = count
 
     @torch.no_grad()
     def forward(
@@ -32,46 +36,49 @@ class PairedViews(nn.Module):
         epoch: int | Tensor,
         height: Tensor | None = None,
         width: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """image uint8: (B, H, W, 3), cropped here, or (B, 2, size, size, 3), cropped by the loader.
+    ) -> tuple[Tensor, ...]:
+        """image uint8: (B, H, W, 3), cropped here, or (B, count, size, size, 3), cropped by the loader.
 
         index (B,): sample ids. height, width (B,): the source images' sizes, in whose pixels the crop
         is drawn; None: the stored image is the source.
-        Returns two (B, 3, size, size) float32 tensors, normalised, on the image's device.
+        Returns `count` (B, 3, size, size) float32 tensors, normalised, on the image's device.
         """
-        u_NU = draw_uniforms(self.seed, epoch, index)
-        drawn = draw_parameters(u_NU, self.views)
+        if image.ndim == 5 and image.shape[1] != self.count:
+            raise ValueError(f"The loader cut {image.shape[1]} crops from each image for {self.count} views.")
+        u_NU = draw_uniforms(self.seed, epoch, index, self.count)
+        drawn = draw_parameters(u_NU, self.views, self.count)
         box_N4 = None if image.ndim == 5 else self._boxes(u_NU, image, height, width)
         if image.device.type == "cpu" and not torch.compiler.is_compiling():
-            return cpu.make_views(image, box_N4, drawn, self.views).chunk(2)
-        return portable_views(image, box_N4, drawn, self.views).chunk(2)
+            return cpu.make_views(image, box_N4, drawn, self.views).chunk(self.count)
+        return portable_views(image, box_N4, drawn, self.views).chunk(self.count)
 
     def _boxes(self, u_NU: Tensor, image: Tensor, height: Tensor | None, width: Tensor | None) -> Tensor:
         """(N, 4) in pixels of the stored image, which may be a scaled copy of the source."""
         stored_h, stored_w = image.shape[1:3]
         ones = torch.ones(len(u_NU), dtype=torch.int64, device=image.device)
-        height_N = ones * stored_h if height is None else height.repeat(2)
-        width_N = ones * stored_w if width is None else width.repeat(2)
+        height_N = ones * stored_h if height is None else height.repeat(self.count)
+        width_N = ones * stored_w if width is None else width.repeat(self.count)
         scale_N4 = torch.stack([stored_h / height_N, stored_w / width_N] * 2, dim=1)
         return draw_boxes(u_NU, self.views, height_N, width_N) * scale_N4
 
 
 def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Views) -> Tensor:
     """The chain in torch operations, for any device and for torch.compile; what cpu.make_views computes."""
-    jitter, first, second = views.jitter, views.first, views.second
+    jitter, count = views.jitter, len(drawn.flip_N) // len(image)
+    only = (views.first, views.second)[:count]
     if box_N4 is None:
         x = to_unit_range(image.transpose(0, 1).flatten(0, 1))
         x = torch.where(drawn.flip_N[:, None, None, None], x.flip(3), x)
     else:
-        of_N = torch.arange(len(image), device=image.device).repeat(2)
+        of_N = torch.arange(len(image), device=image.device).repeat(count)
         x = crop_resize(image, of_N, box_N4, drawn.flip_N, views.size) / 255
     if jitter.p > 0:
         x = operations.color_jitter(x, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=jitter.hue > 0)
     if views.gray > 0:
         x = operations.grayscale(x, drawn.gray_N)
-    if max(first.blur, second.blur) > 0:
+    if max(view.blur for view in only) > 0:
         x = operations.gaussian_blur(x, drawn.blur_N, drawn.sigma_N)
-    if max(first.solarize, second.solarize) > 0:
+    if max(view.solarize for view in only) > 0:
         x = operations.solarize(x, drawn.solarize_N)
     return normalize(x, views)
 

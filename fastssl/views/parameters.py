@@ -1,7 +1,7 @@
 """Every random number of the augmentation, drawn by counter (see fastssl/randomness.py)."""
 
 import itertools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ class Parameters(NamedTuple):
     solarize_N: Tensor
 
 
-def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor) -> Tensor:
-    """(2 B, numbers) float64: all random numbers of both views, the first view's samples before the second's."""
-    view = torch.arange(2, device=index_B.device).repeat_interleave(len(index_B))
-    return uniforms(seed, epoch, index_B.repeat(2), view, _COUNT, AUGMENTATION)
+def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor, count: Literal[1, 2] = 2) -> Tensor:
+    """(count * B, numbers) float64: all random numbers of the views, the first view's samples before the second's."""
+    view = torch.arange(count, device=index_B.device).repeat_interleave(len(index_B))
+    return uniforms(seed, epoch, index_B.repeat(count), view, _COUNT, AUGMENTATION)
 
 
 def draw_boxes(u_NU: Tensor, views: Views, height_N: Tensor, width_N: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ def draw_boxes(u_NU: Tensor, views: Views, height_N: Tensor, width_N: Tensor) ->
     return geometry.crop_box(u_NU[:, : geometry.NUMBERS], height_N, width_N, views.scale, views.ratio)
 
 
-def draw_parameters(u_NU: Tensor, views: Views) -> Parameters:
-    """Turn both views' uniform numbers (N = 2 B) into the parameters of everything but the crop."""
+def draw_parameters(u_NU: Tensor, views: Views, count: Literal[1, 2] = 2) -> Parameters:
+    """Turn the views' uniform numbers (N = count * B) into the parameters of everything but the crop."""
     jitter = views.jitter
-    first, second = u_NU.chunk(2)
+    of_each = list(zip(u_NU.chunk(count), (views.first, views.second)))
     if jitter.order == "random":
         orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
         order_N4 = orders[(u_NU[:, _ORDER] * len(orders)).long()]
@@ -61,11 +61,9 @@ def draw_parameters(u_NU: Tensor, views: Views) -> Parameters:
         order_N4=order_N4,
         factor_N4=torch.stack(factors, dim=1).float(),
         gray_N=u_NU[:, _GRAY] < views.gray,
-        blur_N=torch.cat([first[:, _BLUR] < views.first.blur, second[:, _BLUR] < views.second.blur]),
+        blur_N=torch.cat([u[:, _BLUR] < only.blur for u, only in of_each]),
         sigma_N=(BLUR_SIGMA[0] + u_NU[:, _SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])).float(),
-        solarize_N=torch.cat(
-            [first[:, _SOLARIZE] < views.first.solarize, second[:, _SOLARIZE] < views.second.solarize]
-        ),
+        solarize_N=torch.cat([u[:, _SOLARIZE] < only.solarize for u, only in of_each]),
     )
 
 
