@@ -36,6 +36,7 @@ class Run(Section):
 class Data(Section):
     train: str
     val: str | None = None  # the probe and the evaluation need it, the training does not
+    subset: str | None = None  # a file that lists images, by name or index: train on these alone
     limit: Count | None = None  # train on a fixed random subset of this many images
     crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for a full one
     decode: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG, experimental
@@ -172,14 +173,23 @@ class BYOL(Section):
     predictor_hidden: Count = 4096
 
 
-Objective = BarlowTwins | VICReg | SimCLR | BYOL
-OBJECTIVES = {kind.model_fields["name"].default: kind for kind in (BarlowTwins, VICReg, SimCLR, BYOL)}
+class Supervised(Section):
+    """Cross-entropy on labels, from the first view alone."""
+
+    name: Literal["supervised"] = "supervised"
+    classes: Annotated[int, Field(ge=2)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+Objective = BarlowTwins | VICReg | SimCLR | BYOL | Supervised
+OBJECTIVES = {kind.model_fields["name"].default: kind for kind in (BarlowTwins, VICReg, SimCLR, BYOL, Supervised)}
 
 
 class Optim(Section):
     name: str = "adamw"  # of a class of torch.optim or torch_optimizer, such as sgd, lars, lamb, radam
     lr: Annotated[float, Field(gt=0)] = 1e-3  # at global batch 256; the used one is lr x batch / 256
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    head_lr_factor: Annotated[float, Field(gt=0)] = 1.0  # rate of a supervised run's classifier, over the others'
     warmup_epochs: Annotated[float, Field(ge=0)] = 4
     final_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.5  # cosine ends at this share of lr
     clip: Annotated[float, Field(gt=0)] | None = 0.5  # gradient norm; null: no clipping
@@ -246,6 +256,21 @@ class Recipe(Section):
                     "embedding.chunk cannot split the mean inside the logarithm of objective.over_draws=log_mean_exp: "
                     "leave one of the two out"
                 )
+        if self.objective.name == "supervised" and "z" in self.embedding.stochastic:
+            raise ValueError(
+                f"embedding.stochastic={self.embedding.stochastic} needs a projector's z, which "
+                "objective.name=supervised does not have: set embedding.stochastic to none or h"
+            )
+        if self.objective.name == "supervised" and self.embedding.chunk is not None:
+            raise ValueError(
+                "embedding.chunk cannot split the mean of the draws' logits, of which objective.name=supervised "
+                "learns: leave it out"
+            )
+        if self.objective.name != "supervised" and self.optim.head_lr_factor != 1:
+            raise ValueError(
+                "optim.head_lr_factor is the rate of a classifier, which "
+                f"objective.name={self.objective.name} does not have: leave it out"
+            )
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
                 f"train.accumulate={self.train.accumulate} does not divide train.batch_size={self.train.batch_size}"
@@ -257,6 +282,11 @@ class Recipe(Section):
         if self.probe.split == "rest" and self.data.limit is None:
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self
+
+    @property
+    def view_count(self) -> Literal[1, 2]:
+        """How many augmented views of an image the objective takes."""
+        return 1 if self.objective.name == "supervised" else 2
 
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
@@ -371,7 +401,7 @@ def sentence(error: ValidationError, section: type[BaseModel]) -> str:
     if first["type"] == "union_tag_invalid":
         return f"objective.name should be one of {first['ctx']['expected_tags']}, not {first['input'].get('name')!r}."
     if first["type"] == "union_tag_not_found":
-        return "the key objective.name is missing: barlow_twins, vicreg, simclr or byol."
+        return f"the key objective.name is missing: {', '.join(list(OBJECTIVES)[:-1])} or {list(OBJECTIVES)[-1]}."
     if first["type"] == "value_error":  # from our own validators: already a sentence
         return f"{first['ctx']['error']}."
     message = first["msg"][0].lower() + first["msg"][1:]

@@ -10,9 +10,16 @@ import torch.distributed as dist
 from small_models import recipe_of
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.models import GlobalBatchNorm, SSLModel, collective, convert_batch_norms, sync_bn
+from fastssl.models import GlobalBatchNorm, SSLModel, build_model, collective, convert_batch_norms, sync_bn
 from fastssl.models.collective import gather_rows, sum_over_ranks
-from fastssl.objectives import barlow_twins_loss, byol_loss, simclr_loss, total_loss, vicreg_loss
+from fastssl.objectives import (
+    barlow_twins_loss,
+    byol_loss,
+    cross_entropy_loss,
+    simclr_loss,
+    total_loss,
+    vicreg_loss,
+)
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import make_optimizer
 from fastssl.training.state import TrainState
@@ -44,6 +51,10 @@ def byol_against_fixed_targets(z1, z2, gather=None):
     return byol_loss(z1, z2, z2.detach().mean(0).cos(), z1.detach().mean(0).sin(), gather=gather)
 
 
+def cross_entropy_of_fixed_labels(z1, z2, gather=None):
+    return cross_entropy_loss(z1, z2.detach().mean(0).argmax(-1), gather=gather)
+
+
 LOSSES = [
     (barlow_twins_loss, {}),
     (barlow_twins_loss, {"unbiased": True, "eps": 0.0}),
@@ -52,6 +63,7 @@ LOSSES = [
     (simclr_loss, {}),
     (simclr_loss, {"over_draws": "log_mean_exp"}),
     (byol_against_fixed_targets, {}),
+    (cross_entropy_of_fixed_labels, {}),
 ]
 
 
@@ -123,7 +135,7 @@ def check_collectives(rank, world):
     with pytest.raises(ValueError, match="at least 2 samples"):
         barlow_twins_loss(*one_each, gather=False)
     unequal = views(3, 9, 5)[:, :, : 4 if rank else 5]
-    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, byol_against_fixed_targets):
+    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, byol_against_fixed_targets, cross_entropy_of_fixed_labels):
         with pytest.raises(ValueError, match="batches of one size"):
             loss(*unequal)
 
@@ -156,6 +168,7 @@ MODELS = [
     ({"name": "vicreg"}, {"stochastic": "hz", "chunk": 2}),
     ({"name": "simclr"}, {"stochastic": "z", "prior": "vamp"}),
     ({"name": "byol", "predictor_hidden": 16}, {"stochastic": "h"}),
+    ({"name": "supervised", "classes": 5}, {"stochastic": "h", "prior": "mixture"}),
 ]
 
 
@@ -163,18 +176,19 @@ class Loss(torch.nn.Module):
     def __init__(self, recipe):
         super().__init__()
         torch.manual_seed(0)
-        self.model, self.loss_terms = SSLModel(recipe).double(), total_loss(recipe)
+        self.model, self.loss_terms = build_model(recipe).double(), total_loss(recipe)
 
-    def forward(self, v1, v2, index, step):
-        return self.loss_terms(*self.model(v1, v2, index, step), self.model.priors, step)
+    def forward(self, *inputs):
+        return self.loss_terms(*self.model(*inputs), self.model.priors, inputs[-1])
 
 
-def train_steps(module, v1, v2, index, steps=3):
+def train_steps(module, *images, steps=3):
+    """images: (v1, v2, index), or (v, label, index)."""
     core = getattr(module, "module", module)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05)
     values = []
     for step in range(steps):
-        terms = module(v1, v2, index, torch.tensor(step))
+        terms = module(*images, torch.tensor(step))
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
@@ -190,12 +204,14 @@ def check_training(rank, world):
     v1, v2 = views(BATCH, 3, 32, 32)
     index = torch.arange(100, 100 + BATCH)
     for objective, embedding in MODELS:
-        alone = {} if objective["name"] == "byol" else {"gather": False}  # one process in the midst of several
+        no_gather = objective["name"] in ("byol", "supervised")
+        alone = {} if no_gather else {"gather": False}  # one process in the midst of several
+        images = (v1, index % 5, index) if objective["name"] == "supervised" else (v1, v2, index)
         whole, mine = Loss(recipe_of(objective | alone, embedding)), Loss(recipe_of(objective, embedding))
         convert_batch_norms(mine)
         parallel = DistributedDataParallel(mine)
-        want = train_steps(whole, v1, v2, index)
-        got = train_steps(parallel, *(t.chunk(world)[rank] for t in (v1, v2, index)))
+        want = train_steps(whole, *images)
+        got = train_steps(parallel, *(t.chunk(world)[rank] for t in images))
         for of_whole, of_rank in zip(want, got, strict=True):
             assert of_rank == pytest.approx(of_whole, rel=1e-7), (objective, embedding)
         torch.testing.assert_close(mine.state_dict(), whole.state_dict(), **CLOSE_WEIGHTS)

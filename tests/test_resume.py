@@ -34,6 +34,9 @@ VARIANTS = {
     "zprob_barlow": ["embedding.prior=mixture", "embedding.mixture_components=3", "train.ema=0.9"],
     "hprob_vicreg": ["train.accumulate=2", "optim.name=lars", "optim.lr=0.1"],
     "beyond/zprob_simclr": ["embedding.stochastic=hz", "embedding.prior=vamp", "embedding.mixture_components=3"],
+    "supervised": [
+        "objective={name: supervised, classes: 3}", "embedding={stochastic: h, samples: 3}", "optim.head_lr_factor=10",
+    ],
     "beyond/byol": ["objective.predictor_hidden=32", "embedding={stochastic: h, samples: 3}", "optim.name=lamb"],
 }
 TRAIN_ALL = """

@@ -108,7 +108,7 @@ def test_what_is_logged_of_sigma():
         ("objective.name=simclr", "objective.lambd belongs to barlow_twins: .* objective={name: simclr}"),
         ("objective={name: simclr, temprature: 1}", "objective.temprature: did you mean objective.temperature"),
         ("optim.options.foo=abc", "optim.options.foo should be a number, true, false or a list of numbers, not 'abc'"),
-        ("objective={lambd: 1}", "barlow_twins, vicreg, simclr or byol"),
+        ("objective={lambd: 1}", "barlow_twins, vicreg, simclr, byol or supervised"),
     ],
 )
 def test_what_makes_no_sense_is_refused(override, says):

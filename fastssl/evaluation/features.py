@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from fastssl.beton import read_header
+from fastssl.beton import read_header, read_index_list
 from fastssl.beton.atomic import write_atomically
 from fastssl.beton.progress import progress
 from fastssl.loading import Batch, BetonLoader
@@ -74,13 +74,15 @@ def clean_features(
     beton: str | Path,
     views: Views,
     *,
+    subset: str | Path | None = None,
     limit: int | None = None,
     skip: int = 0,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Features:
     """`extract_features` of a .beton under the clean view, on the model's device.
 
-    `limit` picks the same random subset as data.limit does in training, behind the first `skip` of its draw.
+    `subset` and `limit` pick the same images as data.subset and data.limit do in training, `limit` behind the first
+    `skip` of its draw.
     """
     # Images of one size go to the device as they are; others are brought to the view's by the CPU.
     crop = "gpu" if read_header(beton).resolution else "whole"
@@ -92,6 +94,7 @@ def clean_features(
         shuffle=False,
         drop_last=False,
         device=next(model.parameters()).device,
+        subset=subset,
         limit=limit,
         skip=skip,
         shard=False,
@@ -105,13 +108,14 @@ def cached_features(
     *,
     model: nn.Module,
     views: Views,
+    subset: str | Path | None = None,
     limit: int | None = None,
 ) -> Features:
     """`clean_features`, or what an earlier call left in RUN/features/.
 
     The file's name holds a sha256 of the model's weights, the .beton's path, size and time of
-    change, the size and normalisation of the clean view, and `limit`. A damaged file is made anew;
-    reading one runs no code.
+    change, the size and normalisation of the clean view, the images of `subset`, and `limit`. A damaged
+    file is made anew; reading one runs no code.
     """
     info = read_header(beton)
     stat = info.path.stat()
@@ -122,14 +126,18 @@ def cached_features(
         "view": [views.size, views.mean, views.std],
         "limit": limit,
     }
+    images = info.num_samples
+    if subset is not None:
+        listed = np.sort(read_index_list(beton, subset))
+        images, depends_on["subset"] = len(listed), hashlib.sha256(listed.tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     path = Path(run_dir) / "features" / f"{info.path.stem}-{key[:16]}.safetensors"
 
     features = read_features(path)
     if features is None:
-        images = min(info.num_samples, limit or info.num_samples)
+        images = min(images, limit or images)
         with progress(f"Features of {beton}", images, "images") as advance:
-            features = clean_features(model, beton, views, limit=limit, advance=advance)
+            features = clean_features(model, beton, views, subset=subset, limit=limit, advance=advance)
         write_features(path, features)
     return features
 

@@ -4,30 +4,32 @@ from collections.abc import Callable
 
 import torch
 
-from fastssl.beton import read_header
 from fastssl.evaluation.features import clean_features
 from fastssl.evaluation.knn import knn_accuracy
-from fastssl.models import SSLModel
+from fastssl.loading import count_images
+from fastssl.models import Model
 from fastssl.recipe import Recipe, UserError
 
 BANK = 50_000  # images: all of CIFAR-10, and 4% of ImageNet, whose whole would cost a pass over 1.28 million
 
 
-def probe_of(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]] | None:
+def probe_of(recipe: Recipe) -> Callable[[Model], dict[str, float]] | None:
     """The probe that a recipe asks for: none without probe.every, or without images to look at."""
     wanted = recipe.probe.every and (recipe.data.val or recipe.probe.split == "rest")
     return knn_probe(recipe) if wanted else None
 
 
-def knn_probe(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]]:
+def knn_probe(recipe: Recipe) -> Callable[[Model], dict[str, float]]:
     """A function of the model: kNN accuracy on data.val, with up to 50,000 training images as the bank.
 
-    With probe.split=rest, on the images of data.train that data.limit leaves out, as the published CIFAR-10 runs choose
-    their checkpoint on 10,000 training images: the test set stays unseen.
+    The bank's are images that the run trains on. With probe.split=rest, on the images of data.train (of data.subset)
+    that data.limit leaves out, as the published CIFAR-10 runs choose their checkpoint on 10,000 training images: the
+    test set stays unseen.
     """
     data, rest = recipe.data, recipe.probe.split == "rest"
     probed = data.train if rest else data.val
-    images = read_header(probed).num_samples  # a file that is not there is said now, not after hours
+    subset = data.subset if rest else None
+    images = count_images(probed, subset=subset)  # a file that is not there is said now, not after hours
     if rest and images <= data.limit:
         raise UserError(
             f"probe.split=rest has nothing to look at: data.limit={data.limit} leaves out none of the {images} images "
@@ -35,9 +37,9 @@ def knn_probe(recipe: Recipe) -> Callable[[SSLModel], dict[str, float]]:
         )
     bank, skip = min(BANK, data.limit or BANK), data.limit if rest else 0
 
-    def probe(model: SSLModel) -> dict[str, float]:
-        train = clean_features(model, data.train, recipe.views, limit=bank)
-        val = clean_features(model, probed, recipe.views, limit=BANK, skip=skip)
+    def probe(model: Model) -> dict[str, float]:
+        train = clean_features(model, data.train, recipe.views, subset=data.subset, limit=bank)
+        val = clean_features(model, probed, recipe.views, subset=subset, limit=BANK, skip=skip)
         device = next(model.parameters()).device
         accuracy = knn_accuracy(
             torch.as_tensor(train.h, device=device),

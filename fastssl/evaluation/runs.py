@@ -27,7 +27,7 @@ def run_features(
     val: str | Path | None = None,
     device: str = "auto",
 ) -> RunFeatures:
-    """Features of data.train, as data.limit limits it, and of data.val of a run's recipe.
+    """Features of data.train, as data.subset and data.limit limit it, and of data.val of a run's recipe.
 
     `train` and `val` name other .beton files; one given as `train` is used whole. Raises UserError
     where the run, the files or their labels do not allow an evaluation.
@@ -39,7 +39,7 @@ def run_features(
             "made."
         )
     recipe = load_recipe(run_dir / "recipe.yaml")
-    limit = None if train else recipe.data.limit
+    subset, limit = (None, None) if train else (recipe.data.subset, recipe.data.limit)
     train, val = train or recipe.data.train, val or recipe.data.val
     if val is None:
         raise UserError(
@@ -52,13 +52,13 @@ def run_features(
     device = torch.device(device)
 
     model = load_model(run_dir).to(device)
-    of_train = cached_features(run_dir, train, model=model, views=recipe.views, limit=limit)
+    of_train = cached_features(run_dir, train, model=model, views=recipe.views, subset=subset, limit=limit)
     of_val = cached_features(run_dir, val, model=model, views=recipe.views)
     _check(run_dir, train, of_train, val, of_val)
     about = {
         "run": str(run_dir),
         "encoder_sha256": weights_sha256(model),
-        "train": {"path": str(train), "images": len(of_train.label), "limit": limit},
+        "train": {"path": str(train), "images": len(of_train.label), "subset": subset, "limit": limit},
         "val": {"path": str(val), "images": len(of_val.label)},
         "classes": len(np.unique(of_train.label)),
         "layout": "full" if layouts == {"full"} else "canvas",

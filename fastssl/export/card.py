@@ -12,7 +12,13 @@ from fastssl.models.exported import short_path
 
 CARD = "model_card.md"
 LIBRARY = {"timm": "timm", "safetensors": "fastssl", "onnx": "onnx"}
-OBJECTIVES = {"barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR", "byol": "BYOL"}
+OBJECTIVES = {
+    "barlow_twins": "Barlow Twins",
+    "vicreg": "VICReg",
+    "simclr": "SimCLR",
+    "byol": "BYOL",
+    "supervised": "cross-entropy",
+}
 
 
 def model_card(source: Source, findings: Findings, file: str, format: str, sigma: bool) -> str:
@@ -21,8 +27,9 @@ def model_card(source: Source, findings: Findings, file: str, format: str, sigma
     file: the exported file's name; it lies beside the card.
     """
     recipe = source.recipe
-    objective = OBJECTIVES[recipe.objective.name]
-    tags = ["image-feature-extraction", "self-supervised-learning", recipe.objective.name, "fastssl"]
+    objective, supervised = OBJECTIVES[recipe.objective.name], recipe.objective.name == "supervised"
+    kind = ["supervised-learning"] if supervised else ["self-supervised-learning", recipe.objective.name]
+    tags = ["image-feature-extraction", *kind, "fastssl"]
     if format != "safetensors":
         tags.append(LIBRARY[format])
     if sigma:
@@ -31,8 +38,8 @@ def model_card(source: Source, findings: Findings, file: str, format: str, sigma
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {plain(recipe.name)}",
-        f"A {recipe.model.backbone} image encoder that learned without labels ({objective}), trained and exported by "
-        f"fastssl. `{file}` gives {outputs_in_words(source, format, sigma)}.",
+        f"A {recipe.model.backbone} image encoder that learned {'from' if supervised else 'without'} labels "
+        f"({objective}), trained and exported by fastssl. `{file}` gives {outputs_in_words(source, format, sigma)}.",
         "## Use",
         f"```python\n{code(source, file, format, sigma)}\n```",
         "## Input",
@@ -60,7 +67,7 @@ def outputs_in_words(source: Source, format: str, sigma: bool) -> str:
 
 
 def space_of_sigma(source: Source) -> str:
-    """As SSLModel.embed: where both are stochastic, h's."""
+    """As the model's `embed`: where both are stochastic, h's."""
     return "h" if "h" in source.spaces else "z"
 
 
@@ -135,11 +142,15 @@ def model_rows(source: Source, format: str, sigma: bool) -> Iterable[tuple[str, 
         yield "samples S", embedding.samples
     else:
         yield "stochastic", "no"
-    projector = keys.projector
-    yield "projector in training", f"{projector.layers} layers, {projector.hidden} wide, {projector.out} out"
+    if source.recipe.objective.name == "supervised":
+        behind, top = "classifier", model.classifier
+        yield "classifier in training", f"one linear layer, {top.out_features} classes"
+    else:
+        behind, top, projector = "projector", model.projector, keys.projector
+        yield "projector in training", f"{projector.layers} layers, {projector.hidden} wide, {projector.out} out"
     if sigma:
         yield "width of mu and sigma", model.heads[space_of_sigma(source)].mu.out_features
-        yield "parameters of projector and heads", f"{count_parameters(model.projector, model.heads):,}"
+        yield f"parameters of {behind} and heads", f"{count_parameters(top, model.heads):,}"
 
 
 def training_rows(source: Source, findings: Findings) -> Iterable[tuple[str, object]]:
@@ -148,6 +159,8 @@ def training_rows(source: Source, findings: Findings) -> Iterable[tuple[str, obj
     yield "objective", f"{OBJECTIVES[recipe.objective.name]} ({', '.join(f'{k}={v}' for k, v in settings.items())})"
     yield "data", short_path(recipe.data.train)
     yield "images", f"{findings.train_images:,}" if findings.train_images else "the run does not say"
+    if recipe.data.subset is not None:
+        yield "subset", f"the images listed in {short_path(recipe.data.subset)}"
     yield "limit", f"a random subset of at most {recipe.data.limit:,}" if recipe.data.limit else "none"
     done = "unknown number" if source.epochs_done is None else source.epochs_done
     yield "epochs", f"{done} of {train.epochs}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.export.source import Source
-from fastssl.models import SSLModel
+from fastssl.models import Model
 from fastssl.recipe import UserError
 
 LARGEST = 2**31 - 1  # bytes: protobuf's limit for one file
@@ -21,9 +21,9 @@ def output_names(sigma: bool) -> list[str]:
 
 
 class Embed(nn.Module):
-    """`SSLModel.embed` as a tuple: images (B, 3, size, size) to h (B, D), and with sigma mu and sigma (B, E)."""
+    """The model's `embed` as a tuple: images (B, 3, size, size) to h (B, D), and with sigma mu and sigma (B, E)."""
 
-    def __init__(self, model: SSLModel, sigma: bool):
+    def __init__(self, model: Model, sigma: bool):
         super().__init__()
         self.model, self.sigma = model, sigma
 
@@ -50,7 +50,9 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
     Raises UserError where the backbone has an operation that ONNX lacks, or the file does not do as torch does.
     """
     model, size, backbone = source.model, source.recipe.views.size, source.recipe.model.backbone
-    parts = [model.encoder, model.projector, model.heads] if sigma else [model.encoder]
+    parts = [model.encoder]
+    if sigma:
+        parts += [model.heads, model.projector] if source.spaces == "z" else [model.heads]
     if sum(weight.nbytes for part in parts for weight in part.parameters()) > LARGEST:
         raise UserError(f"{backbone} is larger than the 2 GB of an ONNX file: use --format safetensors.")
     embed = Embed(model, sigma).eval()

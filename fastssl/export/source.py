@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastssl.models import SSLModel
+from fastssl.models import Model
 from fastssl.models.checkpoint import model_in, newest_checkpoint, recipe_in
 from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe, UserError
@@ -17,7 +17,7 @@ from fastssl.views import describe_clean_view
 class Source:
     """A trained model and where it comes from."""
 
-    model: SSLModel  # eval mode, on the CPU
+    model: Model  # eval mode, on the CPU
     recipe: Recipe
     checkpoint: Path
     checkpoint_sha256: str

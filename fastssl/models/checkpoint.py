@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fastssl.models.build import Model, build_model
 from fastssl.models.exported import load_exported_encoder, load_exported_model
-from fastssl.models.ssl_model import SSLModel
 from fastssl.recipe import Recipe, UserError
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -82,7 +82,7 @@ def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
         raise UserError(f"{path} holds a recipe that this version of fastssl does not know: {reason}") from None
 
 
-def load_model(run_or_checkpoint: str | Path) -> SSLModel:
+def load_model(run_or_checkpoint: str | Path) -> Model:
     """The trained model of a run directory, a checkpoint or an exported .safetensors, in eval mode, on the CPU.
 
     Its weights are their running average where the run kept one (train.ema).
@@ -95,12 +95,12 @@ def load_model(run_or_checkpoint: str | Path) -> SSLModel:
     return model_in(checkpoint)
 
 
-def model_in(checkpoint: Checkpoint) -> SSLModel:
+def model_in(checkpoint: Checkpoint) -> Model:
     """What `load_model` gives, of a checkpoint that has been read."""
     path, saved = checkpoint.path, checkpoint.saved
     recipe = recipe_in(path, saved)
     try:
-        model = SSLModel(recipe)
+        model = build_model(recipe)
         model.load_state_dict(saved["model"] if saved.get("ema") is None else saved["ema"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -115,11 +115,11 @@ def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     return load_model(run_or_checkpoint).encoder
 
 
-def start_from(model: SSLModel, source: str) -> str:
+def start_from(model: Model, source: str) -> str:
     """Fill a new model with the weights of `source`, as `model.init` says; returns a line on what came and what not.
 
     source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm's for this backbone. All of the
-    encoder must come from there; projector, heads and priors come where names and shapes agree.
+    encoder must come from there; projector, classifier, heads and priors come where names and shapes agree.
     """
     if Path(source).suffix == ".safetensors":
         weights, warning = _read_safetensors(Path(source)), None

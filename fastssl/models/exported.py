@@ -1,4 +1,4 @@
-"""The safetensors file of `fastssl export`: weights under SSLModel's names, the recipe as JSON in the header.
+"""The safetensors file of `fastssl export`: weights under the model's names, the recipe as JSON in the header.
 
 Reading one runs no code: a header, numbers, and a recipe that is checked like any other.
 """
@@ -11,16 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastssl.models.build import Model, build_model
 from fastssl.models.encoder import build_encoder
-from fastssl.models.ssl_model import SSLModel
 from fastssl.recipe import Recipe, UserError
 
 ENCODER = "encoder."
 TRAINING_ONLY = ("predictor.", "target.")  # of BYOL; no file that was exported holds them
 
 
-def write_exported(path: Path, model: SSLModel, recipe: Recipe, header: dict[str, str], whole: bool) -> None:
-    """The encoder alone, or `whole`: projector, heads and priors too, so all that `embed` and a prior's density need.
+def write_exported(path: Path, model: Model, recipe: Recipe, header: dict[str, str], whole: bool) -> None:
+    """The encoder alone, or `whole`: projector or classifier, heads and priors too, all but what training alone needs.
 
     header: further entries, for people and other programs. The recipe is kept without the folders of this machine.
     """
@@ -34,11 +34,11 @@ def write_exported(path: Path, model: SSLModel, recipe: Recipe, header: dict[str
     save_file(weights, path, metadata={**header, "recipe": without_folders(recipe).model_dump_json()})
 
 
-def load_exported_model(path: Path) -> SSLModel:
+def load_exported_model(path: Path) -> Model:
     """The model in eval mode, on the CPU. BYOL's predictor and target, which only training needs, are not there."""
     recipe, weights = _read(path)
     try:
-        model = SSLModel(recipe)
+        model = build_model(recipe)
         if model.target is not None:
             model.target = model.predictor = None
         missing, unknown = model.load_state_dict(weights, strict=False)
@@ -71,7 +71,8 @@ def without_folders(recipe: Recipe) -> Recipe:
 
     What is published should not tell where its maker keeps files.
     """
-    data = {key: short_path(path) for key in ("train", "val") if (path := getattr(recipe.data, key)) is not None}
+    keys = ("train", "val", "subset")
+    data = {key: short_path(path) for key in keys if (path := getattr(recipe.data, key)) is not None}
     init = recipe.model.init and short_path(recipe.model.init)
     return recipe.model_copy(
         update={

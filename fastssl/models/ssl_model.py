@@ -37,9 +37,9 @@ class View(NamedTuple):
     """One view's way through the model."""
 
     h: Tensor  # (B, D): the representation, a mean where it is stochastic
-    z: Tensor  # (B, D), or (S, B, D) with S Monte Carlo draws: what the objective compares
+    z: Tensor  # (B, D), or (S, B, D) with S Monte Carlo draws: what the objective compares; a Classifier's logits
     draws: dict[str, Draws]  # by space: "h", "z", both or none
-    target: Tensor | None  # (B, D), BYOL: the target network's z of this view, without gradient
+    target: Tensor | None  # what is predicted, without gradient: BYOL's target z of this view (B, D), or the label (B,)
 
 
 class SSLModel(nn.Module):

@@ -106,7 +106,7 @@ def images_left(task: Task) -> int:
     if task.state == "finished":
         return 0
     recipe = task.run.recipe
-    if recipe.data.limit and not Path(recipe.data.train).exists():
+    if recipe.data.limit and not recipe.data.subset and not Path(recipe.data.train).exists():
         an_epoch = recipe.data.limit // recipe.train.batch_size * recipe.train.batch_size
     else:
         an_epoch = images_per_epoch(recipe)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fastssl.beton import read_header
+from fastssl.loading import count_images
 from fastssl.recipe import Recipe, UserError, load_recipe
 from fastssl.training.state import changed_keys
 from fastssl.training.tracking import readable_lines
@@ -57,7 +57,7 @@ def is_locked(run: Run) -> bool:
 
 def images_per_epoch(recipe: Recipe) -> int:
     """Images that one epoch trains on: whole batches. Looks into data.train. Raises UserError for less than one."""
-    images = images_in(recipe.data.train)
+    images = images_in(recipe.data.train, recipe.data.subset)
     images, batch = min(images, recipe.data.limit or images), recipe.train.batch_size
     if images < batch:
         raise UserError(
@@ -68,8 +68,8 @@ def images_per_epoch(recipe: Recipe) -> int:
 
 
 @cache
-def images_in(path: str) -> int:
-    return read_header(path).num_samples  # this checks all of the file's tables, so once for all runs
+def images_in(path: str, subset: str | None) -> int:
+    return count_images(path, subset=subset)  # this checks all of the file's tables, so once for all runs
 
 
 def read_progress(run: Run) -> Progress:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastssl.loading import Batch
-from fastssl.models import SSLModel
+from fastssl.models import Model
 from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.models.collective import gather_rows
 from fastssl.objectives import momentum_at
@@ -33,7 +33,7 @@ from .schedule import image_size
 from .setup import Run, choose_device, prepare
 from .signals import CutShort, StopRequest
 
-Probe = Callable[[SSLModel], dict[str, float]]
+Probe = Callable[[Model], dict[str, float]]
 
 
 def train(
@@ -92,10 +92,10 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> Non
         loader.views = recipe.views.model_copy(update={"size": image_size(recipe.views, epoch)})
         for batches in in_groups(meter.watch(loader), recipe.train.accumulate):
             if state.step == 0:
-                output.save_view_sheet(*run.views(batches[0], epoch))
+                output.save_view_sheet(run.views(batches[0], epoch))
             rate = run.schedule.rate(state.step)
             for group in state.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_factor", 1.0)
             run.guard.remember()
             terms, h = forward_and_backward(run, batches, epoch)
             terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
@@ -138,12 +138,13 @@ def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[di
     # A tensor, not a number: a compiled graph would be made anew for each number.
     step = torch.full((), run.state.step, device=run.device)
     of_each = []
+    has_labels = run.recipe.objective.name == "supervised"
     for number, batch in enumerate(batches, 1):
-        v1, v2 = run.views(batch, epoch)
+        inputs = *run.views(batch, epoch), *([batch.label] if has_labels else [])
         if run.recipe.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with run.no_sync() if number < len(batches) else nullcontext():
-            terms, h = run.network(v1, v2, batch.index, step)
+            terms, h = run.network(*inputs, batch.index, step)
             run.state.scaler.scale(terms["loss"] / len(batches)).backward()
         of_each.append([term.detach() for term in terms.values()])
     values = combine([*terms], torch.stack([torch.stack(values) for values in of_each]))

@@ -31,16 +31,22 @@ NOT_OPTIONS = ("params", "lr", "weight_decay", "foreach", "fused", "capturable",
 def make_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
     """The recipe's optimiser over all of the model's parameters.
 
-    What `optim.exclude` names has no weight decay, and LARS and LAMB do not adapt its rate to its norm.
+    What `optim.exclude` names has no weight decay, and LARS and LAMB do not adapt its rate to its norm. The
+    classifier's rate over the others' is its groups' `lr_factor`.
     Raises UserError for a name or options that no optimiser here has, or with which it cannot train.
     """
     name = optim.name.lower()
     kind = optimizer_class(name)
     options = check_options(name, kind, optim)
     decay, plain = split_parameters(model, optim.exclude)
+    head = {id(p) for name, p in model.named_parameters() if name.startswith("classifier.")}
     groups = [
-        {"params": decay, "weight_decay": optim.weight_decay},
-        {"params": plain, "weight_decay": 0.0, "adapt": False},
+        {"params": [p for p in params if (id(p) in head) == is_head], **decays, **rate}
+        for is_head, rate in ((False, {}), (True, {"lr_factor": optim.head_lr_factor}))
+        for params, decays in (
+            (decay, {"weight_decay": optim.weight_decay}),
+            (plain, {"weight_decay": 0.0, "adapt": False}),
+        )
     ]
     groups = [group for group in groups if group["params"]]
     try:

@@ -71,10 +71,10 @@ class Output:
             self.trackers.write(entry)
             self.display.log(entry)
 
-    def save_view_sheet(self, v1: Tensor, v2: Tensor) -> None:
+    def save_view_sheet(self, views: tuple[Tensor, ...]) -> None:
         if self.display:
             try:
-                save_view_sheet(self.run_dir, v1, v2, self.run.recipe)
+                save_view_sheet(self.run_dir, views, self.run.recipe)
             except OSError as error:
                 self.say(f"Warning: views.png cannot be written ({error.strerror}).")
 

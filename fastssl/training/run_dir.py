@@ -24,7 +24,7 @@ from fastssl.views.paired import unnormalize
 
 from .distributed import world_size
 
-PAIRS_SHOWN = 16
+IMAGES_SHOWN = 16  # in views.png
 LOCK = ".lock"
 
 
@@ -169,19 +169,20 @@ def _git_state() -> str | None:
         return None
 
 
-def save_view_sheet(run_dir: Path, v1: torch.Tensor, v2: torch.Tensor, recipe: Recipe) -> None:
-    """views.png: pairs of augmented views side by side, as the encoder sees them."""
-    pairs = min(PAIRS_SHOWN, len(v1))
+def save_view_sheet(run_dir: Path, views: tuple[torch.Tensor, ...], recipe: Recipe) -> None:
+    """views.png: augmented views, an image's two side by side, as the encoder sees them."""
+    images = min(IMAGES_SHOWN, len(views[0]))
     columns = 4
-    rows = -(-pairs // columns)
-    size = v1.shape[-1]  # views.grow may start below views.size
+    rows = -(-images // columns)
+    size = views[0].shape[-1]  # views.grow may start below views.size
     gap = max(2, size // 16)
-    sheet = np.full((rows * (size + gap) + gap, columns * (2 * size + 2 * gap) + gap, 3), 255, np.uint8)
-    for i in range(pairs):
-        for view, v in enumerate((v1, v2)):
+    width = len(views) * size + 2 * gap
+    sheet = np.full((rows * (size + gap) + gap, columns * width + gap, 3), 255, np.uint8)
+    for i in range(images):
+        for view, v in enumerate(views):
             pixels = unnormalize(v[i : i + 1], recipe.views)[0].permute(1, 2, 0)
             y = gap + (i // columns) * (size + gap)
-            x = gap + (i % columns) * (2 * size + 2 * gap) + view * size
+            x = gap + (i % columns) * width + view * size
             sheet[y : y + size, x : x + size] = (pixels * 255).round().byte().cpu().numpy()
     picture = Image.fromarray(sheet)
     if size < 100:  # small views are enlarged, so that a person sees something

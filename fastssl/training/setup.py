@@ -11,8 +11,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import read_header
-from fastssl.loading import Batch, BetonLoader
-from fastssl.models import SSLModel, WeightAverage, convert_batch_norms
+from fastssl.loading import Batch, BetonLoader, count_images
+from fastssl.models import Model, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint, start_from
 from fastssl.models.encoder import has_fixed_size
 from fastssl.objectives import total_loss
@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Run:
-    """What one training needs. `network` maps (v1, v2, index, step) to the loss's terms and the first view's h."""
+    """What one training needs. `network` maps what the model's forward takes to the loss's terms and the first h."""
 
     recipe: Recipe
     device: torch.device
@@ -39,7 +39,7 @@ class Run:
     compiled: bool
     schedule: Schedule
     state: TrainState
-    network: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
+    network: Callable[..., tuple[dict[str, Tensor], Tensor]]
     no_sync: Callable[[], AbstractContextManager]  # inside, processes leave their gradients unexchanged
     views: "TrainingViews"
     guard: FiniteGuard
@@ -48,36 +48,36 @@ class Run:
 class Network(nn.Module):
     """Model and loss in one: what is compiled, and what DistributedDataParallel wraps."""
 
-    def __init__(self, model: SSLModel, loss_terms: Callable, device: torch.device, precision: str):
+    def __init__(self, model: Model, loss_terms: Callable, device: torch.device, precision: str):
         super().__init__()
         self.model, self.loss_terms = model, loss_terms
         self.autocast = dict(device_type=device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES)
 
-    def forward(self, v1: Tensor, v2: Tensor, index: Tensor, step: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss's terms, and the first view's h, to look at."""
+    def forward(self, *inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(v1, v2, index, step), or (v, label, index, step): the loss's terms, and the first view's h, to look at."""
         with torch.autocast(**self.autocast):
-            first, second = self.model(v1, v2, index, step)
-        return self.loss_terms(first, second, self.model.priors, step), first.h.detach()
+            views = self.model(*inputs)
+        return self.loss_terms(*views, self.model.priors, inputs[-1]), views[0].h.detach()
 
 
 class TrainingViews:
-    """Both views of a batch, at the size that the recipe has for the epoch."""
+    """The views of a batch that the objective takes, at the size that the recipe has for the epoch."""
 
     def __init__(self, recipe: Recipe, compiled: bool):
         self.recipe, self.compiled = recipe, compiled
         self.layout = memory_format(recipe)
         self._by_size: dict[int, Callable] = {}
 
-    def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
         size = image_size(self.recipe.views, epoch)
         if size not in self._by_size:
             views = self.recipe.views.model_copy(update={"size": size})
-            make = PairedViews(views, seed=self.recipe.seed)
+            make = PairedViews(views, self.recipe.seed, self.recipe.view_count)
             self._by_size[size] = torch.compile(make, dynamic=False) if self.compiled else make
         # A tensor, not a number: a compiled graph would be made anew for each number.
         epoch = torch.full((), epoch, device=batch.image.device)
-        pair = self._by_size[size](batch.image, batch.index, epoch, batch.height, batch.width)
-        return tuple(v.contiguous(memory_format=self.layout) for v in pair)
+        made = self._by_size[size](batch.image, batch.index, epoch, batch.height, batch.width)
+        return tuple(v.contiguous(memory_format=self.layout) for v in made)
 
 
 def prepare(
@@ -93,12 +93,14 @@ def prepare(
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device, resident)
+    if recipe.objective.name == "supervised":
+        check_labels(loader, recipe.objective.classes)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
 
     if recipe.views.grow and has_fixed_size(recipe.model.backbone):
         raise UserError(f"views.grow: {recipe.model.backbone} takes images of one size only, so leave it out.")
     torch.manual_seed(recipe.seed)
-    model = SSLModel(recipe).to(device=device, memory_format=memory_format(recipe))
+    model = build_model(recipe).to(device=device, memory_format=memory_format(recipe))
     if recipe.model.init and not checkpoint:
         remarks.append(start_from(model, recipe.model.init))
     if recipe.train.sync_bn and world_size() > 1:
@@ -175,9 +177,26 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
         return recipe.data.resident
     if device.type != "cuda" or crop_of(recipe) != "gpu":
         return False
-    info = read_header(recipe.data.train)
-    height, width = info.max_resolution
-    return info.num_samples * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
+    data = recipe.data
+    height, width = read_header(data.train).max_resolution
+    images = count_images(data.train, subset=data.subset, limit=data.limit)
+    return images * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
+
+
+def check_labels(loader: BetonLoader, classes: int) -> None:
+    """Raises UserError where an image of the run has a label that the classifier has no output for."""
+    label_N = loader.samples.label_N[loader.rows]
+    lowest, highest = int(label_N.min()), int(label_N.max())
+    if lowest < 0:
+        raise UserError(
+            f"{int((label_N < 0).sum()):,} of the {len(label_N):,} images of {loader.path} have no label, which "
+            "objective.name=supervised needs: list those that have one in data.subset, or set another data.train."
+        )
+    if highest >= classes:
+        raise UserError(
+            f"objective.classes={classes}, but {loader.path} holds labels from {lowest} to {highest}: "
+            f"set objective.classes={highest + 1}."
+        )
 
 
 def training_loader(recipe: Recipe, device: torch.device, resident: Batch | None = None) -> BetonLoader:
@@ -198,12 +217,14 @@ def training_loader(recipe: Recipe, device: torch.device, resident: Batch | None
         seed=recipe.seed,
         crop=crop_of(recipe),
         views=recipe.views,
+        crops=recipe.view_count,
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
         decode=data.decode,
         resident=resident or is_resident(recipe, device),
         on_bad_sample=data.on_bad_sample,
+        subset=data.subset,
         limit=data.limit,
     )
     if len(loader) < recipe.train.accumulate:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastssl.beton.atomic import write_atomically
 from fastssl.loading import BetonLoader
-from fastssl.models import SSLModel, WeightAverage
+from fastssl.models import Model, WeightAverage
 from fastssl.models.checkpoint import LAST, PREVIOUS, Checkpoint, recipe_in
 from fastssl.recipe import Recipe, UserError
 
@@ -33,7 +33,7 @@ class TrainState:
     """
 
     recipe: Recipe
-    model: SSLModel
+    model: Model
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: BetonLoader
