@@ -135,7 +135,8 @@ def check_collectives(rank, world):
     with pytest.raises(ValueError, match="at least 2 samples"):
         barlow_twins_loss(*one_each, gather=False)
     unequal = views(3, 9, 5)[:, :, : 4 if rank else 5]
-    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, byol_against_fixed_targets, cross_entropy_of_fixed_labels):
+    by_sample = byol_against_fixed_targets, cross_entropy_of_fixed_labels
+    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, *by_sample):
         with pytest.raises(ValueError, match="batches of one size"):
             loss(*unequal)
 
