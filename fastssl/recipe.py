@@ -37,7 +37,7 @@ class Data(Section):
     train: str
     val: str | None = None  # the probe and the evaluation need it, the training does not
     subset: str | None = None  # a file that lists images, by name or index: train on these alone
-    limit: Count | None = None  # train on a fixed random subset of this many images
+    limit: Count | None = None  # train on a fixed random part of this many images (of the subset)
     crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for a full one
     decode: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG, experimental
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory

@@ -268,7 +268,7 @@ def test_the_training_images_are_limited_as_in_training(canvas, tmp_path):
     assert evaluate_knn(folder, ks=(5,), device="cpu")["train"]["images"] == 25
     # A file named on the command line is used whole.
     result = evaluate_knn(folder, ks=(5,), train=canvas / "train.beton", device="cpu")
-    assert result["train"] == {"path": str(canvas / "train.beton"), "images": 48, "limit": None}
+    assert result["train"] == {"path": str(canvas / "train.beton"), "images": 48, "subset": None, "limit": None}
 
 
 def test_user_errors_are_one_sentence_with_the_mend(run, canvas, tmp_path):
