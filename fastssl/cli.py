@@ -186,29 +186,163 @@ def sweep(
         sys.exit(sweep.run_locally(chosen, runs, per_gpu=per_gpu, retries=retries))
 
 
+Runs = Annotated[list[Path], typer.Argument(help="run directories or checkpoints in them; several: also mean and sd")]
+TrainData = Annotated[Path | None, typer.Option("--train", help=".beton to fit on (default: the run's data.train)")]
+ValData = Annotated[Path | None, typer.Option("--val", help=".beton to test on (default: the run's data.val)")]
+Untrained = Annotated[bool, typer.Option("--untrained", help="the weights that the run began with")]
+View = Annotated[
+    Literal["squash", "center"] | None, typer.Option(help="what is seen of an image (default: views.clean)")
+]
+Draws = Annotated[
+    int | None, typer.Option(min=0, help="stochastic h: average over so many draws (0: mu; default: as published)")
+]
+DType = Annotated[Literal["float32", "float16"], typer.Option(help="of the cached features")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one")]
+Seed = Annotated[int, typer.Option(min=0, help="of the classifier, its splits and the intervals")]
+Out = Annotated[Path | None, typer.Option(help="write mean and standard deviation of several runs to this JSON")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of the fine-tuning's recipe; may be repeated")
+]
+
+
 @evaluation.command()
 def knn(
-    run: Annotated[Path, typer.Argument(help="run directory")],
-    train: Annotated[Path | None, typer.Option(help=".beton of the bank (default: data.train)")] = None,
-    val: Annotated[Path | None, typer.Option(help=".beton to classify (default: data.val)")] = None,
+    runs: Runs,
+    train: TrainData = None,
+    val: ValData = None,
     k: Annotated[list[int], typer.Option(help="neighbours; may be repeated")] = (20, 200),
+    temperature: Annotated[list[float], typer.Option(min=1e-6, help="of the votes; may be repeated")] = (0.07, 0.1),
+    draws: Draws = 0,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    out: Out = None,
 ) -> None:
     """Accuracy of the weighted nearest neighbours."""
-    from fastssl.evaluation import evaluate_knn
+    from fastssl import evaluation
 
-    _print_result(evaluate_knn(run, train=train, val=val, ks=k))
+    results = []
+    for run in runs:
+        encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
+        split = evaluation.find_split(encoder, train, val)
+        options = dict(ks=k, temperatures=temperature, draws=draws, dtype=dtype)
+        results.append(evaluation.evaluate_knn(encoder, split, **options))
+    _show(results, out)
 
 
 @evaluation.command()
 def linear(
-    run: Annotated[Path, typer.Argument(help="run directory")],
-    train: Annotated[Path | None, typer.Option(help=".beton to fit on (default: data.train)")] = None,
-    val: Annotated[Path | None, typer.Option(help=".beton to classify (default: data.val)")] = None,
+    runs: Runs,
+    protocol: Annotated[
+        Literal["sweep", "reference", "lbfgs"], typer.Option(help="reference: the published one (docs/evaluation.md)")
+    ] = "sweep",
+    schedule: Annotated[
+        Literal["imagenet", "sun397", "flowers102"], typer.Option(help="of --protocol reference")
+    ] = "imagenet",
+    train: TrainData = None,
+    val: ValData = None,
+    draws: Draws = None,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
-    """Accuracy of a linear classifier, its learning rate chosen on a split of the training set."""
-    from fastssl.evaluation import evaluate_linear
+    """Accuracy of a linear classifier on frozen features; whatever is chosen is chosen on training images."""
+    from fastssl import evaluation
 
-    _print_result(evaluate_linear(run, train=train, val=val))
+    results = []
+    for run in runs:
+        encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
+        split = evaluation.find_split(encoder, train, val)
+        options = dict(protocol=protocol, schedule=schedule, draws=draws, dtype=dtype, seed=seed)
+        results.append(evaluation.evaluate_linear(encoder, split, **options))
+    _show(results, out)
+
+
+@evaluation.command()
+def semisup(
+    runs: Runs,
+    percent: Annotated[float, typer.Option(min=0.01, max=100, help="share of each class's labels")] = 1.0,
+    list_: Annotated[
+        Path | None, typer.Option("--list", help="the images with labels, one name a line, such as SimCLR's lists")
+    ] = None,
+    train: TrainData = None,
+    val: ValData = None,
+    untrained: Untrained = False,
+    view: View = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    set_: Settings = None,
+    out: Out = None,
+) -> None:
+    """Accuracy of the whole encoder, fine-tuned on few labels."""
+    from fastssl import evaluation
+
+    results = []
+    for run in runs:
+        encoder = evaluation.find_encoder(run, untrained=untrained, device=device)
+        split = evaluation.find_split(encoder, train, val)
+        options = dict(percent=percent, list_file=list_, seed=seed, view=view, overrides=set_ or [])
+        results.append(evaluation.evaluate_semisup(encoder, split, **options))
+    _show(results, out)
+
+
+@evaluation.command()
+def transfer(
+    runs: Runs,
+    to: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH", help="a folder of build-beton, or a .beton; may be repeated")
+    ],
+    method: Annotated[
+        Literal["linear", "finetune", "both"], typer.Option(help="a linear classifier, or all of the encoder")
+    ] = "linear",
+    protocol: Annotated[Literal["sweep", "reference", "lbfgs"], typer.Option(help="of method linear")] = "sweep",
+    draws: Draws = None,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    set_: Settings = None,
+    out: Out = None,
+) -> None:
+    """Accuracy on other data sets, as one table."""
+    from fastssl import evaluation
+
+    targets = [evaluation.find_target(*_name_and_path(text)) for text in to]
+    results = []
+    for run in runs:
+        encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
+        for target in targets:
+            for way in ("linear", "finetune") if method == "both" else (method,):
+                options = dict(protocol=protocol, draws=draws, dtype=dtype, seed=seed, view=view, overrides=set_ or [])
+                results.append(evaluation.evaluate_transfer(encoder, target, way, **options))
+    _show(results, out)
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (equals and name.replace("-", "").replace("_", "").isalnum() and path):
+        raise UserError(f"--to {text} is not NAME=PATH, such as flowers102=data/flowers102.")
+    return name, Path(path)
+
+
+def _show(results: list[dict], out: Path | None) -> None:
+    """One result with its intervals; several as one table, with mean and standard deviation over seeds."""
+    from rich.console import Console
+
+    from fastssl.evaluation import result_table, summarize, summary_table, write_summary
+
+    if len(results) == 1:
+        Console().print(result_table(results[0]))
+    else:
+        Console().print(summary_table(summarize(results)))
+    if out:
+        write_summary(out, summarize(results))
+        print(f"{out} holds these figures.")
 
 
 @app.command()
@@ -231,14 +365,6 @@ def export(
         print(f"On random images, onnxruntime differs from torch by {exported.difference:.1e} at most.")
     elif format == "onnx":
         print("Not checked against torch, as onnxruntime is missing: pip install 'onnxruntime'.")
-
-
-def _print_result(result: dict) -> None:
-    from rich.console import Console
-
-    from fastssl.evaluation import result_table
-
-    Console().print(result_table(result))
 
 
 @recipes.command()

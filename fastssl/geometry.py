@@ -4,12 +4,14 @@ One function draws for the device (views) and the CPU (loading), so both cut the
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 PROPOSALS = 10
 NUMBERS = 2 * PROPOSALS + 2  # uniform numbers that one box uses up
+CENTER = 224 / 256  # of the shorter side: "resize to 256, centre crop of 224" (arXiv 1512.03385), at any size
 
 
 def crop_box(u_BN: Tensor, height_B: Tensor, width_B: Tensor, scale: tuple[float, float], ratio: tuple[float, float]):
@@ -44,6 +46,15 @@ def crop_box(u_BN: Tensor, height_B: Tensor, width_B: Tensor, scale: tuple[float
     top = torch.where(fits, top, torch.floor((height_B - h) / 2))
     left = torch.where(fits, left, torch.floor((width_B - w) / 2))
     return torch.stack([top, left, h, w], dim=1).long()
+
+
+def clean_box(height_B: Tensor, width_B: Tensor, kind: Literal["squash", "center"]) -> Tensor:
+    """(B, 4) float64: what evaluation sees of images of that many pixels: all of each, or its central square."""
+    height_B, width_B = height_B.double(), width_B.double()
+    if kind == "squash":
+        return torch.stack([torch.zeros_like(height_B), torch.zeros_like(width_B), height_B, width_B], dim=1)
+    side_B = CENTER * torch.minimum(height_B, width_B)
+    return torch.stack([(height_B - side_B) / 2, (width_B - side_B) / 2, side_B, side_B], dim=1)
 
 
 def crop_resize(image_BHWC: Tensor, of_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int) -> Tensor:

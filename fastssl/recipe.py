@@ -75,6 +75,7 @@ class Views(Section):
     scale: Range = (0.08, 1.0)  # share of the source's area
     ratio: Range = (3 / 4, 4 / 3)  # width / height
     flip: Probability = 0.5
+    clean: Literal["squash", "center"] = "squash"  # what evaluation sees: all as a square, or the centre as it is
     jitter: Jitter = Jitter()
     gray: Probability = 0.2
     first: ViewOnly = ViewOnly(blur=1.0)
@@ -307,6 +308,17 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {sentence(error, Recipe)}") from None
+
+
+def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """The recipe with `key=value` overrides. Raises UserError as `load_recipe` does."""
+    values = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(sentence(error, Recipe)) from None
 
 
 def shipped_recipes() -> Path:

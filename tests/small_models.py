@@ -1,5 +1,10 @@
 """Models small enough for tests, real in every part."""
 
+from pathlib import Path
+
+import torch
+
+from fastssl.models import SSLModel
 from fastssl.recipe import Recipe
 
 
@@ -10,3 +15,18 @@ def recipe_of(objective: dict, embedding: dict, hidden: int = 16, out: int = 8) 
         "model": {"backbone": "test_resnet", "projector": {"layers": 2, "hidden": hidden, "out": out}},
         "embedding": {"samples": 3, "beta": 0.1, **embedding},
     })  # fmt: skip
+
+
+def make_run(folder: Path, data: dict, *, seed: int = 0, **sections) -> tuple[Path, Recipe, SSLModel]:
+    """A run directory with the checkpoint of an untrained model."""
+    recipe = Recipe.model_validate({
+        "name": "tiny", "seed": seed, "data": data, "views": {"size": 16},
+        "model": {"backbone": "test_resnet", "projector": {"layers": 2, "hidden": 16, "out": 8}}, **sections,
+    })  # fmt: skip
+    torch.manual_seed(100 + seed)  # not the seed that its recipe starts from
+    model = SSLModel(recipe)
+    (folder / "checkpoints").mkdir(parents=True)
+    saved = {"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 0}
+    torch.save(saved, folder / "checkpoints" / "last.pt")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return folder, recipe, model

@@ -1,5 +1,6 @@
 """The command line: what a person types, and what they get when it is wrong."""
 
+import json
 import subprocess
 import sys
 
@@ -36,7 +37,19 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
     code, out, _ = fastssl("eval", "knn", "run", "--k", "5")
     assert code == 0 and "accuracy_k5" in out and (tmp_path / "run/eval/knn.json").exists()
     code, out, _ = fastssl("eval", "linear", "run")
-    assert code == 0 and "accuracy" in out and (tmp_path / "run/eval/linear.json").exists()
+    assert code == 0 and "accuracy" in out and (tmp_path / "run/eval/linear-sweep.json").exists()
+    quick = ["--set", "train.epochs=1", "--set", "train.batch_size=8"]
+    code, out, _ = fastssl("eval", "semisup", "run", "--percent", "50", *quick)
+    assert code == 0 and "semisup-50percent" in out
+    code, out, err = fastssl(
+        "eval", "transfer", "run", "--to", "a=data", "--to", "b=data/train.beton", "--method", "both", *quick,
+        "--out", "t.json",
+    )  # fmt: skip
+    evaluations = [row["evaluation"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]]
+    methods = ["linear-sweep", "finetune"]
+    assert code == 0 and evaluations == [f"transfer-{name}-{method}" for name in "ab" for method in methods]
+    code, out, _ = fastssl("eval", "knn", "run", "run", "--k", "5", "--untrained")
+    assert code == 0 and "run (untrained) and 1 more" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -50,6 +63,9 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         (["build-beton", "imagefolder", "--source", "/no/where", "--out", "x"], "/no/where"),
         (["eval", "knn", "/no/run"], "/no/run"),
         (["eval", "linear", "/no/run"], "/no/run"),
+        (["eval", "transfer", "/no/run", "--to", "flowers102"], "--to flowers102 is not NAME=PATH"),
+        (["eval", "transfer", "/no/run", "--to", "../x=data"], "is not NAME=PATH"),
+        (["eval", "transfer", "/no/run", "--to", "x=/no/data"], "/no/data"),
         (["sweep", "recipes/sweeps/ablation.yaml"], "did you mean recipes/sweeps/ablation_cifar10.yaml"),
         (["sweep", "recipes/sweeps/ablation_cifar10.yaml", "seed=1"], "seed is an axis"),
         (["sweep", "recipes/sweeps/ablation_cifar10.yaml"], "fastssl build-beton cifar10"),

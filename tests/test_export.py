@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import fastssl
 from fastssl import cli
-from fastssl.evaluation import evaluate_knn
+from fastssl.evaluation import evaluate_knn, find_encoder, find_split
 from fastssl.evaluation.probe import knn_probe
 from fastssl.export import export_run
 from fastssl.export.onnx_file import Embed, largest_difference
 from fastssl.models import SSLModel
-from fastssl.recipe import Recipe, UserError, load_recipe
+from fastssl.recipe import Recipe, UserError, Views, load_recipe
 from fastssl.training import train
 from fastssl.views import clean_view
 
@@ -38,6 +38,7 @@ KINDS = {
     "byol": {"embedding": {"stochastic": "z"}, "objective": {"name": "byol", "predictor_hidden": 16}},
     "small": {"embedding": {"stochastic": "z"}, "model": {"stem": "small"}},
     "vit": {"embedding": {"stochastic": "z"}, "model": {"backbone": "test_vit", "init": "/home/someone/runs/first"}},
+    "center": {"views": {"size": 32, "clean": "center"}},
     "relpos": {"model": {"backbone": "test_vit_relpos"}},
     "hiera": {"model": {"backbone": "hiera_tiny_224"}, "views": {"size": 224}},
     "resnet18": {"embedding": {"stochastic": "h"}, "model": {"backbone": "resnet18"}},
@@ -82,7 +83,8 @@ def run(canvas, tmp_path_factory):
         ],
     )  # fmt: skip
     train(recipe, probe=knn_probe(recipe))
-    evaluate_knn(run_dir, ks=[5])
+    encoder = find_encoder(run_dir)
+    evaluate_knn(encoder, find_split(encoder), ks=[5], temperatures=[0.07])
     return run_dir
 
 
@@ -311,6 +313,20 @@ def test_the_code_of_the_card_gives_the_embedding(run, photos, tmp_path, monkeyp
         np.testing.assert_allclose(np.asarray(names[name]), getattr(expected, name).numpy(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_code_of_the_card_cuts_the_centre_where_the_run_does(checkpoint, photos, tmp_path, monkeypatch):
+    photo = photos / "train" / "class0" / "000.jpg"
+    made = export_run(checkpoint("center"), "timm", tmp_path / "x.safetensors", False)
+    with safe_open(made.path, "pt") as file:
+        view = json.loads(file.metadata()["clean_view"])
+    assert (view["kind"], view["share"]) == ("center", 0.875) and "central square of 0.875" in made.card.read_text()
+    names = run_card(made.card, photo, monkeypatch)
+    image = Image.open(photo)
+    assert image.width != image.height
+    images = clean_view(Views(size=32, clean="center"))(torch.from_numpy(np.asarray(image)[None].copy()))
+    # As above; and beside the box, whose sides lie between pixels, Pillow takes what a pixel's share in it is.
+    np.testing.assert_allclose(names["preprocess"](photo), images.numpy(), atol=4 / 255 / 0.22)
+
+
 def test_the_code_of_the_docs_prepares_as_the_card_does(run, photos, tmp_path, monkeypatch):
     photo = photos / "train" / "class0" / "000.jpg"
     names = run_card(export_run(run, "timm", tmp_path / "x.safetensors").card, photo, monkeypatch)
@@ -337,7 +353,7 @@ def test_the_card_says_what_the_run_says(run):
     assert front["library_name"] == "timm" and "license" not in front
     assert {"timm", "fastssl", "barlow_twins"} <= set(front["tags"])
     encoder = fastssl.load_encoder(run)
-    knn = json.loads((run / "eval" / "knn.json").read_text())["figures"]["accuracy_k5"]
+    knn = json.loads((run / "eval" / "knn.json").read_text())["figures"]["accuracy_k5_t0.07"]
     probe = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "knn" in line][-1]
     environment = json.loads((run / "environment.json").read_text())
     for row in (
@@ -347,7 +363,7 @@ def test_the_card_says_what_the_run_says(run):
         "stochastic | z", "prior | standard normal", "beta | 0.01", "samples S | 3",
         "images | 48", "limit | none", "epochs | 2 of 2", "steps | 6", "batch size | 16", "optimiser | adamw",
         "seed | 0", f"torch | {environment['packages']['torch']}", f"git state | {environment['git']}",
-        f"knn | accuracy_k5 | {knn:.4g}",
+        f"knn | accuracy_k5_t0.07 | {knn:.4g}",
     ):  # fmt: skip
         assert f"| {row} |" in text.replace("measured on", ""), row
     assert f"at step 6: knn {probe['knn']:.4g}." in text
@@ -393,7 +409,7 @@ def test_the_card_of_a_damaged_run_says_what_is_damaged(copy, tmp_path):
         "| &lt;b>x\\|y # z | auroc.svhn | 0.875 |  |", "at step 3: knn 0.25.", "torch | the run does not say",
     ):  # fmt: skip
         assert sentence in text, sentence
-    assert "0.99" not in text and "huge" not in text and "accuracy_k5" not in text
+    assert "0.99" not in text and "huge" not in text and "accuracy_k5_t0.07" not in text
 
 
 def test_an_unfinished_run_is_called_so(copy, tmp_path):

@@ -1,37 +1,27 @@
-"""Feature extraction, its cache, and both evaluations of a run directory."""
+"""Feature extraction, its cache, and the mean over draws."""
 
-import json
 import os
+import pickle
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_models import make_run
 from torch import Tensor, nn
 
-from fastssl.beton import build_beton
-from fastssl.evaluation import (
-    cached_features,
-    evaluate_knn,
-    evaluate_linear,
-    extract_features,
-    features,
-    knn_accuracy,
-    linear_accuracy,
-    result_table,
-)
-from fastssl.evaluation.features import Features, read_features, write_features
-from fastssl.models import SSLModel
-from fastssl.recipe import Recipe, UserError
-
-SIZE = 16
+from fastssl.evaluation import cached_features, extract_features, features, mean_of_draws
+from fastssl.evaluation.features import Features, embedded_batches, finite, read_features, write_features
+from fastssl.randomness import NOISE_EVALUATION, normals
+from fastssl.recipe import UserError
 
 
 class FakeBatch(NamedTuple):
     image: Tensor
     label: Tensor
     index: Tensor
+    height: Tensor
+    width: Tensor
     valid: Tensor
 
 
@@ -39,6 +29,7 @@ class FakeEmbedding(NamedTuple):
     h: Tensor
     mu: Tensor | None = None
     sigma: Tensor | None = None
+    space: str | None = None
 
 
 class FakeModel(nn.Module):
@@ -52,7 +43,7 @@ class FakeModel(nn.Module):
 
     def embed(self, images):
         h = self.net(images)
-        return FakeEmbedding(h, h + 1, h.exp()) if self.stochastic else FakeEmbedding(h)
+        return FakeEmbedding(h, h + 1, h.exp(), "z") if self.stochastic else FakeEmbedding(h)
 
 
 def fake_batches(count=10, batch_size=4):
@@ -61,10 +52,11 @@ def fake_batches(count=10, batch_size=4):
     for first in range(0, count, batch_size):
         place = first + torch.arange(batch_size)
         row = place % count
-        yield FakeBatch(images[row], row % 3, 100 + row, place < count)
+        yield FakeBatch(images[row], row % 3, 100 + row, 40 + row, 50 + row, place < count)
 
 
-def fake_clean(image):
+def fake_clean(image, height, width):
+    assert torch.equal(width, height + 10)
     return image.permute(0, 3, 1, 2).float() / 255
 
 
@@ -85,7 +77,7 @@ def test_every_valid_sample_once_in_eval_mode():
 
     (whole,) = fake_batches(batch_size=10)
     with torch.no_grad():
-        expected = model.eval().embed(fake_clean(whole.image)).h
+        expected = model.eval().embed(fake_clean(whole.image, whole.height, whole.width)).h
     # The same function on batches of another size: equal but for rounding.
     np.testing.assert_allclose(found.h, expected.numpy(), rtol=1e-5, atol=1e-6)
 
@@ -93,7 +85,7 @@ def test_every_valid_sample_once_in_eval_mode():
 def test_the_mode_is_restored_after_an_error():
     model = FakeModel()
     with pytest.raises(RuntimeError):
-        extract_features(model, fake_batches(), lambda image: torch.zeros(1, 1))
+        extract_features(model, fake_batches(), lambda image, height, width: torch.zeros(1, 1))
     assert model.training
 
 
@@ -108,63 +100,97 @@ def test_mu_and_sigma_are_kept_and_autocast_is_off():
         np.testing.assert_array_equal(a, b)
 
 
+def written(folder, stochastic=False, dtype="float32"):
+    batches = embedded_batches(FakeModel(stochastic), fake_batches(), fake_clean, lambda images: None)
+    write_features(folder, batches, 10, dtype)
+    return folder
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_a_cache_file_gives_back_what_was_written(tmp_path, stochastic):
-    written = extract_features(FakeModel(stochastic), fake_batches(), fake_clean)
-    write_features(tmp_path / "features" / "x.safetensors", written)
-    read = read_features(tmp_path / "features" / "x.safetensors")
-    for a, b in zip(written, read, strict=True):
+def test_the_cache_gives_back_what_was_extracted_as_maps(tmp_path, stochastic):
+    expected = extract_features(FakeModel(stochastic), fake_batches(), fake_clean)
+    read = read_features(written(tmp_path / "features" / "x", stochastic))
+    for a, b in zip(expected[:5], read[:5], strict=True):
         assert (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b))
-    assert os.listdir(tmp_path / "features") == ["x.safetensors"]
+    assert expected.space == read.space and isinstance(read.h, np.memmap) and not read.h.flags.writeable
+    assert os.listdir(tmp_path / "features") == ["x"]
+    part = read.rows(np.array([3, 1]))
+    np.testing.assert_array_equal(part.h, expected.h[[3, 1]])
+    half = read_features(written(tmp_path / "half", stochastic, "float16"))
+    assert half.h.dtype == np.float16 and half.label.dtype == np.int64
+    np.testing.assert_allclose(half.h, expected.h, rtol=2**-11)
 
 
-def test_a_damaged_cache_file_counts_as_none(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write_features(path, extract_features(FakeModel(), fake_batches(), fake_clean))
-    good = path.read_bytes()
-    flipped = bytearray(good)
-    flipped[-5] ^= 1
-    damaged = [
-        b"",
-        b"not a cache",
-        good[:20],
-        good[:-1],
-        bytes(flipped),
-        b"\xff" * 100,
-        good + b"x",
-    ]
-    for content in damaged:
-        path.write_bytes(content)
-        assert read_features(path) is None, content[:20]
-    path.write_bytes(good)
-    assert isinstance(read_features(path), Features)
-    assert read_features(tmp_path / "none.safetensors") is None
+def test_where_h_is_stochastic_it_is_kept_once(tmp_path):
+    h = np.ones((4, 3), np.float32)
+    batch = Features(h, np.arange(4), np.arange(4), h, 2 * h, "h")
+    write_features(tmp_path / "x", [batch], 4)
+    read = read_features(tmp_path / "x")
+    assert read.mu is read.h and not (tmp_path / "x" / "mu.npy").exists()
+    np.testing.assert_array_equal(read.sigma, 2 * h)
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path):
+    def broken():
+        yield from list(embedded_batches(FakeModel(), fake_batches(), fake_clean, lambda n: None))[:1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_features(tmp_path / "features" / "x", broken(), 10)
+    assert os.listdir(tmp_path / "features") == []
+
+
+def test_numbers_that_are_not_finite_or_too_large_are_refused():
+    h = np.full((2, 3), 1e5, np.float32)
+    batch = Features(h, np.arange(2), np.arange(2))
+    assert list(finite([batch], "x.beton", "float32")) == [batch]
+    with pytest.raises(UserError, match="1e.05.*--dtype float16"):
+        list(finite([batch], "x.beton", "float16"))
+    h[1, 2] = np.nan
+    with pytest.raises(UserError, match="not finite on x.beton"):
+        list(finite([batch], "x.beton", "float32"))
+
+
+def test_a_damaged_cache_counts_as_none(tmp_path):
+    folder = written(tmp_path / "x", stochastic=True)
+    assert isinstance(read_features(folder), Features) and read_features(tmp_path / "none") is None
+    for name in ("h.npy", "label.npy", "about.json"):
+        good = (folder / name).read_bytes()
+        flipped = bytearray(good)
+        flipped[-5] ^= 1
+        for content in (b"", b"not a cache", good[:20], good[:-1], bytes(flipped), b"{}", b"[1]", pickle.dumps([1])):
+            (folder / name).write_bytes(content)
+            assert read_features(folder) is None, (name, content[:20])
+        (folder / name).unlink()
+        assert read_features(folder) is None
+        (folder / name).write_bytes(good)
+    assert isinstance(read_features(folder), Features)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_logits_averaged_over_draws_are_those_of_the_mean_of_draws(normalize, monkeypatch):
+    """Any linear classifier's, with the draws written out; float32 sums in another order."""
+    rng = np.random.default_rng(0)
+    mu, sigma = rng.normal(size=(50, 6)).astype(np.float32), rng.uniform(0.1, 2, (50, 6)).astype(np.float32)
+    features_h = Features(mu, np.zeros(50, np.int64), np.arange(100, 150), mu, sigma, "h")
+    mean = mean_of_draws(features_h, 12, seed=3, normalize=normalize)
+    noise_SBD = normals(3, 0, torch.arange(100, 150), 0, 12, 6, NOISE_EVALUATION)
+    draws_SBD = torch.from_numpy(mu) + torch.from_numpy(sigma) * noise_SBD
+    weight, bias = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, -2.0, 0.5, 0.0])
+    if normalize:
+        draws_SBD = draws_SBD / draws_SBD.norm(dim=-1, keepdim=True)
+    averaged = torch.stack([draw @ weight.T + bias for draw in draws_SBD]).mean(0)
+    torch.testing.assert_close(torch.from_numpy(mean) @ weight.T + bias, averaged, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(mean, mu, atol=0.01)  # 12 draws are noisy, and shorter than mu says
+    monkeypatch.setattr(features, "CHUNK_BYTES", 4 * 12 * 6 * 7)
+    np.testing.assert_allclose(mean_of_draws(features_h, 12, seed=3, normalize=normalize), mean, rtol=1e-6)
+    many = mean_of_draws(features_h._replace(mu=mu[:1], sigma=sigma[:1], index=np.arange(1)), 4000, 3, normalize=False)
+    np.testing.assert_allclose(many, mu[:1], atol=4 * 2 / 4000**0.5)  # four standard errors
+    with pytest.raises(UserError, match="stochastic h"):
+        mean_of_draws(features_h._replace(space="z"), 12, 3, normalize=True)
 
 
 # From here on with a real .beton, loader and model.
-
-
-def make_run(folder, data, *, seed=0, **sections):
-    """A run directory with an untrained model's checkpoint."""
-    recipe = Recipe.model_validate(
-        {
-            "name": "tiny",
-            "data": data,
-            "views": {"size": SIZE},
-            "model": {"backbone": "resnet10t"},
-            **sections,
-        }
-    )
-    torch.manual_seed(seed)
-    model = SSLModel(recipe)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.ones_(norm.weight)  # timm has some zeros, which hide the weights before them
-    (folder / "checkpoints").mkdir(parents=True)
-    saved = {"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 0}
-    torch.save(saved, folder / "checkpoints" / "last.pt")
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    return folder, recipe, model
 
 
 @pytest.fixture
@@ -180,9 +206,9 @@ def extractions(monkeypatch):
 
     def counting(*args, **kwargs):
         calls.append(1)
-        return extract_features(*args, **kwargs)
+        return embedded_batches(*args, **kwargs)
 
-    monkeypatch.setattr(features, "extract_features", counting)
+    monkeypatch.setattr(features, "embedded_batches", counting)
     return calls
 
 
@@ -190,14 +216,14 @@ def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, can
     folder, recipe, model = run
     beton = canvas / "val.beton"
     first = cached_features(folder, beton, model=model, views=recipe.views)
-    assert sorted(first.index) == list(range(12)) and first.h.shape == (12, 512)
+    assert sorted(first.index) == list(range(12)) and first.h.shape == (12, 96)
     again = cached_features(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 1
     for a, b in zip(first[:3], again[:3], strict=True):
         np.testing.assert_array_equal(a, b)
 
     with torch.no_grad():
-        model.encoder.conv1[0].weight.mul_(2)
+        next(model.encoder.parameters()).mul_(2)
     cached_features(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 2
     cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"size": 24}))
@@ -206,100 +232,24 @@ def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, can
     assert len(extractions) == 4
     cached_features(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 4
+    half = cached_features(folder, beton, model=model, views=recipe.views, dtype="float16")
+    assert len(extractions) == 5 and half.h.dtype == np.float16
+    cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"clean": "center"}))
+    assert len(extractions) == 6
 
 
 def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, extractions, tmp_path):
     folder, recipe, model = run
     beton = tmp_path / "copy.beton"
     beton.write_bytes((canvas / "val.beton").read_bytes())
-    first = cached_features(folder, beton, model=model, views=recipe.views)
+    first = np.array(cached_features(folder, beton, model=model, views=recipe.views).h)
     (cache,) = (folder / "features").iterdir()
-    cache.write_bytes(cache.read_bytes()[:-100])
+    (cache / "h.npy").write_bytes((cache / "h.npy").read_bytes()[:-100])
     again = cached_features(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 2
-    np.testing.assert_array_equal(first.h, again.h)
+    np.testing.assert_array_equal(first, again.h)
     os.utime(beton, (1, 1))
     cached_features(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 3
     with pytest.raises(UserError, match="nowhere.beton"):
         cached_features(folder, tmp_path / "nowhere.beton", model=model, views=recipe.views)
-
-
-def test_a_full_file_and_a_stochastic_model_are_evaluated_too(full, canvas, tmp_path):
-    data = {"train": str(full / "train.beton"), "val": str(full / "val.beton")}
-    folder, recipe, model = make_run(tmp_path / "run", data, embedding={"stochastic": "z"})
-    result = evaluate_knn(folder, ks=(5,), device="cpu")
-    assert result["layout"] == "full" and result["train"]["images"] == 48
-    found = cached_features(folder, full / "val.beton", model=model, views=recipe.views)
-    assert found.mu.shape == found.sigma.shape == (12, 1024) and found.h.shape == (12, 512)
-    assert (found.sigma > 0).all() and not np.array_equal(found.mu, found.sigma)
-    # One full file and one canvas are not a full evaluation.
-    mixed = evaluate_knn(folder, ks=(5,), val=canvas / "val.beton", device="cpu")
-    assert mixed["layout"] == "canvas"
-
-
-def test_evaluate_knn_and_linear_write_what_they_return(run, canvas, extractions):
-    folder, recipe, model = run
-    train, val = (
-        cached_features(folder, canvas / f"{split}.beton", model=model, views=recipe.views)
-        for split in ("train", "val")
-    )
-    knn = evaluate_knn(folder, ks=(5, 20), device="cpu")
-    linear = evaluate_linear(folder, epochs=3, seed=4, device="cpu")
-    assert len(extractions) == 2  # both evaluations read the cache
-
-    data = train.h, train.label, val.h, val.label
-    assert knn["figures"] == {f"accuracy_k{k}": knn_accuracy(*data, k=k) for k in (5, 20)}
-    expected = linear_accuracy(*data, epochs=3, seed=4)
-    assert linear["figures"]["accuracy"] == expected.accuracy
-    assert (linear["lr"], linear["seed"]) == (expected.lr, 4)
-    for name, result in (("knn", knn), ("linear", linear)):
-        kept = json.loads((folder / "eval" / f"{name}.json").read_text())
-        assert kept == json.loads(json.dumps(result))
-        assert (kept["train"]["images"], kept["val"]["images"], kept["classes"]) == (48, 12, 3)
-        assert kept["layout"] == "canvas" and len(kept["encoder_sha256"]) == 64
-        assert result_table(result).row_count == 2
-    assert sorted(os.listdir(folder / "eval")) == ["knn.json", "linear.json"]
-
-
-def test_the_training_images_are_limited_as_in_training(canvas, tmp_path):
-    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton"), "limit": 25}
-    folder, _, _ = make_run(tmp_path / "run", data)
-    assert evaluate_knn(folder, ks=(5,), device="cpu")["train"]["images"] == 25
-    # A file named on the command line is used whole.
-    result = evaluate_knn(folder, ks=(5,), train=canvas / "train.beton", device="cpu")
-    assert result["train"] == {"path": str(canvas / "train.beton"), "images": 48, "subset": None, "limit": None}
-
-
-def test_user_errors_are_one_sentence_with_the_mend(run, canvas, tmp_path):
-    folder, _, _ = run
-    with pytest.raises(UserError, match="not a run directory"):
-        evaluate_knn(tmp_path / "nothing")
-    with pytest.raises(UserError, match="--k 200 is not between 1 and the 48 images"):
-        evaluate_knn(folder, device="cpu")
-    with pytest.raises(UserError, match="gone.beton"):
-        evaluate_linear(folder, val=tmp_path / "gone.beton")
-
-    without_val, _, _ = make_run(tmp_path / "without_val", {"train": str(canvas / "train.beton")})
-    with pytest.raises(UserError, match="no data.val .* --val"):
-        evaluate_knn(without_val)
-    (without_val / "checkpoints" / "last.pt").unlink()
-    with pytest.raises(UserError, match="no checkpoint"):
-        evaluate_knn(without_val, val=canvas / "val.beton")
-
-    (tmp_path / "one" / "train" / "only").mkdir(parents=True)
-    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "one" / "train" / "only" / "0.png")
-    build_beton("imagefolder", tmp_path / "one", tmp_path / "one", canvas=SIZE, workers=1)
-    with pytest.raises(UserError, match="one class only"):
-        evaluate_linear(folder, train=tmp_path / "one" / "train.beton", device="cpu")
-
-
-def test_an_encoder_that_gives_nan_is_refused(canvas, tmp_path):
-    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton")}
-    folder, recipe, model = make_run(tmp_path / "run", data)
-    with torch.no_grad():
-        model.encoder.layer4[0].conv1.weight.fill_(float("nan"))
-    saved = {"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 0}
-    torch.save(saved, folder / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match="not finite"):
-        evaluate_knn(folder, device="cpu")

@@ -86,7 +86,7 @@ def test_a_resident_set_gives_the_same_batches(canvas, options):
             assert all(torch.equal(x, y) and y.is_cuda for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("crop", ["cpu", "whole"])
+@pytest.mark.parametrize("crop", ["cpu", "clean"])
 def test_nvjpeg_gives_the_same_crops(full, crop):
     """Another decoder, with its own rounding and its own upsampling of colour."""
     views = Views(size=48)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.evaluation import few_label_knn, knn, knn_accuracies, knn_accuracy
-from fastssl.evaluation.knn import knn_predictions
+from fastssl.evaluation import few_label_knn, knn, knn_accuracy, knn_predictions
 from fastssl.evaluation.splits import balanced_draws
 
 LABELS = np.array([2, 3, 7, 11])  # neither from zero nor without gaps
@@ -43,8 +42,8 @@ def oracle(train_x, train_y, query, k, temperature):
 def test_equals_a_brute_force_oracle(temperature):
     train_x, train_y = blobs(120, seed=1)
     test_x, _ = blobs(60, seed=2)
-    found = knn_predictions(train_x, train_y, test_x, ks=(1, 5, 20, 120), temperature=temperature)
-    for k, guess in found.items():
+    found = knn_predictions(train_x, train_y, test_x, ks=(1, 5, 20, 120), temperatures=(temperature,))
+    for (k, _), guess in found.items():
         expected = [oracle(train_x, train_y, query, k, temperature) for query in test_x]
         assert guess.tolist() == expected, k
 
@@ -59,7 +58,7 @@ def test_equals_scikit_learn_with_the_same_weights(k):
         algorithm="brute",
         weights=lambda distance: np.exp((1 - distance) / 0.07),
     ).fit(train_x.astype(np.float64), train_y)
-    (guess,) = knn_predictions(train_x, train_y, test_x, ks=(k,), temperature=0.07).values()
+    (guess,) = knn_predictions(train_x, train_y, test_x, ks=(k,), temperatures=(0.07,)).values()
     np.testing.assert_array_equal(guess, reference.predict(test_x.astype(np.float64)))
     assert knn_accuracy(train_x, train_y, test_x, test_y, k=k) == pytest.approx(
         reference.score(test_x.astype(np.float64), test_y)
@@ -75,16 +74,26 @@ def test_one_near_neighbour_outweighs_two_far_ones():
     assert knn_accuracy(bank, np.array([5, 8, 8]), query, [8], k=3, temperature=100.0) == 1.0
 
 
-def test_several_ks_in_one_pass_equal_one_at_a_time_in_any_chunks(monkeypatch):
+def test_all_ks_and_temperatures_in_one_pass_equal_one_at_a_time_in_any_parts(monkeypatch):
     train_x, train_y = blobs(300, seed=5)
     test_x, _ = blobs(101, seed=6)
-    ks = (200, 1, 20)
-    together = knn_predictions(train_x, train_y, test_x, ks=ks, temperature=1.0)
-    assert len({tuple(guess.tolist()) for guess in together.values()}) == 3
-    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 300 * 7)  # 7 test samples at a time, 3 at the end
+    ks, temperatures, told = (200, 1, 20), (0.05, 1.0), []
+    together = knn_predictions(train_x, train_y, test_x, ks=ks, temperatures=temperatures, advance=told.append)
+    assert len({tuple(guess.tolist()) for guess in together.values()}) > 3 and told == [300]
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 64 * 7)  # 7 test samples at a time, 3 at the end
+    monkeypatch.setattr(knn, "BANK_ROWS", 64)  # fewer than the largest k
     for k in ks:
-        alone = knn_predictions(train_x, train_y, test_x, ks=(k,), temperature=1.0)
-        assert torch.equal(alone[k], together[k])
+        for temperature in temperatures:
+            alone = knn_predictions(train_x, train_y, test_x, ks=(k,), temperatures=(temperature,))
+            assert torch.equal(alone[k, temperature], together[k, temperature]), (k, temperature)
+
+
+def test_the_bank_may_be_a_map_of_a_file(tmp_path):
+    train_x, train_y = blobs(300, seed=5)
+    test_x, test_y = blobs(101, seed=6)
+    np.save(tmp_path / "bank.npy", train_x)
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    assert knn_accuracy(mapped, train_y, test_x, test_y) == knn_accuracy(train_x, train_y, test_x, test_y)
 
 
 def test_nearly_parallel_features_are_told_apart():
@@ -92,10 +101,8 @@ def test_nearly_parallel_features_are_told_apart():
     train_x, train_y = blobs(300, seed=14)
     test_x, _ = blobs(50, seed=15)
     train_x, test_x = (np.float32(100) + np.float32(0.01) * x for x in (train_x, test_x))
-    found = knn_predictions(train_x, train_y, test_x, ks=(20, 200), temperature=1e-7)
-    alone = knn_predictions(train_x, train_y, test_x, ks=(20,), temperature=1e-7)
-    assert torch.equal(found[20], alone[20])
-    assert alone[20].tolist() == [oracle(train_x, train_y, query, 20, 1e-7) for query in test_x]
+    found = knn_predictions(train_x, train_y, test_x, ks=(20, 200), temperatures=(1e-7,))
+    assert found[20, 1e-7].tolist() == [oracle(train_x, train_y, query, 20, 1e-7) for query in test_x]
 
 
 def test_takes_arrays_and_tensors_of_any_float_type():
@@ -111,8 +118,9 @@ def test_takes_arrays_and_tensors_of_any_float_type():
 
 
 def test_a_k_above_the_bank_lets_all_of_it_vote():
-    data = (*blobs(30, seed=9), *blobs(100, seed=10))
-    assert knn_accuracies(*data, ks=(30, 1000)) == dict.fromkeys((30, 1000), knn_accuracy(*data, k=30))
+    (train_x, train_y), (test_x, _) = blobs(30, seed=9), blobs(100, seed=10)
+    found = knn_predictions(train_x, train_y, test_x, ks=(30, 1000), temperatures=(0.07,))
+    assert torch.equal(found[30, 0.07], found[1000, 0.07])
 
 
 def test_equal_votes_go_to_the_smallest_label():

@@ -1,12 +1,16 @@
-"""The swept linear classifier and the few-label one, against torch's optimiser and scikit-learn."""
+"""The three linear protocols and the few-label one, against torch's optimisers and scikit-learn; and streaming."""
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
-from fastssl.evaluation import few_label_linear, linear, linear_accuracy
-from fastssl.evaluation.linear import train_heads
+from fastssl.evaluation import few_label_linear, fit_lbfgs, fit_reference, fit_sweep
+from fastssl.evaluation.linear import SCHEDULES, batches, lbfgs, sweep
+from fastssl.evaluation.linear.batches import Batches, mean_and_std
+from fastssl.evaluation.linear.sweep import Candidate, train_heads
 from fastssl.evaluation.splits import balanced_draws, stratified_holdout
 from fastssl.recipe import UserError
 
@@ -23,20 +27,88 @@ def gaussians(count, *, seed, distance=1.0, dim=20):
     return ((centre[cls] + rng.normal(size=(count, dim))) @ mix + 3).astype(np.float32), LABELS[cls]
 
 
+def accuracy(fitted, x, y):
+    return float((fitted.classifier.class_C[fitted.classifier.logits(x).argmax(1)].numpy() == y).mean())
+
+
+def weights(fitted):
+    return torch.cat([fitted.classifier.weight_CD, fitted.classifier.bias_C[:, None]], dim=1)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Groups of 64 rows of 8 float32 numbers, read in blocks of 8."""
+    monkeypatch.setattr(batches, "GROUP_BYTES", {"cpu": 64 * 8 * 4})
+    monkeypatch.setattr(batches, "BLOCK_ROWS", 8)
+
+
+def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
+    x = np.arange(300 * 8, dtype=np.float32).reshape(300, 8)
+    rows = np.flatnonzero(np.arange(300) % 7)
+    made = Batches(x, rows, 16, seed=1, device="cpu")
+    epochs = [list(made.epoch()) for _ in range(2)]
+    for epoch in epochs:
+        assert len(epoch) == len(made) and [len(r) for r, _ in epoch[:-1]] == [16] * (len(made) - 1)
+        seen = np.concatenate([r for r, _ in epoch])
+        assert sorted(seen) == rows.tolist() and seen.tolist() != rows.tolist()
+        for r, x_BD in epoch:
+            np.testing.assert_array_equal(x_BD, x[r])
+    assert not np.array_equal(epochs[0][0][0], epochs[1][0][0])
+    again = list(Batches(x, rows, 16, seed=1, device="cpu").epoch())
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, epochs[0], strict=True))
+
+
+def test_a_map_of_a_file_streams_and_gives_the_same_numbers(small_groups, tmp_path, monkeypatch):
+    """Bit for bit the same classifiers, and never more than a group in memory."""
+    x, y = gaussians(500, seed=1, dim=8)
+    x = x.astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    largest, in_memory = [], batches.in_memory
+    monkeypatch.setattr(batches, "in_memory", lambda part: (largest.append(len(part)), in_memory(part))[1])
+    for fit in (
+        lambda features: fit_sweep(features, y, epochs=2, lrs=(0.1, 1.0)),
+        lambda features: fit_lbfgs(features, y, penalties=(1e-1, 1e-2)),
+        lambda features: fit_reference(features, y, schedule="flowers102"),
+    ):
+        ours, theirs = fit(mapped), fit(x)
+        assert torch.equal(weights(ours), weights(theirs)) and ours.selection == theirs.selection
+        assert torch.equal(ours.classifier.logits(mapped), theirs.classifier.logits(x))
+    assert max(largest) <= 128  # a group of 64 rows of float32 are 128 of float16
+
+
+def test_mean_and_deviation_in_parts_are_numpy_s(small_groups):
+    x = (1e4 + np.random.default_rng(0).normal(size=(1000, 8)) * np.geomspace(1e-2, 1e2, 8)).astype(np.float32)
+    x[:, 3] = 5.0
+    rows = np.arange(0, 1000, 3)
+    mean, std = mean_and_std(x, rows, "cpu")
+    expected = x[rows].astype(np.float64)
+    np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, np.where(np.arange(8) == 3, 1, expected.std(0)), rtol=1e-6)
+
+
+# --- sweep ----------------------------------------------------------------------------------------
+
+
 def test_side_by_side_training_equals_torch_one_by_one():
     x, y = gaussians(70, seed=1)
-    lrs, epochs = (0.01, 0.3), 4
-    heads = train_heads(torch.from_numpy(x), torch.from_numpy(y), lrs, epochs=epochs, batch_size=16, seed=3)
-    inputs = torch.from_numpy((x - x.mean(0)) / x.std(0))
+    candidates = [Candidate(0.01, 0.0), Candidate(0.3, 0.0), Candidate(0.3, 0.05)]
+    rows, epochs = np.arange(5, 70), 4
+    heads = train_heads(x, y, rows, candidates, epochs=epochs, batch_size=16, seed=3)
+    inputs = torch.from_numpy((x - x[rows].mean(0)) / x[rows].std(0))
     target = torch.from_numpy(np.searchsorted(LABELS, y))
-    for h, lr in enumerate(lrs):
+    for h, (lr, weight_decay) in enumerate(candidates):
         model = torch.nn.Linear(x.shape[1], len(LABELS))
         torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 5)  # 70 / 16: 5 batches
-        generator = torch.Generator().manual_seed(3)
+        groups = [{"params": [model.weight], "weight_decay": weight_decay}, {"params": [model.bias]}]
+        optimizer = torch.optim.SGD(groups, lr, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 5)  # 65 / 16: 5 batches
+        same_order = Batches(x, rows, 16, seed=3, device="cpu")
         for _ in range(epochs):
-            for batch in torch.randperm(70, generator=generator).split(16):
+            for batch, _ in same_order.epoch():
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(inputs[batch]), target[batch]).backward()
                 optimizer.step()
@@ -46,87 +118,149 @@ def test_side_by_side_training_equals_torch_one_by_one():
         torch.testing.assert_close(heads.weight_HCE[h], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("distance", "low", "high"), [(4.0, 0.98, 1.0), (0.5, 0.6, 0.95)])
-def test_reaches_logistic_regression(distance, low, high):
-    train, test = (
-        gaussians(3000, seed=1, distance=distance),
-        gaussians(3000, seed=2, distance=distance),
-    )
+@pytest.mark.parametrize("distance, low, high", [(4.0, 0.98, 1.0), (0.5, 0.6, 0.95)])
+def test_sweep_and_lbfgs_reach_logistic_regression(distance, low, high):
+    train, test = (gaussians(3000, seed=seed, distance=distance) for seed in (1, 2))
     scale = lambda x: (x - train[0].mean(0)) / train[0].std(0)  # noqa: E731
     reference = LogisticRegression(C=1.0, max_iter=2000).fit(scale(train[0]), train[1]).score(scale(test[0]), test[1])
     assert low <= reference <= high
-    result = linear_accuracy(*train, *test, epochs=30)
-    # Both are near the best linear rule; two estimates of it differ on under 1% of the samples.
-    assert result.accuracy == pytest.approx(reference, abs=0.01)
-
-
-def test_the_test_set_never_touches_the_choice():
-    train, test = gaussians(600, seed=3), gaussians(300, seed=4)
-    honest = linear_accuracy(*train, *test, epochs=5)
-    poisoned_labels = LABELS[(np.searchsorted(LABELS, test[1]) + 1) % 3]
-    for poisoned in (
-        (test[0], poisoned_labels),
-        (test[0] * 1e3 - 7, test[1]),
-        (test[0][:10], test[1][:10]),
-    ):
-        result = linear_accuracy(*train, *poisoned, epochs=5)
-        assert result.lr == honest.lr
-        assert result.selection_accuracies == honest.selection_accuracies
-        assert torch.equal(result.heads.weight_HCE, honest.heads.weight_HCE)
-        assert torch.equal(result.heads.mean_D, honest.heads.mean_D)
-        assert result.accuracy != honest.accuracy
+    # All are near the best linear rule; two estimates of it differ on under 1% of the samples.
+    assert accuracy(fit_sweep(*train, epochs=30), *test) == pytest.approx(reference, abs=0.01)
+    assert accuracy(fit_lbfgs(*train), *test) == pytest.approx(reference, abs=0.01)
 
 
 def test_the_choice_is_made_on_samples_that_were_not_fitted():
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(400, 500)).astype(np.float32), rng.integers(2, size=400)
-    result = linear_accuracy(x, y, x, y, epochs=30, lrs=(0.1, 0.5))
-    assert result.accuracy > 0.99  # more dimensions than samples: random labels can be learnt by heart
-    # 40 held-out coin tosses: 0.5 within three standard deviations of 0.079
-    assert max(result.selection_accuracies.values()) < 0.5 + 3 * 0.079
-    assert result.held_out == 40
-    assert result.selection_accuracy == max(result.selection_accuracies.values())
-    assert result.selection_accuracies[result.lr] == result.selection_accuracy
+    for fitted in (fit_sweep(x, y, epochs=30, lrs=(0.1, 0.5)), fit_lbfgs(x, y, penalties=(1e-2, 1e-3))):
+        assert accuracy(fitted, x, y) > 0.99  # more dimensions than samples: random labels can be learnt by heart
+        # 40 held-out coin tosses: 0.5 within three standard deviations of 0.079
+        best = max(fitted.selection, key=lambda one: one["accuracy"])
+        assert best["accuracy"] < 0.5 + 3 * 0.079 and fitted.settings["held_out"] == 40
+        assert all(best[key] == value for key, value in fitted.chosen.items() if key != "converged")
 
 
-def test_of_equal_rates_the_lower_cross_entropy_wins():
-    train, test = gaussians(600, seed=6, distance=20.0), gaussians(100, seed=7, distance=20.0)
-    result = linear_accuracy(*train, *test, epochs=2, lrs=(1e-3, 1e-2, 1e-1))
-    assert set(result.selection_accuracies.values()) == {1.0}
-    assert result.lr == 1e-1  # with classes so far apart, the largest margin
+def test_of_equal_candidates_the_lower_cross_entropy_wins():
+    train = gaussians(600, seed=6, distance=20.0)
+    swept = fit_sweep(*train, epochs=2, lrs=(1e-3, 1e-2, 1e-1), weight_decays=(0.0, 1e-3))
+    assert {one["accuracy"] for one in swept.selection} == {1.0} and len(swept.selection) == 6
+    assert swept.chosen == {"lr": 1e-1, "weight_decay": 0.0}  # with classes so far apart, the largest margin
+    regression = fit_lbfgs(*train, penalties=(1.0, 1e-2))
+    assert {one["accuracy"] for one in regression.selection} == {1.0} and regression.chosen["penalty"] == 1e-2
 
 
 def test_scale_and_dead_features_do_not_matter():
     train, test = gaussians(600, seed=8), gaussians(300, seed=9)
-    plain = linear_accuracy(*train, *test, epochs=5)
     other = [np.concatenate([256 * x, np.full((len(x), 2), 3.3, np.float32)], axis=1) for x in (train[0], test[0])]
-    scaled = linear_accuracy(other[0], train[1], other[1], test[1], epochs=5)
-    assert scaled.lr == plain.lr
-    assert scaled.accuracy == pytest.approx(plain.accuracy, abs=1e-6)
+    for fit in (lambda x: fit_sweep(x, train[1], epochs=5), lambda x: fit_lbfgs(x, train[1])):
+        plain, scaled = fit(train[0]), fit(other[0])
+        assert scaled.chosen == plain.chosen
+        assert accuracy(scaled, other[1], test[1]) == pytest.approx(accuracy(plain, *test), abs=0.004)  # one of 300
 
 
 def test_an_unseen_class_is_an_error_and_tensors_are_taken():
     train, test = gaussians(300, seed=10), gaussians(100, seed=11)
-    plain = linear_accuracy(*train, *test, epochs=3)
-    assert linear_accuracy(*map(torch.from_numpy, (*train, *test)), epochs=3).accuracy == plain.accuracy
-    unseen = np.where(np.arange(100) < 50, 99, test[1])
-    assert linear_accuracy(*train, test[0], unseen, epochs=3).accuracy <= 0.5
+    for fit in (lambda *data: fit_sweep(*data, epochs=3), fit_reference, fit_lbfgs):
+        assert torch.equal(weights(fit(*train)), weights(fit(*map(torch.from_numpy, train))))
+    assert accuracy(fit_sweep(*train, epochs=3), test[0], np.where(np.arange(100) < 50, 99, test[1])) <= 0.5
 
 
 def test_evaluating_in_chunks_changes_nothing(monkeypatch):
-    train, test = gaussians(300, seed=12), gaussians(101, seed=13)
-    heads = train_heads(*map(torch.from_numpy, train), (0.01, 0.1), epochs=2, batch_size=64, seed=0)
-    whole = heads.evaluate(*map(torch.from_numpy, test))
-    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 21 * 10)
-    chunked = heads.evaluate(*map(torch.from_numpy, test))
-    assert chunked[0] == whole[0]
-    assert chunked[1] == pytest.approx(whole[1], rel=1e-6)
+    x, y = gaussians(401, seed=12)
+    heads = train_heads(
+        x, y, np.arange(300), [Candidate(0.01, 0.0), Candidate(0.1, 0.0)], epochs=2, batch_size=64, seed=0
+    )
+    whole = heads.evaluate(x, y, np.arange(300, 401))
+    monkeypatch.setattr(sweep, "CHUNK_ELEMENTS", 21 * 10)
+    chunked = heads.evaluate(x, y, np.arange(300, 401))
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+    guess = torch.stack([heads.one(h).logits(x[300:]).argmax(1) for h in (0, 1)]).numpy()
+    np.testing.assert_allclose([a for a, _ in whole], (LABELS[guess] == y[300:]).mean(1))
 
 
-def test_a_training_set_of_single_samples_is_refused():
-    x = np.eye(4, dtype=np.float32)
+@pytest.mark.parametrize("fit", [fit_sweep, fit_lbfgs])
+def test_a_training_set_of_single_samples_is_refused(fit):
     with pytest.raises(UserError, match="no class has two"):
-        linear_accuracy(x, np.arange(4), x, np.arange(4))
+        fit(np.eye(4, dtype=np.float32), np.arange(4))
+
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_reference_protocol_equals_a_plain_loop(normalize, monkeypatch):
+    """One batch holds everything, so its order is nothing but the order of float32 sums."""
+    monkeypatch.setitem(SCHEDULES, "sun397", SCHEDULES["sun397"]._replace(epochs=12, steps=(4, 8, 11)))
+    x, y = gaussians(90, seed=20)
+    found = fit_reference(x, y, schedule="sun397", normalize=normalize, seed=5)
+    torch.manual_seed(5)
+    layer = torch.nn.Linear(20, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=5e-4)
+    inputs, target = torch.from_numpy(x), torch.from_numpy(np.searchsorted(LABELS, y))
+    if normalize:
+        inputs = inputs / inputs.norm(dim=1, keepdim=True)
+    for epoch in range(12):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * 0.1 ** sum(epoch >= step for step in (4, 8, 11))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(inputs), target).backward()
+        optimizer.step()
+    torch.testing.assert_close(found.classifier.logits(x), layer(inputs).detach(), rtol=1e-3, atol=1e-4)
+    assert found.chosen == {} and found.selection == [] and found.settings["batch_size"] == 90
+
+
+def test_the_reference_schedules_are_the_published_ones():
+    assert SCHEDULES["imagenet"] == (100, (30, 60, 90), 512)
+    assert SCHEDULES["sun397"] == (50, (16, 32, 48), 256)
+    assert SCHEDULES["flowers102"] == (80, (25, 50, 75), 128)
+
+
+def test_fitting_leaves_the_random_state_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    fit_reference(*gaussians(60, seed=1), schedule="flowers102")
+    assert torch.equal(torch.rand(3), expected)
+
+
+# --- lbfgs ----------------------------------------------------------------------------------------
+
+
+def penalised_loss(classifier, x, y, penalty):
+    probability = classifier.logits(x).double().softmax(1).numpy()
+    return log_loss(y, probability) + penalty / 2 * float(classifier.weight_CD.double().square().sum())
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3, 1e-5])
+def test_lbfgs_finds_scikit_learn_s_optimum(penalty):
+    """Digits, real pixels: the mean penalised loss within 1e-5, and the probabilities with it."""
+    x, y = load_digits(return_X_y=True)
+    x = x.astype(np.float32)
+    fitted = fit_lbfgs(x, y, penalties=(penalty,))
+    std = x.std(0)
+    scaled = (x - x.mean(0)) / np.where(std > 1e-6 * std.max(), std, 1)
+    oracle = LogisticRegression(C=1 / (penalty * len(x)), max_iter=20_000, tol=1e-8).fit(scaled, y)
+    expected = log_loss(y, oracle.predict_proba(scaled)) + penalty / 2 * (oracle.coef_**2).sum()
+    assert fitted.chosen == {"penalty": penalty, "converged": True}
+    assert penalised_loss(fitted.classifier, x, y, penalty) == pytest.approx(expected, abs=1e-5)
+    np.testing.assert_allclose(fitted.classifier.logits(x).softmax(1), oracle.predict_proba(scaled), atol=5e-3)
+
+
+def test_a_warm_start_leads_to_the_optimum_of_a_cold_one():
+    x, y = gaussians(400, seed=21)
+    path, alone = fit_lbfgs(x, y, penalties=(1.0, 1e-1, 1e-2)), fit_lbfgs(x, y, penalties=(1e-2,))
+    assert path.selection[-1]["nll"] == pytest.approx(alone.selection[0]["nll"], abs=1e-5)
+    assert [one["penalty"] for one in path.selection] == [1.0, 1e-1, 1e-2]
+    assert list(lbfgs.PENALTIES) == sorted(lbfgs.PENALTIES, reverse=True)
+
+
+def test_what_did_not_converge_says_so(monkeypatch):
+    monkeypatch.setattr(lbfgs, "MOST_STEPS", 2)
+    fitted = fit_lbfgs(*gaussians(400, seed=21), penalties=(1e-3,))
+    assert fitted.chosen["converged"] is False and fitted.selection[0]["converged"] is False
+
+
+# --- splits and few labels ------------------------------------------------------------------------
 
 
 def test_the_holdout_takes_a_tenth_of_every_class():

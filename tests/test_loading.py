@@ -85,10 +85,12 @@ def test_one_crop_is_the_first_of_two(full):
     assert bills[1] == 2 * bills[0] == 5 * 16 * 2 * 48 * 48 * 3
 
 
-def test_whole_images_of_any_size_become_the_clean_view(photos, full):
-    clean = clean_view(VIEWS)
-    for batch in BetonLoader(full / "train.beton", 16, crop="whole", views=VIEWS, shuffle=False):
-        assert batch.image.shape == (16, 48, 48, 3)
+@pytest.mark.parametrize("kind", ["squash", "center"])
+def test_images_of_any_size_become_the_clean_view(photos, full, kind):
+    views = VIEWS.model_copy(update={"clean": kind})
+    clean = clean_view(views)
+    for batch in BetonLoader(full / "train.beton", 16, crop="clean", views=views, shuffle=False):
+        assert batch.image.shape == (16, 1, 48, 48, 3)
         for b in range(16):
             want = clean(torch.from_numpy(source_pixels(photos, int(batch.index[b])))[None])
             assert (clean(batch.image[b : b + 1]) - want).abs().mean() < 2 / 255 / min(VIEWS.std)
@@ -483,7 +485,7 @@ deprecated = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 
 
 @deprecated
-@pytest.mark.parametrize("crop", ["cpu", "whole"])
+@pytest.mark.parametrize("crop", ["cpu", "clean"])
 def test_gpu_decoding_gives_the_same_images(full, crop):
     """torchvision's CPU decoder in place of nvJPEG: the same interface, its own rounding."""
     samples = Samples.of(read_header(full / "train.beton"))

@@ -9,6 +9,7 @@ import torchvision.transforms.v2.functional as tvf
 from scipy import stats
 
 from fastssl import geometry, randomness
+from fastssl.geometry import clean_box, crop_resize
 from fastssl.recipe import Jitter, ViewOnly, Views
 from fastssl.views import PairedViews, clean_view, cpu, operations
 from fastssl.views.paired import portable_views
@@ -313,6 +314,25 @@ def test_clean_view_is_a_plain_antialiased_resize(images):
     want = tvf.normalize(want, views.mean, views.std)
     torch.testing.assert_close(clean, want, rtol=0, atol=2 / 255 / min(views.std))
     assert clean_view(views)(uint8(images[:, :, :24, :24])).shape == (6, 3, 24, 24)
+
+
+def test_the_centre_is_torchvision_s_resize_and_centre_crop():
+    """Of a smooth picture, as torchvision crops at whole pixels behind the resize, and this cuts between them."""
+    y, x = torch.meshgrid(torch.arange(375.0), torch.arange(500.0), indexing="ij")
+    picture = torch.stack([x / 2, y / 2, (x + y) / 4]).clamp(0, 255).to(torch.uint8)
+    views = Views(size=224, clean="center", mean=(0, 0, 0), std=(1, 1, 1))
+    want = tvf.center_crop(tvf.resize(picture[None] / 255, 256, antialias=True), 224)
+    clean = clean_view(views)
+    torch.testing.assert_close(clean(picture.permute(1, 2, 0)[None]), want, rtol=0, atol=1.5 / 255)
+    # From a canvas: squashed before, so the centre of the source is no square there.
+    canvas = tvf.resize(picture[None], [256, 256], antialias=True).permute(0, 2, 3, 1)
+    source = torch.tensor([375]), torch.tensor([500])
+    torch.testing.assert_close(clean(canvas, *source), want, rtol=0, atol=2.5 / 255)
+    # The same on the device's path.
+    box = clean_box(*source, "center") * torch.tensor([256 / 375, 256 / 500] * 2)
+    none = torch.zeros(1, dtype=torch.int64)
+    portable = crop_resize(canvas, none, box, none.bool(), 224) / 255
+    torch.testing.assert_close(clean(canvas, *source), portable, **CLOSE)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from .builders import builder_names, describe_builders
 from .forecast import Forecast, forecast_build, free_memory
 from .index_list import read_index_list
 from .inspection import Summary, inspect_beton, pairs_table, subset_table, summary_tables
-from .read import BetonInfo, read_header, read_labels, read_metadata, read_names, read_samples
+from .read import BetonInfo, data_checksum, read_header, read_labels, read_metadata, read_names, read_samples
 from .sample import Sample
 from .sheet import draw_sheet
 from .verification import Verification, verify
@@ -40,6 +40,7 @@ __all__ = [
     "Verification",
     "build_beton",
     "builder_names",
+    "data_checksum",
     "describe_builders",
     "draw_sheet",
     "forecast_build",

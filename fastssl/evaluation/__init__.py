@@ -1,37 +1,45 @@
-"""From a trained encoder to numbers: features of a .beton, then classifiers that see nothing else.
+"""From a trained encoder to numbers: features of a .beton, then classifiers that see nothing else; or fine-tuning.
 
-`features.py` extracts and caches, `runs.py` finds the data of a run, `splits.py` draws samples,
-`knn.py` and `linear.py` classify, `probe.py` does so during training, `results.py` shows and keeps.
+`runs.py` finds encoder and data of a run, `features.py` extracts and caches, `splits.py` draws samples. `knn.py` and
+`linear/` classify frozen features, `finetune.py` trains the encoder too, for `semisup.py` and `transfer.py`.
+`metrics.py` turns logits into figures, `results.py` keeps and shows them; `probe.py` looks on during training.
 Functions take numpy arrays or torch tensors; accuracies are shares from 0 to 1.
 """
 
-from fastssl.evaluation.features import (
-    Features,
-    cached_features,
-    clean_features,
-    extract_features,
-)
-from fastssl.evaluation.knn import evaluate_knn, few_label_knn, knn_accuracies, knn_accuracy
-from fastssl.evaluation.linear import (
-    LinearResult,
-    evaluate_linear,
-    few_label_linear,
-    linear_accuracy,
-)
-from fastssl.evaluation.results import result_table
+from fastssl.evaluation.features import Features, cached_features, clean_features, extract_features, mean_of_draws
+from fastssl.evaluation.knn import evaluate_knn, few_label_knn, knn_accuracy, knn_predictions
+from fastssl.evaluation.linear import evaluate_linear, few_label_linear, fit_lbfgs, fit_reference, fit_sweep
+from fastssl.evaluation.metrics import Scores, classification_figures
+from fastssl.evaluation.results import result_table, summarize, summary_table, write_summary
+from fastssl.evaluation.runs import Encoder, find_encoder, find_split
+from fastssl.evaluation.semisup import evaluate_semisup
+from fastssl.evaluation.transfer import evaluate_transfer, find_target
 
 __all__ = [
+    "Encoder",
     "Features",
-    "LinearResult",
+    "Scores",
     "cached_features",
+    "classification_figures",
     "clean_features",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluate_semisup",
+    "evaluate_transfer",
     "extract_features",
     "few_label_knn",
     "few_label_linear",
-    "knn_accuracies",
+    "find_encoder",
+    "find_split",
+    "find_target",
+    "fit_lbfgs",
+    "fit_reference",
+    "fit_sweep",
     "knn_accuracy",
-    "linear_accuracy",
+    "knn_predictions",
+    "mean_of_draws",
     "result_table",
+    "summarize",
+    "summary_table",
+    "write_summary",
 ]

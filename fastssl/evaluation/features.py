@@ -1,72 +1,134 @@
-"""Features of a whole .beton: one pass of a frozen encoder over the clean view, kept on disk.
+"""Features of a whole .beton: one pass of a frozen encoder over the clean view, kept on disk, read as maps.
 
-A cached file is named by a hash of everything that its numbers depend on, the weights included, so
-it never has to be invalidated: a changed weight, file or view asks for another name.
+A cached folder is named by a hash of everything that its numbers depend on, the weights included, so it never has to be
+invalidated: a changed weight, file or view asks for another name. It may be deleted at any time.
 """
 
 import hashlib
 import json
+import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch.nn.functional as F
+from numpy.lib.format import open_memmap
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from fastssl.beton import read_header, read_index_list
-from fastssl.beton.atomic import write_atomically
 from fastssl.beton.progress import progress
 from fastssl.loading import Batch, BetonLoader
 from fastssl.models.ssl_model import evaluating
-from fastssl.recipe import Views
-from fastssl.views import clean_view
+from fastssl.randomness import NOISE_EVALUATION, normals
+from fastssl.recipe import UserError, Views
+from fastssl.views import clean_view, describe_clean_view
 
-CACHE_VERSION = 1  # raise it when the same inputs give other numbers
+CACHE_VERSION = 2  # raise it when the same inputs give other numbers
 BATCH_SIZE = 256
+CHUNK_BYTES = 1 << 26  # of a mapped array read at a time, and of noise drawn at a time
+
+DType = Literal["float32", "float16"]
 
 
 class Features(NamedTuple):
-    """What an encoder makes of N images, in the order of the file."""
+    """What an encoder makes of N images, in the order of the file. Large ones are maps of files, read-only."""
 
-    h: np.ndarray  # (N, D) float32: the representation
+    h: np.ndarray  # (N, D) float32 or float16: the representation; where h is stochastic, its mean
     label: np.ndarray  # (N,) int64
     index: np.ndarray  # (N,) int64: sample ids
-    mu: np.ndarray | None = None  # (N, E) float32: mean of a stochastic embedding
-    sigma: np.ndarray | None = None  # (N, E) float32: its standard deviation
+    mu: np.ndarray | None = None  # (N, E), the type of h: mean of a stochastic embedding
+    sigma: np.ndarray | None = None  # (N, E): its standard deviation
+    space: str | None = None  # where that embedding lives, "h" or "z"
+
+    def rows(self, rows: np.ndarray) -> "Features":
+        """A part of them, in memory."""
+        return Features(*(x[rows] if isinstance(x, np.ndarray) else x for x in self))
 
 
-@torch.inference_mode()
+def mean_of_draws(features: Features, draws: int, seed: int, *, normalize: bool) -> np.ndarray:
+    """(N, D) float32: the mean over `draws` of h ~ N(mu, sigma^2), each first divided by its length if `normalize`.
+
+    A linear classifier's logits, averaged over draws, are its logits of this mean, so nothing else need be kept of the
+    draws: averaged logits in training and in testing come to training and testing on it. The noise is a function of
+    (seed, sample, draw).
+    """
+    if features.space != "h":
+        raise UserError("Only a run with a stochastic h (embedding.stochastic: h or hz) has draws: leave out --draws.")
+    mean_ND = np.empty(features.mu.shape, np.float32)
+    rows = max(1, CHUNK_BYTES // (4 * draws * mean_ND.shape[1]))
+    for first in range(0, len(mean_ND), rows):
+        part = slice(first, first + rows)
+        mu_BD, sigma_BD = (torch.from_numpy(x[part].astype(np.float32)) for x in (features.mu, features.sigma))
+        index_B = torch.from_numpy(np.array(features.index[part]))
+        noise_SBD = normals(seed, 0, index_B, 0, draws, mu_BD.shape[1], NOISE_EVALUATION)
+        h_SBD = mu_BD + sigma_BD * noise_SBD
+        mean_ND[part] = (F.normalize(h_SBD, dim=-1) if normalize else h_SBD).mean(dim=0).numpy()
+    return mean_ND
+
+
 def extract_features(
     model: nn.Module,
     loader: Iterable[Batch],
-    clean: Callable[[Tensor], Tensor],
+    clean: Callable[..., Tensor],
     *,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Features:
-    """Embed every valid sample that the loader gives, in its order.
+    """Embed every valid sample that the loader gives, in its order; all in memory.
 
-    model: has `embed(images) -> Embedding(h, mu, sigma, ...)`; it runs in eval mode, so that batch
-    norm uses its running statistics and leaves them alone, and gets its former mode back.
-    loader: its batches have image, label, index and valid, on the model's device.
-    clean: uint8 images (B, H, W, 3) to what `embed` takes. `advance` is told of each batch's number
-    of images. Autocast is off, whatever surrounds the call.
+    model: has `embed(images) -> Embedding(h, mu, sigma, space)`; it runs in eval mode, so that batch norm uses its
+    running statistics and leaves them alone, and gets its former mode back.
+    loader: its batches have image, height, width, label, index and valid, on the model's device.
+    clean: uint8 images (B, H, W, 3), and the source images' sizes, to what `embed` takes. `advance` is told of each
+    batch's number of images. Autocast and TF32 are off, whatever surrounds the call.
     """
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in Features._fields}
-    with evaluating(model):
+    parts = list(embedded_batches(model, loader, clean, advance))
+    *arrays, space = zip(*parts, strict=True)
+    return Features(*(None if column[0] is None else np.concatenate(column) for column in arrays), space[0])
+
+
+@torch.inference_mode()
+def embedded_batches(
+    model: nn.Module, loader: Iterable[Batch], clean: Callable[..., Tensor], advance: Callable[[int], object]
+) -> Iterator[Features]:
+    """`extract_features`, batch by batch."""
+    with evaluating(model), torch.backends.cudnn.flags(allow_tf32=False):
         for batch in loader:
             with torch.autocast(batch.image.device.type, enabled=False):
-                embedding = model.embed(clean(batch.image))
-            values = (embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma)
-            for name, value in zip(Features._fields, values, strict=True):
-                if value is not None:
-                    kind = torch.float32 if value.is_floating_point() else torch.int64
-                    columns[name].append(value[batch.valid].to("cpu", kind).numpy())
+                embedding = model.embed(clean(batch.image, batch.height, batch.width))
+            columns = embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma
+            yield Features(*(None if x is None else as_array(x[batch.valid]) for x in columns), embedding.space)
             advance(int(batch.valid.sum()))
-    return Features(*(np.concatenate(parts) if parts else None for parts in columns.values()))
+
+
+def in_memory(x: ArrayLike | Tensor) -> Tensor:
+    """A tensor as it is, anything else as a copy: a map of a file is read-only."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    return x.to("cpu", torch.float32 if x.is_floating_point() else torch.int64).numpy()
+
+
+def clean_loader(
+    beton: str | Path,
+    views: Views,
+    device: torch.device,
+    subset: str | Path | None = None,
+    limit: int | None = None,
+    skip: int = 0,
+) -> BetonLoader:
+    """Each image of a .beton once, in the file's order, for `clean_view`."""
+    # Images of one size go to the device as they are; of others, the CPU cuts out the view's part.
+    crop = "gpu" if read_header(beton).resolution else "clean"
+    return BetonLoader(
+        beton, BATCH_SIZE, crop=crop, views=views, shuffle=False, drop_last=False, device=device, subset=subset,
+        limit=limit, skip=skip, shard=False,
+    )  # fmt: skip
 
 
 def clean_features(
@@ -84,21 +146,7 @@ def clean_features(
     `subset` and `limit` pick the same images as data.subset and data.limit do in training, `limit` behind the first
     `skip` of its draw.
     """
-    # Images of one size go to the device as they are; others are brought to the view's by the CPU.
-    crop = "gpu" if read_header(beton).resolution else "whole"
-    loader = BetonLoader(
-        beton,
-        BATCH_SIZE,
-        crop=crop,
-        views=views,
-        shuffle=False,
-        drop_last=False,
-        device=next(model.parameters()).device,
-        subset=subset,
-        limit=limit,
-        skip=skip,
-        shard=False,
-    )
+    loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit, skip)
     return extract_features(model, loader, clean_view(views), advance=advance)
 
 
@@ -110,12 +158,14 @@ def cached_features(
     views: Views,
     subset: str | Path | None = None,
     limit: int | None = None,
+    dtype: DType = "float32",
 ) -> Features:
-    """`clean_features`, or what an earlier call left in RUN/features/.
+    """`clean_features` as maps of files, or what an earlier call left in RUN/features/.
 
-    The file's name holds a sha256 of the model's weights, the .beton's path, size and time of
-    change, the size and normalisation of the clean view, the images of `subset`, and `limit`. A damaged
-    file is made anew; reading one runs no code.
+    They are written batch by batch, so a set of any size takes little memory. The folder's name holds a sha256 of the
+    model's weights, the .beton's path, size and time of change, the clean view, the images of `subset`, `limit` and
+    `dtype`. Damaged files are made anew; reading them runs no code. Raises UserError where the encoder gives numbers
+    that are not finite.
     """
     info = read_header(beton)
     stat = info.path.stat()
@@ -123,51 +173,84 @@ def cached_features(
         "version": CACHE_VERSION,
         "weights": weights_sha256(model),
         "beton": [str(info.path.resolve()), stat.st_size, stat.st_mtime_ns],
-        "view": [views.size, views.mean, views.std],
+        "view": describe_clean_view(views),
         "limit": limit,
+        "dtype": dtype,
     }
-    images = info.num_samples
     if subset is not None:
         listed = np.sort(read_index_list(beton, subset))
-        images, depends_on["subset"] = len(listed), hashlib.sha256(listed.tobytes()).hexdigest()
+        depends_on["subset"] = hashlib.sha256(listed.tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    path = Path(run_dir) / "features" / f"{info.path.stem}-{key[:16]}.safetensors"
+    folder = Path(run_dir) / "features" / f"{info.path.stem}-{key[:16]}"
 
-    features = read_features(path)
+    features = read_features(folder)
     if features is None:
-        images = min(images, limit or images)
-        with progress(f"Features of {beton}", images, "images") as advance:
-            features = clean_features(model, beton, views, subset=subset, limit=limit, advance=advance)
-        write_features(path, features)
+        loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit)
+        with progress(f"Features of {beton}", len(loader.rows), "images") as advance:
+            batches = embedded_batches(model, loader, clean_view(views), advance)
+            write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
+        features = read_features(folder)
     return features
 
 
-def write_features(path: Path, features: Features) -> None:
-    """Written beside and renamed, so the file is never half there."""
-    arrays = {
-        name: np.ascontiguousarray(x) for name, x in features._asdict().items() if x is not None
-    }
-    metadata = {"crc32": checksum(arrays)}
-    write_atomically(path, lambda beside: save_file(arrays, beside, metadata=metadata))
+def finite(batches: Iterable[Features], beton: str | Path, dtype: DType) -> Iterator[Features]:
+    """The batches, as long as their numbers are finite in `dtype`."""
+    largest = np.finfo(dtype).max
+    for batch in batches:
+        values = np.concatenate([np.abs(x).max(axis=1) for x in (batch.h, batch.mu, batch.sigma) if x is not None])
+        if not np.isfinite(values).all():
+            raise UserError(f"The encoder gives numbers that are not finite on {beton}: train it again.")
+        if values.max() > largest:
+            raise UserError(f"The encoder gives numbers up to {values.max():.3g}: leave out --dtype {dtype}.")
+        yield batch
 
 
-def read_features(path: Path) -> Features | None:
-    """None where there is no such file, or a damaged one."""
+def write_features(folder: Path, batches: Iterable[Features], count: int, dtype: DType = "float32") -> None:
+    """`count` samples, batch by batch, into NAME.npy each; written beside and renamed, so never half there."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    beside.mkdir(parents=True)
     try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-            if (file.metadata() or {}).get("crc32") != checksum(arrays):
-                return None
-        return Features(**arrays)
-    except (FileNotFoundError, SafetensorError, TypeError):  # TypeError: other arrays than ours
+        maps, checksums, space, done = {}, {}, None, 0
+        for batch in batches:
+            *arrays, space = batch
+            for name, x in zip(Features._fields, arrays):
+                if x is None or (name == "mu" and space == "h"):  # there mu is h
+                    continue
+                x = np.ascontiguousarray(x, dtype if x.dtype.kind == "f" else None)
+                if name not in maps:
+                    maps[name] = open_memmap(beside / f"{name}.npy", "w+", x.dtype, (count, *x.shape[1:]))
+                maps[name][done : done + len(x)] = x
+                checksums[name] = zlib.crc32(x, checksums.get(name, 0))
+            done += len(batch.label)
+        assert done == count, f"{done} samples where {count} were expected"
+        for array in maps.values():
+            array.flush()
+        (beside / "about.json").write_text(json.dumps({"space": space, "crc32": checksums}))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_features(folder: Path) -> Features | None:
+    """None where there are none, or damaged ones."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in about["crc32"]}
+        if any(checksum(x) != about["crc32"][name] for name, x in arrays.items()):
+            return None
+        if about["space"] == "h":
+            arrays["mu"] = arrays["h"]
+        return Features(**arrays, space=about["space"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # other files than ours
         return None
 
 
-def checksum(arrays: dict[str, np.ndarray]) -> str:
-    crc = 0
-    for name in sorted(arrays):
-        crc = zlib.crc32(arrays[name], zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+def checksum(array: np.ndarray) -> int:
+    crc, rows = 0, max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+    for first in range(0, len(array), rows):
+        crc = zlib.crc32(np.ascontiguousarray(array[first : first + rows]), crc)
+    return crc
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -2,26 +2,32 @@
 
 The protocol of InstDisc (Wu et al., arXiv 1805.01978, section 3.4), as solo-learn, lightly and DINO
 run it: by cosine similarity, each of the k nearest training samples votes for its class with weight
-exp(similarity / T). The search is exact: every test sample is compared with every training sample,
-in float64. A young encoder's features are nearly parallel (after 4 steps on digits, the median cosine
-was 0.999999), and in float32 four of five test samples had a tie at rank 20.
+exp(similarity / T). solo-learn reports k = 20 and T = 0.07, lightly k = 200 and T = 0.1.
+
+The search is exact: every test sample is compared with every training sample, in float64. A young
+encoder's features are nearly parallel (after 4 steps on digits, the median cosine was 0.999999), and
+in float32 four of five test samples had a tie at rank 20.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.results import write_result
-from fastssl.evaluation.runs import run_features
+from fastssl.beton.progress import progress
+from fastssl.evaluation.features import DType, in_memory, mean_of_draws
+from fastssl.evaluation.metrics import accuracy_interval
+from fastssl.evaluation.results import find_or_measure
+from fastssl.evaluation.runs import Encoder, Split, split_features
 from fastssl.evaluation.splits import balanced_draws
 from fastssl.recipe import UserError
 
-# Similarities held at a time: 128 MiB of float64, whatever the size of the bank.
-CHUNK_ELEMENTS = 1 << 24
+KS, TEMPERATURES = (20, 200), (0.07, 0.1)
+BANK_ROWS = 1 << 16  # training samples that are compared at a time: 256 MiB of float64 at 512 dimensions
+CHUNK_ELEMENTS = 1 << 24  # similarities held at a time: 128 MiB
 
 
 def knn_accuracy(
@@ -33,29 +39,14 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Share of test samples, 0 to 1, whose class the k nearest training samples vote for."""
-    (accuracy,) = knn_accuracies(
-        train_features, train_labels, test_features, test_labels, ks=(k,), temperature=temperature
-    ).values()
-    return accuracy
-
-
-def knn_accuracies(
-    train_features: ArrayLike | Tensor,
-    train_labels: ArrayLike | Tensor,
-    test_features: ArrayLike | Tensor,
-    test_labels: ArrayLike | Tensor,
-    *,
-    ks: Sequence[int] = (20, 200),
-    temperature: float = 0.07,
-) -> dict[int, float]:
-    """{k: share of test samples classified rightly, 0 to 1}, all from one search.
+    """Share of test samples, 0 to 1, whose class the k nearest training samples vote for.
 
     A test class without training samples is an error for each of its samples.
     """
-    guesses = knn_predictions(train_features, train_labels, test_features, ks=ks, temperature=temperature)
-    label_M = torch.as_tensor(test_labels).cpu()
-    return {k: (guess_M == label_M).double().mean().item() for k, guess_M in guesses.items()}
+    guess_M = knn_predictions(
+        train_features, train_labels, test_features, ks=(k,), temperatures=(temperature,)
+    )[k, temperature]
+    return (guess_M == in_memory(test_labels).cpu()).double().mean().item()
 
 
 @torch.inference_mode()
@@ -64,33 +55,59 @@ def knn_predictions(
     train_labels: ArrayLike | Tensor,
     test_features: ArrayLike | Tensor,
     *,
-    ks: Sequence[int],
-    temperature: float,
-) -> dict[int, Tensor]:
-    """{k: (M,) int64 labels, on the CPU}: the class that the k nearest training samples vote for.
+    ks: Sequence[int] = KS,
+    temperatures: Sequence[float] = TEMPERATURES,
+    device: torch.device | str | None = None,
+    advance: Callable[[int], object] = lambda samples: None,
+) -> dict[tuple[int, float], Tensor]:
+    """{(k, temperature): (M,) int64 labels, on the CPU}: the class that the k nearest training samples vote for.
 
-    Features are (N, D) in any float type, labels (N,) integers, both numpy arrays or torch tensors;
-    the work happens on the training features' device. A k above the number of training samples is
-    shortened to it: all of them vote. Of training samples equally near at rank k, torch.topk's pick
-    votes; of classes with equal votes, the smallest label wins.
+    Features are (N, D) in any float type, labels (N,) integers, both numpy arrays, maps of files or torch tensors; the
+    work happens on `device`, by default the training features' own, in parts that fit whatever their number. A k above
+    the number of training samples is shortened to it: all of them vote. Of training samples equally near at rank k,
+    torch.topk's pick votes; of classes with equal votes, the smallest label wins. `advance` is told of training samples
+    searched.
     """
-    bank_ND = F.normalize(torch.as_tensor(train_features).double(), dim=1)
-    device = bank_ND.device
-    class_C, target_N = torch.unique(torch.as_tensor(train_labels).to(device), return_inverse=True)
+    bank_ND, query_MD = train_features, test_features
+    if device is None:
+        device = bank_ND.device if isinstance(bank_ND, Tensor) else "cpu"
+    class_C, target_N = torch.unique(in_memory(train_labels).to(device), return_inverse=True)
     most = min(max(ks), len(bank_ND))
 
-    guesses: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for query_BD in torch.as_tensor(test_features).split(max(1, CHUNK_ELEMENTS // len(bank_ND))):
-        similarity_BN = F.normalize(query_BD.to(device).double(), dim=1) @ bank_ND.T
-        near_BK, neighbour_BK = similarity_BN.topk(most, dim=1)  # nearest first
+    near_MK = torch.full((len(query_MD), 0), 0.0, dtype=torch.float64, device=device)
+    vote_MK = torch.full((len(query_MD), 0), 0, device=device)
+    for first in range(0, len(bank_ND), BANK_ROWS):
+        part = slice(first, first + BANK_ROWS)
+        near_MK, vote_MK = _nearer(unit(bank_ND[part], device), target_N[part], query_MD, near_MK, vote_MK, most)
+        advance(len(bank_ND[part]))
+
+    guesses = {}
+    for k, temperature in product(ks, temperatures):
         # Divided by the nearest one's weight: votes keep their proportions, and none overflows.
-        weight_BK = torch.exp((near_BK - near_BK[:, :1]) / temperature)
-        vote_BK = target_N[neighbour_BK]
-        for k in ks:
-            score_BC = near_BK.new_zeros(len(query_BD), len(class_C))
-            score_BC.scatter_add_(1, vote_BK[:, :k], weight_BK[:, :k])
-            guesses[k].append(class_C[score_BC.argmax(dim=1)].cpu())
-    return {k: torch.cat(parts) for k, parts in guesses.items()}
+        weight_MK = torch.exp((near_MK[:, :k] - near_MK[:, :1]) / temperature)
+        score_MC = near_MK.new_zeros(len(near_MK), len(class_C)).scatter_add_(1, vote_MK[:, :k], weight_MK)
+        guesses[k, temperature] = class_C[score_MC.argmax(dim=1)].cpu()
+    return guesses
+
+
+def _nearer(bank_ND: Tensor, target_N: Tensor, query_MD, near_MK: Tensor, vote_MK: Tensor, most: int):
+    """The nearest `most`, nearest first, of this part of the bank and of those found before: similarity and class."""
+    near, vote = [], []
+    for first in range(0, len(query_MD), rows := max(1, CHUNK_ELEMENTS // len(bank_ND))):
+        part = slice(first, first + rows)
+        similarity_BN = unit(query_MD[part], bank_ND.device) @ bank_ND.T
+        new_BK, place_BK = similarity_BN.topk(min(most, len(bank_ND)), dim=1)
+        both_BK = torch.cat([near_MK[part], new_BK], dim=1)
+        votes_BK = torch.cat([vote_MK[part], target_N[place_BK]], dim=1)
+        kept_BK, order_BK = both_BK.topk(min(most, both_BK.shape[1]), dim=1)
+        near.append(kept_BK)
+        vote.append(votes_BK.gather(1, order_BK))
+    return torch.cat(near), torch.cat(vote)
+
+
+def unit(features_ND: ArrayLike | Tensor, device: torch.device) -> Tensor:
+    """Features in float64, of length 1."""
+    return F.normalize(in_memory(features_ND).to(device).double(), dim=1)
 
 
 def few_label_knn(
@@ -121,37 +138,46 @@ def few_label_knn(
 
 
 def evaluate_knn(
-    run_dir: str | Path,
+    encoder: Encoder,
+    split: Split,
     *,
-    train: str | Path | None = None,
-    val: str | Path | None = None,
-    ks: Sequence[int] = (20, 200),
-    temperature: float = 0.07,
-    device: str = "auto",
+    ks: Sequence[int] = KS,
+    temperatures: Sequence[float] = TEMPERATURES,
+    draws: int = 0,
+    dtype: DType = "float32",
 ) -> dict:
-    """`fastssl eval knn RUN`: the accuracy on data.val with data.train as the bank, kept in
-    RUN/eval/knn.json. Returns what that file holds; `results.result_table` prints it."""
-    run = run_features(run_dir, train=train, val=val, device=device)
-    bank = run.about["train"]
+    """`fastssl eval knn`: every k with every temperature, kept in RUN/eval/knn.json; returns what that file holds.
+
+    draws: for a stochastic h, search with the mean of so many draws, each of length 1, in place of mu.
+    """
+    about = split.about
     for k in ks:  # a shortened k would stand under the name of the published one
-        if not 1 <= k <= bank["images"]:
+        if not 1 <= k <= about["train"]["images"]:
             raise UserError(
-                f"--k {k} is not between 1 and the {bank['images']} images of {bank['path']}: give one that is."
+                f"--k {k} is not between 1 and the {about['train']['images']} images of {about['train']['path']}: give "
+                "one that is."
             )
-    accuracies = knn_accuracies(
-        torch.as_tensor(run.train.h, device=run.device),
-        run.train.label,
-        run.val.h,
-        run.val.label,
-        ks=ks,
-        temperature=temperature,
-    )
-    result = {
+
+    def measure() -> dict:
+        sets = split_features(encoder, split, dtype)
+        seed = encoder.recipe.seed
+        bank, query = (mean_of_draws(x, draws, seed, normalize=True) if draws else x.h for x in sets)
+        with progress(f"Neighbours in {split.train.path}", len(bank), "images") as advance:
+            guesses = knn_predictions(
+                bank, sets[0].label, query, ks=ks, temperatures=temperatures, device=encoder.device, advance=advance
+            )
+        correct = {f"accuracy_k{k}_t{t:g}": guess.numpy() == sets[1].label for (k, t), guess in guesses.items()}
+        return {
+            "figures": {name: float(right_M.mean()) for name, right_M in correct.items()},
+            "intervals": {name: list(accuracy_interval(right_M)) for name, right_M in correct.items()},
+        }
+
+    request = {
         "evaluation": "knn",
         "protocol": "exact kNN on h by cosine similarity, weights exp(similarity / temperature)",
-        "settings": {"ks": list(ks), "temperature": temperature},
-        "figures": {f"accuracy_k{k}": accuracy for k, accuracy in accuracies.items()},
-        **run.about,
+        "settings": {"ks": list(ks), "temperatures": list(temperatures), "draws": draws, "dtype": dtype},
+        "seed": encoder.recipe.seed,
+        **encoder.about,
+        **about,
     }
-    write_result(run_dir, result)
-    return result
+    return find_or_measure(encoder.run_dir, f"knn{encoder.suffix}{split.name}", request, measure)

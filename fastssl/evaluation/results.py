@@ -1,29 +1,143 @@
-"""What an evaluation shows and keeps: RUN/eval/<name>.json and the table of its figures."""
+"""What an evaluation keeps and shows: RUN/eval/<name>.json, the table of one result, and that of several runs."""
 
+import importlib.metadata
 import json
+import statistics
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from fastssl.beton.atomic import write_atomically
+from fastssl.evaluation.metrics import Scores
+from fastssl.recipe import load_recipe
+
+PLACES = ("run", "weights", "path")  # keys of a result that say where something lies
+NOT_PERCENT = ("nll",)  # figures in other units than shares from 0 to 1
 
 
-def write_result(run_dir: str | Path, result: dict) -> Path:
-    """RUN/eval/<evaluation>.json, written beside and renamed."""
-    path = Path(run_dir) / "eval" / f"{result['evaluation']}.json"
-    text = json.dumps(result, indent=2) + "\n"
+def find_or_measure(run_dir: str | Path, name: str, request: dict, measure: Callable[[], dict]) -> dict:
+    """RUN/eval/NAME.json if it answers this request, else what `measure` gives, kept there.
+
+    request: all that the figures depend on: protocol, settings, seed, checksums of encoder and data; and where these
+    lie, which does not matter. The result is the request and what `measure` returns, with the time and the version
+    that made it.
+    """
+    request = {**request, "fastssl": importlib.metadata.version("fastssl-trainer")}
+    request = json.loads(json.dumps(request))  # tuples become lists, as in the file
+    path = Path(run_dir) / "eval" / f"{name}.json"
+    kept = read_result(path)
+    if kept and without_places({key: kept.get(key) for key in request}) == without_places(request):
+        return kept | request
+    result = {**request, **measure(), "made": datetime.now().astimezone().isoformat(timespec="seconds")}
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text))
-    return path
+    return json.loads(text)
+
+
+def without_places(value: object) -> object:
+    """An object, and those in it, without the keys that say where something lies."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_places(inner) for key, inner in value.items() if key not in PLACES}
+
+
+def read_result(path: Path) -> dict | None:
+    """None where there is none, or a damaged one."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def scored(run_dir: str | Path, name: str, scores: Scores) -> dict:
+    """Figures and intervals for a result; the confusion matrix goes into a file beside it, as .npy and as a picture."""
+    path = Path(run_dir) / "eval" / f"{name}.confusion.npy"
+    write_atomically(path, lambda beside: np.save(beside, scores.confusion))
+    return {
+        "figures": scores.figures,
+        "intervals": {key: list(interval) for key, interval in scores.intervals.items()},
+        "confusion": path.name,
+        "confusion_classes": [int(label) for label in scores.confusion_classes],
+    }
+
+
+def shown(name: str, value: float) -> str:
+    """A share in percent, anything else as it is."""
+    return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.2f}"
 
 
 def result_table(result: dict) -> Table:
-    """The figures, shares from 0 to 1, in percent."""
-    val = result["val"]
-    caption = f"{val['images']:,} images of {val['path']} ({result['layout']} file)"
-    title = f"{result['evaluation']}: {result['run']}"
-    table = Table(title=title, caption=caption, min_width=max(len(title), len(caption)))
-    table.add_column("figure")
+    """The figures of one result, shares in percent, with their 95 % intervals over the test images."""
+    val, train = result["val"], result["train"]
+    lines = [
+        f"fitted on {train['images']:,} images of {train['path']}",
+        f"tested on {val['images']:,} images of {val['path']} ({result['layout']} file)",
+        "95 % bootstrap intervals over the tested images",
+        f"measured {result['made']}",
+    ]
+    title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
+    width = max(map(len, [title, *lines]))
+    table = Table("figure", title=title, caption="\n".join(lines), min_width=width)
     table.add_column("%", justify="right")
-    for name, share in result["figures"].items():
-        table.add_row(name, f"{100 * share:.2f}")
+    table.add_column("from", justify="right")
+    table.add_column("to", justify="right")
+    for name, value in result["figures"].items():
+        low, high = result["intervals"].get(name, (None, None))
+        bounds = ("", "") if low is None else (shown(name, low), shown(name, high))
+        table.add_row(name + (" (nats)" if name in NOT_PERCENT else ""), shown(name, value), *bounds)
     return table
+
+
+def summarize(results: list[dict]) -> list[dict]:
+    """Results of several runs, one row an evaluation and recipe: runs that differ in their seed alone share one.
+
+    Each row has the runs and seeds, and for each figure the mean and the standard deviation over them (n - 1; None for
+    a single run).
+    """
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        recipe = load_recipe(Path(result["run"]) / "recipe.yaml").model_dump(mode="json", exclude={"seed", "run"})
+        kind = [result["evaluation"], recipe, result["weights"] == "untrained"]
+        groups.setdefault(json.dumps(kind, sort_keys=True), []).append(result)
+    return [_row(group) for group in groups.values()]
+
+
+def _row(group: list[dict]) -> dict:
+    columns = {name: [result["figures"][name] for result in group] for name in group[0]["figures"]}
+    return {
+        "evaluation": group[0]["evaluation"],
+        "runs": [result["run"] for result in group],
+        "untrained": group[0]["weights"] == "untrained",
+        "seeds": [load_recipe(Path(result["run"]) / "recipe.yaml").seed for result in group],
+        "figures": {
+            name: {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+            for name, values in columns.items()
+        },
+    }
+
+
+def summary_table(rows: list[dict]) -> Table:
+    """One line for each of `summarize`: mean and standard deviation over the seeds, shares in percent."""
+    table = Table("evaluation", "run", "seeds", caption="mean and standard deviation over seeds")
+    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    for name in names:
+        table.add_column(name + (" (nats)" if name in NOT_PERCENT else " %"), justify="right")
+    for row in rows:
+        run = Path(row["runs"][0]).name + (" (untrained)" if row["untrained"] else "")
+        run += f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""
+        cells = []
+        for name in names:
+            figure = row["figures"].get(name, {"mean": None})
+            mean, sd = figure["mean"], figure.get("sd")
+            cells.append("" if mean is None else shown(name, mean) + ("" if sd is None else f" ± {shown(name, sd)}"))
+        table.add_row(row["evaluation"], run, str(len(row["runs"])), *cells)
+    return table
+
+
+def write_summary(path: Path, rows: list[dict]) -> None:
+    text = json.dumps({"rows": rows}, indent=2) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text))

@@ -1,89 +1,170 @@
-"""From a run directory to the features of its training and validation images."""
+"""From a run, or one of its checkpoints, to the encoder that is evaluated and the features of its data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from fastssl.beton import read_header
-from fastssl.evaluation.features import Features, cached_features, weights_sha256
-from fastssl.models import load_model
-from fastssl.recipe import UserError, load_recipe
+from fastssl.beton import data_checksum, read_header, read_labels
+from fastssl.evaluation.features import DType, Features, cached_features, weights_sha256
+from fastssl.loading import count_images
+from fastssl.models import Model, build_model
+from fastssl.models.checkpoint import LAST, PREVIOUS, find_checkpoints, load_model, run_dir_of
+from fastssl.recipe import Recipe, UserError, load_recipe
+from fastssl.views import describe_clean_view
 
 
 @dataclass(frozen=True)
-class RunFeatures:
-    train: Features
-    val: Features
-    device: torch.device  # to evaluate on
-    about: dict  # the run, its data and its encoder, as a result's file keeps them
+class Encoder:
+    """A model on its device, and where it comes from."""
+
+    run_dir: Path
+    recipe: Recipe  # the run's, with the clean view that was asked for
+    model: Model  # eval mode
+    device: torch.device
+    weights: Path | None  # the file that they come from; None: drawn from the run's seed
+    suffix: str  # of the names of its results: "" for the end of the run, else such as "-best", "-untrained"
+    sha256: str = field(repr=False)
+
+    @property
+    def about(self) -> dict:
+        """What every result says of it."""
+        return {
+            "run": str(self.run_dir),
+            "weights": "untrained" if self.weights is None else str(self.weights),
+            "encoder_sha256": self.sha256,
+            "view": describe_clean_view(self.recipe.views),
+        }
 
 
-def run_features(
-    run_dir: str | Path,
+def find_encoder(
+    run: str | Path,
     *,
-    train: str | Path | None = None,
-    val: str | Path | None = None,
+    untrained: bool = False,
+    view: Literal["squash", "center"] | None = None,
     device: str = "auto",
-) -> RunFeatures:
-    """Features of data.train, as data.subset and data.limit limit it, and of data.val of a run's recipe.
+) -> Encoder:
+    """The encoder of a run directory, or of a checkpoint in one.
 
-    `train` and `val` name other .beton files; one given as `train` is used whole. Raises UserError
-    where the run, the files or their labels do not allow an evaluation.
+    untrained: with the weights that the run began with, drawn from its seed. view: overrides the recipe's views.clean.
+    Raises UserError where there is none.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "recipe.yaml").is_file():
+    run = Path(run)
+    run_dir = run_dir_of(run) if run.is_file() else run
+    if run_dir is None or not (run_dir / "recipe.yaml").is_file():
         raise UserError(
-            f"{run_dir} is not a run directory, it has no recipe.yaml: name one that fastssl train "
-            "made."
+            f"{run} is not a run directory, it has no recipe.yaml: name one that fastssl train made, or a checkpoint "
+            "in one."
         )
     recipe = load_recipe(run_dir / "recipe.yaml")
-    subset, limit = (None, None) if train else (recipe.data.subset, recipe.data.limit)
-    train, val = train or recipe.data.train, val or recipe.data.val
-    if val is None:
+    if view:
+        recipe = recipe.model_copy(update={"views": recipe.views.model_copy(update={"clean": view})})
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here: run `fastssl doctor`, or leave it out.")
+    device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if untrained:
+        if recipe.model.init:
+            raise UserError(f"{run_dir} began with the weights of {recipe.model.init}: evaluate those instead.")
+        torch.manual_seed(recipe.seed)  # as training.setup.prepare
+        weights, suffix, model = None, "-untrained", build_model(recipe).eval()
+    else:
+        model = load_model(run)
+        weights = find_checkpoints(run)[0]
+        suffix = "" if weights.name in (LAST, PREVIOUS) else f"-{weights.stem}"
+    return Encoder(run_dir, recipe, model.to(device), device, weights, suffix, weights_sha256(model))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A .beton to fit on or to test on."""
+
+    path: Path
+    subset: str | None = None  # as data.subset: the images of a list
+    limit: int | None = None  # as data.limit: this many images, drawn at random
+
+    @property
+    def about(self) -> dict:
+        return {
+            "path": str(self.path),
+            "images": count_images(self.path, subset=self.subset, limit=self.limit),
+            "subset": self.subset,
+            "limit": self.limit,
+            "layout": read_header(self.path).layout,
+            "checksum": data_checksum(self.path),
+        }
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a classifier is fitted on, and what it is tested on."""
+
+    train: Data
+    val: Data
+    name: str  # of results: "" for the run's own data, else such as "-photos-val"
+
+    @property
+    def about(self) -> dict:
+        """What every result says of it."""
+        train, val = self.train.about, self.val.about
+        layout = "full" if train["layout"] == val["layout"] == "full" else "canvas"
+        return {"train": train, "val": val, "layout": layout}
+
+
+def find_split(encoder: Encoder, train: str | Path | None = None, val: str | Path | None = None) -> Split:
+    """data.train, as data.subset and data.limit limit it, and data.val of the run, or other files, each whole.
+
+    Raises UserError where the files or their labels do not allow an evaluation.
+    """
+    data = encoder.recipe.data
+    if val is None and data.val is None:
         raise UserError(
-            f"{run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val "
-            "FILE.beton."
+            f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
         )
-    layouts = {read_header(beton).layout for beton in (train, val)}
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-
-    model = load_model(run_dir).to(device)
-    of_train = cached_features(run_dir, train, model=model, views=recipe.views, subset=subset, limit=limit)
-    of_val = cached_features(run_dir, val, model=model, views=recipe.views)
-    _check(run_dir, train, of_train, val, of_val)
-    about = {
-        "run": str(run_dir),
-        "encoder_sha256": weights_sha256(model),
-        "train": {"path": str(train), "images": len(of_train.label), "subset": subset, "limit": limit},
-        "val": {"path": str(val), "images": len(of_val.label)},
-        "classes": len(np.unique(of_train.label)),
-        "layout": "full" if layouts == {"full"} else "canvas",
-        "view": {"size": recipe.views.size, "mean": recipe.views.mean, "std": recipe.views.std},
-    }
-    return RunFeatures(of_train, of_val, device, about)
+    others = [Path(path) for path in (train, val) if path]
+    split = Split(
+        Data(Path(train)) if train else Data(Path(data.train), data.subset, data.limit),
+        Data(Path(val or data.val)),
+        "".join(f"-{path.resolve().parent.name}-{path.stem}" for path in others),
+    )
+    check_labels(split.train.path, split.val.path)
+    return split
 
 
-def _check(
-    run_dir: Path, train: str | Path, of_train: Features, val: str | Path, of_val: Features
-) -> None:
-    for beton, features in ((train, of_train), (val, of_val)):
-        if not np.isfinite(features.h).all():
-            raise UserError(
-                f"The encoder of {run_dir} gives numbers that are not finite on {beton}: train it "
-                "again."
-            )
-        if (features.label < 0).any():
-            raise UserError(
-                f"{beton} holds images without labels: name a labelled file with --train or --val."
-            )
-    classes = np.unique(of_train.label)
+def check_labels(train: Path, val: Path) -> None:
+    """That both files have labels, and the same classes."""
+    labels = [labels_of(path) for path in (train, val)]
+    classes = np.unique(labels[0])
     if len(classes) < 2:
         raise UserError(
             f"{train} holds one class only, nothing to tell apart: name another file with --train."
         )
-    if not np.isin(of_val.label, classes).any():
+    if not np.isin(labels[1], classes).any():
         raise UserError(f"{val} shares no class with {train}: name a matching file with --val.")
+    names = [read_header(path).classes for path in (train, val)]
+    if None not in names and names[0] != names[1]:
+        one, other = next((a, b) for a, b in zip([*names[0], "none"], [*names[1], "none"]) if a != b)
+        raise UserError(
+            f"{train} and {val} number their classes differently ({one} and {other} are the same one): build both from "
+            "one source, or name a matching file with --val."
+        )
+
+
+def labels_of(path: Path) -> np.ndarray:
+    """The labels in the order of the file; UserError where images have none."""
+    label_N = read_labels(path)
+    if (label_N < 0).any():
+        raise UserError(f"{path} holds images without labels: name a labelled file with --train or --val.")
+    return label_N
+
+
+def split_features(encoder: Encoder, split: Split, dtype: DType = "float32") -> tuple[Features, Features]:
+    """Features of what is fitted on and of what is tested on."""
+    return tuple(
+        cached_features(
+            encoder.run_dir, data.path, model=encoder.model, views=encoder.recipe.views, subset=data.subset,
+            limit=data.limit, dtype=dtype,
+        )  # fmt: skip
+        for data in (split.train, split.val)
+    )

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastssl.export.findings import Findings
 from fastssl.export.source import Source
+from fastssl.geometry import CENTER
 from fastssl.models.exported import short_path
 
 CARD = "model_card.md"
@@ -74,6 +75,14 @@ def space_of_sigma(source: Source) -> str:
 def code(source: Source, file: str, format: str, sigma: bool) -> str:
     """A program that reads the file and embeds photo.jpg; the clean view in Pillow and numpy."""
     views = source.recipe.views
+    what, cut, box = "whole image", "", ""
+    if views.clean == "center":
+        what, box = "image's centre", ", box=box"
+        cut = f"""\
+    side = {CENTER} * min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = left, top, left + side, top + side
+"""
     line = loading_line(source, file, format, sigma)
     if format == "onnx":
         imports = "import onnxruntime"
@@ -95,9 +104,9 @@ MEAN, STD = np.float32({list(views.mean)}), np.float32({list(views.std)})
 
 
 def preprocess(path):
-    """The whole image as a square of {views.size} pixels, normalised: (1, 3, {views.size}, {views.size}) float32."""
+    """The {what} as a square of {views.size} pixels, normalised: (1, 3, {views.size}, {views.size}) float32."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    pixels = np.asarray(image.resize(({views.size}, {views.size}), Image.BILINEAR), np.float32) / 255
+{cut}    pixels = np.asarray(image.resize(({views.size}, {views.size}), Image.BILINEAR{box}), np.float32) / 255
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
 
 
@@ -118,7 +127,10 @@ def loading_line(source: Source, file: str, format: str, sigma: bool) -> str:
 
 def input_rows(source: Source) -> Iterable[tuple[str, object]]:
     views = source.recipe.views
-    yield "image", "RGB; kind `squash`: the whole image, whatever its aspect ratio, resized to a square"
+    seen = "the whole image, whatever its aspect ratio"
+    if views.clean == "center":
+        seen = f"the central square of {CENTER} of the shorter side"
+    yield "image", f"RGB; kind `{views.clean}`: {seen}, resized to a square"
     yield "size", f"{views.size} x {views.size}, bilinear, antialiased where it shrinks"
     yield "range", "[0, 1], then minus mean, divided by std"
     yield "mean", list(views.mean)

@@ -40,7 +40,7 @@ def look_into(source: Source) -> Findings:
     weights = weights_sha256(source.model)
     for path in sorted((run_dir / "eval").glob("*.json")):
         result = _json_object(path, findings)
-        if result is None:
+        if result is None or result.get("weights") == "untrained":
             continue
         if result.get("encoder_sha256", weights) != weights:
             findings.stale.append(f"eval/{path.name}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastssl.models import Model
-from fastssl.models.checkpoint import model_in, newest_checkpoint, recipe_in
+from fastssl.models.checkpoint import model_in, newest_checkpoint, recipe_in, run_dir_of
 from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe, UserError
 from fastssl.views import describe_clean_view
@@ -67,13 +67,8 @@ def open_run(run: str | Path) -> Source:
         checkpoint.sha256,
         _count(saved["step"]),
         _count(loader.get("epoch")) if isinstance(loader, dict) else None,
-        _run_dir_of(path),
+        run_dir_of(path),
     )
-
-
-def _run_dir_of(checkpoint: Path) -> Path | None:
-    inside = checkpoint.resolve().parent
-    return inside.parent if inside.name == "checkpoints" and (inside.parent / "recipe.yaml").is_file() else None
 
 
 def _count(value: object) -> int | None:

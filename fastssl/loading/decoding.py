@@ -15,7 +15,7 @@ from fastssl.recipe import Views
 from . import kernels
 from .samples import Samples
 
-Crop = Literal["gpu", "cpu", "whole"]
+Crop = Literal["gpu", "cpu", "clean"]
 
 SMALL = 1 << 20  # bytes; copying that many stored pixels takes as long as handing the work to threads
 
@@ -63,8 +63,8 @@ class ThreadDecoder:
             work = kernels.decode_squares, *source, image.numpy(), status_B, counter
         else:
             box_BV4 = (
-                samples.whole_boxes(rows)
-                if self.crop == "whole"
+                samples.clean_boxes(rows, self.views)
+                if self.crop == "clean"
                 else samples.crop_boxes(rows, self.seed, epoch, self.views, self.crops)
             )
             size = self.views.size
@@ -80,8 +80,7 @@ class ThreadDecoder:
     def finish(self, under_way: UnderWay) -> Decoded:
         for thread in under_way.threads:
             thread.result()
-        image = under_way.image[:, 0] if self.crop == "whole" else under_way.image
-        return Decoded(image, under_way.status_B)
+        return Decoded(under_way.image, under_way.status_B)
 
     def abandon(self, under_way: UnderWay) -> None:
         """Let the threads stop at their next sample."""

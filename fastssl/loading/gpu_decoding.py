@@ -63,8 +63,8 @@ class GpuDecoder:
         jpegs = [torch.from_numpy(np.array(self.samples.stored(row))) for row in rows_B]
         if self.crop == "gpu":
             return Bytes(rows_B, jpegs, None)
-        if self.crop == "whole":
-            return Bytes(rows_B, jpegs, self.samples.whole_boxes(rows_B))
+        if self.crop == "clean":
+            return Bytes(rows_B, jpegs, self.samples.clean_boxes(rows_B, self.views))
         boxes = self.samples.crop_boxes(rows_B, self.seed, epoch, self.views, self.crops)
         return Bytes(rows_B, jpegs, boxes)
 
@@ -78,8 +78,7 @@ class GpuDecoder:
                 images[b] = torch.zeros(3, *shape_B2[b].tolist(), dtype=torch.uint8, device=self.device)
         if batch.box_BV4 is None:
             return Decoded(torch.stack(images).permute(0, 2, 3, 1), status_B)
-        crops = self._crops(images, torch.from_numpy(batch.box_BV4).to(self.device))
-        return Decoded(crops[:, 0] if self.crop == "whole" else crops, status_B)
+        return Decoded(self._crops(images, torch.from_numpy(batch.box_BV4).to(self.device)), status_B)
 
     def abandon(self, batch: Bytes) -> None:
         """Nothing runs yet."""

@@ -33,7 +33,7 @@ SUBSET_SEED = 0  # data.limit picks the same images whatever the run's seed
 class Batch(NamedTuple):
     """One batch, on the device. The caller may keep it: it is never written again."""
 
-    image: Tensor  # uint8 (B, H, W, 3); (B, crops, size, size, 3) for crop="cpu", flip not yet applied
+    image: Tensor  # uint8 (B, H, W, 3); (B, crops, size, size, 3) for crop="cpu", flip not yet applied; 1 for "clean"
     label: Tensor  # int64 (B,); -1 where the file has no labels
     index: Tensor  # int64 (B,): stable sample ids
     height: Tensor  # int64 (B,): the source images' sizes in pixels
@@ -45,8 +45,8 @@ class BetonLoader:
     """Batches of `batch_size` samples (a process) from a .beton file, as `Batch` tuples.
 
     crop="gpu" gives whole stored images (all of one size); crop="cpu" decodes once and cuts both
-    views' crops on the CPU (crops=1: the first view's), at the boxes that `fastssl.views` would draw;
-    crop="whole" resizes whole images of any size to views.size. The last two need `views`, the recipe's section.
+    views' crops on the CPU (crops=1: the first view's), at the boxes that `fastssl.views` would draw; crop="clean"
+    cuts the clean view's part out of images of any size. The last two need `views`, the recipe's section.
 
     shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see
     `order.py`). Each epoch has its own order, a function of (seed, epoch). Over several processes, global

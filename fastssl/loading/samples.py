@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import BetonInfo, read_names, read_samples
-from fastssl.geometry import NUMBERS, crop_box
+from fastssl.geometry import NUMBERS, clean_box, crop_box
 from fastssl.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import Views
 
@@ -72,10 +72,10 @@ class Samples(NamedTuple):
         source = f" ({name})" if name else ""
         return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
 
-    def whole_boxes(self, rows: np.ndarray) -> np.ndarray:
-        """(B, 1, 4) float64: the box that holds all of each stored image."""
-        shape_B2 = self.shape_N2[rows]
-        return np.concatenate([np.zeros_like(shape_B2), shape_B2], axis=1)[:, None].astype(np.float64)
+    def clean_boxes(self, rows: np.ndarray, views: Views) -> np.ndarray:
+        """(B, 1, 4) float64: the box of the clean view in stored pixels, the one that fastssl.views takes."""
+        height_B, width_B = (torch.from_numpy(column[rows]) for column in (self.height_N, self.width_N))
+        return self._in_stored_pixels(clean_box(height_B, width_B, views.clean)[:, None], rows)
 
     def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: Views, count: int) -> np.ndarray:
         """(B, count, 4) float64: the views' boxes in stored pixels, the ones that fastssl.views draws."""
@@ -86,6 +86,8 @@ class Samples(NamedTuple):
         for view in range(count):
             u_BN = uniforms(seed, epoch, index_B, view, NUMBERS, AUGMENTATION)
             drawn.append(crop_box(u_BN, height_B, width_B, views.scale, views.ratio))
-        source_B2 = torch.stack([height_B, width_B], dim=1).numpy()
-        stored_per_source = self.shape_N2[rows] / source_B2
-        return torch.stack(drawn, dim=1).numpy() * np.tile(stored_per_source, 2)[:, None]
+        return self._in_stored_pixels(torch.stack(drawn, dim=1), rows)
+
+    def _in_stored_pixels(self, box_BV4: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+        source_B2 = np.stack([self.height_N[rows], self.width_N[rows]], axis=1)
+        return box_BV4.numpy() * np.tile(self.shape_N2[rows] / source_B2, 2)[:, None]

@@ -55,6 +55,12 @@ def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     raise damaged
 
 
+def run_dir_of(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint file lies in, if it does."""
+    inside = checkpoint.resolve().parent
+    return inside.parent if inside.name == "checkpoints" and (inside.parent / "recipe.yaml").is_file() else None
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """What training saved in this file. Raises UserError for a damaged or foreign one."""
     try:

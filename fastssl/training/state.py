@@ -19,8 +19,9 @@ from .distributed import is_first
 # A resumed run may change these; any other key would make it another run. The data may have moved: that they are the
 # same images, the loader checks.
 FREE_KEYS = (
-    "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "embedding.chunk",
-    "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps", "probe", "log", "checkpoint",
+    "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "views.clean",
+    "embedding.chunk", "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps", "probe", "log",
+    "checkpoint",
 )  # fmt: skip
 
 

@@ -28,10 +28,10 @@ def make_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: V
     image uint8: (B, H, W, 3) with boxes in its pixels, or (B, N / B, size, size, 3), already cropped.
     """
     if box_N4 is None:
-        source = image.transpose(0, 1).flatten(0, 1).numpy()
+        source = image.transpose(0, 1).flatten(0, 1).contiguous().numpy()
         box_N4 = torch.tensor([0, 0, views.size, views.size]).expand(len(source), 4)
     else:
-        source = image.numpy()
+        source = image.contiguous().numpy()
     out = torch.empty(len(box_N4), 3, views.size, views.size)
     counter = np.zeros(1, np.int64)
     work = (

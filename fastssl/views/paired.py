@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastssl.geometry import crop_resize
+from fastssl.geometry import CENTER, clean_box, crop_resize
 from fastssl.recipe import Views
 
 from . import cpu, operations
@@ -83,21 +83,31 @@ def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, view
     return normalize(x, views)
 
 
-def clean_view(views: Views) -> Callable[[Tensor], Tensor]:
-    """The one transform of evaluation: the whole image, resized to the square of views.size, normalised.
+def clean_view(views: Views) -> Callable[..., Tensor]:
+    """The one transform of evaluation, as views.clean says, normalised.
 
-    The function returned maps (B, H, W, 3) uint8 to (B, 3, size, size) float32 on the same device.
+    "squash": the whole image, resized to the square of views.size, as in the published code. "center": the central
+    square of 7/8 of the shorter side, undistorted: the usual "resize to 256, centre crop of 224", in one resampling.
+
+    The function returned maps (image, height=None, width=None) to (B, 3, size, size) float32 on the same device.
+    image uint8: (B, H, W, 3), or (B, 1, size, size, 3), cut out by the loader. height, width (B,): the source images'
+    sizes, in which the centre is square; None: the stored image is the source.
     """
 
-    def clean(image_BHWC: Tensor) -> Tensor:
-        count, height, width = image_BHWC.shape[:3]
-        if (height, width) == (views.size, views.size):
-            return normalize(to_unit_range(image_BHWC), views)
-        each = torch.arange(count, device=image_BHWC.device)
-        box_B4 = torch.tensor([0, 0, height, width], device=each.device).expand(count, 4)
-        if image_BHWC.device.type == "cpu":
-            return cpu.make_views(image_BHWC, box_B4, nothing_drawn(count), views)
-        x = crop_resize(image_BHWC, each, box_B4, torch.zeros_like(each, dtype=torch.bool), views.size) / 255
+    def clean(image: Tensor, height: Tensor | None = None, width: Tensor | None = None) -> Tensor:
+        if image.ndim == 5:
+            return normalize(to_unit_range(image[:, 0]), views)
+        count, stored_h, stored_w = image.shape[:3]
+        if views.clean == "squash" and (stored_h, stored_w) == (views.size, views.size):
+            return normalize(to_unit_range(image), views)
+        each = torch.arange(count, device=image.device)
+        height_B = torch.full_like(each, stored_h) if height is None else height
+        width_B = torch.full_like(each, stored_w) if width is None else width
+        scale_B4 = torch.stack([stored_h / height_B, stored_w / width_B] * 2, dim=1)
+        box_B4 = clean_box(height_B, width_B, views.clean) * scale_B4
+        if image.device.type == "cpu":
+            return cpu.make_views(image, box_B4, nothing_drawn(count), views)
+        x = crop_resize(image, each, box_B4, torch.zeros_like(each, dtype=torch.bool), views.size) / 255
         return normalize(x, views)
 
     return clean
@@ -106,11 +116,13 @@ def clean_view(views: Views) -> Callable[[Tensor], Tensor]:
 def describe_clean_view(views: Views) -> dict:
     """What `clean_view` does to an RGB image in [0, 1], for programs without fastssl; values that JSON knows.
 
-    kind "squash": the whole image becomes a square of `size` pixels, whatever its aspect ratio.
+    kind "squash": the whole image becomes a square of `size` pixels, whatever its aspect ratio. "center": its central
+    square of `share` of the shorter side does.
     """
     return {
-        "kind": "squash",
+        "kind": views.clean,
         "size": views.size,
+        **({"share": CENTER} if views.clean == "center" else {}),
         "interpolation": "bilinear",
         "antialias": True,  # along an axis that shrinks
         "mean": list(views.mean),

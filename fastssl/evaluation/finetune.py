@@ -1,0 +1,157 @@
+"""Fine-tuning all of an encoder on labels: the trainer itself, with the supervised objective, from the run's weights.
+
+So a fine-tune is a run like any other: it logs, saves, resumes and may be looked at, in a folder of RUN/eval/.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastssl.beton.atomic import write_atomically
+from fastssl.beton.progress import progress
+from fastssl.evaluation.features import clean_loader
+from fastssl.evaluation.metrics import classification_figures
+from fastssl.evaluation.results import find_or_measure, scored, without_places
+from fastssl.evaluation.runs import Encoder, labels_of
+from fastssl.models import Classifier, load_model
+from fastssl.models.ssl_model import evaluating
+from fastssl.recipe import Jitter, Recipe, ViewOnly, Views, with_overrides
+from fastssl.training import train
+from fastssl.views import clean_view
+
+# The semi-supervised runs of arXiv 2310.18080, in its published code.
+ENCODER_LR, HEAD_LR_FACTOR, WEIGHT_DECAY, FINAL_LR_FACTOR, EPOCHS, BATCH = 1e-4, 10.0, 1e-5, 0.1, 50, 256
+LEAST_STEPS = 10  # an epoch: below, the batch is halved (ImageNet's 1 % makes 50 steps of 256)
+# Of the fine-tuning's recipe: what its figures do not depend on, or what a result says elsewhere.
+NOT_SETTINGS = {
+    **dict.fromkeys(("name", "run", "log", "checkpoint", "probe"), True), "data": {"train", "val", "subset", "workers"},
+    "model": {"init"},
+}  # fmt: skip
+SMALL_IMAGES = 64  # px: up to here the published evaluation view is the squashed image, above its centre
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What is fine-tuned on and tested on: .beton files, or parts of them by sample ids."""
+
+    train: Path
+    train_list: Path | None  # of sample ids or names; None: all
+    train_images: int
+    test: Path
+    test_rows: np.ndarray | None = None  # None: all
+
+
+def finetune_view(views: Views) -> Views:
+    """Crop and flip alone for training; for testing the published view: the centre, of small images all."""
+    clean = "center" if views.size > SMALL_IMAGES else "squash"
+    none = {"jitter": Jitter(p=0), "gray": 0.0, "first": ViewOnly(), "second": ViewOnly(), "grow": None}
+    return views.model_copy(update={**none, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "clean": clean})
+
+
+def finetune_recipe(
+    encoder: Encoder, labelled: Labelled, classes: int, *, seed: int, view: str | None, overrides: list[str]
+) -> Recipe:
+    """The recipe of a fine-tune: the published one, with `overrides` on top.
+
+    A stochastic h stays so, with the run's draws; the KL has no weight. The used learning rates are the published ones
+    at any batch size: AdamW's steps do not grow with the batch.
+    """
+    run = encoder.recipe
+    batch = BATCH
+    while batch > 8 and labelled.train_images < LEAST_STEPS * batch:
+        batch //= 2
+    views = finetune_view(run.views)
+    values = {
+        "name": f"{run.name}_finetune",
+        "seed": seed,
+        "data": {
+            "train": str(labelled.train.resolve()),
+            "subset": labelled.train_list and str(labelled.train_list.resolve()),
+            "workers": run.data.workers,
+        },
+        "views": views.model_copy(update={"clean": view or views.clean}).model_dump(),
+        "model": {
+            "backbone": run.model.backbone,
+            "stem": run.model.stem,
+            "init": encoder.weights and str(encoder.weights.resolve()),
+        },
+        "embedding": {
+            "stochastic": "h" if "h" in run.embedding.stochastic else "none",
+            "samples": run.embedding.samples,
+            "beta": 0.0,
+        },
+        "objective": {"name": "supervised", "classes": classes},
+        "optim": {
+            "name": "adamw",
+            "lr": ENCODER_LR * 256 / batch,
+            "head_lr_factor": HEAD_LR_FACTOR,
+            "weight_decay": WEIGHT_DECAY,
+            "warmup_epochs": 0,
+            "final_lr_factor": FINAL_LR_FACTOR,
+            "clip": None,
+            "exclude": [],
+        },
+        "train": {"epochs": EPOCHS, "batch_size": batch, "device": encoder.device.type},
+        "probe": {"every": 0},
+    }
+    return with_overrides(Recipe.model_validate(values), overrides)
+
+
+def finetune(
+    encoder: Encoder,
+    name: str,
+    labelled: Labelled,
+    *,
+    seed: int,
+    view: str | None,
+    overrides: list[str],
+    about: dict,
+) -> dict:
+    """Fine-tune in RUN/eval/NAME-.../, test the last epoch's weights once, and keep RUN/eval/NAME.json.
+
+    about: what the result says beside. A fine-tune that was stopped goes on; a finished one is not done again.
+    """
+    classes = int(labels_of(labelled.train).max()) + 1
+    recipe = finetune_recipe(encoder, labelled, classes, seed=seed, view=view, overrides=overrides)
+    settings = recipe.model_dump(mode="json", exclude=NOT_SETTINGS)
+    request = {**about, "settings": settings, "seed": seed, **encoder.about}
+    key = hashlib.sha256(json.dumps(without_places(request)).encode()).hexdigest()[:8]
+    folder = encoder.run_dir / "eval" / f"{name}-{key}"
+
+    def measure() -> dict:
+        recipe_there = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})
+        train(recipe_there, resume="auto")
+        model = load_model(folder).to(encoder.device)
+        logits_MC, label_M = test_logits(model, labelled.test, recipe.views)
+        rows = slice(None) if labelled.test_rows is None else labelled.test_rows
+        scores = classification_figures(logits_MC[rows], label_M[rows], np.arange(classes), seed=seed)
+        (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)  # a finished run needs the last one alone
+        return {"folder": str(folder), **scored(encoder.run_dir, name, scores)}
+
+    return find_or_measure(encoder.run_dir, name, request, measure)
+
+
+@torch.inference_mode()
+def test_logits(model: Classifier, beton: Path, views: Views) -> tuple[np.ndarray, np.ndarray]:
+    """(M, C) logits of the clean views of a .beton, and their labels (M,), in the order of the file."""
+    clean, parts = clean_view(views), []
+    loader = clean_loader(beton, views, next(model.parameters()).device)
+    with evaluating(model), progress(f"Testing on {beton}", len(loader.rows), "images") as advance:
+        for batch in loader:
+            logits = model.logits(clean(batch.image, batch.height, batch.width))
+            parts.append([x[batch.valid].cpu().numpy() for x in (logits, batch.label)])
+            advance(int(batch.valid.sum()))
+    logits, labels = zip(*parts, strict=True)
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def keep_list(run_dir: Path, name: str, index: np.ndarray, about: str) -> Path:
+    """RUN/eval/NAME.txt: sample ids, one a line, as data.subset reads them."""
+    path = run_dir / "eval" / f"{name}.txt"
+    text = "\n".join([f"# {about}", *map(str, index.tolist())]) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text))
+    return path

@@ -1,0 +1,88 @@
+"""Batches of a feature matrix that need not fit into memory: a map of a file is read in large parts."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fastssl.evaluation.features import in_memory
+
+# Read at a time: 131,072 samples of 512 float32 numbers, so all of CIFAR-10's at once. On a GPU all of ImageNet's.
+GROUP_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+BLOCK_ROWS = 1 << 10  # read in one piece from a file: 2 MiB of 512 float32 numbers
+
+
+class Batches:
+    """Mini-batches of some rows of features (N, D), in a new order every epoch, as float32 on the device.
+
+    Rows that fit into one group are shuffled as a whole, and stay on the device. Of more, blocks of neighbouring rows
+    come in random order and are shuffled within their group: a disk reads long pieces, and as build-beton shuffles what
+    it writes, neighbours have nothing in common.
+    """
+
+    def __init__(
+        self, features_ND: ArrayLike | Tensor, rows: np.ndarray, batch_size: int, seed: int, device: torch.device | str
+    ):
+        self.features_ND, self.rows, self.batch_size = features_ND, rows, batch_size
+        self.device = torch.device(device)
+        self._rng = np.random.default_rng(seed)
+        row_bytes = features_ND[:1].nbytes
+        whole_batches = GROUP_BYTES[self.device.type] // (row_bytes * batch_size)
+        self.group_rows = max(1, whole_batches) * batch_size
+        self._group: Tensor | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def epoch(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Every row once: which rows (B,), and their features (B, D)."""
+        order = self._block_order()
+        for first in range(0, len(order), self.group_rows):
+            rows = np.sort(order[first : first + self.group_rows])
+            group_RD = self._read(rows)
+            shuffled = self._rng.permutation(len(rows))
+            for start in range(0, len(rows), self.batch_size):
+                batch = shuffled[start : start + self.batch_size]
+                yield rows[batch], group_RD[torch.from_numpy(batch).to(self.device)].float()
+
+    def _block_order(self) -> np.ndarray:
+        if len(self.rows) <= self.group_rows:
+            return self.rows
+        blocks = [self.rows[first : first + BLOCK_ROWS] for first in range(0, len(self.rows), BLOCK_ROWS)]
+        return np.concatenate([blocks[b] for b in self._rng.permutation(len(blocks))])
+
+    def _read(self, rows: np.ndarray) -> Tensor:
+        if self._group is not None:
+            return self._group
+        group_RD = to_tensor(self.features_ND[rows], self.device)
+        if len(rows) == len(self.rows):
+            self._group = group_RD
+        return group_RD
+
+
+def in_order(features_ND: ArrayLike | Tensor, rows: np.ndarray, device: torch.device | str) -> Iterator[Tensor]:
+    """The rows' features in order, in parts that fit into memory in float64, as they are stored, on the device."""
+    step = max(1, GROUP_BYTES["cpu"] // (8 * features_ND.shape[1]))
+    for first in range(0, len(rows), step):
+        yield to_tensor(features_ND[rows[first : first + step]], device)
+
+
+def mean_and_std(
+    features_ND: ArrayLike | Tensor, rows: np.ndarray, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """(D,) each, float64, over the rows; a feature that hardly varies has deviation 1, so that it stays at zero."""
+    total_D = square_D = 0.0
+    shift_D = next(in_order(features_ND, rows[:1], device))[0].double()  # near the mean: nothing cancels below
+    for part_RD in in_order(features_ND, rows, device):
+        x_RD = part_RD.double() - shift_D
+        total_D, square_D = total_D + x_RD.sum(dim=0), square_D + x_RD.square().sum(dim=0)
+    mean_D = total_D / len(rows)
+    std_D = (square_D / len(rows) - mean_D.square()).clamp_min(0).sqrt()
+    return mean_D + shift_D, torch.where(std_D > 1e-6 * std_D.max(), std_D, 1.0)
+
+
+def to_tensor(part: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """A part of a matrix in memory on the device."""
+    return in_memory(part).to(device)

@@ -1,0 +1,144 @@
+"""Multinomial logistic regression to its optimum, for a path of penalties, the best chosen on held-out samples.
+
+What CLIP (arXiv 2103.00020, appendix A.3) and DINOv2 report beside or in place of SGD: convex, so no rate and no
+schedule; only the penalty is chosen, on a held-out tenth of the training set. Each penalty starts from the optimum of
+the stronger one before it. scikit-learn's LogisticRegression finds the same optimum (C = 1 / (penalty * N)); it wants
+all features in float64 in memory, and no GPU.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fastssl.evaluation.linear.batches import in_order, mean_and_std
+from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
+from fastssl.evaluation.metrics import CHUNK_ROWS
+from fastssl.evaluation.splits import labels_array, stratified_holdout
+from fastssl.recipe import UserError
+
+PENALTIES = tuple(10.0**power for power in np.arange(0, -6.5, -0.5).tolist())  # from strong to weak
+HELD_OUT = 0.1
+MOST_STEPS = 1000  # of a penalty, as CLIP
+GRADIENT = 1e-6  # the optimum is where no derivative of the mean loss is larger
+
+
+class Objective:
+    """Mean cross-entropy of some rows on standardised features, as a function of the flat weights, with its gradient.
+
+    In float64, which GPUs and CPUs do at a fraction of float32's speed: with float32 products the line search stops
+    at noise of 1e-6 to 1e-5, which is what the result should agree to.
+    """
+
+    def __init__(
+        self, features_ND: ArrayLike | Tensor, target_N: np.ndarray, classes: int, rows: np.ndarray,
+        device: torch.device | str,
+    ):  # fmt: skip
+        self.features_ND, self.rows, self.classes, self.device = features_ND, rows, classes, device
+        self.target_N = torch.from_numpy(target_N[rows]).to(device)
+        self.mean_D, self.std_D = mean_and_std(features_ND, rows, device)
+        self._kept: list[Tensor] | None = None
+
+    def parts(self):
+        """The standardised features, with a one that the bias multiplies; those that fit into one part are kept."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        for part_RD in in_order(self.features_ND, self.rows, self.device):
+            x_RE = F.pad((part_RD.double() - self.mean_D) / self.std_D, (0, 1), value=1.0)
+            if len(x_RE) == len(self.rows):
+                self._kept = [x_RE]
+            yield x_RE
+
+    @torch.inference_mode()
+    def __call__(self, flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
+        """mean cross-entropy + penalty / 2 * sum of squared weights, the bias not among them; and its gradient."""
+        weight_CE = torch.from_numpy(flat.reshape(self.classes, -1)).to(self.device)
+        loss, gradient_CE, first = 0.0, torch.zeros_like(weight_CE), 0
+        for x_RE in self.parts():
+            target_R = self.target_N[first : first + len(x_RE)]
+            residual_RC = (x_RE @ weight_CE.T).log_softmax(dim=1)
+            each = torch.arange(len(x_RE), device=self.device)
+            loss -= residual_RC[each, target_R].sum()
+            residual_RC.exp_()
+            residual_RC[each, target_R] -= 1
+            gradient_CE.addmm_(residual_RC.T, x_RE)
+            first += len(x_RE)
+        decayed_CE = weight_CE * penalty
+        decayed_CE[:, -1] = 0
+        loss = loss / first + (decayed_CE * weight_CE).sum() / 2
+        return float(loss), (gradient_CE / first + decayed_CE).flatten().cpu().numpy()
+
+    def minimize(self, flat: np.ndarray, penalty: float) -> tuple[np.ndarray, bool]:
+        """The optimum from a start, and whether it was reached in the steps that it is given."""
+        from scipy.optimize import minimize  # here, as it takes half a second: training's probe needs nothing of it
+
+        found = minimize(
+            self, flat, (penalty,), method="L-BFGS-B", jac=True,
+            options={"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "gtol": GRADIENT, "ftol": 0.0, "maxcor": 10},
+        )  # fmt: skip
+        # At the optimum a line search may fail on the last bits; that is no failure.
+        return found.x, bool(np.abs(found.jac).max() <= 10 * GRADIENT)
+
+    def classifier(self, flat: np.ndarray, class_C: np.ndarray) -> LinearClassifier:
+        weight_CE = torch.from_numpy(flat.reshape(self.classes, -1)).float().to(self.device)
+        mean_D, std_D = self.mean_D.float(), self.std_D.float()
+        return LinearClassifier(torch.from_numpy(class_C), weight_CE[:, :-1], weight_CE[:, -1], mean_D, std_D)
+
+
+def fit_lbfgs(
+    features: ArrayLike | Tensor,
+    labels: ArrayLike | Tensor,
+    *,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], object] = lambda fits: None,
+) -> Fitted:
+    """Fit every penalty on nine tenths of the samples, choose the one that is best on the last tenth (stratified,
+    seeded; of equal ones, the lower cross-entropy), and fit that one again on all, from where it was.
+
+    Features are (N, D), an array, a map of a file or a tensor, labels (N,) integers. penalties: from strong to weak.
+    `advance(1)` is called len(penalties) + 1 times.
+    """
+    label_N = labels_array(labels)
+    fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
+    if len(held_rows) == 0:
+        raise UserError("The linear probe holds out one training sample of a class, but no class has two.")
+    class_C, target_N = np.unique(label_N, return_inverse=True)
+    part = Objective(features, target_N, len(class_C), fit_rows, device)
+    flat = np.zeros(len(class_C) * (features.shape[1] + 1))
+    optima, selection = [], []
+    for penalty in penalties:
+        flat, converged = part.minimize(flat, penalty)
+        accuracy, nll = held_out_figures(part.classifier(flat, class_C), features, target_N, held_rows)
+        optima.append(flat)
+        selection.append({"penalty": penalty, "accuracy": accuracy, "nll": nll, "converged": converged})
+        advance(1)
+    best = max(range(len(penalties)), key=lambda i: (selection[i]["accuracy"], -selection[i]["nll"]))
+
+    whole = Objective(features, target_N, len(class_C), np.arange(len(label_N)), device)
+    flat, converged = whole.minimize(optima[best], penalties[best])
+    advance(1)
+    settings = {
+        "penalties": list(penalties), "held_out": len(held_rows), "most_steps": MOST_STEPS, "gradient": GRADIENT
+    }  # fmt: skip
+    return Fitted(
+        whole.classifier(flat, class_C), settings, {"penalty": penalties[best], "converged": converged}, selection
+    )
+
+
+def held_out_figures(
+    classifier: LinearClassifier, features_ND: ArrayLike | Tensor, target_N: np.ndarray, rows: np.ndarray
+) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) on some rows."""
+    right, loss = 0, 0.0
+    for first in range(0, len(rows), CHUNK_ROWS):
+        part = rows[first : first + CHUNK_ROWS]
+        logits_RC, target_R = classifier.logits(features_ND[part]), torch.from_numpy(target_N[part])
+        right += int((logits_RC.argmax(dim=1) == target_R).sum())
+        loss += float(F.cross_entropy(logits_RC.double(), target_R, reduction="sum"))
+    return right / len(rows), loss / len(rows)

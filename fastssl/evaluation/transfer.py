@@ -1,0 +1,109 @@
+"""Transfer: the encoder of one data set on the classes of another, by a linear classifier or by fine-tuning."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fastssl.beton import read_metadata
+from fastssl.evaluation.features import DType, cached_features
+from fastssl.evaluation.finetune import Labelled, finetune, keep_list
+from fastssl.evaluation.linear import Protocol, fit_and_score, settings_of
+from fastssl.evaluation.results import find_or_measure, scored
+from fastssl.evaluation.runs import Data, Encoder, check_labels, labels_of
+from fastssl.evaluation.splits import stratified_holdout
+from fastssl.recipe import UserError
+
+Method = Literal["linear", "finetune"]
+HELD_OUT, SEED = 0.5, 0  # of a data set without a test file: the same half for every encoder and seed
+
+
+@dataclass(frozen=True)
+class Target:
+    """A data set to transfer to."""
+
+    name: str
+    train: Path
+    test: Path
+    train_rows: np.ndarray | None = None  # None: all; else both are parts of one file
+    test_rows: np.ndarray | None = None
+
+    @property
+    def about(self) -> dict:
+        train, test = Data(self.train).about, Data(self.test).about
+        if self.train_rows is not None:
+            train |= {"images": len(self.train_rows), "part": "a half of every class"}
+            test |= {"images": len(self.test_rows), "part": "the other half"}
+        layout = "full" if train["layout"] == test["layout"] == "full" else "canvas"
+        return {"train": train, "val": test, "layout": layout}
+
+
+def find_target(name: str, path: str | Path) -> Target:
+    """A folder that build-beton made, or one .beton.
+
+    Of a folder, train.beton is fitted on, and test.beton, else val.beton, is tested on. A single file is split: half of
+    every class is tested on. Raises UserError where there is neither, or no labels.
+    """
+    path = Path(path)
+    train = path / "train.beton" if path.is_dir() else path
+    tests = [path / "test.beton", path / "val.beton"] if path.is_dir() else []
+    test = next((file for file in tests if file.is_file()), None)
+    if test:
+        check_labels(train, test)
+        return Target(name, train, test)
+    label_N = labels_of(train)
+    rows, held = stratified_holdout(label_N, HELD_OUT, SEED)
+    if len(np.unique(label_N[rows])) < 2:
+        raise UserError(f"{train} holds one class only, nothing to tell apart: name another file for {name}.")
+    return Target(name, train, train, rows, held)
+
+
+def evaluate_transfer(
+    encoder: Encoder,
+    target: Target,
+    method: Method = "linear",
+    *,
+    protocol: Protocol = "sweep",
+    draws: int | None = None,
+    dtype: DType = "float32",
+    seed: int = 0,
+    view: str | None = None,
+    overrides: list[str] = (),
+) -> dict:
+    """`fastssl eval transfer` for one data set and method, kept in RUN/eval/; returns what that file holds.
+
+    Linear: as `fastssl eval linear` with that protocol; the reference protocol has schedules of its own for SUN397 and
+    Flowers-102, taken where the target has such a name. Fine-tuning: as `fastssl eval semisup`, with all labels.
+    """
+    what = f"linear-{protocol}" if method == "linear" else "finetune"
+    evaluation = f"transfer-{target.name}-{what}"
+    name = f"{evaluation}-seed{seed}{encoder.suffix}"
+    about = {"evaluation": evaluation, "data": target.name, "method": what, **target.about}
+    if method == "finetune":
+        return _finetune(encoder, target, name, about, seed, view, list(overrides))
+
+    settings = settings_of(encoder, protocol, draws, dtype, schedule=target.name)
+
+    def measure() -> dict:
+        views, model = encoder.recipe.views, encoder.model
+        of_train, of_test = (
+            cached_features(encoder.run_dir, path, model=model, views=views, dtype=dtype)
+            for path in (target.train, target.test)
+        )
+        if target.train_rows is not None:
+            of_train, of_test = of_train.rows(target.train_rows), of_test.rows(target.test_rows)
+        fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
+        return {**scored(encoder.run_dir, name, scores), **fitted}
+
+    request = {**about, "settings": settings, "seed": seed, **encoder.about}
+    return find_or_measure(encoder.run_dir, name, request, measure)
+
+
+def _finetune(encoder, target, name, about, seed, view, overrides) -> dict:
+    train_list, images = None, about["train"]["images"]
+    if target.train_rows is not None:
+        index = np.array(read_metadata(target.train)["index"])[target.train_rows]
+        train_list = keep_list(encoder.run_dir, name, index, f"Half of every class of {target.train}")
+    labelled = Labelled(target.train, train_list, images, target.test, target.test_rows)
+    return finetune(encoder, name, labelled, seed=seed, view=view, overrides=overrides, about=about)

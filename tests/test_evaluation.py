@@ -1,0 +1,357 @@
+"""Evaluations of run directories: what they keep, what they refuse, what they do not do twice, what they never see."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import make_run
+from torch import nn
+
+from fastssl.beton import build_beton, read_labels, read_metadata
+from fastssl.evaluation import (
+    cached_features,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_semisup,
+    evaluate_transfer,
+    features,
+    find_encoder,
+    find_split,
+    find_target,
+    finetune,
+    fit_reference,
+    fit_sweep,
+    knn_accuracy,
+    linear,
+    mean_of_draws,
+    result_table,
+    summarize,
+    summary_table,
+    write_summary,
+)
+from fastssl.recipe import UserError
+
+QUICK = ["train.epochs=2", "train.batch_size=8", "log.every=1"]
+
+
+def data_of(folder: Path) -> dict:
+    return {"train": str(folder / "train.beton"), "val": str(folder / "val.beton")}
+
+
+@pytest.fixture
+def run(canvas, tmp_path):
+    return make_run(tmp_path / "run", data_of(canvas))
+
+
+@pytest.fixture(autouse=True)
+def fewer_epochs(monkeypatch):
+    monkeypatch.setattr(linear.command, "EPOCHS", 3)
+    short = {name: schedule._replace(epochs=4, steps=(2, 3)) for name, schedule in linear.SCHEDULES.items()}
+    monkeypatch.setattr(linear.reference, "SCHEDULES", short)
+    monkeypatch.setattr(linear.command, "SCHEDULES", short)
+
+
+def opened(run_dir, train=None, val=None, **options):
+    encoder = find_encoder(run_dir, device="cpu", **options)
+    return encoder, find_split(encoder, train, val)
+
+
+def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
+    folder, recipe, model = run
+    extracted, extract = [], features.embedded_batches
+    monkeypatch.setattr(features, "embedded_batches", lambda *a: (extracted.append(1), extract(*a))[1])
+    train, val = (
+        cached_features(folder, canvas / f"{split}.beton", model=model, views=recipe.views)
+        for split in ("train", "val")
+    )
+    knn = evaluate_knn(*opened(folder), ks=(5, 20), temperatures=(0.07, 0.5))
+    swept = evaluate_linear(*opened(folder), seed=4)
+    reference = evaluate_linear(*opened(folder), protocol="reference")
+    lbfgs = evaluate_linear(*opened(folder), protocol="lbfgs")
+    assert len(extracted) == 2  # all evaluations read the cache
+
+    data = train.h, train.label, val.h, val.label
+    assert knn["figures"] == {
+        f"accuracy_k{k}_t{t}": knn_accuracy(*data, k=k, temperature=t) for k in (5, 20) for t in (0.07, 0.5)
+    }
+    expected = fit_sweep(train.h, train.label, epochs=3, seed=4)
+    guess = expected.classifier.logits(val.h).argmax(1).numpy()  # labels are 0, 1, 2
+    assert swept["figures"]["accuracy"] == (guess == val.label).mean() and swept["seed"] == 4
+    assert swept["chosen"] == expected.chosen and swept["selection"] == expected.selection
+    names = {"knn": knn, "linear-sweep-seed4": swept, "linear-reference": reference, "linear-lbfgs": lbfgs}
+    for name, result in names.items():
+        kept = json.loads((folder / "eval" / f"{name}.json").read_text())
+        assert kept == result
+        assert (kept["train"]["images"], kept["val"]["images"], kept["layout"]) == (48, 12, "canvas")
+        assert len(kept["encoder_sha256"]) == len(kept["train"]["checksum"]) == 64 and kept["view"]["kind"] == "squash"
+        assert kept["weights"] == str(folder / "checkpoints" / "last.pt")
+        assert result_table(result).row_count == len(kept["figures"]) == len(kept["intervals"])
+        for figure, value in kept["figures"].items():
+            low, high = kept["intervals"][figure]
+            assert low <= high and (low <= value <= high or figure == "ece")
+    confusion = np.load(folder / "eval" / swept["confusion"])
+    assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["figures"]["accuracy"])
+    assert {name.split(".")[0] for name in os.listdir(folder / "eval")} == set(names)
+
+
+def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypatch):
+    folder, _, model = run
+    first = evaluate_linear(*opened(folder))
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+
+    def never(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear.command, "fit_and_score", never)
+        assert evaluate_linear(*opened(folder)) == first
+        again = evaluate_linear(*opened(moved))  # the same weights and data in another place
+        assert again["figures"] == first["figures"] and again["run"] == str(moved)
+        for options in ({"seed": 1}, {"dtype": "float16"}, {"protocol": "lbfgs"}):
+            with pytest.raises(AssertionError):
+                evaluate_linear(*opened(folder), **options)
+        with pytest.raises(AssertionError):
+            evaluate_linear(*opened(folder, view="center"))
+        with pytest.raises(AssertionError):
+            evaluate_linear(*opened(folder, train=canvas / "val.beton"))
+    (folder / "eval" / "linear-sweep.json").write_text('{"half": ')  # a damaged result is made anew
+    assert evaluate_linear(*opened(folder))["figures"] == first["figures"]
+    # Other weights are another encoder.
+    saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    saved["model"][next(iter(saved["model"]))] *= 2
+    torch.save(saved, folder / "checkpoints" / "last.pt")
+    assert evaluate_linear(*opened(folder))["encoder_sha256"] != first["encoder_sha256"]
+
+
+@pytest.mark.parametrize("protocol", ["sweep", "reference", "lbfgs"])
+def test_the_choice_never_sees_the_test_set(run, photos, tmp_path, protocol):
+    """With every test label another class's, what was chosen and trained stays the same; the accuracy does not."""
+    folder, _, _ = run
+    for label in range(3):
+        shutil.copytree(photos / "val" / f"class{label}", tmp_path / "poisoned" / "val" / f"class{(label + 1) % 3}")
+        shutil.copytree(photos / "train" / f"class{label}", tmp_path / "poisoned" / "train" / f"class{label}")
+    build_beton("imagefolder", tmp_path / "poisoned", tmp_path / "poisoned", canvas=32, workers=1)
+    honest = evaluate_linear(*opened(folder), protocol=protocol)
+    poisoned = evaluate_linear(*opened(folder, val=tmp_path / "poisoned" / "val.beton"), protocol=protocol)
+    for key in ("chosen", "selection", "hyperparameters"):
+        assert poisoned[key] == honest[key]
+    # The same guesses, only counted against other labels: columns of the confusion matrix keep their sums.
+    sums = [np.load(folder / "eval" / result["confusion"]).sum(axis=0).tolist() for result in (honest, poisoned)]
+    assert sums[0] == sums[1] and honest["figures"]["accuracy"] != poisoned["figures"]["accuracy"]
+
+
+def test_other_layouts_models_and_checkpoints_are_evaluated(full, canvas, tmp_path):
+    folder, recipe, model = make_run(tmp_path / "run", data_of(full), embedding={"stochastic": "z"})
+    result = evaluate_knn(*opened(folder), ks=(5,))
+    assert result["layout"] == "full" and result["train"]["images"] == 48
+    found = cached_features(folder, full / "val.beton", model=model, views=recipe.views)
+    assert found.mu.shape == found.sigma.shape == (12, 8) and found.h.shape == (12, 96) and found.space == "z"
+    # One full file and one canvas are not a full evaluation.
+    assert evaluate_knn(*opened(folder, val=canvas / "val.beton"), ks=(5,))["layout"] == "canvas"
+
+    best = folder / "checkpoints" / "best.pt"
+    saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    torch.manual_seed(5)
+    saved["model"] = type(model)(recipe).state_dict()
+    torch.save(saved, best)
+    of_best = evaluate_knn(*opened(best), ks=(5,))
+    assert (folder / "eval" / "knn-best.json").is_file() and of_best["weights"] == str(best)
+    untrained = evaluate_knn(*opened(folder, untrained=True), ks=(5,))
+    torch.manual_seed(recipe.seed)
+    start = type(model)(recipe)
+    assert untrained["encoder_sha256"] == features.weights_sha256(start) and untrained["weights"] == "untrained"
+    assert (folder / "eval" / "knn-untrained.json").is_file()
+    assert len({r["encoder_sha256"] for r in (result, of_best, untrained)}) == 3
+
+
+def test_a_stochastic_h_is_classified_by_mu_or_by_draws(canvas, tmp_path):
+    folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": "h", "samples": 5})
+    encoder, split = opened(folder)
+    sets = [cached_features(folder, data.path, model=model, views=recipe.views) for data in (split.train, split.val)]
+    published = evaluate_linear(encoder, split, protocol="reference")
+    assert published["settings"]["draws"] == 5
+    x, x_val = (mean_of_draws(f, 5, recipe.seed, normalize=True) for f in sets)
+    fitted = fit_reference(x, sets[0].label, normalize=False)
+    guess = fitted.classifier.logits(x_val).argmax(1).numpy()
+    assert published["figures"]["accuracy"] == (guess == sets[1].label).mean()
+    assert evaluate_linear(encoder, split)["settings"]["draws"] == 0  # mu
+    of_mu, of_draws = evaluate_knn(encoder, split, ks=(5,)), evaluate_knn(encoder, split, ks=(5,), draws=3)
+    assert of_mu["settings"]["draws"] == 0 and of_draws["settings"]["draws"] == 3
+
+    plain, _, _ = make_run(tmp_path / "plain", data_of(canvas))
+    for evaluate in (evaluate_linear, lambda *a, **k: evaluate_knn(*a, ks=(5,), **k)):
+        with pytest.raises(UserError, match="--draws"):
+            evaluate(*opened(plain), draws=3)
+
+
+def test_the_training_images_are_limited_as_in_training(canvas, tmp_path):
+    folder, _, _ = make_run(tmp_path / "run", {**data_of(canvas), "limit": 25})
+    assert evaluate_knn(*opened(folder), ks=(5,))["train"]["images"] == 25
+    # A file named on the command line is used whole, and does not take the place of the run's own result.
+    whole = evaluate_knn(*opened(folder, train=canvas / "train.beton"), ks=(5,))
+    assert (whole["train"]["images"], whole["train"]["limit"]) == (48, None)
+    assert json.loads((folder / "eval" / "knn.json").read_text())["train"]["images"] == 25
+
+
+def test_user_errors_are_one_sentence_with_the_mend(run, canvas, photos, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(UserError, match="not a run directory"):
+        find_encoder(tmp_path / "nothing")
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(UserError, match="not a run directory"):
+        find_encoder(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="--k 200 is not between 1 and the 48 images"):
+        evaluate_knn(*opened(folder))
+    with pytest.raises(UserError, match="gone.beton"):
+        opened(folder, val=tmp_path / "gone.beton")
+    without_val, _, _ = make_run(tmp_path / "without_val", {"train": str(canvas / "train.beton")})
+    with pytest.raises(UserError, match="no data.val .* --val"):
+        opened(without_val)
+    (without_val / "checkpoints" / "last.pt").unlink()
+    with pytest.raises(UserError, match="no checkpoint"):
+        opened(without_val)
+    started, _, _ = make_run(tmp_path / "started", data_of(canvas), model={"backbone": "test_resnet", "init": "x"})
+    with pytest.raises(UserError, match="began with the weights of x"):
+        find_encoder(started, untrained=True)
+
+    (tmp_path / "one" / "train" / "only").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "one" / "train" / "only" / "0.png")
+    build_beton("imagefolder", tmp_path / "one", tmp_path / "one", canvas=16, workers=1)
+    with pytest.raises(UserError, match="one class only"):
+        opened(folder, train=tmp_path / "one" / "train.beton")
+    shutil.copytree(photos / "val" / "class1", tmp_path / "other" / "val" / "a")
+    shutil.copytree(photos / "val" / "class2", tmp_path / "other" / "val" / "class0")
+    build_beton("imagefolder", tmp_path / "other", tmp_path / "other", canvas=32, workers=1)
+    (other,) = (tmp_path / "other").glob("*.beton")
+    with pytest.raises(UserError, match="number their classes differently .class0 and a"):
+        opened(folder, val=other)
+
+
+def test_an_encoder_that_gives_nan_is_refused(canvas, tmp_path):
+    folder, recipe, model = make_run(tmp_path / "run", data_of(canvas))
+    last = [module for module in model.encoder.modules() if isinstance(module, nn.Conv2d)][-1]
+    nn.init.constant_(last.weight, float("nan"))
+    saved = {"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 0}
+    torch.save(saved, folder / "checkpoints" / "last.pt")
+    with pytest.raises(UserError, match="not finite"):
+        evaluate_knn(*opened(folder), ks=(5,))
+    assert not list((folder / "features").iterdir())
+
+
+@pytest.mark.parametrize("stochastic", ["none", "h"])
+def test_semisup_fine_tunes_on_the_drawn_labels_alone(canvas, tmp_path, stochastic):
+    folder, recipe, model = make_run(
+        tmp_path / "run", data_of(canvas), embedding={"stochastic": stochastic, "samples": 2}
+    )
+    result = evaluate_semisup(*opened(folder), percent=50, seed=3, overrides=QUICK)
+    index = [int(x) for x in (folder / "eval" / "semisup-50percent-seed3.txt").read_text().splitlines()[1:]]
+    metadata = read_metadata(canvas / "train.beton")
+    label_of = dict(zip(metadata["index"].tolist(), read_labels(canvas / "train.beton").tolist()))
+    assert len(set(index)) == 24 and np.bincount([label_of[i] for i in index]).tolist() == [8, 8, 8]
+    assert result["train"]["images"] == 24 and result["val"]["images"] == 12 and result["settings"]["seed"] == 3
+    optim = result["settings"]["optim"]
+    used = optim["lr"] * result["settings"]["train"]["batch_size"] / 256
+    assert (optim["head_lr_factor"], optim["weight_decay"], optim["final_lr_factor"]) == (10, 1e-5, 0.1)
+    assert used == pytest.approx(1e-4)
+    assert result["settings"]["views"]["jitter"]["p"] == 0 and result["settings"]["embedding"]["beta"] == 0
+    tuned = torch.load(Path(result["folder"]) / "checkpoints" / "last.pt", weights_only=True)
+    assert tuned["step"] == 2 * 3  # 24 images in batches of 8
+    start = model.state_dict()
+    weights = [name for name in tuned["model"] if name.startswith("encoder.") and name.endswith("weight")]
+    assert not any(torch.equal(tuned["model"][name], start[name]) for name in weights)  # all of the encoder learns
+    assert tuned["model"]["classifier.weight"].shape == (3, 96)
+    assert ("heads.h.mu.weight" in tuned["model"]) == (stochastic == "h")
+    assert json.loads((folder / "eval" / "semisup-50percent-seed3.json").read_text()) == result
+
+
+def test_a_fine_tune_that_was_stopped_goes_on_and_a_finished_one_is_kept(run, monkeypatch):
+    folder, _, _ = run
+    overrides = [*QUICK, "train.epochs=4", "checkpoint.every=1"]
+    straight = evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
+    shutil.move(folder / "eval", folder / "eval_straight")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "test_logits", killed)  # behind the training, before the result
+        with pytest.raises(Killed):
+            evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
+    trained, train = [], finetune.train
+    monkeypatch.setattr(finetune, "train", lambda recipe, resume: trained.append(train(recipe, resume=resume)))
+    again = evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
+    assert again["figures"] == straight["figures"] and len(trained) == 1
+    lines = (Path(again["folder"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))  # nothing was trained twice
+    assert evaluate_semisup(*opened(folder), percent=50, overrides=overrides) == again and len(trained) == 1
+    # Another setting is another fine-tune, in a folder of its own.
+    other = evaluate_semisup(*opened(folder), percent=50, overrides=[*overrides, "train.epochs=1"])
+    assert other["folder"] != again["folder"] and len(trained) == 2
+    with pytest.raises(UserError, match="unknown key train.epoch"):
+        evaluate_semisup(*opened(folder), percent=50, overrides=["train.epoch=1"])
+
+
+def test_semisup_takes_a_list_of_names_or_indices(run, canvas, tmp_path):
+    folder, _, _ = run
+    names = (canvas / "train.beton.names.txt").read_text().splitlines()
+    (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[:16]))
+    result = evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=[*QUICK, "train.epochs=1"])
+    assert result["evaluation"] == "semisup-mine" and result["train"]["images"] == 16
+    kept = (folder / "eval" / "semisup-mine-seed0.txt").read_text().splitlines()[1:]
+    assert sorted(map(int, kept)) == list(range(16))
+
+
+def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, tmp_path, capsys):
+    folder, _, _ = run
+    for split in ("train", "val"):
+        shutil.copytree(photos / split, tmp_path / "mixed", dirs_exist_ok=True)
+    build_beton("imagefolder", tmp_path / "mixed", tmp_path / "single", canvas=32, workers=1)
+    two, one = find_target("photos", canvas), find_target("flowers102", tmp_path / "single" / "train.beton")
+    assert (two.train, two.test, two.train_rows) == (canvas / "train.beton", canvas / "val.beton", None)
+    both = np.sort(np.concatenate([one.train_rows, one.test_rows]))
+    assert both.tolist() == list(range(48)) and len(one.test_rows) == 24  # names repeat: 48 files
+    assert find_target("x", tmp_path / "single").train_rows.tolist() == one.train_rows.tolist()
+
+    encoder = find_encoder(folder, device="cpu")
+    results = [evaluate_transfer(encoder, target) for target in (two, one)]
+    results.append(evaluate_transfer(encoder, one, protocol="reference"))
+    results.append(evaluate_transfer(encoder, one, "finetune", overrides=QUICK))
+    assert results[2]["settings"]["schedule"] == "flowers102"  # its own
+    assert [result["val"]["images"] for result in results] == [12, 24, 24, 24]
+    assert [result["train"]["images"] for result in results] == [48, 24, 24, 24]
+    for result in results:
+        assert json.loads((folder / "eval" / f"{result['evaluation']}-seed0.json").read_text()) == result
+        assert np.load(folder / "eval" / result["confusion"]).sum() == result["val"]["images"]
+    rows = summarize(results)
+    assert [row["evaluation"] for row in rows] == [
+        "transfer-photos-linear-sweep", "transfer-flowers102-linear-sweep", "transfer-flowers102-linear-reference",
+        "transfer-flowers102-finetune",
+    ]  # fmt: skip
+    assert summary_table(rows).row_count == 4
+    with pytest.raises(UserError, match="nowhere"):
+        find_target("x", tmp_path / "nowhere")
+
+
+def test_runs_that_differ_in_their_seed_share_a_row(canvas, tmp_path):
+    runs = [make_run(tmp_path / f"seed{seed}", data_of(canvas), seed=seed)[0] for seed in range(3)]
+    runs.append(make_run(tmp_path / "other", data_of(canvas), embedding={"stochastic": "z"})[0])
+    results = [evaluate_knn(*opened(run), ks=(3, 5)) for run in runs]
+    results.append(evaluate_knn(*opened(runs[0], untrained=True), ks=(3, 5)))
+    rows = summarize(results)
+    assert [row["seeds"] for row in rows] == [[0, 1, 2], [0], [0]] and rows[2]["untrained"]
+    values = [result["figures"]["accuracy_k3_t0.07"] for result in results[:3]]
+    figure = rows[0]["figures"]["accuracy_k3_t0.07"]
+    assert figure["mean"] == pytest.approx(np.mean(values)) and figure["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert rows[1]["figures"]["accuracy_k3_t0.07"]["sd"] is None
+    write_summary(tmp_path / "summary.json", rows)
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == rows
+    assert summary_table(rows).row_count == 3
