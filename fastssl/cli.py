@@ -336,10 +336,8 @@ def _show(results: list[dict], out: Path | None) -> None:
 
     from fastssl.evaluation import result_table, summarize, summary_table, write_summary
 
-    if len(results) == 1:
-        Console().print(result_table(results[0]))
-    else:
-        Console().print(summary_table(summarize(results)))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(result_table(results[0]) if len(results) == 1 else summary_table(summarize(results)))
     if out:
         write_summary(out, summarize(results))
         print(f"{out} holds these figures.")

@@ -122,10 +122,10 @@ def _row(group: list[dict]) -> dict:
 
 def summary_table(rows: list[dict]) -> Table:
     """One line for each of `summarize`: mean and standard deviation over the seeds, shares in percent."""
-    table = Table("evaluation", "run", "seeds", caption="mean and standard deviation over seeds")
+    table = Table("evaluation", "run", "seeds", caption="shares in percent, nll in nats; mean ± sd over seeds")
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     for name in names:
-        table.add_column(name + (" (nats)" if name in NOT_PERCENT else " %"), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
     for row in rows:
         run = Path(row["runs"][0]).name + (" (untrained)" if row["untrained"] else "")
         run += f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""
