@@ -23,14 +23,22 @@ from fastssl.recipe import UserError
 PENALTIES = tuple(10.0**power for power in np.arange(0, -6.5, -0.5).tolist())  # from strong to weak
 HELD_OUT = 0.1
 MOST_STEPS = 1000  # of a penalty, as CLIP
-GRADIENT = 1e-6  # the optimum is where no derivative of the mean loss is larger
+# The optimum is where no derivative is larger. In coordinates of curvature 1, the loss is then within half of their sum
+# of squares of its least value: 3e-7 with 5,000 weights.
+GRADIENT = 1e-5
+CURVATURE = 0.1  # of cross-entropy, of the inputs' variance: p (1 - p) for a class of ten
 
 
 class Objective:
     """Mean cross-entropy of some rows on standardised features, as a function of the flat weights, with its gradient.
 
-    In float64, which GPUs and CPUs do at a fraction of float32's speed: with float32 products the line search stops
-    at noise of 1e-6 to 1e-5, which is what the result should agree to.
+    In float64: with float32 products the line search stops at noise of 1e-6 to 1e-5, which is what the result should
+    agree to.
+
+    Features of a network are strongly correlated, and as they are L-BFGS needs a thousand steps and more. So it moves in
+    coordinates in which the loss is about as curved in every direction: along the principal axes of the features, each
+    scaled by 1 / sqrt(CURVATURE * its variance + penalty). The optimum is the same, found in 40 to 110 steps on the
+    features of a CIFAR-10 run.
     """
 
     def __init__(
@@ -41,6 +49,8 @@ class Objective:
         self.target_N = torch.from_numpy(target_N[rows]).to(device)
         self.mean_D, self.std_D = mean_and_std(features_ND, rows, device)
         self._kept: list[Tensor] | None = None
+        second_EE = sum(x_RE.T @ x_RE for x_RE in self.parts()) / len(rows)
+        self.variance_E, self.axes_EE = torch.linalg.eigh(second_EE)
 
     def parts(self):
         """The standardised features, with a one that the bias multiplies; those that fit into one part are kept."""
@@ -53,10 +63,14 @@ class Objective:
                 self._kept = [x_RE]
             yield x_RE
 
+    def scale_E(self, penalty: float) -> Tensor:
+        return (CURVATURE * self.variance_E.clamp_min(0) + penalty).rsqrt()
+
     @torch.inference_mode()
     def __call__(self, flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
-        """mean cross-entropy + penalty / 2 * sum of squared weights, the bias not among them; and its gradient."""
-        weight_CE = torch.from_numpy(flat.reshape(self.classes, -1)).to(self.device)
+        """Mean cross-entropy + penalty / 2 * sum of squared weights, the bias not among them; and its gradient."""
+        axes_EE = self.axes_EE * self.scale_E(penalty)
+        weight_CE = torch.from_numpy(flat.reshape(self.classes, -1)).to(self.device) @ axes_EE.T
         loss, gradient_CE, first = 0.0, torch.zeros_like(weight_CE), 0
         for x_RE in self.parts():
             target_R = self.target_N[first : first + len(x_RE)]
@@ -70,22 +84,24 @@ class Objective:
         decayed_CE = weight_CE * penalty
         decayed_CE[:, -1] = 0
         loss = loss / first + (decayed_CE * weight_CE).sum() / 2
-        return float(loss), (gradient_CE / first + decayed_CE).flatten().cpu().numpy()
+        return float(loss), ((gradient_CE / first + decayed_CE) @ axes_EE).flatten().cpu().numpy()
 
-    def minimize(self, flat: np.ndarray, penalty: float) -> tuple[np.ndarray, bool]:
-        """The optimum from a start, and whether it was reached in the steps that it is given."""
+    def minimize(self, weight_CE: Tensor, penalty: float) -> tuple[Tensor, bool]:
+        """The optimum from a start, (C, E) each, and whether it was reached in the steps that it is given."""
         from scipy.optimize import minimize  # here, as it takes half a second: training's probe needs nothing of it
 
+        axes_EE, scale_E = self.axes_EE, self.scale_E(penalty)
+        start = ((weight_CE @ axes_EE) / scale_E).flatten().cpu().numpy()
         found = minimize(
-            self, flat, (penalty,), method="L-BFGS-B", jac=True,
+            self, start, (penalty,), method="L-BFGS-B", jac=True,
             options={"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "gtol": GRADIENT, "ftol": 0.0, "maxcor": 10},
         )  # fmt: skip
+        optimum_CE = torch.from_numpy(found.x.reshape(self.classes, -1)).to(self.device) * scale_E @ axes_EE.T
         # At the optimum a line search may fail on the last bits; that is no failure.
-        return found.x, bool(np.abs(found.jac).max() <= 10 * GRADIENT)
+        return optimum_CE, bool(np.abs(found.jac).max() <= 10 * GRADIENT)
 
-    def classifier(self, flat: np.ndarray, class_C: np.ndarray) -> LinearClassifier:
-        weight_CE = torch.from_numpy(flat.reshape(self.classes, -1)).float().to(self.device)
-        mean_D, std_D = self.mean_D.float(), self.std_D.float()
+    def classifier(self, weight_CE: Tensor, class_C: np.ndarray) -> LinearClassifier:
+        weight_CE, mean_D, std_D = weight_CE.float(), self.mean_D.float(), self.std_D.float()
         return LinearClassifier(torch.from_numpy(class_C), weight_CE[:, :-1], weight_CE[:, -1], mean_D, std_D)
 
 
@@ -110,24 +126,24 @@ def fit_lbfgs(
         raise UserError("The linear probe holds out one training sample of a class, but no class has two.")
     class_C, target_N = np.unique(label_N, return_inverse=True)
     part = Objective(features, target_N, len(class_C), fit_rows, device)
-    flat = np.zeros(len(class_C) * (features.shape[1] + 1))
+    weight_CE = torch.zeros(len(class_C), features.shape[1] + 1, dtype=torch.float64, device=device)
     optima, selection = [], []
     for penalty in penalties:
-        flat, converged = part.minimize(flat, penalty)
-        accuracy, nll = held_out_figures(part.classifier(flat, class_C), features, target_N, held_rows)
-        optima.append(flat)
+        weight_CE, converged = part.minimize(weight_CE, penalty)
+        accuracy, nll = held_out_figures(part.classifier(weight_CE, class_C), features, target_N, held_rows)
+        optima.append(weight_CE)
         selection.append({"penalty": penalty, "accuracy": accuracy, "nll": nll, "converged": converged})
         advance(1)
     best = max(range(len(penalties)), key=lambda i: (selection[i]["accuracy"], -selection[i]["nll"]))
 
     whole = Objective(features, target_N, len(class_C), np.arange(len(label_N)), device)
-    flat, converged = whole.minimize(optima[best], penalties[best])
+    weight_CE, converged = whole.minimize(optima[best], penalties[best])
     advance(1)
     settings = {
         "penalties": list(penalties), "held_out": len(held_rows), "most_steps": MOST_STEPS, "gradient": GRADIENT
     }  # fmt: skip
     return Fitted(
-        whole.classifier(flat, class_C), settings, {"penalty": penalties[best], "converged": converged}, selection
+        whole.classifier(weight_CE, class_C), settings, {"penalty": penalties[best], "converged": converged}, selection
     )
 
 

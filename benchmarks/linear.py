@@ -1,0 +1,155 @@
+"""Linear evaluation: how long the sweep and the logistic regression take, beside others in the same run; and streaming.
+
+    python benchmarks/linear.py [--features RUN/features/train-...] [--out records/linear.md]
+    python benchmarks/linear.py --stream FOLDER        # writes 1.3 GB there, and removes it
+
+Without --features the features are made up: 50,000 x 512 in 10 overlapping classes, as many as CIFAR-10 gives.
+"""
+
+import argparse
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch import nn
+
+from fastssl.evaluation import classification_figures, fit_lbfgs, fit_sweep
+from fastssl.evaluation.features import read_features
+from fastssl.evaluation.linear.batches import Batches
+from fastssl.evaluation.linear.sweep import LEARNING_RATES, Candidate, train_heads
+
+IMAGENET = 1_281_167
+
+
+def made_up(count: int, width: int = 512, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    label = rng.integers(classes, size=count)
+    centre = rng.normal(size=(classes, width)) * 0.15
+    return np.maximum(centre[label] + rng.normal(size=(count, width)), 0).astype(np.float32), label
+
+
+def timed(function):
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def one_by_one(x: np.ndarray, y: np.ndarray, lrs, epochs: int, batch_size: int) -> None:
+    """The same classifiers by torch's SGD, each for itself, the batches gathered once for all of them."""
+    inputs, target = torch.from_numpy((x - x.mean(0)) / np.maximum(x.std(0), 1e-6)), torch.from_numpy(y)
+    for lr in lrs:
+        layer = nn.Linear(x.shape[1], int(y.max()) + 1)
+        optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9, fused=True)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(batch_size):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(layer(inputs[batch]), target[batch]).backward()
+                optimizer.step()
+
+
+def penalised_loss(classifier, x, y, penalty: float) -> float:
+    probability = classifier.logits(x).double().softmax(1).numpy()
+    return log_loss(y, probability) + penalty / 2 * float(classifier.weight_CD.double().square().sum())
+
+
+def compare(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, penalty: float) -> list[str]:
+    lines = [f"{len(x):,} x {x.shape[1]} features, {len(set(y.tolist()))} classes", ""]
+    swept, seconds = timed(lambda: fit_sweep(x, y))
+    logits, classes = swept.classifier.logits(x_test), swept.classifier.class_C
+    scores, test_seconds = timed(lambda: classification_figures(logits, y_test, classes))
+    lines.append(
+        f"* sweep: {len(LEARNING_RATES)} learning rates, 100 epochs, and the chosen one again on all: "
+        f"**{seconds:.1f} s**; figures and intervals of {len(x_test):,} test samples {test_seconds:.1f} s (accuracy "
+        f"{100 * scores.figures['accuracy']:.2f} %)."
+    )
+    epochs, rows = 3, np.arange(len(x))
+    candidates = [Candidate(lr, 0.0) for lr in LEARNING_RATES]
+    _, together = timed(lambda: train_heads(x, y, rows, candidates, epochs=epochs, batch_size=1024, seed=0))
+    _, apart = timed(lambda: one_by_one(x, y, LEARNING_RATES, epochs, 1024))
+    lines.append(
+        f"* the 13 side by side, {epochs} epochs: {together:.2f} s; one after another by torch.optim.SGD {apart:.2f} "
+        f"s: {apart / together:.1f} times as long."
+    )
+    fitted, seconds = timed(lambda: fit_lbfgs(x, y))
+    lines.append(f"* lbfgs: the path of {len(fitted.selection)} penalties, and the chosen one on all: {seconds:.1f} s.")
+    ours, our_seconds = timed(lambda: fit_lbfgs(x, y, penalties=(penalty,)))
+    std = x.std(0, dtype=np.float64)
+    scaled = (x - x.mean(0, dtype=np.float64)) / np.where(std > 1e-6 * std.max(), std, 1)
+    oracle = LogisticRegression(C=1 / (penalty * len(x)), max_iter=2_000, tol=1e-5)
+    _, its_seconds = timed(lambda: oracle.fit(scaled, y))
+    expected = log_loss(y, oracle.predict_proba(scaled)) + penalty / 2 * (oracle.coef_**2).sum()
+    difference = penalised_loss(ours.classifier, x, y, penalty) - expected
+    lines.append(
+        f"* at the one penalty {penalty:g}: mean penalised loss {difference:+.1e} from scikit-learn's {expected:.6f} (tol "
+        f"{oracle.tol:g}); {our_seconds:.1f} s for two fits (nine tenths, then all from there), scikit-learn "
+        f"{its_seconds:.1f} s for one."
+    )
+    return lines
+
+
+def own_megabytes() -> float:
+    """Memory of this process without pages of mapped files, which the kernel may drop at any time."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e3
+
+
+def stream(folder: Path) -> list[str]:
+    """One epoch of the 13 rates over ImageNet's number of float16 features in a file."""
+    path = folder / "imagenet.npy"
+    rng, classes = np.random.default_rng(0), 1000
+    features = np.lib.format.open_memmap(path, "w+", np.float16, (IMAGENET, 512))
+    for first in range(0, IMAGENET, 1 << 16):
+        part = features[first : first + (1 << 16)]
+        part[:] = rng.standard_normal(part.shape, np.float32)
+    features.flush()
+    del features
+    mapped = np.load(path, mmap_mode="r")
+    label = rng.integers(classes, size=IMAGENET)
+    try:
+        before, peak = own_megabytes(), 0.0
+        start = time.perf_counter()
+        for _, _ in Batches(mapped, np.arange(IMAGENET), 1024, 0, "cpu").epoch():
+            peak = max(peak, own_megabytes())
+        read_seconds = time.perf_counter() - start
+        train = dict(epochs=1, batch_size=1024, seed=0)
+        _, seconds = timed(lambda: train_heads(mapped, label, np.arange(IMAGENET), [Candidate(0.1, 0.0)], **train))
+    finally:
+        path.unlink()
+    return [
+        f"* {IMAGENET:,} x 512 float16 in a file of {IMAGENET * 1024 / 1e9:.2f} GB: an epoch of batches in random order "
+        f"in {read_seconds:.1f} s ({IMAGENET / read_seconds:,.0f} samples/s), with {peak - before:.0f} MB of memory at "
+        f"most above what was there before; an epoch of one classifier of {classes:,} classes, standardisation included, "
+        f"in {seconds:.0f} s.",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=Path, nargs=2, metavar=("TRAIN", "VAL"), help="folders in RUN/features")
+    parser.add_argument("--penalty", type=float, default=1e-3)
+    parser.add_argument("--stream", type=Path)
+    parser.add_argument("--out", type=Path, help="append to this record")
+    options = parser.parse_args()
+    if options.stream:
+        lines = stream(options.stream)
+    else:
+        if options.features:
+            train, val = map(read_features, options.features)
+            data = np.array(train.h), np.array(train.label), np.array(val.h), np.array(val.label)
+        else:
+            x, y = made_up(60_000)
+            data = x[:50_000], y[:50_000], x[50_000:], y[50_000:]
+        lines = compare(*data, options.penalty)
+    about = f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
+    text = "\n".join([f"{about}:", "", *lines, ""])
+    print(text)
+    if options.out:
+        with open(options.out, "a") as file:
+            file.write("\n" + text)
+
+
+if __name__ == "__main__":
+    main()
