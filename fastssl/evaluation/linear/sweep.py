@@ -23,7 +23,7 @@ from fastssl.evaluation.splits import labels_array, stratified_holdout
 from fastssl.recipe import UserError
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
-WEIGHT_DECAYS = (0.0,)
+WEIGHT_DECAYS = (0.0, 1e-3)
 EPOCHS = 100
 MOMENTUM = 0.9
 LARGEST_BATCH = 1024  # the global batch of DINOv2
