@@ -35,10 +35,10 @@ class Objective:
     In float64: with float32 products the line search stops at noise of 1e-6 to 1e-5, which is what the result should
     agree to.
 
-    Features of a network are strongly correlated, and as they are L-BFGS needs a thousand steps and more. So it moves in
-    coordinates in which the loss is about as curved in every direction: along the principal axes of the features, each
-    scaled by 1 / sqrt(CURVATURE * its variance + penalty). The optimum is the same, found in 40 to 110 steps on the
-    features of a CIFAR-10 run.
+    Features of a network are strongly correlated, and as they are L-BFGS needs a thousand steps and more. So it moves
+    in coordinates in which the loss is about as curved in every direction: along the principal axes of the features,
+    each scaled by 1 / sqrt(CURVATURE * its variance + penalty). The optimum is the same, found in 40 to 110 steps on
+    the features of a CIFAR-10 run.
     """
 
     def __init__(
