@@ -1,5 +1,8 @@
 """The three linear protocols and the few-label one, against torch's optimisers and scikit-learn; and streaming."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -61,23 +64,86 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, epochs[0], strict=True))
 
 
-def test_a_map_of_a_file_streams_and_gives_the_same_numbers(small_groups, tmp_path, monkeypatch):
+class Watched:
+    """A map of a file that keeps account of how many rows are asked for at a time."""
+
+    def __init__(self, mapped):
+        self.mapped, self.shape, self.largest = mapped, mapped.shape, 0
+
+    def __len__(self):
+        return len(self.mapped)
+
+    def __getitem__(self, rows):
+        part = self.mapped[rows]
+        self.largest = max(self.largest, len(part))
+        return part
+
+
+FITS = {
+    "sweep": lambda features, y: fit_sweep(features, y, epochs=2, lrs=(0.1, 1.0)),
+    "lbfgs": lambda features, y: fit_lbfgs(features, y, penalties=(1e-1, 1e-2)),
+    "reference": lambda features, y: fit_reference(features, y, schedule="flowers102"),
+}
+
+
+@pytest.mark.parametrize("protocol", FITS)
+def test_a_map_of_a_file_streams_and_gives_the_same_numbers(protocol, small_groups, tmp_path):
     """Bit for bit the same classifiers, and never more than a group in memory."""
     x, y = gaussians(500, seed=1, dim=8)
     x = x.astype(np.float16)
     np.save(tmp_path / "x.npy", x)
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    largest, in_memory = [], batches.in_memory
-    monkeypatch.setattr(batches, "in_memory", lambda part: (largest.append(len(part)), in_memory(part))[1])
-    for fit in (
-        lambda features: fit_sweep(features, y, epochs=2, lrs=(0.1, 1.0)),
-        lambda features: fit_lbfgs(features, y, penalties=(1e-1, 1e-2)),
-        lambda features: fit_reference(features, y, schedule="flowers102"),
-    ):
-        ours, theirs = fit(mapped), fit(x)
-        assert torch.equal(weights(ours), weights(theirs)) and ours.selection == theirs.selection
-        assert torch.equal(ours.classifier.logits(mapped), theirs.classifier.logits(x))
-    assert max(largest) <= 128  # a group of 64 rows of float32 are 128 of float16
+    mapped = Watched(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    ours, theirs = FITS[protocol](mapped, y), FITS[protocol](x, y)
+    assert torch.equal(weights(ours), weights(theirs)) and ours.selection == theirs.selection
+    assert torch.equal(ours.classifier.logits(mapped), theirs.classifier.logits(x))
+    assert 0 < mapped.largest <= 128  # a group of 64 rows of float32 are 128 of float16
+
+
+def test_many_classes_make_parts_smaller(small_groups):
+    x = np.zeros((300, 8), np.float32)
+    assert [len(part) for part in batches.in_order(x, np.arange(60), "cpu")] == [32, 28]
+    assert {len(part) for part in batches.in_order(x, np.arange(60), "cpu", classes=64)} == {4}
+
+
+@pytest.mark.parametrize("protocol", FITS)
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_what_is_handed_in_stays_as_it_is(protocol, kind):
+    """Parts are worked on in place: in float64 the caller's numbers would be the first to suffer."""
+    x, y = gaussians(100, seed=2)
+    features = kind(x.astype(np.float64))
+    FITS[protocol](features, y).classifier.logits(features)
+    np.testing.assert_array_equal(features, x)
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from fastssl.evaluation import fit_lbfgs, fit_sweep
+from fastssl.evaluation.linear import batches, sweep
+
+batches.GROUP_BYTES, sweep.CHUNK_ELEMENTS = {"cpu": 1 << 24}, 1 << 22
+mapped, label = np.load(sys.argv[1], mmap_mode="r"), np.arange(1 << 19) % 2
+fit_sweep(np.ones((256, 8), np.float32), label[:256], epochs=1)  # what the first call allocates for good
+fit_lbfgs(np.ones((256, 8), np.float32), label[:256], penalties=(1.0,))
+held = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (held + (192 << 20), resource.RLIM_INFINITY))
+fitted = fit_sweep(mapped, label, epochs=1, lrs=(0.1,)), fit_lbfgs(mapped, label, penalties=(1.0,))
+print([one.classifier.logits(mapped[: 1 << 16]).shape for one in fitted])
+try:
+    np.array(mapped)
+except MemoryError:
+    print("limited")
+"""
+
+
+@pytest.mark.slow
+def test_a_file_larger_than_what_may_be_allocated_is_fitted(tmp_path):
+    """512 MiB of float16 where the kernel gives no more than 192 MiB, groups being of 16 MiB."""
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (1 << 19, 512)).flush()  # a hole in a file: zeros
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[torch.Size([65536, 2]), torch.Size([65536, 2])]", "limited"]
 
 
 def test_mean_and_deviation_in_parts_are_numpy_s(small_groups):
@@ -135,7 +201,7 @@ def test_the_choice_is_made_on_samples_that_were_not_fitted():
     for fitted in (fit_sweep(x, y, epochs=30, lrs=(0.1, 0.5)), fit_lbfgs(x, y, penalties=(1e-2, 1e-3))):
         assert accuracy(fitted, x, y) > 0.99  # more dimensions than samples: random labels can be learnt by heart
         # 40 held-out coin tosses: 0.5 within three standard deviations of 0.079
-        best = max(fitted.selection, key=lambda one: one["accuracy"])
+        best = max(fitted.selection, key=lambda one: (one["accuracy"], -one["nll"]))
         assert best["accuracy"] < 0.5 + 3 * 0.079 and fitted.settings["held_out"] == 40
         assert all(best[key] == value for key, value in fitted.chosen.items() if key != "converged")
 
@@ -244,6 +310,52 @@ def test_lbfgs_finds_scikit_learn_s_optimum(penalty):
     assert fitted.chosen == {"penalty": penalty, "converged": True}
     assert penalised_loss(fitted.classifier, x, y, penalty) == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(fitted.classifier.logits(x).softmax(1), oracle.predict_proba(scaled), atol=5e-3)
+
+
+def test_few_evaluations_suffice_for_features_that_all_but_repeat_each_other(monkeypatch):
+    """Principal axes of deviations from 1e-4 to 1, as an encoder's features have them: 1,000 would not do without."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(5, size=600)
+    x = rng.normal(size=(600, 40)) @ (rng.normal(size=(40, 40)) * np.geomspace(1e-4, 1, 40)[:, None]) + np.eye(5, 40)[y]
+    calls, evaluate = [], lbfgs.Objective.__call__
+    monkeypatch.setattr(lbfgs.Objective, "__call__", lambda *args: (calls.append(1), evaluate(*args))[1])
+    part = lbfgs.Objective(x, y, 5, np.arange(600), "cpu")
+    _, converged = part.minimize(torch.zeros(5, 41, dtype=torch.float64), 1e-4)
+    assert converged and len(calls) < 150
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_where_the_steps_end_the_loss_is_the_least(classes, monkeypatch):
+    """Within 1e-6, a tenth of what is promised, whatever the number of classes."""
+    x, y = gaussians(900, seed=24)
+    target = np.searchsorted(LABELS, y) if classes == 3 else np.arange(900) % classes
+
+    def least(gradient):
+        monkeypatch.setattr(lbfgs, "GRADIENT", gradient)
+        fitted = fit_lbfgs(x, target, penalties=(1e-2,))
+        return penalised_loss(fitted.classifier, x, target, 1e-2)
+
+    assert least(1e-5) == pytest.approx(least(1e-8), abs=1e-6)
+
+
+def test_the_gradient_is_the_loss_s():
+    x, y = gaussians(50, seed=22, dim=6)
+    part = lbfgs.Objective(x, np.searchsorted(LABELS, y), 3, np.arange(5, 50), "cpu")
+    flat = np.random.default_rng(0).normal(size=21)
+    _, gradient = part(flat, 0.3)
+    for place in (0, 10, 20):
+        step = 1e-5 * np.eye(21)[place]
+        slope = (part(flat + step, 0.3)[0] - part(flat - step, 0.3)[0]) / 2e-5
+        assert gradient[place] == pytest.approx(slope, rel=1e-6)  # a central difference's error: 1e-9
+
+
+def test_lbfgs_in_parts_reaches_the_optimum_of_the_whole(monkeypatch):
+    x, y = gaussians(400, seed=23)
+    whole = fit_lbfgs(x, y, penalties=(1e-2,))
+    monkeypatch.setattr(batches, "GROUP_BYTES", {"cpu": 64 * 20 * 8})
+    parts = fit_lbfgs(x, y, penalties=(1e-2,))
+    # Both stop where the whitened gradient is below 1e-5: by then the weights move in the fifth digit.
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-4)
 
 
 def test_a_warm_start_leads_to_the_optimum_of_a_cold_one():

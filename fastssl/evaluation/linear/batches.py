@@ -7,8 +7,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.features import in_memory
-
 # Read at a time: 131,072 samples of 512 float32 numbers, so all of CIFAR-10's at once. On a GPU all of ImageNet's.
 GROUP_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 BLOCK_ROWS = 1 << 10  # read in one piece from a file: 2 MiB of 512 float32 numbers
@@ -41,11 +39,12 @@ class Batches:
         order = self._block_order()
         for first in range(0, len(order), self.group_rows):
             rows = np.sort(order[first : first + self.group_rows])
-            group_RD = self._read(rows)
+            group_RD = self._read(rows)  # the one before it is gone by now: one group at a time is in memory
             shuffled = self._rng.permutation(len(rows))
             for start in range(0, len(rows), self.batch_size):
                 batch = shuffled[start : start + self.batch_size]
                 yield rows[batch], group_RD[torch.from_numpy(batch).to(self.device)].float()
+            del group_RD
 
     def _block_order(self) -> np.ndarray:
         if len(self.rows) <= self.group_rows:
@@ -56,17 +55,25 @@ class Batches:
     def _read(self, rows: np.ndarray) -> Tensor:
         if self._group is not None:
             return self._group
-        group_RD = to_tensor(self.features_ND[rows], self.device)
+        group_RD = take(self.features_ND, rows, self.device)
         if len(rows) == len(self.rows):
             self._group = group_RD
         return group_RD
 
 
-def in_order(features_ND: ArrayLike | Tensor, rows: np.ndarray, device: torch.device | str) -> Iterator[Tensor]:
-    """The rows' features in order, in parts that fit into memory in float64, as they are stored, on the device."""
-    step = max(1, GROUP_BYTES["cpu"] // (8 * features_ND.shape[1]))
+def fits(features_ND: ArrayLike | Tensor, rows: np.ndarray, device: torch.device) -> bool:
+    """Whether the rows may stay on the device, as they are stored."""
+    return len(rows) * features_ND[:1].nbytes <= GROUP_BYTES[device.type]
+
+
+def in_order(
+    features_ND: ArrayLike | Tensor, rows: np.ndarray, device: torch.device | str, classes: int = 1
+) -> Iterator[Tensor]:
+    """The rows' features in order, as they are stored, on the device, in parts that fit into memory in float64, as do
+    their logits for so many classes."""
+    step = max(1, GROUP_BYTES["cpu"] // (8 * max(features_ND.shape[1], classes)))
     for first in range(0, len(rows), step):
-        yield to_tensor(features_ND[rows[first : first + step]], device)
+        yield take(features_ND, rows[first : first + step], device)
 
 
 def mean_and_std(
@@ -76,13 +83,14 @@ def mean_and_std(
     total_D = square_D = 0.0
     shift_D = next(in_order(features_ND, rows[:1], device))[0].double()  # near the mean: nothing cancels below
     for part_RD in in_order(features_ND, rows, device):
-        x_RD = part_RD.double() - shift_D
-        total_D, square_D = total_D + x_RD.sum(dim=0), square_D + x_RD.square().sum(dim=0)
+        x_RD = part_RD.double().sub_(shift_D)  # in place, here and below: a part is large
+        total_D, square_D = total_D + x_RD.sum(dim=0), square_D + x_RD.square_().sum(dim=0)
     mean_D = total_D / len(rows)
     std_D = (square_D / len(rows) - mean_D.square()).clamp_min(0).sqrt()
     return mean_D + shift_D, torch.where(std_D > 1e-6 * std_D.max(), std_D, 1.0)
 
 
-def to_tensor(part: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
-    """A part of a matrix in memory on the device."""
-    return in_memory(part).to(device)
+def take(features_ND: ArrayLike | Tensor, rows: np.ndarray, device: torch.device | str) -> Tensor:
+    """Some rows on the device. Indexing has copied them: the result is no map of a file."""
+    part_RD = features_ND[rows]
+    return (part_RD if isinstance(part_RD, Tensor) else torch.from_numpy(part_RD)).to(device)

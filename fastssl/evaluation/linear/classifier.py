@@ -26,7 +26,8 @@ class LinearClassifier:
     def logits(self, features_MD: ArrayLike | Tensor) -> Tensor:
         """(M, C) float32 on the CPU; the work happens on the classifier's device, in parts that fit."""
         rows, device = np.arange(len(features_MD)), self.weight_CD.device
-        return torch.cat([self._logits(part.float()).cpu() for part in in_order(features_MD, rows, device)])
+        parts = in_order(features_MD, rows, device, len(self.class_C))
+        return torch.cat([self._logits(part.float()).cpu() for part in parts])
 
     def _logits(self, x_BD: Tensor) -> Tensor:
         if self.mean_D is not None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.linear.batches import Batches, mean_and_std, to_tensor
+from fastssl.evaluation.linear.batches import Batches, mean_and_std, take
 from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
 from fastssl.evaluation.splits import labels_array, stratified_holdout
 from fastssl.recipe import UserError
@@ -61,7 +61,7 @@ class Heads(NamedTuple):
         right_H = loss_H = 0.0
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
-            logits_HCB = self.logits(self.inputs(to_tensor(features_ND[part], device).float()))
+            logits_HCB = self.logits(self.inputs(take(features_ND, part, device).float()))
             target_B = torch.searchsorted(self.class_C, torch.from_numpy(label_N[part]).to(device))
             right_H += (logits_HCB.argmax(dim=1) == target_B).sum(dim=1)
             of_truth_HB = logits_HCB.log_softmax(dim=1)[:, target_B, torch.arange(len(part), device=device)]
