@@ -97,6 +97,7 @@ def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
     confusion = np.load(folder / "eval" / swept["confusion"])
     assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["figures"]["accuracy"])
     assert {name.split(".")[0] for name in os.listdir(folder / "eval")} == set(names)
+    assert Image.open(folder / "eval" / "linear-sweep-seed4.confusion.png").size == (370, 370)
 
 
 def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def finetune(
         rows = slice(None) if labelled.test_rows is None else labelled.test_rows
         scores = classification_figures(logits_MC[rows], label_M[rows], np.arange(classes), seed=seed)
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)  # a finished run needs the last one alone
-        return {"folder": str(folder), **scored(encoder.run_dir, name, scores)}
+        return {"folder": str(folder), **scored(encoder.run_dir, name, scores, labelled.test)}
 
     return find_or_measure(encoder.run_dir, name, request, measure)
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from fastssl.beton import read_header
 from fastssl.beton.atomic import write_atomically
 from fastssl.evaluation.metrics import Scores
 from fastssl.recipe import load_recipe
 
 PLACES = ("run", "weights", "path")  # keys of a result that say where something lies
+MOST_CLASSES_DRAWN = 50  # in a confusion matrix: more cannot be read
 NOT_PERCENT = ("nll",)  # figures in other units than shares from 0 to 1
 
 
@@ -53,16 +55,43 @@ def read_result(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def scored(run_dir: str | Path, name: str, scores: Scores) -> dict:
-    """Figures and intervals for a result; the confusion matrix goes into a file beside it, as .npy and as a picture."""
+def scored(run_dir: str | Path, name: str, scores: Scores, test: Path) -> dict:
+    """Figures and intervals for a result; the confusion matrix goes into a file beside it, and into a picture.
+
+    test: the .beton that was tested on, for the names of its classes.
+    """
     path = Path(run_dir) / "eval" / f"{name}.confusion.npy"
     write_atomically(path, lambda beside: np.save(beside, scores.confusion))
+    if len(scores.confusion) <= MOST_CLASSES_DRAWN:
+        draw_confusion(path.with_suffix(".png"), scores, read_header(test).classes)
     return {
         "figures": scores.figures,
         "intervals": {key: list(interval) for key, interval in scores.intervals.items()},
         "confusion": path.name,
         "confusion_classes": [int(label) for label in scores.confusion_classes],
     }
+
+
+def draw_confusion(path: Path, scores: Scores, names: list[str] | None) -> None:
+    """The confusion matrix: rows the truth, columns the guess, each row's shares in percent."""
+    from matplotlib.figure import Figure  # here, as it takes half a second; without pyplot, no display is looked for
+
+    share = 100 * scores.confusion / np.maximum(scores.confusion.sum(axis=1, keepdims=True), 1)
+    labels = [names[c] if names and 0 <= c < len(names) else str(c) for c in scores.confusion_classes]
+    side = 2.5 + 0.4 * len(labels)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), value in np.ndenumerate(share):
+        if value >= 0.5:
+            color = "white" if value > 50 else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("guess")
+    axes.set_ylabel("truth")
+    axes.set_title(f"% of each class, accuracy {100 * scores.figures['accuracy']:.1f} %")
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
 
 
 def shown(name: str, value: float) -> str:

@@ -94,7 +94,7 @@ def evaluate_transfer(
         if target.train_rows is not None:
             of_train, of_test = of_train.rows(target.train_rows), of_test.rows(target.test_rows)
         fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
-        return {**scored(encoder.run_dir, name, scores), **fitted}
+        return {**scored(encoder.run_dir, name, scores, target.test), **fitted}
 
     request = {**about, "settings": settings, "seed": seed, **encoder.about}
     return find_or_measure(encoder.run_dir, name, request, measure)

@@ -45,7 +45,7 @@ def evaluate_linear(
     def measure() -> dict:
         of_train, of_test = split_features(encoder, split, dtype)
         fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
-        return {**scored(encoder.run_dir, name, scores), **fitted}
+        return {**scored(encoder.run_dir, name, scores, split.val.path), **fitted}
 
     request = {
         "evaluation": evaluation, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.about,
