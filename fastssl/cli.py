@@ -313,6 +313,10 @@ def transfer(
     from fastssl import evaluation
 
     targets = [evaluation.find_target(*_name_and_path(text)) for text in to]
+    if len({target.name for target in targets}) < len(targets):
+        raise UserError("--to gives one name to two data sets: name them differently.")
+    if set_ and method == "linear":
+        raise UserError("--set is for fine-tuning: add --method finetune or both, or leave it out.")
     results = []
     for run in runs:
         encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
@@ -336,7 +340,7 @@ def _show(results: list[dict], out: Path | None) -> None:
 
     from fastssl.evaluation import result_table, summarize, summary_table, write_summary
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # paths may hold brackets
     console.print(result_table(results[0]) if len(results) == 1 else summary_table(summarize(results)))
     if out:
         write_summary(out, summarize(results))

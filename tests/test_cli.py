@@ -1,6 +1,7 @@
 """The command line: what a person types, and what they get when it is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -48,8 +49,9 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
     evaluations = [row["evaluation"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]]
     methods = ["linear-sweep", "finetune"]
     assert code == 0 and evaluations == [f"transfer-{name}-{method}" for name in "ab" for method in methods]
-    code, out, _ = fastssl("eval", "knn", "run", "run", "--k", "5", "--untrained")
-    assert code == 0 and "run (untrained) and 1 more" in " ".join(out.split())
+    best = shutil.copy("run/checkpoints/last.pt", "run/checkpoints/best.pt")
+    code, out, _ = fastssl("eval", "knn", "run", best, "--k", "5", "--untrained")
+    assert code == 0 and "run (untrained)" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,7 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         (["eval", "transfer", "/no/run", "--to", "flowers102"], "--to flowers102 is not NAME=PATH"),
         (["eval", "transfer", "/no/run", "--to", "../x=data"], "is not NAME=PATH"),
         (["eval", "transfer", "/no/run", "--to", "x=/no/data"], "/no/data"),
+        (["eval", "knn", "/no/run", "--device", "cuda"], "/no/run"),
         (["sweep", "recipes/sweeps/ablation.yaml"], "did you mean recipes/sweeps/ablation_cifar10.yaml"),
         (["sweep", "recipes/sweeps/ablation_cifar10.yaml", "seed=1"], "seed is an axis"),
         (["sweep", "recipes/sweeps/ablation_cifar10.yaml"], "fastssl build-beton cifar10"),

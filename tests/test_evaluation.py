@@ -1,5 +1,6 @@
 """Evaluations of run directories: what they keep, what they refuse, what they do not do twice, what they never see."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from torch import nn
 from fastssl.beton import build_beton, read_labels, read_metadata
 from fastssl.evaluation import (
     cached_features,
+    classification_figures,
     evaluate_knn,
     evaluate_linear,
     evaluate_semisup,
@@ -32,8 +34,11 @@ from fastssl.evaluation import (
     result_table,
     summarize,
     summary_table,
+    transfer,
     write_summary,
 )
+from fastssl.evaluation.splits import stratified_share
+from fastssl.models import build_model
 from fastssl.recipe import UserError
 
 QUICK = ["train.epochs=2", "train.batch_size=8", "log.every=1"]
@@ -114,6 +119,10 @@ def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypa
         assert evaluate_linear(*opened(folder)) == first
         again = evaluate_linear(*opened(moved))  # the same weights and data in another place
         assert again["figures"] == first["figures"] and again["run"] == str(moved)
+        for name, value in (("EPOCHS", 4), ("LEARNING_RATES", (0.1,)), ("WEIGHT_DECAYS", (0.0,)), ("CACHE_VERSION", 9)):
+            with patch.context() as changed, pytest.raises(AssertionError):
+                changed.setattr(linear.command, name, value)
+                evaluate_linear(*opened(folder))
         for options in ({"seed": 1}, {"dtype": "float16"}, {"protocol": "lbfgs"}):
             with pytest.raises(AssertionError):
                 evaluate_linear(*opened(folder), **options)
@@ -172,15 +181,26 @@ def test_other_layouts_models_and_checkpoints_are_evaluated(full, canvas, tmp_pa
 
 
 def test_a_stochastic_h_is_classified_by_mu_or_by_draws(canvas, tmp_path):
-    folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": "h", "samples": 5})
+    folder, recipe, model = make_run(
+        tmp_path / "run", data_of(canvas), seed=2, embedding={"stochastic": "h", "samples": 5}
+    )
     encoder, split = opened(folder)
     sets = [cached_features(folder, data.path, model=model, views=recipe.views) for data in (split.train, split.val)]
     published = evaluate_linear(encoder, split, protocol="reference")
     assert published["settings"]["draws"] == 5
     x, x_val = (mean_of_draws(f, 5, recipe.seed, normalize=True) for f in sets)
     fitted = fit_reference(x, sets[0].label, normalize=False)
-    guess = fitted.classifier.logits(x_val).argmax(1).numpy()
-    assert published["figures"]["accuracy"] == (guess == sets[1].label).mean()
+    scores = classification_figures(fitted.classifier.logits(x_val), sets[1].label, np.arange(3))
+    assert published["figures"] == scores.figures
+    swept = evaluate_linear(encoder, split, draws=5)
+    x, x_val = (mean_of_draws(f, 5, recipe.seed, normalize=False) for f in sets)
+    scores = classification_figures(
+        fit_sweep(x, sets[0].label, epochs=3).classifier.logits(x_val), sets[1].label, np.arange(3)
+    )
+    assert swept["figures"] == scores.figures
+    drawn = [mean_of_draws(f, 5, recipe.seed, normalize=True) for f in sets]
+    expected = knn_accuracy(drawn[0], sets[0].label, drawn[1], sets[1].label, k=5)
+    assert evaluate_knn(encoder, split, ks=(5,), draws=5)["figures"]["accuracy_k5_t0.07"] == expected
     assert evaluate_linear(encoder, split)["settings"]["draws"] == 0  # mu
     of_mu, of_draws = evaluate_knn(encoder, split, ks=(5,)), evaluate_knn(encoder, split, ks=(5,), draws=3)
     assert of_mu["settings"]["draws"] == 0 and of_draws["settings"]["draws"] == 3
@@ -261,7 +281,7 @@ def test_semisup_fine_tunes_on_the_drawn_labels_alone(canvas, tmp_path, stochast
     assert (optim["head_lr_factor"], optim["weight_decay"], optim["final_lr_factor"]) == (10, 1e-5, 0.1)
     assert used == pytest.approx(1e-4)
     assert result["settings"]["views"]["jitter"]["p"] == 0 and result["settings"]["embedding"]["beta"] == 0
-    tuned = torch.load(Path(result["folder"]) / "checkpoints" / "last.pt", weights_only=True)
+    tuned = torch.load(folder / "eval" / result["folder"] / "checkpoints" / "last.pt", weights_only=True)
     assert tuned["step"] == 2 * 3  # 24 images in batches of 8
     start = model.state_dict()
     weights = [name for name in tuned["model"] if name.startswith("encoder.") and name.endswith("weight")]
@@ -291,7 +311,7 @@ def test_a_fine_tune_that_was_stopped_goes_on_and_a_finished_one_is_kept(run, mo
     monkeypatch.setattr(finetune, "train", lambda recipe, resume: trained.append(train(recipe, resume=resume)))
     again = evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
     assert again["figures"] == straight["figures"] and len(trained) == 1
-    lines = (Path(again["folder"]) / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "eval" / again["folder"] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))  # nothing was trained twice
     assert evaluate_semisup(*opened(folder), percent=50, overrides=overrides) == again and len(trained) == 1
     # Another setting is another fine-tune, in a folder of its own.
@@ -299,6 +319,133 @@ def test_a_fine_tune_that_was_stopped_goes_on_and_a_finished_one_is_kept(run, mo
     assert other["folder"] != again["folder"] and len(trained) == 2
     with pytest.raises(UserError, match="unknown key train.epoch"):
         evaluate_semisup(*opened(folder), percent=50, overrides=["train.epoch=1"])
+    for key in ("model.init=null", "data.subset=null", "objective.classes=9", "seed=3"):
+        with pytest.raises(UserError, match=f"--set {key}: fine-tuning sets this itself"):
+            evaluate_semisup(*opened(folder), percent=50, overrides=[key])
+
+
+FROZEN = [*QUICK, "train.epochs=1", "optim.lr=1e-30", "optim.weight_decay=0"]
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_a_fine_tune_starts_from_the_evaluated_encoder(canvas, tmp_path, untrained):
+    """With a rate of nothing it stays what it was; the fine-tuning's seed is another than the run's."""
+    folder, _, _ = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": "h", "samples": 2})
+    encoder, split = opened(folder, untrained=untrained)
+    result = evaluate_semisup(encoder, split, percent=50, seed=7, overrides=FROZEN)
+    tuned = torch.load(folder / "eval" / result["folder"] / "checkpoints" / "last.pt", weights_only=True)["model"]
+    start = encoder.model.state_dict()
+    kept = [name for name in tuned if name.startswith(("encoder.", "heads.")) and "running" not in name]
+    kept = [name for name in kept if "num_batches" not in name]
+    assert len(kept) > 10 and all(torch.allclose(tuned[name], start[name], atol=1e-20) for name in kept)
+
+
+def test_a_supervised_run_is_tuned_with_a_new_classifier(canvas, tmp_path):
+    objective = {"name": "supervised", "classes": 3}
+    folder, recipe, _ = make_run(tmp_path / "run", data_of(canvas))
+    recipe = recipe.model_validate({**recipe.model_dump(), "objective": objective})
+    model = build_model(recipe)
+    nn.init.constant_(model.classifier.weight, 123.0)
+    saved = {"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 0}
+    torch.save(saved, folder / "checkpoints" / "last.pt")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    result = evaluate_semisup(*opened(folder), percent=50, overrides=FROZEN)
+    tuned = torch.load(folder / "eval" / result["folder"] / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert tuned["classifier.weight"].abs().max() < 1
+
+
+def test_a_fine_tune_is_tested_in_its_own_view_and_keeps_its_rates(canvas, tmp_path, monkeypatch):
+    folder, _, _ = make_run(tmp_path / "run", data_of(canvas), views={"size": 72})
+    seen, test_logits = [], finetune.test_logits
+    watched = lambda model, beton, views: (seen.append(views.clean), test_logits(model, beton, views))[1]  # noqa: E731
+    monkeypatch.setattr(finetune, "test_logits", watched)
+    result = evaluate_semisup(*opened(folder), percent=50, overrides=[*QUICK, "train.batch_size=4"])
+    assert seen == ["center"] and result["view"]["kind"] == "center"  # above 64 px, as published
+    assert result["settings"]["optim"]["lr"] * 4 / 256 == pytest.approx(1e-4)
+    squashed = evaluate_semisup(*opened(folder), percent=50, view="squash", overrides=QUICK)
+    assert seen[1] == "squash" == squashed["view"]["kind"]
+    given = evaluate_semisup(*opened(folder), percent=50, overrides=[*QUICK, "optim.lr=0.5"])
+    assert given["settings"]["optim"]["lr"] == 0.5
+
+
+def test_labels_with_gaps_make_no_phantom_classes(run, photos, tmp_path):
+    """Three classes of seven folders, two of which are empty of training images."""
+    folder, _, _ = run
+    for split in ("train", "val"):
+        for label, name in enumerate(("b", "d", "h")):
+            shutil.copytree(photos / split / f"class{label}", tmp_path / "gaps" / split / name)
+    for name in ("a", "c", "e", "f", "g"):  # known from val alone
+        shutil.copytree(photos / "val" / "class0", tmp_path / "gaps" / "val" / name)
+        (tmp_path / "gaps" / "train" / name).mkdir()
+    build_beton("imagefolder", tmp_path / "gaps", tmp_path / "gaps", canvas=32, workers=1)
+    labels = np.unique(read_labels(tmp_path / "gaps" / "train.beton"))
+    result = evaluate_transfer(
+        find_encoder(folder, device="cpu"), find_target("gaps", tmp_path / "gaps"), "finetune", overrides=QUICK
+    )
+    assert len(labels) == 3 and "accuracy_top5" not in result["figures"]
+    confusion = np.load(folder / "eval" / result["confusion"])
+    columns = [c for c, count in zip(result["confusion_classes"], confusion.sum(axis=0)) if count]
+    assert set(columns) <= set(labels.tolist())
+
+
+def test_percent_is_of_every_class_and_a_hundred_is_all(run):
+    folder, _, _ = run
+    labels = np.repeat([0, 1, 2], [40, 3, 1])
+    assert np.bincount(labels[stratified_share(labels, 0.1, 0)]).tolist() == [4, 1, 1]
+    assert stratified_share(labels, 1.0, 0).tolist() == list(range(44))
+    result = evaluate_semisup(*opened(folder), percent=100, overrides=[*QUICK, "train.epochs=1"])
+    assert result["train"]["images"] == 48
+
+
+@pytest.mark.parametrize("method", ["linear", "finetune"])
+def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
+    """With every label of the test half another class's, the same images are guessed the same: none was learnt from."""
+    folder, _, _ = run
+    build_beton("imagefolder", photos / "train", tmp_path / "b", canvas=32, workers=1)
+    (path,) = (tmp_path / "b").glob("*.beton")
+    target = find_target("photos", path)
+    label_N = read_labels(path)
+    encoder = find_encoder(folder, device="cpu")
+    honest = evaluate_transfer(encoder, target, method, overrides=QUICK)
+    assert len(label_N) == 48 and len(target.test_rows) == 24
+    poisoned_labels = label_N.copy()
+    poisoned_labels[target.test_rows] = (label_N[target.test_rows] + 1) % 3
+    features_of = transfer.cached_features
+
+    def poisoned(*args, **kwargs):
+        found = features_of(*args, **kwargs)
+        return found._replace(label=poisoned_labels)
+
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(transfer, "cached_features", poisoned)
+        tested = finetune.test_logits
+        patch.setattr(finetune, "test_logits", lambda *a: (tested(*a)[0], poisoned_labels))
+        for file in (folder / "eval").glob("*.json"):
+            file.unlink()
+        other = evaluate_transfer(encoder, target, method, overrides=QUICK)
+    # Each half's own labels: what was tested are the poisoned ones alone.
+    before, after = honest["confusion"], other["confusion"]
+    assert before == after
+    matrix = np.load(folder / "eval" / after)
+    assert matrix.sum() == 24 and matrix.sum(axis=1).tolist() == np.bincount(poisoned_labels[target.test_rows]).tolist()
+    if method == "linear":
+        assert other["selection"] == honest["selection"] and other["chosen"] == honest["chosen"]
+
+
+def test_an_edited_list_is_measured_again_and_a_moved_one_is_not(canvas, tmp_path):
+    index = read_metadata(canvas / "train.beton")["index"].tolist()
+    (tmp_path / "list.txt").write_text("\n".join(map(str, index[:24])))
+    folder, recipe, _ = make_run(tmp_path / "run", {**data_of(canvas), "subset": str(tmp_path / "list.txt")}, seed=3)
+    encoder, split = opened(folder)
+    first = evaluate_knn(encoder, split, ks=(5,))
+    assert first["train"]["images"] == 24 and first["seed"] == 3
+    shutil.move(tmp_path / "list.txt", tmp_path / "moved.txt")
+    moved = dataclasses.replace(split, train=dataclasses.replace(split.train, subset=str(tmp_path / "moved.txt")))
+    assert evaluate_knn(encoder, moved, ks=(5,))["made"] == first["made"]
+    (tmp_path / "moved.txt").write_text("\n".join(map(str, index[24:])))
+    edited = evaluate_knn(encoder, moved, ks=(5,))
+    assert edited["train"]["subset_sha256"] != first["train"]["subset_sha256"] and "made" in edited
 
 
 def test_semisup_takes_a_list_of_names_or_indices(run, canvas, tmp_path):
@@ -340,6 +487,13 @@ def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, 
     assert summary_table(rows).row_count == 4
     with pytest.raises(UserError, match="nowhere"):
         find_target("x", tmp_path / "nowhere")
+    for number in range(2):
+        shutil.copytree(photos / "val" / "class0", tmp_path / "few" / str(number))
+        for file in sorted((tmp_path / "few" / str(number)).iterdir())[1:]:
+            file.unlink()
+    build_beton("imagefolder", tmp_path / "few", tmp_path / "few_b", canvas=32, workers=1)
+    with pytest.raises(UserError, match="two images or more each, for few"):
+        find_target("few", tmp_path / "few_b")
 
 
 def test_runs_that_differ_in_their_seed_share_a_row(canvas, tmp_path):
@@ -347,12 +501,15 @@ def test_runs_that_differ_in_their_seed_share_a_row(canvas, tmp_path):
     runs.append(make_run(tmp_path / "other", data_of(canvas), embedding={"stochastic": "z"})[0])
     results = [evaluate_knn(*opened(run), ks=(3, 5)) for run in runs]
     results.append(evaluate_knn(*opened(runs[0], untrained=True), ks=(3, 5)))
+    shutil.copy(runs[0] / "checkpoints" / "last.pt", runs[0] / "checkpoints" / "best.pt")
+    results.append(evaluate_knn(*opened(runs[0] / "checkpoints" / "best.pt"), ks=(3, 5)))
+    results.append(results[0])  # the same run again
     rows = summarize(results)
-    assert [row["seeds"] for row in rows] == [[0, 1, 2], [0], [0]] and rows[2]["untrained"]
+    assert [row["seeds"] for row in rows] == [[0, 1, 2], [0], [0], [0]] and rows[2]["untrained"]
     values = [result["figures"]["accuracy_k3_t0.07"] for result in results[:3]]
     figure = rows[0]["figures"]["accuracy_k3_t0.07"]
     assert figure["mean"] == pytest.approx(np.mean(values)) and figure["sd"] == pytest.approx(np.std(values, ddof=1))
     assert rows[1]["figures"]["accuracy_k3_t0.07"]["sd"] is None
     write_summary(tmp_path / "summary.json", rows)
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == rows
-    assert summary_table(rows).row_count == 3
+    assert summary_table(rows).row_count == 4

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +90,18 @@ def test_the_mode_is_restored_after_an_error():
     assert model.training
 
 
+def test_cudnn_stays_as_it_was_but_for_tf32(monkeypatch):
+    """flags() of torch.backends.cudnn switches it off unless told otherwise."""
+    model, seen = FakeModel(), []
+    embed = model.embed
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(model, "embed", lambda x: (seen.append((cudnn.enabled, cudnn.allow_tf32)), embed(x))[1])
+    before = cudnn.enabled, cudnn.allow_tf32
+    for _ in embedded_batches(model, fake_batches(), fake_clean, lambda images: None):
+        assert (cudnn.enabled, cudnn.allow_tf32) == before
+    assert set(seen) == {(True, False)}
+
+
 def test_mu_and_sigma_are_kept_and_autocast_is_off():
     model = FakeModel(stochastic=True)
     plain = extract_features(model, fake_batches(), fake_clean)
@@ -140,6 +153,35 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "features") == []
 
 
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    """The kernel would end a process that writes to a map without a disk behind it."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="No space left on device.: free some space"), features.writing(tmp_path / "x"):
+        written(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+    for name, age in ((".old.1.part", 2 * features.A_DAY), (".new.2.part", 60)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, 2 * (time.time() - age,))
+    written(tmp_path / "x")
+    assert sorted(os.listdir(tmp_path)) == [".new.2.part", "x"]
+
+
+def test_of_two_processes_the_first_one_s_features_stay(tmp_path):
+    def late():
+        yield from embedded_batches(FakeModel(), fake_batches(), fake_clean, lambda images: None)
+        written(tmp_path / "x")
+
+    write_features(tmp_path / "x", late(), 10)
+    assert read_features(tmp_path / "x") is not None and os.listdir(tmp_path) == ["x"]
+
+
 def test_numbers_that_are_not_finite_or_too_large_are_refused():
     h = np.full((2, 3), 1e5, np.float32)
     batch = Features(h, np.arange(2), np.arange(2))
@@ -186,7 +228,7 @@ def test_logits_averaged_over_draws_are_those_of_the_mean_of_draws(normalize, mo
     np.testing.assert_allclose(mean_of_draws(features_h, 12, seed=3, normalize=normalize), mean, rtol=1e-6)
     many = mean_of_draws(features_h._replace(mu=mu[:1], sigma=sigma[:1], index=np.arange(1)), 4000, 3, normalize=False)
     np.testing.assert_allclose(many, mu[:1], atol=4 * 2 / 4000**0.5)  # four standard errors
-    with pytest.raises(UserError, match="stochastic h"):
+    with pytest.raises(ValueError, match="stochastic h"):
         mean_of_draws(features_h._replace(space="z"), 12, 3, normalize=True)
 
 
@@ -212,7 +254,7 @@ def extractions(monkeypatch):
     return calls
 
 
-def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, canvas, extractions):
+def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, canvas, extractions, tmp_path):
     folder, recipe, model = run
     beton = canvas / "val.beton"
     first = cached_features(folder, beton, model=model, views=recipe.views)
@@ -232,6 +274,13 @@ def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, can
     assert len(extractions) == 4
     cached_features(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 4
+    (tmp_path / "list.txt").write_text("3\n5\n7")
+    listed = cached_features(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
+    assert sorted(listed.index) == [3, 5, 7]
+    (tmp_path / "list.txt").write_text("3\n5\n8")
+    listed = cached_features(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
+    assert sorted(listed.index) == [3, 5, 8]
+    del extractions[4:]
     half = cached_features(folder, beton, model=model, views=recipe.views, dtype="float16")
     assert len(extractions) == 5 and half.h.dtype == np.float16
     cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"clean": "center"}))

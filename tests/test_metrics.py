@@ -78,6 +78,23 @@ def test_of_equal_logits_the_first_column_is_the_guess_at_every_k():
     assert found["nll"] == pytest.approx(np.log(8))
 
 
+def test_a_confidence_on_a_bin_s_edge_belongs_below_it():
+    """As in arXiv 1706.04599: bins (0, 1/15], (1/15, 2/15] ... Ten guesses of 3/15, right thrice, and two of more."""
+    share = np.array([0.2] * 10 + [0.21] * 2)
+    probability = np.stack([share, *[(1 - share) / 8] * 8], axis=1)
+    label = np.array([0] * 3 + [1] * 7 + [0, 0])
+    found = classification_figures(np.log(probability), label, np.arange(9)).figures["ece"]
+    assert found == pytest.approx((10 * abs(0.3 - 0.2) + 2 * abs(1 - 0.21)) / 12, abs=1e-9)
+
+
+def test_a_class_that_a_draw_misses_does_not_count_in_its_macro_accuracy():
+    """One sample of class 1 in fifty, always right: draws without it are as right as their class 0."""
+    logits = np.zeros((50, 2))
+    logits[:, 0], logits[-1] = 1, (0, 1)
+    label = np.array([0] * 49 + [1])
+    assert classification_figures(logits, label, np.arange(2)).intervals["accuracy_macro"] == (1.0, 1.0)
+
+
 def test_huge_logits_stay_finite():
     logits = np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32)
     found = classification_figures(logits, np.array([0, 0]), np.arange(2)).figures

@@ -22,7 +22,8 @@ def progress(
     console = Console(stderr=True)
     start = last_line = time.monotonic()
     before, size = done, 0
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    title_column = TextColumn("{task.description}", markup=False)  # paths may hold brackets
+    columns = title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, completed=done, rate="")
 

@@ -8,8 +8,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,6 +32,7 @@ from fastssl.recipe import UserError, Views
 from fastssl.views import clean_view, describe_clean_view
 
 CACHE_VERSION = 2  # raise it when the same inputs give other numbers
+A_DAY = 86_400  # seconds
 BATCH_SIZE = 256
 CHUNK_BYTES = 1 << 26  # of a mapped array read at a time, and of noise drawn at a time
 
@@ -50,7 +54,9 @@ class Features(NamedTuple):
         return Features(*(x[rows] if isinstance(x, np.ndarray) else x for x in self))
 
 
-def mean_of_draws(features: Features, draws: int, seed: int, *, normalize: bool) -> np.ndarray:
+def mean_of_draws(
+    features: Features, draws: int, seed: int, *, normalize: bool, device: torch.device | str = "cpu"
+) -> np.ndarray:
     """(N, D) float32: the mean over `draws` of h ~ N(mu, sigma^2), each first divided by its length if `normalize`.
 
     A linear classifier's logits, averaged over draws, are its logits of this mean, so nothing else need be kept of the
@@ -58,16 +64,16 @@ def mean_of_draws(features: Features, draws: int, seed: int, *, normalize: bool)
     (seed, sample, draw).
     """
     if features.space != "h":
-        raise UserError("Only a run with a stochastic h (embedding.stochastic: h or hz) has draws: leave out --draws.")
+        raise ValueError("Only a stochastic h has draws to average over.")
     mean_ND = np.empty(features.mu.shape, np.float32)
     rows = max(1, CHUNK_BYTES // (4 * draws * mean_ND.shape[1]))
     for first in range(0, len(mean_ND), rows):
         part = slice(first, first + rows)
-        mu_BD, sigma_BD = (torch.from_numpy(x[part].astype(np.float32)) for x in (features.mu, features.sigma))
-        index_B = torch.from_numpy(np.array(features.index[part]))
+        mu_BD, sigma_BD = (in_memory(x[part]).to(device).float() for x in (features.mu, features.sigma))
+        index_B = in_memory(features.index[part]).to(device)
         noise_SBD = normals(seed, 0, index_B, 0, draws, mu_BD.shape[1], NOISE_EVALUATION)
         h_SBD = mu_BD + sigma_BD * noise_SBD
-        mean_ND[part] = (F.normalize(h_SBD, dim=-1) if normalize else h_SBD).mean(dim=0).numpy()
+        mean_ND[part] = (F.normalize(h_SBD, dim=-1) if normalize else h_SBD).mean(dim=0).cpu().numpy()
     return mean_ND
 
 
@@ -96,9 +102,11 @@ def embedded_batches(
     model: nn.Module, loader: Iterable[Batch], clean: Callable[..., Tensor], advance: Callable[[int], object]
 ) -> Iterator[Features]:
     """`extract_features`, batch by batch."""
-    with evaluating(model), torch.backends.cudnn.flags(allow_tf32=False):
+    with evaluating(model):
         for batch in loader:
-            with torch.autocast(batch.image.device.type, enabled=False):
+            cudnn = torch.backends.cudnn
+            exactly = cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)
+            with torch.autocast(batch.image.device.type, enabled=False), exactly:
                 embedding = model.embed(clean(batch.image, batch.height, batch.width))
             columns = embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma
             yield Features(*(None if x is None else as_array(x[batch.valid]) for x in columns), embedding.space)
@@ -188,7 +196,8 @@ def cached_features(
         loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit)
         with progress(f"Features of {beton}", len(loader.rows), "images") as advance:
             batches = embedded_batches(model, loader, clean_view(views), advance)
-            write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
+            with writing(folder):
+                write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
         features = read_features(folder)
     return features
 
@@ -207,8 +216,11 @@ def finite(batches: Iterable[Features], beton: str | Path, dtype: DType) -> Iter
 
 def write_features(folder: Path, batches: Iterable[Features], count: int, dtype: DType = "float32") -> None:
     """`count` samples, batch by batch, into NAME.npy each; written beside and renamed, so never half there."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    beside.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(".*.part"):  # of a process that was killed
+        if time.time() - abandoned.stat().st_mtime > A_DAY:
+            shutil.rmtree(abandoned, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         maps, checksums, space, done = {}, {}, None, 0
         for batch in batches:
@@ -219,6 +231,8 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
                 x = np.ascontiguousarray(x, dtype if x.dtype.kind == "f" else None)
                 if name not in maps:
                     maps[name] = open_memmap(beside / f"{name}.npy", "w+", x.dtype, (count, *x.shape[1:]))
+                    with open(beside / f"{name}.npy", "r+b") as file:  # on a full disk, writing to a map kills
+                        os.posix_fallocate(file.fileno(), 0, maps[name].offset + maps[name].nbytes)
                 maps[name][done : done + len(x)] = x
                 checksums[name] = zlib.crc32(x, checksums.get(name, 0))
             done += len(batch.label)
@@ -226,10 +240,22 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
         for array in maps.values():
             array.flush()
         (beside / "about.json").write_text(json.dumps({"space": space, "crc32": checksums}))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        beside.rename(folder)
+        if read_features(folder) is None:  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one sentence what keeps files from being written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space, or make the folder writable."
+        ) from error
 
 
 def read_features(folder: Path) -> Features | None:

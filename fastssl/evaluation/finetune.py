@@ -10,22 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from fastssl.beton.atomic import write_atomically
 from fastssl.beton.progress import progress
-from fastssl.evaluation.features import clean_loader
+from fastssl.evaluation.features import clean_loader, writing
 from fastssl.evaluation.metrics import classification_figures
 from fastssl.evaluation.results import find_or_measure, scored, without_places
 from fastssl.evaluation.runs import Encoder, labels_of
 from fastssl.models import Classifier, load_model
 from fastssl.models.ssl_model import evaluating
-from fastssl.recipe import Jitter, Recipe, ViewOnly, Views, with_overrides
+from fastssl.recipe import Jitter, Recipe, UserError, ViewOnly, Views, with_overrides
 from fastssl.training import train
-from fastssl.views import clean_view
+from fastssl.views import clean_view, describe_clean_view
 
 # The semi-supervised runs of arXiv 2310.18080, in its published code.
 ENCODER_LR, HEAD_LR_FACTOR, WEIGHT_DECAY, FINAL_LR_FACTOR, EPOCHS, BATCH = 1e-4, 10.0, 1e-5, 0.1, 50, 256
 LEAST_STEPS = 10  # an epoch: below, the batch is halved (ImageNet's 1 % makes 50 steps of 256)
+SETTABLE = ("train", "optim", "views", "log", "checkpoint", "data.workers", "data.decode", "data.resident")  # by --set
 # Of the fine-tuning's recipe: what its figures do not depend on, or what a result says elsewhere.
 NOT_SETTINGS = {
     **dict.fromkeys(("name", "run", "log", "checkpoint", "probe"), True), "data": {"train", "val", "subset", "workers"},
@@ -61,8 +63,11 @@ def finetune_recipe(
     at any batch size: AdamW's steps do not grow with the batch.
     """
     run = encoder.recipe
+    for override in overrides:
+        if not override.startswith(tuple(f"{key}." for key in SETTABLE)) and override.split("=")[0] not in SETTABLE:
+            raise UserError(f"--set {override}: fine-tuning sets this itself; it takes {', '.join(SETTABLE)}.")
     batch = BATCH
-    while batch > 8 and labelled.train_images < LEAST_STEPS * batch:
+    while batch > 2 and labelled.train_images < LEAST_STEPS * batch:
         batch //= 2
     views = finetune_view(run.views)
     values = {
@@ -77,7 +82,6 @@ def finetune_recipe(
         "model": {
             "backbone": run.model.backbone,
             "stem": run.model.stem,
-            "init": encoder.weights and str(encoder.weights.resolve()),
         },
         "embedding": {
             "stochastic": "h" if "h" in run.embedding.stochastic else "none",
@@ -87,7 +91,6 @@ def finetune_recipe(
         "objective": {"name": "supervised", "classes": classes},
         "optim": {
             "name": "adamw",
-            "lr": ENCODER_LR * 256 / batch,
             "head_lr_factor": HEAD_LR_FACTOR,
             "weight_decay": WEIGHT_DECAY,
             "warmup_epochs": 0,
@@ -98,7 +101,10 @@ def finetune_recipe(
         "train": {"epochs": EPOCHS, "batch_size": batch, "device": encoder.device.type},
         "probe": {"every": 0},
     }
-    return with_overrides(Recipe.model_validate(values), overrides)
+    recipe = with_overrides(Recipe.model_validate(values), overrides)
+    if not any(override.startswith(("optim.lr=", "optim=")) for override in overrides):  # the rate at batch 256
+        recipe = with_overrides(recipe, [f"optim.lr={ENCODER_LR * 256 / recipe.train.batch_size}"])
+    return recipe
 
 
 def finetune(
@@ -115,24 +121,47 @@ def finetune(
 
     about: what the result says beside. A fine-tune that was stopped goes on; a finished one is not done again.
     """
-    classes = int(labels_of(labelled.train).max()) + 1
-    recipe = finetune_recipe(encoder, labelled, classes, seed=seed, view=view, overrides=overrides)
+    class_C = np.unique(labels_of(labelled.train))
+    recipe = finetune_recipe(encoder, labelled, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
     settings = recipe.model_dump(mode="json", exclude=NOT_SETTINGS)
-    request = {**about, "settings": settings, "seed": seed, **encoder.about}
+    of_view = {"view": describe_clean_view(recipe.views)}
+    request = {**about, "settings": settings, "seed": seed, **encoder.about, **of_view}
     key = hashlib.sha256(json.dumps(without_places(request)).encode()).hexdigest()[:8]
     folder = encoder.run_dir / "eval" / f"{name}-{key}"
 
     def measure() -> dict:
-        recipe_there = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})
-        train(recipe_there, resume="auto")
+        start = keep_start(encoder, folder)
+        train(
+            recipe.model_copy(
+                update={
+                    "run": recipe.run.model_copy(update={"dir": str(folder)}),
+                    "model": recipe.model.model_copy(update={"init": str(start.resolve())}),
+                }
+            ),
+            resume="auto",
+        )
         model = load_model(folder).to(encoder.device)
         logits_MC, label_M = test_logits(model, labelled.test, recipe.views)
         rows = slice(None) if labelled.test_rows is None else labelled.test_rows
-        scores = classification_figures(logits_MC[rows], label_M[rows], np.arange(classes), seed=seed)
+        # Labels may have gaps: a class that no training image has is no candidate.
+        scores = classification_figures(logits_MC[rows][:, class_C], label_M[rows], class_C, seed=seed)
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)  # a finished run needs the last one alone
-        return {"folder": str(folder), **scored(encoder.run_dir, name, scores, labelled.test)}
+        return {"folder": folder.name, **scored(encoder.run_dir, name, scores, labelled.test)}
 
     return find_or_measure(encoder.run_dir, name, request, measure)
+
+
+def keep_start(encoder: Encoder, folder: Path) -> Path:
+    """FOLDER/start.safetensors: encoder and h head as they are evaluated, and no classifier that they may have had."""
+    path = folder / "start.safetensors"
+    weights = {
+        name: weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, weight in encoder.model.state_dict().items()
+        if name.startswith(("encoder.", "heads.h."))
+    }
+    with writing(path):
+        write_atomically(path, lambda beside: save_file(weights, beside))
+    return path
 
 
 @torch.inference_mode()
@@ -153,5 +182,6 @@ def keep_list(run_dir: Path, name: str, index: np.ndarray, about: str) -> Path:
     """RUN/eval/NAME.txt: sample ids, one a line, as data.subset reads them."""
     path = run_dir / "eval" / f"{name}.txt"
     text = "\n".join([f"# {about}", *map(str, index.tolist())]) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
+    with writing(path):
+        write_atomically(path, lambda beside: beside.write_text(text))
     return path

@@ -21,7 +21,7 @@ from fastssl.beton.progress import progress
 from fastssl.evaluation.features import DType, in_memory, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
 from fastssl.evaluation.results import find_or_measure
-from fastssl.evaluation.runs import Encoder, Split, split_features
+from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
 from fastssl.evaluation.splits import balanced_draws
 from fastssl.recipe import UserError
 
@@ -83,10 +83,14 @@ def knn_predictions(
 
     guesses = {}
     for k, temperature in product(ks, temperatures):
-        # Divided by the nearest one's weight: votes keep their proportions, and none overflows.
-        weight_MK = torch.exp((near_MK[:, :k] - near_MK[:, :1]) / temperature)
-        score_MC = near_MK.new_zeros(len(near_MK), len(class_C)).scatter_add_(1, vote_MK[:, :k], weight_MK)
-        guesses[k, temperature] = class_C[score_MC.argmax(dim=1)].cpu()
+        rows = max(1, CHUNK_ELEMENTS // len(class_C))
+        found = []
+        for near_BK, vote_BK in zip(near_MK[:, :k].split(rows), vote_MK[:, :k].split(rows), strict=True):
+            # Divided by the nearest one's weight: votes keep their proportions, and none overflows.
+            weight_BK = torch.exp((near_BK - near_BK[:, :1]) / temperature)
+            score_BC = near_BK.new_zeros(len(near_BK), len(class_C)).scatter_add_(1, vote_BK, weight_BK)
+            found.append(class_C[score_BC.argmax(dim=1)].cpu())
+        guesses[k, temperature] = torch.cat(found)
     return guesses
 
 
@@ -150,6 +154,7 @@ def evaluate_knn(
 
     draws: for a stochastic h, search with the mean of so many draws, each of length 1, in place of mu.
     """
+    check_draws(encoder, draws)
     about = split.about
     for k in ks:  # a shortened k would stand under the name of the published one
         if not 1 <= k <= about["train"]["images"]:
@@ -161,7 +166,9 @@ def evaluate_knn(
     def measure() -> dict:
         sets = split_features(encoder, split, dtype)
         seed = encoder.recipe.seed
-        bank, query = (mean_of_draws(x, draws, seed, normalize=True) if draws else x.h for x in sets)
+        bank, query = (
+            mean_of_draws(x, draws, seed, normalize=True, device=encoder.device) if draws else x.h for x in sets
+        )
         with progress(f"Neighbours in {split.train.path}", len(bank), "images") as advance:
             guesses = knn_predictions(
                 bank, sets[0].label, query, ks=ks, temperatures=temperatures, device=encoder.device, advance=advance
@@ -180,4 +187,5 @@ def evaluate_knn(
         **encoder.about,
         **about,
     }
-    return find_or_measure(encoder.run_dir, f"knn{encoder.suffix}{split.name}", request, measure)
+    name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + split.name
+    return find_or_measure(encoder.run_dir, name, request, measure)

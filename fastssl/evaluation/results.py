@@ -12,10 +12,11 @@ from rich.table import Table
 
 from fastssl.beton import read_header
 from fastssl.beton.atomic import write_atomically
+from fastssl.evaluation.features import writing
 from fastssl.evaluation.metrics import Scores
 from fastssl.recipe import load_recipe
 
-PLACES = ("run", "weights", "path")  # keys of a result that say where something lies
+PLACES = ("run", "weights", "path", "subset", "list")  # keys of a result that say where something lies
 MOST_CLASSES_DRAWN = 50  # in a confusion matrix: more cannot be read
 NOT_PERCENT = ("nll",)  # figures in other units than shares from 0 to 1
 
@@ -33,9 +34,12 @@ def find_or_measure(run_dir: str | Path, name: str, request: dict, measure: Call
     kept = read_result(path)
     if kept and without_places({key: kept.get(key) for key in request}) == without_places(request):
         return kept | request
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
     result = {**request, **measure(), "made": datetime.now().astimezone().isoformat(timespec="seconds")}
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
+    with writing(path):
+        write_atomically(path, lambda beside: beside.write_text(text))
     return json.loads(text)
 
 
@@ -86,8 +90,8 @@ def draw_confusion(path: Path, scores: Scores, names: list[str] | None) -> None:
         if value >= 0.5:
             color = "white" if value > 50 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(labels)), labels, rotation=90)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.set_xlabel("guess")
     axes.set_ylabel("truth")
     axes.set_title(f"% of each class, accuracy {100 * scores.figures['accuracy']:.1f} %")
@@ -122,7 +126,7 @@ def result_table(result: dict) -> Table:
 
 
 def summarize(results: list[dict]) -> list[dict]:
-    """Results of several runs, one row an evaluation and recipe: runs that differ in their seed alone share one.
+    """Results of several runs, one row for those that differ in the seed of their run alone.
 
     Each row has the runs and seeds, and for each figure the mean and the standard deviation over them (n - 1; None for
     a single run).
@@ -130,8 +134,11 @@ def summarize(results: list[dict]) -> list[dict]:
     groups: dict[str, list[dict]] = {}
     for result in results:
         recipe = load_recipe(Path(result["run"]) / "recipe.yaml").model_dump(mode="json", exclude={"seed", "run"})
-        kind = [result["evaluation"], recipe, result["weights"] == "untrained"]
-        groups.setdefault(json.dumps(kind, sort_keys=True), []).append(result)
+        alike = {key: result.get(key) for key in ("evaluation", "settings", "view", "train", "val")}
+        kind = [without_places(alike), recipe, Path(result["weights"]).name]
+        group = groups.setdefault(json.dumps(kind, sort_keys=True), [])
+        if result["encoder_sha256"] not in [other["encoder_sha256"] for other in group]:  # else one run, given twice
+            group.append(result)
     return [_row(group) for group in groups.values()]
 
 
@@ -156,7 +163,7 @@ def summary_table(rows: list[dict]) -> Table:
     for name in names:
         table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
     for row in rows:
-        run = Path(row["runs"][0]).name + (" (untrained)" if row["untrained"] else "")
+        run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
         run += f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""
         cells = []
         for name in names:
@@ -169,4 +176,5 @@ def summary_table(rows: list[dict]) -> Table:
 
 def write_summary(path: Path, rows: list[dict]) -> None:
     text = json.dumps({"rows": rows}, indent=2) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
+    with writing(path):
+        write_atomically(path, lambda beside: beside.write_text(text))

@@ -1,5 +1,7 @@
 """From a run, or one of its checkpoints, to the encoder that is evaluated and the features of its data."""
 
+import hashlib
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,11 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastssl.beton import data_checksum, read_header, read_labels
+from fastssl.beton import data_checksum, read_header, read_index_list, read_labels, read_metadata
 from fastssl.evaluation.features import DType, Features, cached_features, weights_sha256
 from fastssl.loading import count_images
 from fastssl.models import Model, build_model
-from fastssl.models.checkpoint import LAST, PREVIOUS, find_checkpoints, load_model, run_dir_of
+from fastssl.models.checkpoint import LAST, model_in, newest_checkpoint, run_dir_of
 from fastssl.recipe import Recipe, UserError, load_recipe
 from fastssl.views import describe_clean_view
 
@@ -70,9 +72,12 @@ def find_encoder(
         torch.manual_seed(recipe.seed)  # as training.setup.prepare
         weights, suffix, model = None, "-untrained", build_model(recipe).eval()
     else:
-        model = load_model(run)
-        weights = find_checkpoints(run)[0]
-        suffix = "" if weights.name in (LAST, PREVIOUS) else f"-{weights.stem}"
+        checkpoint = newest_checkpoint(run)
+        if checkpoint.warning:
+            warnings.warn(checkpoint.warning, stacklevel=2)
+        model, weights = model_in(checkpoint), checkpoint.path
+        suffix = f"-{weights.stem}" if run.is_file() and weights.name != LAST else ""
+    suffix += f"-{view}" if view else ""
     return Encoder(run_dir, recipe, model.to(device), device, weights, suffix, weights_sha256(model))
 
 
@@ -86,10 +91,12 @@ class Data:
 
     @property
     def about(self) -> dict:
+        listed = np.sort(read_index_list(self.path, self.subset)) if self.subset else None
         return {
             "path": str(self.path),
             "images": count_images(self.path, subset=self.subset, limit=self.limit),
             "subset": self.subset,
+            "subset_sha256": None if listed is None else hashlib.sha256(listed.tobytes()).hexdigest(),
             "limit": self.limit,
             "layout": read_header(self.path).layout,
             "checksum": data_checksum(self.path),
@@ -102,7 +109,7 @@ class Split:
 
     train: Data
     val: Data
-    name: str  # of results: "" for the run's own data, else such as "-photos-val"
+    name: str  # of results: "" for the run's own data, else such as "-val-photos-val"
 
     @property
     def about(self) -> dict:
@@ -122,11 +129,11 @@ def find_split(encoder: Encoder, train: str | Path | None = None, val: str | Pat
         raise UserError(
             f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
         )
-    others = [Path(path) for path in (train, val) if path]
+    others = [(kind, Path(path).resolve()) for kind, path in (("train", train), ("val", val)) if path]
     split = Split(
         Data(Path(train)) if train else Data(Path(data.train), data.subset, data.limit),
         Data(Path(val or data.val)),
-        "".join(f"-{path.resolve().parent.name}-{path.stem}" for path in others),
+        "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in others),
     )
     check_labels(split.train.path, split.val.path)
     return split
@@ -149,6 +156,21 @@ def check_labels(train: Path, val: Path) -> None:
             f"{train} and {val} number their classes differently ({one} and {other} are the same one): build both from "
             "one source, or name a matching file with --val."
         )
+
+
+def check_draws(encoder: Encoder, draws: int | None) -> None:
+    if draws and "h" not in encoder.recipe.embedding.stochastic:
+        raise UserError(f"{encoder.run_dir} has no stochastic h to draw from: leave out --draws.")
+
+
+def indices_of(path: Path) -> np.ndarray:
+    """The sample ids in the order of the file."""
+    metadata = read_metadata(path)
+    if "index" not in metadata.dtype.names:
+        raise UserError(
+            f"{path} has no field 'index', so no part of it can be fine-tuned on: build it with fastssl build-beton."
+        )
+    return np.array(metadata["index"])
 
 
 def labels_of(path: Path) -> np.ndarray:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.beton import read_index_list, read_metadata
+from fastssl.beton import read_index_list
 from fastssl.evaluation.finetune import Labelled, finetune, keep_list
-from fastssl.evaluation.runs import Encoder, Split, labels_of
-from fastssl.evaluation.splits import stratified_holdout
+from fastssl.evaluation.runs import Encoder, Split, indices_of, labels_of
+from fastssl.evaluation.splits import stratified_share
 
 
 def evaluate_semisup(
@@ -30,17 +30,18 @@ def evaluate_semisup(
     share = f"semisup-{list_file.stem}" if list_file else f"semisup-{percent:g}percent"
     name = f"{share}-seed{seed}{encoder.suffix}{split.name}"
     if list_file:
-        index, what = read_index_list(split.train.path, list_file), f"the images of {list_file}"
+        index, what = read_index_list(split.train.path, list_file), "a list"
     else:
-        _, rows = stratified_holdout(labels_of(split.train.path), percent / 100, seed)
-        index = np.array(read_metadata(split.train.path)["index"])[rows]
+        rows = stratified_share(labels_of(split.train.path), percent / 100, seed)
+        index = indices_of(split.train.path)[rows]
         what = f"{percent:g} % of every class, drawn with seed {seed}"
     labelled = Labelled(
         split.train.path, keep_list(encoder.run_dir, name, index, what), len(index), split.val.path
     )  # fmt: skip
     about = split.about
     about["train"] |= {
-        "images": len(index), "limit": None, "part": what, "list_sha256": hashlib.sha256(index.tobytes()).hexdigest()
+        "images": len(index), "subset": None, "subset_sha256": None, "limit": None, "part": what,
+        "list": list_file and str(list_file), "list_sha256": hashlib.sha256(np.sort(index).tobytes()).hexdigest(),
     }  # fmt: skip
     protocol = "all of the encoder fine-tuned with a new linear classifier; the last epoch is tested"
     return finetune(

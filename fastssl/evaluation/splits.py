@@ -51,5 +51,16 @@ def stratified_holdout(
     return np.setdiff1d(np.arange(len(label_N)), held), held
 
 
+def stratified_share(labels: ArrayLike | Tensor, share: float, seed: int) -> np.ndarray:
+    """The rows, sorted, of `share` of every class: at least one sample of each."""
+    label_N = labels_array(labels)
+    rng = np.random.default_rng(seed)
+    picked = []
+    for c in np.unique(label_N):
+        rows = rng.permutation(np.flatnonzero(label_N == c))
+        picked.append(rows[: max(1, round(share * len(rows)))])
+    return np.sort(np.concatenate(picked))
+
+
 def labels_array(labels: ArrayLike | Tensor) -> np.ndarray:
     return labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)

@@ -6,12 +6,11 @@ from typing import Literal
 
 import numpy as np
 
-from fastssl.beton import read_metadata
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import Labelled, finetune, keep_list
-from fastssl.evaluation.linear import Protocol, fit_and_score, settings_of
+from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, settings_of
 from fastssl.evaluation.results import find_or_measure, scored
-from fastssl.evaluation.runs import Data, Encoder, check_labels, labels_of
+from fastssl.evaluation.runs import Data, Encoder, check_labels, indices_of, labels_of
 from fastssl.evaluation.splits import stratified_holdout
 from fastssl.recipe import UserError
 
@@ -54,8 +53,11 @@ def find_target(name: str, path: str | Path) -> Target:
         return Target(name, train, test)
     label_N = labels_of(train)
     rows, held = stratified_holdout(label_N, HELD_OUT, SEED)
-    if len(np.unique(label_N[rows])) < 2:
-        raise UserError(f"{train} holds one class only, nothing to tell apart: name another file for {name}.")
+    if len(np.unique(label_N[rows])) < 2 or len(held) == 0:
+        raise UserError(
+            f"{train} cannot be split into halves to fit and to test on: name data of two classes or more, with two "
+            f"images or more each, for {name}."
+        )
     return Target(name, train, train, rows, held)
 
 
@@ -78,7 +80,7 @@ def evaluate_transfer(
     """
     what = f"linear-{protocol}" if method == "linear" else "finetune"
     evaluation = f"transfer-{target.name}-{what}"
-    name = f"{evaluation}-seed{seed}{encoder.suffix}"
+    name = f"{evaluation}-seed{seed}{'' if draws is None else f'-draws{draws}'}{encoder.suffix}"
     about = {"evaluation": evaluation, "data": target.name, "method": what, **target.about}
     if method == "finetune":
         return _finetune(encoder, target, name, about, seed, view, list(overrides))
@@ -96,14 +98,14 @@ def evaluate_transfer(
         fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
         return {**scored(encoder.run_dir, name, scores, target.test), **fitted}
 
-    request = {**about, "settings": settings, "seed": seed, **encoder.about}
+    request = {**about, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.about}
     return find_or_measure(encoder.run_dir, name, request, measure)
 
 
 def _finetune(encoder, target, name, about, seed, view, overrides) -> dict:
     train_list, images = None, about["train"]["images"]
     if target.train_rows is not None:
-        index = np.array(read_metadata(target.train)["index"])[target.train_rows]
+        index = indices_of(target.train)[target.train_rows]
         train_list = keep_list(encoder.run_dir, name, index, f"Half of every class of {target.train}")
     labelled = Labelled(target.train, train_list, images, target.test, target.test_rows)
     return finetune(encoder, name, labelled, seed=seed, view=view, overrides=overrides, about=about)

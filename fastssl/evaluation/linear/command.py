@@ -3,15 +3,14 @@
 from typing import Literal
 
 from fastssl.beton.progress import progress
-from fastssl.evaluation.features import DType, Features, mean_of_draws
+from fastssl.evaluation.features import CACHE_VERSION, DType, Features, mean_of_draws
 from fastssl.evaluation.linear.classifier import Fitted
 from fastssl.evaluation.linear.lbfgs import PENALTIES, fit_lbfgs
-from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
-from fastssl.evaluation.linear.sweep import EPOCHS, fit_sweep
+from fastssl.evaluation.linear.reference import LR, SCHEDULES, WEIGHT_DECAY, ScheduleName, fit_reference
+from fastssl.evaluation.linear.sweep import EPOCHS, LEARNING_RATES, WEIGHT_DECAYS, fit_sweep
 from fastssl.evaluation.metrics import Scores, classification_figures
 from fastssl.evaluation.results import find_or_measure, scored
-from fastssl.evaluation.runs import Encoder, Split, split_features
-from fastssl.recipe import UserError
+from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
 
 Protocol = Literal["sweep", "reference", "lbfgs"]
 PROTOCOLS: dict[str, str] = {
@@ -40,7 +39,12 @@ def evaluate_linear(
     """
     settings = settings_of(encoder, protocol, draws, dtype, schedule)
     evaluation = f"linear-{protocol}"
-    name = evaluation + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix + split.name
+    parts = [
+        f"-{schedule}" if protocol == "reference" and schedule != "imagenet" else "",
+        "" if draws is None else f"-draws{draws}",
+        "" if seed == 0 else f"-seed{seed}",
+    ]
+    name = evaluation + "".join(parts) + encoder.suffix + split.name
 
     def measure() -> dict:
         of_train, of_test = split_features(encoder, split, dtype)
@@ -57,21 +61,23 @@ def evaluate_linear(
 def settings_of(
     encoder: Encoder, protocol: Protocol, draws: int | None, dtype: DType, schedule: str = "imagenet"
 ) -> dict:
-    """What a result depends on beside its protocol's constants.
+    """What a result depends on beside encoder and data: a kept one with other settings is measured again.
 
     draws: average the logits over so many draws of a stochastic h, in training and in testing; 0: classify mu. None: as
     published, embedding.samples draws for the reference protocol, mu for the others. schedule: of the reference
     protocol; a name that has none of its own means ImageNet's.
     """
+    check_draws(encoder, draws)
     stochastic = "h" in encoder.recipe.embedding.stochastic
-    if draws and not stochastic:
-        raise UserError(f"{encoder.run_dir} has no stochastic h to draw from: leave out --draws.")
     if draws is None:
         draws = encoder.recipe.embedding.samples if stochastic and protocol == "reference" else 0
-    settings = {"draws": draws, "dtype": dtype}
+    settings = {"draws": draws, "dtype": dtype, "features": CACHE_VERSION}
     if protocol == "reference":
-        settings["schedule"] = schedule if schedule in SCHEDULES else "imagenet"
-    return settings
+        name = schedule if schedule in SCHEDULES else "imagenet"
+        return settings | {"schedule": name, "lr": LR, "weight_decay": WEIGHT_DECAY, **SCHEDULES[name]._asdict()}
+    if protocol == "sweep":
+        return settings | {"lrs": LEARNING_RATES, "weight_decays": WEIGHT_DECAYS, "epochs": EPOCHS}
+    return settings | {"penalties": PENALTIES}
 
 
 def fit_and_score(
@@ -82,7 +88,8 @@ def fit_and_score(
 
     def representation(features: Features):
         if draws:
-            return mean_of_draws(features, draws, encoder.recipe.seed, normalize=protocol == "reference")
+            unit = protocol == "reference"
+            return mean_of_draws(features, draws, encoder.recipe.seed, normalize=unit, device=encoder.device)
         return features.h
 
     x_ND, label_N = representation(of_train), of_train.label

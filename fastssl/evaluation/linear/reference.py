@@ -55,7 +55,7 @@ def fit_reference(
     target_N = torch.from_numpy(target_N).to(device)
     # Drawn on the CPU from a generator of its own: the caller's random state stays as it is.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         layer = nn.Linear(features.shape[1], len(class_C)).to(device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(steps), GAMMA)
