@@ -1,11 +1,14 @@
 """What only a GPU can show. Elsewhere these are skipped, and `records/gpu-pending.md` says so."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from small_models import make_run
 
 from fastssl import randomness
+from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_encoder, find_split
 from fastssl.loading import BetonLoader
 from fastssl.recipe import Views, load_recipe
 from fastssl.training import loop, train
@@ -180,3 +183,21 @@ def test_a_resumed_run_goes_on_where_it_was(canvas, tmp_path):
         train(recipe, probe=stop)  # behind step 12: steps 11 and 12 come again
     resumed = losses(train(recipe, resume="auto"))
     assert len(resumed) == 24 and resumed[10] == pytest.approx(straight[10], rel=1e-3)
+
+
+def test_an_evaluation_on_the_device_gives_the_cpu_s_figures(canvas, tmp_path):
+    """12 test images: features agree to float32's rounding, so no guess is expected to change."""
+    folder, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton")})
+    figures = {}
+    for device in ("cpu", "cuda"):
+        encoder = find_encoder(folder, device=device)
+        split = find_split(encoder)
+        results = [evaluate_knn(encoder, split, ks=(5,))]
+        results += [evaluate_linear(encoder, split, protocol=protocol) for protocol in ("sweep", "reference", "lbfgs")]
+        figures[device] = [result["figures"] for result in results]
+        shutil.rmtree(folder / "eval")
+        shutil.rmtree(folder / "features")
+    for ours, theirs in zip(figures["cuda"], figures["cpu"], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.02)
+    tuned = evaluate_semisup(encoder, split, percent=50, overrides=["train.epochs=2", "train.batch_size=8"])
+    assert tuned["settings"]["train"]["device"] == "cuda" and 0 <= tuned["figures"]["accuracy"] <= 1
