@@ -32,6 +32,7 @@ from fastssl.evaluation import (
     linear,
     mean_of_draws,
     result_table,
+    runs,
     summarize,
     summary_table,
     transfer,
@@ -451,11 +452,29 @@ def test_an_edited_list_is_measured_again_and_a_moved_one_is_not(canvas, tmp_pat
 def test_semisup_takes_a_list_of_names_or_indices(run, canvas, tmp_path):
     folder, _, _ = run
     names = (canvas / "train.beton.names.txt").read_text().splitlines()
-    (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[:16]))
+    (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[::3]))
     result = evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=[*QUICK, "train.epochs=1"])
     assert result["evaluation"] == "semisup-mine" and result["train"]["images"] == 16
     kept = (folder / "eval" / "semisup-mine-seed0.txt").read_text().splitlines()[1:]
-    assert sorted(map(int, kept)) == list(range(16))
+    assert sorted(map(int, kept)) == list(range(0, 48, 3))
+    (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[:16]))
+    with pytest.raises(UserError, match="one class only"):
+        evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=QUICK)
+
+
+def test_images_without_labels_may_lie_outside_the_list(canvas, tmp_path, monkeypatch):
+    """As training says: name a list of the labelled ones."""
+    path, read = canvas / "train.beton", runs.read_labels
+    index = read_metadata(path)["index"]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, index[:24])))
+    unlabelled = np.where(np.arange(48) < 24, read(path), -1)
+    monkeypatch.setattr(runs, "read_labels", lambda file: unlabelled if file == path else read(file))
+    data = {"train": str(path), "val": str(canvas / "val.beton")}
+    folder, _, _ = make_run(tmp_path / "run", {**data, "subset": str(tmp_path / "list.txt")})
+    assert evaluate_knn(*opened(folder), ks=(5,))["train"]["images"] == 24
+    without_list, _, _ = make_run(tmp_path / "without", data)
+    with pytest.raises(UserError, match="images without labels: name a labelled file, or a list"):
+        opened(without_list)
 
 
 def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, tmp_path, capsys):
@@ -497,12 +516,12 @@ def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, 
 
 
 def test_runs_that_differ_in_their_seed_share_a_row(canvas, tmp_path):
-    runs = [make_run(tmp_path / f"seed{seed}", data_of(canvas), seed=seed)[0] for seed in range(3)]
-    runs.append(make_run(tmp_path / "other", data_of(canvas), embedding={"stochastic": "z"})[0])
-    results = [evaluate_knn(*opened(run), ks=(3, 5)) for run in runs]
-    results.append(evaluate_knn(*opened(runs[0], untrained=True), ks=(3, 5)))
-    shutil.copy(runs[0] / "checkpoints" / "last.pt", runs[0] / "checkpoints" / "best.pt")
-    results.append(evaluate_knn(*opened(runs[0] / "checkpoints" / "best.pt"), ks=(3, 5)))
+    made = [make_run(tmp_path / f"seed{seed}", data_of(canvas), seed=seed)[0] for seed in range(3)]
+    made.append(make_run(tmp_path / "other", data_of(canvas), embedding={"stochastic": "z"})[0])
+    results = [evaluate_knn(*opened(run), ks=(3, 5)) for run in made]
+    results.append(evaluate_knn(*opened(made[0], untrained=True), ks=(3, 5)))
+    shutil.copy(made[0] / "checkpoints" / "last.pt", made[0] / "checkpoints" / "best.pt")
+    results.append(evaluate_knn(*opened(made[0] / "checkpoints" / "best.pt"), ks=(3, 5)))
     results.append(results[0])  # the same run again
     rows = summarize(results)
     assert [row["seeds"] for row in rows] == [[0, 1, 2], [0], [0], [0]] and rows[2]["untrained"]

@@ -24,6 +24,7 @@ from fastssl.recipe import Jitter, Recipe, UserError, ViewOnly, Views, with_over
 from fastssl.training import train
 from fastssl.views import clean_view, describe_clean_view
 
+PROTOCOL = "all of the encoder fine-tuned with a new linear classifier; the last epoch is tested"
 # The semi-supervised runs of arXiv 2310.18080, in its published code.
 ENCODER_LR, HEAD_LR_FACTOR, WEIGHT_DECAY, FINAL_LR_FACTOR, EPOCHS, BATCH = 1e-4, 10.0, 1e-5, 0.1, 50, 256
 LEAST_STEPS = 10  # an epoch: below, the batch is halved (ImageNet's 1 % makes 50 steps of 256)
@@ -79,10 +80,7 @@ def finetune_recipe(
             "workers": run.data.workers,
         },
         "views": views.model_copy(update={"clean": view or views.clean}).model_dump(),
-        "model": {
-            "backbone": run.model.backbone,
-            "stem": run.model.stem,
-        },
+        "model": {"backbone": run.model.backbone, "stem": run.model.stem},
         "embedding": {
             "stochastic": "h" if "h" in run.embedding.stochastic else "none",
             "samples": run.embedding.samples,
@@ -121,11 +119,13 @@ def finetune(
 
     about: what the result says beside. A fine-tune that was stopped goes on; a finished one is not done again.
     """
-    class_C = np.unique(labels_of(labelled.train))
+    class_C = np.unique(labels_of(labelled.train, labelled.train_list))
+    if len(class_C) < 2:
+        raise UserError(f"{labelled.train_list or labelled.train} holds one class only: name images of several.")
     recipe = finetune_recipe(encoder, labelled, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
     settings = recipe.model_dump(mode="json", exclude=NOT_SETTINGS)
     of_view = {"view": describe_clean_view(recipe.views)}
-    request = {**about, "settings": settings, "seed": seed, **encoder.about, **of_view}
+    request = {"protocol": PROTOCOL, **about, "settings": settings, "seed": seed, **encoder.about, **of_view}
     key = hashlib.sha256(json.dumps(without_places(request)).encode()).hexdigest()[:8]
     folder = encoder.run_dir / "eval" / f"{name}-{key}"
 
@@ -143,7 +143,7 @@ def finetune(
         model = load_model(folder).to(encoder.device)
         logits_MC, label_M = test_logits(model, labelled.test, recipe.views)
         rows = slice(None) if labelled.test_rows is None else labelled.test_rows
-        # Labels may have gaps: a class that no training image has is no candidate.
+        # Labels may have gaps: a class of which no image is learnt from is no candidate.
         scores = classification_figures(logits_MC[rows][:, class_C], label_M[rows], class_C, seed=seed)
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)  # a finished run needs the last one alone
         return {"folder": folder.name, **scored(encoder.run_dir, name, scores, labelled.test)}

@@ -135,26 +135,24 @@ def find_split(encoder: Encoder, train: str | Path | None = None, val: str | Pat
         Data(Path(val or data.val)),
         "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in others),
     )
-    check_labels(split.train.path, split.val.path)
+    check_labels(split.train.path, split.val.path, split.train.subset)
     return split
 
 
-def check_labels(train: Path, val: Path) -> None:
-    """That both files have labels, and the same classes."""
-    labels = [labels_of(path) for path in (train, val)]
-    classes = np.unique(labels[0])
+def check_labels(train: Path, val: Path, subset: str | None = None) -> None:
+    """That both files have labels, of the training file those that are fitted on, and the same classes."""
+    label_N, label_M = labels_of(train, subset), labels_of(val)
+    classes = np.unique(label_N)
     if len(classes) < 2:
-        raise UserError(
-            f"{train} holds one class only, nothing to tell apart: name another file with --train."
-        )
-    if not np.isin(labels[1], classes).any():
-        raise UserError(f"{val} shares no class with {train}: name a matching file with --val.")
+        raise UserError(f"{train} holds one class only, nothing to tell apart: name another file.")
+    if not np.isin(label_M, classes).any():
+        raise UserError(f"{val} shares no class with {train}: name a matching file.")
     names = [read_header(path).classes for path in (train, val)]
     if None not in names and names[0] != names[1]:
         one, other = next((a, b) for a, b in zip([*names[0], "none"], [*names[1], "none"]) if a != b)
         raise UserError(
             f"{train} and {val} number their classes differently ({one} and {other} are the same one): build both from "
-            "one source, or name a matching file with --val."
+            "one source, or name a matching file."
         )
 
 
@@ -173,11 +171,13 @@ def indices_of(path: Path) -> np.ndarray:
     return np.array(metadata["index"])
 
 
-def labels_of(path: Path) -> np.ndarray:
-    """The labels in the order of the file; UserError where images have none."""
+def labels_of(path: Path, subset: str | Path | None = None) -> np.ndarray:
+    """The labels in the order of the file, or of those of its images that a list names; UserError where one lacks."""
     label_N = read_labels(path)
+    if subset is not None:
+        label_N = label_N[np.isin(indices_of(path), read_index_list(path, subset))]
     if (label_N < 0).any():
-        raise UserError(f"{path} holds images without labels: name a labelled file with --train or --val.")
+        raise UserError(f"{path} holds images without labels: name a labelled file, or a list of its labelled images.")
     return label_N
 
 

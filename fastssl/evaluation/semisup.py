@@ -28,23 +28,18 @@ def evaluate_semisup(
     training file: data.limit does not apply. The list lies beside the result.
     """
     share = f"semisup-{list_file.stem}" if list_file else f"semisup-{percent:g}percent"
-    name = f"{share}-seed{seed}{encoder.suffix}{split.name}"
+    name = f"{share}-seed{seed}{encoder.suffix}{f'-{view}' if view else ''}{split.name}"
     if list_file:
         index, what = read_index_list(split.train.path, list_file), "a list"
     else:
         rows = stratified_share(labels_of(split.train.path), percent / 100, seed)
         index = indices_of(split.train.path)[rows]
         what = f"{percent:g} % of every class, drawn with seed {seed}"
-    labelled = Labelled(
-        split.train.path, keep_list(encoder.run_dir, name, index, what), len(index), split.val.path
-    )  # fmt: skip
+    labelled = Labelled(split.train.path, keep_list(encoder.run_dir, name, index, what), len(index), split.val.path)
     about = split.about
     about["train"] |= {
         "images": len(index), "subset": None, "subset_sha256": None, "limit": None, "part": what,
         "list": list_file and str(list_file), "list_sha256": hashlib.sha256(np.sort(index).tobytes()).hexdigest(),
     }  # fmt: skip
-    protocol = "all of the encoder fine-tuned with a new linear classifier; the last epoch is tested"
-    return finetune(
-        encoder, name, labelled, seed=seed, view=view, overrides=list(overrides),
-        about={"evaluation": share, "protocol": protocol, **about},
-    )  # fmt: skip
+    about = {"evaluation": share, **about}
+    return finetune(encoder, name, labelled, seed=seed, view=view, overrides=list(overrides), about=about)
