@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -116,8 +117,13 @@ def at_step(monkeypatch):
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 )
-def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(canvas, tmp_path, at_step, number, code):
+def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(
+    canvas, tmp_path, at_step, number, code, request
+):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "log.every=4"))
+    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup
+        request.addfinalizer(partial(signal.signal, number, signal.SIG_IGN))
+        signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
     at_step(1, lambda: signal.raise_signal(number))
     with pytest.raises(signals.Stopped) as stopped:
