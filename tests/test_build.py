@@ -445,6 +445,32 @@ def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, 
     assert built(out) == built(tmp_path / "straight")
 
 
+def test_a_save_that_is_interrupted_leaves_each_image_once(forty_photos, tmp_path, monkeypatch):
+    """Ctrl-C behind the write of the rows, and then the save that the interrupt itself brings about."""
+    forty = tmp_path / "photos"
+    shutil.copytree(forty_photos, forty)
+    (forty / "bird" / "bad.jpg").write_bytes(b"no picture")
+    write_from, interrupted = unfinished_module._write_from, []
+
+    def strikes_once(path, position, content):
+        write_from(path, position, content)
+        if path.name == "rows" and content and not interrupted:
+            interrupted.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished_module, "_write_from", strikes_once)
+    monkeypatch.setattr(unfinished_module, "SAVE_EVERY", 0.0)
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    with pytest.raises(KeyboardInterrupt):
+        build_beton("imagefolder", forty, out, canvas=32, workers=1)
+    rows = np.frombuffer((out / "train.beton.part" / "rows").read_bytes(), unfinished_module.ROW)
+    assert interrupted and len(rows) and len(set(rows["index"].tolist())) == len(rows)
+    for folder in (out, straight):
+        build_beton("imagefolder", forty, folder, canvas=32, workers=1)
+    assert built(out) == built(straight)
+    assert (out / "bad_images.jsonl").read_text() == (straight / "bad_images.jsonl").read_text()
+
+
 def test_the_forecast_is_close_to_what_is_built(forty_photos, tmp_path):
     options = {"canvas": 80, "workers": 1}
     forecast = forecast_build("imagefolder", forty_photos, tmp_path / "o", **options)

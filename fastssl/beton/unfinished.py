@@ -107,12 +107,17 @@ class UnfinishedBeton:
             self.save()
 
     def save(self) -> None:
-        """Wait until all that has been added would be found again after a power cut."""
+        """Wait until all that has been added would be found again after a power cut.
+
+        Whatever interrupts it (Ctrl-C, a full disk), doing it again leaves each row there once.
+        """
         with open(self.pages, "rb") as file:
             os.fsync(file.fileno())
-        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.bad[self._bad_saved :])
-        _append(self.folder / "bad.jsonl", "".join(lines).encode())
-        _append(self.folder / "rows", self._rows[self._rows_saved : self._done].tobytes())
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.bad]
+        before = len("".join(lines[: self._bad_saved]).encode())
+        _write_from(self.folder / "bad.jsonl", before, "".join(lines[self._bad_saved :]).encode())
+        rows = self._rows[self._rows_saved : self._done].tobytes()
+        _write_from(self.folder / "rows", self._rows_saved * ROW.itemsize, rows)
         self._rows_saved, self._bad_saved = self._done, len(self.bad)
         self._last_save = time.monotonic()
 
@@ -187,8 +192,10 @@ def names_path(path: Path) -> Path:
     return path.with_name(path.name + ".names.txt")
 
 
-def _append(path: Path, content: bytes) -> None:
-    with open(path, "ab") as file:
+def _write_from(path: Path, position: int, content: bytes) -> None:
+    path.touch()
+    with open(path, "r+b") as file:
+        file.seek(position)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
