@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -220,15 +222,10 @@ def knn(
     out: Out = None,
 ) -> None:
     """Accuracy of the weighted nearest neighbours."""
-    from fastssl import evaluation
+    from fastssl.evaluation import evaluate_knn
 
-    results = []
-    for run in runs:
-        encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
-        split = evaluation.find_split(encoder, train, val)
-        options = dict(ks=k, temperatures=temperature, draws=draws, dtype=dtype)
-        results.append(evaluation.evaluate_knn(encoder, split, **options))
-    _show(results, out)
+    evaluate = partial(evaluate_knn, ks=k, temperatures=temperature, draws=draws, dtype=dtype)
+    _evaluate(evaluate, runs, train, val, out, untrained=untrained, view=view, device=device)
 
 
 @evaluation.command()
@@ -251,15 +248,11 @@ def linear(
     out: Out = None,
 ) -> None:
     """Accuracy of a linear classifier on frozen features; whatever is chosen is chosen on training images."""
-    from fastssl import evaluation
+    from fastssl.evaluation import evaluate_linear
 
-    results = []
-    for run in runs:
-        encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
-        split = evaluation.find_split(encoder, train, val)
-        options = dict(protocol=protocol, schedule=schedule, draws=draws, dtype=dtype, seed=seed)
-        results.append(evaluation.evaluate_linear(encoder, split, **options))
-    _show(results, out)
+    options = dict(protocol=protocol, schedule=schedule, draws=draws, dtype=dtype, seed=seed)
+    evaluate = partial(evaluate_linear, **options)
+    _evaluate(evaluate, runs, train, val, out, untrained=untrained, view=view, device=device)
 
 
 @evaluation.command()
@@ -279,15 +272,10 @@ def semisup(
     out: Out = None,
 ) -> None:
     """Accuracy of the whole encoder, fine-tuned on few labels."""
-    from fastssl import evaluation
+    from fastssl.evaluation import evaluate_semisup
 
-    results = []
-    for run in runs:
-        encoder = evaluation.find_encoder(run, untrained=untrained, device=device)
-        split = evaluation.find_split(encoder, train, val)
-        options = dict(percent=percent, list_file=list_, seed=seed, view=view, overrides=set_ or [])
-        results.append(evaluation.evaluate_semisup(encoder, split, **options))
-    _show(results, out)
+    options = dict(percent=percent, list_file=list_, seed=seed, view=view, overrides=set_ or [])
+    _evaluate(partial(evaluate_semisup, **options), runs, train, val, out, untrained=untrained, device=device)
 
 
 @evaluation.command()
@@ -310,20 +298,30 @@ def transfer(
     out: Out = None,
 ) -> None:
     """Accuracy on other data sets, as one table."""
-    from fastssl import evaluation
+    from fastssl.evaluation import evaluate_transfer, find_encoder, find_target
 
-    targets = [evaluation.find_target(*_name_and_path(text)) for text in to]
+    targets = [find_target(*_name_and_path(text)) for text in to]
     if len({target.name for target in targets}) < len(targets):
         raise UserError("--to gives one name to two data sets: name them differently.")
     if set_ and method == "linear":
         raise UserError("--set is for fine-tuning: add --method finetune or both, or leave it out.")
+    options = dict(protocol=protocol, draws=draws, dtype=dtype, seed=seed, view=view, overrides=set_ or [])
+    methods = ("linear", "finetune") if method == "both" else (method,)
     results = []
     for run in runs:
-        encoder = evaluation.find_encoder(run, untrained=untrained, view=view, device=device)
-        for target in targets:
-            for way in ("linear", "finetune") if method == "both" else (method,):
-                options = dict(protocol=protocol, draws=draws, dtype=dtype, seed=seed, view=view, overrides=set_ or [])
-                results.append(evaluation.evaluate_transfer(encoder, target, way, **options))
+        encoder = find_encoder(run, untrained=untrained, view=view, device=device)
+        results += [evaluate_transfer(encoder, *what, **options) for what in product(targets, methods)]
+    _show(results, out)
+
+
+def _evaluate(evaluate, runs: list[Path], train: Path | None, val: Path | None, out: Path | None, **options) -> None:
+    """evaluate(encoder, split) of one run after the other. options: which encoder, and where."""
+    from fastssl.evaluation import find_encoder, find_split
+
+    results = []
+    for run in runs:
+        encoder = find_encoder(run, **options)
+        results.append(evaluate(encoder, find_split(encoder, train, val)))
     _show(results, out)
 
 

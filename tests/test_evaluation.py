@@ -56,7 +56,7 @@ def run(canvas, tmp_path):
 
 @pytest.fixture(autouse=True)
 def fewer_epochs(monkeypatch):
-    monkeypatch.setattr(linear.command, "EPOCHS", 3)
+    monkeypatch.setitem(linear.sweep.CONSTANTS, "epochs", 3)
     short = {name: schedule._replace(epochs=4, steps=(2, 3)) for name, schedule in linear.SCHEDULES.items()}
     monkeypatch.setattr(linear.reference, "SCHEDULES", short)
     monkeypatch.setattr(linear.command, "SCHEDULES", short)
@@ -120,10 +120,13 @@ def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypa
         assert evaluate_linear(*opened(folder)) == first
         again = evaluate_linear(*opened(moved))  # the same weights and data in another place
         assert again["figures"] == first["figures"] and again["run"] == str(moved)
-        for name, value in (("EPOCHS", 4), ("LEARNING_RATES", (0.1,)), ("WEIGHT_DECAYS", (0.0,)), ("CACHE_VERSION", 9)):
+        for name, value in (("epochs", 4), ("lrs", (0.1,)), ("weight_decays", (0.0,)), ("held_out_share", 0.2)):
             with patch.context() as changed, pytest.raises(AssertionError):
-                changed.setattr(linear.command, name, value)
+                changed.setitem(linear.sweep.CONSTANTS, name, value)
                 evaluate_linear(*opened(folder))
+        with patch.context() as changed, pytest.raises(AssertionError):
+            changed.setattr(linear.command, "CACHE_VERSION", 9)
+            evaluate_linear(*opened(folder))
         for options in ({"seed": 1}, {"dtype": "float16"}, {"protocol": "lbfgs"}):
             with pytest.raises(AssertionError):
                 evaluate_linear(*opened(folder), **options)

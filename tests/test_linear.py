@@ -58,7 +58,7 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
         seen = np.concatenate([r for r, _ in epoch])
         assert sorted(seen) == rows.tolist() and seen.tolist() != rows.tolist()
         for r, x_BD in epoch:
-            np.testing.assert_array_equal(x_BD, x[r])
+            np.testing.assert_array_equal(x_BD, x[r.numpy()])
     assert not np.array_equal(epochs[0][0][0], epochs[1][0][0])
     again = list(Batches(x, rows, 16, seed=1, device="cpu").epoch())
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, epochs[0], strict=True))

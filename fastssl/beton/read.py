@@ -112,13 +112,12 @@ def read_labels(path: str | Path) -> np.ndarray:
     return np.ascontiguousarray(checked.metadata["label"])
 
 
-def data_checksum(path: str | Path) -> str:
+def data_checksum(info: BetonInfo) -> str:
     """A sha256 that tells data sets apart: of the checksums that the build left, else of the whole file."""
-    path = Path(path)
-    manifest = read_header(path).manifest or {}
+    manifest = info.manifest or {}
     if "checksums" in manifest:
         return hashlib.sha256(json.dumps(manifest["checksums"], sort_keys=True).encode()).hexdigest()
-    with open(path, "rb") as file:
+    with open(info.path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

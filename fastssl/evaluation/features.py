@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.lib.format import open_memmap
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from fastssl.beton import read_header, read_index_list
 from fastssl.beton.progress import progress
+from fastssl.evaluation.arrays import as_tensor
 from fastssl.loading import Batch, BetonLoader
 from fastssl.models.ssl_model import evaluating
 from fastssl.randomness import NOISE_EVALUATION, normals
@@ -69,8 +69,8 @@ def mean_of_draws(
     rows = max(1, CHUNK_BYTES // (4 * draws * mean_ND.shape[1]))
     for first in range(0, len(mean_ND), rows):
         part = slice(first, first + rows)
-        mu_BD, sigma_BD = (in_memory(x[part]).to(device).float() for x in (features.mu, features.sigma))
-        index_B = in_memory(features.index[part]).to(device)
+        mu_BD, sigma_BD = (as_tensor(x[part]).to(device).float() for x in (features.mu, features.sigma))
+        index_B = as_tensor(features.index[part]).to(device)
         noise_SBD = normals(seed, 0, index_B, 0, draws, mu_BD.shape[1], NOISE_EVALUATION)
         h_SBD = mu_BD + sigma_BD * noise_SBD
         mean_ND[part] = (F.normalize(h_SBD, dim=-1) if normalize else h_SBD).mean(dim=0).cpu().numpy()
@@ -104,22 +104,26 @@ def embedded_batches(
     """`extract_features`, batch by batch."""
     with evaluating(model):
         for batch in loader:
-            cudnn = torch.backends.cudnn
-            exactly = cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)
-            with torch.autocast(batch.image.device.type, enabled=False), exactly:
+            with in_fp32(batch.image.device):
                 embedding = model.embed(clean(batch.image, batch.height, batch.width))
             columns = embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma
-            yield Features(*(None if x is None else as_array(x[batch.valid]) for x in columns), embedding.space)
-            advance(int(batch.valid.sum()))
+            features = Features(*(None if x is None else kept(x, batch) for x in columns), embedding.space)
+            yield features
+            advance(len(features.label))
 
 
-def in_memory(x: ArrayLike | Tensor) -> Tensor:
-    """A tensor as it is, anything else as a copy: a map of a file is read-only."""
-    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+@contextmanager
+def in_fp32(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32, whatever surrounds it."""
+    cudnn = torch.backends.cudnn
+    exactly = cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)
+    with torch.autocast(device.type, enabled=False), exactly:
+        yield
 
 
-def as_array(x: Tensor) -> np.ndarray:
-    return x.to("cpu", torch.float32 if x.is_floating_point() else torch.int64).numpy()
+def kept(x: Tensor, batch: Batch) -> np.ndarray:
+    """The rows of a batch that are samples, as float32 or int64 on the CPU."""
+    return x[batch.valid].to("cpu", torch.float32 if x.is_floating_point() else torch.int64).numpy()
 
 
 def clean_loader(
@@ -196,8 +200,7 @@ def cached_features(
         loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit)
         with progress(f"Features of {beton}", len(loader.rows), "images") as advance:
             batches = embedded_batches(model, loader, clean_view(views), advance)
-            with writing(folder):
-                write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
+            write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
         features = read_features(folder)
     return features
 
@@ -215,12 +218,14 @@ def finite(batches: Iterable[Features], beton: str | Path, dtype: DType) -> Iter
 
 
 def write_features(folder: Path, batches: Iterable[Features], count: int, dtype: DType = "float32") -> None:
-    """`count` samples, batch by batch, into NAME.npy each; written beside and renamed, so never half there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(".*.part"):  # of a process that was killed
-        if time.time() - abandoned.stat().st_mtime > A_DAY:
-            shutil.rmtree(abandoned, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    """`count` samples, batch by batch, into NAME.npy each; written beside and renamed, so never half there.
+
+    Raises UserError where they cannot be written, and what reading the batches raises.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder.parent)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         maps, checksums, space, done = {}, {}, None, 0
         for batch in batches:
@@ -230,21 +235,36 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
                     continue
                 x = np.ascontiguousarray(x, dtype if x.dtype.kind == "f" else None)
                 if name not in maps:
-                    maps[name] = open_memmap(beside / f"{name}.npy", "w+", x.dtype, (count, *x.shape[1:]))
-                    with open(beside / f"{name}.npy", "r+b") as file:  # on a full disk, writing to a map kills
-                        os.posix_fallocate(file.fileno(), 0, maps[name].offset + maps[name].nbytes)
+                    with writing(folder):
+                        maps[name] = new_map(beside / f"{name}.npy", x.dtype, (count, *x.shape[1:]))
                 maps[name][done : done + len(x)] = x
                 checksums[name] = zlib.crc32(x, checksums.get(name, 0))
             done += len(batch.label)
         assert done == count, f"{done} samples where {count} were expected"
-        for array in maps.values():
-            array.flush()
-        (beside / "about.json").write_text(json.dumps({"space": space, "crc32": checksums}))
-        if read_features(folder) is None:  # else another process was faster
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            beside.rename(folder)
+        with writing(folder):
+            for array in maps.values():
+                array.flush()
+            (beside / "about.json").write_text(json.dumps({"space": space, "crc32": checksums}))
+            if read_features(folder) is None:  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+                beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def new_map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """An array in a file, whose space is taken at once: on a full disk, writing to a map would kill the process."""
+    array = open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+    return array
+
+
+def remove_abandoned(folder: Path) -> None:
+    """What processes that were killed a day ago and more had begun."""
+    for path in folder.glob(".*.part"):
+        if time.time() - path.stat().st_mtime > A_DAY:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

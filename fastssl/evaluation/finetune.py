@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from fastssl.beton.atomic import write_atomically
 from fastssl.beton.progress import progress
-from fastssl.evaluation.features import clean_loader, writing
+from fastssl.evaluation.features import clean_loader, in_fp32, kept, writing
 from fastssl.evaluation.metrics import classification_figures
 from fastssl.evaluation.results import find_or_measure, scored, without_places
 from fastssl.evaluation.runs import Encoder, labels_of
@@ -64,8 +64,9 @@ def finetune_recipe(
     at any batch size: AdamW's steps do not grow with the batch.
     """
     run = encoder.recipe
-    for override in overrides:
-        if not override.startswith(tuple(f"{key}." for key in SETTABLE)) and override.split("=")[0] not in SETTABLE:
+    keys = [override.partition("=")[0] for override in overrides]
+    for key, override in zip(keys, overrides):
+        if not any(key == one or key.startswith(f"{one}.") for one in SETTABLE):
             raise UserError(f"--set {override}: fine-tuning sets this itself; it takes {', '.join(SETTABLE)}.")
     batch = BATCH
     while batch > 2 and labelled.train_images < LEAST_STEPS * batch:
@@ -100,9 +101,10 @@ def finetune_recipe(
         "probe": {"every": 0},
     }
     recipe = with_overrides(Recipe.model_validate(values), overrides)
-    if not any(override.startswith(("optim.lr=", "optim=")) for override in overrides):  # the rate at batch 256
-        recipe = with_overrides(recipe, [f"optim.lr={ENCODER_LR * 256 / recipe.train.batch_size}"])
-    return recipe
+    if "optim.lr" in keys or "optim" in keys:
+        return recipe
+    at_batch_256 = ENCODER_LR * 256 / recipe.train.batch_size
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": at_batch_256})})
 
 
 def finetune(
@@ -171,9 +173,10 @@ def test_logits(model: Classifier, beton: Path, views: Views) -> tuple[np.ndarra
     loader = clean_loader(beton, views, next(model.parameters()).device)
     with evaluating(model), progress(f"Testing on {beton}", len(loader.rows), "images") as advance:
         for batch in loader:
-            logits = model.logits(clean(batch.image, batch.height, batch.width))
-            parts.append([x[batch.valid].cpu().numpy() for x in (logits, batch.label)])
-            advance(int(batch.valid.sum()))
+            with in_fp32(batch.image.device):
+                logits = model.logits(clean(batch.image, batch.height, batch.width))
+            parts.append([kept(x, batch) for x in (logits, batch.label)])
+            advance(len(parts[-1][1]))
     logits, labels = zip(*parts, strict=True)
     return np.concatenate(logits), np.concatenate(labels)
 

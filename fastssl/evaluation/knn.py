@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastssl.beton.progress import progress
-from fastssl.evaluation.features import DType, in_memory, mean_of_draws
+from fastssl.evaluation.arrays import as_tensor
+from fastssl.evaluation.features import DType, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
 from fastssl.evaluation.results import find_or_measure
 from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
@@ -46,7 +47,7 @@ def knn_accuracy(
     guess_M = knn_predictions(
         train_features, train_labels, test_features, ks=(k,), temperatures=(temperature,)
     )[k, temperature]
-    return (guess_M == in_memory(test_labels).cpu()).double().mean().item()
+    return (guess_M == as_tensor(test_labels).cpu()).double().mean().item()
 
 
 @torch.inference_mode()
@@ -71,7 +72,7 @@ def knn_predictions(
     bank_ND, query_MD = train_features, test_features
     if device is None:
         device = bank_ND.device if isinstance(bank_ND, Tensor) else "cpu"
-    class_C, target_N = torch.unique(in_memory(train_labels).to(device), return_inverse=True)
+    class_C, target_N = torch.unique(as_tensor(train_labels).to(device), return_inverse=True)
     most = min(max(ks), len(bank_ND))
 
     near_MK = torch.full((len(query_MD), 0), 0.0, dtype=torch.float64, device=device)
@@ -111,7 +112,7 @@ def _nearer(bank_ND: Tensor, target_N: Tensor, query_MD, near_MK: Tensor, vote_M
 
 def unit(features_ND: ArrayLike | Tensor, device: torch.device) -> Tensor:
     """Features in float64, of length 1."""
-    return F.normalize(in_memory(features_ND).to(device).double(), dim=1)
+    return F.normalize(as_tensor(features_ND).to(device).double(), dim=1)
 
 
 def few_label_knn(

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastssl.evaluation.arrays import as_numpy
+
 ECE_BINS = 15  # arXiv 1706.04599; torchmetrics' default
 TOP = 5
 RESAMPLES = 1000
@@ -35,10 +37,10 @@ def classification_figures(
 
     A label without a column is an error in all but nll, which leaves it out: no probability was ever assigned to it.
     """
-    class_C, label_M = array(classes), array(labels)
+    class_C, label_M = as_numpy(classes), as_numpy(labels)
     logits_MC = logits.detach() if isinstance(logits, Tensor) else np.asarray(logits)
     per_sample = [
-        _per_sample(array(logits_MC[first : first + CHUNK_ROWS]), label_M[first : first + CHUNK_ROWS], class_C)
+        _per_sample(as_numpy(logits_MC[first : first + CHUNK_ROWS]), label_M[first : first + CHUNK_ROWS], class_C)
         for first in range(0, len(label_M), CHUNK_ROWS)
     ]
     guess_M, rank_M, confidence_M, nll_M = map(np.concatenate, zip(*per_sample, strict=True))
@@ -114,7 +116,3 @@ def accuracy_interval(correct_M: np.ndarray, seed: int = 0) -> tuple[float, floa
     drawn = np.random.default_rng(seed).binomial(len(correct_M), correct_M.mean(), 10 * RESAMPLES) / len(correct_M)
     low, high = np.percentile(drawn, LEVEL)
     return float(low), float(high)
-
-
-def array(x: ArrayLike | Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)

@@ -11,7 +11,6 @@ import torch
 
 from fastssl.beton import data_checksum, read_header, read_index_list, read_labels, read_metadata
 from fastssl.evaluation.features import DType, Features, cached_features, weights_sha256
-from fastssl.loading import count_images
 from fastssl.models import Model, build_model
 from fastssl.models.checkpoint import LAST, model_in, newest_checkpoint, run_dir_of
 from fastssl.recipe import Recipe, UserError, load_recipe
@@ -91,15 +90,17 @@ class Data:
 
     @property
     def about(self) -> dict:
+        info = read_header(self.path)
         listed = np.sort(read_index_list(self.path, self.subset)) if self.subset else None
+        images = info.num_samples if listed is None else len(listed)
         return {
             "path": str(self.path),
-            "images": count_images(self.path, subset=self.subset, limit=self.limit),
+            "images": min(images, self.limit or images),
             "subset": self.subset,
             "subset_sha256": None if listed is None else hashlib.sha256(listed.tobytes()).hexdigest(),
             "limit": self.limit,
-            "layout": read_header(self.path).layout,
-            "checksum": data_checksum(self.path),
+            "layout": info.layout,
+            "checksum": data_checksum(info),
         }
 
 

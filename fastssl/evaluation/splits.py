@@ -7,14 +7,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastssl.evaluation.arrays import as_numpy
 from fastssl.recipe import UserError
+
+HELD_OUT = 0.1  # share of the training set that hyperparameters are chosen on
 
 
 def balanced_draws(
     labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int
 ) -> list[np.ndarray]:
     """`draws` independent samples of `labels_per_class` rows of every class, each ascending."""
-    label_N = labels_array(labels)
+    label_N = as_numpy(labels)
     class_C, count_C = np.unique(label_N, return_counts=True)
     if count_C.min() < labels_per_class:
         scarce = class_C[count_C.argmin()]
@@ -40,27 +43,29 @@ def stratified_holdout(
 
     At least one sample of a class is held out and at least one is kept; a class of one is kept.
     """
-    label_N = labels_array(labels)
-    rng = np.random.default_rng(seed)
-    held = []
-    for c in np.unique(label_N):
-        rows = rng.permutation(np.flatnonzero(label_N == c))
-        size = min(max(1, round(share * len(rows))), len(rows) - 1)
-        held.append(rows[:size])
-    held = np.sort(np.concatenate(held))
+    label_N = as_numpy(labels)
+    held = _some_of_every_class(label_N, share, seed, leave=1)
     return np.setdiff1d(np.arange(len(label_N)), held), held
 
 
 def stratified_share(labels: ArrayLike | Tensor, share: float, seed: int) -> np.ndarray:
     """The rows, sorted, of `share` of every class: at least one sample of each."""
-    label_N = labels_array(labels)
+    return _some_of_every_class(as_numpy(labels), share, seed, leave=0)
+
+
+def _some_of_every_class(label_N: np.ndarray, share: float, seed: int, leave: int) -> np.ndarray:
+    """Rows, sorted: a share of each class, one sample or more, but so many that `leave` of them are left."""
     rng = np.random.default_rng(seed)
     picked = []
     for c in np.unique(label_N):
         rows = rng.permutation(np.flatnonzero(label_N == c))
-        picked.append(rows[: max(1, round(share * len(rows)))])
+        picked.append(rows[: min(max(1, round(share * len(rows))), len(rows) - leave)])
     return np.sort(np.concatenate(picked))
 
 
-def labels_array(labels: ArrayLike | Tensor) -> np.ndarray:
-    return labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+def held_out_tenth(label_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to fit on, rows to choose on): what linear classifiers are chosen by. UserError where there are none."""
+    fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
+    if len(held_rows) == 0:
+        raise UserError("A linear classifier is chosen on held-out images, but no class has two: name more images.")
+    return fit_rows, held_rows

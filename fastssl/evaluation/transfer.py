@@ -10,7 +10,7 @@ from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import Labelled, finetune, keep_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, settings_of
 from fastssl.evaluation.results import find_or_measure, scored
-from fastssl.evaluation.runs import Data, Encoder, check_labels, indices_of, labels_of
+from fastssl.evaluation.runs import Data, Encoder, Split, check_labels, indices_of, labels_of
 from fastssl.evaluation.splits import stratified_holdout
 from fastssl.recipe import UserError
 
@@ -30,12 +30,11 @@ class Target:
 
     @property
     def about(self) -> dict:
-        train, test = Data(self.train).about, Data(self.test).about
+        about = Split(Data(self.train), Data(self.test), self.name).about
         if self.train_rows is not None:
-            train |= {"images": len(self.train_rows), "part": "a half of every class"}
-            test |= {"images": len(self.test_rows), "part": "the other half"}
-        layout = "full" if train["layout"] == test["layout"] == "full" else "canvas"
-        return {"train": train, "val": test, "layout": layout}
+            about["train"] |= {"images": len(self.train_rows), "part": "a half of every class"}
+            about["val"] |= {"images": len(self.test_rows), "part": "the other half"}
+        return about
 
 
 def find_target(name: str, path: str | Path) -> Target:

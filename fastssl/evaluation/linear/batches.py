@@ -34,16 +34,17 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
-    def epoch(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Every row once: which rows (B,), and their features (B, D)."""
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every row once: which rows (B,), and their features (B, D), on the device; no copy to it for each batch."""
         order = self._block_order()
         for first in range(0, len(order), self.group_rows):
             rows = np.sort(order[first : first + self.group_rows])
             group_RD = self._read(rows)  # the one before it is gone by now: one group at a time is in memory
-            shuffled = self._rng.permutation(len(rows))
-            for start in range(0, len(rows), self.batch_size):
-                batch = shuffled[start : start + self.batch_size]
-                yield rows[batch], group_RD[torch.from_numpy(batch).to(self.device)].float()
+            row_R, shuffled_R = (
+                torch.from_numpy(x).to(self.device) for x in (rows, self._rng.permutation(len(rows)))
+            )
+            for place_B in shuffled_R.split(self.batch_size):
+                yield row_R[place_B], group_RD[place_B].float()
             del group_RD
 
     def _block_order(self) -> np.ndarray:

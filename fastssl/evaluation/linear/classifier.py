@@ -42,6 +42,6 @@ class Fitted:
     """A classifier, and what its protocol did."""
 
     classifier: LinearClassifier
-    settings: dict  # every setting of the protocol
+    settings: dict  # what followed from the data: batch_size, held_out (samples)
     chosen: dict  # what was chosen on held-out training samples; empty where nothing was
     selection: list[dict]  # each candidate with its held-out accuracy (share) and nll (nats)

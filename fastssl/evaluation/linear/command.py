@@ -4,10 +4,10 @@ from typing import Literal
 
 from fastssl.beton.progress import progress
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, mean_of_draws
-from fastssl.evaluation.linear.classifier import Fitted
-from fastssl.evaluation.linear.lbfgs import PENALTIES, fit_lbfgs
-from fastssl.evaluation.linear.reference import LR, SCHEDULES, WEIGHT_DECAY, ScheduleName, fit_reference
-from fastssl.evaluation.linear.sweep import EPOCHS, LEARNING_RATES, WEIGHT_DECAYS, fit_sweep
+from fastssl.evaluation.linear import lbfgs, reference, sweep
+from fastssl.evaluation.linear.lbfgs import fit_lbfgs
+from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
+from fastssl.evaluation.linear.sweep import fit_sweep
 from fastssl.evaluation.metrics import Scores, classification_figures
 from fastssl.evaluation.results import find_or_measure, scored
 from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
@@ -74,10 +74,8 @@ def settings_of(
     settings = {"draws": draws, "dtype": dtype, "features": CACHE_VERSION}
     if protocol == "reference":
         name = schedule if schedule in SCHEDULES else "imagenet"
-        return settings | {"schedule": name, "lr": LR, "weight_decay": WEIGHT_DECAY, **SCHEDULES[name]._asdict()}
-    if protocol == "sweep":
-        return settings | {"lrs": LEARNING_RATES, "weight_decays": WEIGHT_DECAYS, "epochs": EPOCHS}
-    return settings | {"penalties": PENALTIES}
+        return {**settings, "schedule": name, **SCHEDULES[name]._asdict(), **reference.CONSTANTS}
+    return {**settings, **(sweep.CONSTANTS if protocol == "sweep" else lbfgs.CONSTANTS)}
 
 
 def fit_and_score(
@@ -95,22 +93,18 @@ def fit_and_score(
     x_ND, label_N = representation(of_train), of_train.label
     common = {"seed": seed, "device": encoder.device}
     if protocol == "reference":
-        schedule = settings["schedule"]
-        with progress("Linear classifier", SCHEDULES[schedule].epochs, "epochs") as advance:
+        with progress("Linear classifier", settings["epochs"], "epochs") as advance:
             # Of draws, each one has been brought to length 1.
-            fitted = fit_reference(x_ND, label_N, schedule=schedule, normalize=not draws, advance=advance, **common)
+            fitted = fit_reference(
+                x_ND, label_N, schedule=settings["schedule"], normalize=not draws, advance=advance, **common
+            )
     elif protocol == "sweep":
-        with progress("Linear classifiers", 2 * EPOCHS, "epochs") as advance:
-            fitted = fit_sweep(x_ND, label_N, epochs=EPOCHS, advance=advance, **common)
+        with progress("Linear classifiers", 2 * settings["epochs"], "epochs") as advance:
+            fitted = fit_sweep(x_ND, label_N, epochs=settings["epochs"], advance=advance, **common)
     else:
-        with progress("Logistic regressions", len(PENALTIES) + 1, "fits") as advance:
+        with progress("Logistic regressions", len(settings["penalties"]) + 1, "fits") as advance:
             fitted = fit_lbfgs(x_ND, label_N, advance=advance, **common)
-    return about_fit(fitted), test(fitted, representation(of_test), of_test.label, seed)
 
-
-def about_fit(fitted: Fitted) -> dict:
-    return {"hyperparameters": fitted.settings, "chosen": fitted.chosen, "selection": fitted.selection}
-
-
-def test(fitted: Fitted, x_MD, label_M, seed: int) -> Scores:
-    return classification_figures(fitted.classifier.logits(x_MD), label_M, fitted.classifier.class_C, seed=seed)
+    logits_MC, class_C = fitted.classifier.logits(representation(of_test)), fitted.classifier.class_C
+    scores = classification_figures(logits_MC, of_test.label, class_C, seed=seed)
+    return {"hyperparameters": fitted.settings, "chosen": fitted.chosen, "selection": fitted.selection}, scores

@@ -3,7 +3,7 @@
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.metrics import array
+from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.splits import balanced_draws
 
 FEW_LABEL_C = 1.0
@@ -32,9 +32,9 @@ def few_label_linear(
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(array(train_features))
-    train_ND, test_ND = (scaler.transform(array(x)) for x in (train_features, test_features))
-    label_N, test_label_N = array(train_labels), array(test_labels)
+    scaler = StandardScaler().fit(as_numpy(train_features))
+    train_ND, test_ND = (scaler.transform(as_numpy(x)) for x in (train_features, test_features))
+    label_N, test_label_N = as_numpy(train_labels), as_numpy(test_labels)
     accuracies = []
     for rows in balanced_draws(label_N, labels_per_class, draws, seed):
         classifier = LogisticRegression(C=FEW_LABEL_C, max_iter=1000).fit(train_ND[rows], label_N[rows])

@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.linear.batches import fits, in_order, mean_and_std, take
 from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
 from fastssl.evaluation.metrics import CHUNK_ROWS
-from fastssl.evaluation.splits import labels_array, stratified_holdout
-from fastssl.recipe import UserError
+from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
 
 PENALTIES = tuple(10.0**power for power in np.arange(0, -6.5, -0.5).tolist())  # from strong to weak
-HELD_OUT = 0.1
 MOST_STEPS = 1000  # of a penalty, as CLIP
 # The optimum is where no derivative is larger. In coordinates of curvature 1, the loss is then within half of their sum
 # of squares of its least value: 3e-7 with 5,000 weights.
 GRADIENT = 1e-5
+# For records:
+CONSTANTS = {"penalties": PENALTIES, "most_steps": MOST_STEPS, "gradient": GRADIENT, "held_out_share": HELD_OUT}
 
 
 class Objective:
@@ -124,10 +125,8 @@ def fit_lbfgs(
     Features are (N, D), an array, a map of a file or a tensor, labels (N,) integers. penalties: from strong to weak.
     `advance(1)` is called len(penalties) + 1 times.
     """
-    label_N = labels_array(labels)
-    fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
-    if len(held_rows) == 0:
-        raise UserError("The linear probe holds out one training sample of a class, but no class has two.")
+    label_N = as_numpy(labels)
+    fit_rows, held_rows = held_out_tenth(label_N, seed)
     class_C, target_N = np.unique(label_N, return_inverse=True)
     part = Objective(features, target_N, len(class_C), fit_rows, device)
     weight_CE = torch.zeros(len(class_C), features.shape[1] + 1, dtype=torch.float64, device=device)
@@ -143,12 +142,8 @@ def fit_lbfgs(
     whole = Objective(features, target_N, len(class_C), np.arange(len(label_N)), device)
     weight_CE, converged = whole.minimize(optima[best], penalties[best])
     advance(1)
-    settings = {
-        "penalties": list(penalties), "held_out": len(held_rows), "most_steps": MOST_STEPS, "gradient": GRADIENT
-    }  # fmt: skip
-    return Fitted(
-        whole.classifier(weight_CE, class_C), settings, {"penalty": penalties[best], "converged": converged}, selection
-    )
+    chosen = {"penalty": penalties[best], "converged": converged}
+    return Fitted(whole.classifier(weight_CE, class_C), {"held_out": len(held_rows)}, chosen, selection)
 
 
 def held_out_figures(

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.linear.batches import Batches
 from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
-from fastssl.evaluation.splits import labels_array
 
 LR, WEIGHT_DECAY, GAMMA = 1e-2, 5e-4, 0.1
+CONSTANTS = {"optimizer": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "gamma": GAMMA}  # for records
 
 ScheduleName = Literal["imagenet", "sun397", "flowers102"]
 
@@ -49,7 +50,7 @@ def fit_reference(
 
     normalize: False for features that are means of draws of length 1 each. `advance(1)` is called once an epoch.
     """
-    label_N = labels_array(labels)
+    label_N = as_numpy(labels)
     epochs, steps, batch_size = SCHEDULES[schedule]
     class_C, target_N = np.unique(label_N, return_inverse=True)
     target_N = torch.from_numpy(target_N).to(device)
@@ -61,17 +62,13 @@ def fit_reference(
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(steps), GAMMA)
     batches = Batches(features, np.arange(len(label_N)), min(batch_size, len(label_N)), seed, device)
     for _ in range(epochs):
-        for rows, x_BD in batches.epoch():
+        for row_B, x_BD in batches.epoch():
             logits_BC = layer(F.normalize(x_BD, dim=1) if normalize else x_BD)
-            F.cross_entropy(logits_BC, target_N[torch.from_numpy(rows).to(device)]).backward()
+            F.cross_entropy(logits_BC, target_N[row_B]).backward()
             optimizer.step()
             optimizer.zero_grad()
         scheduler.step()
         advance(1)
     weight_CD, bias_C = layer.weight.detach(), layer.bias.detach()
-    settings = {
-        "optimizer": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "epochs": epochs, "lr_steps": list(steps),
-        "gamma": GAMMA, "batch_size": batches.batch_size,
-    }  # fmt: skip
     classifier = LinearClassifier(torch.from_numpy(class_C), weight_CD, bias_C, normalize=normalize)
-    return Fitted(classifier, settings, {}, [])
+    return Fitted(classifier, {"batch_size": batches.batch_size}, {}, [])

@@ -17,18 +17,21 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.linear.batches import Batches, mean_and_std, take
 from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
-from fastssl.evaluation.splits import labels_array, stratified_holdout
-from fastssl.recipe import UserError
+from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-3)
 EPOCHS = 100
 MOMENTUM = 0.9
 LARGEST_BATCH = 1024  # the global batch of DINOv2
-HELD_OUT = 0.1  # share of the training set that rate and decay are chosen on
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time when choosing: 64 MiB
+CONSTANTS = {  # for records
+    "optimizer": "sgd", "momentum": MOMENTUM, "largest_batch": LARGEST_BATCH, "epochs": EPOCHS, "lrs": LEARNING_RATES,
+    "weight_decays": WEIGHT_DECAYS, "held_out_share": HELD_OUT,
+}  # fmt: skip
 
 
 class Candidate(NamedTuple):
@@ -91,10 +94,8 @@ def fit_sweep(
     Features are (N, D), an array, a map of a file or a tensor, labels (N,) integers. `advance(1)` is called 2 * epochs
     times.
     """
-    label_N = labels_array(labels)
-    fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
-    if len(held_rows) == 0:
-        raise UserError("The linear probe holds out one training sample of a class, but no class has two.")
+    label_N = as_numpy(labels)
+    fit_rows, held_rows = held_out_tenth(label_N, seed)
     batch_size = min(LARGEST_BATCH, max(32, len(label_N) // 40))  # 40 steps an epoch, or more
     candidates = [Candidate(lr, decay) for lr, decay in product(lrs, weight_decays)]
     train = dict(epochs=epochs, batch_size=batch_size, seed=seed, device=device, advance=advance)
@@ -103,10 +104,7 @@ def fit_sweep(
     found = swept.evaluate(features, label_N, held_rows)
     best = max(range(len(candidates)), key=lambda i: (found[i][0], -found[i][1]))
     final = train_heads(features, label_N, np.arange(len(label_N)), [candidates[best]], **train)
-    settings = {
-        "optimizer": "sgd", "momentum": MOMENTUM, "epochs": epochs, "batch_size": batch_size, "lrs": list(lrs),
-        "weight_decays": list(weight_decays), "held_out": len(held_rows),
-    }  # fmt: skip
+    settings = {"batch_size": batch_size, "held_out": len(held_rows)}
     selection = [
         {**candidate._asdict(), "accuracy": accuracy, "nll": nll}
         for candidate, (accuracy, nll) in zip(candidates, found, strict=True)
@@ -141,15 +139,15 @@ def train_heads(
     lr_H11, decay_H11 = torch.tensor(candidates, device=device).T[:, :, None, None]
     batches = Batches(features_ND, rows, batch_size, seed, device)
     steps, step = epochs * len(batches), 0
+    decays = any(candidate.weight_decay for candidate in candidates)
     for _ in range(epochs):
-        for batch, x_BD in batches.epoch():
+        for row_B, x_BD in batches.epoch():
             x_BE = heads.inputs(x_BD)
             residual_HCB = heads.logits(x_BE).softmax(dim=1)
-            target_B = target_N[torch.from_numpy(batch).to(device)]
-            residual_HCB[:, target_B, torch.arange(len(batch), device=device)] -= 1
+            residual_HCB[:, target_N[row_B], torch.arange(len(row_B), device=device)] -= 1
             # velocity = momentum * velocity + gradient + decay * weight, weight -= rate * velocity
-            velocity_KE.addmm_(residual_HCB.flatten(0, 1), x_BE.contiguous(), beta=MOMENTUM, alpha=1 / len(batch))
-            if any(candidate.weight_decay for candidate in candidates):
+            velocity_KE.addmm_(residual_HCB.flatten(0, 1), x_BE.contiguous(), beta=MOMENTUM, alpha=1 / len(row_B))
+            if decays:
                 velocity_KE.view_as(weight_HCE)[..., :-1].add_(decay_H11 * weight_HCE[..., :-1])
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             weight_HCE.addcmul_(lr_H11, velocity_KE.view_as(weight_HCE), value=-cosine)
