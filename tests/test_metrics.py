@@ -79,7 +79,7 @@ def test_of_equal_logits_the_first_column_is_the_guess_at_every_k():
 
 
 def test_a_confidence_on_a_bin_s_edge_belongs_below_it():
-    """As in arXiv 1706.04599: bins (0, 1/15], (1/15, 2/15] ... Ten guesses of 3/15, right thrice, and two of more, wrong."""
+    """As in arXiv 1706.04599: bins (0, 1/15], (1/15, 2/15] ... Ten guesses of 3/15, three right; two of more, wrong."""
     share = np.array([0.2] * 10 + [0.21] * 2)
     probability = np.stack([share, *[(1 - share) / 8] * 8], axis=1)
     label = np.array([0] * 3 + [1] * 9)
