@@ -418,7 +418,7 @@ def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
     assert len(label_N) == 48 and len(target.test_rows) == 24
     poisoned_labels = label_N.copy()
     poisoned_labels[target.test_rows] = 0
-    features_of = transfer.cached_features
+    features_of = transfer.features_of
 
     def poisoned(*args, **kwargs):
         found = features_of(*args, **kwargs)
@@ -426,7 +426,7 @@ def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(transfer, "cached_features", poisoned)
+        patch.setattr(transfer, "features_of", poisoned)
         tested = finetune.test_logits
         patch.setattr(finetune, "test_logits", lambda *a: (tested(*a)[0], poisoned_labels))
         for file in (folder / "eval").glob("*.json"):

@@ -12,9 +12,18 @@ from small_models import make_run
 from torch import Tensor, nn
 
 from fastssl.evaluation import cached_features, extract_features, features, mean_of_draws
-from fastssl.evaluation.features import Features, embedded_batches, finite, read_features, write_features
+from fastssl.evaluation.features import (
+    Features,
+    clean_loader,
+    clean_look,
+    embedded_batches,
+    finite,
+    read_features,
+    write_features,
+)
 from fastssl.randomness import NOISE_EVALUATION, normals
 from fastssl.recipe import UserError
+from fastssl.views import PairedViews
 
 
 class FakeBatch(NamedTuple):
@@ -86,7 +95,7 @@ def test_every_valid_sample_once_in_eval_mode():
 def test_the_mode_is_restored_after_an_error():
     model = FakeModel()
     with pytest.raises(RuntimeError):
-        extract_features(model, fake_batches(), lambda image, height, width: torch.zeros(1, 1))
+        extract_features(model, fake_batches(), lambda image, height, width: torch.zeros(1, 3, 2, 2))
     assert model.training
 
 
@@ -97,7 +106,7 @@ def test_cudnn_stays_as_it_was_but_for_tf32(monkeypatch):
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(model, "embed", lambda x: (seen.append((cudnn.enabled, cudnn.allow_tf32)), embed(x))[1])
     before = cudnn.enabled, cudnn.allow_tf32
-    for _ in embedded_batches(model, fake_batches(), fake_clean, lambda images: None):
+    for _ in embedded_batches(model, fake_batches(), clean_look(fake_clean), lambda images: None):
         assert (cudnn.enabled, cudnn.allow_tf32) == before
     assert set(seen) == {(True, False)}
 
@@ -114,7 +123,7 @@ def test_mu_and_sigma_are_kept_and_autocast_is_off():
 
 
 def written(folder, stochastic=False, dtype="float32"):
-    batches = embedded_batches(FakeModel(stochastic), fake_batches(), fake_clean, lambda images: None)
+    batches = embedded_batches(FakeModel(stochastic), fake_batches(), clean_look(fake_clean), lambda images: None)
     write_features(folder, batches, 10, dtype)
     return folder
 
@@ -145,7 +154,7 @@ def test_where_h_is_stochastic_it_is_kept_once(tmp_path):
 
 def test_an_interrupted_extraction_leaves_nothing(tmp_path):
     def broken():
-        yield from list(embedded_batches(FakeModel(), fake_batches(), fake_clean, lambda n: None))[:1]
+        yield from list(embedded_batches(FakeModel(), fake_batches(), clean_look(fake_clean), lambda n: None))[:1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +184,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
 
 def test_of_two_processes_the_first_one_s_features_stay(tmp_path):
     def late():
-        yield from embedded_batches(FakeModel(), fake_batches(), fake_clean, lambda images: None)
+        yield from embedded_batches(FakeModel(), fake_batches(), clean_look(fake_clean), lambda images: None)
         written(tmp_path / "x")
 
     write_features(tmp_path / "x", late(), 10)
@@ -302,3 +311,26 @@ def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, e
     assert len(extractions) == 3
     with pytest.raises(UserError, match="nowhere.beton"):
         cached_features(folder, tmp_path / "nowhere.beton", model=model, views=recipe.views)
+
+
+@pytest.mark.parametrize("layout", ["canvas", "full"])
+@pytest.mark.parametrize("stochastic", ["none", "z"])
+def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
+    """Each view as if it alone had been embedded, of the very views that PairedViews makes of the stored image."""
+    beton = request.getfixturevalue(layout) / "val.beton"
+    folder, recipe, model = make_run(
+        tmp_path / "run", {"train": str(beton)}, embedding={"stochastic": stochastic}
+    )
+    both = cached_features(folder, beton, model=model, views=recipe.views, augmented=True)
+    width = 8 if stochastic == "z" else None
+    assert both.h.shape == (12, 2, 96) and (both.mu is None if width is None else both.mu.shape == (12, 2, width))
+    (batch,) = clean_loader(beton, recipe.views, torch.device("cpu"), augmented=True)
+    pair = PairedViews(recipe.views)(batch.image, batch.index, 0, batch.height, batch.width)
+    for view, images in enumerate(pair):
+        expected = model.embed(images[batch.valid])
+        np.testing.assert_allclose(both.h[:, view], expected.h, rtol=1e-4, atol=1e-5)
+        if width:
+            np.testing.assert_allclose(both.sigma[:, view], expected.sigma, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(both.h[:, 0], both.h[:, 1])
+    clean = cached_features(folder, beton, model=model, views=recipe.views)
+    assert clean.h.shape == (12, 96)  # under a name of its own

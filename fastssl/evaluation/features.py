@@ -29,7 +29,7 @@ from fastssl.loading import Batch, BetonLoader
 from fastssl.models.ssl_model import evaluating
 from fastssl.randomness import NOISE_EVALUATION, normals
 from fastssl.recipe import UserError, Views
-from fastssl.views import clean_view, describe_clean_view
+from fastssl.views import PairedViews, clean_view, describe_clean_view
 
 CACHE_VERSION = 2  # raise it when the same inputs give other numbers
 A_DAY = 86_400  # seconds
@@ -40,7 +40,10 @@ DType = Literal["float32", "float16"]
 
 
 class Features(NamedTuple):
-    """What an encoder makes of N images, in the order of the file. Large ones are maps of files, read-only."""
+    """What an encoder makes of N images, in the order of the file. Large ones are maps of files, read-only.
+
+    Of two augmented views of each image, h, mu and sigma are (N, 2, D) and (N, 2, E).
+    """
 
     h: np.ndarray  # (N, D) float32 or float16: the representation; where h is stochastic, its mean
     label: np.ndarray  # (N,) int64
@@ -92,24 +95,42 @@ def extract_features(
     clean: uint8 images (B, H, W, 3), and the source images' sizes, to what `embed` takes. `advance` is told of each
     batch's number of images. Autocast and TF32 are off, whatever surrounds the call.
     """
-    parts = list(embedded_batches(model, loader, clean, advance))
+    parts = list(embedded_batches(model, loader, clean_look(clean), advance))
     *arrays, space = zip(*parts, strict=True)
     return Features(*(None if column[0] is None else np.concatenate(column) for column in arrays), space[0])
 
 
 @torch.inference_mode()
 def embedded_batches(
-    model: nn.Module, loader: Iterable[Batch], clean: Callable[..., Tensor], advance: Callable[[int], object]
+    model: nn.Module, loader: Iterable[Batch], look: Callable[[Batch], Tensor], advance: Callable[[int], object]
 ) -> Iterator[Features]:
-    """`extract_features`, batch by batch."""
+    """`extract_features`, batch by batch.
+
+    look: from a batch to what `embed` takes: one image a sample (B, 3, size, size), or several (B, views, 3, size,
+    size), and then h, mu and sigma are (B, views, D).
+    """
     with evaluating(model):
         for batch in loader:
             with in_fp32(batch.image.device):
-                embedding = model.embed(clean(batch.image, batch.height, batch.width))
-            columns = embedding.h, batch.label, batch.index, embedding.mu, embedding.sigma
-            features = Features(*(None if x is None else kept(x, batch) for x in columns), embedding.space)
+                images = look(batch)
+                embedding = model.embed(images.flatten(0, -4))
+            h, mu, sigma = (
+                None if x is None else kept(x.unflatten(0, images.shape[:-3]), batch)
+                for x in (embedding.h, embedding.mu, embedding.sigma)
+            )
+            features = Features(h, kept(batch.label, batch), kept(batch.index, batch), mu, sigma, embedding.space)
             yield features
             advance(len(features.label))
+
+
+def clean_look(clean: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
+    return lambda batch: clean(batch.image, batch.height, batch.width)
+
+
+def augmented_look(views: Views) -> Callable[[Batch], Tensor]:
+    """Both training views of each image, as a run with seed 0 sees them in its first epoch: (B, 2, 3, size, size)."""
+    pair = PairedViews(views)
+    return lambda batch: torch.stack(pair(batch.image, batch.index, 0, batch.height, batch.width), dim=1)
 
 
 @contextmanager
@@ -133,10 +154,11 @@ def clean_loader(
     subset: str | Path | None = None,
     limit: int | None = None,
     skip: int = 0,
+    augmented: bool = False,
 ) -> BetonLoader:
-    """Each image of a .beton once, in the file's order, for `clean_view`."""
+    """Each image of a .beton once, in the file's order, for `clean_view`, or for `augmented_look`."""
     # Images of one size go to the device as they are; of others, the CPU cuts out the view's part.
-    crop = "gpu" if read_header(beton).resolution else "clean"
+    crop = "gpu" if read_header(beton).resolution else "cpu" if augmented else "clean"
     return BetonLoader(
         beton, BATCH_SIZE, crop=crop, views=views, shuffle=False, drop_last=False, device=device, subset=subset,
         limit=limit, skip=skip, shard=False,
@@ -171,8 +193,11 @@ def cached_features(
     subset: str | Path | None = None,
     limit: int | None = None,
     dtype: DType = "float32",
+    augmented: bool = False,
 ) -> Features:
     """`clean_features` as maps of files, or what an earlier call left in RUN/features/.
+
+    augmented: of both training views of each image (`augmented_look`) in place of the clean one.
 
     They are written batch by batch, so a set of any size takes little memory. The folder's name holds a sha256 of the
     model's weights, the .beton's path, size and time of change, the clean view, the images of `subset`, `limit` and
@@ -185,7 +210,7 @@ def cached_features(
         "version": CACHE_VERSION,
         "weights": weights_sha256(model),
         "beton": [str(info.path.resolve()), stat.st_size, stat.st_mtime_ns],
-        "view": describe_clean_view(views),
+        "view": views.model_dump(mode="json") if augmented else describe_clean_view(views),
         "limit": limit,
         "dtype": dtype,
     }
@@ -197,9 +222,11 @@ def cached_features(
 
     features = read_features(folder)
     if features is None:
-        loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit)
-        with progress(f"Features of {beton}", len(loader.rows), "images") as advance:
-            batches = embedded_batches(model, loader, clean_view(views), advance)
+        loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit, augmented=augmented)
+        look = augmented_look(views) if augmented else clean_look(clean_view(views))
+        what = f"Features of {beton}" + (", two views" if augmented else "")
+        with progress(what, len(loader.rows), "images") as advance:
+            batches = embedded_batches(model, loader, look, advance)
             write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
         features = read_features(folder)
     return features
@@ -209,7 +236,7 @@ def finite(batches: Iterable[Features], beton: str | Path, dtype: DType) -> Iter
     """The batches, as long as their numbers are finite in `dtype`."""
     largest = np.finfo(dtype).max
     for batch in batches:
-        values = np.concatenate([np.abs(x).max(axis=1) for x in (batch.h, batch.mu, batch.sigma) if x is not None])
+        values = np.array([np.abs(x).max() for x in (batch.h, batch.mu, batch.sigma) if x is not None])
         if not np.isfinite(values).all():
             raise UserError(f"The encoder gives numbers that are not finite on {beton}: train it again.")
         if values.max() > largest:

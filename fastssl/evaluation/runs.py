@@ -182,12 +182,14 @@ def labels_of(path: Path, subset: str | Path | None = None) -> np.ndarray:
     return label_N
 
 
+def features_of(encoder: Encoder, data: Data, dtype: DType = "float32", *, augmented: bool = False) -> Features:
+    """`cached_features` of one file by this encoder."""
+    return cached_features(
+        encoder.run_dir, data.path, model=encoder.model, views=encoder.recipe.views, subset=data.subset,
+        limit=data.limit, dtype=dtype, augmented=augmented,
+    )  # fmt: skip
+
+
 def split_features(encoder: Encoder, split: Split, dtype: DType = "float32") -> tuple[Features, Features]:
     """Features of what is fitted on and of what is tested on."""
-    return tuple(
-        cached_features(
-            encoder.run_dir, data.path, model=encoder.model, views=encoder.recipe.views, subset=data.subset,
-            limit=data.limit, dtype=dtype,
-        )  # fmt: skip
-        for data in (split.train, split.val)
-    )
+    return features_of(encoder, split.train, dtype), features_of(encoder, split.val, dtype)

@@ -6,11 +6,11 @@ from typing import Literal
 
 import numpy as np
 
-from fastssl.evaluation.features import DType, cached_features
+from fastssl.evaluation.features import DType
 from fastssl.evaluation.finetune import Labelled, finetune, keep_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, settings_of
 from fastssl.evaluation.results import find_or_measure, scored
-from fastssl.evaluation.runs import Data, Encoder, Split, check_labels, indices_of, labels_of
+from fastssl.evaluation.runs import Data, Encoder, Split, check_labels, features_of, indices_of, labels_of
 from fastssl.evaluation.splits import stratified_holdout
 from fastssl.recipe import UserError
 
@@ -87,11 +87,7 @@ def evaluate_transfer(
     settings = settings_of(encoder, protocol, draws, dtype, schedule=target.name)
 
     def measure() -> dict:
-        views, model = encoder.recipe.views, encoder.model
-        of_train, of_test = (
-            cached_features(encoder.run_dir, path, model=model, views=views, dtype=dtype)
-            for path in (target.train, target.test)
-        )
+        of_train, of_test = (features_of(encoder, Data(path), dtype) for path in (target.train, target.test))
         if target.train_rows is not None:
             of_train, of_test = of_train.rows(target.train_rows), of_test.rows(target.test_rows)
         fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
