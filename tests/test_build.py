@@ -205,6 +205,12 @@ def test_a_decoder_warning_means_encoded_anew(tmp_path):
         "larger_than_max_side": 1,
         "decoder_warning": 1,
     }
+    assert manifest["source_formats"] == {"JPEG": 5, "PNG": 1}
+
+
+def test_the_manifest_says_which_sources_were_pixels(tmp_path):
+    report = build_beton("mnist5k", None, tmp_path, limit=3)[0]
+    assert read_header(report.path).manifest["source_formats"] == {"pixels": 3}
 
 
 # --- processes that die, disks that are full ----------------------------------------------------

@@ -105,6 +105,7 @@ def test_the_command_shows_it(inspect, folders):
     assert row_of(out, "source height, px") == "source height, px 70 80 89 89 98 106 108"
     assert row_of(out, "largest side") == "largest side 100 px"
     assert row_of(out, "order") == "order shuffled with seed 0"
+    assert row_of(out, "source's formats") == "source's formats JPEG 40"
     assert row_of(out, "own bytes kept") == f"own bytes kept {manifest['counts']['passed_through']} images"
     assert "larger than max side" in row_of(out, "encoded anew")
     assert row_of(out, "bird") == f"bird 20 {'█' * 30}"

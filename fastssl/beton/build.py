@@ -257,7 +257,13 @@ def _counts(rows: np.ndarray) -> dict:
     cases = {case.name.lower(): numbers[case] for case in Case if numbers[case]}
     counts = {name: cases.pop(name, 0) for name in ("passed_through", "raw", "bad")}
     counts["encoded"] = sum(cases.values())
-    return {"samples": len(rows) - counts["bad"], "counts": counts, "encoded_because": cases}
+    formats, numbers = np.unique(rows["source_format"][rows["case"] != Case.BAD], return_counts=True)
+    return {
+        "samples": len(rows) - counts["bad"],
+        "counts": counts,
+        "encoded_because": cases,
+        "source_formats": {name.decode(): number for name, number in zip(formats, numbers.tolist())},
+    }
 
 
 def _report(split: Split, path: Path, manifest: dict, seconds: float, kept: bool) -> SplitReport:

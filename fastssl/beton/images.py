@@ -33,6 +33,8 @@ from .sample import ImageSource
 
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
+PIXELS = "pixels"  # the source's format where it is no file
+
 EXIF_ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,6 +91,7 @@ class Encoded(NamedTuple):
     source_height: int
     source_width: int
     case: Case
+    source_format: str  # Pillow's name of the file's format, or "pixels"
 
 
 def encode_all(images: list[ImageSource], plan: Plan) -> list[Encoded | str]:
@@ -113,9 +116,9 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
     width, height = image.size
     source_height, source_width = (width, height) if orientation in SIDEWAYS else (height, width)
 
-    case = _case(image, file_bytes, orientation, plan)
+    case, source_format = _case(image, file_bytes, orientation, plan), image.format or PIXELS
     if case == Case.PASSED_THROUGH:
-        return Encoded(file_bytes, JPG, height, width, height, width, case)
+        return Encoded(file_bytes, JPG, height, width, height, width, case, source_format)
 
     if plan.layout == "canvas":
         target = (plan.side, plan.side)
@@ -141,7 +144,7 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
             f"takes {len(payload):,} bytes as a JPEG, more than a page of {PAGE_SIZE:,}; "
             "a smaller --max-side or --quality makes it fit"
         )
-    return Encoded(payload, mode, image.height, image.width, source_height, source_width, case)
+    return Encoded(payload, mode, image.height, image.width, source_height, source_width, case, source_format)
 
 
 def _pixels(image: Image.Image, file_bytes: bytes, target: tuple[int, int]) -> np.ndarray:

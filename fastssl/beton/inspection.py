@@ -142,6 +142,8 @@ def _build_table(manifest: dict) -> Table:
         order = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in order.items())
     rows = {
         "builder": manifest.get("builder"),
+        "source's formats": ", ".join(f"{name} {n:,}" for name, n in (manifest.get("source_formats") or {}).items())
+        or None,
         "source": manifest.get("source"),
         "canvas": _with_unit(manifest.get("canvas"), "px"),
         "largest side": _with_unit(manifest.get("max_side"), "px"),

@@ -172,5 +172,5 @@ def _write_encoded(
         row["width"], row["height"] = image.width, image.height
         row["source_width"], row["source_height"] = image.source_width, image.source_height
         row["size"], row["crc32"] = len(image.payload), zlib.crc32(image.payload)
-        row["data_ptr"] = next(places)
+        row["data_ptr"], row["source_format"] = next(places), image.source_format
     return rows, [result for result in results if isinstance(result, str)]

@@ -43,7 +43,7 @@ class UnfinishedBeton:
         self.folder = path.with_name(path.name + ".part")
         self.pages = self.folder / "pages"
         self.capacity = capacity
-        self._key = json.loads(json.dumps(key))
+        self._key = json.loads(json.dumps({**key, "row_bytes": ROW.itemsize}))
         self._rows = np.zeros(capacity, ROW)
 
     def __enter__(self) -> UnfinishedBeton:

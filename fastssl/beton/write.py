@@ -42,6 +42,7 @@ ROW = np.dtype(
         ("size", "<u4"),
         ("crc32", "<u4"),
         ("data_ptr", "<u8"),
+        ("source_format", "S8"),
     ]
 )
 
