@@ -314,6 +314,39 @@ def transfer(
     _show(results, out)
 
 
+@evaluation.command()
+def ood(
+    runs: Runs,
+    near: Annotated[list[Path] | None, typer.Option(help=".beton of others that are alike; may be repeated")] = None,
+    far: Annotated[list[Path] | None, typer.Option(help=".beton of others that are not; may be repeated")] = None,
+    suite: Annotated[
+        Literal["cifar10", "cifar100", "imagenet"] | None, typer.Option(help="OpenOOD v1.5's sets, in --root")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="of a suite: the folder with cifar100/, svhn/ and so on")] = Path("data"),
+    id_: Annotated[
+        Path | None, typer.Option("--id", help=".beton of in-distribution images (default: the run's data.val)")
+    ] = None,
+    fit: Annotated[Path | None, typer.Option(help=".beton to fit on (default: the run's data.train)")] = None,
+    untrained: Untrained = False,
+    view: View = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Out-of-distribution detection: AUROC of every detector, with and without labels."""
+    from fastssl.evaluation import find_encoder
+    from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table
+
+    if suite and (near or far):
+        raise UserError("--suite names its own sets: leave out --near and --far, or leave out --suite.")
+    results = []
+    for run in runs:
+        encoder = find_encoder(run, untrained=untrained, view=view, device=device)
+        sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
+        results.append(evaluate_ood(encoder, sets, seed=seed))
+    _show(results, out, ood_table, ood_summary_table)
+
+
 def _evaluate(evaluate, runs: list[Path], train: Path | None, val: Path | None, out: Path | None, **options) -> None:
     """evaluate(encoder, split) of one run after the other. options: which encoder, and where."""
     from fastssl.evaluation import find_encoder, find_split
@@ -332,14 +365,15 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _show(results: list[dict], out: Path | None) -> None:
+def _show(results: list[dict], out: Path | None, table_of_one=None, table_of_several=None) -> None:
     """One result with its intervals; several as one table, with mean and standard deviation over seeds."""
     from rich.console import Console
 
     from fastssl.evaluation import result_table, summarize, summary_table, write_summary
 
+    table_of_one, table_of_several = table_of_one or result_table, table_of_several or summary_table
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # paths may hold brackets
-    console.print(result_table(results[0]) if len(results) == 1 else summary_table(summarize(results)))
+    console.print(table_of_one(results[0]) if len(results) == 1 else table_of_several(summarize(results)))
     if out:
         write_summary(out, summarize(results))
         print(f"{out} holds these figures.")

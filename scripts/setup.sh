@@ -57,7 +57,7 @@ printf '%s\n' "$torch" >.venv/fastssl-torch
 
 say "installing into .venv (the first time with torch from PyPI: a 3 GB download, a few minutes)"
 .venv/bin/pip install --constraint "$constraints" --find-links "$(wheel_folder)" \
-    --only-binary ffcv --editable '.[demo,parquet,tensorboard,onnx,slurm,dev]'
+    --only-binary ffcv --editable '.[demo,parquet,tensorboard,onnx,ood,slurm,dev]'
 
 .venv/bin/python -c 'import ffcv, numba, timm, torch, torchvision' ||
     die "the installed packages do not import; 'make clean' and then the same command again starts over."

@@ -204,12 +204,10 @@ def cached_features(
     `dtype`. Damaged files are made anew; reading them runs no code. Raises UserError where the encoder gives numbers
     that are not finite.
     """
-    info = read_header(beton)
-    stat = info.path.stat()
     depends_on = {
         "version": CACHE_VERSION,
         "weights": weights_sha256(model),
-        "beton": [str(info.path.resolve()), stat.st_size, stat.st_mtime_ns],
+        "beton": identity_of(beton),
         "view": views.model_dump(mode="json") if augmented else describe_clean_view(views),
         "limit": limit,
         "dtype": dtype,
@@ -217,9 +215,7 @@ def cached_features(
     if subset is not None:
         listed = np.sort(read_index_list(beton, subset))
         depends_on["subset"] = hashlib.sha256(listed.tobytes()).hexdigest()
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    folder = Path(run_dir) / "features" / f"{info.path.stem}-{key[:16]}"
-
+    folder = cache_folder(run_dir, beton, depends_on)
     features = read_features(folder)
     if features is None:
         loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit, augmented=augmented)
@@ -230,6 +226,19 @@ def cached_features(
             write_features(folder, finite(batches, beton, dtype), len(loader.rows), dtype)
         features = read_features(folder)
     return features
+
+
+def identity_of(beton: str | Path) -> list:
+    """What tells a .beton from others without reading its images: path, size and time of change."""
+    path = read_header(beton).path
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def cache_folder(run_dir: str | Path, beton: str | Path, depends_on: dict) -> Path:
+    """RUN/features/NAME-HASH, the hash of all that its content depends on."""
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    return Path(run_dir) / "features" / f"{Path(beton).stem}-{key[:16]}"
 
 
 def finite(batches: Iterable[Features], beton: str | Path, dtype: DType) -> Iterator[Features]:

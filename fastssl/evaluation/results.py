@@ -134,7 +134,7 @@ def summarize(results: list[dict]) -> list[dict]:
     groups: dict[str, list[dict]] = {}
     for result in results:
         recipe = load_recipe(Path(result["run"]) / "recipe.yaml").model_dump(mode="json", exclude={"seed", "run"})
-        alike = {key: result.get(key) for key in ("evaluation", "settings", "view", "train", "val")}
+        alike = {key: result.get(key) for key in ("evaluation", "settings", "view", "train", "val", "near", "far")}
         kind = [without_places(alike), recipe, Path(result["weights"]).name]
         group = groups.setdefault(json.dumps(kind, sort_keys=True), [])
         if result["encoder_sha256"] not in [other["encoder_sha256"] for other in group]:  # else one run, given twice

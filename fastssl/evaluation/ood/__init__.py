@@ -1,60 +1,30 @@
 """Out-of-distribution detection: scores of images, how well they separate data sets, and the evaluation of a run.
 
-    label_free.py   detectors that need no labels; label_based.py those that do; base.py what they share
+    detectors.py    the detectors by name: label_free.py, label_based.py; base.py is what they share
     gaussians.py    covariances in float64; nearest.py the k-th nearest by several distances
     separation.py   AUROC and others of two sets of scores, with resamples
     suites.py       the data sets of an evaluation, OpenOOD's among them
     command.py      the evaluation of a run; pictures.py, table.py what is shown of it
 """
 
-import torch
-from torch import nn
-
-from . import label_based, label_free
 from .base import Detector
+from .command import evaluate_ood
+from .detectors import DETECTORS, LABEL_BASED, LABEL_FREE, detector
 from .separation import metrics
+from .suites import SUITES, Sets, find_sets
+from .table import ood_summary_table, ood_table
 
-LABEL_FREE: dict[str, type[Detector]] = {
-    "sigma_mean": label_free.SigmaMean,
-    "sigma_std": label_free.SigmaStd,
-    "q_entropy": label_free.QEntropy,
-    "prior_log_density": label_free.PriorLogDensity,
-    "prior_kl": label_free.PriorKL,
-    "posterior_kl": label_free.PosteriorKL,
-    "posterior_bhattacharyya": label_free.PosteriorBhattacharyya,
-    "draws_disagreement": label_free.DrawsDisagreement,
-    "views_disagreement": label_free.ViewsDisagreement,
-    "knn_cosine": label_free.KnnCosine,
-    "knn_euclidean": label_free.KnnEuclidean,
-    "mahalanobis_unlabelled": label_free.MahalanobisUnlabelled,
-    "kmeans_ssd": label_free.KMeansSSD,
-    "pca_residual": label_free.PCAResidual,
-}
-LABEL_BASED: dict[str, type[Detector]] = {
-    "msp": label_based.MSP,
-    "max_logit": label_based.MaxLogit,
-    "energy": label_based.Energy,
-    "softmax_entropy": label_based.SoftmaxEntropy,
-    "gen": label_based.GEN,
-    "kl_matching": label_based.KLMatching,
-    "odin": label_based.ODIN,
-    "mahalanobis": label_based.Mahalanobis,
-    "mahalanobis_relative": label_based.MahalanobisRelative,
-    "vim": label_based.ViM,
-    "react_energy": label_based.ReActEnergy,
-    "knn_supervised": label_based.KnnSupervised,
-}
-DETECTORS = LABEL_FREE | LABEL_BASED
-
-
-def detector(name: str, *, prior: nn.Module | None = None, device: torch.device | str = "cpu") -> Detector:
-    """A detector of DETECTORS, not yet fitted; ValueError for another name.
-
-    prior: of the stochastic embedding, None for a standard normal; `prior_log_density` and `prior_kl` ask it.
-    """
-    if name not in DETECTORS:
-        raise ValueError(f"No detector {name!r}; there are {', '.join(DETECTORS)}.")
-    return DETECTORS[name](prior, device)
-
-
-__all__ = ["DETECTORS", "LABEL_BASED", "LABEL_FREE", "Detector", "detector", "metrics"]
+__all__ = [
+    "DETECTORS",
+    "LABEL_BASED",
+    "LABEL_FREE",
+    "SUITES",
+    "Detector",
+    "Sets",
+    "detector",
+    "evaluate_ood",
+    "find_sets",
+    "metrics",
+    "ood_summary_table",
+    "ood_table",
+]

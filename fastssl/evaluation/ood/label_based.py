@@ -22,7 +22,8 @@ from .label_free import KnnCosine
 
 GEN_GAMMA, GEN_CLASSES = 0.1, 100
 REACT_SHARE = 0.9
-ODIN_TEMPERATURE = 1000.0
+ODIN_TEMPERATURE, ODIN_STEP = 1000.0, 0.0014  # the step in shares of the pixels' range
+FROM_PYTORCH_OOD = ("kl_matching", "odin", "react_energy")
 
 
 class MSP(Detector):
@@ -75,7 +76,7 @@ class KLMatching(Detector):
     """
 
     def _fit(self, logits: Tensor) -> None:
-        self.theirs = pytorch_ood_detector("kl_matching").KLMatching(None).fit_logits(logits)
+        self.theirs = pytorch_ood_detectors("kl_matching").KLMatching(None).fit_logits(logits)
 
     def _score(self, logits: Tensor) -> Tensor:
         return self.theirs.predict_logits(logits)
@@ -153,7 +154,7 @@ class ReActEnergy(Detector):
 
     def _fit(self, features: Tensor, logits: Tensor) -> None:
         weight_CD, bias_C = linear_map(features, logits)
-        react = pytorch_ood_detector("react_energy").ReAct(
+        react = pytorch_ood_detectors("react_energy").ReAct(
             backbone=None, head=lambda h_MD: F.linear(h_MD, weight_CD, bias_C), percentile=REACT_SHARE
         )
         self.theirs = react.fit_feature_maps(features, features.new_zeros(len(features)))
@@ -181,12 +182,12 @@ def odin_images(model, images: Tensor, std: tuple[float, ...]) -> Tensor:
 
     model: images to logits, with gradients. By pytorch-ood.
     """
-    return pytorch_ood_detector("odin").odin_preprocessing(
-        model, images, eps=0.0014, temperature=ODIN_TEMPERATURE, norm_std=list(std)
+    return pytorch_ood_detectors("odin").odin_preprocessing(
+        model, images, eps=ODIN_STEP, temperature=ODIN_TEMPERATURE, norm_std=list(std)
     )
 
 
-def pytorch_ood_detector(name: str):
+def pytorch_ood_detectors(name: str):
     """The module pytorch_ood.detector; UserError where the package is missing."""
     try:
         import pytorch_ood.detector

@@ -1,0 +1,278 @@
+"""`fastssl eval ood`: every detector that a run allows, on one set of ID images and several of others."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from fastssl.beton import read_labels
+from fastssl.beton.atomic import write_atomically
+from fastssl.beton.progress import progress
+from fastssl.evaluation.features import (
+    CACHE_VERSION,
+    Features,
+    cache_folder,
+    clean_loader,
+    identity_of,
+    in_fp32,
+    kept,
+    read_features,
+    write_features,
+)
+from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
+from fastssl.evaluation.linear.lbfgs import PENALTIES
+from fastssl.evaluation.metrics import LEVEL
+from fastssl.evaluation.results import find_or_measure
+from fastssl.evaluation.runs import Data, Encoder, features_of
+from fastssl.models import Classifier, Model
+from fastssl.models.ssl_model import evaluating
+from fastssl.recipe import UserError
+from fastssl.views import clean_view, describe_clean_view
+
+from . import label_based, label_free, pictures
+from .detectors import DETECTORS, LABEL_BASED, detector
+from .separation import bootstrap_metrics, metrics, resample
+from .suites import Sets
+
+SUMMARIZED = ("auroc", "fpr95_id_positive")  # of the means over near and over far sets, what a summary of runs shows
+CONSTANTS = {
+    "k": label_free.K,
+    "posteriors": label_free.POSTERIORS,
+    "k_posteriors": label_free.K_POSTERIORS,
+    "draws": label_free.DRAWS,
+    "clusters": label_free.CLUSTERS,
+    "variance_kept": label_free.VARIANCE_KEPT,
+    "gen": [label_based.GEN_GAMMA, label_based.GEN_CLASSES],
+    "react_share": label_based.REACT_SHARE,
+    "odin": [label_based.ODIN_TEMPERATURE, label_based.ODIN_STEP],
+    "features": CACHE_VERSION,
+}
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What detectors take of one set of images."""
+
+    features: Features
+    pair_h_N2D: np.ndarray  # of two augmented views
+    logits_NC: np.ndarray | None = None
+    odin_logits_NC: np.ndarray | None = None
+
+    def of(self, name: str) -> dict:
+        """The arrays that a detector of this name takes for its own."""
+        return {
+            "features": self.pair_h_N2D if name == "views_disagreement" else self.features.h,
+            "logits": self.odin_logits_NC if name == "odin" else self.logits_NC,
+            "sigma": self.features.sigma,
+            "mu": self.features.mu,
+        }
+
+
+def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
+    """Fit every detector on sets.fit, score all images, and compare; kept in RUN/eval/ood-NAME.json, with the scores
+    and pictures beside it. Returns what that file holds.
+
+    The detectors' settings are constants and their directions declared: nothing is chosen, on whatever data. Logits
+    are the run's own for a supervised run, else those of a linear classifier (L-BFGS) on sets.fit. seed: of that
+    classifier's split and of the resamples behind the intervals.
+    """
+    name = f"ood-{sets.name}{encoder.suffix}"
+
+    def measure() -> dict:
+        left_out = unusable(encoder, sets.fit)
+        names = [name for name in DETECTORS if name not in left_out]
+        classifier = linear_classifier(encoder, sets.fit, seed) if set(names) & set(LABEL_BASED) else None
+        of_fit, of_id = (arrays_of(encoder, data, classifier, names) for data in (sets.fit, sets.id))
+        of_others = {other: arrays_of(encoder, data, classifier, names) for other, data in sets.others.items()}
+        scores = {}
+        with progress("Detectors", len(names), "detectors") as advance:
+            for each in names:
+                fitted = detector(each, prior=prior_of(encoder.model), device=encoder.device)
+                labels = of_fit.features.label if each in LABEL_BASED else None
+                fitted.fit(labels=labels, **of_fit.of(each))
+                scores[each] = {"id": fitted.score(**of_id.of(each))}
+                scores[each] |= {other: fitted.score(**arrays.of(each)) for other, arrays in of_others.items()}
+                advance(1)
+        indices = {"id": of_id.features.index} | {other: x.features.index for other, x in of_others.items()}
+        keep_scores(encoder, name, scores, indices)
+        norm_N = np.linalg.norm(of_id.features.h.astype(np.float64), axis=1)
+        compared = compare(scores, sets, norm_N, seed)
+        pictures.draw(encoder.run_dir / "eval", name, scores, compared, sets)
+        return {**compared, "left_out": left_out, "scores": f"{name}.scores.npz"}
+
+    request = {
+        "evaluation": "ood",
+        "protocol": "detectors with constant settings and declared directions, fitted on training images",
+        "settings": CONSTANTS,
+        "seed": seed,
+        **encoder.about,
+        **sets.about,
+    }
+    return find_or_measure(encoder.run_dir, name, request, measure)
+
+
+def unusable(encoder: Encoder, fit: Data) -> dict[str, str]:
+    """{detector: why it has nothing to work on}."""
+    why = {}
+    for name, kind in DETECTORS.items():
+        if {"mu", "sigma"} & (kind.fits_on() | kind.scores_on()) and not len(encoder.model.heads):
+            why[name] = "the embedding is deterministic"
+        elif name == "knn_supervised" and not isinstance(encoder.model, Classifier):
+            why[name] = "the encoder was trained without labels"
+        elif name in LABEL_BASED and not has_labels(fit):
+            why[name] = "the images fitted on have no two classes"
+        elif name in label_based.FROM_PYTORCH_OOD:
+            try:
+                label_based.pytorch_ood_detectors(name)
+            except UserError as error:
+                why[name] = str(error)
+    return why
+
+
+def has_labels(data: Data) -> bool:
+    label_N = read_labels(data.path)
+    return bool((label_N >= 0).all()) and len(np.unique(label_N)) > 1
+
+
+def prior_of(model: Model):
+    """The prior of the embedding that `embed` gives: of h where that is stochastic, else of z."""
+    spaces = [space for space in ("h", "z") if space in model.priors]
+    return model.priors[spaces[0]] if spaces else None
+
+
+def linear_classifier(encoder: Encoder, fit: Data, seed: int) -> tuple[Tensor, Tensor]:
+    """(weight (C, D), bias (C,)) on h, float64."""
+    if isinstance(encoder.model, Classifier):
+        head = encoder.model.classifier
+        return head.weight.detach().double(), head.bias.detach().double()
+    of_fit = features_of(encoder, fit)
+    with progress("Logistic regressions", len(PENALTIES) + 1, "fits") as advance:
+        fitted = fit_lbfgs(of_fit.h, of_fit.label, seed=seed, device=encoder.device, advance=advance)
+    return affine(fitted.classifier)
+
+
+def affine(classifier: LinearClassifier) -> tuple[Tensor, Tensor]:
+    """A classifier of standardised features as one of the features themselves, float64."""
+    weight_CD = classifier.weight_CD.double() / classifier.std_D.double()
+    return weight_CD, classifier.bias_C.double() - weight_CD @ classifier.mean_D.double()
+
+
+def arrays_of(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor] | None, names: list[str]) -> Arrays:
+    """Of one file: from RUN/features/, or made now."""
+    features = features_of(encoder, data)
+    pair_h_N2D = features_of(encoder, data, augmented=True).h
+    if classifier is None:
+        return Arrays(features, pair_h_N2D)
+    weight_CD, bias_C = (x.cpu().numpy() for x in classifier)
+    logits_NC = features.h.astype(np.float64) @ weight_CD.T + bias_C
+    return Arrays(features, pair_h_N2D, logits_NC, odin_logits(encoder, data, classifier) if "odin" in names else None)
+
+
+def odin_logits(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor]) -> np.ndarray:
+    """(N, C): logits of ODIN's perturbed images, kept in RUN/features/ as features are."""
+    depends_on = {
+        "version": CACHE_VERSION,
+        "weights": encoder.sha256,
+        "beton": identity_of(data.path),
+        "view": describe_clean_view(encoder.recipe.views),
+        "subset": data.about["subset_sha256"],
+        "limit": data.limit,
+        "odin": CONSTANTS["odin"],
+        "classifier": [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in classifier],
+    }
+    folder = cache_folder(encoder.run_dir, data.path, depends_on)
+    found = read_features(folder)
+    if found is None:
+        loader = clean_loader(data.path, encoder.recipe.views, encoder.device, data.subset, data.limit)
+        with progress(f"ODIN on {data.path}", len(loader.rows), "images") as advance:
+            write_features(folder, perturbed(encoder, loader, classifier, advance), len(loader.rows))
+        found = read_features(folder)
+    return found.h
+
+
+def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advance) -> Iterator[Features]:
+    """Batch by batch, with the logits in the place of h."""
+    model, views = encoder.model, encoder.recipe.views
+    clean = clean_view(views)
+    weight_CD, bias_C = (x.float() for x in classifier)
+
+    def logits_of(images: Tensor) -> Tensor:
+        """As `embed`, with gradients."""
+        h = model.encoder(images)
+        return F.linear(model.heads["h"](h).mu if "h" in model.heads else h, weight_CD, bias_C)
+
+    with evaluating(model):
+        for batch in loader:
+            with in_fp32(batch.image.device):
+                images = clean(batch.image, batch.height, batch.width)
+                moved = label_based.odin_images(logits_of, images, views.std)
+                with torch.no_grad():
+                    logits = logits_of(moved)
+            features = Features(kept(logits, batch), kept(batch.label, batch), kept(batch.index, batch))
+            yield features
+            advance(len(features.label))
+
+
+def compare(scores: dict[str, dict[str, np.ndarray]], sets: Sets, id_norm_N: np.ndarray, seed: int) -> dict:
+    """scores: by detector, of "id" and of each other set. Figures of each detector on each set, and means over sets.
+
+    Intervals are 95 %, over resampled images of both sides. `inverted`: the interval of AUROC lies below one half, so
+    that the opposite direction would be right. norm_correlation: Spearman's, of the score with the length of h, over
+    the ID images: near 1 or -1, the score says little else.
+    """
+    id_rows_RN = resample(len(id_norm_N), [seed, 0])
+    groups = {"near": list(sets.near), "far": list(sets.far)}
+    drawn = {
+        other: resample(len(next(iter(scores.values()))[other]), [seed, 1 + place])
+        for place, other in enumerate(sets.others)
+    }
+    table, figures, intervals = {}, {}, {}
+    with progress("Intervals", len(scores), "detectors") as advance:
+        for name, of in scores.items():
+            resampled = {other: bootstrap_metrics(of["id"], of[other], id_rows_RN, drawn[other]) for other in drawn}
+            each = {other: metrics(of["id"], of[other]) for other in drawn}
+            table[name] = {
+                "labels": name in LABEL_BASED,
+                "norm_correlation": correlation(of["id"], id_norm_N),
+                "sets": {other: entry(each[other], resampled[other]) for other in drawn},
+            }
+            for group, others in groups.items():
+                if others:
+                    mean = {key: float(np.mean([each[other][key] for other in others])) for key in each[others[0]]}
+                    means = {key: np.mean([resampled[other][key] for other in others], axis=0) for key in mean}
+                    table[name][group] = entry(mean, means)
+                    for key in SUMMARIZED:
+                        figures[f"{name} {group} {key}"] = mean[key]
+                        intervals[f"{name} {group} {key}"] = table[name][group]["intervals"][key]
+            advance(1)
+    return {"detectors": table, "figures": figures, "intervals": intervals}
+
+
+def entry(figures: dict[str, float], resampled: dict[str, np.ndarray]) -> dict:
+    intervals = {key: np.percentile(values, LEVEL).tolist() for key, values in resampled.items()}
+    return {"figures": figures, "intervals": intervals, "inverted": intervals["auroc"][1] < 0.5}
+
+
+def correlation(score_N: np.ndarray, norm_N: np.ndarray) -> float:
+    """Spearman's; 0 where one of them is constant."""
+    if np.ptp(score_N) == 0 or np.ptp(norm_N) == 0:
+        return 0.0
+    return float(spearmanr(score_N, norm_N).statistic)
+
+
+def keep_scores(encoder: Encoder, name: str, scores: dict, indices: dict[str, np.ndarray]) -> None:
+    """RUN/eval/NAME.scores.npz: SET/DETECTOR and SET/index, in the order of the file."""
+    arrays = {f"{part}/index": index for part, index in indices.items()}
+    arrays |= {f"{part}/{each}": score for each, parts in scores.items() for part, score in parts.items()}
+    path = encoder.run_dir / "eval" / f"{name}.scores.npz"
+
+    def write(beside):
+        with open(beside, "wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)

@@ -1,0 +1,49 @@
+"""The detectors by name."""
+
+import torch
+from torch import nn
+
+from . import label_based, label_free
+from .base import Detector
+
+LABEL_FREE: dict[str, type[Detector]] = {
+    "sigma_mean": label_free.SigmaMean,
+    "sigma_std": label_free.SigmaStd,
+    "q_entropy": label_free.QEntropy,
+    "prior_log_density": label_free.PriorLogDensity,
+    "prior_kl": label_free.PriorKL,
+    "posterior_kl": label_free.PosteriorKL,
+    "posterior_bhattacharyya": label_free.PosteriorBhattacharyya,
+    "draws_disagreement": label_free.DrawsDisagreement,
+    "views_disagreement": label_free.ViewsDisagreement,
+    "knn_cosine": label_free.KnnCosine,
+    "knn_euclidean": label_free.KnnEuclidean,
+    "mahalanobis_unlabelled": label_free.MahalanobisUnlabelled,
+    "kmeans_ssd": label_free.KMeansSSD,
+    "pca_residual": label_free.PCAResidual,
+}
+LABEL_BASED: dict[str, type[Detector]] = {
+    "msp": label_based.MSP,
+    "max_logit": label_based.MaxLogit,
+    "energy": label_based.Energy,
+    "softmax_entropy": label_based.SoftmaxEntropy,
+    "gen": label_based.GEN,
+    "kl_matching": label_based.KLMatching,
+    "odin": label_based.ODIN,
+    "mahalanobis": label_based.Mahalanobis,
+    "mahalanobis_relative": label_based.MahalanobisRelative,
+    "vim": label_based.ViM,
+    "react_energy": label_based.ReActEnergy,
+    "knn_supervised": label_based.KnnSupervised,
+}
+DETECTORS = LABEL_FREE | LABEL_BASED
+
+
+def detector(name: str, *, prior: nn.Module | None = None, device: torch.device | str = "cpu") -> Detector:
+    """A detector of DETECTORS, not yet fitted; ValueError for another name.
+
+    prior: of the stochastic embedding, None for a standard normal; `prior_log_density` and `prior_kl` ask it.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"No detector {name!r}; there are {', '.join(DETECTORS)}.")
+    return DETECTORS[name](prior, device)

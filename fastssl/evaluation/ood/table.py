@@ -1,0 +1,87 @@
+"""What a person sees of an OOD evaluation: one run as a table of detectors, several side by side."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from .detectors import LABEL_BASED
+
+
+def ood_table(result: dict) -> Table:
+    """AUROC and FPR@95 of near and far sets with intervals, AUROC of each set, all in percent."""
+    groups = [group for group in ("near", "far") if result[group]]
+    sets = [other for group in groups for other in result[group]]
+    lines = [
+        "AUROC in the declared direction (higher score = OOD) and FPR at 95 % of ID kept, in percent, means over sets;",
+        "95 % bootstrap intervals. inverted: AUROC is below 50 beyond its interval. rho: rank correlation with |h|, ID",
+        f"fitted on {result['train']['images']:,} images of {_source(result['train'])}",
+        f"ID: {result['val']['images']:,} images of {_source(result['val'])}",
+        *(f"{group} {name}: {_source(about)}" for group in groups for name, about in result[group].items()),
+        *(f"left out: {', '.join(names)}: {why}" for why, names in _by_reason(result["left_out"]).items()),
+        f"measured {result['made']}",
+    ]
+    title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
+    table = Table("detector", title=title, caption="\n".join(lines), caption_justify="left")
+    for group in groups:
+        for heading in (f"{group}\nAUROC", "95 %", "FPR95"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for other in sets:
+        table.add_column(other.replace("-", "\n"), justify="right", overflow="fold")
+    table.add_column("rho", justify="right")
+    table.add_column("inverted", overflow="fold")
+    labelled = False
+    for name, row in result["detectors"].items():
+        if row["labels"] and not labelled:
+            table.add_section()
+            labelled = True
+        cells = []
+        for group in groups:
+            figures, (low, high) = row[group]["figures"], row[group]["intervals"]["auroc"]
+            cells += [percent(figures["auroc"]), f"{percent(low)}-{percent(high)}"]
+            cells.append(percent(figures["fpr95_id_positive"]))
+        cells += [percent(row["sets"][other]["figures"]["auroc"]) for other in sets]
+        inverted = [other for other in sets if row["sets"][other]["inverted"]]
+        named = "all" if inverted == sets else ", ".join(inverted)
+        table.add_row(name + (" *" if row["labels"] else ""), *cells, f"{row['norm_correlation']:.2f}", named)
+    if labelled:
+        table.caption += "\n* uses labels of the training images"
+    return table
+
+
+def ood_summary_table(rows: list[dict]) -> Table:
+    """Rows of `summarize`: near and far AUROC in percent, means over sets, then mean ± sd over seeds."""
+    table = Table("detector", caption="near / far AUROC in percent: means over sets, then mean ± sd over seeds")
+    for row in rows:
+        run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
+        table.add_column(run + (f"\nand {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""), justify="right")
+    names = dict.fromkeys(figure.split(" ")[0] for row in rows for figure in row["figures"])
+    for name in names:
+        cells = []
+        for row in rows:
+            found = [row["figures"].get(f"{name} {group} auroc") for group in ("near", "far")]
+            cells.append(" / ".join(_mean_and_sd(figure) for figure in found if figure))
+        table.add_row(name + (" *" if name in LABEL_BASED else ""), *cells)
+    return table
+
+
+def _mean_and_sd(figure: dict) -> str:
+    return percent(figure["mean"]) + ("" if figure["sd"] is None else f" ± {percent(figure['sd'])}")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _source(about: dict) -> str:
+    """A file, and what its images were before: CIFAR as JPEG is not CIFAR."""
+    formats = about["source_formats"]
+    was = " and ".join(f"{name}" for name in formats) if formats else "unknown, built before formats were recorded"
+    height, width = about["source_px"]
+    return f"{about['path']} (builder {about['builder']}; source: {was}, {width:g}x{height:g} px)"
+
+
+def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        names.setdefault(why, []).append(name)
+    return names
