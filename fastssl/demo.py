@@ -1,4 +1,4 @@
-"""`fastssl demo`: the main job on real images in about five minutes, from pictures to accuracies."""
+"""`fastssl demo`: the main job on real images in some minutes, from pictures to accuracies and OOD scores."""
 
 import time
 from pathlib import Path
@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastssl.beton import build_beton
-from fastssl.evaluation import few_label_knn, few_label_linear
+from fastssl.evaluation import few_label_knn, few_label_linear, find_encoder
 from fastssl.evaluation.features import clean_features
+from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_table
 from fastssl.models import Embedding, SSLModel, load_model
 from fastssl.recipe import Recipe, UserError, load_recipe
 from fastssl.training import train
@@ -51,12 +52,19 @@ def run_demo() -> None:
             f"The trained encoder is {100 * gain:.1f} points above the untrained one and should be "
             f"{100 * LEAST_GAIN:.0f} or more: something is broken here; run `fastssl doctor`."
         )
+    console.print("\n[bold]4. What it has never seen[/]: digits 8 and 9 (near), photographs and noise (far)")
+    encoder = find_encoder(run_dir)
+    sets = find_sets(encoder, near=[DATA / "ood.beton"], far=[DATA / "photos.beton", DATA / "noise.beton"])
+    result = evaluate_ood(encoder, sets)
+    console.print(ood_table(result))
+
     minutes = (time.monotonic() - began) / 60
     console.print(
         f"\n[bold]Made in {minutes:.1f} minutes[/]\n"
         f"   {DATA}/*.beton               the images, as FFCV reads them\n"
         f"   {run_dir}/views.png          what the encoder saw: look at it\n"
         f"   {run_dir}/encoder.safetensors  the encoder, a timm resnet18\n"
+        f"   {run_dir}/eval/*.png         the scores of what it has never seen\n"
         "\n[bold]Next, with images of your own[/] (a folder; with or without a subfolder for each class)\n"
         "   fastssl build-beton imagefolder --source PHOTOS --out data/photos\n"
         "   fastssl train recipes/zprob_barlow.yaml data.train=data/photos/train.beton data.val=null\n"

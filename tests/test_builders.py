@@ -231,9 +231,11 @@ def test_mnist5k(tmp_path):
         ("train", 3200),
         ("val", 800),
         ("ood", 1000),
+        ("photos", 500),
+        ("noise", 500),
     ]
     counts = [np.bincount(read_labels(report.path)).tolist() for report in reports]
-    assert counts == [[400] * 8, [100] * 8, [0] * 8 + [500] * 2]
+    assert counts == [[400] * 8, [100] * 8, [0] * 8 + [500] * 2, [500], [500]]
     info = read_header(tmp_path / "train.beton")
     assert (info.resolution, info.classes) == ((32, 32), list("01234567"))
 
@@ -249,6 +251,17 @@ def test_mnist5k(tmp_path):
     expected = Image.fromarray(third).resize((32, 32), Image.Resampling.BILINEAR)
     assert (stored == np.asarray(expected)[..., None]).all()
     assert (row["height"], row["width"], row["label"]) == (28, 28, 3)
+
+    # squares of photographs have neighbours that are alike, and several sizes; noise has neither
+    steps = {}
+    for split in ("photos", "noise"):
+        rows = read_metadata(tmp_path / f"{split}.beton")
+        content = (tmp_path / f"{split}.beton").read_bytes()
+        images = np.stack([np.frombuffer(content, np.uint8, 3072, at) for at in rows["image"]["data_ptr"]])
+        images = images.reshape(-1, 32, 32, 3).astype(float)
+        steps[split] = np.abs(np.diff(images, axis=2)).mean() / images.std()
+        assert (len(np.unique(rows["height"])) > 50) == (split == "photos")
+    assert steps["photos"] < 0.4 and steps["noise"] == pytest.approx(85.3 / 73.9, rel=0.02)  # of uniform 0..255
 
 
 def test_mnist5k_takes_no_source(tmp_path):
