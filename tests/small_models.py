@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.models import SSLModel
+from fastssl.models import Model, build_model
 from fastssl.recipe import Recipe
 
 
@@ -17,14 +17,14 @@ def recipe_of(objective: dict, embedding: dict, hidden: int = 16, out: int = 8) 
     })  # fmt: skip
 
 
-def make_run(folder: Path, data: dict, *, seed: int = 0, **sections) -> tuple[Path, Recipe, SSLModel]:
+def make_run(folder: Path, data: dict, *, seed: int = 0, **sections) -> tuple[Path, Recipe, Model]:
     """A run directory with the checkpoint of an untrained model."""
     recipe = Recipe.model_validate({
         "name": "tiny", "seed": seed, "data": data, "views": {"size": 16},
         "model": {"backbone": "test_resnet", "projector": {"layers": 2, "hidden": 16, "out": 8}}, **sections,
     })  # fmt: skip
     torch.manual_seed(100 + seed)  # not the seed that its recipe starts from
-    model = SSLModel(recipe)
+    model = build_model(recipe)
     (folder / "checkpoints").mkdir(parents=True)
     saved = {"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 0}
     torch.save(saved, folder / "checkpoints" / "last.pt")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fastssl.beton import read_labels
 from fastssl.beton.atomic import write_atomically
 from fastssl.beton.progress import progress
 from fastssl.evaluation.features import (
@@ -28,7 +27,7 @@ from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
 from fastssl.evaluation.metrics import LEVEL
 from fastssl.evaluation.results import find_or_measure
-from fastssl.evaluation.runs import Data, Encoder, features_of
+from fastssl.evaluation.runs import Data, Encoder, features_of, labels_of
 from fastssl.models import Classifier, Model
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import UserError
@@ -135,8 +134,10 @@ def unusable(encoder: Encoder, fit: Data) -> dict[str, str]:
 
 
 def has_labels(data: Data) -> bool:
-    label_N = read_labels(data.path)
-    return bool((label_N >= 0).all()) and len(np.unique(label_N)) > 1
+    try:
+        return len(np.unique(labels_of(data.path, data.subset))) > 1
+    except UserError:  # some have none
+        return False
 
 
 def prior_of(model: Model):

@@ -113,8 +113,8 @@ def check_built_alike(paths: list[Path]) -> None:
         if different:
             name = different[0]
             raise UserError(
-                f"{path} was built with {name} {options[path][name]}, {first} with {options[first][name]}, which alone "
-                f"could tell them apart: build all sets with the same options."
+                f"{path} was built with {name} {options[path][name]}, {first} with {name} {options[first][name]}, and "
+                "that alone could tell them apart: build all sets with the same options."
             )
 
 

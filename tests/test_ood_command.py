@@ -1,0 +1,318 @@
+"""`fastssl eval ood` on small runs: which detectors it gives what, what it keeps, shows and refuses."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from small_models import make_run
+
+from fastssl import cli
+from fastssl.beton import build_beton, read_header
+from fastssl.evaluation import cached_features, find_encoder, summarize
+from fastssl.evaluation.ood import (
+    DETECTORS,
+    LABEL_BASED,
+    command,
+    detector,
+    evaluate_ood,
+    find_sets,
+    metrics,
+    ood_summary_table,
+    ood_table,
+    suites,
+)
+from fastssl.evaluation.ood.command import affine, compare, linear_classifier, odin_logits, prior_of
+from fastssl.evaluation.ood.suites import Sets
+from fastssl.evaluation.runs import Data
+from fastssl.recipe import UserError
+from fastssl.views import clean_view
+
+Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fits_on() | kind.scores_on())}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Betons of noise, of stripes and of one flat colour each, under folders of these names, canvas 32."""
+    root, out, rng = tmp_path_factory.mktemp("others"), tmp_path_factory.mktemp("built"), np.random.default_rng(0)
+    for name in ("noise", "stripes", "flat"):
+        (root / name).mkdir()
+        for number in range(9):
+            pixels = rng.integers(256, size=(40, 40, 3), dtype=np.uint8)
+            pixels = {"noise": pixels, "stripes": np.tile(pixels[:, :1], (1, 40, 1)),
+                      "flat": np.tile(pixels[:1, :1], (40, 40, 1))}[name]  # fmt: skip
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+        build_beton("imagefolder", root / name, out / name, canvas=32, workers=1)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def fewer_pictures(request, monkeypatch):
+    """They take longer than all else here, so one test draws them."""
+    if "every_detector_of" not in request.node.name:
+        monkeypatch.setattr(command.pictures, "draw", lambda *arguments: None)
+
+
+def run_of(folder, canvas, **sections):
+    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton")}
+    return make_run(folder, data, **sections)
+
+
+def sets_of(encoder, others, **options):
+    near, far = [others / "stripes/train.beton"], [others / "noise/train.beton", others / "flat/train.beton"]
+    return find_sets(encoder, near=near, far=far, **options)
+
+
+def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatch):
+    folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": "z", "prior": "mixture"})
+    encoder = find_encoder(folder, device="cpu")
+    sets = sets_of(encoder, others)
+    result = evaluate_ood(encoder, sets)
+    assert set(result["detectors"]) == set(DETECTORS) - {"knn_supervised"}
+    assert result["left_out"] == {"knn_supervised": "the encoder was trained without labels"}
+    assert json.loads((folder / "eval" / "ood-stripes-noise-flat.json").read_text()) == result
+
+    # The scores are those of detectors fitted by hand on the cached features.
+    scores = np.load(folder / "eval" / result["scores"])
+    paths = {"fit": canvas / "train.beton", "id": canvas / "val.beton"}
+    paths |= {name: others / name / "train.beton" for name in ("stripes", "noise", "flat")}
+    of = {name: cached_features(folder, path, model=model, views=recipe.views) for name, path in paths.items()}
+    pair = {
+        name: cached_features(folder, path, model=model, views=recipe.views, augmented=True).h
+        for name, path in paths.items()
+    }
+    weight, bias = linear_classifier(encoder, sets.fit, seed=0)
+    for name in ("sigma_mean", "prior_kl", "views_disagreement", "knn_cosine", "energy", "mahalanobis", "odin"):
+        fitted = detector(name, prior=model.priors["z"])
+
+        def arrays(part, name=name):
+            x = of[part]
+            data = {"fit": sets.fit, "id": sets.id, **sets.others}[part]
+            logits = x.h.astype(float) @ weight.numpy().T + bias.numpy()
+            return {
+                "features": pair[part] if name == "views_disagreement" else x.h, "mu": x.mu, "sigma": x.sigma,
+                "logits": odin_logits(encoder, data, (weight, bias)) if name == "odin" else logits,
+            }  # fmt: skip
+
+        fitted.fit(labels=of["fit"].label, **arrays("fit"))
+        for part in ("id", "stripes", "noise", "flat"):
+            np.testing.assert_allclose(scores[f"{part}/{name}"], fitted.score(**arrays(part)), rtol=1e-9)
+        row = result["detectors"][name]
+        figures = {other: metrics(scores[f"id/{name}"], scores[f"{other}/{name}"]) for other in sets.others}
+        assert {other: row["sets"][other]["figures"] for other in figures} == figures
+        assert row["near"]["figures"] == pytest.approx(figures["stripes"])
+        far = (figures["noise"]["auroc"] + figures["flat"]["auroc"]) / 2
+        assert row["far"]["figures"]["auroc"] == pytest.approx(far) == result["figures"][f"{name} far auroc"]
+        low, high = row["far"]["intervals"]["auroc"]
+        assert low <= far <= high and row["labels"] == (name in LABEL_BASED)
+    np.testing.assert_array_equal(scores["noise/index"], of["noise"].index)
+    for kind in ("histograms", "roc", "auroc"):
+        assert Image.open(folder / "eval" / f"ood-stripes-noise-flat.{kind}.png").size[0] > 300
+
+    # Shown again, not measured again.
+    monkeypatch.setattr(command, "arrays_of", None)
+    assert evaluate_ood(encoder, sets_of(encoder, others))["made"] == result["made"]
+    with pytest.raises(TypeError):
+        evaluate_ood(encoder, sets_of(encoder, others), seed=1)
+
+
+def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, sets_of(encoder, others))
+    assert set(result["left_out"]) == Q | {"knn_supervised"} and len(Q) == 8
+    assert {result["left_out"][name] for name in Q} == {"the embedding is deterministic"}
+    console = Console(width=200, record=True)
+    console.print(ood_table(result))
+    shown = console.export_text()
+    assert "left out: knn_supervised: the encoder was trained without labels" in shown
+    assert "source: PNG, 40x40 px" in shown and "source: JPEG, 73.5x74 px" in shown  # the medians of the fixtures
+    for name, row in result["detectors"].items():
+        assert f" {name}{' *' if name in LABEL_BASED else ''} " in shown
+        assert f"{100 * row['near']['figures']['auroc']:.1f}" in shown
+
+
+def test_a_supervised_run_is_judged_by_its_own_logits(canvas, others, tmp_path):
+    folder, recipe, model = run_of(
+        tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3}, embedding={"stochastic": "h"}
+    )
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, sets_of(encoder, others))
+    assert set(result["detectors"]) == set(DETECTORS) and result["left_out"] == {}
+    scores = np.load(folder / "eval" / result["scores"])
+    of_id = cached_features(folder, canvas / "val.beton", model=model, views=recipe.views)
+    logits = model.eval().mean_z(torch.tensor(of_id.h)).numpy()
+    np.testing.assert_allclose(scores["id/max_logit"], -logits.max(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stochastic", ["none", "h", "z"])
+def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, canvas, tmp_path):
+    folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": stochastic})
+    encoder = find_encoder(folder, device="cpu")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(3, 96).double(), torch.randn(3).double()
+    found = odin_logits(encoder, Data(canvas / "val.beton"), (weight, bias))
+    assert found.shape == (12, 3)
+
+    (batch,) = command.clean_loader(canvas / "val.beton", recipe.views, torch.device("cpu"))
+    x = clean_view(recipe.views)(batch.image, batch.height, batch.width)[batch.valid].requires_grad_()
+    model.eval()
+
+    def logits_of(images):
+        h = model.encoder(images)
+        h = model.heads["h"](h).mu if stochastic == "h" else h
+        return F.linear(h, weight.float(), bias.float())
+
+    first = logits_of(x) / 1000
+    (slope,) = torch.autograd.grad(F.cross_entropy(first, first.argmax(1)), x)
+    moved = x - 0.0014 * slope.sign() / torch.tensor(recipe.views.std).view(3, 1, 1)
+    np.testing.assert_allclose(found, logits_of(moved).detach(), rtol=1e-3, atol=1e-3)
+    plain = logits_of(x).detach().numpy()
+    assert np.abs(found - plain).max() > 10 * np.abs(found - logits_of(moved).detach().numpy()).max()
+    assert all(p.grad is None for p in encoder.model.parameters())
+
+
+def test_the_classifier_is_folded_into_the_features(canvas, tmp_path):
+    folder, recipe, model = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    of_fit = cached_features(folder, canvas / "train.beton", model=model, views=recipe.views)
+    classifier = command.fit_lbfgs(of_fit.h, of_fit.label).classifier
+    weight, bias = affine(classifier)
+    np.testing.assert_allclose(
+        of_fit.h @ weight.numpy().T + bias.numpy(), classifier.logits(of_fit.h), rtol=1e-3, atol=1e-3
+    )
+    again = linear_classifier(encoder, Data(canvas / "train.beton"), seed=0)
+    torch.testing.assert_close(again, (weight, bias))
+
+
+def test_the_prior_is_that_of_the_embedding_that_is_given(canvas, tmp_path):
+    model = run_of(tmp_path / "run", canvas, embedding={"stochastic": "hz", "prior": "mixture"})[2]
+    assert prior_of(model) is model.priors["h"]
+    assert prior_of(run_of(tmp_path / "plain", canvas)[2]) is None
+
+
+def test_without_labels_what_needs_none_is_left(canvas, others, tmp_path):
+    data = {"train": str(others / "noise/train.beton"), "val": str(canvas / "val.beton")}
+    folder, _, _ = make_run(tmp_path / "run", data)
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, find_sets(encoder, far=[others / "flat/train.beton"]))
+    assert not set(result["detectors"]) & set(LABEL_BASED)
+    assert result["left_out"]["energy"] == "the images fitted on have no two classes"
+    assert result["near"] == {} and "near" not in result["detectors"]["knn_cosine"]
+    assert ood_table(result).row_count == len(result["detectors"])
+
+
+def test_without_pytorch_ood_the_other_detectors_stay(canvas, tmp_path, monkeypatch):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    monkeypatch.setitem(sys.modules, "pytorch_ood.detector", None)
+    why = command.unusable(find_encoder(folder, device="cpu"), Data(canvas / "train.beton"))
+    assert {name for name, reason in why.items() if "pip install pytorch-ood" in reason} == {
+        "kl_matching", "odin", "react_energy",
+    }  # fmt: skip
+
+
+def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    noise = others / "noise/train.beton"
+    with pytest.raises(UserError, match=r"canvas 96.* with canvas 32"):
+        find_sets(encoder, near=[canvas_jpeg / "val.beton"])
+    with pytest.raises(UserError, match="--near and --far, or a --suite"):
+        find_sets(encoder)
+    with pytest.raises(UserError, match="Two of the sets are called noise"):
+        find_sets(encoder, near=[noise], far=[noise])
+    with pytest.raises(UserError, match="nowhere"):
+        find_sets(encoder, near=[tmp_path / "nowhere.beton"])
+    stock = tmp_path / "stock.beton"
+    stock.write_bytes(noise.read_bytes())
+    with pytest.raises(UserError, match="stock.beton has no stock.beton.json"):
+        find_sets(encoder, near=[stock])
+    without, _, _ = make_run(tmp_path / "without", {"train": str(canvas / "train.beton")})
+    with pytest.raises(UserError, match="no data.val to take as ID"):
+        find_sets(find_encoder(without, device="cpu"), near=[noise])
+
+
+def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("noise", "flat")))
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    sets = find_sets(encoder, suite="cifar10", root=others, id=canvas / "val.beton")
+    assert list(sets.near) == ["stripes"] and list(sets.far) == ["noise", "flat"]
+    assert sets.name == f"cifar10-id-{canvas.name}" and sets.fit.path == canvas / "train.beton"
+    with pytest.raises(UserError, match=r"build-beton mnist"):
+        monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("mnist",)))
+        find_sets(encoder, suite="cifar10", root=others)
+
+
+def test_many_training_images_are_thinned(canvas, others, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "FIT_IMAGES", 30)
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    sets = sets_of(find_encoder(folder, device="cpu"), others)
+    assert sets.fit == Data(canvas / "train.beton", None, 30) and sets.about["train"]["images"] == 30
+
+
+def test_what_the_files_were_before_is_recorded(canvas, others):
+    about = suites.described(Data(others / "noise/train.beton"))
+    assert (about["builder"], about["source_formats"], about["source_px"]) == ("imagefolder", {"PNG": 9}, [40, 40])
+    assert read_header(canvas / "val.beton").manifest["source_formats"] == {"JPEG": 12}
+
+
+def fake_sets(near, far):
+    return Sets(None, None, dict.fromkeys(near), dict.fromkeys(far), "x")
+
+
+def test_inverted_means_significantly_below_one_half():
+    """Scores shifted down by half a standard deviation, by nothing, and up; 400 images a set."""
+    rng = np.random.default_rng(0)
+    of = {"id": rng.normal(size=400)} | {name: rng.normal(shift, 1, 400) for name, shift in
+                                        (("down", -0.5), ("same", 0), ("up", 0.5))}  # fmt: skip
+    norm = np.exp(of["id"])
+    compared = compare({"energy": of, "constant": {name: np.zeros(400) for name in of}},
+                       fake_sets(["down"], ["same", "up"]), norm, 0)  # fmt: skip
+    row = compared["detectors"]["energy"]
+    assert {name: row["sets"][name]["inverted"] for name in row["sets"]} == {"down": True, "same": False, "up": False}
+    assert row["near"]["inverted"] and not row["far"]["inverted"] and row["norm_correlation"] == pytest.approx(1)
+    assert compared["detectors"]["constant"]["norm_correlation"] == 0
+    # The mean over sets shares its ID images, so its interval is wider than that of independent sets would be.
+    widths = [np.diff(row["sets"][name]["intervals"]["auroc"])[0] for name in ("same", "up")]
+    width = np.diff(row["far"]["intervals"]["auroc"])[0]
+    assert np.hypot(*widths) / 2 < width < np.mean(widths) * 1.05
+
+
+def test_runs_that_differ_in_their_seed_share_a_column(canvas, others, tmp_path):
+    made = [run_of(tmp_path / f"seed{seed}", canvas, seed=seed)[0] for seed in range(2)]
+    results = []
+    for run in made:
+        encoder = find_encoder(run, device="cpu")
+        results.append(evaluate_ood(encoder, sets_of(encoder, others)))
+    encoder = find_encoder(made[0], device="cpu")
+    results.append(evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"])))
+    rows = summarize(results)
+    assert [row["seeds"] for row in rows] == [[0, 1], [0]]
+    values = [result["detectors"]["knn_cosine"]["far"]["figures"]["auroc"] for result in results[:2]]
+    assert rows[0]["figures"]["knn_cosine far auroc"]["mean"] == pytest.approx(np.mean(values))
+    console = Console(width=200, record=True)
+    console.print(ood_summary_table(rows))
+    shown = console.export_text()
+    assert f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" in shown and "and 1 more" in shown
+
+
+def test_the_command(canvas, others, tmp_path, monkeypatch, capsys):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastssl", "eval", "ood", str(folder), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, capsys.readouterr()
+
+    noise = others / "noise/train.beton"
+    code, said = run("--far", noise, "--device", "cpu", "--out", tmp_path / "out.json")
+    assert code == 0 and "knn_cosine" in said.out and "far noise:" in said.out
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["seeds"] == [0]
+    code, said = run("--far", noise, "--suite", "cifar10")
+    assert code == 2 and said.err.startswith("fastssl: --suite names its own sets")
