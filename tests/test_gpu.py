@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from small_models import make_run
 
 from fastssl import randomness
 from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_encoder, find_split
+from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader
 from fastssl.recipe import Views, load_recipe
 from fastssl.training import loop, train
@@ -201,3 +203,17 @@ def test_an_evaluation_on_the_device_gives_the_cpu_s_figures(canvas, tmp_path):
         assert ours == pytest.approx(theirs, abs=0.02)
     tuned = evaluate_semisup(encoder, split, percent=50, overrides=["train.epochs=2", "train.batch_size=8"])
     assert tuned["settings"]["train"]["device"] == "cuda" and 0 <= tuned["figures"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_scores_on_the_device_as_on_the_cpu(name):
+    """float64 on both, but for one's products in float32."""
+    rng = np.random.default_rng(0)
+    shape = (300, 2, 16) if name == "views_disagreement" else (300, 16)
+    arrays = {
+        "features": rng.normal(size=shape), "logits": rng.normal(size=(300, 5)),
+        "mu": rng.normal(size=(300, 8)), "sigma": rng.uniform(0.1, 1, (300, 8)),
+    }  # fmt: skip
+    label = rng.integers(5, size=300)
+    ours, theirs = (detector(name, device=x).fit(labels=label, **arrays).score(**arrays) for x in ("cuda", "cpu"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4 if name == "posterior_bhattacharyya" else 1e-8, atol=1e-9)
