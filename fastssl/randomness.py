@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # What a number is for. Two purposes never share a number.
-AUGMENTATION, NOISE_Z, ORDER, PAGE_ORDER, NOISE_H, NOISE_EVALUATION = range(6)
+AUGMENTATION, NOISE_Z, ORDER, PAGE_ORDER, NOISE_H, NOISE_EVALUATION, CORRUPTION = range(7)
 
 _MASK = 0xFFFFFFFF
 

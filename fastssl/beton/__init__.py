@@ -28,7 +28,7 @@ from .index_list import read_index_list
 from .inspection import Summary, inspect_beton, pairs_table, subset_table, summary_tables
 from .read import BetonInfo, data_checksum, read_header, read_labels, read_metadata, read_names, read_samples
 from .sample import Sample
-from .sheet import draw_sheet
+from .sheet import draw_samples, draw_sheet
 from .verification import Verification, verify
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "builder_names",
     "data_checksum",
     "describe_builders",
+    "draw_samples",
     "draw_sheet",
     "forecast_build",
     "free_memory",

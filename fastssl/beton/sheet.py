@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,39 +32,60 @@ def draw_sheet(path: str | Path, sheet: str | Path) -> int:
     if sheet.suffix.lower() != ".png":
         raise UserError(f"The sheet is a PNG, but {sheet} does not end in .png: name it so.")
     info = read_header(path)
-    metadata, image_bytes = read_samples(path)
     count = min(SHOWN, info.num_samples)
     positions = np.sort(np.random.default_rng(SEED).permutation(info.num_samples)[:count])
-    columns = min(COLUMNS, count)
-    cell_width, cell_height = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP
-    first_row = GAP + LINE + GAP
-    width, height = GAP + columns * cell_width, first_row + -(-count // columns) * cell_height
-    picture = Image.new("RGB", (width, height), PAGE)
-    draw = ImageDraw.Draw(picture)
     which = f"{count} of {info.num_samples:,} samples, drawn at random"
     title = f"{info.path.name}: {which if count < info.num_samples else f'all {count} samples'}"
-    draw.text((GAP, GAP), _cut(title, width - 2 * GAP), "black", _font())
-
-    with open(info.path, "rb") as file:
-        for place, position in enumerate(positions):
-            row, left = metadata[position], GAP + place % columns * cell_width
-            top = first_row + place // columns * cell_height
-            file.seek(int(row["image"]["data_ptr"]))
-            try:
-                thumbnail = _thumbnail(file.read(int(image_bytes[position])), row["image"])
-            except (ValueError, OSError) as error:
-                thumbnail = _crossed_box(f"does not decode: {error}")
-            above = THUMBNAIL - thumbnail.height  # an image stands on its caption
-            picture.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + above))
-            for line, (text, colour) in enumerate(zip(_caption(info, row, position), ("black", GREY))):
-                text = _cut(text, THUMBNAIL)
-                middle = left + (THUMBNAIL - _font().getlength(text)) // 2
-                draw.text((middle, top + THUMBNAIL + 2 + line * LINE), text, colour, _font())
     try:
-        write_atomically(sheet, lambda beside: picture.save(beside, "PNG"))
+        draw_samples(path, sheet, [(title, positions)])
     except OSError as error:
         raise UserError(f"Cannot write {sheet}: {error.strerror}; name another --sheet.") from error
     return count
+
+
+def draw_samples(
+    path: str | Path,
+    sheet: str | Path,
+    groups: Sequence[tuple[str, Sequence[int]]],
+    notes: Mapping[int, str] | None = None,
+    columns: int = COLUMNS,
+) -> None:
+    """Draw samples of a .beton into a PNG, group below group: a title, and the positions in the file that stand there.
+
+    Under each sample are its class and what `notes` says of its position, without notes its index.
+    """
+    info = read_header(path)
+    metadata, image_bytes = read_samples(path)
+    columns = min(columns, max(len(positions) for _, positions in groups))
+    cell_width, cell_height = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP
+    before_rows = GAP + LINE + GAP
+    height = sum(before_rows + -(-len(positions) // columns) * cell_height for _, positions in groups)
+    picture = Image.new("RGB", (GAP + columns * cell_width, height), PAGE)
+    draw = ImageDraw.Draw(picture)
+
+    first_row = 0
+    with open(info.path, "rb") as file:
+        for title, positions in groups:
+            draw.text((GAP, first_row + GAP), _cut(title, picture.width - 2 * GAP), "black", _font())
+            first_row += before_rows
+            for place, position in enumerate(positions):
+                row, left = metadata[position], GAP + place % columns * cell_width
+                top = first_row + place // columns * cell_height
+                file.seek(int(row["image"]["data_ptr"]))
+                try:
+                    thumbnail = _thumbnail(file.read(int(image_bytes[position])), row["image"])
+                except (ValueError, OSError) as error:
+                    thumbnail = _crossed_box(f"does not decode: {error}")
+                above = THUMBNAIL - thumbnail.height  # an image stands on its caption
+                picture.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + above))
+                name, index = _caption(info, row, position)
+                second = index if notes is None else notes[position]
+                for line, (text, colour) in enumerate(((name, "black"), (second, GREY))):
+                    text = _cut(text, THUMBNAIL)
+                    middle = left + (THUMBNAIL - _font().getlength(text)) // 2
+                    draw.text((middle, top + THUMBNAIL + 2 + line * LINE), text, colour, _font())
+            first_row += -(-len(positions) // columns) * cell_height
+    write_atomically(Path(sheet), lambda beside: picture.save(beside, "PNG"))
 
 
 def _thumbnail(content: bytes, image: np.void) -> Image.Image:

@@ -70,17 +70,9 @@ def knn_predictions(
     searched.
     """
     bank_ND, query_MD = train_features, test_features
-    if device is None:
-        device = bank_ND.device if isinstance(bank_ND, Tensor) else "cpu"
-    class_C, target_N = torch.unique(as_tensor(train_labels).to(device), return_inverse=True)
-    most = min(max(ks), len(bank_ND))
-
-    near_MK = torch.full((len(query_MD), 0), 0.0, dtype=torch.float64, device=device)
-    vote_MK = torch.full((len(query_MD), 0), 0, device=device)
-    for first in range(0, len(bank_ND), BANK_ROWS):
-        part = slice(first, first + BANK_ROWS)
-        near_MK, vote_MK = _nearer(unit(bank_ND[part], device), target_N[part], query_MD, near_MK, vote_MK, most)
-        advance(len(bank_ND[part]))
+    near_MK, row_MK = nearest_neighbours(bank_ND, query_MD, max(ks), device=device, advance=advance)
+    class_C, target_N = torch.unique(as_tensor(train_labels).to(near_MK.device), return_inverse=True)
+    vote_MK = target_N[row_MK]
 
     guesses = {}
     for k, temperature in product(ks, temperatures):
@@ -95,19 +87,45 @@ def knn_predictions(
     return guesses
 
 
-def _nearer(bank_ND: Tensor, target_N: Tensor, query_MD, near_MK: Tensor, vote_MK: Tensor, most: int):
-    """The nearest `most`, nearest first, of this part of the bank and of those found before: similarity and class."""
-    near, vote = [], []
+@torch.inference_mode()
+def nearest_neighbours(
+    bank: ArrayLike | Tensor,
+    query: ArrayLike | Tensor,
+    k: int,
+    *,
+    device: torch.device | str | None = None,
+    advance: Callable[[int], object] = lambda samples: None,
+) -> tuple[Tensor, Tensor]:
+    """The k rows of `bank` (N, D) that are nearest to each of `query` (M, D), nearest first: their cosine similarities,
+    (M, k) float64, and their places, (M, k) int64, on `device`, by default the bank's own.
+
+    Arrays, sizes, ties, a k above N and `advance` as in `knn_predictions`.
+    """
+    if device is None:
+        device = bank.device if isinstance(bank, Tensor) else "cpu"
+    most = min(k, len(bank))
+    near_MK = torch.full((len(query), 0), 0.0, dtype=torch.float64, device=device)
+    row_MK = torch.full((len(query), 0), 0, device=device)
+    for first in range(0, len(bank), BANK_ROWS):
+        part = slice(first, first + BANK_ROWS)
+        near_MK, row_MK = _nearer(unit(bank[part], device), first, query, near_MK, row_MK, most)
+        advance(len(bank[part]))
+    return near_MK, row_MK
+
+
+def _nearer(bank_ND: Tensor, first_row: int, query_MD, near_MK: Tensor, row_MK: Tensor, most: int):
+    """The nearest `most`, nearest first, of this part of the bank and of those found before: similarity and row."""
+    near, row = [], []
     for first in range(0, len(query_MD), rows := max(1, CHUNK_ELEMENTS // len(bank_ND))):
         part = slice(first, first + rows)
         similarity_BN = unit(query_MD[part], bank_ND.device) @ bank_ND.T
         new_BK, place_BK = similarity_BN.topk(min(most, len(bank_ND)), dim=1)
         both_BK = torch.cat([near_MK[part], new_BK], dim=1)
-        votes_BK = torch.cat([vote_MK[part], target_N[place_BK]], dim=1)
+        rows_BK = torch.cat([row_MK[part], place_BK + first_row], dim=1)
         kept_BK, order_BK = both_BK.topk(min(most, both_BK.shape[1]), dim=1)
         near.append(kept_BK)
-        vote.append(votes_BK.gather(1, order_BK))
-    return torch.cat(near), torch.cat(vote)
+        row.append(rows_BK.gather(1, order_BK))
+    return torch.cat(near), torch.cat(row)
 
 
 def unit(features_ND: ArrayLike | Tensor, device: torch.device) -> Tensor:

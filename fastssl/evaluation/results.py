@@ -18,7 +18,11 @@ from fastssl.recipe import load_recipe
 
 PLACES = ("run", "weights", "path", "subset", "list")  # keys of a result that say where something lies
 MOST_CLASSES_DRAWN = 50  # in a confusion matrix: more cannot be read
-NOT_PERCENT = ("nll",)  # figures in other units than shares from 0 to 1
+# Units of the figures that are no shares from 0 to 1, which are shown in percent:
+UNITS = {"nll": "nats", "nll_scaled": "nats"}
+UNITS |= dict.fromkeys(("aurc", "aurc_excess", "aurc_confidence", "aurc_excess_confidence"), "0 to 1")
+UNITS |= dict.fromkeys(("spearman_blur", "spearman_noise", "spearman_jpeg", "spearman_crop"), "-1 to 1")
+MOST_COLUMNS = 10  # of figures in a table of several runs: with more, each figure is a line
 
 
 def find_or_measure(run_dir: str | Path, name: str, request: dict, measure: Callable[[], dict]) -> dict:
@@ -100,7 +104,7 @@ def draw_confusion(path: Path, scores: Scores, names: list[str] | None) -> None:
 
 def shown(name: str, value: float) -> str:
     """A share in percent, anything else as it is."""
-    return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.2f}"
+    return f"{value:.3f}" if name in UNITS else f"{100 * value:.2f}"
 
 
 def result_table(result: dict) -> Table:
@@ -121,7 +125,7 @@ def result_table(result: dict) -> Table:
     for name, value in result["figures"].items():
         low, high = result["intervals"].get(name, (None, None))
         bounds = ("", "") if low is None else (shown(name, low), shown(name, high))
-        table.add_row(name + (" (nats)" if name in NOT_PERCENT else ""), shown(name, value), *bounds)
+        table.add_row(name + (f" ({UNITS[name]})" if name in UNITS else ""), shown(name, value), *bounds)
     return table
 
 
