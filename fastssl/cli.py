@@ -347,6 +347,25 @@ def ood(
     _show(results, out, ood_table, ood_summary_table)
 
 
+@evaluation.command()
+def uncertainty(
+    runs: Runs,
+    train: TrainData = None,
+    val: ValData = None,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Whether sigma knows which images are hard: wrong neighbours, wrong guesses, worse and worse images."""
+    from fastssl.evaluation import evaluate_uncertainty
+
+    evaluate = partial(evaluate_uncertainty, dtype=dtype, seed=seed)
+    _evaluate(evaluate, runs, train, val, out, untrained=untrained, view=view, device=device)
+
+
 def _evaluate(evaluate, runs: list[Path], train: Path | None, val: Path | None, out: Path | None, **options) -> None:
     """evaluate(encoder, split) of one run after the other. options: which encoder, and where."""
     from fastssl.evaluation import find_encoder, find_split

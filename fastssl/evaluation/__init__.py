@@ -14,6 +14,7 @@ from fastssl.evaluation.results import result_table, summarize, summary_table, w
 from fastssl.evaluation.runs import Encoder, find_encoder, find_split
 from fastssl.evaluation.semisup import evaluate_semisup
 from fastssl.evaluation.transfer import evaluate_transfer, find_target
+from fastssl.evaluation.uncertainty import evaluate_uncertainty
 
 __all__ = [
     "Encoder",
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate_linear",
     "evaluate_semisup",
     "evaluate_transfer",
+    "evaluate_uncertainty",
     "extract_features",
     "few_label_knn",
     "few_label_linear",

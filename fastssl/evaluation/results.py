@@ -20,7 +20,7 @@ PLACES = ("run", "weights", "path", "subset", "list")  # keys of a result that s
 MOST_CLASSES_DRAWN = 50  # in a confusion matrix: more cannot be read
 # Units of the figures that are no shares from 0 to 1, which are shown in percent:
 UNITS = {"nll": "nats", "nll_scaled": "nats"}
-UNITS |= dict.fromkeys(("aurc", "aurc_excess", "aurc_confidence", "aurc_excess_confidence"), "0 to 1")
+UNITS |= dict.fromkeys(("aurc", "e_aurc", "aurc_confidence", "e_aurc_confidence"), "0 to 1")
 UNITS |= dict.fromkeys(("spearman_blur", "spearman_noise", "spearman_jpeg", "spearman_crop"), "-1 to 1")
 MOST_COLUMNS = 10  # of figures in a table of several runs: with more, each figure is a line
 

@@ -1,0 +1,220 @@
+"""`fastssl eval uncertainty`: is what a run says of its uncertainty true?"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastssl.beton.progress import progress
+from fastssl.evaluation.features import CACHE_VERSION, DType, Features, clean_loader
+from fastssl.evaluation.linear import lbfgs
+from fastssl.evaluation.linear.lbfgs import fit_lbfgs
+from fastssl.evaluation.metrics import bootstrap, classification_figures
+from fastssl.evaluation.results import find_or_measure
+from fastssl.evaluation.runs import Data, Encoder, Split, split_features
+from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
+from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, Corruption, embed_versions, some_images
+from fastssl.evaluation.uncertainty.figures import (
+    aurc,
+    e_aurc,
+    fit_temperature,
+    nearest_is_wrong,
+    neighbour_distance,
+    r_auroc,
+    risk_coverage,
+    strength_correlation,
+)
+from fastssl.evaluation.uncertainty.pictures import draw_corruptions, draw_extremes, draw_risk_coverage
+from fastssl.recipe import UserError
+
+NEIGHBOURS = 50  # of an image whose encoder gives no sigma; Sun et al. take 50 for CIFAR-10
+CORRUPTED_IMAGES = 1000
+SHOWN = 20  # of the most and of the least certain images
+CURVE_POINTS = 100  # of a risk-coverage curve that a result keeps
+PROTOCOL = (
+    "one uncertainty an image against: a wrong nearest other test image (cosine on h), wrong guesses of a logistic "
+    "regression on nine tenths of the training images (temperature from the last tenth), corruptions of test images"
+)
+
+
+class Measured(NamedTuple):
+    """Figures with their intervals, and what else a result keeps of them."""
+
+    figures: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    kept: dict
+
+
+def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "float32", seed: int = 0) -> dict:
+    """How far the uncertainty on data.val can be trusted, kept in RUN/eval/uncertainty.json with three pictures beside
+    it; returns what that file holds.
+
+    The uncertainty of an image is the mean over dimensions of sigma, of an encoder without one the cosine distance of h
+    to its 50th nearest training image (Sun et al., arXiv 2204.06507); `settings["score"]` says which. seed: of the
+    classifier, its held-out tenth, the corrupted images, what is random in them and the intervals.
+    """
+    name = "uncertainty" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix + split.name
+    about = split.about
+    neighbours = min(NEIGHBOURS, about["train"]["images"])
+    stochastic = encoder.recipe.embedding.stochastic
+    score = (
+        f"cosine distance of h to training neighbour {neighbours}"
+        if stochastic == "none"
+        else f"mean sigma of {stochastic[0]}"  # of h where both are stochastic, as Embedding says
+    )
+    if about["val"]["images"] < 2:
+        raise UserError(f"{split.val.path} holds one image, which has no neighbour there: name a larger file.")
+
+    def measure() -> dict:
+        of_train, of_test = split_features(encoder, split, dtype)
+
+        def distance(h_MD: np.ndarray) -> np.ndarray:
+            with progress(f"Neighbours in {split.train.path}", len(of_train.h), "images") as advance:
+                return neighbour_distance(of_train.h, h_MD, neighbours, device=encoder.device, advance=advance)
+
+        if stochastic == "none":
+            uncertainty_M = distance(of_test.h)
+        else:
+            uncertainty_M = mean_over_dimensions(of_test.sigma)
+        clean_N, levels = corrupted(encoder, split.val, of_test, seed)
+        if stochastic == "none":  # all of them in one search
+            h_VND = np.concatenate([clean_N[None], *levels.values()])
+            clean_N, *rest = distance(h_VND.reshape(-1, h_VND.shape[-1])).reshape(h_VND.shape[:2])
+            ends = np.cumsum([len(strengths) for strengths in CORRUPTIONS.values()])[:-1]
+            levels = dict(zip(levels, np.split(np.stack(rest), ends)))
+
+        folder = encoder.run_dir / "eval"
+        of_neighbours = neighbour_figures(of_test, uncertainty_M, encoder.device, seed)
+        of_guesses = guess_figures(of_train, of_test, uncertainty_M, encoder.device, seed)
+        of_corruptions = corruption_figures(clean_N, levels, seed)
+        files = [f"{name}.{what}.png" for what in ("risk-coverage", "corruptions", "sheet")]
+        draw_risk_coverage(folder / files[0], of_guesses.kept["risk_coverage"], of_guesses.figures, score)
+        draw_corruptions(folder / files[1], of_corruptions.kept["corruptions"], of_corruptions.figures, score)
+        draw_extremes(folder / files[2], split.val, of_test.index, uncertainty_M, SHOWN, score)
+        parts = (of_neighbours, of_guesses, of_corruptions)
+        return {
+            "figures": {key: value for part in parts for key, value in part.figures.items()},
+            "intervals": {key: list(value) for part in parts for key, value in part.intervals.items()},
+            **{key: value for part in parts for key, value in part.kept.items()},
+            "pictures": files,
+        }
+
+    settings = {
+        "score": score, "corruptions": CORRUPTIONS, "corrupted_images": CORRUPTED_IMAGES, "held_out_share": HELD_OUT,
+        "dtype": dtype, "features": CACHE_VERSION, "classifier": lbfgs.CONSTANTS,
+    }  # fmt: skip
+    request = {
+        "evaluation": "uncertainty", "protocol": PROTOCOL, "settings": settings, "seed": seed, **encoder.about, **about,
+    }  # fmt: skip
+    return find_or_measure(encoder.run_dir, name, request, measure)
+
+
+def mean_over_dimensions(sigma_MD: np.ndarray) -> np.ndarray:
+    """(M,) float64; sigma may be a map of a file."""
+    return np.mean(sigma_MD, axis=1, dtype=np.float64)
+
+
+def neighbour_figures(features: Features, uncertainty_M: np.ndarray, device: torch.device, seed: int) -> Measured:
+    """r_auroc, which is missing where every nearest neighbour is right or every one is wrong, and recall_at_1."""
+    wrong_M = nearest_is_wrong(features.h, features.label, device=device)
+
+    def figures_of(rows) -> dict[str, float]:
+        return {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows]), "recall_at_1": 1 - float(wrong_M[rows].mean())}
+
+    figures, intervals = figures_of(slice(None)), bootstrap(len(wrong_M), figures_of, seed)
+    known = [key for key, value in figures.items() if not math.isnan(value)]
+    return Measured({key: figures[key] for key in known}, {key: intervals[key] for key in known}, {})
+
+
+def guess_figures(
+    of_train: Features, of_test: Features, uncertainty_M: np.ndarray, device: torch.device, seed: int
+) -> Measured:
+    """Of a logistic regression on h: accuracy, ece and nll, before and after temperature scaling; the area under its
+    risk-coverage curve (`aurc`) with the images in the order of their uncertainty, and in that of its own confidence.
+
+    Fitted on nine tenths of the training images; the temperature is chosen on the last tenth. The test images choose
+    nothing.
+    """
+    fit_rows, held_rows = held_out_tenth(of_train.label, seed)
+    with progress("Logistic regressions", len(lbfgs.PENALTIES) + 1, "fits") as advance:
+        fitted = fit_lbfgs(of_train.h[fit_rows], of_train.label[fit_rows], seed=seed, device=device, advance=advance)
+    classifier, class_C = fitted.classifier, fitted.classifier.class_C.numpy()
+    temperature = fit_temperature(classifier.logits(of_train.h[held_rows]), of_train.label[held_rows], class_C)
+
+    logits_MC = classifier.logits(of_test.h).double()
+    plain, scaled = (
+        classification_figures(logits_MC / divisor, of_test.label, class_C, seed=seed) for divisor in (1, temperature)
+    )
+    named = {
+        "accuracy": (plain, "accuracy"), "ece": (plain, "ece"), "ece_scaled": (scaled, "ece"), "nll": (plain, "nll"),
+        "nll_scaled": (scaled, "nll"),
+    }  # fmt: skip
+    named = {new: (scores, old) for new, (scores, old) in named.items() if old in scores.figures}
+    figures = {new: scores.figures[old] for new, (scores, old) in named.items()}
+    intervals = {new: scores.intervals[old] for new, (scores, old) in named.items()}
+
+    wrong_M = class_C[logits_MC.numpy().argmax(axis=1)] != of_test.label
+    orders = {"": uncertainty_M, "_confidence": 1 - logits_MC.softmax(dim=1).max(dim=1).values.numpy()}
+
+    def areas(rows) -> dict[str, float]:
+        pairs = {key: (order_M[rows], wrong_M[rows]) for key, order_M in orders.items()}
+        measures = {"aurc": aurc, "e_aurc": e_aurc}
+        return {f"{name}{key}": f(*pair) for key, pair in pairs.items() for name, f in measures.items()}
+
+    figures |= areas(slice(None))
+    intervals |= bootstrap(len(wrong_M), areas, seed)
+    curves = {"uncertainty": uncertainty_M, "confidence": orders["_confidence"], "oracle": wrong_M}
+    count_P = np.unique(np.ceil(np.linspace(0, 1, CURVE_POINTS + 1)[1:] * len(wrong_M)).astype(int))
+    kept = {"coverage": (count_P / len(wrong_M)).tolist()}
+    kept |= {key: risk_coverage(order_M, wrong_M)[count_P - 1].tolist() for key, order_M in curves.items()}
+    chosen = {**fitted.chosen, "temperature": temperature}
+    hyperparameters = {**fitted.settings, "held_out_for_temperature": len(held_rows)}
+    return Measured(
+        figures, intervals,
+        {"chosen": chosen, "selection": fitted.selection, "hyperparameters": hyperparameters, "risk_coverage": kept},
+    )  # fmt: skip
+
+
+def corrupted(
+    encoder: Encoder, data: Data, features: Features, seed: int
+) -> tuple[np.ndarray, dict[Corruption, np.ndarray]]:
+    """`embed_versions` of some of the test images: a function of (ids, seed), whatever their order in the file."""
+    views = encoder.recipe.views
+    loader = clean_loader(data.path, views, encoder.device, data.subset, data.limit)
+    loader.rows = loader.rows[some_images(features.index, CORRUPTED_IMAGES, seed)]
+    with progress("Corrupted images", VERSIONS * len(loader.rows), "images") as advance:
+        return embed_versions(encoder.model, loader, views, seed, advance=advance)
+
+
+def corruption_figures(clean_N: np.ndarray, levels: dict[Corruption, np.ndarray], seed: int) -> Measured:
+    """spearman_NAME: the mean over images of the correlation of uncertainty with strength. crop_larger: the share of
+    crops that are less certain than their whole (as certain does not count), over all sizes, and of each
+    (crop_larger_75: of three quarters of the area).
+
+    clean_N (N,) and levels (5, N) are uncertainties. The result keeps the mean uncertainty at each strength.
+    """
+    curves = {name: np.vstack([clean_N, level_SN]).T for name, level_SN in levels.items()}  # (N, 6)
+    larger_NS = levels["crop"].T > clean_N[:, None]
+    columns = {f"spearman_{name}": strength_correlation(curve_NS) for name, curve_NS in curves.items()}
+    columns["crop_larger"] = larger_NS.mean(axis=1)
+    columns |= {f"crop_larger_{100 * share:g}": x_N for share, x_N in zip(CORRUPTIONS["crop"], larger_NS.T)}
+    means = {(name, s): x_N for name, curve_NS in curves.items() for s, x_N in enumerate(curve_NS.T)}
+    values_NF = np.stack([*columns.values(), *means.values()], axis=1, dtype=np.float64)
+
+    def figures_of(rows) -> dict:
+        return dict(zip([*columns, *means], values_NF[rows].mean(axis=0).tolist()))
+
+    figures, intervals = figures_of(slice(None)), bootstrap(len(clean_N), figures_of, seed)
+    kept = {
+        name: {
+            "strengths": list(strengths),
+            "mean": [figures[name, s] for s in range(len(strengths) + 1)],  # from that of the clean image on
+            "intervals": [list(intervals[name, s]) for s in range(len(strengths) + 1)],
+        }
+        for name, strengths in CORRUPTIONS.items()
+    }
+    kept["images"] = len(clean_N)
+    return Measured(
+        {key: figures[key] for key in columns}, {key: intervals[key] for key in columns}, {"corruptions": kept}
+    )
