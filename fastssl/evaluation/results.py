@@ -107,6 +107,16 @@ def shown(name: str, value: float) -> str:
     return f"{value:.3f}" if name in UNITS else f"{100 * value:.2f}"
 
 
+def with_unit(name: str) -> str:
+    """A figure's name, with its unit where that is not percent."""
+    return name + (f" ({UNITS[name]})" if name in UNITS else "")
+
+
+def score_of(result: dict) -> str | None:
+    """Which uncertainty was measured, in a result that is about one."""
+    return result["settings"].get("score")
+
+
 def result_table(result: dict) -> Table:
     """The figures of one result, shares in percent, with their 95 % intervals over the test images."""
     val, train = result["val"], result["train"]
@@ -116,6 +126,8 @@ def result_table(result: dict) -> Table:
         "95 % bootstrap intervals over the tested images",
         f"measured {result['made']}",
     ]
+    if score := score_of(result):
+        lines.insert(2, f"uncertainty: {score}")
     title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
     width = max(map(len, [title, *lines]))
     table = Table("figure", title=title, caption="\n".join(lines), min_width=width)
@@ -125,15 +137,15 @@ def result_table(result: dict) -> Table:
     for name, value in result["figures"].items():
         low, high = result["intervals"].get(name, (None, None))
         bounds = ("", "") if low is None else (shown(name, low), shown(name, high))
-        table.add_row(name + (f" ({UNITS[name]})" if name in UNITS else ""), shown(name, value), *bounds)
+        table.add_row(with_unit(name), shown(name, value), *bounds)
     return table
 
 
 def summarize(results: list[dict]) -> list[dict]:
     """Results of several runs, one row for those that differ in the seed of their run alone.
 
-    Each row has the runs and seeds, and for each figure the mean and the standard deviation over them (n - 1; None for
-    a single run).
+    Each row has the runs and seeds, and for each figure that all of them have the mean and the standard deviation over
+    them (n - 1; None for a single run).
     """
     groups: dict[str, list[dict]] = {}
     for result in results:
@@ -147,9 +159,12 @@ def summarize(results: list[dict]) -> list[dict]:
 
 
 def _row(group: list[dict]) -> dict:
-    columns = {name: [result["figures"][name] for result in group] for name in group[0]["figures"]}
+    names = [name for name in group[0]["figures"] if all(name in result["figures"] for result in group)]
+    columns = {name: [result["figures"][name] for result in group] for name in names}
+    score = score_of(group[0])
     return {
         "evaluation": group[0]["evaluation"],
+        **({"score": score} if score else {}),
         "runs": [result["run"] for result in group],
         "untrained": group[0]["weights"] == "untrained",
         "seeds": [load_recipe(Path(result["run"]) / "recipe.yaml").seed for result in group],
@@ -161,20 +176,36 @@ def _row(group: list[dict]) -> dict:
 
 
 def summary_table(rows: list[dict]) -> Table:
-    """One line for each of `summarize`: mean and standard deviation over the seeds, shares in percent."""
-    table = Table("evaluation", "run", "seeds", caption="shares in percent, nll in nats; mean ± sd over seeds")
+    """One line for each of `summarize`, one column if there are many figures: mean and standard deviation over the
+    seeds, shares in percent."""
+    heads = ["evaluation", "run", "seeds"] + ["score"] * any("score" in row for row in rows)
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    for name in names:
-        table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
+    cells = []
     for row in rows:
         run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
         run += f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""
-        cells = []
+        cells.append([row["evaluation"], run, str(len(row["runs"])), row.get("score", "")][: len(heads)])
         for name in names:
             figure = row["figures"].get(name, {"mean": None})
             mean, sd = figure["mean"], figure.get("sd")
-            cells.append("" if mean is None else shown(name, mean) + ("" if sd is None else f" ± {shown(name, sd)}"))
-        table.add_row(row["evaluation"], run, str(len(row["runs"])), *cells)
+            cell = "" if mean is None else shown(name, mean) + ("" if sd is None else f" ± {shown(name, sd)}")
+            cells[-1].append(cell)
+
+    upright = len(names) <= MOST_COLUMNS
+    table = Table(caption="shares in percent, nll in nats; mean ± sd over seeds", show_header=upright)
+    if upright:
+        for head in heads:
+            table.add_column(head)
+        for name in names:
+            table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
+        lines = cells
+    else:
+        table.add_column()
+        for _ in rows:
+            table.add_column(justify="right", overflow="fold")
+        lines = zip([*heads, *map(with_unit, names)], *cells)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

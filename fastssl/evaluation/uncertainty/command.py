@@ -1,6 +1,5 @@
 """`fastssl eval uncertainty`: is what a run says of its uncertainty true?"""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -89,9 +88,13 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
         of_guesses = guess_figures(of_train, of_test, uncertainty_M, encoder.device, seed)
         of_corruptions = corruption_figures(clean_N, levels, seed)
         files = [f"{name}.{what}.png" for what in ("risk-coverage", "corruptions", "sheet")]
-        draw_risk_coverage(folder / files[0], of_guesses.kept["risk_coverage"], of_guesses.figures, score)
-        draw_corruptions(folder / files[1], of_corruptions.kept["corruptions"], of_corruptions.figures, score)
-        draw_extremes(folder / files[2], split.val, of_test.index, uncertainty_M, SHOWN, score)
+        run = encoder.run_dir.resolve().name
+        draw_risk_coverage(folder / files[0], run, of_guesses.kept["risk_coverage"], of_guesses.figures, score)
+        draw_corruptions(
+            folder / files[1], run, of_corruptions.kept["corruptions"], of_corruptions.figures,
+            of_corruptions.intervals, score,
+        )  # fmt: skip
+        draw_extremes(folder / files[2], run, split.val, of_test.index, uncertainty_M, SHOWN, score)
         parts = (of_neighbours, of_guesses, of_corruptions)
         return {
             "figures": {key: value for part in parts for key, value in part.figures.items()},
@@ -118,13 +121,13 @@ def mean_over_dimensions(sigma_MD: np.ndarray) -> np.ndarray:
 def neighbour_figures(features: Features, uncertainty_M: np.ndarray, device: torch.device, seed: int) -> Measured:
     """r_auroc, which is missing where every nearest neighbour is right or every one is wrong, and recall_at_1."""
     wrong_M = nearest_is_wrong(features.h, features.label, device=device)
+    both = 0 < wrong_M.sum() < len(wrong_M)
 
     def figures_of(rows) -> dict[str, float]:
-        return {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows]), "recall_at_1": 1 - float(wrong_M[rows].mean())}
+        area = {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows])} if both else {}
+        return {**area, "recall_at_1": 1 - float(wrong_M[rows].mean())}
 
-    figures, intervals = figures_of(slice(None)), bootstrap(len(wrong_M), figures_of, seed)
-    known = [key for key, value in figures.items() if not math.isnan(value)]
-    return Measured({key: figures[key] for key in known}, {key: intervals[key] for key in known}, {})
+    return Measured(figures_of(slice(None)), bootstrap(len(wrong_M), figures_of, seed), {})
 
 
 def guess_figures(

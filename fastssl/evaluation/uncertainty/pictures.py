@@ -21,7 +21,7 @@ AXES = {
 }
 
 
-def draw_risk_coverage(path: Path, curves: dict, figures: dict[str, float], score: str) -> None:
+def draw_risk_coverage(path: Path, run: str, curves: dict, figures: dict[str, float], score: str) -> None:
     """The share of wrong guesses among the most certain images, against the share of images that these are."""
     from matplotlib.figure import Figure  # here, as it takes half a second
 
@@ -42,17 +42,19 @@ def draw_risk_coverage(path: Path, curves: dict, figures: dict[str, float], scor
     axes.set_ylim(bottom=0)
     axes.set_xlabel("coverage: % of the test images, the most certain first")
     axes.set_ylabel("risk: % of their guesses that are wrong")
-    axes.set_title("Does the uncertainty know which guesses are wrong?")
+    axes.set_title(f"{run}: does the uncertainty know which guesses are wrong?", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=9)
     save(path, figure)
 
 
-def draw_corruptions(path: Path, corruptions: dict, figures: dict[str, float], score: str) -> None:
+def draw_corruptions(
+    path: Path, run: str, corruptions: dict, figures: dict[str, float], intervals: dict, score: str
+) -> None:
     """Mean uncertainty of images that are made worse and worse, with its 95 % interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, len(CORRUPTIONS), sharey=True)
     for axes, (name, strengths) in zip(panels, CORRUPTIONS.items()):
         title, unit = AXES[name]
@@ -63,12 +65,16 @@ def draw_corruptions(path: Path, corruptions: dict, figures: dict[str, float], s
         axes.plot(place, curve["mean"], color=BLUE, marker="o", ms=4)
         axes.set_xticks(place, ["clean", *(f"{scale * s:g}" for s in strengths)])
         axes.set_xlabel(unit)
-        axes.set_title(f"{title}: Spearman {figures[f'spearman_{name}']:+.2f}")
+        key = f"spearman_{name}"
+        low, high = intervals[key]
+        axes.set_title(f"{title}\nSpearman {figures[key]:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
+        if curve["mean"][0] > 0:  # the axis does not begin at 0: how much is it?
+            change = 100 * (curve["mean"][-1] / curve["mean"][0] - 1)
+            axes.text(0.97, 0.04, f"strongest: {change:+.2g} %", transform=axes.transAxes, ha="right")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
-    figure.suptitle(
-        f"Uncertainty of {corruptions['images']:,} test images that are made worse: mean and its 95 % interval"
-    )
+    title = f"{run}: {corruptions['images']:,} test images made worse, mean uncertainty and its 95 % interval"
+    figure.suptitle(title, parse_math=False)
     save(path, figure)
 
 
@@ -78,7 +84,7 @@ def save(path: Path, figure) -> None:
 
 
 def draw_extremes(
-    path: Path, data: Data, index_M: np.ndarray, uncertainty_M: np.ndarray, count: int, score: str
+    path: Path, run: str, data: Data, index_M: np.ndarray, uncertainty_M: np.ndarray, count: int, score: str
 ) -> None:
     """The most and the least certain images, each with its class, uncertainty and index; of equal ones the first."""
     order_M = np.argsort(uncertainty_M, kind="stable")
@@ -88,11 +94,9 @@ def draw_extremes(
     count = min(count, len(order_M) // 2)
     most, least = order_M[:count], order_M[::-1][:count]
     sign = "σ" if "sigma" in score else "d"
-    groups = [
-        (f"{path.name}: the {count} most certain of {len(order_M):,} test images, by {score}", position_M[most]),
-        (f"the {count} least certain, the least of all first", position_M[least]),
-    ]
+    title = f"{run}: the {count} most certain of {len(order_M):,} test images by {score}, the most certain first"
+    groups = [(title, position_M[most]), (f"the {count} least certain, the least certain first", position_M[least])]
     shown = np.concatenate([most, least])
-    notes = {position_M[m]: f"{sign} {uncertainty_M[m]:.4g}, index {index_M[m]}" for m in shown}
+    notes = {position_M[m]: f"{sign} {uncertainty_M[m]:#.4g}, index {index_M[m]}" for m in shown}
     with writing(path):
         draw_samples(data.path, path, groups, notes, columns=10)
