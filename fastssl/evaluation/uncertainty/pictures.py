@@ -44,7 +44,7 @@ def draw_risk_coverage(path: Path, run: str, curves: dict, figures: dict[str, fl
     axes.set_ylabel("risk: % of their guesses that are wrong")
     axes.set_title(f"{run}: does the uncertainty know which guesses are wrong?", parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     save(path, figure)
 
 
@@ -54,7 +54,7 @@ def draw_corruptions(
     """Mean uncertainty of images that are made worse and worse, with its 95 % interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, len(CORRUPTIONS), sharey=True)
     for axes, (name, strengths) in zip(panels, CORRUPTIONS.items()):
         title, unit = AXES[name]
@@ -64,13 +64,11 @@ def draw_corruptions(
         axes.fill_between(place, low, high, color=BLUE, alpha=0.25, lw=0)
         axes.plot(place, curve["mean"], color=BLUE, marker="o", ms=4)
         axes.set_xticks(place, ["clean", *(f"{scale * s:g}" for s in strengths)])
-        axes.set_xlabel(unit)
+        change = curve["mean"][-1] / curve["mean"][0] - 1 if curve["mean"][0] > 0 else 0  # the axis does not begin at 0
+        axes.set_xlabel(f"{unit}\n(at the strongest {100 * change:+.1f} % of the clean mean)")
         key = f"spearman_{name}"
         low, high = intervals[key]
         axes.set_title(f"{title}\nSpearman {figures[key]:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
-        if curve["mean"][0] > 0:  # the axis does not begin at 0: how much is it?
-            change = 100 * (curve["mean"][-1] / curve["mean"][0] - 1)
-            axes.text(0.97, 0.04, f"strongest: {change:+.2g} %", transform=axes.transAxes, ha="right")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
     title = f"{run}: {corruptions['images']:,} test images made worse, mean uncertainty and its 95 % interval"
