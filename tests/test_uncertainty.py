@@ -196,15 +196,14 @@ def test_calibration_is_measured_at_the_temperature_and_equals_torchmetrics():
     wrong = logits.argmax(dim=1).numpy() != of_test.label
     assert figures["accuracy"] == pytest.approx(1 - wrong.mean(), abs=1e-12)
     assert figures["aurc"] == aurc(of_test.sigma.mean(axis=1), wrong)
-    assert figures["e_aurc_confidence"] == e_aurc(1 - logits.softmax(dim=1).max(dim=1).values, wrong)
+    doubt = 1 - logits.softmax(dim=1).max(dim=1).values.numpy()
+    assert figures["aurc_confidence"] == aurc(doubt, wrong) and figures["e_aurc_confidence"] == e_aurc(doubt, wrong)
     assert figures["e_aurc_confidence"] < figures["e_aurc"]  # this sigma is random
     curve = measured.kept["risk_coverage"]
     assert len(curve["coverage"]) == 100 and curve["coverage"][-1] == 1
     for key in ("uncertainty", "confidence", "oracle"):
         assert curve[key][-1] == pytest.approx(wrong.mean())
-    assert curve["confidence"][49] == pytest.approx(
-        wrong[np.argsort(-logits.softmax(dim=1).max(dim=1).values, stable=True)[:450]].mean()
-    )
+    assert curve["confidence"][49] == pytest.approx(wrong[np.argsort(doubt, kind="stable")[:450]].mean())
 
 
 def test_the_test_images_choose_nothing():
@@ -385,6 +384,9 @@ def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochas
     else:
         score = val.sigma.astype(np.float64).mean(axis=1)
         assert result["settings"]["score"] == f"mean sigma of {stochastic[0]}"
+    assert result["uncertainty"] == pytest.approx(
+        {"mean": score.mean(), "std": score.std(), "min": score.min(), "max": score.max()}
+    )
     wrong = nearest_is_wrong(val.h, val.label)
     assert result["figures"]["r_auroc"] == pytest.approx(roc_auc_score(wrong, score), abs=1e-12)
     assert result["figures"]["recall_at_1"] == pytest.approx(1 - wrong.mean())
@@ -444,7 +446,7 @@ def test_the_sheet_shows_the_extremes_whatever_the_order_of_the_file(photos, tmp
     _, _, ((_, most), (_, least)), notes = shown[0]
     assert index[most].tolist() == sorted(some.tolist(), reverse=True)[:15]  # not more than half: none stands in both
     assert index[least].tolist() == sorted(some.tolist())[:15]
-    assert notes[most[0]] == f"σ {1 / (1 + some.max()):#.4g}, index {some.max()}"
+    assert notes[most[0]] == f"σ {1 / (1 + some.max()):#.5g}, index {some.max()}"
 
 
 def test_runs_make_a_table_with_a_line_for_each_figure(canvas, tmp_path, monkeypatch, capsys):
@@ -470,7 +472,7 @@ def test_runs_make_a_table_with_a_line_for_each_figure(canvas, tmp_path, monkeyp
     assert list(table.columns[0].cells)[3] == "score"
     one = result_table(results[0])
     names, values = (list(column.cells) for column in one.columns[:2])
-    assert "uncertainty: mean sigma of z" in one.caption and one.row_count == len(results[0]["figures"])
+    assert "uncertainty: mean sigma of z, 0." in one.caption and one.row_count == len(results[0]["figures"])
     assert "spearman_blur (-1 to 1)" in names and "aurc (0 to 1)" in names and "nll_scaled (nats)" in names
     assert values[names.index("aurc (0 to 1)")] == f"{results[0]['figures']['aurc']:.3f}"
     assert values[names.index("crop_larger")] == f"{100 * results[0]['figures']['crop_larger']:.2f}"

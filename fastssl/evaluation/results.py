@@ -127,7 +127,8 @@ def result_table(result: dict) -> Table:
         f"measured {result['made']}",
     ]
     if score := score_of(result):
-        lines.insert(2, f"uncertainty: {score}")
+        spread = result["uncertainty"]
+        lines.insert(2, f"uncertainty: {score}, {spread['mean']:.4g} ± {spread['std']:.2g} over them")
     title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
     width = max(map(len, [title, *lines]))
     table = Table("figure", title=title, caption="\n".join(lines), min_width=width)

@@ -100,6 +100,7 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
             "figures": {key: value for part in parts for key, value in part.figures.items()},
             "intervals": {key: list(value) for part in parts for key, value in part.intervals.items()},
             **{key: value for part in parts for key, value in part.kept.items()},
+            "uncertainty": {key: float(getattr(uncertainty_M, key)()) for key in ("mean", "std", "min", "max")},
             "pictures": files,
         }
 

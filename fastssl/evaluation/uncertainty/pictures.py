@@ -65,7 +65,7 @@ def draw_corruptions(
         axes.plot(place, curve["mean"], color=BLUE, marker="o", ms=4)
         axes.set_xticks(place, ["clean", *(f"{scale * s:g}" for s in strengths)])
         change = curve["mean"][-1] / curve["mean"][0] - 1 if curve["mean"][0] > 0 else 0  # the axis does not begin at 0
-        axes.set_xlabel(f"{unit}\n(at the strongest {100 * change:+.1f} % of the clean mean)")
+        axes.set_xlabel(f"{unit}\nstrongest: {100 * change:+.2g} %")
         key = f"spearman_{name}"
         low, high = intervals[key]
         axes.set_title(f"{title}\nSpearman {figures[key]:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
@@ -95,6 +95,6 @@ def draw_extremes(
     title = f"{run}: the {count} most certain of {len(order_M):,} test images by {score}, the most certain first"
     groups = [(title, position_M[most]), (f"the {count} least certain, the least certain first", position_M[least])]
     shown = np.concatenate([most, least])
-    notes = {position_M[m]: f"{sign} {uncertainty_M[m]:#.4g}, index {index_M[m]}" for m in shown}
+    notes = {position_M[m]: f"{sign} {uncertainty_M[m]:#.5g}, index {index_M[m]}" for m in shown}
     with writing(path):
         draw_samples(data.path, path, groups, notes, columns=10)
