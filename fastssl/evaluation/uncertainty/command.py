@@ -14,7 +14,7 @@ from fastssl.evaluation.metrics import bootstrap, classification_figures
 from fastssl.evaluation.results import find_or_measure
 from fastssl.evaluation.runs import Data, Encoder, Split, split_features
 from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
-from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, Corruption, embed_versions, some_images
+from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, embed_versions, some_images
 from fastssl.evaluation.uncertainty.figures import (
     aurc,
     fit_temperature,
@@ -72,21 +72,17 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
             with progress(f"Neighbours in {split.train.path}", len(of_train.h), "images") as advance:
                 return neighbour_distance(of_train.h, h_MD, neighbours, device=encoder.device, advance=advance)
 
+        versions_VN = corrupted(encoder, split.val, of_test, seed)
         if stochastic == "none":
             uncertainty_M = distance(of_test.h)
+            versions_VN = distance(versions_VN.reshape(-1, versions_VN.shape[-1])).reshape(versions_VN.shape[:2])
         else:
-            uncertainty_M = mean_over_dimensions(of_test.sigma)
-        clean_N, levels = corrupted(encoder, split.val, of_test, seed)
-        if stochastic == "none":  # all of them in one search
-            h_VND = np.concatenate([clean_N[None], *levels.values()])
-            clean_N, *rest = distance(h_VND.reshape(-1, h_VND.shape[-1])).reshape(h_VND.shape[:2])
-            ends = np.cumsum([len(strengths) for strengths in CORRUPTIONS.values()])[:-1]
-            levels = dict(zip(levels, np.split(np.stack(rest), ends)))
+            uncertainty_M = np.mean(of_test.sigma, axis=1, dtype=np.float64)
 
         folder = encoder.run_dir / "eval"
         of_neighbours = neighbour_figures(of_test, uncertainty_M, encoder.device, seed)
         of_guesses = guess_figures(of_train, of_test, uncertainty_M, encoder.device, seed)
-        of_corruptions = corruption_figures(clean_N, levels, seed)
+        of_corruptions = corruption_figures(versions_VN, seed)
         files = [f"{name}.{what}.png" for what in ("risk-coverage", "corruptions", "sheet")]
         run = encoder.run_dir.resolve().name
         draw_risk_coverage(folder / files[0], run, of_guesses.kept["risk_coverage"], of_guesses.figures, score)
@@ -112,11 +108,6 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
         "evaluation": "uncertainty", "protocol": PROTOCOL, "settings": settings, "seed": seed, **encoder.about, **about,
     }  # fmt: skip
     return find_or_measure(encoder.run_dir, name, request, measure)
-
-
-def mean_over_dimensions(sigma_MD: np.ndarray) -> np.ndarray:
-    """(M,) float64; sigma may be a map of a file."""
-    return np.mean(sigma_MD, axis=1, dtype=np.float64)
 
 
 def neighbour_figures(features: Features, uncertainty_M: np.ndarray, device: torch.device, seed: int) -> Measured:
@@ -174,7 +165,7 @@ def guess_figures(
     figures |= areas(slice(None))
     intervals |= bootstrap(len(wrong_M), areas, seed)
     curves = {"uncertainty": uncertainty_M, "confidence": orders["_confidence"], "oracle": wrong_M}
-    count_P = np.unique(np.ceil(np.linspace(0, 1, CURVE_POINTS + 1)[1:] * len(wrong_M)).astype(int))
+    count_P = np.unique(-(-np.arange(1, CURVE_POINTS + 1) * len(wrong_M) // CURVE_POINTS))
     kept = {"coverage": (count_P / len(wrong_M)).tolist()}
     kept |= {key: risk_coverage(order_M, wrong_M)[count_P - 1].tolist() for key, order_M in curves.items()}
     chosen = {**fitted.chosen, "temperature": temperature}
@@ -185,26 +176,26 @@ def guess_figures(
     )  # fmt: skip
 
 
-def corrupted(
-    encoder: Encoder, data: Data, features: Features, seed: int
-) -> tuple[np.ndarray, dict[Corruption, np.ndarray]]:
+def corrupted(encoder: Encoder, data: Data, features: Features, seed: int) -> np.ndarray:
     """`embed_versions` of some of the test images: a function of (ids, seed), whatever their order in the file."""
     views = encoder.recipe.views
     loader = clean_loader(data.path, views, encoder.device, data.subset, data.limit)
     loader.rows = loader.rows[some_images(features.index, CORRUPTED_IMAGES, seed)]
-    with progress("Corrupted images", VERSIONS * len(loader.rows), "images") as advance:
+    with progress("Corrupted images", len(VERSIONS) * len(loader.rows), "images") as advance:
         return embed_versions(encoder.model, loader, views, seed, advance=advance)
 
 
-def corruption_figures(clean_N: np.ndarray, levels: dict[Corruption, np.ndarray], seed: int) -> Measured:
+def corruption_figures(versions_VN: np.ndarray, seed: int) -> Measured:
     """spearman_NAME: the mean over images of the correlation of uncertainty with strength. crop_larger: the share of
     crops that are less certain than their whole (as certain does not count), over all sizes, and of each
     (crop_larger_75: of three quarters of the area).
 
-    clean_N (N,) and levels (5, N) are uncertainties. The result keeps the mean uncertainty at each strength.
+    versions_VN: uncertainties of the VERSIONS of N images. The result keeps the mean of them at each strength.
     """
-    curves = {name: np.vstack([clean_N, level_SN]).T for name, level_SN in levels.items()}  # (N, 6)
-    larger_NS = levels["crop"].T > clean_N[:, None]
+    curves = {
+        name: versions_VN[[0, *(v for v, (of, _) in enumerate(VERSIONS) if of == name)]].T for name in CORRUPTIONS
+    }  # (N, 6) each, the clean image first
+    larger_NS = curves["crop"][:, 1:] > curves["crop"][:, :1]
     columns = {f"spearman_{name}": strength_correlation(curve_NS) for name, curve_NS in curves.items()}
     columns["crop_larger"] = larger_NS.mean(axis=1)
     columns |= {f"crop_larger_{100 * share:g}": x_N for share, x_N in zip(CORRUPTIONS["crop"], larger_NS.T)}
@@ -214,7 +205,7 @@ def corruption_figures(clean_N: np.ndarray, levels: dict[Corruption, np.ndarray]
     def figures_of(rows) -> dict:
         return dict(zip([*columns, *means], values_NF[rows].mean(axis=0).tolist()))
 
-    figures, intervals = figures_of(slice(None)), bootstrap(len(clean_N), figures_of, seed)
+    figures, intervals = figures_of(slice(None)), bootstrap(len(values_NF), figures_of, seed)
     kept = {
         name: {
             "strengths": list(strengths),
@@ -223,7 +214,7 @@ def corruption_figures(clean_N: np.ndarray, levels: dict[Corruption, np.ndarray]
         }
         for name, strengths in CORRUPTIONS.items()
     }
-    kept["images"] = len(clean_N)
+    kept["images"] = len(values_NF)
     return Measured(
         {key: figures[key] for key in columns}, {key: intervals[key] for key in columns}, {"corruptions": kept}
     )

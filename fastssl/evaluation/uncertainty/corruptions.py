@@ -27,7 +27,7 @@ CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
     "jpeg": (80, 50, 30, 15, 7),  # quality, with halved colour resolution
     "crop": (0.75, 0.5, 0.35, 0.2, 0.1),  # share of the area; the shape is the image's
 }
-VERSIONS = 1 + sum(map(len, CORRUPTIONS.values()))  # of an image, the clean one among them
+VERSIONS = [("clean", 0.0), *((name, s) for name, strengths in CORRUPTIONS.items() for s in strengths)]  # of an image
 PICK, NOISE, PLACE = range(3)  # what a random number is for
 NOISE_ELEMENTS = 1 << 22  # drawn at a time
 
@@ -97,17 +97,15 @@ def embed_versions(
     seed: int,
     *,
     advance: Callable[[int], object] = lambda images: None,
-) -> tuple[np.ndarray, dict[Corruption, np.ndarray]]:
-    """Of the loader's N images, clean and corrupted, the mean sigma, float64, or where the model gives none h, float32:
-    of the clean ones, (N,) or (N, D), and by corruption of each strength, (5, N) or (5, N, D).
+) -> np.ndarray:
+    """Of every version, in the order of VERSIONS, of the loader's N images: the mean over dimensions of sigma, (V, N)
+    float64, or where the model gives none h, (V, N, D) float32.
 
     What is stored is corrupted before the clean view; where the loader has cut out the view's part, that part. All
     versions of a batch go through the model in the same shape, so equal pixels give equal numbers. `advance` is told of
-    images embedded, VERSIONS for each.
+    images embedded, len(VERSIONS) for each.
     """
-    versions = {"clean": (None, 0.0)}
-    versions |= {f"{name}{s}": (name, s) for name, strengths in CORRUPTIONS.items() for s in strengths}
-    found = {key: [] for key in versions}
+    found = [[] for _ in VERSIONS]
     with evaluating(model):
         for batch in loader:
             image, sizes, view = batch.image, (batch.height, batch.width), clean_view(views)
@@ -115,13 +113,11 @@ def embed_versions(
                 image, sizes = image[:, 0], ()
                 view = clean_view(views.model_copy(update={"clean": "squash"}))
             image_BHWC, index_B, valid_B = (x.cpu().numpy() for x in (image, batch.index, batch.valid))
-            for key, (name, strength) in versions.items():
-                version = image_BHWC if name is None else corrupt(image_BHWC, index_B, name, strength, seed)
+            for (name, strength), parts in zip(VERSIONS, found):
+                version = image_BHWC if name == "clean" else corrupt(image_BHWC, index_B, name, strength, seed)
                 with in_fp32(image.device):
                     embedding = model.embed(view(torch.from_numpy(version).to(image.device), *sizes))
                 x = embedding.h.float() if embedding.sigma is None else embedding.sigma.double().mean(dim=1)
-                found[key].append(x.cpu().numpy()[valid_B])
+                parts.append(x.cpu().numpy()[valid_B])
                 advance(int(valid_B.sum()))
-    whole = {key: np.concatenate(parts) for key, parts in found.items()}
-    levels = {name: np.stack([whole[f"{name}{s}"] for s in strengths]) for name, strengths in CORRUPTIONS.items()}
-    return whole["clean"], levels
+    return np.stack([np.concatenate(parts) for parts in found])
