@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
+from scipy.stats import spearmanr
 from small_models import make_run
 
 from fastssl import cli
@@ -32,6 +34,7 @@ from fastssl.evaluation.runs import Data
 from fastssl.recipe import UserError
 from fastssl.views import clean_view
 
+PICTURES = command.pictures.draw
 Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fits_on() | kind.scores_on())}
 
 
@@ -74,7 +77,7 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
     result = evaluate_ood(encoder, sets)
     assert set(result["detectors"]) == set(DETECTORS) - {"knn_supervised"}
     assert result["left_out"] == {"knn_supervised": "the encoder was trained without labels"}
-    assert json.loads((folder / "eval" / "ood-stripes-noise-flat.json").read_text()) == result
+    assert json.loads((folder / "eval" / "ood-near-stripes-far-noise-flat.json").read_text()) == result
 
     # The scores are those of detectors fitted by hand on the cached features.
     scores = np.load(folder / "eval" / result["scores"])
@@ -85,7 +88,7 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
         name: cached_features(folder, path, model=model, views=recipe.views, augmented=True).h
         for name, path in paths.items()
     }
-    weight, bias = linear_classifier(encoder, sets.fit, seed=0)
+    weight, bias = linear_classifier(encoder, of["fit"], seed=0)
     for name in ("sigma_mean", "prior_kl", "views_disagreement", "knn_cosine", "energy", "mahalanobis", "odin"):
         fitted = detector(name, prior=model.priors["z"])
 
@@ -110,8 +113,13 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
         low, high = row["far"]["intervals"]["auroc"]
         assert low <= far <= high and row["labels"] == (name in LABEL_BASED)
     np.testing.assert_array_equal(scores["noise/index"], of["noise"].index)
+    length = np.linalg.norm(of["id"].h, axis=1)
+    expected = spearmanr(scores["id/sigma_mean"], length).statistic
+    assert result["detectors"]["sigma_mean"]["norm_correlation"] == pytest.approx(expected)
+    assert result["settings"] == {**command.CONSTANTS, "pytorch_ood": "0.4.0"} | result["settings"]
+    assert set(command.CONSTANTS) < set(result["settings"])
     for kind in ("histograms", "roc", "auroc"):
-        assert Image.open(folder / "eval" / f"ood-stripes-noise-flat.{kind}.png").size[0] > 300
+        assert Image.open(folder / "eval" / f"ood-near-stripes-far-noise-flat.{kind}.png").size[0] > 300
 
     # Shown again, not measured again.
     monkeypatch.setattr(command, "arrays_of", None)
@@ -185,7 +193,7 @@ def test_the_classifier_is_folded_into_the_features(canvas, tmp_path):
     np.testing.assert_allclose(
         of_fit.h @ weight.numpy().T + bias.numpy(), classifier.logits(of_fit.h), rtol=1e-3, atol=1e-3
     )
-    again = linear_classifier(encoder, Data(canvas / "train.beton"), seed=0)
+    again = linear_classifier(encoder, of_fit, seed=0)
     torch.testing.assert_close(again, (weight, bias))
 
 
@@ -201,30 +209,40 @@ def test_without_labels_what_needs_none_is_left(canvas, others, tmp_path):
     encoder = find_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "flat/train.beton"]))
     assert not set(result["detectors"]) & set(LABEL_BASED)
-    assert result["left_out"]["energy"] == "the images fitted on have no two classes"
+    assert result["left_out"]["energy"] == "the images fitted on have no labels of two classes"
     assert result["near"] == {} and "near" not in result["detectors"]["knn_cosine"]
     assert ood_table(result).row_count == len(result["detectors"])
 
 
-def test_without_pytorch_ood_the_other_detectors_stay(canvas, tmp_path, monkeypatch):
+def test_without_pytorch_ood_the_other_detectors_stay(canvas, others, tmp_path, monkeypatch):
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    monkeypatch.setitem(sys.modules, "pytorch_ood.detector", None)
-    why = command.unusable(find_encoder(folder, device="cpu"), Data(canvas / "train.beton"))
-    assert {name for name, reason in why.items() if "pip install pytorch-ood" in reason} == {
-        "kl_matching", "odin", "react_energy",
-    }  # fmt: skip
+    encoder = find_encoder(folder, device="cpu")
+    sets = find_sets(encoder, far=[others / "noise/train.beton"])
+    lacking = {"kl_matching", "odin", "react_energy"}
+    with monkeypatch.context() as patch:
+        patch.setattr(command.label_based, "pytorch_ood_version", lambda: None)
+        result = evaluate_ood(encoder, sets)
+        with pytest.raises(UserError, match="pip install pytorch-ood"):
+            detector("kl_matching").fit(np.zeros((2, 2)), logits=np.eye(2))
+    assert {name for name, why in result["left_out"].items() if "pip install pytorch-ood" in why} == lacking
+    assert lacking <= set(evaluate_ood(encoder, sets)["detectors"])  # once it is installed, measured again
 
 
 def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = find_encoder(folder, device="cpu")
     noise = others / "noise/train.beton"
-    with pytest.raises(UserError, match=r"canvas 96.* with canvas 32"):
+    with pytest.raises(UserError, match=r"storage: jpg|canvas: 96.* with canvas: 32"):
         find_sets(encoder, near=[canvas_jpeg / "val.beton"])
     with pytest.raises(UserError, match="--near and --far, or a --suite"):
         find_sets(encoder)
     with pytest.raises(UserError, match="Two of the sets are called noise"):
         find_sets(encoder, near=[noise], far=[noise])
+    (tmp_path / "id").mkdir()
+    for file in others.glob("noise/train.beton*"):
+        (tmp_path / "id" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="Two of the sets are called id"):
+        find_sets(encoder, far=[tmp_path / "id/train.beton"])
     with pytest.raises(UserError, match="nowhere"):
         find_sets(encoder, near=[tmp_path / "nowhere.beton"])
     stock = tmp_path / "stock.beton"
@@ -242,10 +260,46 @@ def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
     encoder = find_encoder(folder, device="cpu")
     sets = find_sets(encoder, suite="cifar10", root=others, id=canvas / "val.beton")
     assert list(sets.near) == ["stripes"] and list(sets.far) == ["noise", "flat"]
+    assert find_sets(encoder, suite="cifar10", root=others).name == "cifar10"
     assert sets.name == f"cifar10-id-{canvas.name}" and sets.fit.path == canvas / "train.beton"
     with pytest.raises(UserError, match=r"build-beton mnist"):
         monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("mnist",)))
         find_sets(encoder, suite="cifar10", root=others)
+
+
+@pytest.mark.parametrize(
+    ("option", "other"), [("quality", 80), ("max_side", 300), ("layout", "full"), ("storage", "jpg"), ("canvas", 31)]
+)
+@pytest.mark.parametrize("which", ["near", "fit"])
+def test_every_build_option_must_be_equal(option, other, which, canvas, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    for file in others.glob("noise/train.beton*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "train.beton.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option: other}))
+    paths = {"near": [others / "flat/train.beton"]} | {"fit": tmp_path / "train.beton"}
+    paths = paths if which == "fit" else {"near": [tmp_path / "train.beton"]}
+    with pytest.raises(UserError, match=f"{option}: {other}"):
+        find_sets(encoder, **paths)
+
+
+def test_full_files_of_one_size_and_of_several_are_not_compared(full, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", full)
+    (tmp_path / "same").mkdir()
+    for number in range(3):
+        Image.new("RGB", (50, 40), (number, 0, 0)).save(tmp_path / "same" / f"{number}.jpg")
+    build_beton("imagefolder", tmp_path / "same", tmp_path / "built", max_side=500, workers=1)
+    with pytest.raises(UserError, match="images of one size: True"):
+        find_sets(find_encoder(folder, device="cpu"), near=[tmp_path / "built/train.beton"])
+
+
+def test_names_of_results():
+    a, b = Path("data/a/train.beton"), Path("data/b/x.beton")
+    assert suites.result_name([("near", [a]), ("far", [b])], None, None) == "near-a-far-b-x"
+    assert suites.result_name([("cifar10", [])], None, b) == "cifar10-fit-b-x"
+    long = suites.result_name([("near", [Path("n" * 120) / "train.beton"])], None, None)
+    assert len(long) == 16 and long != suites.result_name([("far", [Path("n" * 120) / "train.beton"])], None, None)
 
 
 def test_many_training_images_are_thinned(canvas, others, tmp_path, monkeypatch):
@@ -281,6 +335,40 @@ def test_inverted_means_significantly_below_one_half():
     widths = [np.diff(row["sets"][name]["intervals"]["auroc"])[0] for name in ("same", "up")]
     width = np.diff(row["far"]["intervals"]["auroc"])[0]
     assert np.hypot(*widths) / 2 < width < np.mean(widths) * 1.05
+
+
+def test_few_images_are_never_called_inverted():
+    of = {"id": np.arange(100.0), "one": np.array([-1.0])}
+    row = compare({"energy": of}, fake_sets([], ["one"]), of["id"], 0)["detectors"]["energy"]
+    assert row["far"]["figures"]["auroc"] == 0 and not row["sets"]["one"]["inverted"] and not row["far"]["inverted"]
+
+
+def test_each_set_is_resampled_by_itself(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(command, "resample", lambda images, seed: seeds.append(seed) or np.zeros((9, images), np.int32))
+    of = {name: np.arange(40.0) for name in ("id", "a", "b", "c")}
+    compare({"energy": of}, fake_sets(["a"], ["b", "c"]), of["id"], 7)
+    assert seeds == [[7, 0], [7, 1], [7, 2], [7, 3]]
+
+
+def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
+    """A z of one dimension has no spread of sigma; the other detectors stay."""
+    folder, _, _ = run_of(
+        tmp_path / "run", canvas, embedding={"stochastic": "z"},
+        model={"backbone": "test_resnet", "projector": {"layers": 1, "hidden": 8, "out": 1}},
+    )  # fmt: skip
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"]))
+    assert result["left_out"]["sigma_std"] == "SigmaStd is undefined for 12 images."
+    assert "sigma_mean" in result["detectors"] and "sigma_std" not in result["detectors"]
+
+
+def test_names_that_matplotlib_would_read_as_formulas(tmp_path):
+    rng = np.random.default_rng(0)
+    of = {name: rng.normal(size=40) for name in ("id", "p$_{$", "_hidden")}
+    sets = fake_sets(["p$_{$"], ["_hidden"])
+    PICTURES(tmp_path, "x", {"energy": of}, compare({"energy": of}, sets, of["id"], 0), sets)
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_runs_that_differ_in_their_seed_share_a_column(canvas, others, tmp_path):

@@ -20,9 +20,15 @@ class Detector:
     embedding q.
     """
 
-    def __init__(self, prior: nn.Module | None = None, device: torch.device | str = "cpu"):
-        """prior: of the stochastic embedding, None for a standard normal; `prior_log_density` and `prior_kl` ask it."""
-        self.prior, self.device = prior, torch.device(device)
+    def __init__(
+        self,
+        prior: nn.Module | None = None,
+        classifier: tuple[Tensor, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        """As `detector` takes them."""
+        self.prior, self.classifier, self.device = prior, classifier, torch.device(device)
+        self.fitted = False
 
     def _fit(self) -> None:
         """Nothing to learn."""
@@ -52,6 +58,7 @@ class Detector:
         """Learn from N training images; ValueError where an array that it needs is missing or not finite."""
         given = {"features": features, "labels": labels, "logits": logits, "sigma": sigma, "mu": mu}
         self._fit(**self._needed(given, self.fits_on()))
+        self.fitted = True
         return self
 
     @torch.no_grad()
@@ -62,11 +69,17 @@ class Detector:
         sigma: ArrayLike | Tensor | None = None,
         mu: ArrayLike | Tensor | None = None,
     ) -> np.ndarray:
-        """(M,) float64, finite: of M images, the higher the more out-of-distribution."""
+        """(M,) float64, finite: of M images, the higher the more out-of-distribution.
+
+        ValueError where an array that it needs is missing or not finite, or where the training images leave the score
+        undefined.
+        """
+        if self.fits_on() and not self.fitted:
+            raise ValueError(f"{type(self).__name__} has not been fitted.")
         given = {"features": features, "logits": logits, "sigma": sigma, "mu": mu}
         score_M = self._score(**self._needed(given, self.scores_on())).double().cpu().numpy()
         if np.isnan(score_M).any():
-            raise ValueError(f"{type(self).__name__} gives NaN for {np.isnan(score_M).sum()} images: fit it first?")
+            raise ValueError(f"{type(self).__name__} is undefined for {np.isnan(score_M).sum()} images.")
         return np.nan_to_num(score_M)  # what overflows becomes the largest number
 
     def _needed(self, given: dict, names: set[str]) -> dict[str, Tensor]:

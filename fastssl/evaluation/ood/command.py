@@ -27,10 +27,9 @@ from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
 from fastssl.evaluation.metrics import LEVEL
 from fastssl.evaluation.results import find_or_measure
-from fastssl.evaluation.runs import Data, Encoder, features_of, labels_of
+from fastssl.evaluation.runs import Data, Encoder, features_of
 from fastssl.models import Classifier, Model
 from fastssl.models.ssl_model import evaluating
-from fastssl.recipe import UserError
 from fastssl.views import clean_view, describe_clean_view
 
 from . import label_based, label_free, pictures
@@ -38,6 +37,7 @@ from .detectors import DETECTORS, LABEL_BASED, detector
 from .separation import bootstrap_metrics, metrics, resample
 from .suites import Sets
 
+FEWEST_INVERTED = 30  # images a side: of fewer, resamples vary too little to say "significantly"
 SUMMARIZED = ("auroc", "fpr95_id_positive")  # of the means over near and over far sets, what a summary of runs shows
 CONSTANTS = {
     "k": label_free.K,
@@ -58,8 +58,8 @@ class Arrays:
     """What detectors take of one set of images."""
 
     features: Features
-    pair_h_N2D: np.ndarray  # of two augmented views
-    logits_NC: np.ndarray | None = None
+    logits_NC: np.ndarray | None
+    pair_h_N2D: np.ndarray | None = None  # of two augmented views
     odin_logits_NC: np.ndarray | None = None
 
     def of(self, name: str) -> dict:
@@ -83,23 +83,26 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
     name = f"ood-{sets.name}{encoder.suffix}"
 
     def measure() -> dict:
-        left_out = unusable(encoder, sets.fit)
-        names = [name for name in DETECTORS if name not in left_out]
-        classifier = linear_classifier(encoder, sets.fit, seed) if set(names) & set(LABEL_BASED) else None
-        of_fit, of_id = (arrays_of(encoder, data, classifier, names) for data in (sets.fit, sets.id))
-        of_others = {other: arrays_of(encoder, data, classifier, names) for other, data in sets.others.items()}
+        of_fit = features_of(encoder, sets.fit)
+        left_out = unusable(encoder.model, of_fit.label)
+        names = [each for each in DETECTORS if each not in left_out]
+        classifier = linear_classifier(encoder, of_fit, seed) if set(names) & set(LABEL_BASED) else None
+        fit_arrays = Arrays(of_fit, logits_of(of_fit, classifier))
+        arrays = {"id": arrays_of(encoder, sets.id, classifier, names)}
+        arrays |= {other: arrays_of(encoder, data, classifier, names) for other, data in sets.others.items()}
         scores = {}
         with progress("Detectors", len(names), "detectors") as advance:
             for each in names:
-                fitted = detector(each, prior=prior_of(encoder.model), device=encoder.device)
-                labels = of_fit.features.label if each in LABEL_BASED else None
-                fitted.fit(labels=labels, **of_fit.of(each))
-                scores[each] = {"id": fitted.score(**of_id.of(each))}
-                scores[each] |= {other: fitted.score(**arrays.of(each)) for other, arrays in of_others.items()}
+                fitted = detector(each, prior=prior_of(encoder.model), classifier=classifier, device=encoder.device)
+                labels = of_fit.label if each in LABEL_BASED else None
+                try:
+                    fitted.fit(labels=labels, **fit_arrays.of(each))
+                    scores[each] = {part: fitted.score(**x.of(each)) for part, x in arrays.items()}
+                except ValueError as error:  # it is undefined on these images; the others are not
+                    left_out[each] = str(error)
                 advance(1)
-        indices = {"id": of_id.features.index} | {other: x.features.index for other, x in of_others.items()}
-        keep_scores(encoder, name, scores, indices)
-        norm_N = np.linalg.norm(of_id.features.h.astype(np.float64), axis=1)
+        keep_scores(encoder, name, scores, {part: x.features.index for part, x in arrays.items()})
+        norm_N = np.linalg.norm(arrays["id"].features.h.astype(np.float64), axis=1)
         compared = compare(scores, sets, norm_N, seed)
         pictures.draw(encoder.run_dir / "eval", name, scores, compared, sets)
         return {**compared, "left_out": left_out, "scores": f"{name}.scores.npz"}
@@ -107,7 +110,7 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
     request = {
         "evaluation": "ood",
         "protocol": "detectors with constant settings and declared directions, fitted on training images",
-        "settings": CONSTANTS,
+        "settings": {**CONSTANTS, "pytorch_ood": label_based.pytorch_ood_version()},
         "seed": seed,
         **encoder.about,
         **sets.about,
@@ -115,29 +118,23 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
     return find_or_measure(encoder.run_dir, name, request, measure)
 
 
-def unusable(encoder: Encoder, fit: Data) -> dict[str, str]:
-    """{detector: why it has nothing to work on}."""
+def unusable(model: Model, label_N: np.ndarray) -> dict[str, str]:
+    """{detector: why it has nothing to work on}, with training images of these labels."""
+    supervised = isinstance(model, Classifier)
+    count_C = np.unique(label_N, return_counts=True)[1]
+    labelled = label_N.min() >= 0 and len(count_C) > 1 and count_C.max() > 1
     why = {}
     for name, kind in DETECTORS.items():
-        if {"mu", "sigma"} & (kind.fits_on() | kind.scores_on()) and not len(encoder.model.heads):
+        takes = kind.fits_on() | kind.scores_on()
+        if {"mu", "sigma"} & takes and not len(model.heads):
             why[name] = "the embedding is deterministic"
-        elif name == "knn_supervised" and not isinstance(encoder.model, Classifier):
+        elif name == "knn_supervised" and not supervised:
             why[name] = "the encoder was trained without labels"
-        elif name in LABEL_BASED and not has_labels(fit):
-            why[name] = "the images fitted on have no two classes"
-        elif name in label_based.FROM_PYTORCH_OOD:
-            try:
-                label_based.pytorch_ood_detectors(name)
-            except UserError as error:
-                why[name] = str(error)
+        elif not labelled and ("labels" in takes or ("logits" in takes and not supervised)):
+            why[name] = "the images fitted on have no labels of two classes"
+        elif name in label_based.FROM_PYTORCH_OOD and label_based.pytorch_ood_version() is None:
+            why[name] = "needs pytorch-ood: pip install pytorch-ood"
     return why
-
-
-def has_labels(data: Data) -> bool:
-    try:
-        return len(np.unique(labels_of(data.path, data.subset))) > 1
-    except UserError:  # some have none
-        return False
 
 
 def prior_of(model: Model):
@@ -146,12 +143,11 @@ def prior_of(model: Model):
     return model.priors[spaces[0]] if spaces else None
 
 
-def linear_classifier(encoder: Encoder, fit: Data, seed: int) -> tuple[Tensor, Tensor]:
+def linear_classifier(encoder: Encoder, of_fit: Features, seed: int) -> tuple[Tensor, Tensor]:
     """(weight (C, D), bias (C,)) on h, float64."""
     if isinstance(encoder.model, Classifier):
         head = encoder.model.classifier
         return head.weight.detach().double(), head.bias.detach().double()
-    of_fit = features_of(encoder, fit)
     with progress("Logistic regressions", len(PENALTIES) + 1, "fits") as advance:
         fitted = fit_lbfgs(of_fit.h, of_fit.label, seed=seed, device=encoder.device, advance=advance)
     return affine(fitted.classifier)
@@ -163,15 +159,19 @@ def affine(classifier: LinearClassifier) -> tuple[Tensor, Tensor]:
     return weight_CD, classifier.bias_C.double() - weight_CD @ classifier.mean_D.double()
 
 
+def logits_of(features: Features, classifier: tuple[Tensor, Tensor] | None) -> np.ndarray | None:
+    if classifier is None:
+        return None
+    weight_CD, bias_C = (x.cpu().numpy() for x in classifier)
+    return features.h.astype(np.float64) @ weight_CD.T + bias_C
+
+
 def arrays_of(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor] | None, names: list[str]) -> Arrays:
-    """Of one file: from RUN/features/, or made now."""
+    """All that is scored of one file: from RUN/features/, or made now."""
     features = features_of(encoder, data)
     pair_h_N2D = features_of(encoder, data, augmented=True).h
-    if classifier is None:
-        return Arrays(features, pair_h_N2D)
-    weight_CD, bias_C = (x.cpu().numpy() for x in classifier)
-    logits_NC = features.h.astype(np.float64) @ weight_CD.T + bias_C
-    return Arrays(features, pair_h_N2D, logits_NC, odin_logits(encoder, data, classifier) if "odin" in names else None)
+    odin_logits_NC = odin_logits(encoder, data, classifier) if "odin" in names else None
+    return Arrays(features, logits_of(features, classifier), pair_h_N2D, odin_logits_NC)
 
 
 def odin_logits(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor]) -> np.ndarray:
@@ -183,7 +183,7 @@ def odin_logits(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor])
         "view": describe_clean_view(encoder.recipe.views),
         "subset": data.about["subset_sha256"],
         "limit": data.limit,
-        "odin": CONSTANTS["odin"],
+        "odin": [*CONSTANTS["odin"], label_based.pytorch_ood_version()],
         "classifier": [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in classifier],
     }
     folder = cache_folder(encoder.run_dir, data.path, depends_on)
@@ -222,9 +222,9 @@ def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advan
 def compare(scores: dict[str, dict[str, np.ndarray]], sets: Sets, id_norm_N: np.ndarray, seed: int) -> dict:
     """scores: by detector, of "id" and of each other set. Figures of each detector on each set, and means over sets.
 
-    Intervals are 95 %, over resampled images of both sides. `inverted`: the interval of AUROC lies below one half, so
-    that the opposite direction would be right. norm_correlation: Spearman's, of the score with the length of h, over
-    the ID images: near 1 or -1, the score says little else.
+    Intervals are 95 %, over resampled images of both sides. `inverted`: the interval of AUROC lies below one half, and
+    no side has fewer than 30 images, so the opposite direction would be right. norm_correlation: Spearman's, of the
+    score with the length of h, over the ID images: near 1 or -1, the score says little else.
     """
     id_rows_RN = resample(len(id_norm_N), [seed, 0])
     groups = {"near": list(sets.near), "far": list(sets.far)}
@@ -232,6 +232,7 @@ def compare(scores: dict[str, dict[str, np.ndarray]], sets: Sets, id_norm_N: np.
         other: resample(len(next(iter(scores.values()))[other]), [seed, 1 + place])
         for place, other in enumerate(sets.others)
     }
+    size = {other: min(rows_RM.shape[1], len(id_norm_N)) for other, rows_RM in drawn.items()}
     table, figures, intervals = {}, {}, {}
     with progress("Intervals", len(scores), "detectors") as advance:
         for name, of in scores.items():
@@ -240,13 +241,13 @@ def compare(scores: dict[str, dict[str, np.ndarray]], sets: Sets, id_norm_N: np.
             table[name] = {
                 "labels": name in LABEL_BASED,
                 "norm_correlation": correlation(of["id"], id_norm_N),
-                "sets": {other: entry(each[other], resampled[other]) for other in drawn},
+                "sets": {other: entry(each[other], resampled[other], size[other]) for other in drawn},
             }
             for group, others in groups.items():
                 if others:
                     mean = {key: float(np.mean([each[other][key] for other in others])) for key in each[others[0]]}
                     means = {key: np.mean([resampled[other][key] for other in others], axis=0) for key in mean}
-                    table[name][group] = entry(mean, means)
+                    table[name][group] = entry(mean, means, min(size[other] for other in others))
                     for key in SUMMARIZED:
                         figures[f"{name} {group} {key}"] = mean[key]
                         intervals[f"{name} {group} {key}"] = table[name][group]["intervals"][key]
@@ -254,9 +255,11 @@ def compare(scores: dict[str, dict[str, np.ndarray]], sets: Sets, id_norm_N: np.
     return {"detectors": table, "figures": figures, "intervals": intervals}
 
 
-def entry(figures: dict[str, float], resampled: dict[str, np.ndarray]) -> dict:
+def entry(figures: dict[str, float], resampled: dict[str, np.ndarray], images: int) -> dict:
+    """images: of the smallest set."""
     intervals = {key: np.percentile(values, LEVEL).tolist() for key, values in resampled.items()}
-    return {"figures": figures, "intervals": intervals, "inverted": intervals["auroc"][1] < 0.5}
+    inverted = intervals["auroc"][1] < 0.5 and images >= FEWEST_INVERTED
+    return {"figures": figures, "intervals": intervals, "inverted": inverted}
 
 
 def correlation(score_N: np.ndarray, norm_N: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """The detectors by name."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import label_based, label_free
 from .base import Detector
@@ -39,11 +39,19 @@ LABEL_BASED: dict[str, type[Detector]] = {
 DETECTORS = LABEL_FREE | LABEL_BASED
 
 
-def detector(name: str, *, prior: nn.Module | None = None, device: torch.device | str = "cpu") -> Detector:
+def detector(
+    name: str,
+    *,
+    prior: nn.Module | None = None,
+    classifier: tuple[Tensor, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> Detector:
     """A detector of DETECTORS, not yet fitted; ValueError for another name.
 
     prior: of the stochastic embedding, None for a standard normal; `prior_log_density` and `prior_kl` ask it.
+    classifier: (weight (C, D), bias (C,)) that made the logits; `vim` and `react_energy` ask it, None: they find the
+    smallest one that makes those of the training images, which differs where features are dead there.
     """
     if name not in DETECTORS:
         raise ValueError(f"No detector {name!r}; there are {', '.join(DETECTORS)}.")
-    return DETECTORS[name](prior, device)
+    return DETECTORS[name](prior, classifier, device)

@@ -1,13 +1,14 @@
 """Detectors that need labels: of a linear classifier's logits, or of the classes' places among the features.
 
 Orientation is part of each definition: a higher score means more out-of-distribution. logits (N, C) are those of a
-linear classifier of the features; `vim` and `react_energy` find its weights from the two.
+linear classifier of the features, whose weights `vim` and `react_energy` need too.
 
 KL matching, ReAct and ODIN's perturbation are pytorch-ood's. The others are not: its 0.4.0 clips probabilities at 1e-7
 (GEN, entropy) or rounds them to 1 (MSP), so that sure images tie, and takes covariances in float32 with an absolute
-ridge (Mahalanobis, ViM) or undivided by N (relative Mahalanobis).
+ridge (Mahalanobis, ViM) or undivided by N (relative Mahalanobis). (In float64, KL matching ties no sooner than p is 0.)
 """
 
+import importlib.metadata
 import math
 
 import torch
@@ -19,6 +20,7 @@ from fastssl.recipe import UserError
 from .base import Detector
 from .gaussians import fit_gaussian
 from .label_free import KnnCosine
+from .nearest import kth_smallest
 
 GEN_GAMMA, GEN_CLASSES = 0.1, 100
 REACT_SHARE = 0.9
@@ -108,7 +110,8 @@ class Mahalanobis(Detector):
 
     def _score(self, features: Tensor) -> Tensor:
         white_MD = self.gaussian.whiten(features)
-        return torch.stack([(white_MD - mean_D).square().sum(dim=1) for mean_D in self.mean_CD]).amin(dim=0)
+        nearest_M = kth_smallest(-2 * white_MD, self.mean_CD, self.mean_CD.square().sum(dim=1), 1)
+        return (nearest_M + white_MD.square().sum(dim=1)).clamp(min=0)
 
 
 class MahalanobisRelative(Mahalanobis):
@@ -126,12 +129,12 @@ class ViM(Detector):
     """alpha |residual of h| - log sum_c exp(logit_c) (Wang et al., arXiv 2203.10807). Higher is OOD.
 
     The residual is what the first principal directions around the origin o = -W^+ b leave of h: 1,000 of them from
-    2,048 dimensions on, 512 from 768 on, else half, as in their code. alpha makes its mean length over the training
-    images the mean largest logit.
+    2,048 dimensions on and 512 from 768 on, as theirs, and half of fewer, where theirs would leave nothing. alpha makes
+    its mean length over the training images the mean largest logit.
     """
 
     def _fit(self, features: Tensor, logits: Tensor) -> None:
-        weight_CD, bias_C = linear_map(features, logits)
+        weight_CD, bias_C = self.classifier or linear_map(features, logits)
         dims = features.shape[1]
         kept = 1000 if dims >= 2048 else 512 if dims >= 768 else dims // 2
         self.origin_D = -torch.linalg.pinv(weight_CD) @ bias_C
@@ -153,7 +156,7 @@ class ReActEnergy(Detector):
     """
 
     def _fit(self, features: Tensor, logits: Tensor) -> None:
-        weight_CD, bias_C = linear_map(features, logits)
+        weight_CD, bias_C = self.classifier or linear_map(features, logits)
         react = pytorch_ood_detectors("react_energy").ReAct(
             backbone=None, head=lambda h_MD: F.linear(h_MD, weight_CD, bias_C), percentile=REACT_SHARE
         )
@@ -182,16 +185,23 @@ def odin_images(model, images: Tensor, std: tuple[float, ...]) -> Tensor:
 
     model: images to logits, with gradients. By pytorch-ood.
     """
-    return pytorch_ood_detectors("odin").odin_preprocessing(
+    return pytorch_ood_detectors("odin").odin.odin_preprocessing(
         model, images, eps=ODIN_STEP, temperature=ODIN_TEMPERATURE, norm_std=list(std)
     )
 
 
+def pytorch_ood_version() -> str | None:
+    """None where the package is missing."""
+    try:
+        return importlib.metadata.version("pytorch-ood")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def pytorch_ood_detectors(name: str):
     """The module pytorch_ood.detector; UserError where the package is missing."""
-    try:
-        import pytorch_ood.detector
-        from pytorch_ood.detector.odin import odin_preprocessing  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"The detector {name} comes from the package pytorch-ood: pip install pytorch-ood") from error
+    if pytorch_ood_version() is None:
+        raise UserError(f"The detector {name} comes from the package pytorch-ood: pip install pytorch-ood")
+    import pytorch_ood.detector  # here, as it takes a second
+
     return pytorch_ood.detector

@@ -22,7 +22,7 @@ POSTERIORS, K_POSTERIORS = 1_000, 5  # a random part of the training posteriors:
 DRAWS = 16
 CLUSTERS = 10
 VARIANCE_KEPT = 0.95
-CHUNK_ROWS = 256  # images whose draws are held at a time
+CHUNK_ELEMENTS = 1 << 22  # of draws that are held at a time: 32 MiB of float64, and a mixture ten times that
 
 
 class SigmaMean(Detector):
@@ -33,7 +33,7 @@ class SigmaMean(Detector):
 
 
 class SigmaStd(Detector):
-    """Standard deviation over dimensions of sigma_d (n - 1). Higher is OOD: the sureness is spread unevenly."""
+    """Standard deviation over the dimensions of sigma_d (n - 1). Higher is OOD: the sureness is spread unevenly."""
 
     def _score(self, sigma: Tensor) -> Tensor:
         return sigma.std(dim=1)
@@ -53,7 +53,8 @@ class PriorLogDensity(Detector):
     """-log p(mu) in nats, p the prior that the run was trained with. Higher is OOD: an unlikely place."""
 
     def _score(self, mu: Tensor) -> Tensor:
-        return -mean_log_density(self.prior or StandardNormal(), mu[None])
+        prior = self.prior or StandardNormal()
+        return torch.cat([-mean_log_density(prior, mu_BE[None]) for mu_BE in mu.split(rows_of(1, mu))])
 
 
 class PriorKL(Detector):
@@ -68,7 +69,7 @@ class PriorKL(Detector):
         noise_SE = common_noise(mu)
         log_q_S = -0.5 * (noise_SE**2 + math.log(2 * math.pi)).sum(dim=1)
         found = []
-        for mu_BE, sigma_BE in zip(mu.split(CHUNK_ROWS), sigma.split(CHUNK_ROWS)):
+        for mu_BE, sigma_BE in zip(mu.split(rows_of(DRAWS, mu)), sigma.split(rows_of(DRAWS, mu))):
             x_SBE = mu_BE + sigma_BE * noise_SE[:, None]
             found.append(log_q_S.mean() - sigma_BE.log().sum(dim=1) - mean_log_density(self.prior, x_SBE))
         return torch.cat(found)
@@ -101,7 +102,7 @@ class DrawsDisagreement(Detector):
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
         noise_SE = common_noise(mu)
         found = []
-        for mu_BE, sigma_BE in zip(mu.split(CHUNK_ROWS), sigma.split(CHUNK_ROWS)):
+        for mu_BE, sigma_BE in zip(mu.split(rows_of(DRAWS, mu)), sigma.split(rows_of(DRAWS, mu))):
             draw_SBE = F.normalize(mu_BE + sigma_BE * noise_SE[:, None], dim=2)
             found.append(1 - draw_SBE.mean(dim=0).square().sum(dim=1))
         return torch.cat(found)
@@ -170,7 +171,8 @@ class KMeansSSD(Detector):
         count = min(CLUSTERS, max(1, len(unit_ND) // (4 * unit_ND.shape[1])))
         cluster_N = KMeans(count, n_init=1, random_state=0).fit_predict(unit_ND.cpu().numpy())
         cluster_N = torch.from_numpy(cluster_N).to(unit_ND.device)
-        self.gaussians = [fit_gaussian(unit_ND[cluster_N == cluster]) for cluster in cluster_N.unique()]
+        parts = [unit_ND[cluster_N == cluster] for cluster in cluster_N.unique()]
+        self.gaussians = [fit_gaussian(part) for part in parts if len(part) > 1]
 
     def _score(self, features: Tensor) -> Tensor:
         unit_MD = F.normalize(features, dim=1)
@@ -198,6 +200,11 @@ def common_noise(mu_ME: Tensor) -> Tensor:
     """(S, E) standard normal draws, the same for every image."""
     image_1 = torch.zeros(1, dtype=torch.int64, device=mu_ME.device)
     return normals(0, 0, image_1, 0, DRAWS, mu_ME.shape[1], NOISE_EVALUATION)[:, 0].double()
+
+
+def rows_of(draws: int, mu_ME: Tensor) -> int:
+    """Images whose draws are held at a time."""
+    return max(1, CHUNK_ELEMENTS // (draws * mu_ME.shape[1]))
 
 
 def mean_log_density(prior: nn.Module, x_SBE: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ BINS = 40
 def draw(folder: Path, name: str, scores: dict[str, dict[str, np.ndarray]], compared: dict, sets: Sets) -> None:
     """FOLDER/NAME.histograms.png, NAME.roc.png and NAME.auroc.png."""
     colours = dict(zip(sets.others, _colours(len(sets.others))))
+    names = {other: _plain(other) for other in sets.others}
     for kind, draw_one, size in (("histograms", _histogram, (3.1, 2.1)), ("roc", _roc, (2.6, 2.6))):
         figure, panels = _grid(len(scores), size)
         for panel, (detector, of) in zip(panels, scores.items()):
             panel.set_title(detector, fontsize=9)
-            draw_one(panel, of, colours)
+            draw_one(panel, of, colours, names)
             panel.tick_params(labelsize=6)
         for panel in panels[len(scores) :]:
             panel.set_axis_off()
@@ -45,22 +46,22 @@ def _grid(panels: int, size: tuple[float, float]):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
-def _histogram(panel, of: dict[str, np.ndarray], colours: dict) -> None:
+def _histogram(panel, of: dict[str, np.ndarray], colours: dict, names: dict) -> None:
     low, high = np.percentile(np.concatenate(list(of.values())), (1, 99))
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     panel.hist(np.clip(of["id"], edges[0], edges[-1]), edges, density=True, color="lightgrey", label="ID")
     for other, colour in colours.items():
         values = np.clip(of[other], edges[0], edges[-1])
-        panel.hist(values, edges, density=True, histtype="step", color=colour, label=other)
+        panel.hist(values, edges, density=True, histtype="step", color=colour, label=names[other])
     panel.set_yticks([])
 
 
-def _roc(panel, of: dict[str, np.ndarray], colours: dict) -> None:
+def _roc(panel, of: dict[str, np.ndarray], colours: dict, names: dict) -> None:
     panel.plot([0, 1], [0, 1], color="lightgrey", linewidth=0.8)
     for other, colour in colours.items():
         truth = np.repeat([0, 1], [len(of["id"]), len(of[other])])
         fpr, tpr, _ = roc_curve(truth, np.r_[of["id"], of[other]])
-        panel.plot(fpr, tpr, color=colour, linewidth=1.1, label=other)
+        panel.plot(fpr, tpr, color=colour, linewidth=1.1, label=names[other])
     panel.set_aspect("equal")
 
 
@@ -77,12 +78,18 @@ def _overview(detectors: dict[str, dict], sets: Sets):
         colour = "white" if abs(value - 0.5) > 0.35 else "black"
         axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=colour)
     kinds = ["near"] * len(sets.near) + ["far"] * len(sets.far)
-    axes.set_xticks(range(len(others)), [f"{other}\n({kind})" for other, kind in zip(others, kinds)], fontsize=8)
+    heads = [f"{_plain(other)}\n({kind})" for other, kind in zip(others, kinds)]
+    axes.set_xticks(range(len(others)), heads, fontsize=8)
     labels = [name + (" *" if row["labels"] else "") for name, row in detectors.items()]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.xaxis.tick_top()
     axes.set_xlabel("AUROC in %, the declared direction; below 50: inverted. * uses labels", fontsize=8)
     return figure
+
+
+def _plain(name: str) -> str:
+    """A name as it is: not as a formula, and not left out of legends, as matplotlib does with "_name"."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _colours(count: int) -> list:

@@ -1,5 +1,6 @@
 """The data sets of an OOD evaluation: which they are, that they can be compared, and what they were before."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from fastssl.beton import read_header, read_metadata
 from fastssl.evaluation.runs import Data, Encoder
 from fastssl.recipe import UserError
 
+LONGEST_NAME = 100  # of a result; a longer one becomes its hash
 FIT_IMAGES = 50_000  # training images at most: all of CIFAR-10, 4 % of ImageNet
 BUILD_OPTIONS = ("layout", "canvas", "max_side", "storage", "quality")
 SPLITS = ("test", "val", "train")  # of a suite's set, the first that is there
@@ -72,20 +74,26 @@ def find_sets(
     images = whole.about["images"]
     fit_data = whole if images <= FIT_IMAGES else Data(whole.path, whole.subset, FIT_IMAGES)
     names = [name_of(Path(path)) for path in (*near, *far)]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"Two of the sets are called {twice}: put one of them into a folder of another name.")
-    given = "".join(f"-{kind}-{name_of(Path(path))}" for kind, path in (("id", id), ("fit", fit)) if path)
+    for name in names:
+        if name == "id" or names.count(name) > 1:
+            raise UserError(f"Two of the sets are called {name}: put one of them into a folder of another name.")
     data = dict(zip(names, (Data(Path(path)) for path in (*near, *far))))
     sets = Sets(
         fit_data,
         Data(Path(id or recipe.val)),
         {name: data[name] for name in names[: len(near)]},
         {name: data[name] for name in names[len(near) :]},
-        (suite or "-".join(names)[:100]) + given,
+        result_name([(suite, [])] if suite else [("near", near), ("far", far)], id, fit),
     )
     check_built_alike([data.path for data in (sets.id, sets.fit, *sets.others.values())])
     return sets
+
+
+def result_name(groups: list[tuple[str, list[Path]]], id: str | Path | None, fit: str | Path | None) -> str:
+    """Such as near-textures-far-mnist, or cifar10-fit-photos."""
+    groups = groups + [(kind, [path]) for kind, path in (("id", id), ("fit", fit)) if path]
+    name = "-".join("-".join([kind, *(name_of(Path(path)) for path in paths)]) for kind, paths in groups)
+    return name if len(name) <= LONGEST_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _found(root: Path, name: str) -> Path:
@@ -103,18 +111,21 @@ def check_built_alike(paths: list[Path]) -> None:
     """That all were stored in one way: else their files, not their images, could be told apart."""
     options = {}
     for path in paths:
-        manifest = read_header(path).manifest
+        info = read_header(path)
+        manifest = info.manifest
         if manifest is None:
             raise UserError(f"{path} has no {path.name}.json that says how it was built: build it with build-beton.")
         options[path] = {name: manifest.get(name) for name in BUILD_OPTIONS}
+        # Of images of one size the device cuts out the view, of others the CPU, which rounds to whole grey levels.
+        options[path]["images of one size"] = info.resolution is not None
     first = paths[0]
     for path in paths[1:]:
-        different = [name for name in BUILD_OPTIONS if options[path][name] != options[first][name]]
+        different = [name for name, value in options[path].items() if value != options[first][name]]
         if different:
             name = different[0]
             raise UserError(
-                f"{path} was built with {name} {options[path][name]}, {first} with {name} {options[first][name]}, and "
-                "that alone could tell them apart: build all sets with the same options."
+                f"{path} was built with {name}: {options[path][name]}, {first} with {name}: {options[first][name]}, "
+                "which alone could tell them apart: build all sets with the same options."
             )
 
 
@@ -126,5 +137,6 @@ def described(data: Data) -> dict:
         **data.about,
         "builder": info.manifest.get("builder"),
         "source_formats": info.manifest.get("source_formats"),  # None: built before they were counted
+        "own_bytes": info.manifest["counts"]["passed_through"] / info.num_samples,  # share stored as they were
         "source_px": [float(np.median(metadata[side])) for side in ("height", "width")],
     }

@@ -77,7 +77,8 @@ def _source(about: dict) -> str:
     formats = about["source_formats"]
     was = " and ".join(f"{name}" for name in formats) if formats else "unknown, built before formats were recorded"
     height, width = about["source_px"]
-    return f"{about['path']} (builder {about['builder']}; source: {was}, {width:g}x{height:g} px)"
+    kept = f", {about['own_bytes']:.0%} stored as they were" if about["own_bytes"] else ""
+    return f"{about['path']} (builder {about['builder']}; source: {was}, {width:g}x{height:g} px{kept})"
 
 
 def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
