@@ -1,0 +1,30 @@
+"""The learning curves of `fastssl eval mi`."""
+
+from pathlib import Path
+
+from fastssl.beton.atomic import write_atomically
+from fastssl.evaluation.mutual_information.estimators import Estimate
+
+KINDS = {"js": "js", "mine": "mine", "independent": "js, partners exchanged"}
+
+
+def draw_curves(path: Path, found: dict[str, dict[str, Estimate]]) -> None:
+    """One panel a quantity: held-out nats against step, the reported estimates, and the ceiling."""
+    from matplotlib.figure import Figure  # here, as it takes half a second; without pyplot, no display is looked for
+
+    figure = Figure(figsize=(1 + 3.5 * len(found), 4), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (pair, estimates) in zip(panels, found.items(), strict=True):
+        for number, (kind, label) in enumerate(KINDS.items()):
+            each, color = estimates[kind], f"C{number}"
+            axes.plot(*zip(*each.curve), color=color, label=label)
+            style = {"facecolors": "none"} if each.saturated else {}
+            axes.scatter([each.curve[-1][0]], [each.nats], edgecolors=color, color=color, zorder=3, **style)
+        axes.axhline(estimates["js"].ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling")
+        axes.set_ylim(bottom=min(-0.5, *(each.nats for each in estimates.values())))
+        axes.set_title(pair)
+        axes.set_xlabel("step")
+    panels[0].set_ylabel("nats, on the samples that stop the training")
+    panels[0].legend(fontsize=8, loc="center right")
+    figure.suptitle("Points: what is reported, of other samples; open: saturated", fontsize=9)
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
