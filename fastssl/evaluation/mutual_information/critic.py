@@ -69,6 +69,12 @@ def whitened(x_ND: Tensor, train_M: Tensor) -> tuple[Tensor, Tensor]:
     return x_ND @ axes_DP, x_MD @ axes_DP
 
 
+def principal_components(x_ND: Tensor, count: int) -> Tensor:
+    """The first `count` principal components of standardised x, each of variance 1 (constant ones 0), (N, P)."""
+    every_N = torch.arange(len(x_ND), device=x_ND.device)
+    return whitened(scaled(x_ND), every_N)[0][:, -count:]
+
+
 def squashed(x: Tensor) -> Tensor:
     """The identity up to 4, then a logarithm: an outlier at 1,000 standard deviations must not decide a mean of e^f."""
     beyond = (x.abs() - SQUASHED_BEYOND).clamp_min(0)
