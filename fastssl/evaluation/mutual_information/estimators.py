@@ -30,8 +30,8 @@ Name = Literal["mine", "js", "infonce", "nwj", "smile"]
 
 FOLDS = 5
 VALIDATION_SHARE, MOST_VALIDATED = 0.1, 1000  # of a fold's training samples, for stopping
-BATCH_SIZE = 512
-STEPS, CHECK_EVERY, PATIENCE = 300, 10, 80
+BATCH_SIZE = 256
+STEPS, CHECK_EVERY, PATIENCE = 300, 10, 60
 GAUSSIAN_STEPS = 50  # for the Gaussian part alone
 GAUSSIAN_LR, NETWORK_LR, WEIGHT_DECAY = 0.1, 3e-3, 1e-2
 AVERAGING = 0.9  # of the weights that are checked and kept, as of MINE's mean of e^f
