@@ -170,8 +170,8 @@ def test_what_is_tested_on_has_no_part_in_the_critic(monkeypatch):
         generator = torch.Generator().manual_seed(0)
         train_FM, stop_FV, test_FT = estimators.cross_fitting(300, generator)
         inputs = canonical_inputs(x, y, train_FM)
-        nothing = (lambda steps: None,)
-        critic, _ = estimators.train(ESTIMATORS["js"], inputs, train_FM, stop_FV, generator, *nothing)
+        nothing = (lambda steps: None,)  # is told of the steps
+        critic, _ = estimators.train(ESTIMATORS["js"], inputs, train_FM, stop_FV, 9.0, generator, *nothing)
         return critic, test_FT
 
     critic, test_FT = trained(x)
@@ -213,7 +213,8 @@ def test_losses_and_bounds_are_their_formulas():
     f.requires_grad_()
     loss, average = estimators.mine_loss(f, state)
     assert average.exp() == pytest.approx(0.9 + 0.1 * log_mean.exp())
-    (gradient,) = torch.autograd.grad(loss.sum(), f)
+    anchor = 0.1 * (f[:, off].logsumexp(1) - math.log(30)).square()  # ReMINE's
+    (gradient,) = torch.autograd.grad((loss - anchor).sum(), f)
     assert gradient[:, off] == pytest.approx(marginal.exp() / 30 / average.exp()[:, None])
     assert gradient.diagonal(dim1=1, dim2=2) == pytest.approx(torch.full((2, 6), -1 / 6).double())
     f = f.detach()
@@ -234,7 +235,7 @@ def test_scores_in_parts_are_those_of_all_pairs(monkeypatch):
     critic = {**gaussian, **networks, "s": gaussian["s"] + 5}
     rows = torch.stack([torch.arange(5, 30), torch.arange(25)])
     monkeypatch.setattr(estimators, "TEST_ROWS", 7)
-    found = estimators.score(critic, inputs, rows)
+    found = estimators.score(critic, inputs, rows, math.inf)
     f = scores(critic, inputs.x_FNP[:, 5:30], inputs.y_FNQ[:, 5:30], inputs.r2_FK)[0].double()
     off = f[~torch.eye(25, dtype=torch.bool)]
     expected = (
@@ -242,6 +243,10 @@ def test_scores_in_parts_are_those_of_all_pairs(monkeypatch):
         f.logsumexp(1) - math.log(25), f.logsumexp(0) - math.log(25), off.max(),
     )  # fmt: skip
     assert off.max() > 10 > -10 > off.min()
+    capped = estimators.score(critic, inputs, rows, 2.0).joint_FN[0]
+    assert capped == pytest.approx(f.diagonal().clamp(max=2.0), abs=1e-4)
+    half = {**critic, "factor": torch.full((2, 1, 1), 0.5)}
+    assert estimators.score(half, inputs, rows, 99.0).joint_FN[0] == pytest.approx(0.5 * f.diagonal(), abs=1e-4)
     for part, other in zip(found, expected, strict=True):
         assert part[0] == pytest.approx(other, abs=1e-4)
 

@@ -100,7 +100,7 @@ def initial_critic(inputs: Inputs, generator: torch.Generator) -> tuple[dict[str
 
 
 def scores(critic: dict[str, Tensor], x_FBP: Tensor, y_FCQ: Tensor, r2_FK: Tensor) -> Tensor:
-    """f of every pair: (F, B, C)."""
+    """f of every pair, times the critic's factor if it has one: (F, B, C)."""
     directions = r2_FK.shape[1]
     s_F1K, r2_F1K = critic["s"], r2_FK[:, None]
     product_F1K = s_F1K * r2_F1K.sqrt() / (1 - r2_F1K)
@@ -113,6 +113,8 @@ def scores(critic: dict[str, Tensor], x_FBP: Tensor, y_FCQ: Tensor, r2_FK: Tenso
     a_FB1 = a_FB1 + (x_FBK.square() * square_F1K).sum(dim=2, keepdim=True) + constant_F11
     b_FC1 = b_FC1 + (y_FCK.square() * square_F1K).sum(dim=2, keepdim=True)
     left_FBU, right_FCU = torch.cat([x_FBK * product_F1K, g_FBW], dim=2), torch.cat([y_FCK, h_FCW], dim=2)
+    if "factor" in critic:
+        left_FBU, a_FB1, b_FC1 = (part * critic["factor"] for part in (left_FBU, a_FB1, b_FC1))
     return torch.baddbmm(a_FB1 + b_FC1.transpose(1, 2), left_FBU, right_FCU.transpose(1, 2))
 
 
