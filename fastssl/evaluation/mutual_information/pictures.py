@@ -20,8 +20,10 @@ def draw_curves(path: Path, found: dict[str, dict[str, Estimate]]) -> None:
             axes.plot(*zip(*each.curve), color=color, label=label)
             style = {"facecolors": "none"} if each.saturated else {}
             axes.scatter([each.curve[-1][0]], [each.nats], edgecolors=color, color=color, zorder=3, **style)
-        axes.axhline(estimates["js"].ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling")
-        axes.set_ylim(bottom=min(-0.5, *(each.nats for each in estimates.values())))
+        axes.axhline(estimates["js"].ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling (where not seen: above)")
+        # A critic that overfits leaves the picture, below or above.
+        top = max(each.nats for each in estimates.values())
+        axes.set_ylim(-0.5, min(1.5 * top + 1, estimates["js"].ceiling + 1))
         axes.set_title(pair)
         axes.set_xlabel("step")
     panels[0].set_ylabel("nats, on the samples that stop the training")
