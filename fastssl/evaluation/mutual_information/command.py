@@ -42,6 +42,10 @@ CONSTANTS = {
     "batch_size": estimators.BATCH_SIZE,
     "lrs": [estimators.GAUSSIAN_LR, estimators.NETWORK_LR],
     "weight_decay": estimators.WEIGHT_DECAY,
+    "stopping": [estimators.VALIDATION_SHARE, estimators.MOST_VALIDATED, estimators.CHECK_EVERY, estimators.PATIENCE],
+    "cap_above_pairs": estimators.CAP_ABOVE_PAIRS,
+    "temperatures": estimators.TEMPERATURES,
+    "anchor": estimators.ANCHOR,
     "sandwich_batch": BATCH,
     "features": CACHE_VERSION,
 }

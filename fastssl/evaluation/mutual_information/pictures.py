@@ -18,9 +18,9 @@ def draw_curves(path: Path, found: dict[str, dict[str, Estimate]]) -> None:
         for number, (kind, label) in enumerate(KINDS.items()):
             each, color = estimates[kind], f"C{number}"
             axes.plot(*zip(*each.curve), color=color, label=label)
-            style = {"facecolors": "none"} if each.saturated else {}
-            axes.scatter([each.curve[-1][0]], [each.nats], edgecolors=color, color=color, zorder=3, **style)
-        axes.axhline(estimates["js"].ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling (where not seen: above)")
+            face = "none" if each.saturated else color
+            axes.scatter([each.curve[-1][0]], [each.nats], edgecolors=color, facecolors=face, zorder=3)
+        axes.axhline(estimates["js"].ceiling, color="grey", linestyle="--", linewidth=1, label="ceiling (or above)")
         # A critic that overfits leaves the picture, below or above.
         top = max(each.nats for each in estimates.values())
         axes.set_ylim(-0.5, min(1.5 * top + 1, estimates["js"].ceiling + 1))
