@@ -27,6 +27,6 @@ def draw_curves(path: Path, found: dict[str, dict[str, Estimate]]) -> None:
         axes.set_title(pair)
         axes.set_xlabel("step")
     panels[0].set_ylabel("nats, on the samples that stop the training")
-    panels[0].legend(fontsize=8, loc="center right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Points: what is reported, of other samples; open: saturated", fontsize=9)
     write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
