@@ -366,6 +366,24 @@ def uncertainty(
     _evaluate(evaluate, runs, train, val, out, untrained=untrained, view=view, device=device)
 
 
+@evaluation.command()
+def mi(
+    runs: Runs,
+    data: Annotated[Path | None, typer.Option(help=".beton to measure on (default: the run's data.val)")] = None,
+    untrained: Untrained = False,
+    view: View = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="of folds, critics and noise")] = 0,
+    out: Out = None,
+) -> None:
+    """Mutual information of image, h, z and the z of two views, in nats (docs/mutual_information.md)."""
+    from fastssl.evaluation import find_encoder
+    from fastssl.evaluation.mutual_information import evaluate_mi, mi_summary_table, mi_table
+
+    encoders = (find_encoder(run, untrained=untrained, view=view, device=device) for run in runs)
+    _show([evaluate_mi(encoder, data, seed=seed) for encoder in encoders], out, mi_table, mi_summary_table)
+
+
 def _evaluate(evaluate, runs: list[Path], train: Path | None, val: Path | None, out: Path | None, **options) -> None:
     """evaluate(encoder, split) of one run after the other. options: which encoder, and where."""
     from fastssl.evaluation import find_encoder, find_split

@@ -1,0 +1,64 @@
+"""What a person sees of `fastssl eval mi`: one run with its checks, several side by side."""
+
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+
+VERDICTS = {True: "holds", False: "FAILS", None: "says nothing: saturated"}
+
+
+def mi_table(result: dict) -> Group:
+    val = result["val"]
+    lines = [
+        "lower bounds, held out, ± standard error over the images; js is the headline, mine what the paper used",
+        "saturated: as large as this, or larger. V: the clean view averaged to "
+        f"{result['settings']['side']} x {result['settings']['side']}, so I(V;.) is below the image's own",
+        *([] if len(result["quantities"]) > 1 else ["a supervised run has no z"]),
+        f"{val['images']:,} images of {val['path']} ({val['layout']} file), seed {result['seed']}",
+        f"measured {result['made']}",
+    ]
+    title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
+    width = max(map(len, [title, *lines]))
+    table = Table("nats", title=title, caption="\n".join(lines), min_width=width)
+    for heading in ("js", "mine", "ceiling", ""):
+        table.add_column(heading, justify="right")
+    for pair, kinds in result["quantities"].items():
+        js, mine = kinds["js"], kinds["mine"]
+        cells = [f"{each['nats']:.2f} ± {each['error']:.2f}" for each in (js, mine)]
+        flags = [name for name, each in (("js", js), ("mine", mine)) if each["saturated"]]
+        said = "saturated" if len(flags) == 2 else f"{flags[0]} saturated" if flags else ""
+        table.add_row(pair, *cells, f"{js['ceiling']:.2f}", said)
+    parts = [table]
+    if result["sandwich"]:
+        bounds = Table("nats", title="from the known q: nothing trained", min_width=width)
+        for heading in ("lower", "upper", "ceiling of lower", "rate E KL(q||p)"):
+            bounds.add_column(heading, justify="right")
+        for of, each in result["sandwich"].items():
+            lower = f"{each['lower']:.2f}" + (" saturated" if each["saturated"] else "")
+            row = (lower, f"{each['upper']:.2f}", f"{each['ceiling']:.2f}", f"{each['rate']:.2f}")
+            bounds.add_row(of, *row)
+        parts.append(bounds)
+    checks = Table("self-check", title="what must hold", min_width=width)
+    checks.add_column("found", justify="right")
+    checks.add_column("")
+    for check in result["checks"]:
+        checks.add_row(check["check"], check["found"], VERDICTS[check["passed"]])
+    return Group(*parts, checks)
+
+
+def mi_summary_table(rows: list[dict]) -> Table:
+    """Rows of `summarize`: nats, mean ± sd over seeds."""
+    caption = "nats; mean ± sd over seeds; compare on the same images alone, and no saturated figure (see each RUN)"
+    table = Table("quantity", caption=caption)
+    for row in rows:
+        run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
+        table.add_column(run + (f"\nand {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""), justify="right")
+    for name in dict.fromkeys(figure for row in rows for figure in row["figures"]):
+        cells = []
+        for row in rows:
+            figure = row["figures"].get(name)
+            sd = "" if figure is None or figure["sd"] is None else f" ± {figure['sd']:.2f}"
+            cells.append("" if figure is None else f"{figure['mean']:.2f}{sd}")
+        table.add_row(name, *cells)
+    return table
