@@ -359,7 +359,7 @@ def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
     )  # fmt: skip
     encoder = find_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"]))
-    assert result["left_out"]["sigma_std"] == "SigmaStd is undefined for 12 images."
+    assert result["left_out"]["sigma_std"] == "An embedding of one dimension has no spread of sigma."
     assert "sigma_mean" in result["detectors"] and "sigma_std" not in result["detectors"]
 
 

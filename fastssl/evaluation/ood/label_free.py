@@ -36,6 +36,8 @@ class SigmaStd(Detector):
     """Standard deviation over the dimensions of sigma_d (n - 1). Higher is OOD: the sureness is spread unevenly."""
 
     def _score(self, sigma: Tensor) -> Tensor:
+        if sigma.shape[1] < 2:
+            raise ValueError("An embedding of one dimension has no spread of sigma.")
         return sigma.std(dim=1)
 
 
