@@ -11,6 +11,7 @@ from rich.console import Console
 from small_models import make_run
 from torch.distributions import Normal
 
+from fastssl import cli
 from fastssl.evaluation import find_encoder, summarize
 from fastssl.evaluation.mutual_information import (
     ESTIMATORS,
@@ -18,17 +19,15 @@ from fastssl.evaluation.mutual_information import (
     estimate,
     estimators,
     evaluate_mi,
+    known_q,
     mi_summary_table,
     mi_table,
     rate,
     sandwich,
 )
-from fastssl.evaluation.mutual_information import sandwich as sandwich_function
 from fastssl.evaluation.mutual_information.critic import canonical_inputs, initial_critic, scores, squashed
 from fastssl.models import MixtureOfGaussians, StandardNormal
 from fastssl.recipe import UserError
-
-sandwich_module = __import__(sandwich_function.__module__, fromlist=["sandwich"])
 
 
 def gaussians(count: int, dims: int, nats: float, seed: int = 0, turned: bool = False):
@@ -261,6 +260,26 @@ def test_outliers_are_shortened_in_order():
     assert torch.equal(squashed(x)[2:5], x[2:5])
 
 
+@pytest.mark.parametrize("count", [60, 120, 290, 350])
+@pytest.mark.parametrize("name", ["js", "mine"])
+def test_few_samples_of_many_dimensions_give_little_never_nonsense(count, name, monkeypatch):
+    """h and a function of it, 124 dimensions each: of as many samples as dimensions, all correlate perfectly."""
+    generator = torch.Generator().manual_seed(count)
+    h = torch.randn(count, 124, generator=generator)
+    z = torch.tanh(h @ torch.randn(124, 124, generator=generator) / 11)
+    monkeypatch.setattr(estimators, "STEPS", 120)  # behind the first 50 the networks train too
+    found = estimate(h, z, name)
+    assert -0.5 < found.nats <= found.ceiling and all(-50 < nats < 50 for _, nats in found.curve)
+
+
+def test_images_that_are_there_twice_do_not_hide_saturation(monkeypatch):
+    """y = x: infinitely many nats. The marginal pairs of the duplicates score as high as any joint pair."""
+    x = torch.randn(1000, 20, generator=torch.Generator().manual_seed(0))
+    x[100:200] = x[:100]
+    monkeypatch.setattr(estimators, "STEPS", 120)
+    assert estimate(x, x, "js").saturated
+
+
 # ---- bounds from the known q
 
 
@@ -287,7 +306,7 @@ def test_the_sandwich_is_its_formula_in_any_parts(monkeypatch):
     sigma = 0.2 + torch.rand(20, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole = sandwich(mu, sigma, draw)
     assert (whole.lower, whole.upper) == pytest.approx(oracle(mu, sigma, draw))
-    monkeypatch.setattr(sandwich_module, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(known_q, "CHUNK_ROWS", 7)
     assert sandwich(mu.numpy(), sigma.numpy(), draw)[:4] == pytest.approx(whole[:4])
     order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
     groups = [oracle(mu[rows], sigma[rows], draw[rows]) for rows in order.split(6)[:3]]
@@ -311,7 +330,8 @@ def test_the_sandwich_is_exact_at_the_heads_limits():
     mu = 20 * torch.sign(torch.randn(5, 512, generator=generator, dtype=torch.float64))
     sigma = torch.full_like(mu, 0.01)
     z = mu + 0.01 * torch.randn(5, 512, generator=generator, dtype=torch.float64)
-    found = sandwich_module.log_densities(z, mu, sigma)
+    precision, scaled, constant = known_q.densities(mu, sigma)
+    found = -0.5 * (z.square() @ precision.T - 2 * z @ scaled.T + constant)
     expected = Normal(mu, sigma).log_prob(z[:, None]).sum(2)
     assert found.diagonal() == pytest.approx(expected.diagonal(), abs=1e-5)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-5)
@@ -326,7 +346,7 @@ def test_what_is_no_gaussian_is_refused():
 
 def test_the_rate_is_the_kl_to_the_prior(monkeypatch):
     mu, sigma, draw = channel(50, 4, 0.5)
-    monkeypatch.setattr(sandwich_module, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(known_q, "CHUNK_ROWS", 16)
     q = Normal(mu, sigma)
     closed = torch.distributions.kl_divergence(q, Normal(0.0, 1.0)).sum(1).mean()
     assert rate(mu, sigma, StandardNormal(), draw) == pytest.approx(closed.item())
@@ -369,10 +389,85 @@ def test_every_variant_keeps_what_it_returns(quick, canvas, tmp_path, monkeypatc
     assert result["figures"]["I(V;Z) js"] == result["quantities"]["I(V;Z)"]["js"]["nats"]
     assert Image.open(folder / "eval" / result["picture"]).size[0] == 1500
     shown = text_of(mi_table(result))
+    assert result["infinite"] == ([] if "z" in stochastic else ["I(H;Z)"])
+    assert ("infinite in theory" in shown) == ("z" not in stochastic)
     assert all(check["check"] in shown for check in result["checks"]) and "I(Z;Z')" in shown
     assert "I(Z;Z') js" in text_of(mi_summary_table(summarize([result])))
     monkeypatch.setattr(command, "variables_of", None)
     assert evaluate_mi(encoder, seed=1) == result
+
+
+def fake(nats, saturated=False, error=0.01):
+    return estimators.Estimate(nats, error, 15.0, saturated, 0.0, [(0, 0.0)])
+
+
+def found_of(vh=5.0, hz=7.0, zz=2.0, vz=4.0, saturated=(), independent=0.0, added=1.0):
+    nats = {"I(V;H)": vh, "I(H;Z)": hz, "I(Z;Z')": zz, "I(V;Z)": vz}
+    return {
+        pair: {
+            "js": fake(value, pair in saturated), "mine": fake(value), "independent": fake(independent),
+            "added": fake(value + added),
+        }
+        for pair, value in nats.items()
+    }  # fmt: skip
+
+
+def failed(found, known=None):
+    return [check["check"] for check in command.checks_of(found, known or {}) if check["passed"] is False]
+
+
+def test_each_check_fails_where_it_should():
+    assert failed(found_of()) == []
+    assert [check for check in failed(found_of(independent=0.05)) if "exchanged" in check][0].startswith("I(V;H)")
+    assert len(failed(found_of(independent=-0.05))) == 4 and len(failed(found_of(independent=0.015))) == 0
+    assert len([check for check in failed(found_of(added=0.0)) if "the sum" in check]) == 4
+    assert failed(found_of(added=0.6)) == [] and len(failed(found_of(added=1.6))) == 4
+    assert failed(found_of(vz=5.5)) == ["I(V;Z) <= I(V;H)"] and failed(found_of(vz=5.02)) == []
+    assert failed(found_of(hz=3.5)) == ["I(V;Z) <= I(H;Z)"]
+    known = {"I(X;Z) = I(H;Z)": {"upper": 6.0}}
+    assert failed(found_of(), known) == ["I(H;Z) <= I(X;Z) = I(H;Z), upper bound"]
+    assert failed(found_of(zz=6.5, hz=5.0), known) == []  # of augmented views: nothing orders it
+    assert failed(found_of(), {"I(X;H)": {"upper": 4.5}}) == ["I(V;H) <= I(X;H), upper bound"]
+    assert failed(found_of(), {"I(H;Z)": {"upper": 3.0}}) == ["I(H;Z) <= I(H;Z), upper bound"]
+    assert failed(found_of(vz=5.5, saturated=["I(V;H)"])) == []  # the larger one may be larger still
+    assert failed(found_of(added=0.0, saturated=found_of())) == []  # saturated: says nothing
+
+
+def test_what_is_checked_is_measured_on_other_pairs(monkeypatch):
+    """Partners exchanged: the same y, none beside its x. Added: an independent pair of 1 nat beside them."""
+    seen = []
+    monkeypatch.setattr(command, "estimate", lambda x, y, *rest, **more: seen.append((x, y)) or fake(0.0))
+    x, y = torch.arange(60.0)[:, None], 100 + torch.arange(60.0)[:, None]
+    command.measure_pair(x, y, 0, {})
+    (shuffled_x, shuffled_y), (more_x, more_y) = seen[2], seen[3]
+    assert sorted(shuffled_x.flatten().tolist()) == x.flatten().tolist()
+    assert ((shuffled_y - 100) != shuffled_x).all() and sorted(shuffled_y.flatten().tolist()) == y.flatten().tolist()
+    assert torch.equal(more_x[:, :1], x) and torch.equal(more_y[:, :1], y) and more_x.shape == (60, 5)
+    of_x, of_y = command.gaussian_pair(200_000, 0)
+    rho2 = (of_x * of_y).mean(0).square()
+    assert -0.5 * torch.log1p(-rho2).sum() == pytest.approx(1, abs=0.02)
+
+
+def test_several_runs_keep_their_flags(quick, canvas, tmp_path, monkeypatch, capsys):
+    """Through the command: saturated figures carry a sign, failed checks are named, and `--out` holds both."""
+    runs = [run_of(tmp_path / f"seed{seed}", canvas, seed=seed) for seed in range(2)]
+    monkeypatch.setattr(command, "measure_pair", lambda *a: found_of(saturated=["I(V;H)"], independent=0.4)["I(V;H)"])
+    arguments = ["fastssl", "eval", "mi", *map(str, runs), "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0 and ">= 5.00 ± 0.00" in shown and "self-check FAILS for" in shown
+    row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
+    assert row["seeds"] == [0, 1] and "I(V;H) js" in row["saturated"] and len(row["failed"]) == 4
+
+
+def test_another_constant_means_measuring_again(quick, canvas, tmp_path, monkeypatch):
+    encoder = find_encoder(run_of(tmp_path / "run", canvas), device="cpu")
+    first = evaluate_mi(encoder)
+    assert evaluate_mi(encoder)["made"] == first["made"] and first["augmentation"]["size"] == 16
+    monkeypatch.setitem(command.CONSTANTS, "saturated", [2.0, 0.5])
+    assert evaluate_mi(encoder)["settings"]["saturated"] == [2.0, 0.5]
 
 
 def test_draws_are_fresh_where_they_must_be(canvas, tmp_path):
@@ -408,14 +503,7 @@ def test_v_is_the_clean_view_averaged(canvas, tmp_path):
 
 
 def test_a_supervised_run_has_no_z(quick, canvas, tmp_path):
-    folder = tmp_path / "run"
-    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "train.beton")}
-    recipe = make_run(folder, data, objective={"name": "supervised", "classes": 3})[1]
-    saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    from fastssl.models import build_model
-
-    saved["model"] = build_model(recipe).state_dict()
-    torch.save(saved, folder / "checkpoints" / "last.pt")
+    folder = run_of(tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3})
     result = evaluate_mi(find_encoder(folder, device="cpu"))
     assert list(result["quantities"]) == ["I(V;H)"] and "no z" in text_of(mi_table(result))
 

@@ -22,6 +22,7 @@ MOST_CLASSES_DRAWN = 50  # in a confusion matrix: more cannot be read
 UNITS = {"nll": "nats", "nll_scaled": "nats"}
 UNITS |= dict.fromkeys(("aurc", "e_aurc", "aurc_confidence", "e_aurc_confidence"), "0 to 1")
 UNITS |= dict.fromkeys(("spearman_blur", "spearman_noise", "spearman_jpeg", "spearman_crop"), "-1 to 1")
+MARKS = ("saturated", "failed")  # keys of a result that name its figures or checks
 MOST_COLUMNS = 10  # of figures in a table of several runs: with more, each figure is a line
 
 
@@ -146,7 +147,7 @@ def summarize(results: list[dict]) -> list[dict]:
     """Results of several runs, one row for those that differ in the seed of their run alone.
 
     Each row has the runs and seeds, and for each figure that all of them have the mean and the standard deviation over
-    them (n - 1; None for a single run).
+    them (n - 1; None for a single run). What any of them calls `saturated` or `failed` stands there too.
     """
     groups: dict[str, list[dict]] = {}
     for result in results:
@@ -166,6 +167,7 @@ def _row(group: list[dict]) -> dict:
     return {
         "evaluation": group[0]["evaluation"],
         **({"score": score} if score else {}),
+        **{key: sorted({name for result in group for name in result[key]}) for key in MARKS if key in group[0]},
         "runs": [result["run"] for result in group],
         "untrained": group[0]["weights"] == "untrained",
         "seeds": [load_recipe(Path(result["run"]) / "recipe.yaml").seed for result in group],

@@ -14,8 +14,8 @@ from fastssl.evaluation.features import CACHE_VERSION, CHUNK_BYTES, Features, cl
 from fastssl.evaluation.mutual_information import critic, estimators
 from fastssl.evaluation.mutual_information.critic import principal_components
 from fastssl.evaluation.mutual_information.estimators import Estimate, estimate
+from fastssl.evaluation.mutual_information.known_q import BATCH, rate, sandwich
 from fastssl.evaluation.mutual_information.pictures import draw_curves
-from fastssl.evaluation.mutual_information.sandwich import BATCH, rate, sandwich
 from fastssl.evaluation.results import find_or_measure
 from fastssl.evaluation.runs import Data, Encoder, features_of
 from fastssl.models import Classifier, Model
@@ -31,21 +31,27 @@ ROWS = 4096  # through the projector at a time
 H_CLEAN, Z_CLEAN, H_VIEWS, Z_VIEWS = range(4)
 ADDED_NATS, ADDED_DIMS = 1.0, 4  # of the independent Gaussian pair that the check of additivity appends
 COMPONENTS = critic.DIRECTIONS - ADDED_DIMS  # of V, h and z: with those dimensions, as many as the critic looks at
-INDEPENDENT_WITHIN, ADDITIVE_WITHIN = 0.02, 0.1  # nats; share of the sum
+INDEPENDENT_WITHIN, ADDITIVE_WITHIN = 0.02, 0.5  # nats; a critic that missed the added pair would be 1 off
 CONSTANTS = {
     "side": SIDE,
     "components": COMPONENTS,
     "directions": critic.DIRECTIONS,
     "critic": [critic.HIDDEN, critic.WIDTH],
+    "squashed_beyond": critic.SQUASHED_BEYOND,
+    "largest_r2": critic.LARGEST_R2,
+    "rows_a_direction": critic.ROWS_A_DIRECTION,
     "folds": estimators.FOLDS,
-    "steps": estimators.STEPS,
-    "batch_size": estimators.BATCH_SIZE,
-    "lrs": [estimators.GAUSSIAN_LR, estimators.NETWORK_LR],
-    "weight_decay": estimators.WEIGHT_DECAY,
-    "stopping": [estimators.VALIDATION_SHARE, estimators.MOST_VALIDATED, estimators.CHECK_EVERY, estimators.PATIENCE],
+    "validated": [estimators.VALIDATION_SHARE, estimators.MOST_VALIDATED],
+    "steps": [estimators.STEPS, estimators.GAUSSIAN_STEPS, estimators.CHECK_EVERY, estimators.PATIENCE],
+    "averaging": estimators.AVERAGING,
     "cap_above_pairs": estimators.CAP_ABOVE_PAIRS,
     "temperatures": estimators.TEMPERATURES,
     "anchor": estimators.ANCHOR,
+    "saturated": [estimators.MARGIN, estimators.MOST_UNSEEN],
+    "checks": [ADDED_NATS, ADDED_DIMS, INDEPENDENT_WITHIN, ADDITIVE_WITHIN],
+    "batch_size": estimators.BATCH_SIZE,
+    "lrs": [estimators.GAUSSIAN_LR, estimators.NETWORK_LR],
+    "weight_decay": estimators.WEIGHT_DECAY,
     "sandwich_batch": BATCH,
     "features": CACHE_VERSION,
 }
@@ -88,11 +94,16 @@ def evaluate_mi(encoder: Encoder, data: Path | None = None, *, seed: int = 0) ->
         quantities = {
             pair: {kind: each._asdict() for kind, each in estimates.items()} for pair, estimates in found.items()
         }
+        checks = checks_of(found, known)
         return {
             "figures": figures_of(found, known),
+            "saturated": saturated_of(found, known),
+            # A continuous z that is a function of h shares infinitely many nats with it.
+            "infinite": ["I(H;Z)"] if variables.z_NE is not None and variables.z_given_h is None else [],
             "quantities": quantities,
             "sandwich": known,
-            "checks": checks_of(found, known),
+            "checks": checks,
+            "failed": [check["check"] for check in checks if check["passed"] is False],
             "picture": path.name,
         }
 
@@ -100,6 +111,7 @@ def evaluate_mi(encoder: Encoder, data: Path | None = None, *, seed: int = 0) ->
         "evaluation": "mi",
         "protocol": "lower bounds in nats by critics, cross-fitted; for a stochastic embedding bounds from its known q",
         "settings": CONSTANTS,
+        "augmentation": encoder.recipe.views.model_dump(mode="json"),  # I(Z;Z') is of two such views
         "seed": seed,
         **encoder.about,
         "val": about,
@@ -235,9 +247,17 @@ def figures_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) ->
     return figures | {f"{of} {name}": of_q[name] for of, of_q in known.items() for name in bounds}
 
 
+def saturated_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> list[str]:
+    """Names of figures that must not be compared."""
+    critics = [f"{pair} {kind}" for pair, each in found.items() for kind in ("js", "mine") if each[kind].saturated]
+    return critics + [f"{of} lower" for of, bounds in known.items() if bounds["saturated"]]
+
+
 def checks_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> list[dict]:
-    """What must hold of any mutual information, with what was found. passed: None where a saturated estimate says
-    nothing."""
+    """What must hold of mutual information, with what was found. passed: None where a saturated estimate says nothing.
+
+    (Of principal components, data processing holds but for what z has of h beyond h's own.)
+    """
     checks = []
 
     def check(what: str, says: str, passed: bool, *needed: Estimate) -> None:
@@ -249,7 +269,7 @@ def checks_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> 
         check(f"{pair}, partners exchanged: 0", f"{nats:.3f}", abs(nats) <= INDEPENDENT_WITHIN)
     for pair, of in found.items():
         expected, nats = of["js"].nats + ADDED_NATS, of["added"].nats
-        passed = abs(nats - expected) <= ADDITIVE_WITHIN * expected
+        passed = abs(nats - expected) <= ADDITIVE_WITHIN
         says = f"{nats:.2f}, expected {expected:.2f}"
         check(f"{pair} and an independent pair of {ADDED_NATS:g} nat: the sum", says, passed, of["js"], of["added"])
     for less, more in (("I(V;Z)", "I(V;H)"), ("I(V;Z)", "I(H;Z)")):
@@ -259,7 +279,7 @@ def checks_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> 
             # A saturated larger one is above its estimate.
             check(f"{less} <= {more}", f"{one.nats:.2f}, {other.nats:.2f}", passed or other.saturated, one)
     for of, bounds in known.items():
-        limited = {"I(X;H)": ("I(V;H)", "I(V;Z)"), "I(H;Z)": ("I(H;Z)",)}.get(of, ("I(H;Z)", "I(V;Z)", "I(Z;Z')"))
+        limited = {"I(X;H)": ("I(V;H)", "I(V;Z)"), "I(H;Z)": ("I(H;Z)",)}.get(of, ("I(H;Z)", "I(V;Z)"))
         for pair in (pair for pair in limited if pair in found):
             one = found[pair]["js"]
             says = f"{one.nats:.2f}, {bounds['upper']:.2f}"

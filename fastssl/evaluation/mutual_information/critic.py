@@ -18,6 +18,7 @@ from torch import Tensor
 
 HIDDEN, WIDTH = 128, 32  # of the networks: hidden units, and entries of g and h
 DIRECTIONS = 128  # principal components that are looked at, at most
+ROWS_A_DIRECTION = 8  # training samples for each, at least: with fewer, chance alone correlates perfectly
 SQUASHED_BEYOND = 4.0  # standard deviations
 LARGEST_R2 = 1 - 1e-5  # of a canonical correlation: 5.8 nats a direction; beyond, float32 cannot tell pairs apart
 
@@ -57,12 +58,13 @@ def scaled(x_ND: Tensor) -> Tensor:
 
 
 def whitened(x_ND: Tensor, train_M: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows and the training rows, in at most DIRECTIONS components of variance 1 (constant ones 0)."""
+    """All rows and the training rows, in at most DIRECTIONS components of variance 1 (constant ones 0); in fewer where
+    there are fewer than eight training rows for each."""
     mean_D, sd_D = x_ND[train_M].mean(dim=0), x_ND[train_M].std(dim=0, correction=0)
     x_ND = torch.where(sd_D > 1e-12, (x_ND - mean_D) / sd_D.clamp_min(1e-12), 0.0)
     x_MD = x_ND[train_M]
     variance_D, axes_DD = torch.linalg.eigh(x_MD.T @ x_MD / len(x_MD))
-    keep = min(DIRECTIONS, len(variance_D))
+    keep = min(DIRECTIONS, len(variance_D), max(1, len(train_M) // ROWS_A_DIRECTION))
     variance_P, axes_DP = variance_D[-keep:], axes_DD[:, -keep:]
     alive_P = variance_P > 1e-6 * variance_P[-1].clamp_min(1e-6)
     axes_DP = torch.where(alive_P, axes_DP / variance_P.clamp_min(1e-12).sqrt(), 0.0)

@@ -1,4 +1,4 @@
-"""Lower bounds of the mutual information of two variables, from samples, by a critic that tells pairs apart.
+"""Estimates of the mutual information of two variables, from samples, by a critic that tells pairs apart.
 
 Every estimator trains the critic of `critic.py` on most of the samples and evaluates a bound on others:
 
@@ -10,13 +10,14 @@ Every estimator trains the critic of `critic.py` on most of the samples and eval
 | nwj     | NWJ (Nguyen et al., 0809.0853)                   | NWJ                                  | log pairs        |
 | smile   | softplus loss                                    | Donsker-Varadhan, clipped (1910.06222) | the clip       |
 
+All but SMILE, whose clipped term may be too small, are lower bounds.
 Donsker-Varadhan: I >= E_joint f - log E_marginal e^f. Pairs are those of one sample's x and another's y, all of them:
 the B - 1 cyclic shifts of a batch are B - 1 derangements, so no joint pair is ever taken for a marginal one.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,13 @@ class Estimate(NamedTuple):
     """A lower bound on held-out samples, in nats."""
 
     nats: float  # never above the ceiling; may be slightly below 0
-    error: float  # its standard error over the samples, the critics taken as they are
+    # Standard error of the mean of f over the joint pairs. The mean of e^f over the marginal ones has an error of its
+    # own: with the true f of 20 dimensions and 400 samples the sd was 0.11 at 4 nats, as this says, but 0.28 at 8,
+    # where this said 0.17.
+    error: float
     ceiling: float  # what this estimator can show at most with so many samples
     saturated: bool  # do not read `nats` as the mutual information: that is as large, or larger
-    unseen: float  # share of joint pairs with a larger f than every marginal pair
+    unseen: float  # share of joint pairs with a larger f than every marginal pair, or one that was capped
     curve: list[tuple[int, float]]  # (step, estimate on the samples that stop the training, mean over folds)
 
 
@@ -162,13 +166,13 @@ ESTIMATORS = {
 def estimate(
     x: ArrayLike | Tensor,
     y: ArrayLike | Tensor,
-    estimator: Name = "mine",
+    estimator: Name = "js",
     seed: int = 0,
     *,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda steps: None,
 ) -> Estimate:
-    """A lower bound of I(X; Y) in nats from N pairs x (N, D), y (N, E) (or (N,)) of any float type.
+    """I(X; Y) in nats, from below (SMILE: about), from N pairs x (N, D), y (N, E) (or (N,)) of any float type.
 
     Cross-fitted: of five folds each is tested once, by a critic that was trained on nine tenths of the other four and
     stopped where it is best on the last tenth. Up to four samples that five does not divide are left out; of fewer
@@ -177,8 +181,8 @@ def estimate(
 
     Raises ValueError where shapes do not fit or numbers are not finite; no finite input gives anything but a number.
     """
-    if estimator not in get_args(Name):
-        raise ValueError(f"The estimator is one of {get_args(Name)}, not {estimator!r}.")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"The estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
     x_ND, y_NE = as_samples(x, device), as_samples(y, device)
     if len(x_ND) != len(y_NE):
         raise ValueError(f"x and y hold {len(x_ND)} and {len(y_NE)} samples: they come in pairs.")
@@ -196,7 +200,9 @@ def estimate(
         scored = score(critic, inputs, test_FT, cap)
     ceiling = method.ceiling(test_FT.shape[1])
     nats = min(method.bound(scored).mean().item(), ceiling)
-    unseen = (scored.joint_FN > scored.largest_F[:, None]).double().mean().item()
+    # A pair at the cap counts too: where two images are nearly the same, their marginal pair is as large.
+    beyond_FN = (scored.joint_FN > scored.largest_F[:, None]) | (scored.joint_FN >= cap)
+    unseen = beyond_FN.double().mean().item()
     return Estimate(
         nats=nats,
         error=scored.joint_FN.var(dim=1).mean().sqrt().item() / math.sqrt(scored.joint_FN.numel()),
@@ -304,7 +310,7 @@ def shuffled_batches(train_FM: Tensor, generator: torch.Generator):
 
 
 def score(critic: dict[str, Tensor], inputs: Inputs, rows_FN: Tensor, cap: float) -> Scored:
-    """All pairs of each fold's rows, a part at a time, f at most `cap`."""
+    """All pairs of each fold's rows, a part at a time, f within `cap` of 0."""
     folds, count = rows_FN.shape
     parts = []
     for fold in range(folds):
@@ -315,7 +321,7 @@ def score(critic: dict[str, Tensor], inputs: Inputs, rows_FN: Tensor, cap: float
         for first in range(0, count, TEST_ROWS):
             f_RN = scores(one, x_1NP[:, first : first + TEST_ROWS], y_1NQ, inputs.r2_FK[fold : fold + 1])[0].double()
             place_R = torch.arange(len(f_RN), device=f_RN.device)
-            f_RN.clamp_(max=cap)
+            f_RN.clamp_(-cap, cap)
             joint.append(f_RN[place_R, first + place_R].clone())
             rows.append(f_RN.logsumexp(dim=1) - math.log(count))
             column_N = torch.logaddexp(column_N, f_RN.logsumexp(dim=0))

@@ -11,7 +11,7 @@ VERDICTS = {True: "holds", False: "FAILS", None: "says nothing: saturated"}
 def mi_table(result: dict) -> Group:
     val = result["val"]
     lines = [
-        "lower bounds, held out, ± standard error over the images; js is the headline, mine what the paper used",
+        "lower bounds, held out, ± standard error of the joint pairs; js is the headline, mine what the paper used",
         "saturated: as large as this, or larger. V: the clean view averaged to "
         f"{result['settings']['side']} x {result['settings']['side']}, so I(V;.) is below the image's own",
         *([] if len(result["quantities"]) > 1 else ["a supervised run has no z"]),
@@ -28,6 +28,7 @@ def mi_table(result: dict) -> Group:
         cells = [f"{each['nats']:.2f} ± {each['error']:.2f}" for each in (js, mine)]
         flags = [name for name, each in (("js", js), ("mine", mine)) if each["saturated"]]
         said = "saturated" if len(flags) == 2 else f"{flags[0]} saturated" if flags else ""
+        said = ", ".join(filter(None, [said, "infinite in theory" if pair in result["infinite"] else ""]))
         table.add_row(pair, *cells, f"{js['ceiling']:.2f}", said)
     parts = [table]
     if result["sandwich"]:
@@ -49,8 +50,9 @@ def mi_table(result: dict) -> Group:
 
 def mi_summary_table(rows: list[dict]) -> Table:
     """Rows of `summarize`: nats, mean ± sd over seeds."""
-    caption = "nats; mean ± sd over seeds; compare on the same images alone, and no saturated figure (see each RUN)"
-    table = Table("quantity", caption=caption)
+    lines = ["nats; mean ± sd over seeds; compare on the same images alone, and none that is saturated (>=)"]
+    lines += [f"self-check FAILS for {row['runs'][0]}: {check}" for row in rows for check in row.get("failed", [])]
+    table = Table("quantity", caption="\n".join(lines))
     for row in rows:
         run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
         table.add_column(run + (f"\nand {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""), justify="right")
@@ -59,6 +61,7 @@ def mi_summary_table(rows: list[dict]) -> Table:
         for row in rows:
             figure = row["figures"].get(name)
             sd = "" if figure is None or figure["sd"] is None else f" ± {figure['sd']:.2f}"
-            cells.append("" if figure is None else f"{figure['mean']:.2f}{sd}")
+            least = ">= " if name in row.get("saturated", []) else ""
+            cells.append("" if figure is None else f"{least}{figure['mean']:.2f}{sd}")
         table.add_row(name, *cells)
     return table

@@ -187,7 +187,7 @@ def corrupted(encoder: Encoder, data: Data, features: Features, seed: int) -> np
 
 def corruption_figures(versions_VN: np.ndarray, seed: int) -> Measured:
     """spearman_NAME: the mean over images of the correlation of uncertainty with strength. crop_larger: the share of
-    crops that are less certain than their whole (as certain does not count), over all sizes, and of each
+    crops that are less certain than their whole (as certain counts half), over all sizes, and of each
     (crop_larger_75: of three quarters of the area).
 
     versions_VN: uncertainties of the VERSIONS of N images. The result keeps the mean of them at each strength.
@@ -195,7 +195,8 @@ def corruption_figures(versions_VN: np.ndarray, seed: int) -> Measured:
     curves = {
         name: versions_VN[[0, *(v for v, (of, _) in enumerate(VERSIONS) if of == name)]].T for name in CORRUPTIONS
     }  # (N, 6) each, the clean image first
-    larger_NS = curves["crop"][:, 1:] > curves["crop"][:, :1]
+    whole_N1, crop_NS = curves["crop"][:, :1], curves["crop"][:, 1:]
+    larger_NS = (crop_NS > whole_N1) + 0.5 * (crop_NS == whole_N1)
     columns = {f"spearman_{name}": strength_correlation(curve_NS) for name, curve_NS in curves.items()}
     columns["crop_larger"] = larger_NS.mean(axis=1)
     columns |= {f"crop_larger_{100 * share:g}": x_N for share, x_N in zip(CORRUPTIONS["crop"], larger_NS.T)}
