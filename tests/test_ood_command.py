@@ -208,6 +208,7 @@ def test_without_labels_what_needs_none_is_left(canvas, others, tmp_path):
     folder, _, _ = make_run(tmp_path / "run", data)
     encoder = find_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "flat/train.beton"]))
+    assert (folder / "eval" / "ood-far-flat.json").exists()
     assert not set(result["detectors"]) & set(LABEL_BASED)
     assert result["left_out"]["energy"] == "the images fitted on have no labels of two classes"
     assert result["near"] == {} and "near" not in result["detectors"]["knn_cosine"]

@@ -77,13 +77,14 @@ def find_sets(
     for name in names:
         if name == "id" or names.count(name) > 1:
             raise UserError(f"Two of the sets are called {name}: put one of them into a folder of another name.")
+    groups = [(suite, [])] if suite else [(kind, paths) for kind, paths in (("near", near), ("far", far)) if paths]
     data = dict(zip(names, (Data(Path(path)) for path in (*near, *far))))
     sets = Sets(
         fit_data,
         Data(Path(id or recipe.val)),
         {name: data[name] for name in names[: len(near)]},
         {name: data[name] for name in names[len(near) :]},
-        result_name([(suite, [])] if suite else [("near", near), ("far", far)], id, fit),
+        result_name(groups, id, fit),
     )
     check_built_alike([data.path for data in (sets.id, sets.fit, *sets.others.values())])
     return sets
