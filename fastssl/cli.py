@@ -344,7 +344,7 @@ def ood(
         encoder = find_encoder(run, untrained=untrained, view=view, device=device)
         sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
         results.append(evaluate_ood(encoder, sets, seed=seed))
-    _show(results, out, ood_table, ood_summary_table)
+    _show(results, out, partial(ood_table, width=_console().width), ood_summary_table)
 
 
 @evaluation.command()
@@ -402,15 +402,18 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _show(results: list[dict], out: Path | None, table_of_one=None, table_of_several=None) -> None:
-    """One result with its intervals; several as one table, with mean and standard deviation over seeds."""
+def _console():
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False)  # paths may hold brackets
+
+
+def _show(results: list[dict], out: Path | None, table_of_one=None, table_of_several=None) -> None:
+    """One result with its intervals; several as one table, with mean and standard deviation over seeds."""
     from fastssl.evaluation import result_table, summarize, summary_table, write_summary
 
     table_of_one, table_of_several = table_of_one or result_table, table_of_several or summary_table
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # paths may hold brackets
-    console.print(table_of_one(results[0]) if len(results) == 1 else table_of_several(summarize(results)))
+    _console().print(table_of_one(results[0]) if len(results) == 1 else table_of_several(summarize(results)))
     if out:
         write_summary(out, summarize(results))
         print(f"{out} holds these figures.")

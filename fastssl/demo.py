@@ -56,7 +56,7 @@ def run_demo() -> None:
     encoder = find_encoder(run_dir)
     sets = find_sets(encoder, near=[DATA / "ood.beton"], far=[DATA / "photos.beton", DATA / "noise.beton"])
     result = evaluate_ood(encoder, sets)
-    console.print(ood_table(result))
+    console.print(ood_table(result, console.width))
 
     minutes = (time.monotonic() - began) / 60
     console.print(

@@ -139,7 +139,13 @@ def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
     shown = console.export_text()
     assert "left out: knn_supervised: the encoder was trained without labels" in shown
     assert "source: PNG, 40x40 px" in shown and "source: JPEG, 73.5x74 px" in shown  # the medians of the fixtures
+    narrow = Console(width=80, record=True)
+    narrow.print(ood_table(result, 80))
+    text = narrow.export_text()
+    assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
+    assert all(f"{100 * row['near']['figures']['auroc']:.1f}" in text for row in result["detectors"].values())
     for name, row in result["detectors"].items():
+        assert f"{name}{' *' if name in LABEL_BASED else ''} " in text
         assert f" {name}{' *' if name in LABEL_BASED else ''} " in shown
         assert f"{100 * row['near']['figures']['auroc']:.1f}" in shown
 

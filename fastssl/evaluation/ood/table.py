@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
 from .detectors import LABEL_BASED
 
+WIDE = 120  # columns of a terminal; in a narrower one, figures of single sets are left to the JSON
 
-def ood_table(result: dict) -> Table:
-    """AUROC and FPR@95 of near and far sets with intervals, AUROC of each set, all in percent."""
+
+def ood_table(result: dict, width: int = 160) -> Table:
+    """AUROC of near and far sets with intervals, in percent; in a wide terminal FPR@95 and each set's AUROC too."""
+    wide = width >= WIDE
     groups = [group for group in ("near", "far") if result[group]]
     sets = [other for group in groups for other in result[group]]
     lines = [
@@ -21,14 +25,16 @@ def ood_table(result: dict) -> Table:
         f"measured {result['made']}",
     ]
     title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
-    table = Table("detector", title=title, caption="\n".join(lines), caption_justify="left")
+    box = HEAVY_HEAD if wide else SIMPLE_HEAD
+    table = Table(title=title, caption="\n".join(lines), caption_justify="left", box=box, pad_edge=wide)
+    table.add_column("detector", no_wrap=True)
     for group in groups:
-        for heading in (f"{group}\nAUROC", "95 %", "FPR95"):
+        for heading in (f"{group}\nAUROC", "95 %", "FPR95")[: 3 if wide else 2]:
             table.add_column(heading, justify="right", no_wrap=True)
-    for other in sets:
-        table.add_column(other.replace("-", "\n"), justify="right", overflow="fold")
-    table.add_column("rho", justify="right")
-    table.add_column("inverted", overflow="fold")
+    for other in sets if wide else ():
+        table.add_column(other.replace("-", "\n"), justify="right", no_wrap=True)
+    table.add_column("rho", justify="right", no_wrap=True)
+    table.add_column("inverted" if wide else "inv.", overflow="fold")
     labelled = False
     for name, row in result["detectors"].items():
         if row["labels"] and not labelled:
@@ -38,10 +44,12 @@ def ood_table(result: dict) -> Table:
         for group in groups:
             figures, (low, high) = row[group]["figures"], row[group]["intervals"]["auroc"]
             cells += [percent(figures["auroc"]), f"{percent(low)}-{percent(high)}"]
-            cells.append(percent(figures["fpr95_id_positive"]))
-        cells += [percent(row["sets"][other]["figures"]["auroc"]) for other in sets]
+            cells += [percent(figures["fpr95_id_positive"])] if wide else []
+        cells += [percent(row["sets"][other]["figures"]["auroc"]) for other in sets] if wide else []
         inverted = [other for other in sets if row["sets"][other]["inverted"]]
         named = "all" if inverted == sets else ", ".join(inverted)
+        if not wide:
+            named = f"{len(inverted)}/{len(sets)}" if inverted else ""
         table.add_row(name + (" *" if row["labels"] else ""), *cells, f"{row['norm_correlation']:.2f}", named)
     if labelled:
         table.caption += "\n* uses labels of the training images"
