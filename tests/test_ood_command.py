@@ -117,7 +117,7 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
     expected = spearmanr(scores["id/sigma_mean"], length).statistic
     assert result["detectors"]["sigma_mean"]["norm_correlation"] == pytest.approx(expected)
     assert result["settings"] == {**command.CONSTANTS, "pytorch_ood": "0.4.0"} | result["settings"]
-    assert set(command.CONSTANTS) < set(result["settings"])
+    assert set(command.CONSTANTS) < set(result["settings"]) and result["augmentation"]["size"] == 16
     for kind in ("histograms", "roc", "auroc"):
         assert Image.open(folder / "eval" / f"ood-near-stripes-far-noise-flat.{kind}.png").size[0] > 300
 
@@ -134,15 +134,21 @@ def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
     result = evaluate_ood(encoder, sets_of(encoder, others))
     assert set(result["left_out"]) == Q | {"knn_supervised"} and len(Q) == 8
     assert {result["left_out"][name] for name in Q} == {"the embedding is deterministic"}
+    for name, row in result["detectors"].items():  # as if this were so, to see where it stands
+        for other in row["sets"]:
+            row["sets"][other]["inverted"] = name == "energy" and other == "noise"
     console = Console(width=200, record=True)
     console.print(ood_table(result))
     shown = console.export_text()
+    lines = [line for line in shown.splitlines() if "│ noise" in line]
+    assert len(lines) == 1 and "energy *" in lines[0]
     assert "left out: knn_supervised: the encoder was trained without labels" in shown
     assert "source: PNG, 40x40 px" in shown and "source: JPEG, 73.5x74 px" in shown  # the medians of the fixtures
     narrow = Console(width=80, record=True)
     narrow.print(ood_table(result, 80))
     text = narrow.export_text()
     assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("1/3 ")] == ["energy"]
     assert all(f"{100 * row['near']['figures']['auroc']:.1f}" in text for row in result["detectors"].values())
     for name, row in result["detectors"].items():
         assert f"{name}{' *' if name in LABEL_BASED else ''} " in text

@@ -100,7 +100,13 @@ def draw_confusion(path: Path, scores: Scores, names: list[str] | None) -> None:
     axes.set_xlabel("guess")
     axes.set_ylabel("truth")
     axes.set_title(f"% of each class, accuracy {100 * scores.figures['accuracy']:.1f} %")
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
+    save_picture(path, figure)
+
+
+def save_picture(path: Path, figure) -> None:
+    """A matplotlib Figure as a PNG, never half there. Raises UserError where it cannot be written."""
+    with writing(path):
+        write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
 
 
 def shown(name: str, value: float) -> str:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from fastssl.beton.atomic import write_atomically
-from fastssl.evaluation.features import writing
 from fastssl.evaluation.mutual_information.estimators import Estimate
+from fastssl.evaluation.results import save_picture
 
 KINDS = {"js": "js", "mine": "mine", "independent": "js, partners exchanged"}
 
@@ -30,5 +29,4 @@ def draw_curves(path: Path, found: dict[str, dict[str, Estimate]]) -> None:
     panels[0].set_ylabel("nats, on the samples that stop the training")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Points: what is reported, of other samples; open: saturated", fontsize=9)
-    with writing(path):
-        write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
+    save_picture(path, figure)

@@ -22,17 +22,18 @@ from fastssl.evaluation.features import (
     kept,
     read_features,
     write_features,
+    writing,
 )
 from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
-from fastssl.evaluation.metrics import LEVEL
+from fastssl.evaluation.metrics import LEVEL, RESAMPLES
 from fastssl.evaluation.results import find_or_measure
 from fastssl.evaluation.runs import Data, Encoder, features_of
 from fastssl.models import Classifier, Model
 from fastssl.models.ssl_model import evaluating
 from fastssl.views import clean_view, describe_clean_view
 
-from . import label_based, label_free, pictures
+from . import gaussians, label_based, label_free, pictures
 from .detectors import DETECTORS, LABEL_BASED, detector
 from .separation import bootstrap_metrics, metrics, resample
 from .suites import Sets
@@ -49,6 +50,9 @@ CONSTANTS = {
     "gen": [label_based.GEN_GAMMA, label_based.GEN_CLASSES],
     "react_share": label_based.REACT_SHARE,
     "odin": [label_based.ODIN_TEMPERATURE, label_based.ODIN_STEP],
+    "ridge": gaussians.RIDGE,
+    "fewest_inverted": FEWEST_INVERTED,
+    "resamples": RESAMPLES,
     "features": CACHE_VERSION,
 }
 
@@ -111,6 +115,7 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
         "evaluation": "ood",
         "protocol": "detectors with constant settings and declared directions, fitted on training images",
         "settings": {**CONSTANTS, "pytorch_ood": label_based.pytorch_ood_version()},
+        "augmentation": encoder.recipe.views.model_dump(mode="json"),  # views_disagreement is of two such views
         "seed": seed,
         **encoder.about,
         **sets.about,
@@ -202,8 +207,8 @@ def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advan
     clean = clean_view(views)
     weight_CD, bias_C = (x.float() for x in classifier)
 
-    def logits_of(images: Tensor) -> Tensor:
-        """As `embed`, with gradients."""
+    def with_gradients(images: Tensor) -> Tensor:
+        """The logits, by way of h as `embed` gives it."""
         h = model.encoder(images)
         return F.linear(model.heads["h"](h).mu if "h" in model.heads else h, weight_CD, bias_C)
 
@@ -211,9 +216,9 @@ def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advan
         for batch in loader:
             with in_fp32(batch.image.device):
                 images = clean(batch.image, batch.height, batch.width)
-                moved = label_based.odin_images(logits_of, images, views.std)
+                moved = label_based.odin_images(with_gradients, images, views.std)
                 with torch.no_grad():
-                    logits = logits_of(moved)
+                    logits = with_gradients(moved)
             features = Features(kept(logits, batch), kept(batch.label, batch), kept(batch.index, batch))
             yield features
             advance(len(features.label))
@@ -279,4 +284,5 @@ def keep_scores(encoder: Encoder, name: str, scores: dict, indices: dict[str, np
         with open(beside, "wb") as file:  # given a name, numpy would append .npz to it
             np.savez(file, **arrays)
 
-    write_atomically(path, write)
+    with writing(path):
+        write_atomically(path, write)

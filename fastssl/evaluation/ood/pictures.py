@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from fastssl.beton.atomic import write_atomically
+from fastssl.evaluation.results import save_picture
 
 from .suites import Sets
 
@@ -33,8 +33,8 @@ def draw(folder: Path, name: str, scores: dict[str, dict[str, np.ndarray]], comp
         else:
             figure.supxlabel("score, higher = OOD (1st to 99th percentile of all)", fontsize=9)
             figure.supylabel("density", fontsize=9)
-        _save(folder / f"{name}.{kind}.png", figure)
-    _save(folder / f"{name}.auroc.png", _overview(compared["detectors"], sets))
+        save_picture(folder / f"{name}.{kind}.png", figure)
+    save_picture(folder / f"{name}.auroc.png", _overview(compared["detectors"], sets))
 
 
 def _grid(panels: int, size: tuple[float, float]):
@@ -96,7 +96,3 @@ def _colours(count: int) -> list:
     from matplotlib import colormaps
 
     return [colormaps["tab10"](place % 10) for place in range(count)]
-
-
-def _save(path: Path, figure) -> None:
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=110, format="png"))

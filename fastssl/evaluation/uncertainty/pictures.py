@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.beton import draw_samples, read_header
-from fastssl.beton.atomic import write_atomically
 from fastssl.evaluation.features import writing
+from fastssl.evaluation.results import save_picture
 from fastssl.evaluation.runs import Data
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
@@ -45,7 +45,7 @@ def draw_risk_coverage(path: Path, run: str, curves: dict, figures: dict[str, fl
     axes.set_title(f"{run}: does the uncertainty know which guesses are wrong?", parse_math=False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    save(path, figure)
+    save_picture(path, figure)
 
 
 def draw_corruptions(
@@ -73,12 +73,7 @@ def draw_corruptions(
     panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
     title = f"{run}: {corruptions['images']:,} test images made worse, mean uncertainty and its 95 % interval"
     figure.suptitle(title, parse_math=False)
-    save(path, figure)
-
-
-def save(path: Path, figure) -> None:
-    with writing(path):
-        write_atomically(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+    save_picture(path, figure)
 
 
 def draw_extremes(
