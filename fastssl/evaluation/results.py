@@ -106,7 +106,7 @@ def draw_confusion(path: Path, scores: Scores, names: list[str] | None) -> None:
 def save_picture(path: Path, figure) -> None:
     """A matplotlib Figure as a PNG, never half there. Raises UserError where it cannot be written."""
     with writing(path):
-        write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
+        write_atomically(path, lambda beside: figure.savefig(beside, dpi="figure", format="png"))
 
 
 def shown(name: str, value: float) -> str:

@@ -42,7 +42,7 @@ def _grid(panels: int, size: tuple[float, float]):
 
     columns = min(COLUMNS, panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.5), dpi=110, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
@@ -71,7 +71,7 @@ def _overview(detectors: dict[str, dict], sets: Sets):
 
     others = list(sets.others)
     share = np.array([[row["sets"][other]["figures"]["auroc"] for other in others] for row in detectors.values()])
-    figure = Figure(figsize=(3 + 0.9 * len(others), 1.4 + 0.26 * len(detectors)), layout="constrained")
+    figure = Figure(figsize=(3 + 0.9 * len(others), 1.4 + 0.26 * len(detectors)), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(share):

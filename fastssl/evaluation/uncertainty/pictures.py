@@ -25,7 +25,7 @@ def draw_risk_coverage(path: Path, run: str, curves: dict, figures: dict[str, fl
     """The share of wrong guesses among the most certain images, against the share of images that these are."""
     from matplotlib.figure import Figure  # here, as it takes half a second
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     coverage = 100 * np.array(curves["coverage"])
     error = 1 - figures["accuracy"]
@@ -54,7 +54,7 @@ def draw_corruptions(
     """Mean uncertainty of images that are made worse and worse, with its 95 % interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(CORRUPTIONS), sharey=True)
     for axes, (name, strengths) in zip(panels, CORRUPTIONS.items()):
         title, unit = AXES[name]
