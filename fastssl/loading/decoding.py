@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from fastssl.recipe import Views
 
 from . import kernels
 from .samples import Samples
+from .timeline import stretch
 
 Crop = Literal["gpu", "cpu", "clean"]
 
@@ -25,12 +27,21 @@ class Decoded(NamedTuple):
     status_B: np.ndarray  # kernels.DECODED, WARNED or FAILED
 
 
-class UnderWay(NamedTuple):
-    """A batch that the threads are decoding."""
+class Work(NamedTuple):
+    """A batch to be decoded, by any number of threads that call kernel(*arguments)."""
 
     image: Tensor
     status_B: np.ndarray
     counter: np.ndarray  # int64 (1,): the next sample that no thread has taken
+    kernel: Callable
+    arguments: tuple
+    is_small: bool  # done before a thread is awake
+
+
+class UnderWay(NamedTuple):
+    """A batch that the threads are decoding."""
+
+    work: Work
     threads: list[Future]
 
 
@@ -54,13 +65,17 @@ class ThreadDecoder:
         self._scratch = threading.local()
 
     def start(self, rows: np.ndarray, epoch: int) -> UnderWay:
+        return self.begin(self.prepare(rows, epoch))
+
+    def prepare(self, rows: np.ndarray, epoch: int) -> Work:
+        """All that is to be known before decoding: where bytes lie, which boxes to cut, where pixels go."""
         samples = self.samples
         source = samples.file, samples.start_N[rows], samples.size_N[rows], samples.mode_N[rows]
         status_B, counter = np.full(len(rows), kernels.FAILED, np.int8), np.zeros(1, np.int64)
         if self.crop == "gpu":
             height, width = samples.shape_N2[rows[0]]
             image = self._buffers.take((len(rows), int(height), int(width), 3))
-            work = kernels.decode_squares, *source, image.numpy(), status_B, counter
+            kernel, arguments = kernels.decode_squares, (*source, image.numpy(), status_B, counter)
         else:
             box_BV4 = (
                 samples.clean_boxes(rows, self.views)
@@ -70,21 +85,26 @@ class ThreadDecoder:
             size = self.views.size
             image = self._buffers.take((len(rows), box_BV4.shape[1], size, size, 3))
             shape_B2 = samples.shape_N2[rows]
-            work = self._decode_crops, *source, shape_B2, box_BV4, image.numpy(), status_B, counter
-        if image.nbytes <= SMALL and (source[3] == RAW).all():
-            work[0](*work[1:])
-            return UnderWay(image, status_B, counter, [])
-        threads = [self._pool.submit(*work) for _ in range(min(self.workers, len(rows)))]
-        return UnderWay(image, status_B, counter, threads)
+            kernel = self._decode_crops
+            arguments = *source, shape_B2, box_BV4, image.numpy(), status_B, counter
+        is_small = image.nbytes <= SMALL and bool((source[3] == RAW).all())
+        return Work(image, status_B, counter, kernel, arguments, is_small)
+
+    def begin(self, work: Work) -> UnderWay:
+        if work.is_small:
+            _decode(work)
+            return UnderWay(work, [])
+        threads = min(self.workers, len(work.status_B))
+        return UnderWay(work, [self._pool.submit(_decode, work) for _ in range(threads)])
 
     def finish(self, under_way: UnderWay) -> Decoded:
         for thread in under_way.threads:
             thread.result()
-        return Decoded(under_way.image, under_way.status_B)
+        return Decoded(under_way.work.image, under_way.work.status_B)
 
     def abandon(self, under_way: UnderWay) -> None:
         """Let the threads stop at their next sample."""
-        under_way.counter[0] = kernels.ALL_TAKEN
+        under_way.work.counter[0] = kernels.ALL_TAKEN
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -99,6 +119,11 @@ class ThreadDecoder:
             largest, widest = int(shape_N2.prod(axis=1).max()) * 3, int(shape_N2[:, 1].max()) * 3
             self._scratch.arrays = np.empty(largest, np.uint8), np.empty(widest, np.float32)
         return self._scratch.arrays
+
+
+def _decode(work: Work) -> None:
+    with stretch("decode"):
+        work.kernel(*work.arguments)
 
 
 class Buffers:

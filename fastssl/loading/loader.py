@@ -24,6 +24,7 @@ from .decoding import Buffers, Crop, Decoded, ThreadDecoder
 from .gpu_decoding import GpuDecoder
 from .order import Order, epoch_order
 from .samples import Samples
+from .timeline import stretch
 
 UNDER_WAY = 2  # batches being decoded: while one waits for its last sample the next one has begun
 READY = 1  # decoded batches that wait for the caller
@@ -236,8 +237,13 @@ class BetonLoader:
 
         def hand_over_oldest() -> None:
             rows_B, valid_B, decoding = under_way.popleft()
-            batch = self._batch(rows_B, valid_B, decoder.finish(decoding))
-            put(self._to_device(batch, copies) if copies else (batch, None))
+            with stretch("wait for threads"):
+                decoded = decoder.finish(decoding)
+            with stretch("copy"):
+                batch = self._batch(rows_B, valid_B, decoded)
+                moved = self._to_device(batch, copies) if copies else (batch, None)
+            with stretch("wait for room"):
+                put(moved)
 
         try:
             with torch.cuda.stream(copies):  # None: does nothing
@@ -246,7 +252,9 @@ class BetonLoader:
                     # Places behind the order's end fill up the last batch.
                     place_B = first + self.rank * self.batch_size + np.arange(self.batch_size)
                     rows_B = rows_N.take(place_B, mode="wrap")
-                    under_way.append((rows_B, place_B < len(rows_N), decoder.start(rows_B, epoch)))
+                    with stretch("start"):
+                        decoding = decoder.start(rows_B, epoch)
+                    under_way.append((rows_B, place_B < len(rows_N), decoding))
                     if len(under_way) == UNDER_WAY:
                         hand_over_oldest()
                     if stop.is_set():

@@ -82,11 +82,11 @@ class Samples(NamedTuple):
         index_B, height_B, width_B = (
             torch.from_numpy(column[rows]) for column in (self.index_N, self.height_N, self.width_N)
         )
-        drawn = []
+        box_BV4 = torch.empty(len(rows), count, 4, dtype=torch.float64)
         for view in range(count):
             u_BN = uniforms(seed, epoch, index_B, view, NUMBERS, AUGMENTATION)
-            drawn.append(crop_box(u_BN, height_B, width_B, views.scale, views.ratio))
-        return self._in_stored_pixels(torch.stack(drawn, dim=1), rows)
+            box_BV4[:, view] = crop_box(u_BN, height_B, width_B, views.scale, views.ratio)
+        return self._in_stored_pixels(box_BV4, rows)
 
     def _in_stored_pixels(self, box_BV4: torch.Tensor, rows: np.ndarray) -> np.ndarray:
         source_B2 = np.stack([self.height_N[rows], self.width_N[rows]], axis=1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastssl.loading import Batch
+from fastssl.loading.timeline import stretch
 from fastssl.models import Model
 from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.models.collective import gather_rows
@@ -26,7 +27,7 @@ from fastssl.recipe import Recipe, UserError
 
 from .distributed import any_process, combine, from_first, is_first, joined_processes
 from .guard import clip_gradients
-from .meters import Meter, compile_counts, rankme
+from .meters import LongWait, Meter, Observed, compile_counts, rankme
 from .output import Output
 from .run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
 from .schedule import image_size
@@ -34,6 +35,7 @@ from .setup import Run, choose_device, prepare
 from .signals import CutShort, StopRequest
 
 Probe = Callable[[Model], dict[str, float]]
+Diagnose = Callable[[Run, Observed], str]
 
 
 def train(
@@ -41,14 +43,15 @@ def train(
     *,
     resume: Path | Literal["auto"] | None = None,
     probe: Probe | None = None,
+    diagnose: Diagnose = lambda run, observed: "`fastssl profile` says why.",
     resident: Batch | None = None,
 ) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
     resume: a run directory to continue, or "auto": continue the recipe's own where there is one. probe: called with
     the model, in the first process, every `probe.every` epochs and at the end; what it returns is logged, and the
-    checkpoint with the highest first figure stays as best.pt. resident: all images of the run, where another process
-    holds them on the device.
+    checkpoint with the highest first figure stays as best.pt. diagnose: gives the sentence that a run hears when it has
+    waited for data for long. resident: all images of the run, where another process holds them on the device.
 
     Raises UserError for everything that the user can mend, and Stopped (a SystemExit) after SIGTERM, SIGUSR1 or Ctrl-C,
     with a checkpoint of the step before.
@@ -70,15 +73,15 @@ def train(
         output = stack.enter_context(Output(run, run_dir))
         for remark in remarks:
             output.say(remark)
-        fit(run, output, stop, probe)
+        fit(run, output, stop, probe, diagnose)
     return run_dir
 
 
-def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> None:
+def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
     """Every step from the state's to the last. Nothing in it waits for the device but a log step."""
     recipe, state, loader, model = run.recipe, run.state, run.state.loader, run.state.model
     epochs, total_steps = recipe.train.epochs, run.schedule.total_steps
-    meter = Meter()
+    meter, long_wait = Meter(run.device), LongWait(partial(diagnose, run))
     while True:
         # Behind an epoch: state.epochs_probed tells a resumed run whether this is done.
         ends_epoch = loader.position == 0 and state.epochs_probed < loader.epoch
@@ -94,19 +97,7 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> Non
             if state.step == 0:
                 output.save_view_sheet(run.views(batches[0], epoch))
             rate = run.schedule.rate(state.step)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_factor", 1.0)
-            run.guard.remember()
-            terms, h = forward_and_backward(run, batches, epoch)
-            terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
-            skipped = run.guard.step(terms)
-            state.optimizer.zero_grad()
-            if model.target is not None:
-                momentum = momentum_at(state.step, total_steps, recipe.objective.momentum)
-                model.update_target(momentum, unless=skipped)
-            if state.average:
-                state.average.update(state.step, unless=skipped)
-            state.step += 1
+            terms, h = train_step(run, batches, epoch, rate)
             meter.images += recipe.train.batch_size
             output.step(state.step)
 
@@ -120,8 +111,11 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> Non
                 h = gather_rows(h, None)
                 ranks = {"rankme_h": rankme(h), "rankme_z": rankme(model.mean_z(h))}
                 compiled = compile_counts() if run.compiled else {}
+                speed, observed = meter.read(loader)
                 time = {"seconds": state.count_seconds()}
-                output.log({"epoch": epoch, **figures, **ranks, "lr": rate, **meter.read(loader), **compiled, **time})
+                output.log({"epoch": epoch, **figures, **ranks, "lr": rate, **speed, **compiled, **time})
+                if warning := long_wait.look(speed["data_wait"], observed):
+                    output.say(warning)
             stops = any_process(stop.received is not None)
             if stops or state.step % recipe.checkpoint.every == 0 or (logs and output.save_failed):
                 output.save()
@@ -133,6 +127,26 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None) -> Non
     output.finish()
 
 
+def train_step(run: Run, batches: list[Batch], epoch: int, rate: float) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step of learning rate `rate` on its micro-batches. Returns the terms and the last one's h."""
+    recipe, state, model = run.recipe, run.state, run.state.model
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+    run.guard.remember()
+    terms, h = forward_and_backward(run, batches, epoch)
+    with stretch("optimiser"):
+        terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
+        skipped = run.guard.step(terms)
+        state.optimizer.zero_grad()
+        if model.target is not None:
+            momentum = momentum_at(state.step, run.schedule.total_steps, recipe.objective.momentum)
+            model.update_target(momentum, unless=skipped)
+        if state.average:
+            state.average.update(state.step, unless=skipped)
+    state.step += 1
+    return terms, h
+
+
 def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients of the mean loss of the micro-batches. Returns its terms, and the last one's h."""
     # A tensor, not a number: a compiled graph would be made anew for each number.
@@ -140,12 +154,15 @@ def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[di
     of_each = []
     has_labels = run.recipe.objective.name == "supervised"
     for number, batch in enumerate(batches, 1):
-        inputs = *run.views(batch, epoch), *([batch.label] if has_labels else [])
+        with stretch("views"):
+            inputs = *run.views(batch, epoch), *([batch.label] if has_labels else [])
         if run.recipe.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with run.no_sync() if number < len(batches) else nullcontext():
-            terms, h = run.network(*inputs, batch.index, step)
-            run.state.scaler.scale(terms["loss"] / len(batches)).backward()
+            with stretch("forward"):
+                terms, h = run.network(*inputs, batch.index, step)
+            with stretch("backward"):
+                run.state.scaler.scale(terms["loss"] / len(batches)).backward()
         of_each.append([term.detach() for term in terms.values()])
     values = combine([*terms], torch.stack([torch.stack(values) for values in of_each]))
     return dict(zip(terms, values)), h
