@@ -148,10 +148,59 @@ def train(
     """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
     from fastssl.evaluation.probe import probe_of
+    from fastssl.profiling.verdict import why_it_waits
     from fastssl.training import train
 
     resume = Path(resume) if resume not in (None, "auto") else resume
-    train(settings, resume=resume, probe=probe_of(settings))
+    train(settings, resume=resume, probe=probe_of(settings), diagnose=why_it_waits)
+
+
+@app.command()
+def profile(
+    recipe: Annotated[str | None, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.epochs=1 ...")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="file to write, pictures and trace beside it (default: profiles/NAME.json)")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(metavar='"8xA100, 64 cores, nvme"', help="predict hours and limit of that machine")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="exit 1 below, e.g. accelerator_utilisation=0.9")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="what changed between two profiles")
+    ] = None,
+) -> None:
+    """Say what limits a run, by how much, and what to change; trains for a minute and keeps nothing of it."""
+    from fastssl import profiling
+
+    if compare:
+        if recipe:
+            raise UserError("--compare reads two profiles and measures nothing: leave out the recipe.")
+        a, b = map(profiling.read_profile, compare)
+        _console().print(profiling.compare_table(str(compare[0]), str(compare[1]), a, b))
+        return
+    if recipe is None:
+        raise UserError("profile needs a recipe, or --compare A.json B.json.")
+    settings = load_recipe(recipe, overrides or [])
+    path = json or profiling.place_of(settings, find_recipe(Path(recipe)))
+    machine = profiling.read_plan(plan) if plan else None
+    profiling.read_thresholds(fail_under or [])  # whatever is wrong with them is said before the minute
+    measured = profiling.profile(settings, overrides or [], profiling.trace_beside(path))
+    if measured is None:  # another process shows it
+        return
+    console = _console()
+    console.print(profiling.profile_table(measured, console.width))
+    profiling.write_all(path, measured)
+    print(f"{path} holds these figures; {path.with_suffix('.html')} shows them; open {measured['trace']} beside it")
+    print("in https://ui.perfetto.dev.")
+    if machine:
+        console.print(profiling.plan_table(profiling.plan(measured, machine)))
+    if below := profiling.check_thresholds(measured, fail_under or []):
+        for line in below:
+            print(f"fastssl: {line}", file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()

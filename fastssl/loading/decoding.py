@@ -87,8 +87,7 @@ class ThreadDecoder:
             shape_B2 = samples.shape_N2[rows]
             kernel = self._decode_crops
             arguments = *source, shape_B2, box_BV4, image.numpy(), status_B, counter
-        is_small = image.nbytes <= SMALL and bool((source[3] == RAW).all())
-        return Work(image, status_B, counter, kernel, arguments, is_small)
+        return Work(image, status_B, counter, kernel, arguments, is_small(image.nbytes, samples.mode_N[rows]))
 
     def begin(self, work: Work) -> UnderWay:
         if work.is_small:
@@ -119,6 +118,11 @@ class ThreadDecoder:
             largest, widest = int(shape_N2.prod(axis=1).max()) * 3, int(shape_N2[:, 1].max()) * 3
             self._scratch.arrays = np.empty(largest, np.uint8), np.empty(widest, np.float32)
         return self._scratch.arrays
+
+
+def is_small(image_bytes: int, mode_B: np.ndarray) -> bool:
+    """Whether stored pixels are copied before a thread is awake."""
+    return image_bytes <= SMALL and bool((mode_B == RAW).all())
 
 
 def _decode(work: Work) -> None:

@@ -20,7 +20,7 @@ from fastssl.randomness import permutation
 from fastssl.recipe import UserError, Views
 
 from . import kernels
-from .decoding import Buffers, Crop, Decoded, ThreadDecoder
+from .decoding import Buffers, Crop, Decoded, ThreadDecoder, is_small
 from .gpu_decoding import GpuDecoder
 from .order import Order, epoch_order
 from .samples import Samples
@@ -151,6 +151,19 @@ class BetonLoader:
             if len(resident.index) != len(self.rows):
                 raise ValueError(f"resident holds {len(resident.index)} samples, not the {len(self.rows)} of {path}")
             self._on_device = resident
+
+    @property
+    def decodes_in_reader(self) -> bool:
+        """Whether batches are so small that no thread is woken for them."""
+        return self.decode == "cpu" and is_small(self.batch_size * self.image_bytes, self.samples.mode_N[self.rows])
+
+    @property
+    def image_bytes(self) -> int:
+        """What one decoded image takes, with all of its crops."""
+        if self.crop == "gpu":
+            height, width = (int(side) for side in self.samples.shape_N2[0])
+            return height * width * 3
+        return (self.crops if self.crop == "cpu" else 1) * self.views.size**2 * 3
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""

@@ -5,12 +5,7 @@ from .loader import READY, UNDER_WAY, BetonLoader
 
 def memory_bill(loader: BetonLoader) -> dict[str, int]:
     """Bytes by cause. Host memory unless it says device; the file itself is the page cache's."""
-    samples, batch = loader.samples, loader.batch_size
-    if loader.crop == "gpu":
-        height, width = (int(side) for side in samples.shape_N2[0])
-        image = height * width * 3
-    else:
-        image = (loader.crops if loader.crop == "cpu" else 1) * loader.views.size**2 * 3
+    samples, batch, image = loader.samples, loader.batch_size, loader.image_bytes
     on_device = loader.device.type != "cpu"
     batches = UNDER_WAY + READY + 2  # the caller holds two while one takes the other's place
     bill = {

@@ -34,11 +34,12 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """All legs of one process that are known; one that is missing costs nothing."""
+    """All legs of one process that are known; one that is missing costs nothing. Cores are this process's share."""
 
     legs: dict[str, Cost]
     cores: int
     decodes_in_reader: bool = False  # small raw images: no thread is worth waking for them
+    processes: int = 1
 
     def lines(self) -> dict[str, float]:
         """Seconds an image, by line."""
@@ -50,8 +51,9 @@ class Costs:
         return lines | {"cores": sum(cost.cpu_seconds for cost in self.legs.values()) / self.cores}
 
     def images_per_second(self) -> float:
+        """Of all processes."""
         slowest = max(self.lines().values())
-        return 1 / slowest if slowest > 0 else float("inf")
+        return self.processes / slowest if slowest > 0 else float("inf")
 
     def cause(self) -> str:
         """The leg that has the largest part in the slowest line."""

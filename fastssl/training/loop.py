@@ -129,22 +129,27 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None, diagno
 
 def train_step(run: Run, batches: list[Batch], epoch: int, rate: float) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step of learning rate `rate` on its micro-batches. Returns the terms and the last one's h."""
-    recipe, state, model = run.recipe, run.state, run.state.model
-    for group in state.optimizer.param_groups:
+    for group in run.state.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_factor", 1.0)
     run.guard.remember()
     terms, h = forward_and_backward(run, batches, epoch)
     with stretch("optimiser"):
-        terms["grad_norm"] = clip_gradients(state, recipe.optim.clip)
-        skipped = run.guard.step(terms)
-        state.optimizer.zero_grad()
-        if model.target is not None:
-            momentum = momentum_at(state.step, run.schedule.total_steps, recipe.objective.momentum)
-            model.update_target(momentum, unless=skipped)
-        if state.average:
-            state.average.update(state.step, unless=skipped)
-    state.step += 1
+        optimise(run, terms)
+    run.state.step += 1
     return terms, h
+
+
+def optimise(run: Run, terms: dict[str, Tensor]) -> None:
+    """What follows the backward pass; adds the norm of the gradient to the terms."""
+    state, model = run.state, run.state.model
+    terms["grad_norm"] = clip_gradients(state, run.recipe.optim.clip)
+    skipped = run.guard.step(terms)
+    state.optimizer.zero_grad()
+    if model.target is not None:
+        momentum = momentum_at(state.step, run.schedule.total_steps, run.recipe.objective.momentum)
+        model.update_target(momentum, unless=skipped)
+    if state.average:
+        state.average.update(state.step, unless=skipped)
 
 
 def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -113,10 +113,20 @@ def opened_run_dir(path: Path) -> Iterator[None]:
 def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int) -> None:
     """Write recipe.yaml (resolved) and environment.json: this start of the run, and under "earlier" those before it."""
     write_atomically(run_dir / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml()))
-    packages = ("fastssl-trainer", "torch", "torchvision", "timm", "ffcv", "numba", "numpy", "torch-optimizer")
     environment = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
+        **describe_machine(device),
+        "earlier": _earlier_starts(run_dir / "environment.json"),
+    }
+    text = json.dumps(environment, indent=2) + "\n"
+    write_atomically(run_dir / "environment.json", lambda path: path.write_text(text))
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Command, versions and machine of this process."""
+    packages = ("fastssl-trainer", "torch", "torchvision", "timm", "ffcv", "numba", "numpy", "torch-optimizer")
+    return {
         "command": sys.argv,
         "git": _git_state(),
         "python": platform.python_version(),
@@ -131,10 +141,7 @@ def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int)
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "earlier": _earlier_starts(run_dir / "environment.json"),
     }
-    text = json.dumps(environment, indent=2) + "\n"
-    write_atomically(run_dir / "environment.json", lambda path: path.write_text(text))
 
 
 def _earlier_starts(path: Path) -> list[dict]:

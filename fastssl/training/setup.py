@@ -199,7 +199,9 @@ def check_labels(loader: BetonLoader, classes: int) -> None:
         )
 
 
-def training_loader(recipe: Recipe, device: torch.device, resident: Batch | None = None) -> BetonLoader:
+def training_loader(
+    recipe: Recipe, device: torch.device, resident: Batch | None = None, kind: type[BetonLoader] = BetonLoader
+) -> BetonLoader:
     """The loader of data.train. resident: its images, where another process holds them on the device.
 
     Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate.
@@ -211,7 +213,7 @@ def training_loader(recipe: Recipe, device: torch.device, resident: Batch | None
             f"train.batch_size={recipe.train.batch_size} does not divide by {world_size()} processes x "
             f"train.accumulate={recipe.train.accumulate}: choose a multiple of {shares}."
         )
-    loader = BetonLoader(
+    loader = kind(
         data.train,
         recipe.train.batch_size // shares,
         seed=recipe.seed,

@@ -1,0 +1,417 @@
+"""`fastssl profile`: the order in which a run is measured, and what is made of the measurements."""
+
+import os
+import resource
+import time
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from datetime import datetime
+from functools import partial
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+
+from fastssl.beton import free_memory, read_header
+from fastssl.beton.progress import progress
+from fastssl.evaluation.features import writing
+from fastssl.evaluation.results import save_picture
+from fastssl.loading.loader import cores_of_this_process
+from fastssl.recipe import Recipe, UserError
+from fastssl.training.distributed import from_first, is_first, joined_processes, world_size
+from fastssl.training.run_dir import describe_machine
+from fastssl.training.schedule import image_size
+from fastssl.training.setup import Run, choose_device, prepare
+
+from .device_legs import (
+    Phases,
+    busy_seconds,
+    count_flops,
+    launch_seconds,
+    take_step,
+    with_fixed_views,
+    without_exchange,
+)
+from .end_to_end import EndToEnd
+from .limits import Cost, Costs
+from .loader_legs import Decoding, Loading, Undecoded, endless, loading_leg, worker_counts
+from .machine import copy_peak, matmul_peak
+from .page import write_page
+from .peaks import find_device
+from .pictures import draw_profile
+from .result import SCHEMA, write_profile
+from .storage import Storage
+from .trace import write_trace
+from .verdict import Facts, verdict
+from .windows import Leg, figure_of, missing
+
+KEPT = 3  # batches of replay, on the device
+ROUNDS = (3, 5)  # least and most windows of each leg
+SECONDS = 40.0  # that rounds beyond the least may take
+SHORT_EPOCH = 20  # batches, below which the loader's start in every epoch counts
+DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
+
+
+def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None) -> dict | None:
+    """Measure what limits the recipe's training on this machine: the profile, in the first process, else None.
+
+    trace: file for a timeline of some steps. Trains on copies of nothing and keeps nothing: no run directory is
+    touched. Raises UserError as training does.
+    """
+    began, load_before = time.perf_counter(), os.getloadavg()[0]
+    with ExitStack() as stack:
+        device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
+        run, remarks = prepare(recipe, device, None)
+        legs = Legs(run, stack)
+        legs.measure()
+        if trace and is_first():
+            write_trace(trace, legs.end_to_end.training, device)
+        result = {
+            "schema": SCHEMA,
+            "made": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "fastssl": version("fastssl-trainer"),
+            "name": recipe.name,
+            "recipe": recipe.model_dump(mode="json"),
+            "overrides": list(overrides),
+            "environment": describe_machine(device),
+            "machine": legs.machine(),
+            "data": legs.data(),
+            "run": legs.run_facts(),
+            "legs": legs.results(),
+            **legs.limits(),
+            "trace": trace.name if trace else None,
+        }
+        result["remarks"] = [*remarks, *remarks_on(result, load_before)]
+        result["seconds"] = time.perf_counter() - began
+    return result if is_first() else None
+
+
+def place_of(recipe: Recipe, file: Path) -> Path:
+    """Where a recipe's profile goes: into the run directory whose recipe.yaml `file` is, else profiles/NAME.json."""
+    if file.name == "recipe.yaml" and (file.parent / "checkpoints").is_dir():
+        return file.parent / "profile.json"
+    return Path("profiles") / f"{recipe.name}.json"
+
+
+def trace_beside(path: Path) -> Path:
+    """The trace's file beside the profile's. Raises UserError before anything is measured where neither can be."""
+    if path.suffix != ".json":
+        raise UserError(f"--json {path}: give a name that ends in .json; pictures and trace go beside it.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent} cannot be written to: name another place with --json.")
+    return path.with_suffix(".trace.json.gz")
+
+
+def write_all(path: Path, profile: dict) -> None:
+    """profile.json, and beside it the picture and the page."""
+    write_profile(path, profile)
+    save_picture(path.with_suffix(".png"), draw_profile(profile))
+    write_page(path.with_suffix(".html"), profile)
+
+
+class Legs:
+    """All legs of a run: built, measured in turns, and what came of it."""
+
+    def __init__(self, run: Run, stack: ExitStack):
+        self.run, self.recipe, self.device = run, run.recipe, run.device
+        self.loader, self.cores = run.state.loader, cores_of_this_process()
+        self.epoch = self.recipe.train.epochs - 1  # views.grow has grown
+        self.storage = self.copy = self.whole_loader = self.with_crops = None
+        self.decode: dict[int, Leg] = {}
+        if not self.loader.resident:
+            self._add_loader_legs(stack)
+        with closing(endless(self.loader)) as batches:
+            self.batches = list(islice(batches, KEPT * self.recipe.train.accumulate))
+        self.loader.set_epoch(0)
+        self._add_device_legs()
+        self.end_to_end = EndToEnd(run, self.epoch, self.cores)
+        stack.callback(self.end_to_end.training.close)
+
+    def _add_loader_legs(self, stack: ExitStack) -> None:
+        loader, device = self.loader, self.device
+        rows = loader.rows[loader.rank :: loader.world]
+        self.storage = Storage(loader.samples, rows[torch.randperm(len(rows)).numpy()], loader.workers)
+        for _ in range(ROUNDS[0]):
+            self.storage.measure()
+        whole = stack.enter_context(closing(Loading(self.recipe, device)))
+        self.whole_loader = loading_leg(whole, device)
+        self.copy = loading_leg(stack.enter_context(closing(Loading(self.recipe, device, Undecoded))), device)
+        if loader.decode == "gpu":
+            return
+        crops = loader.crops if loader.crop == "cpu" else 0
+
+        def decoding(workers: int, crops: int) -> Leg:
+            return Leg(stack.enter_context(closing(Decoding(loader, workers, crops))), device)
+
+        self.decode = {workers: decoding(workers, 0) for workers in worker_counts(loader.workers, self.cores)}
+        if crops:
+            self.with_crops = decoding(loader.workers, crops)
+
+    def _add_device_legs(self) -> None:
+        run, epoch, accumulate = self.run, self.epoch, self.recipe.train.accumulate
+        groups = [self.batches[i : i + accumulate] for i in range(0, len(self.batches), accumulate)]
+        made = run.views(self.batches[0], epoch)
+        fixed, turns, batches = with_fixed_views(run, made), cycle(groups), cycle(self.batches)
+
+        def make_views() -> int:
+            batch = next(batches)
+            run.views(batch, epoch)
+            return len(batch.index)
+
+        def step_apart() -> int:
+            with without_exchange(run)():
+                return take_step(fixed, groups[0], epoch)
+
+        self.views = Leg(make_views, self.device)
+        self.step = Leg(partial(take_step, fixed, groups[0], epoch), self.device, seconds=1.0)
+        self.apart = Leg(step_apart, self.device, seconds=1.0) if world_size() > 1 else None
+        self.replay = Leg(lambda: take_step(run, next(turns), epoch), self.device, seconds=1.0)
+        self.phases = Phases(run, self.batches[0], made)
+        self.flops = count_flops(run, self.batches[0], made)
+
+    def measure(self) -> None:
+        in_front = [*self.decode.values(), self.with_crops, self.copy, self.whole_loader]
+        alone = [leg for leg in [*in_front, self.views, self.step, self.apart, self.replay] if leg]
+        turns = [*alone, self.phases, self.end_to_end]
+        timed = [*alone, self.end_to_end.leg]
+        with shown_progress("warming up", len(timed), "legs") as advance:
+            for leg in timed:
+                leg.warm_up()
+                advance()
+            self.phases.measure()
+            self.phases.windows.clear()
+        least, most = ROUNDS
+        with shown_progress("measuring", most * len(turns), "windows") as advance:
+            began = time.perf_counter()
+            for done in range(most):
+                a_round = (time.perf_counter() - began) / max(1, done)
+                if from_first(lambda: done >= least and (done + 1) * a_round > SECONDS):  # noqa: B023
+                    advance((most - done) * len(turns))
+                    break
+                for leg in turns:
+                    leg.measure()
+                    advance()
+
+        self.peak, self.copy_peak = matmul_peak(self.device, self.run.precision), copy_peak(self.device)
+        self.busy, self.kernels, self.launch = {}, None, None
+        if self.device.type == "cuda":
+            self.busy["views"], self.kernels = busy_seconds(self.views.work, self.device)
+            self.busy["compute"], _ = busy_seconds((self.apart or self.step).work, self.device)
+            self.busy = {leg: seconds for leg, seconds in self.busy.items() if seconds}  # none: kernels are not shown
+            self.launch = launch_seconds(self.replay.work, self.device)
+
+    def results(self) -> dict[str, dict]:
+        """The profile's section `legs`."""
+        resident = "All images stay on the device (data.resident): nothing is read, decoded or copied."
+        results = dict.fromkeys(("storage", "decode", "cpu_augment", "copy", "loader"), missing(resident))
+        if not self.loader.resident:
+            results |= self._loader_results()
+        results["views"] = {**self.views.rates(), "kernels": self.kernels, "bytes_per_image": self._bytes_of_views()}
+        results["views"]["busy_seconds"] = self.busy.get("views")
+        results["step"] = self._step_result()
+        results["communication"] = missing("One process: no gradients are exchanged.")
+        if self.apart:
+            results["communication"] = self._difference(self.step, self.apart)
+        results["launch"] = missing("No GPU: nothing is launched.")
+        if self.launch:
+            seconds, cpu_seconds = self.launch
+            results["launch"] = {
+                "images_per_second": figure_of([world_size() / seconds]), "cpu_seconds": figure_of([cpu_seconds]),
+                "missing": None,
+            }  # fmt: skip
+        results["replay"] = self.replay.rates()
+        results["end_to_end"] = self.end_to_end.result()
+        return results
+
+    def _loader_results(self) -> dict[str, dict]:
+        storage, results = self.storage, {}
+        results["storage"] = missing("Linux keeps the file's pages in memory: nothing can be read anew from the disk.")
+        if storage.cold:
+            rates = [world_size() / seconds for seconds in storage.seconds_an_image]
+            results["storage"] = {
+                "images_per_second": figure_of(rates), "cpu_seconds": figure_of([0.0] * len(rates)), "missing": None
+            }  # fmt: skip
+        results["storage"] |= {
+            "cold_bytes_per_second": figure_of(storage.cold) if storage.cold else None,
+            "warm_bytes_per_second": figure_of(storage.warm),
+        }
+        results["decode"] = results["cpu_augment"] = missing("The GPU decodes (data.decode=gpu): see the loader alone.")
+        if self.decode:
+            workers = {count: leg.images_per_second() for count, leg in self.decode.items()}
+            best = max(rate["median"] for rate in workers.values())
+            knee = min(count for count, rate in workers.items() if rate["median"] >= 0.95 * best)
+            by_workers = {str(count): rate for count, rate in workers.items()}
+            results["decode"] = {**self.decode[self.loader.workers].rates(), "workers": by_workers, "knee": knee}
+            results["cpu_augment"] = missing("Crops are made on the device.")
+        if self.with_crops:
+            results["cpu_augment"] = self._difference(self.with_crops, self.decode[self.loader.workers])
+        rates = self.copy.rates()
+        copied = figure_of([rate * self.loader.image_bytes for rate in rates["images_per_second"]["windows"]])
+        results["copy"] = {
+            **rates,
+            "bytes_per_second": copied if self.device.type == "cuda" else None,  # on a CPU pointers change hands
+            "peak_bytes_per_second": self.copy_peak,
+        }
+        return results | {"loader": self.whole_loader.rates()}
+
+    def _difference(self, longer: Leg, shorter: Leg) -> dict:
+        """The rates of what the first leg does beside the second; where noise hides it, next to nothing."""
+        pairs = list(zip(longer.windows, shorter.windows))
+        seconds = [max(1e-9, a.seconds / a.images - b.seconds / b.images) for a, b in pairs]
+        cpu_seconds = [max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images) for a, b in pairs]
+        return {
+            "images_per_second": figure_of([world_size() / second for second in seconds]),
+            "cpu_seconds": figure_of(cpu_seconds),
+            "missing": None,
+        }
+
+    def _step_result(self) -> dict:
+        rates = self.step.rates()
+        flops_per_second = self.flops * rates["images_per_second"]["median"]
+        one_graph = "Compiled: the forward pass is one graph, draws, objective and KL included."
+        peak, _ = self._peak()
+        return {
+            **rates,
+            "phases": self.phases.figures(),
+            "phases_note": one_graph if self.run.compiled else None,
+            "busy_seconds": self.busy.get("compute"),
+            "flops": self.flops,
+            "flops_per_second": flops_per_second,
+            "mfu": flops_per_second / peak,
+            "peak_memory_bytes": self._peak_memory(),
+        }
+
+    def _peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def _peak(self) -> tuple[float, str]:
+        """FLOP/s that the device could reach, and where that comes from."""
+        if self.device.type == "cuda":
+            known = find_device(torch.cuda.get_device_name(self.device))
+            if known and known.peak(self.run.precision):
+                return known.peak(self.run.precision), f"{known.source}, dense {self.run.precision}"
+        return self.peak, "measured: a product of large square matrices"
+
+    def _bytes_of_views(self) -> int:
+        """That have to move at least for an image's views: the pixels in, the floats out."""
+        size = image_size(self.recipe.views, self.epoch)
+        return self.loader.image_bytes + self.recipe.view_count * 3 * size**2 * 4
+
+    def machine(self) -> dict:
+        on_gpu = self.device.type == "cuda"
+        peak, source = self._peak()
+        return {
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else describe_machine(self.device)["cpu"],
+            "kind": self.device.type,
+            "cores": self.cores,
+            "processes": world_size(),
+            "peak_flops": peak,
+            "peak_source": source,
+            "matmul_flops": self.peak,
+        }
+
+    def data(self) -> dict:
+        loader, info = self.loader, read_header(self.loader.path)
+        file_bytes = loader.path.stat().st_size
+        return {
+            "path": str(loader.path),
+            "images": len(loader.rows),
+            "file_bytes": file_bytes,
+            "image_bytes": float(loader.samples.size_N[loader.rows].mean()),
+            "decoded_bytes": loader.image_bytes,
+            "layout": info.layout,
+            "storage": info.storage,
+            "resolution": list(info.resolution) if info.resolution else None,
+            "crop": loader.crop,
+            "resident": loader.resident,
+            "in_page_cache": self.storage.cached_before if self.storage else None,
+            "fits_into_memory": file_bytes <= free_memory(),
+            "batches_per_epoch": len(loader),
+        }
+
+    def run_facts(self) -> dict:
+        return {
+            "batch_size": self.recipe.train.batch_size,
+            "workers": self.loader.workers,
+            "precision": self.run.precision,
+            "compiled": self.run.compiled,
+            "parameters": sum(p.numel() for p in self.run.state.model.parameters() if p.requires_grad),
+            "views": self.recipe.view_count,
+            "size": image_size(self.recipe.views, self.epoch),
+        }
+
+    def costs(self) -> Costs:
+        """What an image costs this process, by leg."""
+        results, costs = self.results(), {}
+        named = {"decode": "decode", "cpu_augment": "cpu_augment", "copy": "copy", "views": "views", "compute": "step"}
+        for leg, name in {**named, "communication": "communication", "launch": "launch"}.items():
+            if rate := results[name]["images_per_second"]:
+                costs[leg] = Cost(world_size() / rate["median"], results[name]["cpu_seconds"]["median"])
+        if self.apart:
+            alone = self.apart.rates()
+            costs["compute"] = Cost(world_size() / alone["images_per_second"]["median"], alone["cpu_seconds"]["median"])
+        if self.loader.decode == "gpu":
+            costs["decode"] = Cost(world_size() / results["loader"]["images_per_second"]["median"])
+        if self.storage and self.storage.cold and self.storage.cached_before is not None:
+            cold = figure_of(self.storage.seconds_an_image)["median"]
+            costs["storage"] = Cost(cold * (1 - self.storage.cached_before))
+        for leg, seconds in self.busy.items():  # of a GPU: what its kernels take, whatever the main thread is late with
+            costs[leg] = Cost(seconds)
+        return Costs(costs, self.cores, self.loader.decodes_in_reader, world_size())
+
+    def facts(self) -> Facts:
+        phases = {name: of["median"] for name, of in self.phases.figures().items()}
+        return Facts(
+            workers=self.loader.workers,
+            batch_size=self.recipe.train.batch_size,
+            layout=read_header(self.loader.path).layout,
+            on_gpu=self.device.type == "cuda",
+            compiled=self.run.compiled,
+            cuda_graphs=self.recipe.train.cuda_graphs,
+            precision=self.run.precision,
+            fits_into_memory=self.data()["fits_into_memory"],
+            phases=phases,
+        )
+
+    def limits(self) -> dict:
+        """The profile's sections `limits` and `verdict`; lines are seconds an image, over all processes."""
+        costs = self.costs()
+        pace, ceiling = self.end_to_end.leg.images_per_second(), self.replay.images_per_second()
+        measured, predicted = pace["median"], costs.images_per_second()
+        return {
+            "limits": {
+                "lines": {line: seconds / world_size() for line, seconds in costs.lines().items()},
+                "predicted_images_per_second": predicted,
+                "measured_images_per_second": measured,
+                "error": predicted / measured - 1,
+            },
+            "verdict": verdict(costs, self.facts(), pace["windows"], ceiling["windows"]),
+        }
+
+
+def shown_progress(*arguments) -> AbstractContextManager:
+    """In the first process."""
+    return progress(*arguments) if is_first() else nullcontext(lambda *_: None)
+
+
+def remarks_on(result: dict, load_before: float) -> list[str]:
+    """What a reader has to know before believing the figures."""
+    remarks, limits, data = [], result["limits"], result["data"]
+    if data["batches_per_epoch"] < SHORT_EPOCH and not data["resident"]:
+        remarks.append(
+            f"An epoch has {data['batches_per_epoch']} batches only, and the loader starts anew in each: of a larger "
+            "data set less time would go to waiting."
+        )
+    if abs(limits["error"]) > DISAGREEMENT:
+        remarks.append(
+            f"The legs predict {limits['predicted_images_per_second']:,.1f} images/s, "
+            f"{limits['error']:+.0%} from what was measured: profile again when nothing else runs, and distrust the "
+            "verdict if that stays."
+        )
+    if load_before > 0.5:
+        remarks.append(f"{load_before:.1f} other tasks were running on this machine when this began.")
+    return remarks

@@ -1,0 +1,40 @@
+"""What the machine could give: measured peaks, and what is known of it."""
+
+import time
+
+import torch
+
+from fastssl.training.setup import DTYPES
+
+from .device_legs import wait_for
+
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the measured peak
+COPIED = 1 << 28  # bytes of the copy that is the measured peak
+TRIALS = 3  # of each, the best counts
+
+
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of a product of large square matrices at the run's precision."""
+    side = SIDE[device.type]
+    a = torch.randn(side, side, device=device, dtype=DTYPES.get(precision, torch.float32))
+    return 2 * side**3 / _best_seconds(lambda: a @ a, device)
+
+
+def copy_peak(device: torch.device) -> float | None:
+    """Bytes/s of a large copy from pinned memory to the GPU; None without one, where nothing is copied."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    return COPIED / _best_seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _best_seconds(work, device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(TRIALS + 1):  # the first may allocate and choose kernels, and is seldom the best
+        wait_for(device)
+        start = time.perf_counter()
+        work()
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,66 @@
+"""A timeline of some steps, for ui.perfetto.dev or chrome://tracing: loader threads, copies, views, step, kernels."""
+
+import gzip
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from fastssl.beton.atomic import write_atomically
+from fastssl.loading.timeline import Stretch, recorded
+
+from .device_legs import wait_for
+from .end_to_end import Training
+
+STEPS = 3
+CLOCK = "fastssl clock"  # the name of a mark whose time is known on both clocks
+PROCESS = 0  # number of the process that our threads are shown as; torch's own have the system's numbers
+
+
+def write_trace(path: Path, training: Training, device: torch.device) -> None:
+    """Chrome's trace format, gzipped: torch's operations and kernels, and above them our named stretches by thread."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    training()  # whatever the loader had decoded ahead is not what a step in the middle finds
+    wait_for(device)
+    with recorded() as stretches, torch.profiler.profile(activities=activities) as profile:
+        clock = time.perf_counter()
+        with torch.profiler.record_function(CLOCK):
+            pass
+        for _ in range(STEPS):
+            training()
+        wait_for(device)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(exported))
+        trace = json.loads(exported.read_text())
+    events = trace["traceEvents"]
+    offset = next(event["ts"] for event in events if event.get("name") == CLOCK) - clock * 1e6
+    events += events_of(stretches, offset)
+    data = gzip.compress(json.dumps(trace).encode(), compresslevel=6)
+    write_atomically(path, lambda beside: beside.write_bytes(data))
+
+
+def events_of(stretches: list[Stretch], offset: float) -> list[dict]:
+    """The stretches as events of one process with a track for each thread. offset: from perf_counter, microseconds."""
+    threads = {name: number for number, name in enumerate(sorted({s.thread for s in stretches}, key=_place), 1)}
+
+    def named(kind: str, number: int, value: str) -> dict:
+        return {"ph": "M", "pid": PROCESS, "tid": number, "name": kind, "args": {"name": value}}
+
+    events = [named("process_name", 0, "fastssl"), *(named("thread_name", n, name) for name, n in threads.items())]
+    events.append({"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}})
+    for s in stretches:
+        events.append({
+            "ph": "X", "cat": "fastssl", "pid": PROCESS, "tid": threads[s.thread], "name": s.name,
+            "ts": s.start * 1e6 + offset, "dur": (s.end - s.start) * 1e6,
+        })  # fmt: skip
+    return events
+
+
+def _place(thread: str) -> tuple[int, str]:
+    """The main thread first, then the reader, then those that decode."""
+    return (0 if thread == "MainThread" else 1 if "reader" in thread else 2), thread

@@ -1,0 +1,188 @@
+"""What limits a run, in one sentence: how much more there would be to gain, what would give it, what limits it then."""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+from fastssl.beton import free_memory
+from fastssl.loading.loader import cores_of_this_process
+from fastssl.loading.timeline import Total
+from fastssl.training.distributed import world_size
+from fastssl.training.meters import Observed
+from fastssl.training.setup import Run
+
+from .limits import Cost, Costs
+
+INFINITE = float("inf")
+NAMES = {  # of a leg, within a sentence
+    "storage": "the disk",
+    "decode": "decoding",
+    "cpu_augment": "cropping on the CPU",
+    "copy": "the hand-over of batches",
+    "views": "the views",
+    "launch": "the launching of kernels",
+    "compute": "the step",
+    "communication": "the exchange of gradients",
+}
+HEADS = {"cpu_augment": "CPU-augment-bound"}  # others: the leg's own name
+FROM_DATA = ("storage", "decode", "cpu_augment", "copy")
+PHASES = {"kl": "the KL term", "forward": "the forward pass", "backward": "the backward pass", "draws": "the draws"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides on what can be changed."""
+
+    workers: int
+    batch_size: int
+    layout: str  # of the file: "canvas" or "full"
+    on_gpu: bool = False
+    compiled: bool = False
+    cuda_graphs: bool = False
+    precision: str = "fp32"
+    fits_into_memory: bool = True
+    phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds an image
+
+
+def sentence(costs: Costs, facts: Facts) -> str:
+    cause, rate = costs.cause(), costs.images_per_second()
+    without = costs.faster(cause, INFINITE)
+    if costs.is_balanced():
+        return (
+            f"Balanced: {name(cause, facts)} comes first at {rate:,.0f} images/s, and "
+            f"{name(without.cause(), facts)} follows at {without.images_per_second():,.0f}, so no single change would "
+            "lift it by more than a tenth."
+        )
+    head = HEADS.get(cause, f"{cause.capitalize()}-bound")
+    next_limit = f"the next limit is {name(without.cause(), facts)} at {without.images_per_second():,.0f} images/s"
+    return f"{head}: {what_waits(cause, costs, facts)}; {mends(cause, costs, facts)}; {next_limit}."
+
+
+def what_waits(cause: str, costs: Costs, facts: Facts) -> str:
+    """How much there is to gain."""
+    rate = costs.images_per_second() / costs.processes
+    device = costs.lines()["device"]
+    if cause in FROM_DATA:
+        return f"the step could take {1 / (device * rate):.1f}x more images" if device else "the step takes nothing"
+    if cause == "compute":
+        share = costs.legs["compute"].seconds * rate
+        doubled = costs.faster(cause, 2).images_per_second() / costs.images_per_second()
+        return f"the step works {min(1, share):.0%} of the time, and one of half its cost would give {doubled:.1f}x"
+    if cause == "launch":
+        return f"the GPU idles {1 - device * rate:.0%} of the time between kernels that the main thread is late with"
+    alone = costs.faster(cause, INFINITE).images_per_second() / costs.images_per_second()
+    return f"without {NAMES[cause]} training would be {alone:.1f}x as fast"
+
+
+def mends(cause: str, costs: Costs, facts: Facts) -> str:
+    """What would lift the limit."""
+    if cause in ("decode", "cpu_augment"):
+        return decoding_mends(cause, costs, facts)
+    if cause == "storage":
+        if facts.fits_into_memory:
+            return "it ends with the first epoch, as the file fits into memory"
+        return "data.order=quasi_random, a smaller --canvas or --max-side, more memory or a faster disk would lift it"
+    if cause == "copy":
+        return "a larger train.batch_size would lift it" + (", or a smaller canvas" if facts.on_gpu else "")
+    if cause == "views":
+        first = "train.compile=true" if facts.on_gpu and not facts.compiled else "a lower views.first.blur"
+        return f"{first} or fewer operations in views would lift it"
+    if cause == "launch":
+        first = "train.cuda_graphs=true" if facts.compiled and not facts.cuda_graphs else "train.compile=true"
+        options = [] if facts.cuda_graphs else [first]
+        return " or ".join([*options, "a larger train.batch_size"]) + " would lift it"
+    if cause == "communication":
+        return "train.compress_gradients=true or a larger train.batch_size would lift it"
+    return compute_mends(facts)
+
+
+def compute_mends(facts: Facts) -> str:
+    largest = max(facts.phases, key=facts.phases.get) if facts.phases else None
+    where = f"{facts.phases[largest] / sum(facts.phases.values()):.0%} of it is {phase(largest)}" if largest else ""
+    if not facts.on_gpu:
+        mend = "a GPU would lift it"
+    elif facts.precision in ("fp32", "tf32"):
+        mend = "train.precision=bf16 would lift it"
+    elif not facts.compiled:
+        mend = "train.compile=true would lift it"
+    elif largest in ("draws", "objective", "kl"):
+        mend = "fewer embedding.samples or a narrower model.projector would lift it"
+    else:
+        mend = "a smaller views.size or backbone, or more GPUs, would lift it"
+    return ", ".join(part for part in (where, mend) if part)
+
+
+def decoding_mends(cause: str, costs: Costs, facts: Facts) -> str:
+    """Threads or cores that would make something else the limit; and the cheaper file."""
+    lines = costs.lines()
+    target = max(1e-12, costs.faster(cause, INFINITE).lines()["device"] or min(s for s in lines.values() if s))
+    threads = lines["reader" if costs.decodes_in_reader else "threads"]
+    workers = math.ceil(facts.workers * threads / target)
+    cores = math.ceil(sum(cost.cpu_seconds for cost in costs.legs.values()) / target)
+    options = []
+    if not costs.decodes_in_reader and workers > facts.workers and workers <= costs.cores and lines["cores"] < threads:
+        options.append(f"data.workers={workers}")
+    elif cores > costs.cores or workers > costs.cores:
+        more = costs.processes * (max(cores, workers) - costs.cores)
+        options.append(f"{more} more core{'s' if more > 1 else ''}")
+    if facts.layout == "full":
+        options.append("a canvas file in place of the full one (build-beton --canvas)")
+    else:
+        options.append("a smaller --canvas")
+    return " or ".join(options) + " would lift it"
+
+
+def name(leg: str, facts: Facts) -> str:
+    """A leg in a sentence; of the step its largest phase too."""
+    if leg == "compute" and facts.phases:
+        return f"the step ({phase(max(facts.phases, key=facts.phases.get))} above all)"
+    return NAMES[leg]
+
+
+def phase(of_step: str) -> str:
+    return PHASES.get(of_step, f"the {of_step}")
+
+
+def why_it_waits(run: Run, observed: Observed) -> str:
+    """The sentence for a run in training, from what its loader and its loop have seen of themselves."""
+    loader, totals = run.state.loader, observed.stretches
+
+    def an_image(*names: str, threads: int = 1) -> Cost:
+        seconds = sum(totals.get(name, Total()).seconds for name in names)
+        cpu_seconds = sum(totals.get(name, Total()).cpu_seconds for name in names)
+        return Cost(seconds / threads / observed.images, cpu_seconds / observed.images)
+
+    decode, reader = an_image("decode", threads=loader.workers), an_image("start", "copy")
+    working = Cost((observed.seconds - observed.waited) / observed.images, 0.0)
+    legs = {"decode": decode, "copy": reader, "compute": working}
+    cores = cores_of_this_process()
+    blocked = decode.seconds - decode.cpu_seconds / loader.workers  # by the disk, unless all cores are busy
+    if run.device.type == "cuda" and blocked > decode.seconds / 2:
+        legs |= {"decode": Cost(decode.seconds - blocked, decode.cpu_seconds), "storage": Cost(blocked)}
+    facts = Facts(
+        workers=loader.workers,
+        batch_size=run.recipe.train.batch_size,
+        layout="full" if loader.crop == "cpu" else "canvas",
+        on_gpu=run.device.type == "cuda",
+        compiled=run.compiled,
+        fits_into_memory=loader.path.stat().st_size <= free_memory(),
+    )
+    return sentence(Costs(legs, cores, processes=world_size()), facts) + " `fastssl profile` measures it."
+
+
+def verdict(costs: Costs, facts: Facts, measured: list[float], ceiling: list[float]) -> dict:
+    """The profile's section of that name. measured: images/s end to end; ceiling: with the data at hand, both of the
+    same windows.
+
+    accelerator_utilisation is MLPerf Storage's, the time that the device computes for over the total time: here of
+    neighbouring windows, so that a machine whose speed drifts does not count.
+    """
+    cause = costs.cause()
+    without = costs.faster(cause, INFINITE)
+    return {
+        "cause": "balanced" if costs.is_balanced() else cause,
+        "sentence": sentence(costs, facts),
+        "accelerator_utilisation": min(1.0, statistics.median(m / c for m, c in zip(measured, ceiling))),
+        "next": {"cause": without.cause(), "images_per_second": without.images_per_second()},
+        "twice_as_fast": {leg: costs.faster(leg, 2).images_per_second() for leg in costs.legs},
+    }

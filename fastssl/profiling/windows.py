@@ -1,0 +1,75 @@
+"""How a leg is timed: in windows, a window of each leg in turn, so that a machine whose speed drifts drifts for all."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from fastssl.training.distributed import from_first, world_size
+
+
+class Window(NamedTuple):
+    images: int  # of this process
+    seconds: float
+    cpu_seconds: float  # of all threads of this process
+
+
+@dataclass
+class Leg:
+    """Work that is timed alone: `work` does one batch and returns its images."""
+
+    work: Callable[[], int]
+    device: torch.device
+    seconds: float = 0.3  # of a window
+    least: int = 1  # batches of a window
+    dropped: int = 1  # batches at the start of each window that do not count
+    repeats: int = 0
+    windows: list[Window] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Compile, fill caches, and settle how many batches make a window, the same in all processes."""
+        self.work()
+        self._wait_for_device()
+        start = time.perf_counter()
+        self.work()
+        self._wait_for_device()
+        took = time.perf_counter() - start
+        self.repeats = from_first(lambda: max(self.least, math.ceil(self.seconds / took)))
+
+    def measure(self) -> None:
+        for _ in range(self.dropped):
+            self.work()
+        self._wait_for_device()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        images = sum(self.work() for _ in range(self.repeats))
+        self._wait_for_device()
+        self.windows.append(Window(images, time.perf_counter() - start, time.process_time() - cpu_start))
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def images_per_second(self) -> dict:
+        """Of all processes, which do the same at the same time."""
+        return figure_of([world_size() * window.images / window.seconds for window in self.windows])
+
+    def cpu_seconds(self) -> dict:
+        """Of one image."""
+        return figure_of([window.cpu_seconds / window.images for window in self.windows])
+
+    def rates(self) -> dict:
+        return {"images_per_second": self.images_per_second(), "cpu_seconds": self.cpu_seconds(), "missing": None}
+
+
+def figure_of(windows: list[float]) -> dict:
+    """Median, least, largest, and all of the windows' values."""
+    return {"median": statistics.median(windows), "low": min(windows), "high": max(windows), "windows": windows}
+
+
+def missing(why: str) -> dict:
+    """A leg that this run or this machine does not have."""
+    return {"images_per_second": None, "cpu_seconds": None, "missing": why}
