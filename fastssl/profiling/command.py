@@ -34,7 +34,7 @@ from .device_legs import (
 )
 from .end_to_end import EndToEnd
 from .limits import Cost, Costs
-from .loader_legs import Decoding, Loading, Undecoded, endless, loading_leg, worker_counts
+from .loader_legs import AHEAD, Decoding, Loading, Undecoded, endless, worker_counts
 from .machine import copy_peak, matmul_peak
 from .page import write_page
 from .peaks import find_device
@@ -45,6 +45,7 @@ from .trace import write_trace
 from .verdict import Facts, verdict
 from .windows import Leg, figure_of, missing
 
+WINDOW = {"short": 0.3, "step": 1.0, "end_to_end": 1.5}  # seconds of one, by the kind of leg
 KEPT = 3  # batches of replay, on the device
 ROUNDS = (3, 5)  # least and most windows of each leg
 SECONDS = 40.0  # that rounds beyond the least may take
@@ -64,7 +65,7 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
         run, remarks = prepare(recipe, device, None)
         legs = Legs(run, stack)
         legs.measure()
-        if trace and is_first():
+        if trace:
             write_trace(trace, legs.end_to_end.training, device)
         result = {
             "schema": SCHEMA,
@@ -126,24 +127,25 @@ class Legs:
             self.batches = list(islice(batches, KEPT * self.recipe.train.accumulate))
         self.loader.set_epoch(0)
         self._add_device_legs()
-        self.end_to_end = EndToEnd(run, self.epoch, self.cores)
+        self.end_to_end = EndToEnd(run, self.epoch, self.cores, WINDOW["end_to_end"])
         stack.callback(self.end_to_end.training.close)
 
     def _add_loader_legs(self, stack: ExitStack) -> None:
         loader, device = self.loader, self.device
-        rows = loader.rows[loader.rank :: loader.world]
-        self.storage = Storage(loader.samples, rows[torch.randperm(len(rows)).numpy()], loader.workers)
+        self.storage = Storage(loader.samples, loader.rows, loader.workers)
         for _ in range(ROUNDS[0]):
             self.storage.measure()
         whole = stack.enter_context(closing(Loading(self.recipe, device)))
-        self.whole_loader = loading_leg(whole, device)
-        self.copy = loading_leg(stack.enter_context(closing(Loading(self.recipe, device, Undecoded))), device)
+        undecoded = stack.enter_context(closing(Loading(self.recipe, device, Undecoded)))
+        ahead = dict(seconds=WINDOW["short"], dropped=AHEAD, least=AHEAD)
+        self.whole_loader = Leg(whole, device, **ahead, begin=whole.begin)
+        self.copy = Leg(undecoded, device, **ahead, begin=undecoded.begin)
         if loader.decode == "gpu":
             return
         crops = loader.crops if loader.crop == "cpu" else 0
 
         def decoding(workers: int, crops: int) -> Leg:
-            return Leg(stack.enter_context(closing(Decoding(loader, workers, crops))), device)
+            return Leg(stack.enter_context(closing(Decoding(loader, workers, crops))), device, WINDOW["short"])
 
         self.decode = {workers: decoding(workers, 0) for workers in worker_counts(loader.workers, self.cores)}
         if crops:
@@ -164,10 +166,10 @@ class Legs:
             with without_exchange(run)():
                 return take_step(fixed, groups[0], epoch)
 
-        self.views = Leg(make_views, self.device)
-        self.step = Leg(partial(take_step, fixed, groups[0], epoch), self.device, seconds=1.0)
-        self.apart = Leg(step_apart, self.device, seconds=1.0) if world_size() > 1 else None
-        self.replay = Leg(lambda: take_step(run, next(turns), epoch), self.device, seconds=1.0)
+        self.views = Leg(make_views, self.device, WINDOW["short"])
+        self.step = Leg(partial(take_step, fixed, groups[0], epoch), self.device, WINDOW["step"])
+        self.apart = Leg(step_apart, self.device, WINDOW["step"]) if world_size() > 1 else None
+        self.replay = Leg(lambda: take_step(run, next(turns), epoch), self.device, WINDOW["step"])
         self.phases = Phases(run, self.batches[0], made)
         self.flops = count_flops(run, self.batches[0], made)
 

@@ -22,8 +22,16 @@ class Training:
     def __init__(self, run: Run, epoch: int):
         self.run, self.epoch = run, epoch
         self.meter = _Waits(run.device)
-        self.batches = endless(run.state.loader)
+        self._watch()
+
+    def _watch(self) -> None:
+        self.batches = endless(self.run.state.loader)
         self.watched = self.meter.watch(self.batches)
+
+    def begin(self) -> None:
+        """Go on without what was decoded while nobody asked."""
+        self.close()
+        self._watch()
 
     def __call__(self) -> int:
         return take_step(self.run, list(islice(self.watched, self.run.recipe.train.accumulate)), self.epoch)
@@ -55,14 +63,17 @@ class _Waits(Meter):
 class EndToEnd:
     """The leg's windows, with the waits and the cores' load of each."""
 
-    def __init__(self, run: Run, epoch: int, cores: int):
+    def __init__(self, run: Run, epoch: int, cores: int, seconds: float):
         self.training = Training(run, epoch)
-        self.leg = Leg(self.training, run.device, seconds=1.5, least=2, dropped=AHEAD)
+        self.leg = Leg(self.training, run.device, seconds, least=2, dropped=AHEAD, begin=self.training.begin)
         self.cores = cores
         self.waits: list[list[float]] = []
+        self.gpu: list[list[float]] = []
 
     def measure(self) -> None:
-        self.leg.measure()
+        with watched_gpu(self.leg.device) as lines:
+            self.leg.measure()
+        self.gpu += lines
         micro_batches = self.leg.repeats * self.training.run.recipe.train.accumulate
         self.waits.append(self.training.meter.take_waits()[-micro_batches:])
 
@@ -75,6 +86,7 @@ class EndToEnd:
             "data_wait": figure_of(shares),
             "wait_seconds": {f"p{q}": float(np.percentile(waits, q)) for q in (50, 95, 99)},
             "cores_busy": busy,
+            "gpu": gpu_figures(self.gpu),
         }
 
 

@@ -12,9 +12,7 @@ from fastssl.loading.order import epoch_order
 from fastssl.recipe import Recipe
 from fastssl.training.setup import training_loader
 
-from .windows import Leg
-
-AHEAD = UNDER_WAY + READY  # batches that a loader has decoded while nobody asked: they do not count
+AHEAD = UNDER_WAY + READY  # batches after which a loader that was just started has its usual pace
 PREPARED = 4  # batches that the decoding legs decode again and again: their bytes are in memory
 
 
@@ -82,12 +80,13 @@ class Loading:
         self.loader = training_loader(recipe, device, kind=kind)
         self.batches = endless(self.loader)
 
+    def begin(self) -> None:
+        """Go on without what was decoded while nobody asked."""
+        self.batches.close()
+        self.batches = endless(self.loader)
+
     def __call__(self) -> int:
         return len(next(self.batches).index)
 
     def close(self) -> None:
         self.batches.close()
-
-
-def loading_leg(work: Loading, device: torch.device) -> Leg:
-    return Leg(work, device, dropped=AHEAD, least=AHEAD)

@@ -19,6 +19,7 @@ from fastssl.loading.samples import Samples
 PAGE = mmap.PAGESIZE
 MOST_BYTES = 1 << 26  # read in a window; with a hard disk's 1 MB/s of random reads, that is a minute
 MOST_SECONDS = 2.0
+STILL_CACHED = 0.2  # share of an evicted piece that says that it was not evicted
 MADV_DONTNEED = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,13 +41,14 @@ def _touch(file, start_B, size_B, counter):
 
 
 class Storage:
-    """Reads samples of a file cold, then warm. A window evicts at most MOST_BYTES from the page cache, and reads them
-    back: of a file that another process has mapped, Linux evicts nothing."""
+    """Reads pieces of a file cold, then warm. A window evicts at most MOST_BYTES from the page cache and reads them
+    back. Of what another process or another mapping of this one has mapped, Linux evicts nothing."""
 
     def __init__(self, samples: Samples, rows: np.ndarray, workers: int):
-        self.samples, self.rows, self.workers = samples, rows, workers
+        self.samples, self.workers = samples, workers
+        self.rows = rows[np.argsort(samples.start_N[rows])]
         self.cached_before = share_in_page_cache(samples.file)
-        self.position = 0  # in rows: every window reads others
+        self.random = np.random.default_rng(0)
         self.cold: list[float] = []  # bytes/s
         self.warm: list[float] = []
         self.seconds_an_image: list[float] = []
@@ -54,24 +56,25 @@ class Storage:
 
     def measure(self) -> None:
         """One window; to be taken before another mapping of the file in this process has touched it."""
-        rows = self._next_rows()
+        rows = self._piece()
         bytes_read = int(self.samples.size_N[rows].sum())
         if not self.stays_cached:
             self._evict(rows)
+        if not self.stays_cached:
             seconds = self._read(rows)
-            if not self.stays_cached:
-                self.cold.append(bytes_read / seconds)
-                self.seconds_an_image.append(seconds / len(rows))
+            self.cold.append(bytes_read / seconds)
+            self.seconds_an_image.append(seconds / len(rows))
+        self._read(rows)
         self.warm.append(bytes_read / self._read(rows))
 
-    def _next_rows(self) -> np.ndarray:
-        rows = np.roll(self.rows, -self.position)
-        most = MOST_BYTES
-        if self.cold:  # of a slow disk, less
-            most = min(most, self.cold[-1] * MOST_SECONDS)
-        count = max(1, int(np.searchsorted(np.cumsum(self.samples.size_N[rows]), most)))
-        self.position += count
-        return rows[:count]
+    def _piece(self) -> np.ndarray:
+        """Rows that lie beside each other in the file, in random order: large pages leave the cache whole or not."""
+        most = min(MOST_BYTES, self.cold[-1] * MOST_SECONDS) if self.cold else MOST_BYTES  # of a slow disk, less
+        starts = self.samples.start_N[self.rows]
+        last_begin = max(0, len(starts) - 1 - int(np.searchsorted(starts[-1] - starts[::-1], most)))
+        begin = int(self.random.integers(last_begin + 1))
+        end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + most)))
+        return self.random.permutation(self.rows[begin:end])
 
     def _read(self, rows: np.ndarray) -> float:
         samples = self.samples
@@ -87,14 +90,13 @@ class Storage:
     def _evict(self, rows: np.ndarray) -> None:
         samples = self.samples
         address = samples.file.ctypes.data
+        first = int(samples.start_N[rows].min()) // PAGE * PAGE
+        end = -(-int((samples.start_N[rows] + samples.size_N[rows]).max()) // PAGE) * PAGE
+        _libc.madvise(address + first, end - first, MADV_DONTNEED)  # mapped pages stay in the cache
         with open(samples.path, "rb") as file:
-            for row in rows:
-                first = int(samples.start_N[row]) // PAGE * PAGE
-                end = -(-int(samples.start_N[row] + samples.size_N[row]) // PAGE) * PAGE
-                _libc.madvise(address + first, end - first, MADV_DONTNEED)  # mapped pages stay in the cache
-                os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
-        still = np.mean([share_in_page_cache(samples.stored(row)) for row in rows[:200]])
-        self.stays_cached = bool(still > 0.5)
+            os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
+        still = share_in_page_cache(samples.file[first : min(end, len(samples.file))])
+        self.stays_cached = still is None or still > STILL_CACHED
 
 
 def share_in_page_cache(mapped: np.ndarray) -> float | None:

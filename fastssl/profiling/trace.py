@@ -10,6 +10,7 @@ import torch
 
 from fastssl.beton.atomic import write_atomically
 from fastssl.loading.timeline import Stretch, recorded
+from fastssl.training.distributed import is_first
 
 from .device_legs import wait_for
 from .end_to_end import Training
@@ -20,7 +21,10 @@ PROCESS = 0  # number of the process that our threads are shown as; torch's own 
 
 
 def write_trace(path: Path, training: Training, device: torch.device) -> None:
-    """Chrome's trace format, gzipped: torch's operations and kernels, and above them our named stretches by thread."""
+    """Chrome's trace format, gzipped: torch's operations and kernels, and above them our named stretches by thread.
+
+    All processes take part in the steps, and the first one writes.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -33,6 +37,8 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
         for _ in range(STEPS):
             training()
         wait_for(device)
+    if not is_first():
+        return
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(exported))

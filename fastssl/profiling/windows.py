@@ -24,9 +24,10 @@ class Leg:
 
     work: Callable[[], int]
     device: torch.device
-    seconds: float = 0.3  # of a window
+    seconds: float  # of a window
     least: int = 1  # batches of a window
     dropped: int = 1  # batches at the start of each window that do not count
+    begin: Callable[[], None] = lambda: None  # what comes before them
     repeats: int = 0
     windows: list[Window] = field(default_factory=list)
 
@@ -41,6 +42,7 @@ class Leg:
         self.repeats = from_first(lambda: max(self.least, math.ceil(self.seconds / took)))
 
     def measure(self) -> None:
+        self.begin()
         for _ in range(self.dropped):
             self.work()
         self._wait_for_device()
