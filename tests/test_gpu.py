@@ -1,20 +1,26 @@
 """What only a GPU can show. Elsewhere these are skipped, and `records/gpu-pending.md` says so."""
 
+import gzip
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 from small_models import make_run
+from training_runs import SMALL
 
 from fastssl import randomness
 from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_encoder, find_split
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader
+from fastssl.loading.timeline import stretch
+from fastssl.profiling import profile
 from fastssl.recipe import Views, load_recipe
 from fastssl.training import loop, train
 from fastssl.training.guard import FiniteGuard
+from fastssl.training.meters import Meter
 from fastssl.views import PairedViews
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -217,3 +223,62 @@ def test_a_detector_scores_on_the_device_as_on_the_cpu(name):
     label = rng.integers(5, size=300)
     ours, theirs = (detector(name, device=x).fit(labels=label, **arrays).score(**arrays) for x in ("cuda", "cpu"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4 if name == "posterior_bhattacharyya" else 1e-8, atol=1e-9)
+
+
+def test_the_meter_counts_what_the_device_waits_and_not_what_the_host_does():
+    """A slow loader leaves the device idle for its time; behind a fast one the host runs ahead, and nothing is idle."""
+    meter = Meter(torch.device("cuda"))
+    a = torch.randn(4096, 4096, device="cuda")
+
+    def loader(seconds):
+        for _ in range(10):
+            time.sleep(seconds)
+            yield a
+
+    def work(x):
+        for _ in range(10):  # 10 ms and more of one kernel after the other, launched in 100 microseconds
+            x = x @ a / 64
+
+    for _ in range(2):  # the first pass chooses kernels
+        meter.restart()
+        for batch in meter.watch(loader(0.05)):
+            work(batch)
+        slow = meter.observe()
+    for batch in meter.watch(loader(0.0)):
+        work(batch)
+    fast = meter.observe()
+    assert 0.2 < slow.waited / slow.seconds < 1
+    assert fast.waited / fast.seconds < 0.1
+
+
+def test_the_meter_never_waits_for_the_device():
+    meter = Meter(torch.device("cuda"))
+    a = torch.randn(1024, 1024, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in meter.watch([a] * 300):
+            with stretch("work"):
+                batch @ a
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.observe().seconds > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_profile_of_a_gpu_has_every_leg(canvas_jpeg, tmp_path, compiled):
+    keys = [f"data.train={canvas_jpeg}/train.beton", "data.val=null", "train.device=cuda", "data.resident=false"]
+    recipe = load_recipe("recipes/zprob_barlow.yaml", [*SMALL, *keys, f"train.compile={compiled}"])
+    measured = profile(recipe, trace=tmp_path / "x.trace.json.gz")
+    legs = measured["legs"]
+    assert {name for name, leg in legs.items() if leg["missing"]} <= {"cpu_augment", "communication", "storage"}
+    for name in ("views", "step"):
+        wall = 1 / legs[name]["images_per_second"]["median"]
+        assert 0 < legs[name]["busy_seconds"] < 1.1 * wall
+    assert 0 < legs["views"]["kernels"] < 2000 and legs["step"]["mfu"] < 1
+    assert legs["copy"]["bytes_per_second"]["median"] < legs["copy"]["peak_bytes_per_second"]
+    assert ("draws" in legs["step"]["phases"]) == (not compiled)
+    trace = json.loads(gzip.decompress((tmp_path / "x.trace.json.gz").read_bytes()))["traceEvents"]
+    kernels = [event for event in trace if event.get("cat") == "kernel"]
+    ours = [event for event in trace if event.get("cat") == "fastssl"]
+    begin, end = min(e["ts"] for e in ours), max(e["ts"] + e["dur"] for e in ours)
+    assert kernels and all(begin <= e["ts"] <= end + 1e6 for e in kernels)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -363,3 +365,27 @@ def test_recipe_keys_reach_the_loader(canvas, written, resident):
     )  # fmt: skip
     loader = setup.training_loader(recipe, torch.device("cpu"))
     assert (loader.resident, loader.order, loader.on_bad_sample) == (resident, "quasi_random", "skip")
+
+
+def test_memory_that_a_step_frees_is_kept_for_the_next():
+    """Ten rounds of tensors as large as activations: page faults in the first one alone."""
+    script = """
+import resource, sys, torch
+from fastssl.training.setup import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def a_round():
+    kept = [torch.ones(size << 18) for size in (8, 51, 20, 40, 3)]
+a_round()
+before = faults()
+for _ in range(10):
+    a_round()
+print(faults() - before)
+"""
+    counts = [
+        int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "as it is")
+    ]
+    assert counts[0] < 1000 < 50_000 < counts[1]

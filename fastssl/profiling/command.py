@@ -2,6 +2,7 @@
 
 import os
 import resource
+import statistics
 import time
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from datetime import datetime
@@ -35,7 +36,7 @@ from .device_legs import (
 from .end_to_end import EndToEnd
 from .limits import Cost, Costs
 from .loader_legs import AHEAD, Decoding, Loading, Undecoded, endless, worker_counts
-from .machine import copy_peak, matmul_peak
+from .machine import copy_peak, cores_busy_now, matmul_peak
 from .page import write_page
 from .peaks import find_device
 from .pictures import draw_profile
@@ -50,6 +51,7 @@ KEPT = 3  # batches of replay, on the device
 ROUNDS = (3, 5)  # least and most windows of each leg
 SECONDS = 40.0  # that rounds beyond the least may take
 SHORT_EPOCH = 20  # batches, below which the loader's start in every epoch counts
+OTHERS = 0.1  # cores that others keep busy, from which on it is said
 DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
 
 
@@ -59,7 +61,8 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
     trace: file for a timeline of some steps. Trains on copies of nothing and keeps nothing: no run directory is
     touched. Raises UserError as training does.
     """
-    began, load_before = time.perf_counter(), os.getloadavg()[0]
+    began, others = time.perf_counter(), cores_busy_now()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would say on stderr that it starts, and stops
     with ExitStack() as stack:
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
         run, remarks = prepare(recipe, device, None)
@@ -82,7 +85,7 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
             **legs.limits(),
             "trace": trace.name if trace else None,
         }
-        result["remarks"] = [*remarks, *remarks_on(result, load_before)]
+        result["remarks"] = [*remarks, *remarks_on(result, others)]
         result["seconds"] = time.perf_counter() - began
     return result if is_first() else None
 
@@ -283,6 +286,7 @@ class Legs:
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / peak,
             "peak_memory_bytes": self._peak_memory(),
+            "page_faults": statistics.median(window.page_faults / self.step.repeats for window in self.step.windows),
         }
 
     def _peak_memory(self) -> int:
@@ -400,7 +404,7 @@ def shown_progress(*arguments) -> AbstractContextManager:
     return progress(*arguments) if is_first() else nullcontext(lambda *_: None)
 
 
-def remarks_on(result: dict, load_before: float) -> list[str]:
+def remarks_on(result: dict, others: float) -> list[str]:
     """What a reader has to know before believing the figures."""
     remarks, limits, data = [], result["limits"], result["data"]
     if data["batches_per_epoch"] < SHORT_EPOCH and not data["resident"]:
@@ -414,6 +418,6 @@ def remarks_on(result: dict, load_before: float) -> list[str]:
             f"{limits['error']:+.0%} from what was measured: profile again when nothing else runs, and distrust the "
             "verdict if that stays."
         )
-    if load_before > 0.5:
-        remarks.append(f"{load_before:.1f} other tasks were running on this machine when this began.")
+    if others > OTHERS:
+        remarks.append(f"Other processes kept {others:.1f} cores of this machine busy when this began.")
     return remarks

@@ -1,6 +1,8 @@
 """What the machine could give: measured peaks, and what is known of it."""
 
+import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,7 @@ from .device_legs import wait_for
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the measured peak
 COPIED = 1 << 28  # bytes of the copy that is the measured peak
+LOOK = 0.5  # seconds of looking at what else runs
 TRIALS = 3  # of each, the best counts
 
 
@@ -27,6 +30,19 @@ def copy_peak(device: torch.device) -> float | None:
     source = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     return COPIED / _best_seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def cores_busy_now() -> float:
+    """How many cores anything on this machine keeps busy while this process sleeps."""
+    before = _busy_seconds()
+    time.sleep(LOOK)
+    return (_busy_seconds() - before) / LOOK
+
+
+def _busy_seconds() -> float:
+    """CPU-seconds of the machine since it started, idle ones and waits for disks left out."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def _best_seconds(work, device: torch.device) -> float:

@@ -102,6 +102,7 @@ class Leg(BaseModel):
     flops_per_second: Number | None = None
     mfu: Number | None = None
     peak_memory_bytes: Number | None = None
+    page_faults: Number | None = None  # of a step, without a disk: memory that the system hands out anew
     data_wait: Figure | None = None  # share of the time
     wait_seconds: Percentiles | None = None  # a batch
     cores_busy: Number | None = None

@@ -14,6 +14,7 @@ from fastssl.beton.inspection import printable
 from fastssl.profiling.result import RATE, figure, leg_of, limiting_leg, median, missing_legs, step_parts
 
 HEALTHY = 0.9  # of the accelerator's utilisation: below, training is worth speeding up outside the model
+MANY_PAGE_FAULTS = 5000  # of a step: a hundredth of a second
 WORTH_SAYING = 1.01  # times as fast: what a leg twice as fast must give to be named
 
 
@@ -111,6 +112,8 @@ def leg_rows(profile: dict) -> list[LegRow]:
 def details(profile: dict, name: str) -> list[str]:
     """What a leg says beside its rate."""
     leg, says = profile["legs"][name], []
+    if name == "storage" and (cached := profile["data"]["in_page_cache"]) is not None:
+        says.append(f"{percent(cached)} of the file in memory")
     if cold := leg.get("cold_bytes_per_second"):
         says.append(f"cold {si(cold['median'], 'B/s')}")
     if warm := leg.get("warm_bytes_per_second"):
@@ -134,6 +137,8 @@ def details(profile: dict, name: str) -> list[str]:
         says.append(f"{percent(leg['mfu'])} of the peak (MFU)")
     if leg.get("peak_memory_bytes"):
         says.append(f"{si(leg['peak_memory_bytes'], 'B')} of memory")
+    if leg.get("page_faults", 0) >= MANY_PAGE_FAULTS:
+        says.append(f"{leg['page_faults']:,.0f} page faults a step")
     if wait := leg.get("data_wait"):
         says.append(f"waits {percent(wait['median'])} of the time")
     if waits := leg.get("wait_seconds"):

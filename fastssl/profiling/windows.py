@@ -1,6 +1,7 @@
 """How a leg is timed: in windows, a window of each leg in turn, so that a machine whose speed drifts drifts for all."""
 
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ class Window(NamedTuple):
     images: int  # of this process
     seconds: float
     cpu_seconds: float  # of all threads of this process
+    page_faults: int  # in which the system only had to hand out memory
 
 
 @dataclass
@@ -46,10 +48,11 @@ class Leg:
         for _ in range(self.dropped):
             self.work()
         self._wait_for_device()
-        start, cpu_start = time.perf_counter(), time.process_time()
+        faults_before, start, cpu_start = page_faults(), time.perf_counter(), time.process_time()
         images = sum(self.work() for _ in range(self.repeats))
         self._wait_for_device()
-        self.windows.append(Window(images, time.perf_counter() - start, time.process_time() - cpu_start))
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        self.windows.append(Window(images, seconds, cpu_seconds, page_faults() - faults_before))
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
@@ -65,6 +68,10 @@ class Leg:
 
     def rates(self) -> dict:
         return {"images_per_second": self.images_per_second(), "cpu_seconds": self.cpu_seconds(), "missing": None}
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def figure_of(windows: list[float]) -> dict:
