@@ -17,6 +17,7 @@ from fastssl.beton import free_memory, read_header
 from fastssl.beton.progress import progress
 from fastssl.evaluation.features import writing
 from fastssl.evaluation.results import save_picture
+from fastssl.loading.decoding import Work
 from fastssl.loading.loader import cores_of_this_process
 from fastssl.recipe import Recipe, UserError
 from fastssl.training.distributed import from_first, is_first, joined_processes, world_size
@@ -35,8 +36,8 @@ from .device_legs import (
 )
 from .end_to_end import EndToEnd
 from .limits import Cost, Costs
-from .loader_legs import AHEAD, Decoding, Loading, Undecoded, endless, worker_counts
-from .machine import copy_peak, cores_busy_now, matmul_peak
+from .loader_legs import AHEAD, Decoding, Loading, Undecoded, endless, new_decoder, prepared_batches, worker_counts
+from .machine import copy_peak, cores_busy_now, measured_peak
 from .page import write_page
 from .peaks import find_device
 from .pictures import draw_profile
@@ -51,6 +52,7 @@ KEPT = 3  # batches of replay, on the device
 ROUNDS = (3, 5)  # least and most windows of each leg
 SECONDS = 40.0  # that rounds beyond the least may take
 SHORT_EPOCH = 20  # batches, below which the loader's start in every epoch counts
+NOISE = 0.02  # share of a leg that the difference of two legs does not resolve
 OTHERS = 0.1  # cores that others keep busy, from which on it is said
 DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
 
@@ -147,12 +149,14 @@ class Legs:
             return
         crops = loader.crops if loader.crop == "cpu" else 0
 
-        def decoding(workers: int, crops: int) -> Leg:
-            return Leg(stack.enter_context(closing(Decoding(loader, workers, crops))), device, WINDOW["short"])
+        def decoding(workers: int, crops: int, prepared: list[Work]) -> Leg:
+            work = stack.enter_context(closing(Decoding(new_decoder(loader, workers, crops), prepared)))
+            return Leg(work, device, WINDOW["short"], end=work.end)
 
-        self.decode = {workers: decoding(workers, 0) for workers in worker_counts(loader.workers, self.cores)}
+        plain = prepared_batches(loader, 0)
+        self.decode = {workers: decoding(workers, 0, plain) for workers in worker_counts(loader.workers, self.cores)}
         if crops:
-            self.with_crops = decoding(loader.workers, crops)
+            self.with_crops = decoding(loader.workers, crops, prepared_batches(loader, crops))
 
     def _add_device_legs(self) -> None:
         run, epoch, accumulate = self.run, self.epoch, self.recipe.train.accumulate
@@ -199,7 +203,7 @@ class Legs:
                     leg.measure()
                     advance()
 
-        self.peak, self.copy_peak = matmul_peak(self.device, self.run.precision), copy_peak(self.device)
+        self.peak, self.copy_peak = measured_peak(self.device, self.run.precision), copy_peak(self.device)
         self.busy, self.kernels, self.launch = {}, None, None
         if self.device.type == "cuda":
             self.busy["views"], self.kernels = busy_seconds(self.views.work, self.device)
@@ -262,9 +266,9 @@ class Legs:
         return results | {"loader": self.whole_loader.rates()}
 
     def _difference(self, longer: Leg, shorter: Leg) -> dict:
-        """The rates of what the first leg does beside the second; where noise hides it, next to nothing."""
+        """The rates of what the first leg does beside the second; of less than NOISE of it nothing is known."""
         pairs = list(zip(longer.windows, shorter.windows))
-        seconds = [max(1e-9, a.seconds / a.images - b.seconds / b.images) for a, b in pairs]
+        seconds = [max(NOISE * a.seconds / a.images, a.seconds / a.images - b.seconds / b.images) for a, b in pairs]
         cpu_seconds = [max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images) for a, b in pairs]
         return {
             "images_per_second": figure_of([world_size() / second for second in seconds]),
@@ -300,7 +304,7 @@ class Legs:
             known = find_device(torch.cuda.get_device_name(self.device))
             if known and known.peak(self.run.precision):
                 return known.peak(self.run.precision), f"{known.source}, dense {self.run.precision}"
-        return self.peak, "measured: a product of large square matrices"
+        return self.peak, "measured: a large matrix product or convolution"
 
     def _bytes_of_views(self) -> int:
         """That have to move at least for an image's views: the pixels in, the floats out."""
@@ -317,7 +321,6 @@ class Legs:
             "processes": world_size(),
             "peak_flops": peak,
             "peak_source": source,
-            "matmul_flops": self.peak,
         }
 
     def data(self) -> dict:

@@ -13,7 +13,7 @@ from fastssl.recipe import Recipe
 from fastssl.training.setup import training_loader
 
 AHEAD = UNDER_WAY + READY  # batches after which a loader that was just started has its usual pace
-PREPARED = 4  # batches that the decoding legs decode again and again: their bytes are in memory
+PREPARED = 512  # images that the decoding legs decode: fewer may be smaller or larger than the others
 
 
 def worker_counts(workers: int, cores: int) -> list[int]:
@@ -22,24 +22,34 @@ def worker_counts(workers: int, cores: int) -> list[int]:
     return sorted({*(count for count in powers if count <= cores), cores, workers})
 
 
-class Decoding:
-    """A leg's work: decode prepared batches, two at a time under way as in the loader."""
+def new_decoder(loader: BetonLoader, workers: int, crops: int, kind: type[ThreadDecoder] = ThreadDecoder):
+    return kind(loader.samples, loader.crop, loader.views, loader.seed, workers, loader._buffers, crops)
 
-    def __init__(self, loader: BetonLoader, workers: int, crops: int):
-        self.decoder = ThreadDecoder(
-            loader.samples, loader.crop, loader.views, loader.seed, workers, loader._buffers, crops
-        )
-        order = loader.rows[epoch_order(loader.order, loader.seed, 0, loader.samples.page_N[loader.rows])]
-        own = order[loader.rank * loader.batch_size :]
-        self.prepared = [
-            self.decoder.prepare(own.take(first + np.arange(loader.batch_size), mode="wrap"), 0)
-            for first in range(0, PREPARED * loader.batch_size * loader.world, loader.batch_size * loader.world)
-        ]
+
+def prepared_batches(loader: BetonLoader, crops: int) -> list[Work]:
+    """Batches of the first epoch for a decoder, decoded once, so that their bytes are in memory."""
+    order = loader.rows[epoch_order(loader.order, loader.seed, 0, loader.samples.page_N[loader.rows])]
+    own, batch = order[loader.rank * loader.batch_size :], loader.batch_size
+    decoder = new_decoder(loader, loader.workers, crops)
+    prepared = []
+    for number in range(max(UNDER_WAY, PREPARED // batch)):
+        rows = own.take(number * batch * loader.world + np.arange(batch), mode="wrap")
+        prepared.append(decoder.prepare(rows, 0))
+        decoder.finish(decoder.begin(prepared[-1]))
+    decoder.close()
+    return prepared
+
+
+class Decoding:
+    """A leg's work: decode prepared batches again and again, two at a time under way as in the loader."""
+
+    def __init__(self, decoder: ThreadDecoder, prepared: list[Work]):
+        self.decoder, self.prepared = decoder, prepared
         self.turn = 0
         self.under_way: list[UnderWay] = []
 
     def __call__(self) -> int:
-        work: Work = self.prepared[self.turn % PREPARED]
+        work = self.prepared[self.turn % len(self.prepared)]
         self.turn += 1
         work.counter[0] = 0
         self.under_way.append(self.decoder.begin(work))
@@ -47,9 +57,14 @@ class Decoding:
             self.decoder.finish(self.under_way.pop(0))
         return len(work.status_B)
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Other decoders take the same batches."""
         for decoding in self.under_way:
             self.decoder.finish(decoding)
+        self.under_way.clear()
+
+    def close(self) -> None:
+        self.end()
         self.decoder.close()
 
 
@@ -57,8 +72,7 @@ class Undecoded(BetonLoader):
     """A loader that does everything but decode: what is left is the hand-over."""
 
     def _decoder(self) -> ThreadDecoder:
-        arguments = self.samples, self.crop, self.views, self.seed, self.workers, self._buffers, self.crops
-        return _NoDecoder(*arguments)
+        return new_decoder(self, self.workers, self.crops, _NoDecoder)
 
 
 class _NoDecoder(ThreadDecoder):

@@ -30,6 +30,7 @@ class Leg:
     least: int = 1  # batches of a window
     dropped: int = 1  # batches at the start of each window that do not count
     begin: Callable[[], None] = lambda: None  # what comes before them
+    end: Callable[[], None] = lambda: None  # what comes behind the window
     repeats: int = 0
     windows: list[Window] = field(default_factory=list)
 
@@ -41,6 +42,7 @@ class Leg:
         self.work()
         self._wait_for_device()
         took = time.perf_counter() - start
+        self.end()
         self.repeats = from_first(lambda: max(self.least, math.ceil(self.seconds / took)))
 
     def measure(self) -> None:
@@ -53,6 +55,7 @@ class Leg:
         self._wait_for_device()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         self.windows.append(Window(images, seconds, cpu_seconds, page_faults() - faults_before))
+        self.end()
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
