@@ -130,7 +130,7 @@ def _draw_scaling(axes: "Axes", profile: dict) -> None:
 
 def _draw_legs(axes: "Axes", profile: dict) -> None:
     """What each leg could carry alone."""
-    axes.set_title("What each leg could carry alone", fontsize=12)
+    axes.set_title("Roofline: what each leg could carry alone", fontsize=12)
     axes.set_xlabel("images/s")
     rates = {leg: rate for leg in profile["legs"] if leg != "end_to_end" and (rate := median(profile, leg))}
     if not rates:

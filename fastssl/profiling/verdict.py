@@ -25,6 +25,9 @@ NAMES = {  # of a leg, within a sentence
     "communication": "the exchange of gradients",
 }
 HEADS = {"cpu_augment": "CPU-augment-bound"}  # others: the leg's own name
+BUILD_CANVAS = "build-beton --canvas"
+ALL_BUSY = 0.95  # share of the slowest line that the cores' line has when they are what is short
+WORTH_SAYING = 0.05  # share of the cores' time
 FROM_DATA = ("storage", "decode", "cpu_augment", "copy")
 PHASES = {"kl": "the KL term", "forward": "the forward pass", "backward": "the backward pass", "draws": "the draws"}
 
@@ -60,18 +63,27 @@ def sentence(costs: Costs, facts: Facts) -> str:
 
 def what_waits(cause: str, costs: Costs, facts: Facts) -> str:
     """How much there is to gain."""
-    rate = costs.images_per_second() / costs.processes
-    device = costs.lines()["device"]
+    rate, lines = costs.images_per_second() / costs.processes, costs.lines()
+    device = lines["device"]
+    if lines["cores"] > ALL_BUSY * max(lines.values()) and cause not in FROM_DATA:
+        return what_cores_do(costs)
     if cause in FROM_DATA:
         return f"the step could take {1 / (device * rate):.1f}x more images" if device else "the step takes nothing"
     if cause == "compute":
         share = costs.legs["compute"].seconds * rate
-        doubled = costs.faster(cause, 2).images_per_second() / costs.images_per_second()
-        return f"the step works {min(1, share):.0%} of the time, and one of half its cost would give {doubled:.1f}x"
+        return f"the step works {min(1, share):.0%} of the time, and half of it would give {gain(cause, costs):.1f}x"
     if cause == "launch":
         return f"the GPU idles {1 - device * rate:.0%} of the time between kernels that the main thread is late with"
     alone = costs.faster(cause, INFINITE).images_per_second() / costs.images_per_second()
     return f"without {NAMES[cause]} training would be {alone:.1f}x as fast"
+
+
+def what_cores_do(costs: Costs) -> str:
+    """Of cores that all legs share, each one's part."""
+    total = sum(cost.cpu_seconds for cost in costs.legs.values())
+    shares = sorted(((cost.cpu_seconds / total, leg) for leg, cost in costs.legs.items()), reverse=True)
+    parts = [f"{share:.0%} for {NAMES[leg]}" for share, leg in shares if share >= WORTH_SAYING]
+    return f"the cores work all of the time ({', '.join(parts)})"
 
 
 def mends(cause: str, costs: Costs, facts: Facts) -> str:
@@ -93,14 +105,15 @@ def mends(cause: str, costs: Costs, facts: Facts) -> str:
         return " or ".join([*options, "a larger train.batch_size"]) + " would lift it"
     if cause == "communication":
         return "train.compress_gradients=true or a larger train.batch_size would lift it"
-    return compute_mends(facts)
+    return compute_mends(costs, facts)
 
 
-def compute_mends(facts: Facts) -> str:
+def compute_mends(costs: Costs, facts: Facts) -> str:
     largest = max(facts.phases, key=facts.phases.get) if facts.phases else None
-    where = f"{facts.phases[largest] / sum(facts.phases.values()):.0%} of it is {phase(largest)}" if largest else ""
     if not facts.on_gpu:
         mend = "a GPU would lift it"
+        if "decode" in costs.legs and facts.layout == "full" and gain("decode", costs) > 1.05:
+            mend = f"a canvas file in place of the full one ({BUILD_CANVAS}) or {mend}"
     elif facts.precision in ("fp32", "tf32"):
         mend = "train.precision=bf16 would lift it"
     elif not facts.compiled:
@@ -109,7 +122,10 @@ def compute_mends(facts: Facts) -> str:
         mend = "fewer embedding.samples or a narrower model.projector would lift it"
     else:
         mend = "a smaller views.size or backbone, or more GPUs, would lift it"
-    return ", ".join(part for part in (where, mend) if part)
+    if largest is None:
+        return mend
+    share = facts.phases[largest] / sum(facts.phases.values())
+    return f"{share:.0%} of the step is {phase(largest)}; {mend}"
 
 
 def decoding_mends(cause: str, costs: Costs, facts: Facts) -> str:
@@ -126,10 +142,15 @@ def decoding_mends(cause: str, costs: Costs, facts: Facts) -> str:
         more = costs.processes * (max(cores, workers) - costs.cores)
         options.append(f"{more} more core{'s' if more > 1 else ''}")
     if facts.layout == "full":
-        options.append("a canvas file in place of the full one (build-beton --canvas)")
+        options.append(f"a canvas file in place of the full one ({BUILD_CANVAS})")
     else:
         options.append("a smaller --canvas")
     return " or ".join(options) + " would lift it"
+
+
+def gain(leg: str, costs: Costs) -> float:
+    """Times as fast, if that leg were twice as fast."""
+    return costs.faster(leg, 2).images_per_second() / costs.images_per_second()
 
 
 def name(leg: str, facts: Facts) -> str:
