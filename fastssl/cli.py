@@ -176,8 +176,8 @@ def profile(
     from fastssl import profiling
 
     if compare:
-        if recipe:
-            raise UserError("--compare reads two profiles and measures nothing: leave out the recipe.")
+        if recipe or json or plan is not None or fail_under:
+            raise UserError("--compare reads two profiles and measures nothing: leave out recipe and other options.")
         a, b = map(profiling.read_profile, compare)
         _console().print(profiling.compare_table(str(compare[0]), str(compare[1]), a, b))
         return
@@ -185,8 +185,11 @@ def profile(
         raise UserError("profile needs a recipe, or --compare A.json B.json.")
     settings = load_recipe(recipe, overrides or [])
     path = json or profiling.place_of(settings, find_recipe(Path(recipe)))
-    machine = profiling.read_plan(plan) if plan else None
-    profiling.read_thresholds(fail_under or [])  # whatever is wrong with them is said before the minute
+    # What is wrong with the options is said before the minute.
+    profiling.read_thresholds(fail_under or [])
+    machine = None if plan is None else profiling.read_plan(plan)
+    if machine:
+        profiling.require_equal_shares(machine, settings.train.batch_size, settings.train.accumulate)
     measured = profiling.profile(settings, overrides or [], profiling.trace_beside(path))
     if measured is None:  # another process shows it
         return

@@ -19,12 +19,13 @@ from fastssl import cli
 from fastssl.beton import build_beton, read_header
 from fastssl.loading import BetonLoader, kernels
 from fastssl.loading.samples import Samples
-from fastssl.profiling import command, device_legs, profile
+from fastssl.profiling import command, device_legs, loader_legs, machine, profile
+from fastssl.profiling.end_to_end import Training
 from fastssl.profiling.limits import Cost, Costs
 from fastssl.profiling.loader_legs import worker_counts
 from fastssl.profiling.result import read_profile
 from fastssl.profiling.storage import Storage, share_in_page_cache
-from fastssl.profiling.trace import STEPS
+from fastssl.profiling.trace import STEPS, write_trace
 from fastssl.profiling.verdict import Facts, sentence
 from fastssl.recipe import load_recipe
 from fastssl.training import train
@@ -50,6 +51,9 @@ def photos_640(photos, tmp_path_factory):
 def short_windows(monkeypatch):
     monkeypatch.setattr(command, "WINDOW", {"short": 0.1, "step": 0.2, "end_to_end": 0.4})
     monkeypatch.setattr(command, "ROUNDS", (3, 3))
+    monkeypatch.setattr(loader_legs, "PREPARED", 16)
+    monkeypatch.setattr(machine, "TRIALS", 1)
+    monkeypatch.setattr(machine, "LOOK", 0.05)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,7 +105,7 @@ def test_the_verdict_finds_the_part_that_was_made_twice_as_slow(photos_640, monk
     part takes twice as long. What the profile says a repair would give is what the run without the damage gives."""
     recipe = recipe_of(photos_640)
     step = seconds_of_a_step(recipe)
-    unit = max(0.040, 2 * step)
+    unit = max(0.050, 3 * step)  # mostly sleep, whose length is known
     base = dict(decode=0.75 * unit, copy=0.75 * unit, views=unit / 2, compute=unit / 2 - step)
     with monkeypatch.context() as patch:
         slowed(patch, base)
@@ -119,6 +123,8 @@ def test_the_verdict_finds_the_part_that_was_made_twice_as_slow(photos_640, monk
 
 def test_lines_add_on_one_resource_and_overlap_on_others():
     costs = Costs({"decode": Cost(3, 4), "cpu_augment": Cost(2, 2), "copy": Cost(1, 1), "views": Cost(2, 0)}, cores=2)
+    # Threads wait for the disk themselves.
+    assert Costs({**costs.legs, "storage": Cost(6, 0)}, cores=2).lines()["threads"] == 11
     assert costs.lines() == {"disk": 0, "threads": 5, "reader": 1, "device": 2, "host": 0, "cores": 3.5}
     assert costs.images_per_second() == 1 / 5 and costs.cause() == "decode" and not costs.is_balanced()
     assert costs.faster("decode", 3).images_per_second() == 1 / 3
@@ -131,7 +137,7 @@ def test_lines_add_on_one_resource_and_overlap_on_others():
     assert Costs({"decode": Cost(1.05, 0), "compute": Cost(1, 0)}, cores=2).is_balanced()
 
 
-FACTS = Facts(workers=2, batch_size=256, layout="full", on_gpu=True, compiled=True, precision="bf16")
+FACTS = Facts(workers=2, layout="full", on_gpu=True, compiled=True, precision="bf16")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +156,11 @@ FACTS = Facts(workers=2, batch_size=256, layout="full", on_gpu=True, compiled=Tr
         ({"launch": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "Launch-bound: the GPU idles 50% of the time"),
         ({"communication": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "train.compress_gradients=true or a larger"),
         ({"compute": Cost(2e-3), "decode": Cost(1e-3)}, FACTS, "Compute-bound: the step works 100% of the time"),
+        ({"compute": Cost(2e-3)}, FACTS, "nothing else is known to limit it."),
+        (
+            {"compute": Cost(2e-3, 4e-3), "decode": Cost(1e-3, 2e-3)}, Facts(workers=2, layout="full"),
+            "the cores work all of the time (67% for the step, 33% for decoding); a canvas file in place of",
+        ),
         ({"compute": Cost(2e-3), "decode": Cost(1.9e-3)}, FACTS, "Balanced: the step comes first at 500 images/s"),
     ],
 )
@@ -210,16 +221,16 @@ def test_the_phases_make_up_the_step(canvas, keys, phases):
     batch = next(iter(run.state.loader))
     views = run.views(batch, 0)
     timed = device_legs.Phases(run, batch, views)
-    for _ in range(4):
+    fixed, steps = device_legs.with_fixed_views(run, views), []
+    for _ in range(5):
         timed.measure()
+        start = time.perf_counter()
+        device_legs.take_step(fixed, [batch], 0)
+        steps.append((time.perf_counter() - start) / 16)
     figures = timed.figures()
-    assert set(figures) == phases and all(figure["low"] >= 0 for figure in figures.values())
-    fixed = device_legs.with_fixed_views(run, views)
-    start = time.perf_counter()
-    device_legs.take_step(fixed, [batch], 0)
-    step = (time.perf_counter() - start) / 16
+    assert set(figures) == phases
     # Steps of some milliseconds on a machine that does other things: the sum is in the region of the whole.
-    assert 0.3 * step < sum(figure["median"] for figure in figures.values()) < 3 * step
+    assert 0.3 * min(steps) < sum(figure["low"] for figure in figures.values()) < 2 * min(steps)
 
 
 def test_draws_cost_what_was_made_slow_of_them(canvas, monkeypatch):
@@ -230,8 +241,9 @@ def test_draws_cost_what_was_made_slow_of_them(canvas, monkeypatch):
     draw = DiagonalGaussian.rsample
     monkeypatch.setattr(DiagonalGaussian, "rsample", lambda *arguments: time.sleep(0.05) or draw(*arguments))
     timed = device_legs.Phases(run, batch, run.views(batch, 0))
-    timed.measure()
-    assert timed.figures()["draws"]["median"] * 16 == pytest.approx(0.1, rel=0.5)  # one draw a view
+    for _ in range(3):
+        timed.measure()
+    assert timed.figures()["draws"]["low"] * 16 == pytest.approx(0.1, rel=0.5)  # one draw a view
 
 
 def test_worker_counts_end_with_the_cores():
@@ -255,21 +267,27 @@ def test_storage_reads_what_it_has_evicted(photos_640, tmp_path):
     assert share_in_page_cache(storage.samples.file) > 0.9  # read back
 
 
-def test_full_files_decode_and_crop_on_the_cpu(full, tmp_path):
-    measured = profile(recipe_of(full), trace=tmp_path / "x.trace.json.gz")
+def test_full_files_decode_and_crop_on_the_cpu(full):
+    measured = profile(recipe_of(full))
     legs = measured["legs"]
     assert legs["cpu_augment"]["images_per_second"]["median"] > 0 and set(legs["decode"]["workers"]) >= {"1", "2"}
     assert "One process" in legs["communication"]["missing"] and "No GPU" in legs["launch"]["missing"]
-    assert any("An epoch has 12 batches only" in remark for remark in measured["remarks"])
+    assert any("Batches of an epoch: 12 only" in remark for remark in measured["remarks"])
     assert 0 < measured["verdict"]["accelerator_utilisation"] <= 1
-    assert measured["verdict"]["cause"] == "compute"
+    assert measured["trace"] is None
 
+
+def test_the_timeline_has_every_thread_and_torch_s_operations(photos_640, tmp_path):
+    run, _ = prepare(recipe_of(photos_640), torch.device("cpu"), None)
+    training = Training(run, 0)
+    write_trace(tmp_path / "x.trace.json.gz", training, run.device)
+    training.close()
     trace = json.loads(gzip.decompress((tmp_path / "x.trace.json.gz").read_bytes()))["traceEvents"]
     threads = {e["tid"]: e["args"]["name"] for e in trace if e.get("pid") == 0 and e["name"] == "thread_name"}
     ours = [event for event in trace if event.get("cat") == "fastssl"]
     of_thread = {name: {e["name"] for e in ours if e["tid"] == tid} for tid, name in threads.items()}
     assert {"views", "forward", "backward", "optimiser", "wait for data"} <= of_thread["MainThread"]
-    assert {"start", "copy"} & of_thread["fastssl-reader"]  # at an epoch's end it is ahead of the steps
+    assert {"start", "copy"} <= of_thread["fastssl-reader"]
     assert any(name.startswith("fastssl-decode") and "decode" in stretches for name, stretches in of_thread.items())
     # One timeline: torch's convolutions lie within our forward and backward passes.
     passes = [(e["ts"], e["ts"] + e["dur"]) for e in ours if e["name"] == "forward"]
@@ -283,7 +301,7 @@ def test_resident_images_have_no_loader_to_measure(canvas):
     measured = profile(recipe_of(canvas, "data.resident=true"))
     for leg in ("storage", "decode", "cpu_augment", "copy", "loader"):
         assert "stay on the device" in measured["legs"][leg]["missing"]
-    assert measured["verdict"]["cause"] == "compute"
+    assert measured["verdict"]["cause"] in ("compute", "views")
 
 
 @pytest.fixture
@@ -307,7 +325,8 @@ def test_the_command_writes_all_files_and_fails_below_a_threshold(fastssl, canva
     options = ["--plan", "2xA100, 16 cores, nvme", "--fail-under", "images_per_second=1e9"]
     code, out, err = fastssl("profile", "small.yaml", *options)
     assert code == 1 and "images_per_second is" in err and "below" in err
-    assert "Compute-bound" in out and "PREDICTION" in out
+    assert read_profile(tmp_path / "profiles/small.json")["verdict"]["sentence"].split(":")[0] in out
+    assert "PREDICTION" in out
     for suffix in ("json", "png", "html", "trace.json.gz"):
         assert (tmp_path / f"profiles/small.{suffix}").stat().st_size > 1000
     assert not (tmp_path / "runs").exists()  # `fastssl train` would take another name
@@ -326,7 +345,7 @@ def test_the_command_writes_all_files_and_fails_below_a_threshold(fastssl, canva
         (["recipes/barlow.yaml", "--json", "x.txt"], "ends in .json"),
         (["recipes/barlow.yaml", "--json", "/proc/x/y.json"], "/proc/x"),
         (["recipes/barlow.yaml"], "build-beton imagenet"),
-        (["recipes/barlow.yaml", "--compare", "a.json", "b.json"], "leave out the recipe"),
+        (["recipes/barlow.yaml", "--compare", "a.json", "b.json"], "leave out recipe and other options"),
         (["--compare", "a.json", "b.json"], "No profile at a.json"),
     ],
 )

@@ -10,11 +10,11 @@
 
 from .command import place_of, profile, trace_beside, write_all
 from .compare import compare_table
-from .plan import plan, plan_table, read_plan
+from .plan import plan, plan_table, read_plan, require_equal_shares
 from .result import check_thresholds, read_profile, read_thresholds
 from .tables import profile_table
 
 __all__ = [
     "check_thresholds", "compare_table", "place_of", "plan", "plan_table", "profile", "profile_table", "read_plan",
-    "read_profile", "read_thresholds", "trace_beside", "write_all",
+    "read_profile", "read_thresholds", "require_equal_shares", "trace_beside", "write_all",
 ]  # fmt: skip

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from fastssl.beton import free_memory, read_header
+from fastssl.beton.atomic import write_atomically
 from fastssl.beton.progress import progress
-from fastssl.evaluation.features import writing
 from fastssl.evaluation.results import save_picture
 from fastssl.loading.decoding import Work
 from fastssl.loading.loader import cores_of_this_process
 from fastssl.recipe import Recipe, UserError
 from fastssl.training.distributed import from_first, is_first, joined_processes, world_size
+from fastssl.training.optim import skips_on_device
 from fastssl.training.run_dir import describe_machine
 from fastssl.training.schedule import image_size
 from fastssl.training.setup import Run, choose_device, prepare
@@ -29,10 +30,9 @@ from .device_legs import (
     Phases,
     busy_seconds,
     count_flops,
-    launch_seconds,
+    launch_windows,
     take_step,
     with_fixed_views,
-    without_exchange,
 )
 from .end_to_end import EndToEnd
 from .limits import Cost, Costs
@@ -44,14 +44,16 @@ from .pictures import draw_profile
 from .result import SCHEMA, write_profile
 from .storage import Storage
 from .trace import write_trace
-from .verdict import Facts, verdict
-from .windows import Leg, figure_of, missing
+from .verdict import Facts, cuda_graphs_of, verdict
+from .windows import Leg, figure_of, missing, rates_of
 
 WINDOW = {"short": 0.3, "step": 1.0, "end_to_end": 1.5}  # seconds of one, by the kind of leg
 KEPT = 3  # batches of replay, on the device
 ROUNDS = (3, 5)  # least and most windows of each leg
 SECONDS = 40.0  # that rounds beyond the least may take
 SHORT_EPOCH = 20  # batches, below which the loader's start in every epoch counts
+NEVER_IDLE = 0.9  # share of the time from which on a GPU's kernels leave no gaps to launching
+OTHER_EPOCH = 1  # whose order the loader's own legs follow: what end_to_end reads they have not just read
 NOISE = 0.02  # share of a leg that the difference of two legs does not resolve
 OTHERS = 0.1  # cores that others keep busy, from which on it is said
 DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
@@ -89,32 +91,35 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
         }
         result["remarks"] = [*remarks, *remarks_on(result, others)]
         result["seconds"] = time.perf_counter() - began
-    return result if is_first() else None
+        return result if is_first() else None
 
 
 def place_of(recipe: Recipe, file: Path) -> Path:
     """Where a recipe's profile goes: into the run directory whose recipe.yaml `file` is, else profiles/NAME.json."""
     if file.name == "recipe.yaml" and (file.parent / "checkpoints").is_dir():
         return file.parent / "profile.json"
-    return Path("profiles") / f"{recipe.name}.json"
+    return Path("profiles") / f"{recipe.name.replace('/', '_')}.json"
 
 
 def trace_beside(path: Path) -> Path:
     """The trace's file beside the profile's. Raises UserError before anything is measured where neither can be."""
-    if path.suffix != ".json":
-        raise UserError(f"--json {path}: give a name that ends in .json; pictures and trace go beside it.")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent} cannot be written to: name another place with --json.")
-    return path.with_suffix(".trace.json.gz")
+    if path.suffix != ".json" or path.is_dir():
+        raise UserError(f"--json {path}: give a file's name that ends in .json; pictures and trace go beside it.")
+    trace = path.with_suffix(".trace.json.gz")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        write_atomically(there / f"{trace.name}.try", lambda beside: beside.touch())
+        (there / f"{trace.name}.try").unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another with --json.") from None
+    return trace
 
 
 def write_all(path: Path, profile: dict) -> None:
-    """profile.json, and beside it the picture and the page."""
-    write_profile(path, profile)
+    """Picture and page, and behind them profile.json."""
     save_picture(path.with_suffix(".png"), draw_profile(profile))
     write_page(path.with_suffix(".html"), profile)
+    write_profile(path, profile)
 
 
 class Legs:
@@ -140,13 +145,13 @@ class Legs:
         self.storage = Storage(loader.samples, loader.rows, loader.workers)
         for _ in range(ROUNDS[0]):
             self.storage.measure()
-        whole = stack.enter_context(closing(Loading(self.recipe, device)))
-        undecoded = stack.enter_context(closing(Loading(self.recipe, device, Undecoded)))
+        whole = stack.enter_context(closing(Loading(self.recipe, device, OTHER_EPOCH)))
+        undecoded = stack.enter_context(closing(Loading(self.recipe, device, OTHER_EPOCH, Undecoded)))
         ahead = dict(seconds=WINDOW["short"], dropped=AHEAD, least=AHEAD)
-        self.whole_loader = Leg(whole, device, **ahead, begin=whole.begin)
-        self.copy = Leg(undecoded, device, **ahead, begin=undecoded.begin)
+        self.whole_loader = Leg(whole, device, **ahead, begin=whole.begin, end=whole.close)
         if loader.decode == "gpu":
             return
+        self.copy = Leg(undecoded, device, **ahead, begin=undecoded.begin, end=undecoded.close)
         crops = loader.crops if loader.crop == "cpu" else 0
 
         def decoding(workers: int, crops: int, prepared: list[Work]) -> Leg:
@@ -154,7 +159,8 @@ class Legs:
             return Leg(work, device, WINDOW["short"], end=work.end)
 
         plain = prepared_batches(loader, 0)
-        self.decode = {workers: decoding(workers, 0, plain) for workers in worker_counts(loader.workers, self.cores)}
+        counts = from_first(lambda: worker_counts(loader.workers, self.cores))  # other hosts may have other cores
+        self.decode = {workers: decoding(workers, 0, plain) for workers in counts}
         if crops:
             self.with_crops = decoding(loader.workers, crops, prepared_batches(loader, crops))
 
@@ -170,7 +176,7 @@ class Legs:
             return len(batch.index)
 
         def step_apart() -> int:
-            with without_exchange(run)():
+            with run.no_sync():
                 return take_step(fixed, groups[0], epoch)
 
         self.views = Leg(make_views, self.device, WINDOW["short"])
@@ -191,6 +197,8 @@ class Legs:
                 advance()
             self.phases.measure()
             self.phases.windows.clear()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         least, most = ROUNDS
         with shown_progress("measuring", most * len(turns), "windows") as advance:
             began = time.perf_counter()
@@ -203,13 +211,17 @@ class Legs:
                     leg.measure()
                     advance()
 
+        self.peak_memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self.device.type == "cuda":
+            self.peak_memory = torch.cuda.max_memory_allocated(self.device)
         self.peak, self.copy_peak = measured_peak(self.device, self.run.precision), copy_peak(self.device)
         self.busy, self.kernels, self.launch = {}, None, None
         if self.device.type == "cuda":
             self.busy["views"], self.kernels = busy_seconds(self.views.work, self.device)
             self.busy["compute"], _ = busy_seconds((self.apart or self.step).work, self.device)
             self.busy = {leg: seconds for leg, seconds in self.busy.items() if seconds}  # none: kernels are not shown
-            self.launch = launch_seconds(self.replay.work, self.device)
+            if skips_on_device(self.run.state.optimizer):  # else the launching thread waits for the GPU in each step
+                self.launch = launch_windows(self.replay.work, self.device)
 
     def results(self) -> dict[str, dict]:
         """The profile's section `legs`."""
@@ -223,13 +235,10 @@ class Legs:
         results["communication"] = missing("One process: no gradients are exchanged.")
         if self.apart:
             results["communication"] = self._difference(self.step, self.apart)
-        results["launch"] = missing("No GPU: nothing is launched.")
+        waits = f"optim.name={self.recipe.optim.name} waits for the GPU in each step: launching cannot be timed."
+        results["launch"] = missing(waits if self.device.type == "cuda" else "No GPU: nothing is launched.")
         if self.launch:
-            seconds, cpu_seconds = self.launch
-            results["launch"] = {
-                "images_per_second": figure_of([world_size() / seconds]), "cpu_seconds": figure_of([cpu_seconds]),
-                "missing": None,
-            }  # fmt: skip
+            results["launch"] = rates_of(self.launch)
         results["replay"] = self.replay.rates()
         results["end_to_end"] = self.end_to_end.result()
         return results
@@ -256,13 +265,15 @@ class Legs:
             results["cpu_augment"] = missing("Crops are made on the device.")
         if self.with_crops:
             results["cpu_augment"] = self._difference(self.with_crops, self.decode[self.loader.workers])
-        rates = self.copy.rates()
-        copied = figure_of([rate * self.loader.image_bytes for rate in rates["images_per_second"]["windows"]])
-        results["copy"] = {
-            **rates,
-            "bytes_per_second": copied if self.device.type == "cuda" else None,  # on a CPU pointers change hands
-            "peak_bytes_per_second": self.copy_peak,
-        }
+        results["copy"] = missing("The GPU decodes (data.decode=gpu): what is copied are the JPEGs.")
+        if self.copy:
+            rates, image_bytes = self.copy.rates(), self.loader.image_bytes
+            copied = [rate * image_bytes / world_size() for rate in rates["images_per_second"]["windows"]]
+            results["copy"] = {
+                **rates,
+                "bytes_per_second": figure_of(copied) if self.copy_peak else None,  # on a CPU pointers change hands
+                "peak_bytes_per_second": self.copy_peak,
+            }
         return results | {"loader": self.whole_loader.rates()}
 
     def _difference(self, longer: Leg, shorter: Leg) -> dict:
@@ -278,7 +289,7 @@ class Legs:
 
     def _step_result(self) -> dict:
         rates = self.step.rates()
-        flops_per_second = self.flops * rates["images_per_second"]["median"]
+        flops_per_second = self.flops * rates["images_per_second"]["median"] / world_size()  # of one device
         one_graph = "Compiled: the forward pass is one graph, draws, objective and KL included."
         peak, _ = self._peak()
         return {
@@ -289,14 +300,9 @@ class Legs:
             "flops": self.flops,
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / peak,
-            "peak_memory_bytes": self._peak_memory(),
+            "peak_memory_bytes": self.peak_memory,
             "page_faults": statistics.median(window.page_faults / self.step.repeats for window in self.step.windows),
         }
-
-    def _peak_memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def _peak(self) -> tuple[float, str]:
         """FLOP/s that the device could reach, and where that comes from."""
@@ -368,6 +374,9 @@ class Legs:
         if self.storage and self.storage.cold and self.storage.cached_before is not None:
             cold = figure_of(self.storage.seconds_an_image)["median"]
             costs["storage"] = Cost(cold * (1 - self.storage.cached_before))
+        of_replay = world_size() / results["replay"]["images_per_second"]["median"]
+        if sum(self.busy.values()) > NEVER_IDLE * of_replay:  # a full queue lets the launching thread wait
+            costs.pop("launch", None)
         for leg, seconds in self.busy.items():  # of a GPU: what its kernels take, whatever the main thread is late with
             costs[leg] = Cost(seconds)
         return Costs(costs, self.cores, self.loader.decodes_in_reader, world_size())
@@ -376,11 +385,10 @@ class Legs:
         phases = {name: of["median"] for name, of in self.phases.figures().items()}
         return Facts(
             workers=self.loader.workers,
-            batch_size=self.recipe.train.batch_size,
             layout=read_header(self.loader.path).layout,
             on_gpu=self.device.type == "cuda",
             compiled=self.run.compiled,
-            cuda_graphs=self.recipe.train.cuda_graphs,
+            cuda_graphs=cuda_graphs_of(self.recipe),
             precision=self.run.precision,
             fits_into_memory=self.data()["fits_into_memory"],
             phases=phases,
@@ -391,14 +399,17 @@ class Legs:
         costs = self.costs()
         pace, ceiling = self.end_to_end.leg.images_per_second(), self.replay.images_per_second()
         measured, predicted = pace["median"], costs.images_per_second()
+        judged, error = verdict(costs, self.facts(), pace["windows"], ceiling["windows"]), predicted / measured - 1
+        if abs(error) > DISAGREEMENT:
+            judged["sentence"] += f" (Doubtful: the legs predict {error:+.0%} of what was measured.)"
         return {
             "limits": {
                 "lines": {line: seconds / world_size() for line, seconds in costs.lines().items()},
                 "predicted_images_per_second": predicted,
                 "measured_images_per_second": measured,
-                "error": predicted / measured - 1,
+                "error": error,
             },
-            "verdict": verdict(costs, self.facts(), pace["windows"], ceiling["windows"]),
+            "verdict": judged,
         }
 
 
@@ -412,7 +423,7 @@ def remarks_on(result: dict, others: float) -> list[str]:
     remarks, limits, data = [], result["limits"], result["data"]
     if data["batches_per_epoch"] < SHORT_EPOCH and not data["resident"]:
         remarks.append(
-            f"An epoch has {data['batches_per_epoch']} batches only, and the loader starts anew in each: of a larger "
+            f"Batches of an epoch: {data['batches_per_epoch']} only, and the loader starts anew in each: of a larger "
             "data set less time would go to waiting."
         )
     if abs(limits["error"]) > DISAGREEMENT:

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.beton.inspection import printable
-from fastssl.profiling.result import RATE, figure, limiting_leg, why_missing
-from fastssl.profiling.tables import percent, si, significant
+
+from .result import RATE, figure, limiting_leg, why_missing
+from .tables import percent, si, significant
 
 LEAST_DIFFERENCE = 0.02  # of the medians, relative to a's
 SECTIONS = ("environment", "machine", "run", "data", "recipe")  # of a profile: what a difference may come from
@@ -118,7 +119,8 @@ def _flatten(value: object, key: str) -> dict[str, str]:
 
 def compare_table(a_name: str, b_name: str, a: dict, b: dict) -> Group:
     """What differs, then the rates of both, with what changed beyond noise."""
-    parts = [Text(f"A  {printable(a_name)}, {a['made']}"), Text(f"B  {printable(b_name)}, {b['made']}"), Text()]
+    parts = [Text(f"A  {printable(a_name)}, {printable(a['made'])}")]
+    parts += [Text(f"B  {printable(b_name)}, {printable(b['made'])}"), Text()]
     parts += [_differences_table(differences(a, b)), Text(_verdicts(a, b), style="bold")]
     changes = compare(a, b)
     table = Table("", box=box.SIMPLE, pad_edge=False, caption=_caption(changes), caption_justify="left")

@@ -3,9 +3,10 @@
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.loading import Batch
 from fastssl.models import View
 from fastssl.objectives.total import in_chunks, objective_terms
-from fastssl.training.distributed import world_size
-from fastssl.training.loop import optimise, train_step
+from fastssl.training.loop import network_inputs, optimise, train_step
 from fastssl.training.setup import Network, Run
 
-from .windows import figure_of
+from .windows import Window, figure_of, wait_for
+
+Made = TypeVar("Made")
 
 
 def take_step(run: Run, batches: list[Batch], epoch: int) -> int:
@@ -26,6 +28,10 @@ def take_step(run: Run, batches: list[Batch], epoch: int) -> int:
     run.state.step = 0  # the schedule of a short recipe would come to its end
     train_step(run, batches, epoch, run.schedule.rate(0))
     return sum(len(batch.index) for batch in batches)
+
+
+def first_step(run: Run) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=run.device)
 
 
 def with_fixed_views(run: Run, views: tuple[Tensor, ...]) -> Run:
@@ -43,17 +49,13 @@ class Phases:
 
     def __init__(self, run: Run, batch: Batch, views: tuple[Tensor, ...]):
         self.run, self.batch = run, batch
-        labels = [batch.label] if run.recipe.objective.name == "supervised" else []
-        self.step = torch.zeros((), dtype=torch.int64, device=run.device)
-        self.inputs = *views, *labels, batch.index, self.step
-        self.views = views
+        self.inputs = network_inputs(run.recipe, batch, views, first_step(run))
         self.network = plain_network(run)
         self.windows: dict[str, list[float]] = {}
 
     def measure(self) -> None:
         run, model, seconds = self.run, self.run.state.model, {}
-        self._add(seconds, "forward", lambda: run.network(*self.inputs))
-        terms, _ = self.last
+        terms, _ = self._add(seconds, "forward", lambda: run.network(*self.inputs))
         self._add(seconds, "backward", lambda: run.state.scaler.scale(terms["loss"]).backward())
         self._add(seconds, "optimiser", partial(optimise, run, terms))
         if not run.compiled:
@@ -71,9 +73,8 @@ class Phases:
         """Seconds of what the forward pass does beside encoder and projector."""
         recipe, parts, of_loss = self.run.recipe, {}, {}
         with torch.autocast(**self.network.autocast), self._timed_modules(model) as in_modules:
-            self._add(parts, "draws", lambda: model(*self.inputs))
-        made: tuple[View, ...] = self.last
-        self._add(of_loss, "all", lambda: self.network.loss_terms(*made, model.priors, self.step))
+            made: tuple[View, ...] = self._add(parts, "draws", lambda: model(*self.inputs))
+        self._add(of_loss, "all", lambda: self.network.loss_terms(*made, model.priors, self.inputs[-1]))
         if recipe.embedding.stochastic == "none":
             return {"objective": of_loss["all"]}
         parts["draws"] -= sum(in_modules)
@@ -104,12 +105,13 @@ class Phases:
             for hook in hooks:
                 hook.remove()
 
-    def _add(self, seconds: dict[str, float], name: str, work: Callable[[], object]) -> None:
+    def _add(self, seconds: dict[str, float], name: str, work: Callable[[], Made]) -> Made:
         wait_for(self.run.device)
         start = time.perf_counter()
-        self.last = work()
+        made = work()
         wait_for(self.run.device)
         seconds[name] = time.perf_counter() - start
+        return made
 
 
 def plain_network(run: Run) -> Network:
@@ -123,17 +125,11 @@ def count_flops(run: Run, batch: Batch, views: tuple[Tensor, ...]) -> float:
     and matrix products, as torch counts them; operations on single values are left out, as MFU's definition does
     (arXiv 2204.02311, appendix B)."""
     network = copy.deepcopy(plain_network(run))  # its hooks, statistics and gradients stay out of this
-    labels = [batch.label] if run.recipe.objective.name == "supervised" else []
-    step = torch.zeros((), dtype=torch.int64, device=run.device)
+    inputs = network_inputs(run.recipe, batch, views, first_step(run))
     with FlopCounterMode(display=False) as counter:
-        terms, _ = network(*views, *labels, batch.index, step)
+        terms, _ = network(*inputs)
         terms["loss"].backward()
     return counter.get_total_flops() / len(batch.index)
-
-
-def without_exchange(run: Run) -> Callable[[], object]:
-    """A context in which processes keep their gradients to themselves."""
-    return run.no_sync if world_size() > 1 else nullcontext
 
 
 def busy_seconds(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
@@ -153,19 +149,13 @@ def busy_seconds(work: Callable[[], int], device: torch.device) -> tuple[float, 
     return busy / 1e6 / images, len(spans) // batches
 
 
-def launch_seconds(work: Callable[[], int], device: torch.device) -> tuple[float, float]:
-    """Seconds an image that the main thread takes to tell an idle GPU what to do, and its CPU-seconds."""
-    best = None
+def launch_windows(work: Callable[[], int], device: torch.device) -> list[Window]:
+    """What it takes to tell an idle GPU what to do, of five batches."""
+    windows = []
     for _ in range(5):
         wait_for(device)
-        start, cpu_start = time.perf_counter(), time.thread_time()
+        start, cpu_start = time.perf_counter(), time.process_time()  # autograd launches from a thread of its own
         images = work()
-        took = (time.perf_counter() - start) / images, (time.thread_time() - cpu_start) / images
-        best = min(best or took, took)
+        windows.append(Window(images, time.perf_counter() - start, time.process_time() - cpu_start, 0))
     wait_for(device)
-    return best
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return windows

@@ -11,9 +11,9 @@ import torch
 from fastssl.training.meters import Meter
 from fastssl.training.setup import Run
 
-from .device_legs import take_step, wait_for
+from .device_legs import take_step
 from .loader_legs import AHEAD, endless
-from .windows import Leg, figure_of
+from .windows import Leg, figure_of, wait_for
 
 
 class Training:
@@ -22,21 +22,17 @@ class Training:
     def __init__(self, run: Run, epoch: int):
         self.run, self.epoch = run, epoch
         self.meter = _Waits(run.device)
-        self._watch()
-
-    def _watch(self) -> None:
-        self.batches = endless(self.run.state.loader)
-        self.watched = self.meter.watch(self.batches)
+        self.begin()
 
     def begin(self) -> None:
-        """Go on without what was decoded while nobody asked."""
-        self.close()
-        self._watch()
+        self.batches = endless(self.run.state.loader)
+        self.watched = self.meter.watch(self.batches)
 
     def __call__(self) -> int:
         return take_step(self.run, list(islice(self.watched, self.run.recipe.train.accumulate)), self.epoch)
 
     def close(self) -> None:
+        """Stop decoding ahead: it would go on while something else is measured."""
         self.watched.close()
         self.batches.close()
 
@@ -65,7 +61,8 @@ class EndToEnd:
 
     def __init__(self, run: Run, epoch: int, cores: int, seconds: float):
         self.training = Training(run, epoch)
-        self.leg = Leg(self.training, run.device, seconds, least=2, dropped=AHEAD, begin=self.training.begin)
+        begin, end = self.training.begin, self.training.close
+        self.leg = Leg(self.training, run.device, seconds, least=2, dropped=AHEAD, begin=begin, end=end)
         self.cores = cores
         self.waits: list[list[float]] = []
         self.gpu: list[list[float]] = []

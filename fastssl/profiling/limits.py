@@ -4,7 +4,7 @@ Legs that use different resources overlap, and the slowest one sets the pace; le
 resource with all that it has to do for one image is a line:
 
     disk      storage                           images that are not in the page cache
-    threads   decode + cpu_augment              the loader's threads
+    threads   storage + decode + cpu_augment    the loader's threads, which wait for the disk themselves
     reader    copy                              the loader's reader: makes up batches, starts their copies
     device    views + compute + communication   the GPU; without one, the main thread and torch's threads
     host      launch                            the main thread of a run on a GPU
@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 LINES = {
     "disk": ("storage",),
-    "threads": ("decode", "cpu_augment"),
+    "threads": ("storage", "decode", "cpu_augment"),
     "reader": ("copy",),
     "device": ("views", "compute", "communication"),
     "host": ("launch",),
 }
-LEGS = tuple(leg for legs in LINES.values() for leg in legs)
 BALANCED = 1.1  # what a leg for nothing must give at least to be called the limit
 
 
@@ -46,7 +45,7 @@ class Costs:
         lines = {}
         for line, legs in LINES.items():
             if self.decodes_in_reader:
-                legs = {"threads": (), "reader": ("decode", "cpu_augment", "copy")}.get(line, legs)
+                legs = {"threads": (), "reader": LINES["threads"] + LINES["reader"]}.get(line, legs)
             lines[line] = sum(self.legs[leg].seconds for leg in legs if leg in self.legs)
         return lines | {"cores": sum(cost.cpu_seconds for cost in self.legs.values()) / self.cores}
 
@@ -56,9 +55,9 @@ class Costs:
         return self.processes / slowest if slowest > 0 else float("inf")
 
     def cause(self) -> str:
-        """The leg that has the largest part in the slowest line."""
+        """The leg that has the largest part in the slowest line; there must be one that costs something."""
         lines = self.lines()
-        line = max(lines, key=lines.get)
+        line = max(reversed(lines), key=lines.get)  # of disk and threads that wait for it alone: the threads
         if line == "cores":
             return max(self.legs, key=lambda leg: self.legs[leg].cpu_seconds)
         legs = LINES[line] if line != "reader" or not self.decodes_in_reader else LINES["threads"] + LINES["reader"]

@@ -27,8 +27,8 @@ def new_decoder(loader: BetonLoader, workers: int, crops: int, kind: type[Thread
 
 
 def prepared_batches(loader: BetonLoader, crops: int) -> list[Work]:
-    """Batches of the first epoch for a decoder, decoded once, so that their bytes are in memory."""
-    order = loader.rows[epoch_order(loader.order, loader.seed, 0, loader.samples.page_N[loader.rows])]
+    """Batches for a decoder, decoded once, so that their bytes are in memory."""
+    order = loader.rows[epoch_order(loader.order, loader.seed, loader.epoch + 1, loader.samples.page_N[loader.rows])]
     own, batch = order[loader.rank * loader.batch_size :], loader.batch_size
     decoder = new_decoder(loader, loader.workers, crops)
     prepared = []
@@ -90,17 +90,17 @@ def endless(loader: BetonLoader) -> Iterator[Batch]:
 class Loading:
     """A leg's work: take a batch from the loader and do nothing with it."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, kind: type[BetonLoader] = BetonLoader):
+    def __init__(self, recipe: Recipe, device: torch.device, epoch: int, kind: type[BetonLoader] = BetonLoader):
         self.loader = training_loader(recipe, device, kind=kind)
-        self.batches = endless(self.loader)
+        self.loader.set_epoch(epoch)
+        self.begin()
 
     def begin(self) -> None:
-        """Go on without what was decoded while nobody asked."""
-        self.batches.close()
         self.batches = endless(self.loader)
 
     def __call__(self) -> int:
         return len(next(self.batches).index)
 
     def close(self) -> None:
+        """Stop decoding ahead: it would go on while something else is measured."""
         self.batches.close()

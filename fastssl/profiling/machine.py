@@ -8,7 +8,7 @@ import torch
 
 from fastssl.training.setup import DTYPES
 
-from .device_legs import wait_for
+from .windows import wait_for
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the measured peak
 COPIED = 1 << 28  # bytes of the copy that is the measured peak

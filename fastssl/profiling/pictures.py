@@ -4,8 +4,10 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from fastssl.beton.inspection import printable
-from fastssl.profiling.result import figure, limiting_leg, median, missing_legs, step_parts
-from fastssl.profiling.tables import percent, significant
+
+from .limits import LINES
+from .result import figure, leg_of, limiting_leg, median, missing_legs, step_parts
+from .tables import percent, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +21,6 @@ GREY, LIGHT = "0.45", "0.8"
 PARTS = {"wait for data": ORANGE, "views": SKY, "forward": BLUE, "draws": YELLOW, "objective": PINK, "kl": "#7B5EA7"}
 PARTS |= {"backward": GREEN, "optimiser": AMBER, "communication": "0.25", "step": BLUE, "rest of the step": LIGHT}
 WHOLES = ("loader", "replay", "end_to_end")  # legs that are made up of others
-LINES = {
-    "disk": "disk: storage", "threads": "threads: decode, cpu_augment", "reader": "reader: copy",
-    "device": "device: views, step", "host": "host: launch", "cores": "cores: all CPU time",
-}  # fmt: skip
 FAR = 20  # times: rates that differ more need a logarithmic axis
 TOO_FAR = 1000  # times: a line that would squeeze everything else
 
@@ -130,7 +128,7 @@ def _draw_scaling(axes: "Axes", profile: dict) -> None:
 
 def _draw_legs(axes: "Axes", profile: dict) -> None:
     """What each leg could carry alone."""
-    axes.set_title("Roofline: what each leg could carry alone", fontsize=12)
+    axes.set_title("What each leg could carry alone: the lowest is the roof", fontsize=12)
     axes.set_xlabel("images/s")
     rates = {leg: rate for leg in profile["legs"] if leg != "end_to_end" and (rate := median(profile, leg))}
     if not rates:
@@ -166,13 +164,13 @@ def _draw_lines(axes: "Axes", profile: dict) -> None:
     """How long each resource is busy with one image: the predicted load."""
     axes.set_title("How long each resource is busy with one image", fontsize=12)
     axes.set_xlabel("ms, predicted from the legs: the longest sets the pace")
-    loads = {line: 1000 * seconds for line, seconds in profile["limits"]["lines"].items()}
+    loads = {line: 1000 * seconds for line, seconds in profile["limits"]["lines"].items() if seconds}
     if not loads:
         return _say(axes, "not measured")
     most = max(loads.values())
     colors = [ORANGE if load == most else SKY for load in loads.values()]
     axes.barh(range(len(loads)), loads.values(), color=colors)
-    axes.set_yticks(range(len(loads)), [LINES.get(line, line).replace(": ", "\n") for line in loads])
+    axes.set_yticks(range(len(loads)), [label_of(line, loads) for line in loads])
     axes.invert_yaxis()
     measured = profile["limits"]["measured_images_per_second"]
     shown = max(most, 1000 / measured if measured else 0) or 1
@@ -206,3 +204,11 @@ def _wrapped(text: str, width: int, lines: int) -> str:
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: width - 4] + " ..."]
     return "\n".join(wrapped)
+
+
+def label_of(line: str, loads: dict[str, float]) -> str:
+    """A resource, and below it the legs that use it. Where no thread decodes, the reader does."""
+    if line not in LINES:
+        return "cores\nall CPU time" if line == "cores" else line
+    legs = LINES[line] if line != "reader" or loads.get("threads") else LINES["threads"] + LINES["reader"]
+    return f"{line}\n{', '.join(map(leg_of, legs))}"

@@ -37,6 +37,7 @@ VIEW_PASSES, VIEW_SHARE = 10, 0.5  # assumed: times that views move their bytes,
 BACKWARD = 2 / 3  # of a step: gradients are exchanged as they are made
 MEMORY_A_CORE = 4e9  # bytes of the host, assumed where none are named
 RESIDENT_SHARE = 1 / 8  # of the GPU's memory: data.resident=auto (training/setup.py)
+READ_AROUND = 128e3  # bytes that Linux reads around a mapped page that is not there (read_ahead_kb)
 PAGE = 8e6  # bytes that data.order=quasi_random reads at a time
 EXAMPLE = '--plan "8xA100, 64 cores, nvme"'
 
@@ -92,6 +93,14 @@ def _read_part(part: str) -> tuple[str, object]:
     raise UserError(f"--plan: {part!r} is no GPU, number of cores, storage or memory: {hint}")
 
 
+def require_equal_shares(machine: Machine, batch: int, accumulate: int) -> None:
+    """Raises UserError for a batch that the GPUs cannot share."""
+    if batch % (machine.count * accumulate):
+        shares = f"{machine.count} GPUs x train.accumulate={accumulate}"
+        multiple = machine.count * accumulate
+        raise UserError(f"train.batch_size={batch} does not divide by {shares}: set a multiple of {multiple}.")
+
+
 def plan(profile: dict, machine: Machine) -> dict:
     """The prediction. Raises UserError where the recipe does not run there or the profile says too little."""
     costs, first_epoch, assumptions = _costs(profile, machine)
@@ -104,6 +113,7 @@ def plan(profile: dict, machine: Machine) -> dict:
         "images_per_second": rate,
         "epochs": epochs,
         "hours": seconds / 3600,
+        "first_epoch_hours": images / first_epoch.images_per_second() / 3600,
         "cause": costs.cause(),
         "accelerator_utilisation": sum(costs.legs[leg].seconds for leg in ("views", "compute")) * rate / machine.count,
         "lines": {line: machine.count / took if took else None for line, took in costs.lines().items()},
@@ -116,8 +126,7 @@ def _costs(profile: dict, machine: Machine) -> tuple[Costs, Costs, list[str]]:
     """Of one process, from the second epoch on and in the first; and what was assumed."""
     data, recipe, count = profile["data"], profile["recipe"], machine.count
     batch, shares = profile["run"]["batch_size"], count * recipe["train"].get("accumulate", 1)
-    if batch % shares:
-        raise UserError(f"train.batch_size={batch} does not divide by GPUs x accumulate: set a multiple of {shares}.")
+    require_equal_shares(machine, batch, recipe["train"].get("accumulate", 1))
     legs, said = _device_legs(profile, machine)
     cores = machine.cores // count
     if profile["machine"]["kind"] == "cuda" and (took := _seconds(profile, "launch")):
@@ -149,7 +158,7 @@ def _costs(profile: dict, machine: Machine) -> tuple[Costs, Costs, list[str]]:
     kind = STORAGE[machine.storage]
     reads = f"{si(kind.bytes_per_second, 'B/s')}, {kind.reads_per_second:,.0f} reads/s"
     said.append(f"All GPUs share {machine.storage}: {reads} ({kind.source}).")
-    piece = PAGE if recipe["data"].get("order") == "quasi_random" else data["image_bytes"]
+    piece = PAGE if recipe["data"].get("order") == "quasi_random" else max(READ_AROUND, data["image_bytes"])
     disk = count * kind.seconds(data["image_bytes"], piece)
     costs = Costs(legs | {"storage": Cost(disk * from_disk)}, cores, in_reader, count)
     return costs, replace(costs, legs=legs | {"storage": Cost(disk)}), said
@@ -230,11 +239,12 @@ def _advice(profile: dict, machine: Machine, costs: Costs) -> list[str]:
     """What would make it faster, or would not."""
     lines, cause = costs.lines(), costs.cause()
     cpu_seconds = lines["cores"] * costs.cores
-    if max(lines, key=lines.get) in ("threads", "cores"):
+    if cause != "storage" and max(lines, key=lines.get) in ("threads", "cores"):
         enough = int(cpu_seconds / max(lines[line] for line in ("disk", "reader", "device", "host"))) + 1
         memory = machine.memory or MEMORY_A_CORE * machine.cores  # as much as now
         after, _, _ = _costs(profile, machine._replace(cores=enough * machine.count, memory=memory))
-        more = f"{enough - costs.cores} more cores a GPU ({enough * machine.count} in all)"
+        missing = enough - costs.cores
+        more = f"{missing} more core{'s' * (missing > 1)} a GPU ({enough * machine.count} in all)"
         return [f"{more} would make {_limit(after)}."]
     if cause == "storage":
         after = _limit(costs.faster(cause, math.inf))
@@ -242,10 +252,10 @@ def _advice(profile: dict, machine: Machine, costs: Costs) -> list[str]:
         is_quasi = profile["recipe"]["data"].get("order") == "quasi_random"
         return advice if is_quasi else [*advice, "data.order=quasi_random reads it in large pieces."]
     remedy = {
-        "compute": "A faster GPU or a smaller model would help, faster storage would not.",
-        "views": "A faster GPU or fewer operations in views would help, faster storage would not.",
+        "compute": "A faster GPU or a smaller model would help.",
+        "views": "A faster GPU or fewer operations in views would help.",
         "communication": "A larger train.batch_size or train.compress_gradients=true would help.",
-        "launch": "A larger train.batch_size, train.compile=true or train.cuda_graphs=true would help.",
+        "launch": "A larger train.batch_size or train.compile=true would help.",
     }.get(cause, "One thread makes up the batches: data.resident=true or a smaller canvas would help.")
     enough = max(1, math.ceil(cpu_seconds / max(lines.values())))
     return [remedy, f"More cores would not: {enough} of {costs.cores} cores a GPU are enough."]
@@ -266,8 +276,13 @@ def plan_table(planned: dict) -> Table:
     table = Table(title=Text(title, style="bold"), box=box.SIMPLE, show_header=False, expand=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("images/s", _about(planned["images_per_second"]), style="bold")
-    table.add_row("hours", f"{_about(planned['hours'])} for {planned['epochs']:,} epochs, without evaluation")
+    rate = _about(planned["images_per_second"])
+    unless = "" if planned["lines"]["host"] else " at most (launching is not counted)"
+    table.add_row("images/s", rate + unless, style="bold")
+    hours = f"{_about(planned['hours'])} for {planned['epochs']:,} epochs, without evaluation"
+    if planned["first_epoch_hours"] > 2 * planned["hours"] / (planned["epochs"] + 1):
+        hours += f"; {_about(planned['first_epoch_hours'])} of it for the first, whose images come from the disk"
+    table.add_row("hours", hours)
     table.add_row("the limit", planned["cause"], style="bold yellow")
     table.add_row("GPUs busy", percent(planned["accelerator_utilisation"]), end_section=True)
     for line, rate in planned["lines"].items():

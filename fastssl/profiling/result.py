@@ -251,20 +251,20 @@ def leg_of(cause: str) -> str:
 
 def step_parts(profile: dict) -> dict[str, float]:
     """What the device's time goes to, in seconds an image and in the order of a step."""
-    parts = {}
+    parts, processes = {}, profile["machine"]["processes"]  # which work on as many images at a time
     wait, pace = median(profile, "end_to_end", "data_wait"), median(profile, "end_to_end")
     if wait is not None and pace is not None:
-        parts["wait for data"] = wait / pace
+        parts["wait for data"] = processes * wait / pace
     if views := median(profile, "views"):
-        parts["views"] = 1 / views
+        parts["views"] = processes / views
     phases = {name: phase["median"] for name, phase in (figure(profile, "step", "phases") or {}).items()}
     parts |= phases
     if step := median(profile, "step"):
-        rest = 1 / step - sum(phases.values())
-        if rest > 0.02 / step:  # less is noise: the phases were timed apart from the whole
+        rest = processes / step - sum(phases.values())
+        if rest > 0.02 * processes / step:  # less is noise: the phases were timed apart from the whole
             parts["rest of the step" if phases else "step"] = rest
     if "communication" not in phases and (communication := median(profile, "communication")):
-        parts["communication"] = 1 / communication
+        parts["communication"] = processes / communication
     return parts
 
 

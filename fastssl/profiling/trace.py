@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from fastssl.beton.atomic import write_atomically
+from fastssl.evaluation.features import writing
 from fastssl.loading.timeline import Stretch, recorded
 from fastssl.training.distributed import is_first
 
-from .device_legs import wait_for
 from .end_to_end import Training
+from .windows import wait_for
 
 STEPS = 3
 CLOCK = "fastssl clock"  # the name of a mark whose time is known on both clocks
@@ -28,6 +29,7 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    training.begin()
     training()  # whatever the loader had decoded ahead is not what a step in the middle finds
     wait_for(device)
     with recorded() as stretches, torch.profiler.profile(activities=activities) as profile:
@@ -47,7 +49,8 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     offset = next(event["ts"] for event in events if event.get("name") == CLOCK) - clock * 1e6
     events += events_of(stretches, offset)
     data = gzip.compress(json.dumps(trace).encode(), compresslevel=6)
-    write_atomically(path, lambda beside: beside.write_bytes(data))
+    with writing(path):
+        write_atomically(path, lambda beside: beside.write_bytes(data))
 
 
 def events_of(stretches: list[Stretch], offset: float) -> list[dict]:

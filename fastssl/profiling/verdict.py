@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from fastssl.beton import free_memory
 from fastssl.loading.loader import cores_of_this_process
 from fastssl.loading.timeline import Total
+from fastssl.recipe import Recipe
 from fastssl.training.distributed import world_size
-from fastssl.training.meters import Observed
+from fastssl.training.meters import LongWait, Observed
 from fastssl.training.setup import Run
 
 from .limits import Cost, Costs
@@ -25,6 +26,7 @@ NAMES = {  # of a leg, within a sentence
     "communication": "the exchange of gradients",
 }
 HEADS = {"cpu_augment": "CPU-augment-bound"}  # others: the leg's own name
+WOULD = " would lift it"
 BUILD_CANVAS = "build-beton --canvas"
 ALL_BUSY = 0.95  # share of the slowest line that the cores' line has when they are what is short
 WORTH_SAYING = 0.05  # share of the cores' time
@@ -37,11 +39,10 @@ class Facts:
     """What decides on what can be changed."""
 
     workers: int
-    batch_size: int
     layout: str  # of the file: "canvas" or "full"
     on_gpu: bool = False
     compiled: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = False  # None: not possible, for several processes or micro-batches
     precision: str = "fp32"
     fits_into_memory: bool = True
     phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds an image
@@ -57,11 +58,13 @@ def sentence(costs: Costs, facts: Facts) -> str:
             "lift it by more than a tenth."
         )
     head = HEADS.get(cause, f"{cause.capitalize()}-bound")
-    next_limit = f"the next limit is {name(without.cause(), facts)} at {without.images_per_second():,.0f} images/s"
-    return f"{head}: {what_waits(cause, costs, facts)}; {mends(cause, costs, facts)}; {next_limit}."
+    next_limit = "nothing else is known to limit it"
+    if (rate_then := without.images_per_second()) < INFINITE:
+        next_limit = f"the next limit is {name(without.cause(), facts)} at {rate_then:,.0f} images/s"
+    return f"{head}: {what_waits(cause, costs)}; {mends(cause, costs, facts)}; {next_limit}."
 
 
-def what_waits(cause: str, costs: Costs, facts: Facts) -> str:
+def what_waits(cause: str, costs: Costs) -> str:
     """How much there is to gain."""
     rate, lines = costs.images_per_second() / costs.processes, costs.lines()
     device = lines["device"]
@@ -71,11 +74,11 @@ def what_waits(cause: str, costs: Costs, facts: Facts) -> str:
         return f"the step could take {1 / (device * rate):.1f}x more images" if device else "the step takes nothing"
     if cause == "compute":
         share = costs.legs["compute"].seconds * rate
-        return f"the step works {min(1, share):.0%} of the time, and half of it would give {gain(cause, costs):.1f}x"
+        faster = f"one of half its cost would make training {gain(cause, costs):.1f}x as fast"
+        return f"the step works {min(1, share):.0%} of the time, and {faster}"
     if cause == "launch":
         return f"the GPU idles {1 - device * rate:.0%} of the time between kernels that the main thread is late with"
-    alone = costs.faster(cause, INFINITE).images_per_second() / costs.images_per_second()
-    return f"without {NAMES[cause]} training would be {alone:.1f}x as fast"
+    return f"without {NAMES[cause]} training would be {gain(cause, costs, INFINITE):.1f}x as fast"
 
 
 def what_cores_do(costs: Costs) -> str:
@@ -95,14 +98,17 @@ def mends(cause: str, costs: Costs, facts: Facts) -> str:
             return "it ends with the first epoch, as the file fits into memory"
         return "data.order=quasi_random, a smaller --canvas or --max-side, more memory or a faster disk would lift it"
     if cause == "copy":
-        return "a larger train.batch_size would lift it" + (", or a smaller canvas" if facts.on_gpu else "")
+        return "a larger train.batch_size" + (" or a smaller canvas" if facts.on_gpu else "") + WOULD
     if cause == "views":
         first = "train.compile=true" if facts.on_gpu and not facts.compiled else "a lower views.first.blur"
         return f"{first} or fewer operations in views would lift it"
     if cause == "launch":
-        first = "train.cuda_graphs=true" if facts.compiled and not facts.cuda_graphs else "train.compile=true"
-        options = [] if facts.cuda_graphs else [first]
-        return " or ".join([*options, "a larger train.batch_size"]) + " would lift it"
+        options = ["a larger train.batch_size"]
+        if not facts.compiled:
+            options.append("train.compile=true")
+        elif facts.cuda_graphs is False:
+            options.append("train.cuda_graphs=true")
+        return " or ".join(options) + WOULD
     if cause == "communication":
         return "train.compress_gradients=true or a larger train.batch_size would lift it"
     return compute_mends(costs, facts)
@@ -141,16 +147,18 @@ def decoding_mends(cause: str, costs: Costs, facts: Facts) -> str:
     elif cores > costs.cores or workers > costs.cores:
         more = costs.processes * (max(cores, workers) - costs.cores)
         options.append(f"{more} more core{'s' if more > 1 else ''}")
+    if costs.decodes_in_reader and costs.cores > 1:
+        options.append("a larger train.batch_size, which threads would decode,")
     if facts.layout == "full":
         options.append(f"a canvas file in place of the full one ({BUILD_CANVAS})")
     else:
         options.append("a smaller --canvas")
-    return " or ".join(options) + " would lift it"
+    return " or ".join(options) + WOULD
 
 
-def gain(leg: str, costs: Costs) -> float:
-    """Times as fast, if that leg were twice as fast."""
-    return costs.faster(leg, 2).images_per_second() / costs.images_per_second()
+def gain(leg: str, costs: Costs, factor: float = 2) -> float:
+    """Times as fast, if that leg were so many times as fast."""
+    return costs.faster(leg, factor).images_per_second() / costs.images_per_second()
 
 
 def name(leg: str, facts: Facts) -> str:
@@ -173,7 +181,12 @@ def why_it_waits(run: Run, observed: Observed) -> str:
         cpu_seconds = sum(totals.get(name, Total()).cpu_seconds for name in names)
         return Cost(seconds / threads / observed.images, cpu_seconds / observed.images)
 
+    if observed.waited < LongWait.SHARE * observed.seconds:
+        return "Another process than the first waits: `torchrun ... -m fastssl profile` says why."
     decode, reader = an_image("decode", threads=loader.workers), an_image("start", "copy")
+    if loader.decodes_in_reader:  # within "start"
+        decode = an_image("decode")
+        reader = Cost(reader.seconds - decode.seconds, reader.cpu_seconds - decode.cpu_seconds)
     working = Cost((observed.seconds - observed.waited) / observed.images, 0.0)
     legs = {"decode": decode, "copy": reader, "compute": working}
     cores = cores_of_this_process()
@@ -182,13 +195,19 @@ def why_it_waits(run: Run, observed: Observed) -> str:
         legs |= {"decode": Cost(decode.seconds - blocked, decode.cpu_seconds), "storage": Cost(blocked)}
     facts = Facts(
         workers=loader.workers,
-        batch_size=run.recipe.train.batch_size,
         layout="full" if loader.crop == "cpu" else "canvas",
         on_gpu=run.device.type == "cuda",
         compiled=run.compiled,
+        cuda_graphs=cuda_graphs_of(run.recipe),
         fits_into_memory=loader.path.stat().st_size <= free_memory(),
     )
-    return sentence(Costs(legs, cores, processes=world_size()), facts) + " `fastssl profile` measures it."
+    costs = Costs(legs, cores, loader.decodes_in_reader, world_size())
+    return sentence(costs, facts) + " `fastssl profile` measures it."
+
+
+def cuda_graphs_of(recipe: Recipe) -> bool | None:
+    possible = world_size() == 1 and recipe.train.accumulate == 1
+    return recipe.train.cuda_graphs if possible else None
 
 
 def verdict(costs: Costs, facts: Facts, measured: list[float], ceiling: list[float]) -> dict:
@@ -200,10 +219,11 @@ def verdict(costs: Costs, facts: Facts, measured: list[float], ceiling: list[flo
     """
     cause = costs.cause()
     without = costs.faster(cause, INFINITE)
+    rate_then = without.images_per_second()
     return {
         "cause": "balanced" if costs.is_balanced() else cause,
         "sentence": sentence(costs, facts),
         "accelerator_utilisation": min(1.0, statistics.median(m / c for m, c in zip(measured, ceiling))),
-        "next": {"cause": without.cause(), "images_per_second": without.images_per_second()},
+        "next": {"cause": without.cause(), "images_per_second": rate_then} if rate_then < INFINITE else None,
         "twice_as_fast": {leg: costs.faster(leg, 2).images_per_second() for leg in costs.legs},
     }

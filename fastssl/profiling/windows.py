@@ -36,12 +36,18 @@ class Leg:
 
     def warm_up(self) -> None:
         """Compile, fill caches, and settle how many batches make a window, the same in all processes."""
+        self.begin()
         self.work()
-        self._wait_for_device()
+        self.end()
+        self.begin()  # anew, as a loader has decoded ahead meanwhile
+        for _ in range(self.dropped):
+            self.work()
+        wait_for(self.device)
         start = time.perf_counter()
-        self.work()
-        self._wait_for_device()
-        took = time.perf_counter() - start
+        for _ in range(self.least):
+            self.work()
+        wait_for(self.device)
+        took = (time.perf_counter() - start) / self.least
         self.end()
         self.repeats = from_first(lambda: max(self.least, math.ceil(self.seconds / took)))
 
@@ -49,28 +55,33 @@ class Leg:
         self.begin()
         for _ in range(self.dropped):
             self.work()
-        self._wait_for_device()
+        wait_for(self.device)
         faults_before, start, cpu_start = page_faults(), time.perf_counter(), time.process_time()
         images = sum(self.work() for _ in range(self.repeats))
-        self._wait_for_device()
+        wait_for(self.device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         self.windows.append(Window(images, seconds, cpu_seconds, page_faults() - faults_before))
         self.end()
 
-    def _wait_for_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def rates(self) -> dict:
+        return rates_of(self.windows)
 
     def images_per_second(self) -> dict:
-        """Of all processes, which do the same at the same time."""
-        return figure_of([world_size() * window.images / window.seconds for window in self.windows])
+        return self.rates()["images_per_second"]
 
-    def cpu_seconds(self) -> dict:
-        """Of one image."""
-        return figure_of([window.cpu_seconds / window.images for window in self.windows])
 
-    def rates(self) -> dict:
-        return {"images_per_second": self.images_per_second(), "cpu_seconds": self.cpu_seconds(), "missing": None}
+def rates_of(windows: list[Window]) -> dict:
+    """Images/s of all processes, which do the same at the same time; CPU-seconds of one image."""
+    return {
+        "images_per_second": figure_of([world_size() * window.images / window.seconds for window in windows]),
+        "cpu_seconds": figure_of([window.cpu_seconds / window.images for window in windows]),
+        "missing": None,
+    }
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def page_faults() -> int:

@@ -157,20 +157,25 @@ def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[di
     # A tensor, not a number: a compiled graph would be made anew for each number.
     step = torch.full((), run.state.step, device=run.device)
     of_each = []
-    has_labels = run.recipe.objective.name == "supervised"
     for number, batch in enumerate(batches, 1):
         with stretch("views"):
-            inputs = *run.views(batch, epoch), *([batch.label] if has_labels else [])
+            inputs = network_inputs(run.recipe, batch, run.views(batch, epoch), step)
         if run.recipe.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with run.no_sync() if number < len(batches) else nullcontext():
             with stretch("forward"):
-                terms, h = run.network(*inputs, batch.index, step)
+                terms, h = run.network(*inputs)
             with stretch("backward"):
                 run.state.scaler.scale(terms["loss"] / len(batches)).backward()
         of_each.append([term.detach() for term in terms.values()])
     values = combine([*terms], torch.stack([torch.stack(values) for values in of_each]))
     return dict(zip(terms, values)), h
+
+
+def network_inputs(recipe: Recipe, batch: Batch, views: tuple[Tensor, ...], step: Tensor) -> tuple[Tensor, ...]:
+    """What the network takes: (v1, v2, index, step), or of a supervised recipe (v, label, index, step)."""
+    labels = (batch.label,) if recipe.objective.name == "supervised" else ()
+    return *views, *labels, batch.index, step
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
