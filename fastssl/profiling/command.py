@@ -62,8 +62,8 @@ DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
 def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None) -> dict | None:
     """Measure what limits the recipe's training on this machine: the profile, in the first process, else None.
 
-    trace: file for a timeline of some steps. Trains on copies of nothing and keeps nothing: no run directory is
-    touched. Raises UserError as training does.
+    trace: file for a timeline of some steps. The model that is trained here is not kept, and no run directory is made.
+    Raises UserError as training does.
     """
     began, others = time.perf_counter(), cores_busy_now()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would say on stderr that it starts, and stops
@@ -261,10 +261,10 @@ class Legs:
             best = max(rate["median"] for rate in workers.values())
             knee = min(count for count, rate in workers.items() if rate["median"] >= 0.95 * best)
             by_workers = {str(count): rate for count, rate in workers.items()}
-            results["decode"] = {**self.decode[self.loader.workers].rates(), "workers": by_workers, "knee": knee}
+            results["decode"] = {**self._own_decode().rates(), "workers": by_workers, "knee": knee}
             results["cpu_augment"] = missing("Crops are made on the device.")
         if self.with_crops:
-            results["cpu_augment"] = self._difference(self.with_crops, self.decode[self.loader.workers])
+            results["cpu_augment"] = self._difference(self.with_crops, self._own_decode())
         results["copy"] = missing("The GPU decodes (data.decode=gpu): what is copied are the JPEGs.")
         if self.copy:
             rates, image_bytes = self.copy.rates(), self.loader.image_bytes
@@ -275,6 +275,10 @@ class Legs:
                 "peak_bytes_per_second": self.copy_peak,
             }
         return results | {"loader": self.whole_loader.rates()}
+
+    def _own_decode(self) -> Leg:
+        """With as many workers as the run has; on a host with fewer cores than the first one's, with the most tried."""
+        return self.decode.get(self.loader.workers) or list(self.decode.values())[-1]
 
     def _difference(self, longer: Leg, shorter: Leg) -> dict:
         """The rates of what the first leg does beside the second; of less than NOISE of it nothing is known."""

@@ -146,7 +146,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next step.
 
     It gives large pieces back to the system, which hands out zeroed pages again: on two cores 35,000 page faults a step
-    at 32 px, 130,000 at 224 px. Keeping them makes training 7 to 18 % faster (records/profiling.md). Another C library
+    at 32 px, 130,000 at 224 px. Keeping them makes training a tenth faster (records/profiling.md). Another C library
     is left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
