@@ -1,10 +1,13 @@
 """Small real files for the tests: images of several sizes on disk, and the .betons made from them."""
 
+import sys
+
 import numpy as np
 import pytest
 from pictures import jpeg_bytes, photo
 from PIL import Image
 
+from fastssl import cli
 from fastssl.beton import build_beton
 
 
@@ -65,3 +68,17 @@ def forty_photos(tmp_path_factory):
             image = photo(20 * label + number, 90 + number, 70 + 2 * number)
             (root / name / f"{number:02}.jpg").write_bytes(jpeg_bytes(image))
     return root
+
+
+@pytest.fixture
+def fastssl(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run

@@ -10,20 +10,6 @@ import pytest
 from fastssl import cli
 
 
-@pytest.fixture
-def fastssl(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
-
-
 def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
     """Build, train, evaluate: the commands of the README on small files."""
     monkeypatch.chdir(tmp_path)

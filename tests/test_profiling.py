@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from training_runs import ENVIRONMENT, SMALL
 
-from fastssl import cli
 from fastssl.beton import build_beton, read_header
 from fastssl.loading import BetonLoader, kernels
 from fastssl.loading.samples import Samples
@@ -302,20 +301,6 @@ def test_resident_images_have_no_loader_to_measure(canvas):
     for leg in ("storage", "decode", "cpu_augment", "copy", "loader"):
         assert "stay on the device" in measured["legs"][leg]["missing"]
     assert measured["verdict"]["cause"] in ("compute", "views")
-
-
-@pytest.fixture
-def fastssl(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def test_the_command_writes_all_files_and_fails_below_a_threshold(fastssl, canvas, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
         ...
 
 adds to the totals of this process. Within `recorded()`, each stretch is kept too, with its thread and its time, and
-stands in the traces of torch's profiler. One stretch costs 2 microseconds, so they are a batch long, not a sample.
+stands in the traces of torch's profiler. One stretch costs 3 microseconds, so they are a batch long, not a sample.
 """
 
 import threading

@@ -279,7 +279,8 @@ def plan_table(planned: dict) -> Table:
     rate = _about(planned["images_per_second"])
     unless = "" if planned["lines"]["host"] else " at most (launching is not counted)"
     table.add_row("images/s", rate + unless, style="bold")
-    hours = f"{_about(planned['hours'])} for {planned['epochs']:,} epochs, without evaluation"
+    hours = _about(planned["hours"]) if planned["hours"] >= 0.01 else "less than 0.01"
+    hours += f" for {planned['epochs']:,} epochs, without evaluation"
     if planned["first_epoch_hours"] > 2 * planned["hours"] / (planned["epochs"] + 1):
         hours += f"; {_about(planned['first_epoch_hours'])} of it for the first, whose images come from the disk"
     table.add_row("hours", hours)
