@@ -87,25 +87,20 @@ def a_batch(measured, leg):
     return BATCH / measured["legs"]["step" if leg == "compute" else leg]["images_per_second"]["median"]
 
 
-def seconds_of_a_step(recipe):
-    """On this machine, now."""
-    run, _ = prepare(recipe, torch.device("cpu"), None)
-    batch = next(iter(run.state.loader))
-    took = []
-    for _ in range(4):
-        start = time.perf_counter()
-        device_legs.take_step(run, [batch], 0)
-        took.append(time.perf_counter() - start)
-    return min(took)
+def undisturbed(measured):
+    """Images/s end to end of the best window: what else runs on a machine can only make the others slower."""
+    return measured["legs"]["end_to_end"]["images_per_second"]["high"]
 
 
 def test_the_verdict_finds_the_part_that_was_made_twice_as_slow(photos_640, monkeypatch):
     """The device works for a unit of time a batch, half of it on views, threads and reader for three quarters; then one
-    part takes twice as long. What the profile says a repair would give is what the run without the damage gives."""
-    recipe = recipe_of(photos_640)
-    step = seconds_of_a_step(recipe)
-    unit = max(0.050, 3 * step)  # mostly sleep, whose length is known
-    base = dict(decode=0.75 * unit, copy=0.75 * unit, views=unit / 2, compute=unit / 2 - step)
+    part takes twice as long. What the profile says a repair would give is what the run without the damage gives.
+
+    The network only sleeps here: a real one would take as long as whatever else runs on this machine allows.
+    """
+    monkeypatch.setattr(Network, "forward", lambda self, *inputs: ({"loss": a_weight(self).square().sum()}, inputs[0]))
+    recipe, unit = recipe_of(photos_640), 0.040
+    base = dict(decode=0.75 * unit, copy=0.75 * unit, views=unit / 2, compute=unit / 2)
     with monkeypatch.context() as patch:
         slowed(patch, base)
         sound = profile(recipe)
@@ -113,11 +108,15 @@ def test_the_verdict_finds_the_part_that_was_made_twice_as_slow(photos_640, monk
         with monkeypatch.context() as patch:
             slowed(patch, {**base, part: base[part] + a_batch(sound, part)})
             measured = profile(recipe)
-        verdict, limits = measured["verdict"], measured["limits"]
+        verdict = measured["verdict"]
         assert verdict["cause"] == part, verdict["sentence"]
-        predicted = verdict["twice_as_fast"][part] / limits["measured_images_per_second"]
-        true = sound["limits"]["measured_images_per_second"] / limits["measured_images_per_second"]
+        predicted = verdict["twice_as_fast"][part] / measured["limits"]["predicted_images_per_second"]
+        true = undisturbed(sound) / undisturbed(measured)
         assert predicted == pytest.approx(true, rel=0.15), part
+
+
+def a_weight(network):
+    return next(network.parameters())
 
 
 def test_lines_add_on_one_resource_and_overlap_on_others():
