@@ -364,5 +364,6 @@ def test_two_processes_measure_in_step(photos_640, tmp_path):
     (path,) = (tmp_path / "profiles").glob("*.json")
     measured = read_profile(path)
     assert measured["machine"]["processes"] == 2
+    assert done.stdout.count("accelerator utilisation") == 1  # one of them shows and writes it
     assert measured["legs"]["communication"]["images_per_second"]["median"] > 0
     assert math.isfinite(measured["limits"]["error"])

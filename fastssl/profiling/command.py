@@ -45,7 +45,7 @@ from .result import SCHEMA, write_profile
 from .storage import Storage
 from .trace import write_trace
 from .verdict import Facts, cuda_graphs_of, verdict
-from .windows import Leg, figure_of, missing, rates_of
+from .windows import Leg, figure_of, missing, rates_of, rates_of_difference
 
 WINDOW = {"short": 0.3, "step": 1.0, "end_to_end": 1.5}  # seconds of one, by the kind of leg
 KEPT = 3  # batches of replay, on the device
@@ -54,7 +54,6 @@ SECONDS = 40.0  # that rounds beyond the least may take
 SHORT_EPOCH = 20  # batches, below which the loader's start in every epoch counts
 NEVER_IDLE = 0.9  # share of the time from which on a GPU's kernels leave no gaps to launching
 OTHER_EPOCH = 1  # whose order the loader's own legs follow: what end_to_end reads they have not just read
-NOISE = 0.02  # share of a leg that the difference of two legs does not resolve
 OTHERS = 0.1  # cores that others keep busy, from which on it is said
 DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
 
@@ -74,6 +73,7 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
         legs.measure()
         if trace:
             write_trace(trace, legs.end_to_end.training, device)
+        data, results = legs.data(), legs.results()
         result = {
             "schema": SCHEMA,
             "made": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -83,10 +83,10 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
             "overrides": list(overrides),
             "environment": describe_machine(device),
             "machine": legs.machine(),
-            "data": legs.data(),
+            "data": data,
             "run": legs.run_facts(),
-            "legs": legs.results(),
-            **legs.limits(),
+            "legs": results,
+            **legs.limits(data, results),
             "trace": trace.name if trace else None,
         }
         result["remarks"] = [*remarks, *remarks_on(result, others)]
@@ -234,7 +234,7 @@ class Legs:
         results["step"] = self._step_result()
         results["communication"] = missing("One process: no gradients are exchanged.")
         if self.apart:
-            results["communication"] = self._difference(self.step, self.apart)
+            results["communication"] = rates_of_difference(self.step, self.apart)
         waits = f"optim.name={self.recipe.optim.name} waits for the GPU in each step: launching cannot be timed."
         results["launch"] = missing(waits if self.device.type == "cuda" else "No GPU: nothing is launched.")
         if self.launch:
@@ -264,7 +264,7 @@ class Legs:
             results["decode"] = {**self._own_decode().rates(), "workers": by_workers, "knee": knee}
             results["cpu_augment"] = missing("Crops are made on the device.")
         if self.with_crops:
-            results["cpu_augment"] = self._difference(self.with_crops, self._own_decode())
+            results["cpu_augment"] = rates_of_difference(self.with_crops, self._own_decode())
         results["copy"] = missing("The GPU decodes (data.decode=gpu): what is copied are the JPEGs.")
         if self.copy:
             rates, image_bytes = self.copy.rates(), self.loader.image_bytes
@@ -279,17 +279,6 @@ class Legs:
     def _own_decode(self) -> Leg:
         """With as many workers as the run has; on a host with fewer cores than the first one's, with the most tried."""
         return self.decode.get(self.loader.workers) or list(self.decode.values())[-1]
-
-    def _difference(self, longer: Leg, shorter: Leg) -> dict:
-        """The rates of what the first leg does beside the second; of less than NOISE of it nothing is known."""
-        pairs = list(zip(longer.windows, shorter.windows))
-        seconds = [max(NOISE * a.seconds / a.images, a.seconds / a.images - b.seconds / b.images) for a, b in pairs]
-        cpu_seconds = [max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images) for a, b in pairs]
-        return {
-            "images_per_second": figure_of([world_size() / second for second in seconds]),
-            "cpu_seconds": figure_of(cpu_seconds),
-            "missing": None,
-        }
 
     def _step_result(self) -> dict:
         rates = self.step.rates()
@@ -363,9 +352,9 @@ class Legs:
             "size": image_size(self.recipe.views, self.epoch),
         }
 
-    def costs(self) -> Costs:
+    def costs(self, results: dict[str, dict]) -> Costs:
         """What an image costs this process, by leg."""
-        results, costs = self.results(), {}
+        costs = {}
         named = {"decode": "decode", "cpu_augment": "cpu_augment", "copy": "copy", "views": "views", "compute": "step"}
         for leg, name in {**named, "communication": "communication", "launch": "launch"}.items():
             if rate := results[name]["images_per_second"]:
@@ -385,25 +374,25 @@ class Legs:
             costs[leg] = Cost(seconds)
         return Costs(costs, self.cores, self.loader.decodes_in_reader, world_size())
 
-    def facts(self) -> Facts:
+    def facts(self, data: dict) -> Facts:
         phases = {name: of["median"] for name, of in self.phases.figures().items()}
         return Facts(
             workers=self.loader.workers,
-            layout=read_header(self.loader.path).layout,
+            layout=data["layout"],
             on_gpu=self.device.type == "cuda",
             compiled=self.run.compiled,
             cuda_graphs=cuda_graphs_of(self.recipe),
             precision=self.run.precision,
-            fits_into_memory=self.data()["fits_into_memory"],
+            fits_into_memory=data["fits_into_memory"],
             phases=phases,
         )
 
-    def limits(self) -> dict:
+    def limits(self, data: dict, results: dict[str, dict]) -> dict:
         """The profile's sections `limits` and `verdict`; lines are seconds an image, over all processes."""
-        costs = self.costs()
-        pace, ceiling = self.end_to_end.leg.images_per_second(), self.replay.images_per_second()
+        costs = self.costs(results)
+        pace, ceiling = (results[leg]["images_per_second"] for leg in ("end_to_end", "replay"))
         measured, predicted = pace["median"], costs.images_per_second()
-        judged, error = verdict(costs, self.facts(), pace["windows"], ceiling["windows"]), predicted / measured - 1
+        judged, error = verdict(costs, self.facts(data), pace["windows"], ceiling["windows"]), predicted / measured - 1
         if abs(error) > DISAGREEMENT:
             judged["sentence"] += f" (Doubtful: the legs predict {error:+.0%} of what was measured.)"
         return {

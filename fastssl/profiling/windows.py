@@ -12,6 +12,8 @@ import torch
 
 from fastssl.training.distributed import from_first, world_size
 
+NOISE = 0.02  # share of a leg that the difference of two legs does not resolve
+
 
 class Window(NamedTuple):
     images: int  # of this process
@@ -75,6 +77,18 @@ def rates_of(windows: list[Window]) -> dict:
     return {
         "images_per_second": figure_of([world_size() * window.images / window.seconds for window in windows]),
         "cpu_seconds": figure_of([window.cpu_seconds / window.images for window in windows]),
+        "missing": None,
+    }
+
+
+def rates_of_difference(longer: Leg, shorter: Leg) -> dict:
+    """The rates of what the first leg does beside the second; of less than NOISE of it nothing is known."""
+    pairs = list(zip(longer.windows, shorter.windows))
+    seconds = [max(NOISE * a.seconds / a.images, a.seconds / a.images - b.seconds / b.images) for a, b in pairs]
+    cpu_seconds = [max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images) for a, b in pairs]
+    return {
+        "images_per_second": figure_of([world_size() / second for second in seconds]),
+        "cpu_seconds": figure_of(cpu_seconds),
         "missing": None,
     }
 
