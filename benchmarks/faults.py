@@ -119,9 +119,7 @@ def compare(straight: Path, killed: Path) -> list[str]:
     for index, state in a["optimizer"]["state"].items():
         other = b["optimizer"]["state"][index]
         found += [f"optimiser {index}.{key}" for key in state if not torch.equal(state[key], other[key])]
-    figures = [
-        [(line["step"], line.get("loss"), line.get("knn")) for line in lines(run)] for run in (straight, killed)
-    ]
+    figures = [[(line["step"], line.get("loss"), line.get("knn")) for line in lines(run)] for run in (straight, killed)]
     if figures[0] != figures[1]:
         found.append("metrics.jsonl")
     return found

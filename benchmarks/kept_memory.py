@@ -51,7 +51,7 @@ def leg(options) -> dict[str, float]:
     import torch
 
     from fastssl import load_recipe
-    from fastssl.profiling.device_legs import take_step, with_fixed_views
+    from fastssl.profiling.device_stages import take_step, with_fixed_views
     from fastssl.training import setup
 
     if options.leg == "given back":

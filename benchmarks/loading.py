@@ -131,10 +131,10 @@ def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator
 
 def ours(path: Path, workers: int, crop: str, with_views: bool = False, decode: str = "cpu") -> Iterator[int]:
     from fastssl.loading import BetonLoader
-    from fastssl.recipe import ViewOnly, Views
+    from fastssl.recipe import PerViewConfig, ViewsConfig
     from fastssl.views import PairedViews
 
-    recipe = Views(size=SIZE, first=ViewOnly(blur=1.0), second=ViewOnly(blur=0.1, solarize=0.2))
+    recipe = ViewsConfig(size=SIZE, first=PerViewConfig(blur=1.0), second=PerViewConfig(blur=0.1, solarize=0.2))
     on_gpu = torch.cuda.is_available()
     views = torch.compile(PairedViews(recipe), dynamic=False) if on_gpu else PairedViews(recipe)
     device = "cuda" if on_gpu else "cpu"

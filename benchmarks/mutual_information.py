@@ -1,6 +1,6 @@
 """Mutual information of Gaussians, which is known, as every estimator finds it; and how long it takes.
 
-    OMP_NUM_THREADS=2 python benchmarks/mutual_information.py [--seeds 3] [--counts 5000 10000] [--out FILE.md]
+OMP_NUM_THREADS=2 python benchmarks/mutual_information.py [--seeds 3] [--counts 5000 10000] [--out FILE.md]
 """
 
 import argparse

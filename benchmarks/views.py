@@ -20,17 +20,17 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor
 
-from fastssl.recipe import ViewOnly, Views
+from fastssl.recipe import PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews
 from fastssl.views.paired import portable_views
 from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 CANVAS, SIZE = 256, 224
-RECIPE = Views(size=SIZE, first=ViewOnly(blur=1.0), second=ViewOnly(blur=0.1, solarize=0.2))
+RECIPE = ViewsConfig(size=SIZE, first=PerViewConfig(blur=1.0), second=PerViewConfig(blur=0.1, solarize=0.2))
 SECONDS = 3.0  # a round
 
 
-def kornia_chain(own: ViewOnly, device: torch.device) -> Callable:
+def kornia_chain(own: PerViewConfig, device: torch.device) -> Callable:
     jitter = RECIPE.jitter
     return K.AugmentationSequential(
         K.RandomResizedCrop((SIZE, SIZE), scale=RECIPE.scale, ratio=RECIPE.ratio),

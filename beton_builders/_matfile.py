@@ -64,14 +64,11 @@ def read_mat(path: Path, names: Iterable[str], most: int = MOST_BYTES) -> dict[s
             return read_variables(file, names, most)
     except (ValueError, zlib.error) as error:
         raise ValueError(
-            f"{path} cannot be read as a MATLAB 5 file ({error}): download it again, or save it "
-            "again with -v7."
+            f"{path} cannot be read as a MATLAB 5 file ({error}): download it again, or save it again with -v7."
         ) from error
 
 
-def read_variables(
-    file: BinaryIO, names: Iterable[str], most: int = MOST_BYTES
-) -> dict[str, Value]:
+def read_variables(file: BinaryIO, names: Iterable[str], most: int = MOST_BYTES) -> dict[str, Value]:
     """The same of an open file. Its ValueError, or zlib.error, only says what is wrong with it."""
     names = list(names)
     order = byte_order(file.read(HEADER + 512))
@@ -110,10 +107,7 @@ def whole_numbers(path: Path, name: str, value: Value, lowest: int, highest: int
         fits = (value >= lowest) & (value <= highest) & (value == np.floor(value))
         if fits.all():
             return value.astype(np.int64).reshape(-1, order="F")
-    raise ValueError(
-        f"{path} does not hold whole numbers from {lowest:,} to {highest:,} as {name}: download "
-        "it again."
-    )
+    raise ValueError(f"{path} does not hold whole numbers from {lowest:,} to {highest:,} as {name}: download it again.")
 
 
 def byte_order(header: bytes) -> str:

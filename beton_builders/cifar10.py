@@ -80,10 +80,7 @@ def from_class_folders(source: Path) -> dict[str, tuple[list[str], Iterable[Samp
                     f"cifar10 expects the class folder {source / folder / name}, which is missing: "
                     "unpack the images again, or use imagefolder for classes of your own."
                 )
-    return {
-        split: (CLASSES, class_samples(source, folder, CLASSES))
-        for split, folder in CLASS_FOLDERS.items()
-    }
+    return {split: (CLASSES, class_samples(source, folder, CLASSES)) for split, folder in CLASS_FOLDERS.items()}
 
 
 # What follows reads the layouts of other data sets too.
@@ -133,9 +130,7 @@ def read_archive(path: Path, official: str, folder: str, names: list[str]) -> di
             raise tarfile.TarError(f"it has no {folder}/{missing[0]}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         reason = str(error).partition(":\n")[0]  # tarfile lists all that it tried
-        raise ValueError(
-            f"{path} is not the whole {official} ({reason}): download it again."
-        ) from error
+        raise ValueError(f"{path} is not the whole {official} ({reason}): download it again.") from error
     return files
 
 
@@ -151,29 +146,20 @@ def unpickled(content: bytes, name: str) -> dict:
     return values
 
 
-def batch_samples(
-    batch: dict, labels_key: bytes, classes: list[str], name: str, source: Path
-) -> list[Sample]:
+def batch_samples(batch: dict, labels_key: bytes, classes: list[str], name: str, source: Path) -> list[Sample]:
     """The images of one batch: b"data" uint8 (N, 3072), channel by channel, and N labels."""
     data, labels = pixels_of(batch.get(b"data")), batch.get(labels_key)
     whole = data is not None and isinstance(labels, list) and len(labels) == len(data)
     if not whole or not all(type(label) is int and 0 <= label < len(classes) for label in labels):
-        raise ValueError(
-            f"{name} in {source} does not hold CIFAR's images and labels: download it again."
-        )
+        raise ValueError(f"{name} in {source} does not hold CIFAR's images and labels: download it again.")
     pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return [
-        Sample(image, label, f"{name}/{number}")
-        for number, (image, label) in enumerate(zip(pixels, labels))
-    ]
+    return [Sample(image, label, f"{name}/{number}") for number, (image, label) in enumerate(zip(pixels, labels))]
 
 
 def pixels_of(value: Any) -> np.ndarray | None:
     """(N, 3072) of uint8 from what was pickled as such an array; None from anything else."""
     match value:
-        case Pickled(
-            state=(*_, (int() as rows, 3072), Pickled() as dtype, fortran, bytes() as data)
-        ):
+        case Pickled(state=(*_, (int() as rows, 3072), Pickled() as dtype, fortran, bytes() as data)):
             if dtype.arguments[:1] in (("u1",), (b"u1",)) and len(data) == rows * 3072:
                 order = "F" if fortran else "C"
                 return np.frombuffer(data, np.uint8).reshape(rows, 3072, order=order)

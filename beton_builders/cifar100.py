@@ -33,9 +33,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
         )
     names = files["meta"].get(b"fine_label_names")
     if not isinstance(names, list) or [type(name) for name in names] != [bytes] * 100:
-        raise ValueError(
-            f"meta in {source} does not hold the names of a hundred classes: download it again."
-        )
+        raise ValueError(f"meta in {source} does not hold the names of a hundred classes: download it again.")
     classes = [name.decode(errors="replace") for name in names]
     return {
         split: (classes, batch_samples(files[name], b"fine_labels", classes, name, source))

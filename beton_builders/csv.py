@@ -80,8 +80,7 @@ def rows(source: Path) -> Iterator[tuple[str, str, str]]:
                 yield path, label, split
         except csv.Error as error:
             raise ValueError(
-                f"Line {reader.line_num} of {source} is not comma-separated text ({error}): "
-                "write the file again."
+                f"Line {reader.line_num} of {source} is not comma-separated text ({error}): write the file again."
             ) from error
 
 
@@ -90,9 +89,7 @@ def decoded(file: Iterator[bytes], source: Path) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"Line {number} of {source} is not UTF-8 text: save the file as CSV UTF-8."
-            ) from error
+            raise ValueError(f"Line {number} of {source} is not UTF-8 text: save the file as CSV UTF-8.") from error
 
 
 def in_order(labels: set[str]) -> list[str]:

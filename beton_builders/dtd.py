@@ -26,18 +26,12 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
         raise ValueError("dtd needs --source, the folder that holds images and labels.")
     folder = find_folder(source)
     with os.scandir(folder / "images") as entries:
-        classes = sorted(
-            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-        )
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if len(classes) != 47:
         raise ValueError(
-            f"{folder / 'images'} holds {len(classes)} class folders instead of 47: "
-            f"unpack {ARCHIVE} again."
+            f"{folder / 'images'} holds {len(classes)} class folders instead of 47: unpack {ARCHIVE} again."
         )
-    return {
-        split: (classes, samples(source, folder, read_list(folder / "labels", split, classes)))
-        for split in SPLITS
-    }
+    return {split: (classes, samples(source, folder, read_list(folder / "labels", split, classes))) for split in SPLITS}
 
 
 def download(source: Path) -> None:
@@ -68,8 +62,7 @@ def read_list(folder: Path, split: str, classes: list[str]) -> list[tuple[str, i
         name, slash, file = line.strip().partition("/")
         if name not in labels or "/" in file or not file.endswith(".jpg"):
             raise ValueError(
-                f"Line {number} of {path} does not name an image of a class folder: "
-                f"unpack {ARCHIVE} again."
+                f"Line {number} of {path} does not name an image of a class folder: unpack {ARCHIVE} again."
             )
         images.append((f"{name}/{file}", labels[name]))
     if not images:

@@ -58,10 +58,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
     found = {}
     for name, numbers in read_mat(numbers_path, SPLITS.values()).items():
         found[name] = whole_numbers(numbers_path, name, numbers, 1, last)
-    return {
-        split: (CLASSES, samples(source, folder, found[name], labels))
-        for split, name in SPLITS.items()
-    }
+    return {split: (CLASSES, samples(source, folder, found[name], labels)) for split, name in SPLITS.items()}
 
 
 def download(source: Path) -> None:
@@ -83,9 +80,7 @@ def find_folder(source: Path) -> Path:
     )
 
 
-def samples(
-    source: Path, folder: Path, numbers: np.ndarray, labels: np.ndarray
-) -> Iterator[Sample]:
+def samples(source: Path, folder: Path, numbers: np.ndarray, labels: np.ndarray) -> Iterator[Sample]:
     below = os.path.relpath(folder / "jpg", source)
     for number in numbers.tolist():  # from 1, as the labels are
         within = f"{below}/image_{number:05d}.jpg"

@@ -112,9 +112,7 @@ def find_val(source: Path) -> Classes | None:
 
 def class_folders(folder: Path) -> Classes:
     return {
-        name: partial(images_in_folder, folder / name)
-        for name in os.listdir(folder)
-        if re.fullmatch(r"n\d{8}", name)
+        name: partial(images_in_folder, folder / name) for name in os.listdir(folder) if re.fullmatch(r"n\d{8}", name)
     }
 
 
@@ -183,17 +181,10 @@ def validation_wnids(source: Path) -> dict[str, str]:
 def read_devkit(meta: bytes, truth: bytes, path: Path) -> dict[str, str]:
     try:
         synsets = read_variables(io.BytesIO(meta), ["synsets"])["synsets"]
-        wnids = {
-            int(synset["ILSVRC2012_ID"].item()): str(synset["WNID"].item()) for synset in synsets
-        }
-        return {
-            f"ILSVRC2012_val_{position:08}": wnids[int(number)]
-            for position, number in enumerate(truth.split(), 1)
-        }
+        wnids = {int(synset["ILSVRC2012_ID"].item()): str(synset["WNID"].item()) for synset in synsets}
+        return {f"ILSVRC2012_val_{position:08}": wnids[int(number)] for position, number in enumerate(truth.split(), 1)}
     except (ValueError, LookupError, OverflowError, AttributeError, TypeError, zlib.error) as error:
-        raise ValueError(
-            f"{path} does not hold ImageNet's {META} and {TRUTH} ({error}): download it again."
-        ) from error
+        raise ValueError(f"{path} does not hold ImageNet's {META} and {TRUTH} ({error}): download it again.") from error
 
 
 def read_solution(path: Path) -> dict[str, str]:
@@ -203,6 +194,5 @@ def read_solution(path: Path) -> dict[str, str]:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (csv.Error, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(
-            f"{path} does not hold Kaggle's columns ImageId and PredictionString ({error}): "
-            "download it again."
+            f"{path} does not hold Kaggle's columns ImageId and PredictionString ({error}): download it again."
         ) from error

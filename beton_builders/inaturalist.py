@@ -49,16 +49,9 @@ def download(source: Path) -> None:
 
 def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
     if source is None:
-        raise ValueError(
-            "inaturalist needs --source, the folder that the archives are unpacked in."
-        )
+        raise ValueError("inaturalist needs --source, the folder that the archives are unpacked in.")
     lists = {split: source / name for split, name in LISTS.items() if (source / name).is_file()}
-    folders = {
-        split: name
-        for split, names in FOLDERS.items()
-        for name in reversed(names)
-        if (source / name).is_dir()
-    }
+    folders = {split: name for split, names in FOLDERS.items() for name in reversed(names) if (source / name).is_dir()}
     if lists and folders:
         raise ValueError(f"{source} holds iNaturalist 2018 and 2021: give a folder with one year.")
     if lists:
@@ -88,10 +81,7 @@ def from_folders(source: Path, folders: dict[str, str]) -> dict:
                 f"others or {len(names):,}: unpack both archives whole."
             )
         first, classes = folder, names
-    return {
-        split: (classes, folder_images(source, folder, classes))
-        for split, folder in folders.items()
-    }
+    return {split: (classes, folder_images(source, folder, classes)) for split, folder in folders.items()}
 
 
 def folder_images(source: Path, folder: str, classes: list[str]) -> Iterator[Sample]:
@@ -102,9 +92,7 @@ def folder_images(source: Path, folder: str, classes: list[str]) -> Iterator[Sam
 def from_lists(source: Path, lists: dict[str, Path]) -> dict:
     """2018: a json file a split, in the form of COCO."""
     if not (source / "train_val2018").is_dir():
-        raise FileNotFoundError(
-            f"inaturalist found no train_val2018 in {source}: unpack train_val2018.tar.gz there."
-        )
+        raise FileNotFoundError(f"inaturalist found no train_val2018 in {source}: unpack train_val2018.tar.gz there.")
     found = {split: read_list(path) for split, path in lists.items()}
     categories, _ = next(iter(found.values()))
     for split, (others, _) in found.items():
@@ -115,15 +103,10 @@ def from_lists(source: Path, lists: dict[str, Path]) -> dict:
             )
     labels = {number: label for label, number in enumerate(sorted(categories))}
     classes = [categories[number] for number in sorted(categories)]
-    return {
-        split: (classes, list_images(source, images, labels))
-        for split, (_, images) in found.items()
-    }
+    return {split: (classes, list_images(source, images, labels)) for split, (_, images) in found.items()}
 
 
-def list_images(
-    source: Path, images: list[tuple[str, int]], labels: dict[int, int]
-) -> Iterator[Sample]:
+def list_images(source: Path, images: list[tuple[str, int]], labels: dict[int, int]) -> Iterator[Sample]:
     for name, category in images:
         yield Sample(f"{source}/{name}", labels[category], name)
 
@@ -141,7 +124,5 @@ def read_list(path: Path) -> tuple[dict[int, str], list[tuple[str, int]]]:
             raise ValueError(f"category {min(unknown)} is not among its categories")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{path} is not a list of iNaturalist 2018 ({reason}): unpack it again."
-        ) from error
+        raise ValueError(f"{path} is not a list of iNaturalist 2018 ({reason}): unpack it again.") from error
     return categories, images

@@ -28,9 +28,7 @@ UINT8 = 8  # the idx format's number for it
 
 
 def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
-    return idx_splits(
-        source, "mnist", "MNIST", CLASSES, "https://ossci-datasets.s3.amazonaws.com/mnist/"
-    )
+    return idx_splits(source, "mnist", "MNIST", CLASSES, "https://ossci-datasets.s3.amazonaws.com/mnist/")
 
 
 def download(source: Path) -> None:
@@ -84,8 +82,7 @@ def read_split(images_path: Path, labels_path: Path, classes: int) -> list[Sampl
         )
     name = images_path.name.removesuffix(".gz")
     return [
-        Sample(image, label, f"{name}/{number}")
-        for number, (image, label) in enumerate(zip(images, labels.tolist()))
+        Sample(image, label, f"{name}/{number}") for number, (image, label) in enumerate(zip(images, labels.tolist()))
     ]
 
 
@@ -100,9 +97,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not a whole gzip file ({error}): download it again."
-            ) from error
+            raise ValueError(f"{path} is not a whole gzip file ({error}): download it again.") from error
     dimensions = 1 + len(shape)
     start = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4)]

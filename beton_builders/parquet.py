@@ -51,9 +51,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
     try:
         import pyarrow  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "parquet reads its files with the package pyarrow: pip install pyarrow"
-        ) from error
+        raise ModuleNotFoundError("parquet reads its files with the package pyarrow: pip install pyarrow") from error
 
     files: dict[str, list[File]] = {}
     for path, name in files_ending(source, (".parquet",)):
@@ -124,9 +122,7 @@ def read_file(path: str, name: str) -> File:
                 raise pyarrow.ArrowInvalid(f"{len(labels):,} labels for {sum(groups):,} rows")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())  # it can be several lines
-        raise ValueError(
-            f"{path} is not a whole parquet file ({reason}): download it again."
-        ) from error
+        raise ValueError(f"{path} is not a whole parquet file ({reason}): download it again.") from error
     if len(labels) and not UNLABELLED <= labels.min() <= labels.max() <= LARGEST_LABEL:
         raise ValueError(
             f"{path} holds labels from {labels.min()} to {labels.max()} in its column {label}: "
@@ -141,11 +137,7 @@ def hugging_face_features(schema: Any) -> dict[str, dict]:
     """What Hugging Face notes of each column; nothing where it did not write the file."""
     try:
         notes = json.loads((schema.metadata or {})[b"huggingface"])
-        return {
-            name: feature
-            for name, feature in notes["info"]["features"].items()
-            if isinstance(feature, dict)
-        }
+        return {name: feature for name, feature in notes["info"]["features"].items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -173,13 +165,9 @@ def label_column(schema: Any, features: dict[str, dict], path: str) -> str | Non
     from pyarrow import types
 
     named = [name for name in LABELS if name in schema.names][:1]
-    found = named or [
-        name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"
-    ]
+    found = named or [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
     if len(found) > 1:
-        raise ValueError(
-            f"{path} has several columns of classes, {', '.join(found)}: name the one to use label."
-        )
+        raise ValueError(f"{path} has several columns of classes, {', '.join(found)}: name the one to use label.")
     if found and not types.is_integer(schema.field(found[0]).type):
         raise ValueError(
             f"{path} holds {schema.field(found[0]).type} in its column {found[0]}: it must hold "
@@ -193,9 +181,7 @@ def is_labelled(files: list[File]) -> bool:
     without = [file.path for file in files if (file.labels == UNLABELLED).any()]
     labelled = any((file.labels != UNLABELLED).any() for file in files)
     if without and labelled:
-        raise ValueError(
-            f"{without[0]} holds images without a label, and others have one: take them out."
-        )
+        raise ValueError(f"{without[0]} holds images without a label, and others have one: take them out.")
     return labelled
 
 
@@ -208,8 +194,7 @@ def class_names(files: list[File]) -> list[str]:
     for file in named:
         if file.classes != named[0].classes:
             raise ValueError(
-                f"{named[0].path} and {file.path} name different classes: give a --source with "
-                "files of one data set."
+                f"{named[0].path} and {file.path} name different classes: give a --source with files of one data set."
             )
     if largest >= len(named[0].classes):
         raise ValueError(

@@ -39,20 +39,15 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
         raise ValueError("places365 needs --source, the folder that holds val_256.")
     folder = next((source / name for name in FOLDERS if (source / name).is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(
-            f"places365 found neither val_256 nor val_large in {source}: unpack val_256.tar there."
-        )
+        raise FileNotFoundError(f"places365 found neither val_256 nor val_large in {source}: unpack val_256.tar there.")
     for name in (IMAGES, CATEGORIES):
         if not (source / name).is_file():
             raise FileNotFoundError(
-                f"places365 found no {name} in {source}: unpack filelist_places365-standard.tar "
-                "there."
+                f"places365 found no {name} in {source}: unpack filelist_places365-standard.tar there."
             )
     categories = sorted((label, name) for name, label in numbered(source / CATEGORIES))
     if [label for label, _ in categories] != list(range(len(categories))):
-        raise ValueError(
-            f"{source / CATEGORIES} must number its classes from 0 without a gap: unpack it again."
-        )
+        raise ValueError(f"{source / CATEGORIES} must number its classes from 0 without a gap: unpack it again.")
     # "/a/airfield": the first letter is a folder of the archive and not of the name
     classes = [name.removeprefix("/").partition("/")[2] for _, name in categories]
     return {"val": (classes, samples(source, folder, len(classes)))}
@@ -75,8 +70,7 @@ def numbered(path: Path) -> Iterator[tuple[str, int]]:
         name, _, number = line.rpartition(" ")
         if line and not (name and number.isascii() and number.isdigit()):
             raise ValueError(
-                f"Line {position} of {path} must be a name and a number, not {line[:60]!r}: "
-                "unpack the archive again."
+                f"Line {position} of {path} must be a name and a number, not {line[:60]!r}: unpack the archive again."
             )
         if line:
             yield name, int(number)

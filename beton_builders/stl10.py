@@ -77,9 +77,7 @@ def class_names(path: Path) -> list[str]:
     expect(path)
     names = path.read_text(errors="replace").splitlines()
     if len(names) != 10:
-        raise ValueError(
-            f"{path} holds {len(names)} lines instead of 10: unpack the archive again."
-        )
+        raise ValueError(f"{path} holds {len(names)} lines instead of 10: unpack the archive again.")
     return names
 
 
@@ -111,7 +109,4 @@ def expect(path: Path) -> None:
 
 
 def samples(images: np.ndarray, labels: list[int], file: str) -> list[Sample]:
-    return [
-        Sample(image, label, f"{file}/{number}")
-        for number, (image, label) in enumerate(zip(images, labels))
-    ]
+    return [Sample(image, label, f"{file}/{number}") for number, (image, label) in enumerate(zip(images, labels))]

@@ -39,9 +39,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
         raise ValueError("sun397 needs --source, the folder SUN397.")
     root = source / "SUN397" if (source / "SUN397").is_dir() else source
     if not (root / "ClassName.txt").is_file():
-        raise FileNotFoundError(
-            f"sun397 found no ClassName.txt in {root}: unpack SUN397.tar.gz and name its folder."
-        )
+        raise FileNotFoundError(f"sun397 found no ClassName.txt in {root}: unpack SUN397.tar.gz and name its folder.")
     folders = [line.strip("/") for line in read_lines(root / "ClassName.txt") if line]
     for folder in folders:
         if ".." in folder or not (root / folder).is_dir():
@@ -59,10 +57,7 @@ def find_lists(source: Path, root: Path) -> dict[str, Path]:
     """Where each split's list is; none where both are missing."""
     places = (source, root, source / "Partitions", root / "Partitions")
     found = {
-        split: place / name
-        for split, name in LISTS.items()
-        for place in reversed(places)
-        if (place / name).is_file()
+        split: place / name for split, name in LISTS.items() for place in reversed(places) if (place / name).is_file()
     }
     if len(found) == 1:
         raise FileNotFoundError(
@@ -84,8 +79,7 @@ def listed(root: Path, path: Path, folders: list[str]) -> Iterator[Sample]:
         folder = os.path.dirname(name)
         if line and folder not in labels:
             raise ValueError(
-                f"Line {number} of {path} is in no class of ClassName.txt: {line[:60]!r}; unpack "
-                "Partitions.zip again."
+                f"Line {number} of {path} is in no class of ClassName.txt: {line[:60]!r}; unpack Partitions.zip again."
             )
         if line:
             yield Sample(f"{root}/{name}", labels[folder], name)

@@ -34,11 +34,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
                 f"svhn found no {FILES[split]} in {source}: "
                 "get it from http://ufldl.stanford.edu/housenumbers and name its folder."
             )
-    return {
-        split: (CLASSES, read_split(source / file))
-        for split, file in FILES.items()
-        if (source / file).is_file()
-    }
+    return {split: (CLASSES, read_split(source / file)) for split, file in FILES.items() if (source / file).is_file()}
 
 
 def download(source: Path) -> None:
@@ -55,13 +51,9 @@ def read_split(path: Path) -> list[Sample]:
     pixels, digits = content["X"], whole_numbers(path, "y", content["y"], 0, 10)
     shape = getattr(pixels, "shape", ())
     if shape[:3] != (CANVAS, CANVAS, 3) or len(shape) != 4 or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"{path} does not hold images of 32 x 32 x 3 bytes as X: download it again."
-        )
+        raise ValueError(f"{path} does not hold images of 32 x 32 x 3 bytes as X: download it again.")
     if len(digits) != shape[3]:
-        raise ValueError(
-            f"{path} holds {shape[3]:,} images and {len(digits):,} labels: download it again."
-        )
+        raise ValueError(f"{path} holds {shape[3]:,} images and {len(digits):,} labels: download it again.")
     return [
         Sample(image, digit % 10, f"{path.name}/{number}")
         for number, (image, digit) in enumerate(zip(np.moveaxis(pixels, 3, 0), digits.tolist()))

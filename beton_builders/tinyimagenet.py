@@ -31,9 +31,7 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]
     root = source / FOLDER if (source / FOLDER).is_dir() else source
     for name in ("wnids.txt", "train", "val"):
         if not (root / name).exists():
-            raise FileNotFoundError(
-                f"tinyimagenet found no {name} in {root}: unpack {FOLDER}.zip and name its folder."
-            )
+            raise FileNotFoundError(f"tinyimagenet found no {name} in {root}: unpack {FOLDER}.zip and name its folder.")
     classes = sorted(line for line in read_lines(root / "wnids.txt") if line)
     missing = set(classes) - set(os.listdir(root / "train"))
     if missing:
@@ -82,6 +80,4 @@ def read_lines(path: Path) -> list[str]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: unpack the archive again.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not a text file ({error}): unpack the archive again."
-        ) from error
+        raise ValueError(f"{path} is not a text file ({error}): unpack the archive again.") from error

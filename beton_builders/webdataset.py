@@ -151,9 +151,7 @@ def tar_files(path: str, start: int = 0, size: int | None = None) -> Iterator[tu
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset:,}")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a whole, uncompressed tar ({error}): download or copy it again."
-        ) from error
+        raise ValueError(f"{path} is not a whole, uncompressed tar ({error}): download or copy it again.") from error
 
 
 def read_label(path: str, file: BinaryIO, files: dict[str, tuple[str, int, int]]) -> int:
@@ -173,9 +171,7 @@ def read_label(path: str, file: BinaryIO, files: dict[str, tuple[str, int, int]]
         if type(label) is not int or not UNLABELLED <= label <= LARGEST_LABEL:
             raise ValueError(f"it is {label!r:.60}")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{name} in {path} must give a label as a whole number, counted from 0 ({error})."
-        ) from error
+        raise ValueError(f"{name} in {path} must give a label as a whole number, counted from 0 ({error}).") from error
     return label
 
 
@@ -184,9 +180,7 @@ def is_labelled(shards: list[Shard]) -> bool:
     without = [shard.path for shard in shards if UNLABELLED in shard.labels]
     labelled = any(label != UNLABELLED for shard in shards for label in shard.labels)
     if without and labelled:
-        raise ValueError(
-            f"{without[0]} holds images without a label, and others have one: add a .cls or .json."
-        )
+        raise ValueError(f"{without[0]} holds images without a label, and others have one: add a .cls or .json.")
     return labelled
 
 
@@ -203,8 +197,7 @@ def class_names(source: Path, shards: list[list[Shard]]) -> list[str]:
     names = [name.strip() for name in names if name.strip()]
     if largest >= len(names):
         raise ValueError(
-            f"{path} names {len(names)} classes, but the shards hold the label {largest}: "
-            "add a line for each class."
+            f"{path} names {len(names)} classes, but the shards hold the label {largest}: add a line for each class."
         )
     return names
 

@@ -1,8 +1,8 @@
 """fastssl: JPEGs in, a self-supervised encoder with calibrated uncertainty out.
 
-    recipe = fastssl.load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1"])
-    encoder = fastssl.load_encoder("runs/zprob_barlow")     # a timm backbone, eval mode
-    model = fastssl.load_model("runs/zprob_barlow")         # model.embed(images) -> h, mu, sigma
+recipe = fastssl.load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1"])
+encoder = fastssl.load_encoder("runs/zprob_barlow")     # a timm backbone, eval mode
+model = fastssl.load_model("runs/zprob_barlow")         # model.embed(images) -> h, mu, sigma
 """
 
 from importlib import import_module

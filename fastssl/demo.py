@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastssl.beton import build_beton
+from fastssl.common.errors import UserError
 from fastssl.evaluation import few_label_knn, few_label_linear, find_encoder
-from fastssl.evaluation.features import clean_features
+from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_table
 from fastssl.models import Embedding, SSLModel, load_model
-from fastssl.recipe import Recipe, UserError, load_recipe
+from fastssl.recipe import Recipe, load_recipe
 from fastssl.training import train
 
 DATA = Path("data/mnist5k")
@@ -87,8 +88,8 @@ class RawPixels(torch.nn.Module):
 
 def few_label_accuracies(encoder: torch.nn.Module, recipe: Recipe) -> tuple[float, float]:
     """(kNN, linear) accuracy on the held-out digits, mean over the draws of the labels."""
-    train_set = clean_features(encoder, recipe.data.train, recipe.views)
-    val_set = clean_features(encoder, recipe.data.val, recipe.views)
+    train_set = compute_features(encoder, recipe.data.train, recipe.views)
+    val_set = compute_features(encoder, recipe.data.val, recipe.views)
     data = train_set.h, train_set.label, val_set.h, val_set.label
     chosen = {"labels_per_class": LABELS_PER_CLASS, "draws": DRAWS}
     return tuple(sum(f(*data, **chosen)) / DRAWS for f in (few_label_knn, few_label_linear))

@@ -164,9 +164,7 @@ def opencv() -> Answer:
     import cv2
 
     # Both packages hold the module cv2 and overwrite each other; only one of them needs libGL.
-    packages = [
-        name for name in ("opencv-python-headless", "opencv-python") if installed_version(name)
-    ]
+    packages = [name for name in ("opencv-python-headless", "opencv-python") if installed_version(name)]
     found = f"{cv2.__version__} from {' and '.join(packages) or cv2.__file__}"
     return len(packages) < 2, found, install_line("opencv-python-headless")
 

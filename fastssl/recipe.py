@@ -3,7 +3,7 @@
     recipe = load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1", "data.train=x.beton"])
 
 A key that does not exist is refused with the nearest one that does; nothing is ignored silently.
-This file imports nothing of ours, so every other one may import it.
+This file imports only common.errors of ours, so every other one may import it.
 """
 
 import difflib
@@ -14,13 +14,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastssl.common.errors import UserError
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: one sentence, printed without a traceback, exit code 2."""
 
 
 class Section(BaseModel):
@@ -29,11 +27,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Run(Section):
+class RunConfig(Section):
     dir: str | None = None  # None: runs/NAME, or runs/NAME-2 and so on where that is taken
 
 
-class Data(Section):
+class DataConfig(Section):
     train: str
     val: str | None = None  # the probe and the evaluation need it, the training does not
     subset: str | None = None  # a file that lists images, by name or index: train on these alone
@@ -46,7 +44,7 @@ class Data(Section):
     workers: Count | None = None  # decoding threads; None: all cores this process may use
 
 
-class Jitter(Section):
+class JitterConfig(Section):
     p: Probability = 0.8
     brightness: Annotated[float, Field(ge=0)] = 0.4
     contrast: Annotated[float, Field(ge=0)] = 0.4
@@ -55,66 +53,71 @@ class Jitter(Section):
     order: Literal["random", "fixed"] = "random"
 
 
-class ViewOnly(Section):
+class PerViewConfig(Section):
     """What the two views do not share (BYOL, arXiv 2006.07733, table 6)."""
 
     blur: Probability = 0.0
     solarize: Probability = 0.0
 
 
-class Grow(Section):
+class ProgressiveResizeConfig(Section):
     """Training views that start small: FFCV's progressive resizing. Evaluation always has views.size."""
 
     size: Annotated[int, Field(ge=8)]  # of the first epochs
     epochs: tuple[Annotated[float, Field(ge=0)], float]  # from which to which it grows, in steps of 32 px
 
 
-class Views(Section):
+class ViewsConfig(Section):
     size: Annotated[int, Field(ge=8)] = 224
-    grow: Grow | None = None
+    progressive_resize: ProgressiveResizeConfig | None = None
     scale: Range = (0.08, 1.0)  # share of the source's area
     ratio: Range = (3 / 4, 4 / 3)  # width / height
     flip: Probability = 0.5
-    clean: Literal["squash", "center"] = "squash"  # what evaluation sees: all as a square, or the centre as it is
-    jitter: Jitter = Jitter()
+    eval: Literal["squash", "center"] = "squash"  # what evaluation sees: all as a square, or the centre as it is
+    jitter: JitterConfig = JitterConfig()
     gray: Probability = 0.2
-    first: ViewOnly = ViewOnly(blur=1.0)
-    second: ViewOnly = ViewOnly(blur=0.1, solarize=0.2)
+    first: PerViewConfig = PerViewConfig(blur=1.0)
+    second: PerViewConfig = PerViewConfig(blur=0.1, solarize=0.2)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     @model_validator(mode="after")
-    def check(self) -> "Views":
+    def check(self) -> "ViewsConfig":
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"views.scale must be 0 < low <= high <= 1, not {list(self.scale)}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"views.ratio must be 0 < low <= high, not {list(self.ratio)}")
         if min(self.std) <= 0:
             raise ValueError(f"views.std must be above 0, not {list(self.std)}")
-        if self.grow and not (self.grow.size < self.size and self.grow.epochs[0] < self.grow.epochs[1]):
+        if self.progressive_resize and not (
+            self.progressive_resize.size < self.size
+            and self.progressive_resize.epochs[0] < self.progressive_resize.epochs[1]
+        ):
             raise ValueError(
-                f"views.grow must have a size below views.size={self.size} and epochs that rise, "
-                f"not {self.grow.size} and {list(self.grow.epochs)}"
+                f"views.progressive_resize must have a size below views.size={self.size} and epochs that rise, "
+                f"not {self.progressive_resize.size} and {list(self.progressive_resize.epochs)}"
             )
-        if self.grow and self.size - self.grow.size > 7 * 32:
-            raise ValueError("views.grow has more than 8 sizes, and each is compiled: start from a larger one")
+        if self.progressive_resize and self.size - self.progressive_resize.size > 7 * 32:
+            raise ValueError(
+                "views.progressive_resize has more than 8 sizes, and each is compiled: start from a larger one"
+            )
         return self
 
 
-class ProjectorSizes(Section):
+class ProjectorConfig(Section):
     layers: Count = 3
     hidden: Count = 1024
     out: Count = 1024
 
 
-class Model(Section):
+class ModelConfig(Section):
     backbone: str = "resnet18"
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
-    projector: ProjectorSizes = ProjectorSizes()
+    projector: ProjectorConfig = ProjectorConfig()
     init: str | None = None  # a run, a checkpoint or timm's .safetensors: a new run that starts from its weights
 
 
-class Embedding(Section):
+class EmbeddingConfig(Section):
     stochastic: Literal["none", "z", "h", "hz"] = "none"
     samples: Count = 12  # Monte Carlo draws S
     chunk: Count | None = None  # draws at a time, computed again in the backward pass; null: all at once
@@ -127,7 +130,7 @@ class Embedding(Section):
     kl: Literal["auto", "closed", "mc"] = "auto"  # auto: closed where a closed form exists
 
     @model_validator(mode="after")
-    def check(self) -> "Embedding":
+    def check(self) -> "EmbeddingConfig":
         if self.prior != "standard_normal" and self.kl == "closed":
             raise ValueError(f"embedding.kl=closed has no formula for a {self.prior} prior: set embedding.kl=mc")
         if self.prior == "vamp" and self.mixture_mode != "joint":
@@ -142,7 +145,7 @@ class Embedding(Section):
         return self
 
 
-class BarlowTwins(Section):
+class BarlowTwinsConfig(Section):
     name: Literal["barlow_twins"] = "barlow_twins"
     lambd: Annotated[float, Field(ge=0)] = 5e-3
     unbiased: bool = False
@@ -150,7 +153,7 @@ class BarlowTwins(Section):
     gather: bool = True  # statistics over all processes' batches; false: each process for itself
 
 
-class VICReg(Section):
+class VICRegConfig(Section):
     name: Literal["vicreg"] = "vicreg"
     inv: Annotated[float, Field(ge=0)] = 25.0
     var: Annotated[float, Field(ge=0)] = 25.0
@@ -161,20 +164,20 @@ class VICReg(Section):
     gather: bool = True
 
 
-class SimCLR(Section):
+class SimCLRConfig(Section):
     name: Literal["simclr"] = "simclr"
     temperature: Annotated[float, Field(gt=0)] = 0.1
     over_draws: Literal["mean", "log_mean_exp"] = "mean"  # log_mean_exp: MCInfoNCE
     gather: bool = True
 
 
-class BYOL(Section):
+class BYOLConfig(Section):
     name: Literal["byol"] = "byol"
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.996  # of the target at the start; 1 at the end
     predictor_hidden: Count = 4096
 
 
-class Supervised(Section):
+class SupervisedConfig(Section):
     """Cross-entropy on labels, from the first view alone."""
 
     name: Literal["supervised"] = "supervised"
@@ -182,11 +185,14 @@ class Supervised(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-Objective = BarlowTwins | VICReg | SimCLR | BYOL | Supervised
-OBJECTIVES = {kind.model_fields["name"].default: kind for kind in (BarlowTwins, VICReg, SimCLR, BYOL, Supervised)}
+ObjectiveConfig = BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SupervisedConfig
+OBJECTIVES = {
+    kind.model_fields["name"].default: kind
+    for kind in (BarlowTwinsConfig, VICRegConfig, SimCLRConfig, BYOLConfig, SupervisedConfig)
+}
 
 
-class Optim(Section):
+class OptimConfig(Section):
     name: str = "adamw"  # of a class of torch.optim or torch_optimizer, such as sgd, lars, lamb, radam
     lr: Annotated[float, Field(gt=0)] = 1e-3  # at global batch 256; the used one is lr x batch / 256
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -198,7 +204,7 @@ class Optim(Section):
     options: dict[str, bool | int | float | tuple[float, ...]] = {}  # the class's other arguments
 
 
-class Train(Section):
+class TrainConfig(Section):
     epochs: Count = 100
     batch_size: Annotated[int, Field(ge=2)] = 256  # over all processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -213,18 +219,18 @@ class Train(Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # non-finite steps to skip before stopping
 
 
-class Probe(Section):
+class ProbeConfig(Section):
     every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
     split: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
     k: Count = 20
 
 
-class Log(Section):
+class LogConfig(Section):
     every: Count = 50  # steps
     to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: Count = 1000  # steps
     keep: Annotated[int, Field(ge=0)] = 0  # epochs between checkpoints that stay; 0: none do
 
@@ -232,17 +238,17 @@ class Checkpoint(Section):
 class Recipe(Section):
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    run: Run = Run()
-    data: Data
-    views: Views = Views()
-    model: Model = Model()
-    embedding: Embedding = Embedding()
-    objective: Annotated[Objective, Field(discriminator="name")] = BarlowTwins()
-    optim: Optim = Optim()
-    train: Train = Train()
-    probe: Probe = Probe()
-    log: Log = Log()
-    checkpoint: Checkpoint = Checkpoint()
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    views: ViewsConfig = ViewsConfig()
+    model: ModelConfig = ModelConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    objective: Annotated[ObjectiveConfig, Field(discriminator="name")] = BarlowTwinsConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    probe: ProbeConfig = ProbeConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":

@@ -30,11 +30,7 @@ def with_dependencies(names: list[str]) -> set[str]:
             asked_for = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue  # an optional dependency, or one for another platform
-        waiting += [
-            re.match(r"[A-Za-z0-9._-]+", line).group()
-            for line in asked_for
-            if "extra ==" not in line
-        ]
+        waiting += [re.match(r"[A-Za-z0-9._-]+", line).group() for line in asked_for if "extra ==" not in line]
     return found
 
 

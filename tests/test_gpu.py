@@ -11,13 +11,13 @@ import torch
 from small_models import make_run
 from training_runs import SMALL
 
-from fastssl import randomness
+from fastssl.common import randomness
 from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_encoder, find_split
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader
-from fastssl.loading.timeline import stretch
+from fastssl.loading.spans import span
 from fastssl.profiling import profile
-from fastssl.recipe import Views, load_recipe
+from fastssl.recipe import ViewsConfig, load_recipe
 from fastssl.training import loop, train
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
@@ -39,7 +39,7 @@ def test_noise_and_parameters_have_the_same_bits_as_on_the_cpu():
 def test_views_equal_the_cpu_ones(canvas, compiled):
     """0.1% of the pixels may differ by more than 1e-3: rounding across a clamp or the solarize threshold."""
     batch = next(iter(BetonLoader(canvas / "train.beton", 16)))
-    on_cpu, on_gpu = PairedViews(Views(size=32), seed=1), PairedViews(Views(size=32), seed=1)
+    on_cpu, on_gpu = PairedViews(ViewsConfig(size=32), seed=1), PairedViews(ViewsConfig(size=32), seed=1)
     on_gpu = torch.compile(on_gpu, fullgraph=True, dynamic=False) if compiled else on_gpu
     moved = [t.cuda() for t in (batch.image, batch.index, torch.tensor(2), batch.height, batch.width)]
     for a, b in zip(on_cpu(batch.image, batch.index, 2, batch.height, batch.width), on_gpu(*moved)):
@@ -60,7 +60,7 @@ def test_batches_on_the_device_are_never_overwritten(canvas):
 @pytest.fixture
 def compiled_views(canvas_jpeg):
     """The compiled views of one batch on the device, as a function without arguments, already compiled."""
-    views = torch.compile(PairedViews(Views(size=64), seed=1), fullgraph=True, dynamic=False)
+    views = torch.compile(PairedViews(ViewsConfig(size=64), seed=1), fullgraph=True, dynamic=False)
     batch = next(iter(BetonLoader(canvas_jpeg / "train.beton", 16, device="cuda")))
     epoch = torch.tensor(2, device="cuda")
 
@@ -97,10 +97,10 @@ def test_a_resident_set_gives_the_same_batches(canvas, options):
             assert all(torch.equal(x, y) and y.is_cuda for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("crop", ["cpu", "clean"])
+@pytest.mark.parametrize("crop", ["cpu", "eval"])
 def test_nvjpeg_gives_the_same_crops(full, crop):
     """Another decoder, with its own rounding and its own upsampling of colour."""
-    views = Views(size=48)
+    views = ViewsConfig(size=48)
     loaders = [
         BetonLoader(full / "train.beton", 16, crop=crop, views=views, device="cuda", decode=decode)
         for decode in ("cpu", "gpu")
@@ -257,7 +257,7 @@ def test_the_meter_never_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in meter.watch([a] * 300):
-            with stretch("work"):
+            with span("work"):
                 batch @ a
     finally:
         torch.cuda.set_sync_debug_mode("default")

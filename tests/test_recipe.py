@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from fastssl.recipe import Recipe, UserError, _keys, load_recipe, shipped_recipes
+from fastssl.common.errors import UserError
+from fastssl.recipe import Recipe, _keys, load_recipe, shipped_recipes
 
 SHIPPED = sorted(
     str(path.relative_to(shipped_recipes()))

@@ -21,19 +21,28 @@ Stock FFCV reads these files. Beside X.beton lie X.beton.json (how it was built,
 checksum a sample) and X.beton.names.txt (line i + 1: the name of the image of index i).
 """
 
-from .build import SplitReport, build_beton
-from .builders import builder_names, describe_builders
-from .forecast import Forecast, forecast_build, free_memory
-from .index_list import read_index_list
-from .inspection import Summary, inspect_beton, pairs_table, subset_table, summary_tables
-from .read import BetonInfo, data_checksum, read_header, read_labels, read_metadata, read_names, read_samples
-from .sample import Sample
-from .sheet import draw_samples, draw_sheet
-from .verification import Verification, verify
+from fastssl.beton.build import SplitReport, build_beton
+from fastssl.beton.builders import builder_names, describe_builders
+from fastssl.beton.estimate import BuildEstimate, estimate_build
+from fastssl.beton.index_list import read_index_list
+from fastssl.beton.inspection import Summary, inspect_beton, pairs_table, subset_table, summary_tables
+from fastssl.beton.read import (
+    BetonInfo,
+    data_checksum,
+    read_header,
+    read_labels,
+    read_metadata,
+    read_names,
+    read_samples,
+)
+from fastssl.beton.sample import Sample
+from fastssl.beton.sheet import draw_samples, draw_sheet
+from fastssl.beton.verification import Verification, verify
+from fastssl.common.system import free_memory
 
 __all__ = [
     "BetonInfo",
-    "Forecast",
+    "BuildEstimate",
     "Sample",
     "SplitReport",
     "Summary",
@@ -44,7 +53,7 @@ __all__ = [
     "describe_builders",
     "draw_samples",
     "draw_sheet",
-    "forecast_build",
+    "estimate_build",
     "free_memory",
     "inspect_beton",
     "pairs_table",

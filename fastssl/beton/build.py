@@ -15,7 +15,6 @@ import errno
 import importlib.metadata
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,16 +23,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fastssl.recipe import UserError
-
-from .atomic import write_atomically
-from .builders import load_builder
-from .images import Case, Plan
-from .listing import Listing, changed_since, digest
-from .pool import Pool, worker_pool
-from .progress import progress
-from .sample import Sample
-from .unfinished import UnfinishedBeton, manifest_path, names_path
+from fastssl.beton.builders import load_builder
+from fastssl.beton.images import Case, Plan
+from fastssl.beton.partial_build import PartialBuild, manifest_path, names_path
+from fastssl.beton.pool import Pool, worker_pool
+from fastssl.beton.sample import Sample
+from fastssl.beton.sample_list import SampleList, changed_since, digest
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
+from fastssl.common.system import resolve_workers
+from fastssl.common.terminal import progress
 
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
 ORDER_SEED = 0
@@ -87,7 +86,7 @@ def build_beton(
     """
     module = load_builder(builder)
     plan = plan_storage(module.CANVAS, canvas, max_side, quality)
-    workers = settle_workers(workers)
+    workers = resolve_workers(workers)
     if download:
         fetch(module, builder, source)
     options = {
@@ -120,13 +119,6 @@ def plan_storage(default: int, canvas: int | None, max_side: int | None, quality
     return Plan("full" if max_side is not None else "canvas", side, quality)
 
 
-def settle_workers(workers: int | None) -> int:
-    """The number of worker processes: as asked for, else one for each core this process may use."""
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}; it must be 1 or more.")
-    return len(os.sched_getaffinity(0)) if workers is None else workers
-
-
 def fetch(module: ModuleType, builder: str, source: Path | None) -> None:
     """Let the builder download its data set into `source`."""
     if not hasattr(module, "download"):
@@ -157,7 +149,7 @@ def list_splits(
     try:
         for name, (classes, samples) in module.splits(source).items():
             classes = [_as_utf8(class_name) for class_name in classes]
-            listed = samples if isinstance(samples, Sequence) else Listing(_counted(samples, name))
+            listed = samples if isinstance(samples, Sequence) else SampleList(_counted(samples, name))
             splits.append(Split(name, classes, listed, _order(len(listed), order, limit)))
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read: give yourself the right to.") from error
@@ -184,9 +176,7 @@ def _order(samples: int, order: Literal["shuffle", "source"], limit: int | None)
     return shuffled if order == "shuffle" else np.sort(shuffled)
 
 
-def _build_split(
-    split: Split, out: Path, plan: Plan, pool: Pool, options: dict, strict: bool
-) -> SplitReport:
+def _build_split(split: Split, out: Path, plan: Plan, pool: Pool, options: dict, strict: bool) -> SplitReport:
     """Write one split beside its final name, then rename it; or keep the one that is there."""
     start = time.monotonic()
     path = out / f"{split.name}.beton"
@@ -198,7 +188,7 @@ def _build_split(
         "fastssl": importlib.metadata.version("fastssl-trainer"),
         "pillow": importlib.metadata.version("pillow"),
     }
-    with UnfinishedBeton(path, {**versions, **key}, capacity=len(split.order)) as unfinished:
+    with PartialBuild(path, {**versions, **key}, capacity=len(split.order)) as unfinished:
         done = (split.samples[index] for index in unfinished.rows["index"])
         if changed_since(done, unfinished.started):
             unfinished.begin_anew()
@@ -215,9 +205,7 @@ def _build_split(
     return _report(split, path, manifest, time.monotonic() - start, kept=False)
 
 
-def _handle_images(
-    split: Split, unfinished: UnfinishedBeton, plan: Plan, pool: Pool, strict: bool
-) -> None:
+def _handle_images(split: Split, unfinished: PartialBuild, plan: Plan, pool: Pool, strict: bool) -> None:
     """Encode and write the images that have not been handled yet."""
     if strict and unfinished.bad:
         raise _strictly(unfinished.bad[0])
@@ -300,9 +288,7 @@ def _as_utf8(name: str) -> str:
 
 
 def _strictly(bad: dict) -> UserError:
-    return UserError(
-        f"{bad['name']} is bad: {bad['reason']}; mend it or take it away, or leave out --strict."
-    )
+    return UserError(f"{bad['name']} is bad: {bad['reason']}; mend it or take it away, or leave out --strict.")
 
 
 def _record_bad_images(path: Path, split: str, bad: list[dict]) -> None:

@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from fastssl.recipe import UserError
+from fastssl.common.errors import UserError
 
 
 def builder_names() -> list[str]:
@@ -18,8 +18,7 @@ def describe_builders() -> dict[str, tuple[str, bool]]:
     """For each builder the first line of its documentation, and whether it can download."""
     modules = {name: load_builder(name) for name in builder_names()}
     return {
-        name: (module.__doc__.strip().split("\n")[0], hasattr(module, "download"))
-        for name, module in modules.items()
+        name: (module.__doc__.strip().split("\n")[0], hasattr(module, "download")) for name, module in modules.items()
     }
 
 

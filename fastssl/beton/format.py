@@ -23,9 +23,7 @@ HEADER = np.dtype(
     ],
     align=True,
 )
-FIELD = np.dtype(
-    [("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True
-)
+FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -56,9 +54,7 @@ OUR_FIELDS = {
 
 def metadata_type(fields: dict[str, int]) -> np.dtype:
     """The dtype of one sample's metadata, aligned as FFCV aligns it; `fields`: name -> type id."""
-    return np.dtype(
-        [(name, FIELD_TYPES[type_id][1]) for name, type_id in fields.items()], align=True
-    )
+    return np.dtype([(name, FIELD_TYPES[type_id][1]) for name, type_id in fields.items()], align=True)
 
 
 def align(offset: int, page_size: int = PAGE_SIZE) -> int:

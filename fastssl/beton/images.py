@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from . import jpeg
-from .format import JPG, PAGE_SIZE, RAW
-from .sample import ImageSource
+from fastssl.beton import jpeg
+from fastssl.beton.format import JPG, PAGE_SIZE, RAW
+from fastssl.beton.sample import ImageSource
 
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
@@ -162,7 +162,7 @@ def _pixels(image: Image.Image, file_bytes: bytes, target: tuple[int, int]) -> n
 
 def _shrink(pixels: np.ndarray, target: tuple[int, int]) -> Image.Image:
     if pixels.shape[1::-1] != target:
-        from .resize import resize  # brings numba, which not every build needs
+        from fastssl.beton.resize import resize  # brings numba, which not every build needs
 
         pixels = resize(pixels, target[1], target[0])
     return Image.fromarray(pixels)
@@ -207,9 +207,7 @@ def _open(source: ImageSource) -> tuple[Image.Image, bytes]:
     if isinstance(source, np.ndarray):
         shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
         if source.dtype != np.uint8 or not shaped:
-            raise ValueError(
-                f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}"
-            )
+            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}")
         return Image.fromarray(source), b""
     file_bytes = read_image_bytes(source)
     if not file_bytes:

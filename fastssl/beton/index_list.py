@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.recipe import UserError
-
-from .read import read_header, read_metadata
-from .unfinished import names_path
+from fastssl.beton.partial_build import names_path
+from fastssl.beton.read import read_header, read_metadata
+from fastssl.common.errors import UserError
 
 SUFFIX = re.compile(rb"\.[A-Za-z]{3,4}$")  # .2 in n01440764.2 is none
 MOST_DIGITS = 18  # of an index that int64 holds

@@ -14,9 +14,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .index_list import read_index_list
-from .read import BetonInfo, read_header, read_samples
-from .unfinished import names_path
+from fastssl.beton.index_list import read_index_list
+from fastssl.beton.partial_build import names_path
+from fastssl.beton.read import BetonInfo, read_header, read_samples
 
 LISTED_CLASSES = 20  # with more classes the largest and the smallest ten are listed
 LONGEST_BAR = 30  # characters

@@ -40,9 +40,7 @@ def decode(content: bytes, shrink: int = 1) -> Decoded:
     with _decompressor() as (library, handle):
         height, width = (-(-side // shrink) for side in _read_size(content, library, handle))
         pixels = np.empty((height, width, 3), np.uint8)
-        failed = library.tjDecompress2(
-            handle, content, len(content), pixels.ctypes.data, width, 0, height, TJPF_RGB, 0
-        )
+        failed = library.tjDecompress2(handle, content, len(content), pixels.ctypes.data, width, 0, height, TJPF_RGB, 0)
         return Decoded(pixels, _warning(library, handle) if failed else "")
 
 

@@ -24,11 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.recipe import UserError
-
-from .images import Case, Plan, encode_all, quiet_decoders
-from .sample import ImageSource
-from .write import ROW, place
+from fastssl.beton.images import Case, Plan, encode_all, quiet_decoders
+from fastssl.beton.sample import ImageSource
+from fastssl.beton.write import ROW, place
+from fastssl.common.errors import UserError
 
 CHUNK = 32  # images handed to a worker at once
 UNDER_WAY = 16  # chunks a worker handed out at most: enough to do while a slow disk is waited for
@@ -65,13 +64,13 @@ class Pool:
         So memory does not grow with their number, and nobody waits for who is slower for long.
         """
         tasks = iter(tasks)
-        under_way: deque[Future] = deque()
+        pending: deque[Future] = deque()
         while True:
-            for task in itertools.islice(tasks, UNDER_WAY * self.workers - len(under_way)):
-                under_way.append(self._executor.submit(function, *task))
-            if not under_way:
+            for task in itertools.islice(tasks, UNDER_WAY * self.workers - len(pending)):
+                pending.append(self._executor.submit(function, *task))
+            if not pending:
                 return
-            yield under_way.popleft().result()
+            yield pending.popleft().result()
 
     def write_encoded(
         self, path: Path, position: int, images: Iterable[ImageSource], plan: Plan
@@ -146,9 +145,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_encoded(
-    path: Path, turn: int, images: list[ImageSource], plan: Plan
-) -> tuple[np.ndarray, list[str]]:
+def _write_encoded(path: Path, turn: int, images: list[ImageSource], plan: Plan) -> tuple[np.ndarray, list[str]]:
     try:
         results = encode_all(images, plan)
         good = [result for result in results if not isinstance(result, str)]

@@ -16,10 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.recipe import UserError
-
-from .builders import builder_names
-from .format import (
+from fastssl.beton.builders import builder_names
+from fastssl.beton.format import (
     ALLOCATION,
     FIELD,
     FIELD_TYPES,
@@ -32,7 +30,8 @@ from .format import (
     VERSION,
     metadata_type,
 )
-from .unfinished import names_path
+from fastssl.beton.partial_build import names_path
+from fastssl.common.errors import UserError
 
 MOST_FIELDS = 256  # far above any real file; bounds what a damaged header can make us read
 
@@ -203,9 +202,7 @@ def _field_types(descriptors: np.ndarray, path: Path) -> dict[str, int]:
     return field_types
 
 
-def _check_allocations(
-    table: np.ndarray, start: int, end: int, page_size: int, num_samples: int, path: Path
-) -> None:
+def _check_allocations(table: np.ndarray, start: int, end: int, page_size: int, num_samples: int, path: Path) -> None:
     """Every allocation lies between metadata and table, within one page, and has a sample."""
     ptr, size = table["ptr"], table["size"]
     # uint64 wraps around, so each value is bounded before two of them are added
@@ -237,9 +234,7 @@ def _check_images(image: np.ndarray, table: np.ndarray, path: Path) -> np.ndarra
     return allocation["size"].astype(np.int64)
 
 
-def _table(
-    content: np.ndarray, start: int, dtype: np.dtype, count: int, path: Path, what: str
-) -> np.ndarray:
+def _table(content: np.ndarray, start: int, dtype: np.dtype, count: int, path: Path, what: str) -> np.ndarray:
     """`count` rows of the mapped file from byte `start`, if the file is that long."""
     end = start + count * dtype.itemsize
     if end > len(content):
@@ -258,13 +253,9 @@ def _read_manifest(path: Path, num_samples: int) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{manifest_path} is damaged; delete it, and {path} reads without."
-        ) from error
+        raise UserError(f"{manifest_path} is damaged; delete it, and {path} reads without.") from error
     if not belongs:
-        raise UserError(
-            f"{manifest_path} does not belong to {path}; delete it, and the file reads without."
-        )
+        raise UserError(f"{manifest_path} does not belong to {path}; delete it, and the file reads without.")
     return manifest
 
 
@@ -272,10 +263,7 @@ def _how_to_make(path: Path) -> str:
     """The sentence for a file that is not there: shipped recipes read data/DATASET/train.beton."""
     folder = path.parent
     builder = folder.name if folder.name in builder_names() else "imagefolder"
-    return (
-        f"No file {path}: make it with `fastssl build-beton {builder} --source DIR --out {folder}`, "
-        "or name another."
-    )
+    return f"No file {path}: make it with `fastssl build-beton {builder} --source DIR --out {folder}`, or name another."
 
 
 def _not_a_beton(path: Path, why: str) -> UserError:

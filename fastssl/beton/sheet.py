@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fastssl.recipe import UserError
-
-from . import jpeg
-from .atomic import write_atomically
-from .format import RAW
-from .inspection import printable
-from .read import BetonInfo, read_header, read_samples
+from fastssl.beton import jpeg
+from fastssl.beton.format import RAW
+from fastssl.beton.inspection import printable
+from fastssl.beton.read import BetonInfo, read_header, read_samples
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
 
 SHOWN = 40  # samples
 COLUMNS = 8

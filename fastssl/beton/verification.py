@@ -10,16 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.recipe import UserError
-
-from . import jpeg
-from .build import settle_workers
-from .format import FIELD, HEADER, RAW
-from .inspection import printable
-from .pool import worker_pool
-from .progress import progress
-from .read import BetonInfo, read_header, read_names, read_samples
-from .unfinished import manifest_path
+from fastssl.beton import jpeg
+from fastssl.beton.format import FIELD, HEADER, RAW
+from fastssl.beton.inspection import printable
+from fastssl.beton.partial_build import manifest_path
+from fastssl.beton.pool import worker_pool
+from fastssl.beton.read import BetonInfo, read_header, read_names, read_samples
+from fastssl.common.errors import UserError
+from fastssl.common.system import resolve_workers
+from fastssl.common.terminal import progress
 
 CHECKED_AT_ONCE = 256  # samples handed to a worker: little to send, and progress that moves
 
@@ -97,7 +96,7 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
     found: list[tuple[int, str]] = []
     tasks = (task(start) for start in range(0, len(image), CHECKED_AT_ONCE))
     with (
-        worker_pool(settle_workers(workers)) as pool,
+        worker_pool(resolve_workers(workers)) as pool,
         progress("verifying", len(image)) as advance,
     ):
         for count, size, faults in pool.in_order(_check_chunk, tasks):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .format import (
+from fastssl.beton.format import (
     ALLOCATION,
     FIELD,
     FIELD_TYPES,

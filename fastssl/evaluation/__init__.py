@@ -6,7 +6,7 @@
 Functions take numpy arrays or torch tensors; accuracies are shares from 0 to 1.
 """
 
-from fastssl.evaluation.features import Features, cached_features, clean_features, extract_features, mean_of_draws
+from fastssl.evaluation.features import Features, cached_features, compute_features, extract_features, mean_of_draws
 from fastssl.evaluation.knn import evaluate_knn, few_label_knn, knn_accuracy, knn_predictions
 from fastssl.evaluation.linear import evaluate_linear, few_label_linear, fit_lbfgs, fit_reference, fit_sweep
 from fastssl.evaluation.metrics import Scores, classification_figures
@@ -22,7 +22,7 @@ __all__ = [
     "Scores",
     "cached_features",
     "classification_figures",
-    "clean_features",
+    "compute_features",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_semisup",

@@ -23,13 +23,14 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from fastssl.beton import read_header, read_index_list
-from fastssl.beton.progress import progress
+from fastssl.common.errors import UserError
+from fastssl.common.randomness import NOISE_EVALUATION, normals
+from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import as_tensor
 from fastssl.loading import Batch, BetonLoader
 from fastssl.models.ssl_model import evaluating
-from fastssl.randomness import NOISE_EVALUATION, normals
-from fastssl.recipe import UserError, Views
-from fastssl.views import PairedViews, clean_view, describe_clean_view
+from fastssl.recipe import ViewsConfig
+from fastssl.views import PairedViews, describe_eval_transform, eval_transform
 
 CACHE_VERSION = 2  # raise it when the same inputs give other numbers
 A_DAY = 86_400  # seconds
@@ -95,7 +96,7 @@ def extract_features(
     clean: uint8 images (B, H, W, 3), and the source images' sizes, to what `embed` takes. `advance` is told of each
     batch's number of images. Autocast and TF32 are off, whatever surrounds the call.
     """
-    parts = list(embedded_batches(model, loader, clean_look(clean), advance))
+    parts = list(embedded_batches(model, loader, eval_input(clean), advance))
     *arrays, space = zip(*parts, strict=True)
     return Features(*(None if column[0] is None else np.concatenate(column) for column in arrays), space[0])
 
@@ -123,11 +124,11 @@ def embedded_batches(
             advance(len(features.label))
 
 
-def clean_look(clean: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
+def eval_input(clean: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
     return lambda batch: clean(batch.image, batch.height, batch.width)
 
 
-def augmented_look(views: Views) -> Callable[[Batch], Tensor]:
+def augmented_input(views: ViewsConfig) -> Callable[[Batch], Tensor]:
     """Both training views of each image, as a run with seed 0 sees them in its first epoch: (B, 2, 3, size, size)."""
     pair = PairedViews(views)
     return lambda batch: torch.stack(pair(batch.image, batch.index, 0, batch.height, batch.width), dim=1)
@@ -147,28 +148,28 @@ def kept(x: Tensor, batch: Batch) -> np.ndarray:
     return x[batch.valid].to("cpu", torch.float32 if x.is_floating_point() else torch.int64).numpy()
 
 
-def clean_loader(
+def eval_loader(
     beton: str | Path,
-    views: Views,
+    views: ViewsConfig,
     device: torch.device,
     subset: str | Path | None = None,
     limit: int | None = None,
     skip: int = 0,
     augmented: bool = False,
 ) -> BetonLoader:
-    """Each image of a .beton once, in the file's order, for `clean_view`, or for `augmented_look`."""
+    """Each image of a .beton once, in the file's order, for `eval_transform`, or for `augmented_input`."""
     # Images of one size go to the device as they are; of others, the CPU cuts out the view's part.
-    crop = "gpu" if read_header(beton).resolution else "cpu" if augmented else "clean"
+    crop = "gpu" if read_header(beton).resolution else "cpu" if augmented else "eval"
     return BetonLoader(
         beton, BATCH_SIZE, crop=crop, views=views, shuffle=False, drop_last=False, device=device, subset=subset,
         limit=limit, skip=skip, shard=False,
     )  # fmt: skip
 
 
-def clean_features(
+def compute_features(
     model: nn.Module,
     beton: str | Path,
-    views: Views,
+    views: ViewsConfig,
     *,
     subset: str | Path | None = None,
     limit: int | None = None,
@@ -180,8 +181,8 @@ def clean_features(
     `subset` and `limit` pick the same images as data.subset and data.limit do in training, `limit` behind the first
     `skip` of its draw.
     """
-    loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit, skip)
-    return extract_features(model, loader, clean_view(views), advance=advance)
+    loader = eval_loader(beton, views, next(model.parameters()).device, subset, limit, skip)
+    return extract_features(model, loader, eval_transform(views), advance=advance)
 
 
 def cached_features(
@@ -189,15 +190,15 @@ def cached_features(
     beton: str | Path,
     *,
     model: nn.Module,
-    views: Views,
+    views: ViewsConfig,
     subset: str | Path | None = None,
     limit: int | None = None,
     dtype: DType = "float32",
     augmented: bool = False,
 ) -> Features:
-    """`clean_features` as maps of files, or what an earlier call left in RUN/features/.
+    """`compute_features` as maps of files, or what an earlier call left in RUN/features/.
 
-    augmented: of both training views of each image (`augmented_look`) in place of the clean one.
+    augmented: of both training views of each image (`augmented_input`) in place of the clean one.
 
     They are written batch by batch, so a set of any size takes little memory. The folder's name holds a sha256 of the
     model's weights, the .beton's path, size and time of change, the clean view, the images of `subset`, `limit` and
@@ -208,7 +209,7 @@ def cached_features(
         "version": CACHE_VERSION,
         "weights": weights_sha256(model),
         "beton": identity_of(beton),
-        "view": views.model_dump(mode="json") if augmented else describe_clean_view(views),
+        "view": views.model_dump(mode="json") if augmented else describe_eval_transform(views),
         "limit": limit,
         "dtype": dtype,
     }
@@ -218,8 +219,8 @@ def cached_features(
     folder = cache_folder(run_dir, beton, depends_on)
     features = read_features(folder)
     if features is None:
-        loader = clean_loader(beton, views, next(model.parameters()).device, subset, limit, augmented=augmented)
-        look = augmented_look(views) if augmented else clean_look(clean_view(views))
+        loader = eval_loader(beton, views, next(model.parameters()).device, subset, limit, augmented=augmented)
+        look = augmented_input(views) if augmented else eval_input(eval_transform(views))
         what = f"Features of {beton}" + (", two views" if augmented else "")
         with progress(what, len(loader.rows), "images") as advance:
             batches = embedded_batches(model, loader, look, advance)

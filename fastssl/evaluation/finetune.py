@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from fastssl.beton.atomic import write_atomically
-from fastssl.beton.progress import progress
-from fastssl.evaluation.features import clean_loader, in_fp32, kept, writing
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
+from fastssl.common.terminal import progress
+from fastssl.evaluation.features import eval_loader, in_fp32, kept, writing
 from fastssl.evaluation.metrics import classification_figures
-from fastssl.evaluation.results import find_or_measure, scored, without_places
+from fastssl.evaluation.results import load_or_compute, scored, without_places
 from fastssl.evaluation.runs import Encoder, labels_of
 from fastssl.models import Classifier, load_model
 from fastssl.models.ssl_model import evaluating
-from fastssl.recipe import Jitter, Recipe, UserError, ViewOnly, Views, with_overrides
+from fastssl.recipe import JitterConfig, PerViewConfig, Recipe, ViewsConfig, with_overrides
 from fastssl.training import train
-from fastssl.views import clean_view, describe_clean_view
+from fastssl.views import describe_eval_transform, eval_transform
 
 PROTOCOL = "all of the encoder fine-tuned with a new linear classifier; the last epoch is tested"
 # The semi-supervised runs of arXiv 2310.18080, in its published code.
@@ -48,11 +49,17 @@ class Labelled:
     test_rows: np.ndarray | None = None  # None: all
 
 
-def finetune_view(views: Views) -> Views:
+def finetune_view(views: ViewsConfig) -> ViewsConfig:
     """Crop and flip alone for training; for testing the published view: the centre, of small images all."""
     clean = "center" if views.size > SMALL_IMAGES else "squash"
-    none = {"jitter": Jitter(p=0), "gray": 0.0, "first": ViewOnly(), "second": ViewOnly(), "grow": None}
-    return views.model_copy(update={**none, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "clean": clean})
+    none = {
+        "jitter": JitterConfig(p=0),
+        "gray": 0.0,
+        "first": PerViewConfig(),
+        "second": PerViewConfig(),
+        "progressive_resize": None,
+    }
+    return views.model_copy(update={**none, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "eval": clean})
 
 
 def finetune_recipe(
@@ -80,7 +87,7 @@ def finetune_recipe(
             "subset": labelled.train_list and str(labelled.train_list.resolve()),
             "workers": run.data.workers,
         },
-        "views": views.model_copy(update={"clean": view or views.clean}).model_dump(),
+        "views": views.model_copy(update={"eval": view or views.eval}).model_dump(),
         "model": {"backbone": run.model.backbone, "stem": run.model.stem},
         "embedding": {
             "stochastic": "h" if "h" in run.embedding.stochastic else "none",
@@ -126,7 +133,7 @@ def finetune(
         raise UserError(f"{labelled.train_list or labelled.train} holds one class only: name images of several.")
     recipe = finetune_recipe(encoder, labelled, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
     settings = recipe.model_dump(mode="json", exclude=NOT_SETTINGS)
-    of_view = {"view": describe_clean_view(recipe.views)}
+    of_view = {"view": describe_eval_transform(recipe.views)}
     request = {"protocol": PROTOCOL, **about, "settings": settings, "seed": seed, **encoder.about, **of_view}
     key = hashlib.sha256(json.dumps(without_places(request)).encode()).hexdigest()[:8]
     folder = encoder.run_dir / "eval" / f"{name}-{key}"
@@ -150,7 +157,7 @@ def finetune(
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)  # a finished run needs the last one alone
         return {"folder": folder.name, **scored(encoder.run_dir, name, scores, labelled.test)}
 
-    return find_or_measure(encoder.run_dir, name, request, measure)
+    return load_or_compute(encoder.run_dir, name, request, measure)
 
 
 def keep_start(encoder: Encoder, folder: Path) -> Path:
@@ -167,10 +174,10 @@ def keep_start(encoder: Encoder, folder: Path) -> Path:
 
 
 @torch.inference_mode()
-def test_logits(model: Classifier, beton: Path, views: Views) -> tuple[np.ndarray, np.ndarray]:
+def test_logits(model: Classifier, beton: Path, views: ViewsConfig) -> tuple[np.ndarray, np.ndarray]:
     """(M, C) logits of the clean views of a .beton, and their labels (M,), in the order of the file."""
-    clean, parts = clean_view(views), []
-    loader = clean_loader(beton, views, next(model.parameters()).device)
+    clean, parts = eval_transform(views), []
+    loader = eval_loader(beton, views, next(model.parameters()).device)
     with evaluating(model), progress(f"Testing on {beton}", len(loader.rows), "images") as advance:
         for batch in loader:
             with in_fp32(batch.image.device):

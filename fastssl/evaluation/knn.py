@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.beton.progress import progress
+from fastssl.common.errors import UserError
+from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import as_tensor
 from fastssl.evaluation.features import DType, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
-from fastssl.evaluation.results import find_or_measure
+from fastssl.evaluation.results import load_or_compute
 from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
 from fastssl.evaluation.splits import balanced_draws
-from fastssl.recipe import UserError
 
 KS, TEMPERATURES = (20, 200), (0.07, 0.1)
 BANK_ROWS = 1 << 16  # training samples that are compared at a time: 256 MiB of float64 at 512 dimensions
@@ -44,9 +44,9 @@ def knn_accuracy(
 
     A test class without training samples is an error for each of its samples.
     """
-    guess_M = knn_predictions(
-        train_features, train_labels, test_features, ks=(k,), temperatures=(temperature,)
-    )[k, temperature]
+    guess_M = knn_predictions(train_features, train_labels, test_features, ks=(k,), temperatures=(temperature,))[
+        k, temperature
+    ]
     return (guess_M == as_tensor(test_labels).cpu()).double().mean().item()
 
 
@@ -207,4 +207,4 @@ def evaluate_knn(
         **about,
     }
     name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + split.name
-    return find_or_measure(encoder.run_dir, name, request, measure)
+    return load_or_compute(encoder.run_dir, name, request, measure)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from fastssl.evaluation.features import clean_features
+from fastssl.common.errors import UserError
+from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
 from fastssl.loading import count_images
 from fastssl.models import Model
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
 
 BANK = 50_000  # images: all of CIFAR-10, and 4% of ImageNet, whose whole would cost a pass over 1.28 million
 
@@ -38,8 +39,8 @@ def knn_probe(recipe: Recipe) -> Callable[[Model], dict[str, float]]:
     bank, skip = min(BANK, data.limit or BANK), data.limit if rest else 0
 
     def probe(model: Model) -> dict[str, float]:
-        train = clean_features(model, data.train, recipe.views, subset=data.subset, limit=bank)
-        val = clean_features(model, probed, recipe.views, subset=subset, limit=BANK, skip=skip)
+        train = compute_features(model, data.train, recipe.views, subset=data.subset, limit=bank)
+        val = compute_features(model, probed, recipe.views, subset=subset, limit=BANK, skip=skip)
         device = next(model.parameters()).device
         accuracy = knn_accuracy(
             torch.as_tensor(train.h, device=device),

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from fastssl.beton import read_header
-from fastssl.beton.atomic import write_atomically
+from fastssl.common.files import write_atomically
 from fastssl.evaluation.features import writing
 from fastssl.evaluation.metrics import Scores
 from fastssl.recipe import load_recipe
@@ -26,7 +26,7 @@ MARKS = ("saturated", "failed")  # keys of a result that name its figures or che
 MOST_COLUMNS = 10  # of figures in a table of several runs: with more, each figure is a line
 
 
-def find_or_measure(run_dir: str | Path, name: str, request: dict, measure: Callable[[], dict]) -> dict:
+def load_or_compute(run_dir: str | Path, name: str, request: dict, measure: Callable[[], dict]) -> dict:
     """RUN/eval/NAME.json if it answers this request, else what `measure` gives, kept there.
 
     request: all that the figures depend on: protocol, settings, seed, checksums of encoder and data; and where these

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from fastssl.beton import data_checksum, read_header, read_index_list, read_labels, read_metadata
+from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, Features, cached_features, weights_sha256
 from fastssl.models import Model, build_model
-from fastssl.models.checkpoint import LAST, model_in, newest_checkpoint, run_dir_of
-from fastssl.recipe import Recipe, UserError, load_recipe
-from fastssl.views import describe_clean_view
+from fastssl.models.checkpoint import LAST, model_from_checkpoint, newest_checkpoint, run_dir_of
+from fastssl.recipe import Recipe, load_recipe
+from fastssl.views import describe_eval_transform
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Encoder:
             "run": str(self.run_dir),
             "weights": "untrained" if self.weights is None else str(self.weights),
             "encoder_sha256": self.sha256,
-            "view": describe_clean_view(self.recipe.views),
+            "view": describe_eval_transform(self.recipe.views),
         }
 
 
@@ -49,7 +50,7 @@ def find_encoder(
 ) -> Encoder:
     """The encoder of a run directory, or of a checkpoint in one.
 
-    untrained: with the weights that the run began with, drawn from its seed. view: overrides the recipe's views.clean.
+    untrained: with the weights that the run began with, drawn from its seed. view: overrides the recipe's views.eval.
     Raises UserError where there is none.
     """
     run = Path(run)
@@ -61,7 +62,7 @@ def find_encoder(
         )
     recipe = load_recipe(run_dir / "recipe.yaml")
     if view:
-        recipe = recipe.model_copy(update={"views": recipe.views.model_copy(update={"clean": view})})
+        recipe = recipe.model_copy(update={"views": recipe.views.model_copy(update={"eval": view})})
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here: run `fastssl doctor`, or leave it out.")
     device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +75,7 @@ def find_encoder(
         checkpoint = newest_checkpoint(run)
         if checkpoint.warning:
             warnings.warn(checkpoint.warning, stacklevel=2)
-        model, weights = model_in(checkpoint), checkpoint.path
+        model, weights = model_from_checkpoint(checkpoint), checkpoint.path
         suffix = f"-{weights.stem}" if run.is_file() and weights.name != LAST else ""
     suffix += f"-{view}" if view else ""
     return Encoder(run_dir, recipe, model.to(device), device, weights, suffix, weights_sha256(model))

@@ -7,15 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastssl.common.errors import UserError
 from fastssl.evaluation.arrays import as_numpy
-from fastssl.recipe import UserError
 
 HELD_OUT = 0.1  # share of the training set that hyperparameters are chosen on
 
 
-def balanced_draws(
-    labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int
-) -> list[np.ndarray]:
+def balanced_draws(labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int) -> list[np.ndarray]:
     """`draws` independent samples of `labels_per_class` rows of every class, each ascending."""
     label_N = as_numpy(labels)
     class_C, count_C = np.unique(label_N, return_counts=True)
@@ -28,17 +26,12 @@ def balanced_draws(
     picked = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
-        rows = [
-            rng.choice(np.flatnonzero(label_N == c), labels_per_class, replace=False)
-            for c in class_C
-        ]
+        rows = [rng.choice(np.flatnonzero(label_N == c), labels_per_class, replace=False) for c in class_C]
         picked.append(np.sort(np.concatenate(rows)))
     return picked
 
 
-def stratified_holdout(
-    labels: ArrayLike | Tensor, share: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def stratified_holdout(labels: ArrayLike | Tensor, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows to fit on, rows held out), both sorted: `share` of every class is held out.
 
     At least one sample of a class is held out and at least one is kept; a class of one is kept.

@@ -6,13 +6,13 @@ from typing import Literal
 
 import numpy as np
 
+from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType
 from fastssl.evaluation.finetune import Labelled, finetune, keep_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, settings_of
-from fastssl.evaluation.results import find_or_measure, scored
+from fastssl.evaluation.results import load_or_compute, scored
 from fastssl.evaluation.runs import Data, Encoder, Split, check_labels, features_of, indices_of, labels_of
 from fastssl.evaluation.splits import stratified_holdout
-from fastssl.recipe import UserError
 
 Method = Literal["linear", "finetune"]
 HELD_OUT, SEED = 0.5, 0  # of a data set without a test file: the same half for every encoder and seed
@@ -94,7 +94,7 @@ def evaluate_transfer(
         return {**scored(encoder.run_dir, name, scores, target.test), **fitted}
 
     request = {**about, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.about}
-    return find_or_measure(encoder.run_dir, name, request, measure)
+    return load_or_compute(encoder.run_dir, name, request, measure)
 
 
 def _finetune(encoder, target, name, about, seed, view, overrides) -> dict:

@@ -4,6 +4,6 @@
 the card beside it (`card.py`, from what `findings.py` finds in the run directory).
 """
 
-from fastssl.export.command import Exported, export_run
+from fastssl.export.run import Exported, export_run
 
 __all__ = ["Exported", "export_run"]

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import yaml
 from torch import nn
 
-from fastssl.export.findings import Findings
+from fastssl.common.geometry import CENTER
+from fastssl.export.run_summary import Findings
 from fastssl.export.source import Source
-from fastssl.geometry import CENTER
 from fastssl.models.exported import short_path
 
 CARD = "model_card.md"
@@ -76,7 +76,7 @@ def code(source: Source, file: str, format: str, sigma: bool) -> str:
     """A program that reads the file and embeds photo.jpg; the clean view in Pillow and numpy."""
     views = source.recipe.views
     what, cut, box = "whole image", "", ""
-    if views.clean == "center":
+    if views.eval == "center":
         what, box = "image's centre", ", box=box"
         cut = f"""\
     side = {CENTER} * min(image.size)
@@ -128,9 +128,9 @@ def loading_line(source: Source, file: str, format: str, sigma: bool) -> str:
 def input_rows(source: Source) -> Iterable[tuple[str, object]]:
     views = source.recipe.views
     seen = "the whole image, whatever its aspect ratio"
-    if views.clean == "center":
+    if views.eval == "center":
         seen = f"the central square of {CENTER} of the shorter side"
-    yield "image", f"RGB; kind `{views.clean}`: {seen}, resized to a square"
+    yield "image", f"RGB; kind `{views.eval}`: {seen}, resized to a square"
     yield "size", f"{views.size} x {views.size}, bilinear, antialiased where it shrinks"
     yield "range", "[0, 1], then minus mean, divided by std"
     yield "mean", list(views.mean)

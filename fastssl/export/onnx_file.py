@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.common.errors import UserError
 from fastssl.export.source import Source
 from fastssl.models import Model
-from fastssl.recipe import UserError
 
 LARGEST = 2**31 - 1  # bytes: protobuf's limit for one file
 TOLERANCE = 1e-4  # between onnxruntime and torch, as a share of the largest output (of 1, where all are smaller)

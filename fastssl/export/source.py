@@ -6,11 +6,12 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastssl.common.errors import UserError
 from fastssl.models import Model
-from fastssl.models.checkpoint import model_in, newest_checkpoint, recipe_in, run_dir_of
+from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, recipe_in, run_dir_of
 from fastssl.models.encoder import has_fixed_size
-from fastssl.recipe import Recipe, UserError
-from fastssl.views import describe_clean_view
+from fastssl.recipe import Recipe
+from fastssl.views import describe_eval_transform
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Source:
             "backbone": self.recipe.model.backbone,
             "stem": self.recipe.model.stem,
             "stochastic": self.recipe.embedding.stochastic,
-            "clean_view": json.dumps(describe_clean_view(self.recipe.views)),
+            "eval_transform": json.dumps(describe_eval_transform(self.recipe.views)),
             "checkpoint_sha256": self.checkpoint_sha256,
         }
 
@@ -56,7 +57,7 @@ def open_run(run: str | Path) -> Source:
     if checkpoint.warning:
         warnings.warn(checkpoint.warning, stacklevel=2)
     # Where gradients are wanted, torch.export keeps views in some attention (relpos, maxvit) that ONNX refuses.
-    model = model_in(checkpoint).requires_grad_(False)
+    model = model_from_checkpoint(checkpoint).requires_grad_(False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
     loader = saved.get("loader")

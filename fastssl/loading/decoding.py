@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fastssl.beton.format import RAW
-from fastssl.recipe import Views
+from fastssl.loading import kernels
+from fastssl.loading.samples import Samples
+from fastssl.loading.spans import span
+from fastssl.recipe import ViewsConfig
 
-from . import kernels
-from .samples import Samples
-from .timeline import stretch
-
-Crop = Literal["gpu", "cpu", "clean"]
+Crop = Literal["gpu", "cpu", "eval"]
 
 SMALL = 1 << 20  # bytes; copying that many stored pixels takes as long as handing the work to threads
 
@@ -27,7 +26,7 @@ class Decoded(NamedTuple):
     status_B: np.ndarray  # kernels.DECODED, WARNED or FAILED
 
 
-class Work(NamedTuple):
+class DecodeTask(NamedTuple):
     """A batch to be decoded, by any number of threads that call kernel(*arguments)."""
 
     image: Tensor
@@ -38,10 +37,10 @@ class Work(NamedTuple):
     is_small: bool  # done before a thread is awake
 
 
-class UnderWay(NamedTuple):
+class PendingBatch(NamedTuple):
     """A batch that the threads are decoding."""
 
-    work: Work
+    work: DecodeTask
     threads: list[Future]
 
 
@@ -52,7 +51,7 @@ class ThreadDecoder:
         self,
         samples: Samples,
         crop: Crop,
-        views: Views | None,
+        views: ViewsConfig | None,
         seed: int,
         workers: int,
         buffers: "Buffers",
@@ -64,10 +63,10 @@ class ThreadDecoder:
         self._pool = ThreadPoolExecutor(workers, "fastssl-decode")
         self._scratch = threading.local()
 
-    def start(self, rows: np.ndarray, epoch: int) -> UnderWay:
+    def start(self, rows: np.ndarray, epoch: int) -> PendingBatch:
         return self.begin(self.prepare(rows, epoch))
 
-    def prepare(self, rows: np.ndarray, epoch: int) -> Work:
+    def prepare(self, rows: np.ndarray, epoch: int) -> DecodeTask:
         """All that is to be known before decoding: where bytes lie, which boxes to cut, where pixels go."""
         samples = self.samples
         source = samples.file, samples.start_N[rows], samples.size_N[rows], samples.mode_N[rows]
@@ -78,8 +77,8 @@ class ThreadDecoder:
             kernel, arguments = kernels.decode_squares, (*source, image.numpy(), status_B, counter)
         else:
             box_BV4 = (
-                samples.clean_boxes(rows, self.views)
-                if self.crop == "clean"
+                samples.eval_boxes(rows, self.views)
+                if self.crop == "eval"
                 else samples.crop_boxes(rows, self.seed, epoch, self.views, self.crops)
             )
             size = self.views.size
@@ -87,23 +86,23 @@ class ThreadDecoder:
             shape_B2 = samples.shape_N2[rows]
             kernel = self._decode_crops
             arguments = *source, shape_B2, box_BV4, image.numpy(), status_B, counter
-        return Work(image, status_B, counter, kernel, arguments, is_small(image.nbytes, samples.mode_N[rows]))
+        return DecodeTask(image, status_B, counter, kernel, arguments, is_small(image.nbytes, samples.mode_N[rows]))
 
-    def begin(self, work: Work) -> UnderWay:
+    def begin(self, work: DecodeTask) -> PendingBatch:
         if work.is_small:
             _decode(work)
-            return UnderWay(work, [])
+            return PendingBatch(work, [])
         threads = min(self.workers, len(work.status_B))
-        return UnderWay(work, [self._pool.submit(_decode, work) for _ in range(threads)])
+        return PendingBatch(work, [self._pool.submit(_decode, work) for _ in range(threads)])
 
-    def finish(self, under_way: UnderWay) -> Decoded:
-        for thread in under_way.threads:
+    def finish(self, pending: PendingBatch) -> Decoded:
+        for thread in pending.threads:
             thread.result()
-        return Decoded(under_way.work.image, under_way.work.status_B)
+        return Decoded(pending.work.image, pending.work.status_B)
 
-    def abandon(self, under_way: UnderWay) -> None:
+    def cancel(self, pending: PendingBatch) -> None:
         """Let the threads stop at their next sample."""
-        under_way.work.counter[0] = kernels.ALL_TAKEN
+        pending.work.counter[0] = kernels.ALL_TAKEN
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -125,8 +124,8 @@ def is_small(image_bytes: int, mode_B: np.ndarray) -> bool:
     return image_bytes <= SMALL and bool((mode_B == RAW).all())
 
 
-def _decode(work: Work) -> None:
-    with stretch("decode"):
+def _decode(work: DecodeTask) -> None:
+    with span("decode"):
         work.kernel(*work.arguments)
 
 

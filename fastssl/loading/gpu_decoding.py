@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from fastssl.beton.format import RAW
-from fastssl.geometry import crop_resize
-from fastssl.recipe import UserError, Views
-
-from . import kernels
-from .decoding import Crop, Decoded
-from .samples import Samples
+from fastssl.common.errors import UserError
+from fastssl.common.geometry import crop_resize
+from fastssl.loading import kernels
+from fastssl.loading.decoding import Crop, Decoded
+from fastssl.loading.samples import Samples
+from fastssl.recipe import ViewsConfig
 
 ROOM = 1 << 26  # values in the largest intermediate result of cropping, 256 MB
 
@@ -42,7 +42,7 @@ class GpuDecoder:
         self,
         samples: Samples,
         crop: Crop,
-        views: Views | None,
+        views: ViewsConfig | None,
         seed: int,
         device: torch.device,
         crops: Literal[1, 2] = 2,
@@ -63,8 +63,8 @@ class GpuDecoder:
         jpegs = [torch.from_numpy(np.array(self.samples.stored(row))) for row in rows_B]
         if self.crop == "gpu":
             return Bytes(rows_B, jpegs, None)
-        if self.crop == "clean":
-            return Bytes(rows_B, jpegs, self.samples.clean_boxes(rows_B, self.views))
+        if self.crop == "eval":
+            return Bytes(rows_B, jpegs, self.samples.eval_boxes(rows_B, self.views))
         boxes = self.samples.crop_boxes(rows_B, self.seed, epoch, self.views, self.crops)
         return Bytes(rows_B, jpegs, boxes)
 
@@ -80,7 +80,7 @@ class GpuDecoder:
             return Decoded(torch.stack(images).permute(0, 2, 3, 1), status_B)
         return Decoded(self._crops(images, torch.from_numpy(batch.box_BV4).to(self.device)), status_B)
 
-    def abandon(self, batch: Bytes) -> None:
+    def cancel(self, batch: Bytes) -> None:
         """Nothing runs yet."""
 
     def close(self) -> None:
@@ -114,8 +114,8 @@ class GpuDecoder:
             padded = torch.zeros(len(some), height, width, 3, dtype=torch.uint8, device=self.device)
             for b, image in enumerate(some):
                 padded[b, : image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
-            of_N = torch.arange(len(some), device=self.device).repeat_interleave(views)
+            image_index_N = torch.arange(len(some), device=self.device).repeat_interleave(views)
             boxes = box_BV4[first : first + at_once].flatten(0, 1)
-            cut = crop_resize(padded, of_N, boxes, torch.zeros_like(of_N, dtype=torch.bool), size)
+            cut = crop_resize(padded, image_index_N, boxes, torch.zeros_like(image_index_N, dtype=torch.bool), size)
             parts.append((cut + 0.5).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(some), views)))
         return torch.cat(parts).contiguous()

@@ -1,7 +1,6 @@
 """BetonLoader: batches of a .beton in a reproducible order, decoded ahead."""
 
 import hashlib
-import os
 import queue
 import warnings
 from collections import deque
@@ -15,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.beton import free_memory, read_header, read_index_list
-from fastssl.randomness import permutation
-from fastssl.recipe import UserError, Views
-
-from . import kernels
-from .decoding import Buffers, Crop, Decoded, ThreadDecoder, is_small
-from .gpu_decoding import GpuDecoder
-from .order import Order, epoch_order
-from .samples import Samples
-from .timeline import stretch
+from fastssl.beton import read_header, read_index_list
+from fastssl.common.errors import UserError
+from fastssl.common.randomness import permutation
+from fastssl.common.system import available_cores, free_memory
+from fastssl.loading import kernels
+from fastssl.loading.decoding import Buffers, Crop, Decoded, ThreadDecoder, is_small
+from fastssl.loading.gpu_decoding import GpuDecoder
+from fastssl.loading.order import Order, epoch_order
+from fastssl.loading.samples import Samples
+from fastssl.loading.spans import span
+from fastssl.recipe import ViewsConfig
 
 UNDER_WAY = 2  # batches being decoded: while one waits for its last sample the next one has begun
 READY = 1  # decoded batches that wait for the caller
@@ -34,7 +34,7 @@ SUBSET_SEED = 0  # data.limit picks the same images whatever the run's seed
 class Batch(NamedTuple):
     """One batch, on the device. The caller may keep it: it is never written again."""
 
-    image: Tensor  # uint8 (B, H, W, 3); (B, crops, size, size, 3) for crop="cpu", flip not yet applied; 1 for "clean"
+    image: Tensor  # uint8 (B, H, W, 3); (B, crops, size, size, 3) for crop="cpu", flip not yet applied; 1 for "eval"
     label: Tensor  # int64 (B,); -1 where the file has no labels
     index: Tensor  # int64 (B,): stable sample ids
     height: Tensor  # int64 (B,): the source images' sizes in pixels
@@ -46,7 +46,7 @@ class BetonLoader:
     """Batches of `batch_size` samples (a process) from a .beton file, as `Batch` tuples.
 
     crop="gpu" gives whole stored images (all of one size); crop="cpu" decodes once and cuts both
-    views' crops on the CPU (crops=1: the first view's), at the boxes that `fastssl.views` would draw; crop="clean"
+    views' crops on the CPU (crops=1: the first view's), at the boxes that `fastssl.views` would draw; crop="eval"
     cuts the clean view's part out of images of any size. The last two need `views`, the recipe's section.
 
     shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see
@@ -83,7 +83,7 @@ class BetonLoader:
         *,
         seed: int = 0,
         crop: Crop = "gpu",
-        views: Views | None = None,
+        views: ViewsConfig | None = None,
         crops: Literal[1, 2] = 2,
         workers: int | None = None,
         shuffle: bool | Literal["quasi_random"] = True,
@@ -103,7 +103,7 @@ class BetonLoader:
         self.crop = crop
         self.views = views
         self.crops = crops
-        self.workers = workers or cores_of_this_process()
+        self.workers = workers or available_cores()
         self.order = {True: "random", False: "sequential"}.get(shuffle, shuffle)
         self.drop_last = drop_last
         self.device = torch.device(device)
@@ -232,9 +232,7 @@ class BetonLoader:
             if reader.is_alive():
                 reader.join()
 
-    def _read_ahead(
-        self, rows_N: np.ndarray, firsts: range, epoch: int, ready: queue.Queue, stop: Event
-    ) -> None:
+    def _read_ahead(self, rows_N: np.ndarray, firsts: range, epoch: int, ready: queue.Queue, stop: Event) -> None:
         """The reader thread: batch after batch into the queue; None ends it, so does an exception."""
 
         def put(item) -> None:
@@ -245,17 +243,17 @@ class BetonLoader:
                     pass
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        under_way: deque = deque()
+        pending: deque = deque()
         decoder = None
 
         def hand_over_oldest() -> None:
-            rows_B, valid_B, decoding = under_way.popleft()
-            with stretch("wait for threads"):
+            rows_B, valid_B, decoding = pending.popleft()
+            with span("wait for threads"):
                 decoded = decoder.finish(decoding)
-            with stretch("copy"):
+            with span("copy"):
                 batch = self._batch(rows_B, valid_B, decoded)
                 moved = self._to_device(batch, copies) if copies else (batch, None)
-            with stretch("wait for room"):
+            with span("wait for room"):
                 put(moved)
 
         try:
@@ -265,21 +263,21 @@ class BetonLoader:
                     # Places behind the order's end fill up the last batch.
                     place_B = first + self.rank * self.batch_size + np.arange(self.batch_size)
                     rows_B = rows_N.take(place_B, mode="wrap")
-                    with stretch("start"):
+                    with span("start"):
                         decoding = decoder.start(rows_B, epoch)
-                    under_way.append((rows_B, place_B < len(rows_N), decoding))
-                    if len(under_way) == UNDER_WAY:
+                    pending.append((rows_B, place_B < len(rows_N), decoding))
+                    if len(pending) == UNDER_WAY:
                         hand_over_oldest()
                     if stop.is_set():
                         return
-                while under_way:
+                while pending:
                     hand_over_oldest()
             put(None)
         except BaseException as error:
             put(error)
         finally:
-            for _, _, decoding in under_way:
-                decoder.abandon(decoding)
+            for _, _, decoding in pending:
+                decoder.cancel(decoding)
             if decoder:
                 decoder.close()
 
@@ -361,11 +359,6 @@ def count_images(path: str | Path, *, subset: str | Path | None = None, limit: i
     """How many samples a BetonLoader with these arguments draws from; nothing is decoded."""
     count = read_header(path).num_samples if subset is None else len(read_index_list(path, subset))
     return count if limit is None else min(count, limit)
-
-
-def cores_of_this_process() -> int:
-    """The cores it may use, shared evenly with the processes that torchrun started beside it."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _rank_and_world() -> tuple[int, int]:

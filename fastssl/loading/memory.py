@@ -1,9 +1,9 @@
 """What a loader will take, before it takes it."""
 
-from .loader import READY, UNDER_WAY, BetonLoader
+from fastssl.loading.loader import READY, UNDER_WAY, BetonLoader
 
 
-def memory_bill(loader: BetonLoader) -> dict[str, int]:
+def estimate_memory(loader: BetonLoader) -> dict[str, int]:
     """Bytes by cause. Host memory unless it says device; the file itself is the page cache's."""
     samples, batch, image = loader.samples, loader.batch_size, loader.image_bytes
     on_device = loader.device.type != "cpu"

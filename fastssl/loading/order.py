@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from fastssl.randomness import PAGE_ORDER, permutation
+from fastssl.common.randomness import PAGE_ORDER, permutation
 
 Order = Literal["random", "quasi_random", "sequential"]
 PAGES_AT_ONCE = 32  # of 8 MB as build-beton writes them: samples are mixed over 256 MB of the file

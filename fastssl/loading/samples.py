@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fastssl.beton import BetonInfo, read_names, read_samples
-from fastssl.geometry import NUMBERS, clean_box, crop_box
-from fastssl.randomness import AUGMENTATION, uniforms
-from fastssl.recipe import Views
+from fastssl.common.geometry import NUMBERS, crop_box, eval_box
+from fastssl.common.randomness import AUGMENTATION, uniforms
+from fastssl.recipe import ViewsConfig
 
 
 class Samples(NamedTuple):
@@ -72,12 +72,12 @@ class Samples(NamedTuple):
         source = f" ({name})" if name else ""
         return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
 
-    def clean_boxes(self, rows: np.ndarray, views: Views) -> np.ndarray:
+    def eval_boxes(self, rows: np.ndarray, views: ViewsConfig) -> np.ndarray:
         """(B, 1, 4) float64: the box of the clean view in stored pixels, the one that fastssl.views takes."""
         height_B, width_B = (torch.from_numpy(column[rows]) for column in (self.height_N, self.width_N))
-        return self._in_stored_pixels(clean_box(height_B, width_B, views.clean)[:, None], rows)
+        return self._in_stored_pixels(eval_box(height_B, width_B, views.eval)[:, None], rows)
 
-    def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: Views, count: int) -> np.ndarray:
+    def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: ViewsConfig, count: int) -> np.ndarray:
         """(B, count, 4) float64: the views' boxes in stored pixels, the ones that fastssl.views draws."""
         index_B, height_B, width_B = (
             torch.from_numpy(column[rows]) for column in (self.index_N, self.height_N, self.width_N)

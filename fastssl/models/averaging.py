@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def move_towards(targets: list[Tensor], sources: list[Tensor], share: float, unless: Tensor) -> None:
+def move_towards(targets: list[Tensor], sources: list[Tensor], share: float, skip: Tensor) -> None:
     """targets <- targets + share * (sources - targets), in place. unless: a flag () on the device to change nothing."""
     steps = torch._foreach_sub(sources, targets)
-    torch._foreach_mul_(steps, torch.where(unless, 0.0, share))
+    torch._foreach_mul_(steps, torch.where(skip, 0.0, share))
     torch._foreach_add_(targets, steps)
 
 
@@ -30,11 +30,11 @@ class WeightAverage:
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # batch norms' counts of batches
 
-    def update(self, step: int, unless: Tensor) -> None:
+    def update(self, step: int, skip: Tensor) -> None:
         """After step 0, 1, ... of the model that this was made from."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = zip(*self._averaged)
-        move_towards(list(averages), list(weights), 1 - decay, unless)
+        move_towards(list(averages), list(weights), 1 - decay, skip)
         if self._copied:
             averages, weights = zip(*self._copied)
             torch._foreach_copy_(list(averages), list(weights))

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fastssl.common.errors import UserError
 from fastssl.models.build import Model, build_model
 from fastssl.models.exported import load_exported_encoder, load_exported_model
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -98,10 +99,10 @@ def load_model(run_or_checkpoint: str | Path) -> Model:
     checkpoint = newest_checkpoint(run_or_checkpoint)
     if checkpoint.warning:
         warnings.warn(checkpoint.warning, stacklevel=2)
-    return model_in(checkpoint)
+    return model_from_checkpoint(checkpoint)
 
 
-def model_in(checkpoint: Checkpoint) -> Model:
+def model_from_checkpoint(checkpoint: Checkpoint) -> Model:
     """What `load_model` gives, of a checkpoint that has been read."""
     path, saved = checkpoint.path, checkpoint.saved
     recipe = recipe_in(path, saved)
@@ -121,7 +122,7 @@ def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     return load_model(run_or_checkpoint).encoder
 
 
-def start_from(model: Model, source: str) -> str:
+def load_pretrained(model: Model, source: str) -> str:
     """Fill a new model with the weights of `source`, as `model.init` says; returns a line on what came and what not.
 
     source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm's for this backbone. All of the

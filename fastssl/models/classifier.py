@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from fastssl.common.randomness import NOISE_H, normals
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import GaussianHead
 from fastssl.models.ssl_model import Draws, Embedding, View, evaluating, make_prior
-from fastssl.randomness import NOISE_H, normals
 from fastssl.recipe import Recipe
 
 

@@ -8,7 +8,7 @@ from timm.models import is_model_in_modules
 from timm.models.resnet import ResNet
 from torch import nn
 
-from fastssl.recipe import UserError
+from fastssl.common.errors import UserError
 
 
 def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> nn.Module:
@@ -48,8 +48,7 @@ def has_fixed_size(backbone: str) -> bool:
 def _use_small_stem(encoder: nn.Module, backbone: str) -> None:
     if not isinstance(encoder, ResNet):
         raise UserError(
-            f"model.stem=small is defined for timm's ResNets only, not for {backbone}: "
-            "set model.stem=imagenet."
+            f"model.stem=small is defined for timm's ResNets only, not for {backbone}: set model.stem=imagenet."
         )
     channels = encoder.bn1.num_features
     encoder.conv1 = nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False)

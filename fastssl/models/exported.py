@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastssl.common.errors import UserError
 from fastssl.models.build import Model, build_model
 from fastssl.models.encoder import build_encoder
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
 
 ENCODER = "encoder."
 TRAINING_ONLY = ("predictor.", "target.")  # of BYOL; no file that was exported holds them
@@ -101,9 +102,7 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {_short(error)}") from None
     except ValidationError as error:
-        raise UserError(
-            f"{path} holds a recipe that this version of fastssl does not know: {_short(error)}"
-        ) from None
+        raise UserError(f"{path} holds a recipe that this version of fastssl does not know: {_short(error)}") from None
 
 
 def _misfit(path: Path, reason: object) -> UserError:

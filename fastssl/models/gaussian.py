@@ -22,9 +22,7 @@ class DiagonalGaussian:
 
     def __init__(self, mu: Tensor, log_var: Tensor):
         self.mu = at_least_fp32(mu).clamp(-MU_MAX, MU_MAX)
-        self.log_var = at_least_fp32(log_var).clamp(
-            2 * math.log(SIGMA_MIN), 2 * math.log(SIGMA_MAX)
-        )
+        self.log_var = at_least_fp32(log_var).clamp(2 * math.log(SIGMA_MIN), 2 * math.log(SIGMA_MAX))
 
     @property
     def sigma(self) -> Tensor:
@@ -58,9 +56,7 @@ class DiagonalGaussian:
         """
         if method == "closed":
             if not isinstance(prior, StandardNormal):
-                raise ValueError(
-                    f"KL to {type(prior).__name__} has no closed form: use method='mc', samples=x."
-                )
+                raise ValueError(f"KL to {type(prior).__name__} has no closed form: use method='mc', samples=x.")
             return 0.5 * (self.mu.square() + self.log_var.exp() - 1 - self.log_var).sum(-1)
         if method != "mc":
             raise ValueError(f"KL's method is 'closed' or 'mc', not {method!r}.")

@@ -7,14 +7,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastssl.common.randomness import NOISE_H, NOISE_Z, normals
 from fastssl.models.averaging import move_towards
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import DiagonalGaussian, GaussianHead
 from fastssl.models.priors import MixtureOfGaussians, StandardNormal, VampPrior
 from fastssl.models.projector import Projector, project_draws
-from fastssl.randomness import NOISE_H, NOISE_Z, normals
-from fastssl.recipe import Embedding as EmbeddingKeys
-from fastssl.recipe import Recipe
+from fastssl.recipe import EmbeddingConfig, Recipe
 
 
 class Embedding(NamedTuple):
@@ -106,13 +105,13 @@ class SSLModel(nn.Module):
         heads, h = self.target["heads"], self.target["encoder"](v)
         return without_noise(self.target["projector"], heads, heads["h"](h).mu if "h" in heads else h)
 
-    def update_target(self, momentum: float, unless: Tensor) -> None:
+    def update_target(self, momentum: float, skip: Tensor) -> None:
         """target <- momentum * target + (1 - momentum) * online, parameter by parameter (BYOL, equation 1).
 
         unless: a flag () on the device that makes it change nothing.
         """
         online = [p for part in (self.encoder, self.projector, self.heads) for p in part.parameters()]
-        move_towards(list(self.target.parameters()), online, 1 - momentum, unless)
+        move_towards(list(self.target.parameters()), online, 1 - momentum, skip)
 
     @torch.no_grad()
     def mean_z(self, h: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ def without_noise(projector: nn.Module, heads: nn.ModuleDict, h: Tensor) -> Tens
     return heads["z"](z).mu if "z" in heads else z
 
 
-def make_prior(embedding: EmbeddingKeys, head: GaussianHead) -> nn.Module:
+def make_prior(embedding: EmbeddingConfig, head: GaussianHead) -> nn.Module:
     """The recipe's prior for the embedding that `head` makes."""
     if embedding.prior == "standard_normal":
         return StandardNormal()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastssl.models.collective import count_rows, sum_over_ranks
+from fastssl.common.distributed import count_rows, sum_over_ranks
 from fastssl.objectives.batch import require_two, stack_views, sum_of_squared_products
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastssl.models.collective import gather_rows, sum_over_ranks
+from fastssl.common.distributed import gather_rows, sum_over_ranks
 from fastssl.models.priors import at_least_fp32
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.models.collective import count_rows, mean_over_ranks
+from fastssl.common.distributed import count_rows, mean_over_ranks
 from fastssl.objectives.batch import stack_views, unit
 
 

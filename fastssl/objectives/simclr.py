@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastssl.models.collective import count_rows, gather_rows, mean_over_ranks, rank_of
+from fastssl.common.distributed import count_rows, gather_rows, mean_over_ranks, rank_of
 from fastssl.objectives.batch import require_two, stack_views, unit
 
 

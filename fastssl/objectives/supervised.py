@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.models.collective import count_rows, mean_over_ranks
+from fastssl.common.distributed import count_rows, mean_over_ranks
 from fastssl.models.priors import at_least_fp32
 
 

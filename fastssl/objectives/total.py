@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastssl.common.distributed import mean_over_ranks
 from fastssl.models import Draws, View
-from fastssl.models.collective import mean_over_ranks
 from fastssl.models.gaussian import SIGMA_MAX, SIGMA_MIN
 from fastssl.objectives.barlow_twins import barlow_twins_terms
 from fastssl.objectives.byol import byol_loss
 from fastssl.objectives.simclr import simclr_loss
 from fastssl.objectives.supervised import accuracy, cross_entropy_loss
 from fastssl.objectives.vicreg import vicreg_terms
-from fastssl.recipe import Objective, Recipe
+from fastssl.recipe import ObjectiveConfig, Recipe
 
 Terms = dict[str, Tensor]
 
@@ -66,7 +66,7 @@ def total_loss(recipe: Recipe, beta_warmup_steps: int = 0) -> Callable[..., Term
     return loss_terms
 
 
-def objective_terms(objective: Objective) -> Callable[..., Terms]:
+def objective_terms(objective: ObjectiveConfig) -> Callable[..., Terms]:
     """The recipe's objective as a function of the views' z, then of their targets where they have one: its terms."""
     options = objective.model_dump(exclude={"name"})
     if objective.name == "supervised":

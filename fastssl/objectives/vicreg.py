@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastssl.models.collective import count_rows, sum_over_ranks
+from fastssl.common.distributed import count_rows, sum_over_ranks
 from fastssl.objectives.batch import require_two, stack_views, sum_of_squared_products
 
 
@@ -32,9 +32,7 @@ def vicreg_loss(
     before the invariance term. gather: None for statistics over all processes wherever
     torch.distributed runs, False for this process alone.
     """
-    terms = vicreg_terms(
-        z1, z2, inv=inv, var=var, cov=cov, gamma=gamma, eps=eps, center=center, gather=gather
-    )
+    terms = vicreg_terms(z1, z2, inv=inv, var=var, cov=cov, gamma=gamma, eps=eps, center=center, gather=gather)
     return terms["invariance"] + terms["variance"] + terms["covariance"]
 
 

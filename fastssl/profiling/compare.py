@@ -16,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.beton.inspection import printable
-
-from .result import RATE, figure, limiting_leg, why_missing
-from .tables import percent, si, significant
+from fastssl.profiling.result import RATE, figure, limiting_leg, why_missing
+from fastssl.profiling.tables import percent, si, significant
 
 LEAST_DIFFERENCE = 0.02  # of the medians, relative to a's
 SECTIONS = ("environment", "machine", "run", "data", "recipe")  # of a profile: what a difference may come from

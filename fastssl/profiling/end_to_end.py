@@ -8,12 +8,11 @@ from itertools import islice
 import numpy as np
 import torch
 
+from fastssl.profiling.device_stages import take_step
+from fastssl.profiling.loader_stages import AHEAD, endless
+from fastssl.profiling.timing import Stage, figure_of, wait_for
 from fastssl.training.meters import Meter
 from fastssl.training.setup import Run
-
-from .device_legs import take_step
-from .loader_legs import AHEAD, endless
-from .windows import Leg, figure_of, wait_for
 
 
 class Training:
@@ -62,7 +61,7 @@ class EndToEnd:
     def __init__(self, run: Run, epoch: int, cores: int, seconds: float):
         self.training = Training(run, epoch)
         begin, end = self.training.begin, self.training.close
-        self.leg = Leg(self.training, run.device, seconds, least=2, dropped=AHEAD, begin=begin, end=end)
+        self.leg = Stage(self.training, run.device, seconds, least=2, dropped=AHEAD, begin=begin, end=end)
         self.cores = cores
         self.waits: list[list[float]] = []
         self.gpu: list[list[float]] = []

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fastssl.profiling.timing import wait_for
 from fastssl.training.setup import DTYPES
-
-from .windows import wait_for
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the measured peak
 COPIED = 1 << 28  # bytes of the copy that is the measured peak

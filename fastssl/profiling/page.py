@@ -6,13 +6,12 @@ import json
 from html import escape
 from pathlib import Path
 
-from fastssl.beton.atomic import write_atomically
 from fastssl.beton.inspection import printable
+from fastssl.common.files import write_atomically
 from fastssl.evaluation.features import writing
-
-from .pictures import draw_profile
-from .result import figure, missing_legs
-from .tables import headline, leg_rows, percent, si, step_rows, subject
+from fastssl.profiling.plots import draw_profile
+from fastssl.profiling.result import figure, missing_legs
+from fastssl.profiling.tables import headline, leg_rows, percent, si, step_rows, subject
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px; margin: 2em auto;

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, Strict, StrictBool, ValidationError, model_validator
 
-from fastssl.beton.atomic import write_atomically
 from fastssl.beton.inspection import printable
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
 from fastssl.evaluation.features import writing
-from fastssl.recipe import UserError
 
 SCHEMA = 1  # raise it when a profile changes so that older code would misread it
 DEEPEST = 30  # levels of a profile: what is deeper is no profile, and could exhaust the stack
@@ -80,7 +80,7 @@ class GPU(BaseModel):
     power_w: Number | None = None
 
 
-class Leg(BaseModel):
+class Stage(BaseModel):
     """One arrow of the data's flow, measured alone. Below `missing`, what only some legs have."""
 
     images_per_second: Rate | None = None
@@ -175,7 +175,7 @@ class Profile(BaseModel):
     machine: Machine
     data: Data
     run: Run
-    legs: dict[Key, Leg]
+    legs: dict[Key, Stage]
     limits: Limits
     verdict: Verdict
     remarks: list[Line]

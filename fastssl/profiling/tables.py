@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.beton.inspection import printable
-
-from .result import RATE, figure, leg_of, limiting_leg, median, missing_legs, step_parts
+from fastssl.profiling.result import RATE, figure, leg_of, limiting_leg, median, missing_legs, step_parts
 
 HEALTHY = 0.9  # of the accelerator's utilisation: below, training is worth speeding up outside the model
 MANY_PAGE_FAULTS = 5000  # of a step: a hundredth of a second

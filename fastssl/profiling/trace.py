@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from fastssl.beton.atomic import write_atomically
+from fastssl.common.distributed import is_main_process
+from fastssl.common.files import write_atomically
 from fastssl.evaluation.features import writing
-from fastssl.loading.timeline import Stretch, recorded
-from fastssl.training.distributed import is_first
-
-from .end_to_end import Training
-from .windows import wait_for
+from fastssl.loading.spans import Span, recorded
+from fastssl.profiling.end_to_end import Training
+from fastssl.profiling.timing import wait_for
 
 STEPS = 3
 CLOCK = "fastssl clock"  # the name of marks whose time is known on both clocks
@@ -32,12 +31,12 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     training.begin()
     training()  # whatever the loader had decoded ahead is not what a step in the middle finds
     wait_for(device)
-    with recorded() as stretches, torch.profiler.profile(activities=activities) as profile:
+    with recorded() as spans, torch.profiler.profile(activities=activities) as profile:
         marks = [marked(f"{CLOCK} {number}") for number in range(5)]
         for _ in range(STEPS):
             training()
         wait_for(device)
-    if not is_first():
+    if not is_main_process():
         return
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "trace.json"
@@ -46,7 +45,7 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     events = trace["traceEvents"]
     _, start, name = min(marks)  # the shortest: between its two clocks nothing came
     offset = next(event["ts"] for event in events if event.get("name") == name) - start * 1e6
-    events += events_of(stretches, offset)
+    events += events_of(spans, offset)
     data = gzip.compress(json.dumps(trace).encode(), compresslevel=6)
     with writing(path):
         write_atomically(path, lambda beside: beside.write_bytes(data))
@@ -60,16 +59,16 @@ def marked(name: str) -> tuple[float, float, str]:
     return time.perf_counter() - start, start, name
 
 
-def events_of(stretches: list[Stretch], offset: float) -> list[dict]:
+def events_of(spans: list[Span], offset: float) -> list[dict]:
     """The stretches as events of one process with a track for each thread. offset: from perf_counter, microseconds."""
-    threads = {name: number for number, name in enumerate(sorted({s.thread for s in stretches}, key=_place), 1)}
+    threads = {name: number for number, name in enumerate(sorted({s.thread for s in spans}, key=_place), 1)}
 
     def named(kind: str, number: int, value: str) -> dict:
         return {"ph": "M", "pid": PROCESS, "tid": number, "name": kind, "args": {"name": value}}
 
     events = [named("process_name", 0, "fastssl"), *(named("thread_name", n, name) for name, n in threads.items())]
     events.append({"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}})
-    for s in stretches:
+    for s in spans:
         events.append({
             "ph": "X", "cat": "fastssl", "pid": PROCESS, "tid": threads[s.thread], "name": s.name,
             "ts": s.start * 1e6 + offset, "dur": (s.end - s.start) * 1e6,

@@ -9,13 +9,13 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from fastssl.common.errors import EXIT_REQUEUE, UserError
 from fastssl.evaluation.probe import probe_of
 from fastssl.loading import Batch
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
 from fastssl.training import train
 from fastssl.training.run_dir import RunDirBusy
 from fastssl.training.setup import choose_device, is_resident
-from fastssl.training.signals import COME_AGAIN
 
 BUSY = 73  # exit code: another process trains in this directory
 USER_ERROR = 2
@@ -52,7 +52,7 @@ def end_with(parent: int) -> None:
     """Let the system send SIGTERM when the parent dies, even of SIGKILL; training then saves a checkpoint and ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before this
-        sys.exit(COME_AGAIN)
+        sys.exit(EXIT_REQUEUE)
     # SLURM's requeue signal reaches every process of a job, a closed terminal's every process of the sweep. For a run
     # they mean the same; of the second, training says so itself once it runs.
     for number in (signal.SIGUSR2, signal.SIGHUP):

@@ -15,7 +15,8 @@ from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError
 
-from fastssl.recipe import Recipe, Section, UserError, find_recipe, load_recipe, read_yaml, sentence
+from fastssl.common.errors import UserError
+from fastssl.recipe import Recipe, Section, find_recipe, load_recipe, read_yaml, sentence
 
 JOBS_FOLDER = "slurm"  # beside the grids' folders
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]  # it becomes a folder

@@ -11,8 +11,9 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
+from fastssl.common.errors import UserError
 from fastssl.loading import Batch
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
 from fastssl.training.setup import choose_device, training_loader
 
 SHARED_MEMORY = "/dev/shm"

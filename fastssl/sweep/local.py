@@ -12,14 +12,13 @@ from typing import Literal
 
 import torch
 
+from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 from fastssl.recipe import Recipe
-from fastssl.training.signals import COME_AGAIN, INTERRUPTED
-
-from .child import BUSY, USER_ERROR, run_child
-from .grid import Run
-from .keeper import keep
-from .progress import is_finished, is_locked, last_words
-from .table import SweepDisplay
+from fastssl.sweep.child import BUSY, USER_ERROR, run_child
+from fastssl.sweep.grid import Run
+from fastssl.sweep.keeper import keep
+from fastssl.sweep.progress import is_finished, is_locked, last_words
+from fastssl.sweep.table import SweepDisplay
 
 SPAWN = get_context("spawn")  # CUDA does not survive a fork
 GRACE = 120  # seconds that stopped runs have for their checkpoints
@@ -176,7 +175,7 @@ def settle(task: Task, retries: int) -> None:
     task.process = None
     if is_finished(task.run):
         task.state = "finished"
-    elif code in (BUSY, COME_AGAIN, INTERRUPTED, -signal.SIGTERM):  # it is not the run's fault
+    elif code in (BUSY, EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGTERM):  # it is not the run's fault
         task.state = "waiting"
     else:
         task.failures += 1

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fastssl.common.errors import UserError
 from fastssl.loading import count_images
-from fastssl.recipe import Recipe, UserError, load_recipe
+from fastssl.recipe import Recipe, load_recipe
+from fastssl.sweep.grid import Run
 from fastssl.training.state import changed_keys
 from fastssl.training.tracking import readable_lines
-
-from .grid import Run
 
 TAIL = 8192  # bytes, some ten lines of metrics.jsonl
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastssl.beton.atomic import write_atomically
-from fastssl.recipe import UserError
-
-from .grid import JOBS_FOLDER, Run, Sweep
-from .local import GRACE, Task, run_here, tasks_of
-from .table import SweepDisplay
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
+from fastssl.sweep.grid import JOBS_FOLDER, Run, Sweep
+from fastssl.sweep.local import GRACE, Task, run_here, tasks_of
+from fastssl.sweep.table import SweepDisplay
 
 if TYPE_CHECKING:
     import submitit  # an extra: imported where it is needed

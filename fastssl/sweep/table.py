@@ -11,11 +11,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .grid import Run, short_names
-from .progress import images_per_epoch, is_finished, last_knn, read_progress
+from fastssl.sweep.grid import Run, short_names
+from fastssl.sweep.progress import images_per_epoch, is_finished, last_knn, read_progress
 
 if TYPE_CHECKING:
-    from .local import Task
+    from fastssl.sweep.local import Task
 
 FAILURES_SHOWN = 10
 

@@ -1,5 +1,5 @@
 """From a recipe to a run directory. `loop.py` is the training; the other files are its parts."""
 
-from .loop import train
+from fastssl.training.loop import train
 
 __all__ = ["train"]

@@ -6,11 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastssl.common.distributed import all_gather_values, combine
 from fastssl.models.checkpoint import LAST
-
-from .distributed import combine, of_all_processes
-from .optim import skips_on_device
-from .state import TrainState
+from fastssl.training.optim import skips_on_device
+from fastssl.training.state import TrainState
 
 
 class FiniteGuard:
@@ -69,7 +68,7 @@ class FiniteGuard:
     def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The terms of the last step over all processes and the number of skipped ones, on the host (one copy)."""
         values = torch.stack([*(term.detach().double() for term in terms.values()), self.state.skipped.double()])
-        *numbers, skipped = combine([*terms, "skipped"], of_all_processes(values)).tolist()
+        *numbers, skipped = combine([*terms, "skipped"], all_gather_values(values)).tolist()
         return {**dict(zip(terms, numbers)), "skipped_steps": int(skipped)}
 
     def sentence(self, run_dir: Path) -> str:

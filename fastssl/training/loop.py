@@ -17,22 +17,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastssl.common.distributed import (
+    any_rank,
+    broadcast_from_main,
+    combine,
+    gather_rows,
+    is_main_process,
+    joined_processes,
+)
+from fastssl.common.errors import UserError
 from fastssl.loading import Batch
-from fastssl.loading.timeline import stretch
+from fastssl.loading.spans import span
 from fastssl.models import Model
 from fastssl.models.checkpoint import newest_checkpoint
-from fastssl.models.collective import gather_rows
 from fastssl.objectives import momentum_at
-from fastssl.recipe import Recipe, UserError
-
-from .distributed import any_process, combine, from_first, is_first, joined_processes
-from .guard import clip_gradients
-from .meters import LongWait, Meter, Observed, compile_counts, rankme
-from .output import Output
-from .run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
-from .schedule import image_size
-from .setup import Run, choose_device, prepare
-from .signals import CutShort, StopRequest
+from fastssl.recipe import Recipe
+from fastssl.training.guard import clip_gradients
+from fastssl.training.meters import LongWait, Meter, Observed, compile_counts, rankme
+from fastssl.training.output import Output
+from fastssl.training.run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
+from fastssl.training.schedule import image_size
+from fastssl.training.setup import Run, choose_device, prepare
+from fastssl.training.signals import ProbeInterrupted, StopRequest
 
 Probe = Callable[[Model], dict[str, float]]
 Diagnose = Callable[[Run, Observed], str]
@@ -59,16 +65,16 @@ def train(
     with ExitStack() as stack:
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
         stop = stack.enter_context(StopRequest())
-        restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-        run_dir, resumes = from_first(lambda: choose_run_dir(recipe, resume, restarted))
+        restarted = any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+        run_dir, resumes = broadcast_from_main(lambda: choose_run_dir(recipe, resume, restarted))
         open_run_dir = partial(stack.enter_context, opened_run_dir(run_dir))
         if resumes:  # before anything is read that another process might still write
-            from_first(open_run_dir)
+            broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint, resident)
         if not resumes:  # now that nothing is wrong with the recipe
-            from_first(open_run_dir)
-        if checkpoint and is_first():
+            broadcast_from_main(open_run_dir)
+        if checkpoint and is_main_process():
             set_damaged_aside(checkpoint)
         output = stack.enter_context(Output(run, run_dir))
         for remark in remarks:
@@ -116,7 +122,7 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None, diagno
                 output.log({"epoch": epoch, **figures, **ranks, "lr": rate, **speed, **compiled, **time})
                 if warning := long_wait.look(speed["data_wait"], observed):
                     output.say(warning)
-            stops = any_process(stop.received is not None)
+            stops = any_rank(stop.received is not None)
             if stops or state.step % recipe.checkpoint.every == 0 or (logs and output.save_failed):
                 output.save()
             if stops:
@@ -133,7 +139,7 @@ def train_step(run: Run, batches: list[Batch], epoch: int, rate: float) -> tuple
         group["lr"] = rate * group.get("lr_factor", 1.0)
     run.guard.remember()
     terms, h = forward_and_backward(run, batches, epoch)
-    with stretch("optimiser"):
+    with span("optimiser"):
         optimise(run, terms)
     run.state.step += 1
     return terms, h
@@ -147,28 +153,28 @@ def optimise(run: Run, terms: dict[str, Tensor]) -> None:
     state.optimizer.zero_grad()
     if model.target is not None:
         momentum = momentum_at(state.step, run.schedule.total_steps, run.recipe.objective.momentum)
-        model.update_target(momentum, unless=skipped)
+        model.update_target(momentum, skip=skipped)
     if state.average:
-        state.average.update(state.step, unless=skipped)
+        state.average.update(state.step, skip=skipped)
 
 
 def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients of the mean loss of the micro-batches. Returns its terms, and the last one's h."""
     # A tensor, not a number: a compiled graph would be made anew for each number.
     step = torch.full((), run.state.step, device=run.device)
-    of_each = []
+    per_microbatch = []
     for number, batch in enumerate(batches, 1):
-        with stretch("views"):
+        with span("views"):
             inputs = network_inputs(run.recipe, batch, run.views(batch, epoch), step)
         if run.recipe.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with run.no_sync() if number < len(batches) else nullcontext():
-            with stretch("forward"):
+            with span("forward"):
                 terms, h = run.network(*inputs)
-            with stretch("backward"):
+            with span("backward"):
                 run.state.scaler.scale(terms["loss"] / len(batches)).backward()
-        of_each.append([term.detach() for term in terms.values()])
-    values = combine([*terms], torch.stack([torch.stack(values) for values in of_each]))
+        per_microbatch.append([term.detach() for term in terms.values()])
+    values = combine([*terms], torch.stack([torch.stack(values) for values in per_microbatch]))
     return dict(zip(terms, values)), h
 
 
@@ -189,16 +195,16 @@ def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None
     """Measure the model in the first process, while the others wait. A signal cuts it short: a resume probes again."""
     state, epochs_done = run.state, run.state.loader.epoch
     figures = {}
-    if is_first():
+    if is_main_process():
         try:
             with stop.at_once():
                 figures = probe(state.average.model if state.average else state.model)
-        except CutShort:
+        except ProbeInterrupted:
             pass
-    if any_process(stop.received is not None):
+    if any_rank(stop.received is not None):
         output.save()
         output.stopped(stop)
-    figures = from_first(lambda: figures)
+    figures = broadcast_from_main(lambda: figures)
     state.epochs_probed = epochs_done
     output.log({"epoch": epochs_done - 1, **figures})
     name, value = next(iter(figures.items()), (None, None))

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl.common.distributed import all_gather_values, world_size
 from fastssl.loading import BetonLoader
-from fastssl.loading.timeline import Total, stretch, take_totals
-
-from .distributed import of_all_processes, world_size
+from fastssl.loading.spans import Total, span, take_totals
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ class Observed(NamedTuple):
     images: int  # of this process
     seconds: float
     waited: float  # seconds of them in which the device had nothing to do, or without one the loop
-    stretches: dict[str, Total]  # of the loader's threads and the loop's parts, by name
+    spans: dict[str, Total]  # of the loader's threads and the loop's parts, by name
 
 
 class Meter:
@@ -61,7 +60,7 @@ class Meter:
         """The loader's batches; the time inside the loader counts as waiting."""
         batches = iter(loader)
         while True:
-            with stretch("wait for data"):
+            with span("wait for data"):
                 asked = self._now()
                 try:
                     batch = next(batches)
@@ -100,10 +99,10 @@ class Meter:
         """The figures over all processes, the one that waits most for all; and what this one has observed."""
         observed = self.observe()
         mine = torch.tensor([observed.waited / observed.seconds, loader.bad_samples], dtype=torch.float64)
-        of_each = of_all_processes(mine)
+        per_microbatch = all_gather_values(mine)
         speed = observed.images * world_size() / observed.seconds
-        figures = {"images_per_second": speed, "data_wait": of_each[:, 0].max().item()}
-        bad = of_each[:, 1]
+        figures = {"images_per_second": speed, "data_wait": per_microbatch[:, 0].max().item()}
+        bad = per_microbatch[:, 1]
         if bad_samples := int(bad.max() if loader.resident else bad.sum()):  # resident: each decodes the whole file
             figures["bad_samples"] = bad_samples
         return figures, observed

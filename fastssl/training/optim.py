@@ -9,7 +9,8 @@ import torch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastssl.recipe import Optim, UserError
+from fastssl.common.errors import UserError
+from fastssl.recipe import OptimConfig
 
 MOMENTUM = 0.9  # of SGD and LARS, as in SimCLR, BYOL and Barlow Twins
 TRUST = 1e-3  # of LARS, as in Barlow Twins
@@ -28,7 +29,7 @@ REFUSED = {
 NOT_OPTIONS = ("params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     """The recipe's optimiser over all of the model's parameters.
 
     What `optim.exclude` names has no weight decay, and LARS and LAMB do not adapt its rate to its norm. The
@@ -80,7 +81,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return known[name]
 
 
-def check_options(name: str, kind: type[Optimizer], optim: Optim) -> dict[str, Any]:
+def check_options(name: str, kind: type[Optimizer], optim: OptimConfig) -> dict[str, Any]:
     """Keyword arguments of the optimiser beside `lr`: our defaults, the recipe's options and the fused step."""
     arguments = inspect.signature(kind).parameters
     for key, instead in (("lr", "optim.lr"), ("weight_decay", "optim.weight_decay")):

@@ -6,16 +6,15 @@ from pathlib import Path
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fastssl.beton.atomic import write_atomically
+from fastssl.common.distributed import is_main_process
+from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
+from fastssl.common.files import write_atomically
 from fastssl.models.checkpoint import LAST
-from fastssl.recipe import UserError
-
-from .distributed import is_first
-from .progress import Display
-from .run_dir import describe_run, save_view_sheet
-from .setup import Run
-from .signals import COME_AGAIN, Stopped, StopRequest
-from .tracking import Trackers
+from fastssl.training.display import Display
+from fastssl.training.run_dir import describe_run, save_view_sheet
+from fastssl.training.setup import Run
+from fastssl.training.signals import StopRequest
+from fastssl.training.tracking import Trackers
 
 
 class Output:
@@ -28,7 +27,7 @@ class Output:
         self.run, self.run_dir = run, run_dir
         self.save_failed = False  # of last.pt
         recipe, state, device = run.recipe, run.state, run.device
-        if not is_first():
+        if not is_main_process():
             self.display, self.trackers = None, None
             return
         try:
@@ -105,7 +104,7 @@ class Output:
             )
         name = signal.Signals(stop.received).name if stop.received else "another process"
         self.say(f"Stopped by {name} behind step {step}, which is saved: --resume {self.run_dir} goes on.")
-        raise Stopped(stop.exit_code if stop.received else COME_AGAIN)
+        raise Stopped(stop.exit_code if stop.received else EXIT_REQUEUE)
 
     def finish(self) -> None:
         """The last checkpoint, and encoder.safetensors: the backbone's weights under timm's names."""
@@ -113,7 +112,7 @@ class Output:
         state = self.run.state
         encoder = (state.average.model if state.average else state.model).encoder
         try:
-            if is_first() and not self.save_failed:
+            if is_main_process() and not self.save_failed:
                 weights = {name: weight.contiguous().cpu() for name, weight in encoder.state_dict().items()}
                 write_atomically(self.run_dir / "encoder.safetensors", lambda path: path.write_bytes(to_bytes(weights)))
         except OSError:

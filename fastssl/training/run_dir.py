@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.beton.atomic import write_atomically
+from fastssl.common.distributed import world_size
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
 from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
 from fastssl.views.paired import unnormalize
-
-from .distributed import world_size
 
 IMAGES_SHOWN = 16  # in views.png
 LOCK = ".lock"
@@ -181,7 +181,7 @@ def save_view_sheet(run_dir: Path, views: tuple[torch.Tensor, ...], recipe: Reci
     images = min(IMAGES_SHOWN, len(views[0]))
     columns = 4
     rows = -(-images // columns)
-    size = views[0].shape[-1]  # views.grow may start below views.size
+    size = views[0].shape[-1]  # views.progressive_resize may start below views.size
     gap = max(2, size // 16)
     width = len(views) * size + 2 * gap
     sheet = np.full((rows * (size + gap) + gap, columns * width + gap, 3), 255, np.uint8)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fastssl.recipe import Recipe, Views
+from fastssl.recipe import Recipe, ViewsConfig
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, f
     return peak * (final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def image_size(views: Views, epoch: int) -> int:
-    """The side of the training views in an epoch, in px: views.size, or what views.grow makes of it."""
-    if views.grow is None:
+def image_size(views: ViewsConfig, epoch: int) -> int:
+    """The side of the training views in an epoch, in px: views.size, or what views.progressive_resize makes of it."""
+    if views.progressive_resize is None:
         return views.size
-    (begin, end), start = views.grow.epochs, views.grow.size
+    (begin, end), start = views.progressive_resize.epochs, views.progressive_resize.size
     if epoch >= end:
         return views.size
     share = max(0.0, (epoch - begin) / (end - begin))

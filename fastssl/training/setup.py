@@ -12,20 +12,20 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import read_header
+from fastssl.common.distributed import broadcast_from_main, is_main_process, world_size
+from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, count_images
 from fastssl.models import Model, WeightAverage, build_model, convert_batch_norms
-from fastssl.models.checkpoint import Checkpoint, start_from
+from fastssl.models.checkpoint import Checkpoint, load_pretrained
 from fastssl.models.encoder import has_fixed_size
 from fastssl.objectives import total_loss
-from fastssl.recipe import Recipe, UserError
+from fastssl.recipe import Recipe
+from fastssl.training.guard import FiniteGuard
+from fastssl.training.optim import make_optimizer
+from fastssl.training.schedule import Schedule, image_size, plan
+from fastssl.training.state import TrainState
+from fastssl.training.tracking import require_trackers
 from fastssl.views import PairedViews
-
-from .distributed import from_first, is_first, world_size
-from .guard import FiniteGuard
-from .optim import make_optimizer
-from .schedule import Schedule, image_size, plan
-from .state import TrainState
-from .tracking import require_trackers
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,12 +101,14 @@ def prepare(
         check_labels(loader, recipe.objective.classes)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
 
-    if recipe.views.grow and has_fixed_size(recipe.model.backbone):
-        raise UserError(f"views.grow: {recipe.model.backbone} takes images of one size only, so leave it out.")
+    if recipe.views.progressive_resize and has_fixed_size(recipe.model.backbone):
+        raise UserError(
+            f"views.progressive_resize: {recipe.model.backbone} takes images of one size only, so leave it out."
+        )
     torch.manual_seed(recipe.seed)
     model = build_model(recipe).to(device=device, memory_format=memory_format(recipe))
     if recipe.model.init and not checkpoint:
-        remarks.append(start_from(model, recipe.model.init))
+        remarks.append(load_pretrained(model, recipe.model.init))
     if recipe.train.sync_bn and world_size() > 1:
         convert_batch_norms(model)
     model.train()
@@ -121,9 +123,9 @@ def prepare(
     )
     if checkpoint:
         remarks += state.load(checkpoint)
-    if from_first(lambda: state.step) != state.step:
+    if broadcast_from_main(lambda: state.step) != state.step:
         raise UserError("The processes found different checkpoints: let all hosts see one run directory.")
-    if not is_first():  # dropout masks of its own; the first process's generator is part of the state
+    if not is_main_process():  # dropout masks of its own; the first process's generator is part of the state
         torch.manual_seed(recipe.seed + 1_000_003 * (state.step + 1) + torch.distributed.get_rank())
 
     network = Network(model, total_loss(recipe, schedule.beta_warmup_steps), device, precision)

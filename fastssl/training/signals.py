@@ -8,16 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-COME_AGAIN = 75  # exit code after SIGTERM, SIGUSR1 or SIGHUP: sysexits.h's EX_TEMPFAIL, "try again later"
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it
+from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
-class Stopped(SystemExit):
-    """Training was asked to stop and has saved its state. `code` is COME_AGAIN or INTERRUPTED."""
-
-
-class CutShort(BaseException):
+class ProbeInterrupted(BaseException):
     """Raised where a signal arrives inside `StopRequest.at_once`; no handler of ordinary errors takes it."""
 
 
@@ -47,11 +43,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = number
         if self._at_once:
-            raise CutShort
+            raise ProbeInterrupted
 
     @property
     def exit_code(self) -> int:
-        return INTERRUPTED if self.received == signal.SIGINT else COME_AGAIN
+        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_REQUEUE
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -59,7 +55,7 @@ class StopRequest:
         self._at_once = True
         try:
             if self.received is not None:
-                raise CutShort
+                raise ProbeInterrupted
             yield
         finally:
             self._at_once = False

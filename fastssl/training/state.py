@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastssl.beton.atomic import write_atomically
+from fastssl.common.distributed import is_main_process
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
 from fastssl.models.checkpoint import LAST, PREVIOUS, Checkpoint, recipe_in
-from fastssl.recipe import Recipe, UserError
-
-from .distributed import is_first
+from fastssl.recipe import Recipe
 
 # A resumed run may change these; any other key would make it another run. The data may have moved: that they are the
 # same images, the loader checks.
 FREE_KEYS = (
-    "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "views.clean",
+    "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "views.eval",
     "embedding.chunk", "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps", "probe", "log",
     "checkpoint",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class TrainState:
 
         Raises OSError where the disk does not take it; then the old files are still there.
         """
-        if not is_first():
+        if not is_main_process():
             return
         saved = {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -115,7 +115,7 @@ class TrainState:
         self.skipped.copy_(saved["skipped"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.epochs_probed, self.best = saved["epochs_probed"], saved["best"]
-        if is_first():
+        if is_main_process():
             torch.set_rng_state(saved["rng"])
             if self.skipped.is_cuda and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"])

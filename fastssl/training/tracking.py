@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from fastssl.beton.atomic import write_atomically
-from fastssl.recipe import Recipe, UserError
+from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
+from fastssl.recipe import Recipe
 
 
 class MetricsLog:
@@ -138,9 +139,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 class Trackers:
     """metrics.jsonl, and the places that `log.to` names. One of those whose disk is full is left out from then on."""
 
-    def __init__(
-        self, run_dir: Path, recipe: Recipe, resumed_at: int, epochs_probed: int, warn: Callable[[str], None]
-    ):
+    def __init__(self, run_dir: Path, recipe: Recipe, resumed_at: int, epochs_probed: int, warn: Callable[[str], None]):
         self.log = MetricsLog(run_dir / "metrics.jsonl", resumed_at, epochs_probed, warn)
         self.others = {name: TRACKERS[name](run_dir, recipe, resumed_at) for name in recipe.log.to}
         self.warn = warn

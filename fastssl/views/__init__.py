@@ -4,6 +4,6 @@
 the operations as pure functions of (pixels, parameters), `resample.py` the resizing.
 """
 
-from .paired import PairedViews, clean_view, describe_clean_view
+from fastssl.views.paired import PairedViews, describe_eval_transform, eval_transform
 
-__all__ = ["PairedViews", "clean_view", "describe_clean_view"]
+__all__ = ["PairedViews", "eval_transform", "describe_eval_transform"]

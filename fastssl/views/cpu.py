@@ -14,15 +14,14 @@ from torch import Tensor
 
 from fastssl.beton.resize import resize_line, resize_weights
 from fastssl.loading.kernels import take
-from fastssl.recipe import Views
-
-from .operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
-from .parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
+from fastssl.recipe import ViewsConfig
+from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
+from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
 _pool: ThreadPoolExecutor | None = None
 
 
-def make_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Views) -> Tensor:
+def make_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
     """(N, 3, size, size) float32, normalised: one view each, or both (N = 2 B, the first ones first).
 
     image uint8: (B, H, W, 3) with boxes in its pixels, or (B, N / B, size, size, 3), already cropped.

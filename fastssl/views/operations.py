@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .parameters import BRIGHTNESS, CONTRAST, HUE
+from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE
 
 BLUR_RADIUS = 6
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue, as torchvision weighs them (ITU-R 601)
@@ -58,9 +58,7 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
     safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    sextant = torch.where(
-        value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
-    )
+    sextant = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
     n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
     k = torch.remainder(n + sextant + 6 * turn, 6.0)
     return (value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
@@ -87,4 +85,3 @@ def gaussian_blur(x: Tensor, apply_N: Tensor, sigma_N: Tensor) -> Tensor:
 def solarize(x: Tensor, apply_N: Tensor) -> Tensor:
     inverted = torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x)
     return torch.where(apply_N[:, None, None, None], inverted, x)
-

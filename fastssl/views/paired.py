@@ -6,11 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastssl.geometry import CENTER, clean_box, crop_resize
-from fastssl.recipe import Views
-
-from . import cpu, operations
-from .parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms, nothing_drawn
+from fastssl.common.geometry import CENTER, crop_resize, eval_box
+from fastssl.recipe import ViewsConfig
+from fastssl.views import cpu, operations
+from fastssl.views.parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms, nothing_drawn
 
 
 class PairedViews(nn.Module):
@@ -22,7 +21,7 @@ class PairedViews(nn.Module):
     batch it comes in. The module holds no weights and is not compiled unless asked: torch.compile(views).
     """
 
-    def __init__(self, views: Views, seed: int = 0, count: Literal[1, 2] = 2):
+    def __init__(self, views: ViewsConfig, seed: int = 0, count: Literal[1, 2] = 2):
         super().__init__()
         self.views = views
         self.seed = seed
@@ -62,7 +61,7 @@ class PairedViews(nn.Module):
         return draw_boxes(u_NU, self.views, height_N, width_N) * scale_N4
 
 
-def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Views) -> Tensor:
+def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
     """The chain in torch operations, for any device and for torch.compile; what cpu.make_views computes."""
     jitter, count = views.jitter, len(drawn.flip_N) // len(image)
     only = (views.first, views.second)[:count]
@@ -70,8 +69,8 @@ def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, view
         x = to_unit_range(image.transpose(0, 1).flatten(0, 1))
         x = torch.where(drawn.flip_N[:, None, None, None], x.flip(3), x)
     else:
-        of_N = torch.arange(len(image), device=image.device).repeat(count)
-        x = crop_resize(image, of_N, box_N4, drawn.flip_N, views.size) / 255
+        image_index_N = torch.arange(len(image), device=image.device).repeat(count)
+        x = crop_resize(image, image_index_N, box_N4, drawn.flip_N, views.size) / 255
     if jitter.p > 0:
         x = operations.color_jitter(x, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=jitter.hue > 0)
     if views.gray > 0:
@@ -83,8 +82,8 @@ def portable_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, view
     return normalize(x, views)
 
 
-def clean_view(views: Views) -> Callable[..., Tensor]:
-    """The one transform of evaluation, as views.clean says, normalised.
+def eval_transform(views: ViewsConfig) -> Callable[..., Tensor]:
+    """The one transform of evaluation, as views.eval says, normalised.
 
     "squash": the whole image, resized to the square of views.size, as in the published code. "center": the central
     square of 7/8 of the shorter side, undistorted: the usual "resize to 256, centre crop of 224", in one resampling.
@@ -98,13 +97,13 @@ def clean_view(views: Views) -> Callable[..., Tensor]:
         if image.ndim == 5:
             return normalize(to_unit_range(image[:, 0]), views)
         count, stored_h, stored_w = image.shape[:3]
-        if views.clean == "squash" and (stored_h, stored_w) == (views.size, views.size):
+        if views.eval == "squash" and (stored_h, stored_w) == (views.size, views.size):
             return normalize(to_unit_range(image), views)
         each = torch.arange(count, device=image.device)
         height_B = torch.full_like(each, stored_h) if height is None else height
         width_B = torch.full_like(each, stored_w) if width is None else width
         scale_B4 = torch.stack([stored_h / height_B, stored_w / width_B] * 2, dim=1)
-        box_B4 = clean_box(height_B, width_B, views.clean) * scale_B4
+        box_B4 = eval_box(height_B, width_B, views.eval) * scale_B4
         if image.device.type == "cpu":
             return cpu.make_views(image, box_B4, nothing_drawn(count), views)
         x = crop_resize(image, each, box_B4, torch.zeros_like(each, dtype=torch.bool), views.size) / 255
@@ -113,16 +112,16 @@ def clean_view(views: Views) -> Callable[..., Tensor]:
     return clean
 
 
-def describe_clean_view(views: Views) -> dict:
-    """What `clean_view` does to an RGB image in [0, 1], for programs without fastssl; values that JSON knows.
+def describe_eval_transform(views: ViewsConfig) -> dict:
+    """What `eval_transform` does to an RGB image in [0, 1], for programs without fastssl; values that JSON knows.
 
     kind "squash": the whole image becomes a square of `size` pixels, whatever its aspect ratio. "center": its central
     square of `share` of the shorter side does.
     """
     return {
-        "kind": views.clean,
+        "kind": views.eval,
         "size": views.size,
-        **({"share": CENTER} if views.clean == "center" else {}),
+        **({"share": CENTER} if views.eval == "center" else {}),
         "interpolation": "bilinear",
         "antialias": True,  # along an axis that shrinks
         "mean": list(views.mean),
@@ -135,13 +134,13 @@ def to_unit_range(image_BHWC: Tensor) -> Tensor:
     return image_BHWC.permute(0, 3, 1, 2).float() / 255
 
 
-def normalize(x: Tensor, views: Views) -> Tensor:
+def normalize(x: Tensor, views: ViewsConfig) -> Tensor:
     mean = torch.tensor(views.mean, device=x.device).view(1, 3, 1, 1)
     std = torch.tensor(views.std, device=x.device).view(1, 3, 1, 1)
     return (x - mean) / std
 
 
-def unnormalize(x: Tensor, views: Views) -> Tensor:
+def unnormalize(x: Tensor, views: ViewsConfig) -> Tensor:
     """Back to [0, 1], for pictures."""
     mean = torch.tensor(views.mean, device=x.device).view(1, 3, 1, 1)
     std = torch.tensor(views.std, device=x.device).view(1, 3, 1, 1)

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl import geometry
-from fastssl.randomness import AUGMENTATION, uniforms
-from fastssl.recipe import Views
+from fastssl.common import geometry
+from fastssl.common.randomness import AUGMENTATION, uniforms
+from fastssl.recipe import ViewsConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 BLUR_SIGMA = (0.1, 2.0)  # in output pixels (BYOL, appendix B)
@@ -38,15 +38,15 @@ def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor, count: Litera
     return uniforms(seed, epoch, index_B.repeat(count), view, _COUNT, AUGMENTATION)
 
 
-def draw_boxes(u_NU: Tensor, views: Views, height_N: Tensor, width_N: Tensor) -> Tensor:
+def draw_boxes(u_NU: Tensor, views: ViewsConfig, height_N: Tensor, width_N: Tensor) -> Tensor:
     """(N, 4) int64 crop boxes (top, left, height, width) in source pixels."""
     return geometry.crop_box(u_NU[:, : geometry.NUMBERS], height_N, width_N, views.scale, views.ratio)
 
 
-def draw_parameters(u_NU: Tensor, views: Views, count: Literal[1, 2] = 2) -> Parameters:
+def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) -> Parameters:
     """Turn the views' uniform numbers (N = count * B) into the parameters of everything but the crop."""
     jitter = views.jitter
-    of_each = list(zip(u_NU.chunk(count), (views.first, views.second)))
+    per_microbatch = list(zip(u_NU.chunk(count), (views.first, views.second)))
     if jitter.order == "random":
         orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
         order_N4 = orders[(u_NU[:, _ORDER] * len(orders)).long()]
@@ -61,9 +61,9 @@ def draw_parameters(u_NU: Tensor, views: Views, count: Literal[1, 2] = 2) -> Par
         order_N4=order_N4,
         factor_N4=torch.stack(factors, dim=1).float(),
         gray_N=u_NU[:, _GRAY] < views.gray,
-        blur_N=torch.cat([u[:, _BLUR] < only.blur for u, only in of_each]),
+        blur_N=torch.cat([u[:, _BLUR] < only.blur for u, only in per_microbatch]),
         sigma_N=(BLUR_SIGMA[0] + u_NU[:, _SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])).float(),
-        solarize_N=torch.cat([u[:, _SOLARIZE] < only.solarize for u, only in of_each]),
+        solarize_N=torch.cat([u[:, _SOLARIZE] < only.solarize for u, only in per_microbatch]),
     )
 
 

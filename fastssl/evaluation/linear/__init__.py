@@ -1,16 +1,16 @@
 """Linear classifiers on frozen features, by three protocols. None of them is ever shown a test set.
 
-    reference.py   the published code's: one rate, one schedule, nothing chosen
-    sweep.py       many rates and weight decays at once, chosen on held-out training images
-    lbfgs.py       logistic regression to its optimum, the penalty chosen on held-out training images
-    few_labels.py  a few labels a class, for the demo
-    classifier.py  what they give
-    batches.py     features that need not fit into memory
-    command.py     the evaluation of a run
+reference.py   the published code's: one rate, one schedule, nothing chosen
+sweep.py       many rates and weight decays at once, chosen on held-out training images
+lbfgs.py       logistic regression to its optimum, the penalty chosen on held-out training images
+few_labels.py  a few labels a class, for the demo
+classifier.py  what they give
+batches.py     features that need not fit into memory
+command.py     the evaluation of a run
 """
 
 from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
-from fastssl.evaluation.linear.command import PROTOCOLS, Protocol, evaluate_linear, fit_and_score, settings_of
+from fastssl.evaluation.linear.evaluate import PROTOCOLS, Protocol, evaluate_linear, fit_and_score, settings_of
 from fastssl.evaluation.linear.few_labels import few_label_linear
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, fit_reference

@@ -40,9 +40,7 @@ class Batches:
         for first in range(0, len(order), self.group_rows):
             rows = np.sort(order[first : first + self.group_rows])
             group_RD = self._read(rows)  # the one before it is gone by now: one group at a time is in memory
-            row_R, shuffled_R = (
-                torch.from_numpy(x).to(self.device) for x in (rows, self._rng.permutation(len(rows)))
-            )
+            row_R, shuffled_R = (torch.from_numpy(x).to(self.device) for x in (rows, self._rng.permutation(len(rows))))
             for place_B in shuffled_R.split(self.batch_size):
                 yield row_R[place_B], group_RD[place_B].float()
             del group_RD

@@ -40,4 +40,3 @@ def few_label_linear(
         classifier = LogisticRegression(C=FEW_LABEL_C, max_iter=1000).fit(train_ND[rows], label_N[rows])
         accuracies.append(float(classifier.score(test_ND, test_label_N)))
     return accuracies
-

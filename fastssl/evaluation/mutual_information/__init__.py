@@ -4,8 +4,8 @@
 embedding. `command.py` is `fastssl eval mi`, `table.py` and `pictures.py` what it shows.
 """
 
-from fastssl.evaluation.mutual_information.command import evaluate_mi
 from fastssl.evaluation.mutual_information.estimators import ESTIMATORS, Estimate, estimate
+from fastssl.evaluation.mutual_information.evaluate import evaluate_mi
 from fastssl.evaluation.mutual_information.known_q import Sandwich, rate, sandwich
 from fastssl.evaluation.mutual_information.table import mi_summary_table, mi_table
 

@@ -46,7 +46,7 @@ def canonical_inputs(x_ND: Tensor, y_NE: Tensor, train_FM: Tensor) -> Inputs:
         # As adjusted R^2: of independent data, the squares average (P + Q) / 2M, not 0.
         spare = len(train_M) / max(len(train_M) - len(u_PP) - len(v_QQ), 1)
         r2_K = (1 - (1 - r_K.square()) * spare).clamp(0, LARGEST_R2)
-        folds.append((squashed(x_NP @ u_PP).float(), squashed(y_NQ @ v_QQ.T).float(), r2_K.float()))
+        folds.append((soft_clip(x_NP @ u_PP).float(), soft_clip(y_NQ @ v_QQ.T).float(), r2_K.float()))
     return Inputs(*(torch.stack(parts) for parts in zip(*folds, strict=True)))
 
 
@@ -77,7 +77,7 @@ def principal_components(x_ND: Tensor, count: int) -> Tensor:
     return whitened(scaled(x_ND), every_N)[0][:, -count:]
 
 
-def squashed(x: Tensor) -> Tensor:
+def soft_clip(x: Tensor) -> Tensor:
     """The identity up to 4, then a logarithm: an outlier at 1,000 standard deviations must not decide a mean of e^f."""
     beyond = (x.abs() - SQUASHED_BEYOND).clamp_min(0)
     return torch.sign(x) * (x.abs() - beyond + torch.log1p(beyond))

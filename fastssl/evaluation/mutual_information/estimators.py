@@ -81,9 +81,7 @@ def mine_loss(f_FBB: Tensor, average_F: Tensor) -> tuple[Tensor, Tensor]:
     E e^f = 1, so that f can be capped.
     """
     log_mean_F = log_mean_marginal(f_FBB)
-    average_F = torch.logaddexp(
-        average_F + math.log(AVERAGING), log_mean_F.detach() + math.log(1 - AVERAGING)
-    )
+    average_F = torch.logaddexp(average_F + math.log(AVERAGING), log_mean_F.detach() + math.log(1 - AVERAGING))
     anchored_F = ANCHOR * log_mean_F.square()
     return (log_mean_F - average_F).exp() - joint(f_FBB).mean(dim=1) + anchored_F, average_F
 
@@ -286,11 +284,11 @@ def train(
             for name, weight in average.items():
                 weight.lerp_(critic[name], 1 - AVERAGING)
         advance(1)
-    return cooled(method, best, inputs, stop_FV, cap), curve
+    return temperature_scaled(method, best, inputs, stop_FV, cap), curve
 
 
 @torch.inference_mode()
-def cooled(
+def temperature_scaled(
     method: Estimator, critic: dict[str, Tensor], inputs: Inputs, stop_FV: Tensor, cap: float
 ) -> dict[str, Tensor]:
     """Each fold's critic times the factor that is best on the samples that stopped it: overfit, f is too steep."""

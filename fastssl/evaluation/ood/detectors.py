@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from . import label_based, label_free
-from .base import Detector
+from fastssl.evaluation.ood import label_based, label_free
+from fastssl.evaluation.ood.base import Detector
 
 LABEL_FREE: dict[str, type[Detector]] = {
     "sigma_mean": label_free.SigmaMean,

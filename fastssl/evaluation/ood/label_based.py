@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.recipe import UserError
-
-from .base import Detector
-from .gaussians import fit_gaussian
-from .label_free import KnnCosine
-from .nearest import kth_smallest
+from fastssl.common.errors import UserError
+from fastssl.evaluation.ood.base import Detector
+from fastssl.evaluation.ood.gaussians import fit_gaussian
+from fastssl.evaluation.ood.label_free import KnnCosine
+from fastssl.evaluation.ood.nearest import kth_smallest
 
 GEN_GAMMA, GEN_CLASSES = 0.1, 100
 REACT_SHARE = 0.9

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from fastssl.common.randomness import NOISE_EVALUATION, normals
+from fastssl.evaluation.ood.base import Detector
+from fastssl.evaluation.ood.gaussians import fit_gaussian
+from fastssl.evaluation.ood.nearest import kth_bhattacharyya, kth_kl, kth_smallest
 from fastssl.models import StandardNormal
-from fastssl.randomness import NOISE_EVALUATION, normals
-
-from .base import Detector
-from .gaussians import fit_gaussian
-from .nearest import kth_bhattacharyya, kth_kl, kth_smallest
 
 K = 50  # nearest training images: of CIFAR-10 in Sun et al., arXiv 2204.06507
 POSTERIORS, K_POSTERIORS = 1_000, 5  # a random part of the training posteriors: as near to it as the 50th of 10,000

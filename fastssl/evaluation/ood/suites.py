@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.beton import read_header, read_metadata
+from fastssl.common.errors import UserError
 from fastssl.evaluation.runs import Data, Encoder
-from fastssl.recipe import UserError
 
 LONGEST_NAME = 100  # of a result; a longer one becomes its hash
 FIT_IMAGES = 50_000  # training images at most: all of CIFAR-10, 4 % of ImageNet

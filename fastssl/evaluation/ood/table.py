@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
-from .detectors import LABEL_BASED
+from fastssl.evaluation.ood.detectors import LABEL_BASED
 
 WIDE = 120  # columns of a terminal; in a narrower one, figures of single sets are left to the JSON
 

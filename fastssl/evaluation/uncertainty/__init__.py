@@ -9,9 +9,9 @@ The uncertainty of an image is one number, the larger the less certain: the mean
 encoder gives none, how far away the training images are.
 """
 
-from fastssl.evaluation.uncertainty.command import evaluate_uncertainty
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, corrupt
-from fastssl.evaluation.uncertainty.figures import (
+from fastssl.evaluation.uncertainty.evaluate import evaluate_uncertainty
+from fastssl.evaluation.uncertainty.measures import (
     aurc,
     e_aurc,
     fit_temperature,

@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fastssl.common.randomness import CORRUPTION, normals, uniforms
 from fastssl.evaluation.features import in_fp32
 from fastssl.loading import Batch
 from fastssl.models import Model
 from fastssl.models.ssl_model import evaluating
-from fastssl.randomness import CORRUPTION, normals, uniforms
-from fastssl.recipe import Views
-from fastssl.views import clean_view
+from fastssl.recipe import ViewsConfig
+from fastssl.views import eval_transform
 
 Corruption = Literal["blur", "noise", "jpeg", "crop"]
 # From weak to strong. Only those of the noise and of JPEG do not scale with the image: both are about single pixels.
@@ -93,7 +93,7 @@ def _cropped(image_BHWC: np.ndarray, index_B: np.ndarray, share: float, seed: in
 def embed_versions(
     model: Model,
     loader: Iterable[Batch],
-    views: Views,
+    views: ViewsConfig,
     seed: int,
     *,
     advance: Callable[[int], object] = lambda images: None,
@@ -108,13 +108,13 @@ def embed_versions(
     found = [[] for _ in VERSIONS]
     with evaluating(model):
         for batch in loader:
-            image, sizes, view = batch.image, (batch.height, batch.width), clean_view(views)
+            image, sizes, view = batch.image, (batch.height, batch.width), eval_transform(views)
             if image.ndim == 5:  # cut out already: from here on all of it is looked at
                 image, sizes = image[:, 0], ()
-                view = clean_view(views.model_copy(update={"clean": "squash"}))
+                view = eval_transform(views.model_copy(update={"eval": "squash"}))
             image_BHWC, index_B, valid_B = (x.cpu().numpy() for x in (image, batch.index, batch.valid))
             for (name, strength), parts in zip(VERSIONS, found):
-                version = image_BHWC if name == "clean" else corrupt(image_BHWC, index_B, name, strength, seed)
+                version = image_BHWC if name == "eval" else corrupt(image_BHWC, index_B, name, strength, seed)
                 with in_fp32(image.device):
                     embedding = model.embed(view(torch.from_numpy(version).to(image.device), *sizes))
                 x = embedding.h.float() if embedding.sigma is None else embedding.sigma.double().mean(dim=1)

@@ -1,0 +1,1 @@
+"""What every folder uses. Imports nothing of ours."""

@@ -1,0 +1,490 @@
+"""build_beton under hard conditions: bad images, dying processes, full disks, builds that go on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ffcv.libffcv import ctypes_imdecode
+from pictures import jpeg_bytes, photo
+from PIL import Image
+
+import beton_builders
+from fastssl.beton import build_beton, estimate_build, jpeg, pool, read_header, read_labels, read_metadata
+from fastssl.beton import partial_build as unfinished_module
+from fastssl.common.errors import UserError
+
+FILES = ("train.beton", "train.beton.json", "train.beton.names.txt")
+
+
+def own_builder(tmp_path: Path, monkeypatch, name: str, source: str) -> None:
+    """Make a builder of that name, as a user would who puts a file into beton_builders."""
+    folder = tmp_path / "builders"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.setattr(beton_builders, "__path__", [*beton_builders.__path__, str(folder)])
+
+
+def built(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+# --- bad images, bad sources --------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_bad_images(forty_photos, tmp_path) -> Path:
+    source = tmp_path / "source"
+    shutil.copytree(forty_photos, source)
+    whole = jpeg_bytes(photo(1, 100, 100))
+    (source / "bird" / "00a truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (source / "bird" / "00b ünï text.jpg").write_text("not a picture")
+    (source / "cat" / "zz empty.JPEG").write_bytes(b"")
+    return source
+
+
+@pytest.mark.parametrize("options", [{"canvas": 32}, {"max_side": 200}])
+def test_bad_images_are_listed_and_skipped(with_bad_images, tmp_path, options):
+    start = time.monotonic()
+    report = build_beton("imagefolder", with_bad_images, tmp_path / "out", **options)[0]
+    assert time.monotonic() - start < 20
+    assert (report.samples, report.bad) == (40, 3)
+    lines = (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()
+    bad = [json.loads(line) for line in lines]
+    assert [entry["name"] for entry in bad] == [
+        "bird/00a truncated.jpg",
+        "bird/00b ünï text.jpg",
+        "cat/zz empty.JPEG",
+    ]
+    assert [entry["index"] for entry in bad] == [1, 2, 42]
+    assert "truncated" in bad[0]["reason"] and "empty" in bad[2]["reason"]
+    index = read_metadata(report.path)["index"]
+    assert sorted(index) == [position for position in range(43) if position not in (1, 2, 42)]
+    assert list((tmp_path / "out").glob("*.part")) == []
+    names = (tmp_path / "out" / "train.beton.names.txt").read_text().splitlines()
+    assert names[2] == "bird/00b ünï text.jpg" and len(names) == 43
+
+
+def test_strict_stops_at_the_first_bad_image_and_goes_on_once_it_is_mended(with_bad_images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="[.](jpg|JPEG) is bad: .*leave out --strict"):
+        build_beton("imagefolder", with_bad_images, out, canvas=32, strict=True)
+    assert not (out / "train.beton").exists()
+    for path in with_bad_images.glob("*/*"):
+        if path.name[:2] in ("00", "zz") and path.name != "00.jpg":
+            path.write_bytes(jpeg_bytes(photo(0, 50, 50)))
+    assert build_beton("imagefolder", with_bad_images, out, canvas=32, strict=True)[0].samples == 43
+
+
+def test_a_second_build_forgets_bad_images_that_were_mended(with_bad_images, tmp_path):
+    out = tmp_path / "out"
+    assert build_beton("imagefolder", with_bad_images, out, canvas=32)[0].bad == 3
+    (with_bad_images / "bird" / "00b ünï text.jpg").write_bytes(jpeg_bytes(photo(0, 50, 50)))
+    report = build_beton("imagefolder", with_bad_images, out, canvas=32)[0]
+    assert (report.bad, report.kept) == (2, False)
+    assert len((out / "bad_images.jsonl").read_text().splitlines()) == 2
+
+
+def test_only_bad_images(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jpg").write_text("no")
+    with pytest.raises(UserError, match="Not one of the 1 images .* could be read"):
+        build_beton("imagefolder", source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("train*"))
+
+
+def test_mistakes_are_one_sentence(forty_photos, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="did you mean imagefolder"):
+        build_beton("imagefoldr", forty_photos, out)
+    with pytest.raises(UserError, match="exclude each other"):
+        build_beton("imagefolder", forty_photos, out, canvas=32, max_side=32)
+    with pytest.raises(UserError, match="--max-side is 70000"):
+        build_beton("imagefolder", forty_photos, out, max_side=70000)
+    with pytest.raises(UserError, match="--workers is 0"):
+        build_beton("imagefolder", forty_photos, out, workers=0)
+    with pytest.raises(UserError, match="--limit is 0"):
+        build_beton("imagefolder", forty_photos, out, limit=0)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        build_beton("imagefolder", tmp_path / "nowhere", out)
+    with pytest.raises(UserError, match="imagefolder cannot be downloaded"):
+        build_beton("imagefolder", tmp_path / "nowhere", out, download=True)
+    with pytest.raises(UserError, match="no images"):
+        (tmp_path / "empty").mkdir()
+        build_beton("imagefolder", tmp_path / "empty", out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write to"):
+        build_beton("imagefolder", forty_photos, tmp_path / "file" / "out")
+    assert not out.exists()
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = os.fsencode(tmp_path / "source") + b"/cl\xe9"
+    os.makedirs(folder)
+    for name, content in ((b"a\xe9.jpg", jpeg_bytes(photo(0, 40, 40))), (b"bad\xe9.jpg", b"no picture")):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(content)
+    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out")[0]
+    assert (report.samples, report.bad) == (1, 1)
+    assert read_header(report.path).classes == ["cl\\udce9"]
+    assert json.loads((tmp_path / "out" / "bad_images.jsonl").read_text())["name"] == "cl\\udce9/bad\\udce9.jpg"
+    assert (tmp_path / "out" / "train.beton.names.txt").read_bytes() == b"cl\xe9/a\xe9.jpg\ncl\xe9/bad\xe9.jpg\n"
+
+
+# --- what the loader's decoder says decides -----------------------------------------------------
+
+
+def test_checking_at_an_eighth_finds_what_decoding_in_full_finds():
+    """Damaged JPEGs: our check, our full decode and FFCV's decode agree on every one of them."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    wholes = [
+        jpeg_bytes(photo(2, 48, 64)),
+        jpeg_bytes(Image.fromarray(pixels), progressive=True),
+        jpeg_bytes(Image.fromarray(pixels), subsampling=0),
+    ]
+    verdicts = {"good": 0, "warned": 0, "failed": 0}
+    for trial in range(600):
+        content = bytearray(wholes[trial % 3])
+        if trial % 4 == 0:
+            content = content[: rng.integers(1, len(content))]
+        else:
+            for _ in range(trial % 5):
+                content[rng.integers(200, len(content))] = rng.integers(256)
+        content = bytes(content)
+        verdict = verdict_of(lambda c: jpeg.check(c), content)
+        assert verdict == verdict_of(lambda c: jpeg.decode(c).warning, content)
+        if verdict != "failed" and jpeg.read_size(content) == (64, 48):
+            out, source = np.empty((64, 48, 3), np.uint8), np.frombuffer(content, np.uint8)
+            where = source.ctypes.data, source.size, 64, 48, out.ctypes.data, 64, 48
+            assert (ctypes_imdecode(*where, 0, 0, 1, 1, False, False) == 0) == (verdict == "good")
+        verdicts[verdict] += 1
+    assert all(count > 10 for count in verdicts.values()), verdicts
+
+
+def verdict_of(decode, content: bytes) -> str:
+    try:
+        return "warned" if decode(content) else "good"
+    except ValueError:
+        return "failed"
+
+
+def test_a_decoder_warning_means_encoded_anew(tmp_path):
+    """Bytes between two segments: every viewer shows the picture, turbojpeg warns of them."""
+    (tmp_path / "source").mkdir()
+    whole = jpeg_bytes(photo(0, 60, 60))
+    (tmp_path / "source" / "whole.jpg").write_bytes(whole)
+    at = whole.index(b"\xff\xdb")
+    (tmp_path / "source" / "warned.jpg").write_bytes(whole[:at] + b"\0\0\0" + whole[at:])
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    (tmp_path / "source" / "rotated.jpg").write_bytes(jpeg_bytes(photo(0, 60, 40), exif=rotated))
+    (tmp_path / "source" / "large.jpg").write_bytes(jpeg_bytes(photo(0, 90, 40)))
+    (tmp_path / "source" / "grey.jpg").write_bytes(jpeg_bytes(photo(0, 50, 50).convert("L")))
+    photo(0, 50, 50).save(tmp_path / "source" / "picture.png")
+    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out", max_side=64)[0]
+    manifest = read_header(report.path).manifest
+    assert manifest["counts"] == {"passed_through": 1, "raw": 0, "bad": 0, "encoded": 5}
+    assert manifest["encoded_because"] == {
+        "not_jpeg": 1,
+        "not_rgb": 1,
+        "rotated": 1,
+        "larger_than_max_side": 1,
+        "decoder_warning": 1,
+    }
+    assert manifest["source_formats"] == {"JPEG": 5, "PNG": 1}
+
+
+def test_the_manifest_says_which_sources_were_pixels(tmp_path):
+    report = build_beton("mnist5k", None, tmp_path, limit=3)[0]
+    assert read_header(report.path).manifest["source_formats"] == {"pixels": 3}
+
+
+# --- processes that die, disks that are full ----------------------------------------------------
+
+
+DEADLY = """
+import os
+from functools import partial
+import numpy as np
+from fastssl.beton import Sample
+
+CANVAS = 32
+
+class Deadly:
+    def __reduce__(self):
+        return os._exit, (1,)  # unpickling, in the worker, ends it
+
+def splits(source):
+    good = [Sample(np.zeros((8, 8, 3), np.uint8), 0, str(n)) for n in range(200)]
+    return {"train": (["a"], good + [Sample(Deadly(), 0, "deadly")] + good)}
+"""
+
+
+def test_a_dying_worker_is_one_sentence(tmp_path, monkeypatch):
+    own_builder(tmp_path, monkeypatch, "deadly", DEADLY)
+    with pytest.raises(UserError, match="A worker process died"):
+        build_beton("deadly", None, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out" / "train.beton").exists()
+
+
+def test_a_worker_without_memory_is_one_sentence_and_no_wait(tmp_path, monkeypatch):
+    """The other workers must not wait for the turn that this one never takes."""
+    own_builder(tmp_path, monkeypatch, "greedy", DEADLY.replace("Deadly()", "partial(bytes, 1 << 60)"))
+    with pytest.raises(UserError, match="A worker process died or ran out of memory"):
+        build_beton("greedy", None, tmp_path / "out", workers=2)
+
+
+def test_a_turn_that_has_come_is_taken_though_a_later_one_has_failed():
+    turns = pool.Turns(multiprocessing.get_context("spawn"))
+    turns.restart(100)
+    turns.give_up()  # of chunk 1, say
+    assert len(turns.place(0, [10, 20])) == 2
+    with pytest.raises(RuntimeError, match="earlier chunk"):
+        turns.place(2, [10])
+
+
+BUILD = """
+import sys, pathlib, signal
+from fastssl.beton import build_beton, pool, partial_build
+
+# A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+unfinished.SAVE_EVERY = 0.0  # after every chunk
+pool.UNDER_WAY = 2  # else the workers may be through before the first chunks are saved
+if __name__ == "__main__":
+    source, out = map(pathlib.Path, sys.argv[1:])
+    build_beton("imagefolder", source, out, canvas=256, workers=2)
+"""
+
+
+@pytest.fixture
+def slow_source(tmp_path) -> Path:
+    """900 names of one large picture: seconds of work, whatever the machine."""
+    source = tmp_path / "source"
+    source.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    (source / "0.jpg").write_bytes(jpeg_bytes(Image.fromarray(noise)))
+    for number in range(1, 900):
+        os.link(source / "0.jpg", source / f"{number}.jpg")
+    return source
+
+
+def start_build(tmp_path: Path, source: Path, out: Path, rows: int) -> subprocess.Popen:
+    """A build in a process group of its own, some way on: `rows` bytes of rows were saved."""
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    command = [sys.executable, script, source, out]
+    build = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    saved = out / "train.beton.part" / "rows"
+    while build.poll() is None and not (saved.exists() and saved.stat().st_size > rows):
+        time.sleep(0.02)
+    assert build.poll() is None
+    return build
+
+
+def test_killed_builds_go_on_and_end_as_one_that_was_not(slow_source, tmp_path):
+    """Interrupted as a terminal would, then killed outright, then one worker killed."""
+    out, part = tmp_path / "out", tmp_path / "out" / "train.beton.part"
+    rows = 0
+    for kill in ("ctrl-c", "kill -9", "a worker"):
+        build = start_build(tmp_path, slow_source, out, rows)
+        if kill == "ctrl-c":
+            os.killpg(build.pid, signal.SIGINT)
+        elif kill == "kill -9":
+            build.kill()
+        else:
+            os.kill(workers_of(build)[0], signal.SIGKILL)
+        stderr = build.communicate(timeout=20)[1]  # returns when the workers are gone too
+        assert build.returncode != 0
+        assert not (out / "train.beton").exists()
+        assert (part / "rows").stat().st_size > rows
+        rows = (part / "rows").stat().st_size
+        if kill == "a worker":
+            assert "A worker process died" in stderr
+    assert rows < 900 * unfinished_module.ROW.itemsize
+
+    build_beton("imagefolder", slow_source, out, canvas=256, workers=1)
+    assert not part.exists()
+    straight = tmp_path / "straight"
+    build_beton("imagefolder", slow_source, straight, canvas=256, workers=2)
+    assert built(out) == built(straight)
+
+
+def workers_of(build: subprocess.Popen) -> list[int]:
+    """The processes that encode: the children that were spawned to run our pool."""
+    children = Path(f"/proc/{build.pid}/task/{build.pid}/children").read_text().split()
+    command = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+    return [pid for pid, line in command.items() if "spawn_main" in line]
+
+
+def test_two_builds_at_once_are_refused(slow_source, tmp_path):
+    build = start_build(tmp_path, slow_source, tmp_path / "out", 0)
+    with pytest.raises(UserError, match="Another process is building .*train.beton"):
+        build_beton("imagefolder", slow_source, tmp_path / "out", canvas=256)
+    build.kill()
+    build.communicate(timeout=20)
+
+
+def test_a_disk_that_takes_no_more(forty_photos, tmp_path):
+    """A limit on the size of files stands in for a full disk: write fails in the same place."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError, match=re.escape(f"Cannot write to {tmp_path}")):
+            build_beton("imagefolder", forty_photos, tmp_path, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreadable_folder_is_one_sentence(forty_photos, tmp_path):
+    source = Path(tempfile.mkdtemp(prefix="fastssl-test-"))  # pytest's own folders are closed to others
+    user = os.geteuid()
+    try:
+        shutil.copytree(forty_photos, source, dirs_exist_ok=True)
+        source.chmod(0o755)
+        (source / "cat").chmod(0)
+        if user == 0:  # root may read everything, nobody may not
+            os.seteuid(65534)
+        with pytest.raises(UserError, match="/cat cannot be read: give yourself the right to"):
+            build_beton("imagefolder", source, source / "out")
+    finally:
+        os.seteuid(user)
+        (source / "cat").chmod(0o755)
+        shutil.rmtree(source)
+
+
+# --- the same bytes -----------------------------------------------------------------------------
+
+
+def test_workers_do_not_change_the_bytes(forty_photos, tmp_path):
+    for options in ({"canvas": 32}, {"canvas": 80}, {"max_side": 100}):
+        outs = [tmp_path / f"{options}-{workers}" for workers in (1, 3)]
+        for out, workers in zip(outs, (1, 3)):
+            build_beton("imagefolder", forty_photos, out, workers=workers, **options)
+        assert built(outs[0]) == built(outs[1])
+
+
+def test_order_source_keeps_the_order_and_limit_is_spread(forty_photos, tmp_path):
+    report = build_beton("imagefolder", forty_photos, tmp_path / "o", canvas=32, order="source")[0]
+    assert read_metadata(report.path)["index"].tolist() == list(range(40))
+    assert read_header(report.path).manifest["order"] == "source"
+    report = build_beton("imagefolder", forty_photos, tmp_path / "p", canvas=32, order="source", limit=10)[0]
+    index = read_metadata(report.path)["index"].tolist()
+    assert index == sorted(index) and len(index) == 10
+    assert set(read_labels(report.path)) == {0, 1}
+
+
+def test_the_same_command_again_keeps_what_is_there(forty_photos, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(forty_photos, source)
+    assert not build_beton("imagefolder", source, out, canvas=32)[0].kept
+    before = built(out)
+    again = build_beton("imagefolder", source, out, canvas=32)[0]
+    assert again.kept and (again.samples, again.bad) == (40, 0)
+
+    (source / "bird" / "03.jpg").write_bytes(jpeg_bytes(photo(77, 60, 60)))
+    assert not build_beton("imagefolder", source, out, canvas=32)[0].kept  # a file has changed
+    assert built(out)["train.beton"] != before["train.beton"]
+    assert not build_beton("imagefolder", source, out, canvas=24)[0].kept  # an option has
+    (source / "cat" / "new.jpg").write_bytes(jpeg_bytes(photo(78, 60, 60)))
+    assert build_beton("imagefolder", source, out, canvas=24)[0].samples == 41
+    (out / "train.beton").write_bytes(b"cut off")
+    assert not build_beton("imagefolder", source, out, canvas=24)[0].kept
+
+
+def test_an_unfinished_build_begins_anew_when_its_sources_have_changed(forty_photos, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(forty_photos, source)
+
+    def stopped(mark: str) -> None:
+        """As `kill -9` would leave it, 32 of 41 images on."""
+        (source / "cat" / "zz.jpg").write_text(mark)
+        with pytest.raises(UserError, match="Cannot write"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(unfinished_module, "write_tables", full_disk)
+            build_beton("imagefolder", source, tmp_path / "out", canvas=80)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    stopped("a text")
+    part = tmp_path / "out" / "train.beton.part"
+    assert len((part / "rows").read_bytes()) == 41 * unfinished_module.ROW.itemsize
+    (source / "bird" / "03.jpg").write_bytes(jpeg_bytes(photo(77, 60, 60)))
+    build_beton("imagefolder", source, tmp_path / "out", canvas=80)
+    build_beton("imagefolder", source, tmp_path / "straight", canvas=80)
+    assert built(tmp_path / "out") == built(tmp_path / "straight")
+
+
+def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, monkeypatch):
+    """The file has its final name and the manifest has not: the file is taken back and finished."""
+    out = tmp_path / "out"
+    moved = []
+
+    def killed(part: Path, final: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(os.replace(part, final))
+
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished_module, "replace_durably", killed)
+        patch.setattr(unfinished_module.PartialBuild, "__exit__", lambda self, *_: self._lock.close())
+        build_beton("imagefolder", forty_photos, out, canvas=32)
+    assert (out / "train.beton").exists() and not (out / "train.beton.json").exists()
+    monkeypatch.setattr("fastssl.beton.pool.encode_all", None)  # nothing is encoded a second time
+    assert build_beton("imagefolder", forty_photos, out, canvas=32)[0].samples == 40
+    build_beton("imagefolder", forty_photos, tmp_path / "straight", canvas=32)
+    assert built(out) == built(tmp_path / "straight")
+
+
+def test_a_save_that_is_interrupted_leaves_each_image_once(forty_photos, tmp_path, monkeypatch):
+    """Ctrl-C behind the write of the rows, and then the save that the interrupt itself brings about."""
+    forty = tmp_path / "photos"
+    shutil.copytree(forty_photos, forty)
+    (forty / "bird" / "bad.jpg").write_bytes(b"no picture")
+    write_from, interrupted = unfinished_module._write_from, []
+
+    def strikes_once(path, position, content):
+        write_from(path, position, content)
+        if path.name == "rows" and content and not interrupted:
+            interrupted.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished_module, "_write_from", strikes_once)
+    monkeypatch.setattr(unfinished_module, "SAVE_EVERY", 0.0)
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    with pytest.raises(KeyboardInterrupt):
+        build_beton("imagefolder", forty, out, canvas=32, workers=1)
+    rows = np.frombuffer((out / "train.beton.part" / "rows").read_bytes(), unfinished_module.ROW)
+    assert interrupted and len(rows) and len(set(rows["index"].tolist())) == len(rows)
+    for folder in (out, straight):
+        build_beton("imagefolder", forty, folder, canvas=32, workers=1)
+    assert built(out) == built(straight)
+    assert (out / "bad_images.jsonl").read_text() == (straight / "bad_images.jsonl").read_text()
+
+
+def test_the_forecast_is_close_to_what_is_built(forty_photos, tmp_path):
+    options = {"canvas": 80, "workers": 1}
+    forecast = estimate_build("imagefolder", forty_photos, tmp_path / "o", **options)
+    assert not (tmp_path / "o").exists()
+    assert forecast.free_disk > 0 and forecast.free_memory > 0
+    split = forecast.splits[0]
+    assert (split.images, split.classes, split.bad) == (40, 2, 0)
+    report = build_beton("imagefolder", forty_photos, tmp_path / "o", **options)[0]
+    assert split.bytes == report.bytes  # all 40 were sampled
+    limited = estimate_build("imagefolder", forty_photos, tmp_path / "o", limit=10, **options)
+    assert limited.splits[0].images == 10

@@ -1,0 +1,334 @@
+"""Feature extraction, its cache, and the mean over draws."""
+
+import os
+import pickle
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from small_models import make_run
+from torch import Tensor, nn
+
+from fastssl.common.errors import UserError
+from fastssl.common.randomness import NOISE_EVALUATION, normals
+from fastssl.evaluation import cached_features, extract_features, features, mean_of_draws
+from fastssl.evaluation.features import (
+    Features,
+    embedded_batches,
+    eval_input,
+    eval_loader,
+    finite,
+    read_features,
+    write_features,
+)
+from fastssl.views import PairedViews
+
+
+class FakeBatch(NamedTuple):
+    image: Tensor
+    label: Tensor
+    index: Tensor
+    height: Tensor
+    width: Tensor
+    valid: Tensor
+
+
+class FakeEmbedding(NamedTuple):
+    h: Tensor
+    mu: Tensor | None = None
+    sigma: Tensor | None = None
+    space: str | None = None
+
+
+class FakeModel(nn.Module):
+    """Batch norm and dropout, both of which betray a model that is not in eval mode."""
+
+    def __init__(self, stochastic=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stochastic = stochastic
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+
+    def embed(self, images):
+        h = self.net(images)
+        return FakeEmbedding(h, h + 1, h.exp(), "z") if self.stochastic else FakeEmbedding(h)
+
+
+def fake_batches(count=10, batch_size=4):
+    """Batches of 4x4 images; the last one is filled up with copies that are marked as such."""
+    images = torch.randint(0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for first in range(0, count, batch_size):
+        place = first + torch.arange(batch_size)
+        row = place % count
+        yield FakeBatch(images[row], row % 3, 100 + row, 40 + row, 50 + row, place < count)
+
+
+def fake_clean(image, height, width):
+    assert torch.equal(width, height + 10)
+    return image.permute(0, 3, 1, 2).float() / 255
+
+
+def test_every_valid_sample_once_in_eval_mode():
+    model = FakeModel()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told = []
+    found = extract_features(model, fake_batches(), fake_clean, advance=told.append)
+
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.index.tolist() == list(range(100, 110))
+    assert found.label.tolist() == [i % 3 for i in range(10)]
+    assert told == [4, 4, 2]
+    assert found.mu is None and found.sigma is None
+    assert (found.h.dtype, found.label.dtype, found.index.dtype) == (np.float32, np.int64, np.int64)
+
+    (whole,) = fake_batches(batch_size=10)
+    with torch.no_grad():
+        expected = model.eval().embed(fake_clean(whole.image, whole.height, whole.width)).h
+    # The same function on batches of another size: equal but for rounding.
+    np.testing.assert_allclose(found.h, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_mode_is_restored_after_an_error():
+    model = FakeModel()
+    with pytest.raises(RuntimeError):
+        extract_features(model, fake_batches(), lambda image, height, width: torch.zeros(1, 3, 2, 2))
+    assert model.training
+
+
+def test_cudnn_stays_as_it_was_but_for_tf32(monkeypatch):
+    """flags() of torch.backends.cudnn switches it off unless told otherwise."""
+    model, seen = FakeModel(), []
+    embed = model.embed
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(model, "embed", lambda x: (seen.append((cudnn.enabled, cudnn.allow_tf32)), embed(x))[1])
+    before = cudnn.enabled, cudnn.allow_tf32
+    for _ in embedded_batches(model, fake_batches(), eval_input(fake_clean), lambda images: None):
+        assert (cudnn.enabled, cudnn.allow_tf32) == before
+    assert set(seen) == {(True, False)}
+
+
+def test_mu_and_sigma_are_kept_and_autocast_is_off():
+    model = FakeModel(stochastic=True)
+    plain = extract_features(model, fake_batches(), fake_clean)
+    np.testing.assert_array_equal(plain.mu, plain.h + 1)
+    assert plain.sigma.shape == plain.h.shape
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        surrounded = extract_features(model, fake_batches(), fake_clean)
+    for a, b in zip(plain, surrounded, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def written(folder, stochastic=False, dtype="float32"):
+    batches = embedded_batches(FakeModel(stochastic), fake_batches(), eval_input(fake_clean), lambda images: None)
+    write_features(folder, batches, 10, dtype)
+    return folder
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_the_cache_gives_back_what_was_extracted_as_maps(tmp_path, stochastic):
+    expected = extract_features(FakeModel(stochastic), fake_batches(), fake_clean)
+    read = read_features(written(tmp_path / "features" / "x", stochastic))
+    for a, b in zip(expected[:5], read[:5], strict=True):
+        assert (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b))
+    assert expected.space == read.space and isinstance(read.h, np.memmap) and not read.h.flags.writeable
+    assert os.listdir(tmp_path / "features") == ["x"]
+    part = read.rows(np.array([3, 1]))
+    np.testing.assert_array_equal(part.h, expected.h[[3, 1]])
+    half = read_features(written(tmp_path / "half", stochastic, "float16"))
+    assert half.h.dtype == np.float16 and half.label.dtype == np.int64
+    np.testing.assert_allclose(half.h, expected.h, rtol=2**-11)
+
+
+def test_where_h_is_stochastic_it_is_kept_once(tmp_path):
+    h = np.ones((4, 3), np.float32)
+    batch = Features(h, np.arange(4), np.arange(4), h, 2 * h, "h")
+    write_features(tmp_path / "x", [batch], 4)
+    read = read_features(tmp_path / "x")
+    assert read.mu is read.h and not (tmp_path / "x" / "mu.npy").exists()
+    np.testing.assert_array_equal(read.sigma, 2 * h)
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path):
+    def broken():
+        yield from list(embedded_batches(FakeModel(), fake_batches(), eval_input(fake_clean), lambda n: None))[:1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_features(tmp_path / "features" / "x", broken(), 10)
+    assert os.listdir(tmp_path / "features") == []
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    """The kernel would end a process that writes to a map without a disk behind it."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="No space left on device.: free some space"), features.writing(tmp_path / "x"):
+        written(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+    for name, age in ((".old.1.part", 2 * features.A_DAY), (".new.2.part", 60)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, 2 * (time.time() - age,))
+    written(tmp_path / "x")
+    assert sorted(os.listdir(tmp_path)) == [".new.2.part", "x"]
+
+
+def test_of_two_processes_the_first_one_s_features_stay(tmp_path):
+    def late():
+        yield from embedded_batches(FakeModel(), fake_batches(), eval_input(fake_clean), lambda images: None)
+        written(tmp_path / "x")
+
+    write_features(tmp_path / "x", late(), 10)
+    assert read_features(tmp_path / "x") is not None and os.listdir(tmp_path) == ["x"]
+
+
+def test_numbers_that_are_not_finite_or_too_large_are_refused():
+    h = np.full((2, 3), 1e5, np.float32)
+    batch = Features(h, np.arange(2), np.arange(2))
+    assert list(finite([batch], "x.beton", "float32")) == [batch]
+    with pytest.raises(UserError, match="1e.05.*--dtype float16"):
+        list(finite([batch], "x.beton", "float16"))
+    h[1, 2] = np.nan
+    with pytest.raises(UserError, match="not finite on x.beton"):
+        list(finite([batch], "x.beton", "float32"))
+
+
+def test_a_damaged_cache_counts_as_none(tmp_path):
+    folder = written(tmp_path / "x", stochastic=True)
+    assert isinstance(read_features(folder), Features) and read_features(tmp_path / "none") is None
+    for name in ("h.npy", "label.npy", "about.json"):
+        good = (folder / name).read_bytes()
+        flipped = bytearray(good)
+        flipped[-5] ^= 1
+        for content in (b"", b"not a cache", good[:20], good[:-1], bytes(flipped), b"{}", b"[1]", pickle.dumps([1])):
+            (folder / name).write_bytes(content)
+            assert read_features(folder) is None, (name, content[:20])
+        (folder / name).unlink()
+        assert read_features(folder) is None
+        (folder / name).write_bytes(good)
+    assert isinstance(read_features(folder), Features)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_logits_averaged_over_draws_are_those_of_the_mean_of_draws(normalize, monkeypatch):
+    """Any linear classifier's, with the draws written out; float32 sums in another order."""
+    rng = np.random.default_rng(0)
+    mu, sigma = rng.normal(size=(50, 6)).astype(np.float32), rng.uniform(0.1, 2, (50, 6)).astype(np.float32)
+    features_h = Features(mu, np.zeros(50, np.int64), np.arange(100, 150), mu, sigma, "h")
+    mean = mean_of_draws(features_h, 12, seed=3, normalize=normalize)
+    noise_SBD = normals(3, 0, torch.arange(100, 150), 0, 12, 6, NOISE_EVALUATION)
+    draws_SBD = torch.from_numpy(mu) + torch.from_numpy(sigma) * noise_SBD
+    weight, bias = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, -2.0, 0.5, 0.0])
+    if normalize:
+        draws_SBD = draws_SBD / draws_SBD.norm(dim=-1, keepdim=True)
+    averaged = torch.stack([draw @ weight.T + bias for draw in draws_SBD]).mean(0)
+    torch.testing.assert_close(torch.from_numpy(mean) @ weight.T + bias, averaged, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(mean, mu, atol=0.01)  # 12 draws are noisy, and shorter than mu says
+    monkeypatch.setattr(features, "CHUNK_BYTES", 4 * 12 * 6 * 7)
+    np.testing.assert_allclose(mean_of_draws(features_h, 12, seed=3, normalize=normalize), mean, rtol=1e-6)
+    many = mean_of_draws(features_h._replace(mu=mu[:1], sigma=sigma[:1], index=np.arange(1)), 4000, 3, normalize=False)
+    np.testing.assert_allclose(many, mu[:1], atol=4 * 2 / 4000**0.5)  # four standard errors
+    with pytest.raises(ValueError, match="stochastic h"):
+        mean_of_draws(features_h._replace(space="z"), 12, 3, normalize=True)
+
+
+# From here on with a real .beton, loader and model.
+
+
+@pytest.fixture
+def run(canvas, tmp_path):
+    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton")}
+    return make_run(tmp_path / "run", data)
+
+
+@pytest.fixture
+def extractions(monkeypatch):
+    """Counts how often features were really extracted."""
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return embedded_batches(*args, **kwargs)
+
+    monkeypatch.setattr(features, "embedded_batches", counting)
+    return calls
+
+
+def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, canvas, extractions, tmp_path):
+    folder, recipe, model = run
+    beton = canvas / "val.beton"
+    first = cached_features(folder, beton, model=model, views=recipe.views)
+    assert sorted(first.index) == list(range(12)) and first.h.shape == (12, 96)
+    again = cached_features(folder, beton, model=model, views=recipe.views)
+    assert len(extractions) == 1
+    for a, b in zip(first[:3], again[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    with torch.no_grad():
+        next(model.encoder.parameters()).mul_(2)
+    cached_features(folder, beton, model=model, views=recipe.views)
+    assert len(extractions) == 2
+    cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"size": 24}))
+    assert len(extractions) == 3
+    assert len(cached_features(folder, beton, model=model, views=recipe.views, limit=7).label) == 7
+    assert len(extractions) == 4
+    cached_features(folder, beton, model=model, views=recipe.views)
+    assert len(extractions) == 4
+    (tmp_path / "list.txt").write_text("3\n5\n7")
+    listed = cached_features(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
+    assert sorted(listed.index) == [3, 5, 7]
+    (tmp_path / "list.txt").write_text("3\n5\n8")
+    listed = cached_features(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
+    assert sorted(listed.index) == [3, 5, 8]
+    del extractions[4:]
+    half = cached_features(folder, beton, model=model, views=recipe.views, dtype="float16")
+    assert len(extractions) == 5 and half.h.dtype == np.float16
+    cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"eval": "center"}))
+    assert len(extractions) == 6
+
+
+def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, extractions, tmp_path):
+    folder, recipe, model = run
+    beton = tmp_path / "copy.beton"
+    beton.write_bytes((canvas / "val.beton").read_bytes())
+    first = np.array(cached_features(folder, beton, model=model, views=recipe.views).h)
+    (cache,) = (folder / "features").iterdir()
+    (cache / "h.npy").write_bytes((cache / "h.npy").read_bytes()[:-100])
+    again = cached_features(folder, beton, model=model, views=recipe.views)
+    assert len(extractions) == 2
+    np.testing.assert_array_equal(first, again.h)
+    os.utime(beton, (1, 1))
+    cached_features(folder, beton, model=model, views=recipe.views)
+    assert len(extractions) == 3
+    with pytest.raises(UserError, match="nowhere.beton"):
+        cached_features(folder, tmp_path / "nowhere.beton", model=model, views=recipe.views)
+
+
+@pytest.mark.parametrize("layout", ["canvas", "full"])
+@pytest.mark.parametrize("stochastic", ["none", "z"])
+def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
+    """Each view as if it alone had been embedded, of the very views that PairedViews makes of the stored image."""
+    beton = request.getfixturevalue(layout) / "val.beton"
+    folder, recipe, model = make_run(tmp_path / "run", {"train": str(beton)}, embedding={"stochastic": stochastic})
+    both = cached_features(folder, beton, model=model, views=recipe.views, augmented=True)
+    width = 8 if stochastic == "z" else None
+    assert both.h.shape == (12, 2, 96) and (both.mu is None if width is None else both.mu.shape == (12, 2, width))
+    (batch,) = eval_loader(beton, recipe.views, torch.device("cpu"), augmented=True)
+    pair = PairedViews(recipe.views)(batch.image, batch.index, 0, batch.height, batch.width)
+    for view, images in enumerate(pair):
+        expected = model.embed(images[batch.valid])
+        np.testing.assert_allclose(both.h[:, view], expected.h, rtol=1e-4, atol=1e-5)
+        if width:
+            np.testing.assert_allclose(both.sigma[:, view], expected.sigma, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(both.h[:, 0], both.h[:, 1])
+    clean = cached_features(folder, beton, model=model, views=recipe.views)
+    assert clean.h.shape == (12, 96)  # under a name of its own

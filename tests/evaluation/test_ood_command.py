@@ -1,0 +1,421 @@
+"""`fastssl eval ood` on small runs: which detectors it gives what, what it keeps, shows and refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from scipy.stats import spearmanr
+from small_models import make_run
+
+from fastssl import cli
+from fastssl.beton import build_beton, read_header
+from fastssl.common.errors import UserError
+from fastssl.evaluation import cached_features, find_encoder, summarize
+from fastssl.evaluation.ood import (
+    DETECTORS,
+    LABEL_BASED,
+    detector,
+    evaluate,
+    evaluate_ood,
+    find_sets,
+    metrics,
+    ood_summary_table,
+    ood_table,
+    suites,
+)
+from fastssl.evaluation.ood.evaluate import affine, compare, linear_classifier, odin_logits, prior_of
+from fastssl.evaluation.ood.suites import Sets
+from fastssl.evaluation.runs import Data
+from fastssl.views import eval_transform
+
+PICTURES = evaluate.plots.draw
+Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fits_on() | kind.scores_on())}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Betons of noise, of stripes and of one flat colour each, under folders of these names, canvas 32."""
+    root, out, rng = tmp_path_factory.mktemp("others"), tmp_path_factory.mktemp("built"), np.random.default_rng(0)
+    for name in ("noise", "stripes", "flat"):
+        (root / name).mkdir()
+        for number in range(9):
+            pixels = rng.integers(256, size=(40, 40, 3), dtype=np.uint8)
+            pixels = {"noise": pixels, "stripes": np.tile(pixels[:, :1], (1, 40, 1)),
+                      "flat": np.tile(pixels[:1, :1], (40, 40, 1))}[name]  # fmt: skip
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+        build_beton("imagefolder", root / name, out / name, canvas=32, workers=1)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def fewer_pictures(request, monkeypatch):
+    """They take longer than all else here, so one test draws them."""
+    if "every_detector_of" not in request.node.name:
+        monkeypatch.setattr(evaluate.plots, "draw", lambda *arguments: None)
+
+
+def run_of(folder, canvas, **sections):
+    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton")}
+    return make_run(folder, data, **sections)
+
+
+def sets_of(encoder, others, **options):
+    near, far = [others / "stripes/train.beton"], [others / "noise/train.beton", others / "flat/train.beton"]
+    return find_sets(encoder, near=near, far=far, **options)
+
+
+def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatch):
+    folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": "z", "prior": "mixture"})
+    encoder = find_encoder(folder, device="cpu")
+    sets = sets_of(encoder, others)
+    result = evaluate_ood(encoder, sets)
+    assert set(result["detectors"]) == set(DETECTORS) - {"knn_supervised"}
+    assert result["left_out"] == {"knn_supervised": "the encoder was trained without labels"}
+    assert json.loads((folder / "eval" / "ood-near-stripes-far-noise-flat.json").read_text()) == result
+
+    # The scores are those of detectors fitted by hand on the cached features.
+    scores = np.load(folder / "eval" / result["scores"])
+    paths = {"fit": canvas / "train.beton", "id": canvas / "val.beton"}
+    paths |= {name: others / name / "train.beton" for name in ("stripes", "noise", "flat")}
+    of = {name: cached_features(folder, path, model=model, views=recipe.views) for name, path in paths.items()}
+    pair = {
+        name: cached_features(folder, path, model=model, views=recipe.views, augmented=True).h
+        for name, path in paths.items()
+    }
+    weight, bias = linear_classifier(encoder, of["fit"], seed=0)
+    for name in ("sigma_mean", "prior_kl", "views_disagreement", "knn_cosine", "energy", "mahalanobis", "odin"):
+        fitted = detector(name, prior=model.priors["z"])
+
+        def arrays(part, name=name):
+            x = of[part]
+            data = {"fit": sets.fit, "id": sets.id, **sets.others}[part]
+            logits = x.h.astype(float) @ weight.numpy().T + bias.numpy()
+            return {
+                "features": pair[part] if name == "views_disagreement" else x.h, "mu": x.mu, "sigma": x.sigma,
+                "logits": odin_logits(encoder, data, (weight, bias)) if name == "odin" else logits,
+            }  # fmt: skip
+
+        fitted.fit(labels=of["fit"].label, **arrays("fit"))
+        for part in ("id", "stripes", "noise", "flat"):
+            np.testing.assert_allclose(scores[f"{part}/{name}"], fitted.score(**arrays(part)), rtol=1e-9)
+        row = result["detectors"][name]
+        figures = {other: metrics(scores[f"id/{name}"], scores[f"{other}/{name}"]) for other in sets.others}
+        assert {other: row["sets"][other]["figures"] for other in figures} == figures
+        assert row["near"]["figures"] == pytest.approx(figures["stripes"])
+        far = (figures["noise"]["auroc"] + figures["flat"]["auroc"]) / 2
+        assert row["far"]["figures"]["auroc"] == pytest.approx(far) == result["figures"][f"{name} far auroc"]
+        low, high = row["far"]["intervals"]["auroc"]
+        assert low <= far <= high and row["labels"] == (name in LABEL_BASED)
+    np.testing.assert_array_equal(scores["noise/index"], of["noise"].index)
+    length = np.linalg.norm(of["id"].h, axis=1)
+    expected = spearmanr(scores["id/sigma_mean"], length).statistic
+    assert result["detectors"]["sigma_mean"]["norm_correlation"] == pytest.approx(expected)
+    assert result["settings"] == {**evaluate.CONSTANTS, "pytorch_ood": "0.4.0"} | result["settings"]
+    assert set(evaluate.CONSTANTS) < set(result["settings"]) and result["augmentation"]["size"] == 16
+    for kind in ("histograms", "roc", "auroc"):
+        assert Image.open(folder / "eval" / f"ood-near-stripes-far-noise-flat.{kind}.png").size[0] > 300
+
+    # Shown again, not measured again.
+    monkeypatch.setattr(evaluate, "arrays_of", None)
+    assert evaluate_ood(encoder, sets_of(encoder, others))["made"] == result["made"]
+    with pytest.raises(TypeError):
+        evaluate_ood(encoder, sets_of(encoder, others), seed=1)
+
+
+def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, sets_of(encoder, others))
+    assert set(result["left_out"]) == Q | {"knn_supervised"} and len(Q) == 8
+    assert {result["left_out"][name] for name in Q} == {"the embedding is deterministic"}
+    for name, row in result["detectors"].items():  # as if this were so, to see where it stands
+        for other in row["sets"]:
+            row["sets"][other]["inverted"] = name == "energy" and other == "noise"
+    console = Console(width=200, record=True)
+    console.print(ood_table(result))
+    shown = console.export_text()
+    lines = [line for line in shown.splitlines() if "│ noise" in line]
+    assert len(lines) == 1 and "energy *" in lines[0]
+    assert "left out: knn_supervised: the encoder was trained without labels" in shown
+    assert "source: PNG, 40x40 px" in shown and "source: JPEG, 73.5x74 px" in shown  # the medians of the fixtures
+    narrow = Console(width=80, record=True)
+    narrow.print(ood_table(result, 80))
+    text = narrow.export_text()
+    assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("1/3 ")] == ["energy"]
+    assert all(f"{100 * row['near']['figures']['auroc']:.1f}" in text for row in result["detectors"].values())
+    for name, row in result["detectors"].items():
+        assert f"{name}{' *' if name in LABEL_BASED else ''} " in text
+        assert f" {name}{' *' if name in LABEL_BASED else ''} " in shown
+        assert f"{100 * row['near']['figures']['auroc']:.1f}" in shown
+
+
+def test_a_supervised_run_is_judged_by_its_own_logits(canvas, others, tmp_path):
+    folder, recipe, model = run_of(
+        tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3}, embedding={"stochastic": "h"}
+    )
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, sets_of(encoder, others))
+    assert set(result["detectors"]) == set(DETECTORS) and result["left_out"] == {}
+    scores = np.load(folder / "eval" / result["scores"])
+    of_id = cached_features(folder, canvas / "val.beton", model=model, views=recipe.views)
+    logits = model.eval().mean_z(torch.tensor(of_id.h)).numpy()
+    np.testing.assert_allclose(scores["id/max_logit"], -logits.max(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stochastic", ["none", "h", "z"])
+def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, canvas, tmp_path):
+    folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": stochastic})
+    encoder = find_encoder(folder, device="cpu")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(3, 96).double(), torch.randn(3).double()
+    found = odin_logits(encoder, Data(canvas / "val.beton"), (weight, bias))
+    assert found.shape == (12, 3)
+
+    (batch,) = evaluate.eval_loader(canvas / "val.beton", recipe.views, torch.device("cpu"))
+    x = eval_transform(recipe.views)(batch.image, batch.height, batch.width)[batch.valid].requires_grad_()
+    model.eval()
+
+    def logits_of(images):
+        h = model.encoder(images)
+        h = model.heads["h"](h).mu if stochastic == "h" else h
+        return F.linear(h, weight.float(), bias.float())
+
+    first = logits_of(x) / 1000
+    (slope,) = torch.autograd.grad(F.cross_entropy(first, first.argmax(1)), x)
+    moved = x - 0.0014 * slope.sign() / torch.tensor(recipe.views.std).view(3, 1, 1)
+    np.testing.assert_allclose(found, logits_of(moved).detach(), rtol=1e-3, atol=1e-3)
+    plain = logits_of(x).detach().numpy()
+    assert np.abs(found - plain).max() > 10 * np.abs(found - logits_of(moved).detach().numpy()).max()
+    assert all(p.grad is None for p in encoder.model.parameters())
+
+
+def test_the_classifier_is_folded_into_the_features(canvas, tmp_path):
+    folder, recipe, model = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    of_fit = cached_features(folder, canvas / "train.beton", model=model, views=recipe.views)
+    classifier = evaluate.fit_lbfgs(of_fit.h, of_fit.label).classifier
+    weight, bias = affine(classifier)
+    np.testing.assert_allclose(
+        of_fit.h @ weight.numpy().T + bias.numpy(), classifier.logits(of_fit.h), rtol=1e-3, atol=1e-3
+    )
+    again = linear_classifier(encoder, of_fit, seed=0)
+    torch.testing.assert_close(again, (weight, bias))
+
+
+def test_the_prior_is_that_of_the_embedding_that_is_given(canvas, tmp_path):
+    model = run_of(tmp_path / "run", canvas, embedding={"stochastic": "hz", "prior": "mixture"})[2]
+    assert prior_of(model) is model.priors["h"]
+    assert prior_of(run_of(tmp_path / "plain", canvas)[2]) is None
+
+
+def test_without_labels_what_needs_none_is_left(canvas, others, tmp_path):
+    data = {"train": str(others / "noise/train.beton"), "val": str(canvas / "val.beton")}
+    folder, _, _ = make_run(tmp_path / "run", data)
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, find_sets(encoder, far=[others / "flat/train.beton"]))
+    assert (folder / "eval" / "ood-far-flat.json").exists()
+    assert not set(result["detectors"]) & set(LABEL_BASED)
+    assert result["left_out"]["energy"] == "the images fitted on have no labels of two classes"
+    assert result["near"] == {} and "near" not in result["detectors"]["knn_cosine"]
+    assert ood_table(result).row_count == len(result["detectors"])
+
+
+def test_without_pytorch_ood_the_other_detectors_stay(canvas, others, tmp_path, monkeypatch):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    sets = find_sets(encoder, far=[others / "noise/train.beton"])
+    lacking = {"kl_matching", "odin", "react_energy"}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.label_based, "pytorch_ood_version", lambda: None)
+        result = evaluate_ood(encoder, sets)
+        with pytest.raises(UserError, match="pip install pytorch-ood"):
+            detector("kl_matching").fit(np.zeros((2, 2)), logits=np.eye(2))
+    assert {name for name, why in result["left_out"].items() if "pip install pytorch-ood" in why} == lacking
+    assert lacking <= set(evaluate_ood(encoder, sets)["detectors"])  # once it is installed, measured again
+
+
+def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    noise = others / "noise/train.beton"
+    with pytest.raises(UserError, match=r"storage: jpg|canvas: 96.* with canvas: 32"):
+        find_sets(encoder, near=[canvas_jpeg / "val.beton"])
+    with pytest.raises(UserError, match="--near and --far, or a --suite"):
+        find_sets(encoder)
+    with pytest.raises(UserError, match="Two of the sets are called noise"):
+        find_sets(encoder, near=[noise], far=[noise])
+    (tmp_path / "id").mkdir()
+    for file in others.glob("noise/train.beton*"):
+        (tmp_path / "id" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="Two of the sets are called id"):
+        find_sets(encoder, far=[tmp_path / "id/train.beton"])
+    with pytest.raises(UserError, match="nowhere"):
+        find_sets(encoder, near=[tmp_path / "nowhere.beton"])
+    stock = tmp_path / "stock.beton"
+    stock.write_bytes(noise.read_bytes())
+    with pytest.raises(UserError, match="stock.beton has no stock.beton.json"):
+        find_sets(encoder, near=[stock])
+    without, _, _ = make_run(tmp_path / "without", {"train": str(canvas / "train.beton")})
+    with pytest.raises(UserError, match="no data.val to take as ID"):
+        find_sets(find_encoder(without, device="cpu"), near=[noise])
+
+
+def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("noise", "flat")))
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    sets = find_sets(encoder, suite="cifar10", root=others, id=canvas / "val.beton")
+    assert list(sets.near) == ["stripes"] and list(sets.far) == ["noise", "flat"]
+    assert find_sets(encoder, suite="cifar10", root=others).name == "cifar10"
+    assert sets.name == f"cifar10-id-{canvas.name}" and sets.fit.path == canvas / "train.beton"
+    with pytest.raises(UserError, match=r"build-beton mnist"):
+        monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("mnist",)))
+        find_sets(encoder, suite="cifar10", root=others)
+
+
+@pytest.mark.parametrize(
+    ("option", "other"), [("quality", 80), ("max_side", 300), ("layout", "full"), ("storage", "jpg"), ("canvas", 31)]
+)
+@pytest.mark.parametrize("which", ["near", "fit"])
+def test_every_build_option_must_be_equal(option, other, which, canvas, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    encoder = find_encoder(folder, device="cpu")
+    for file in others.glob("noise/train.beton*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "train.beton.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option: other}))
+    paths = {"near": [others / "flat/train.beton"]} | {"fit": tmp_path / "train.beton"}
+    paths = paths if which == "fit" else {"near": [tmp_path / "train.beton"]}
+    with pytest.raises(UserError, match=f"{option}: {other}"):
+        find_sets(encoder, **paths)
+
+
+def test_full_files_of_one_size_and_of_several_are_not_compared(full, others, tmp_path):
+    folder, _, _ = run_of(tmp_path / "run", full)
+    (tmp_path / "same").mkdir()
+    for number in range(3):
+        Image.new("RGB", (50, 40), (number, 0, 0)).save(tmp_path / "same" / f"{number}.jpg")
+    build_beton("imagefolder", tmp_path / "same", tmp_path / "built", max_side=500, workers=1)
+    with pytest.raises(UserError, match="images of one size: True"):
+        find_sets(find_encoder(folder, device="cpu"), near=[tmp_path / "built/train.beton"])
+
+
+def test_names_of_results():
+    a, b = Path("data/a/train.beton"), Path("data/b/x.beton")
+    assert suites.result_name([("near", [a]), ("far", [b])], None, None) == "near-a-far-b-x"
+    assert suites.result_name([("cifar10", [])], None, b) == "cifar10-fit-b-x"
+    long = suites.result_name([("near", [Path("n" * 120) / "train.beton"])], None, None)
+    assert len(long) == 16 and long != suites.result_name([("far", [Path("n" * 120) / "train.beton"])], None, None)
+
+
+def test_many_training_images_are_thinned(canvas, others, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "FIT_IMAGES", 30)
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+    sets = sets_of(find_encoder(folder, device="cpu"), others)
+    assert sets.fit == Data(canvas / "train.beton", None, 30) and sets.about["train"]["images"] == 30
+
+
+def test_what_the_files_were_before_is_recorded(canvas, others):
+    about = suites.described(Data(others / "noise/train.beton"))
+    assert (about["builder"], about["source_formats"], about["source_px"]) == ("imagefolder", {"PNG": 9}, [40, 40])
+    assert read_header(canvas / "val.beton").manifest["source_formats"] == {"JPEG": 12}
+
+
+def fake_sets(near, far):
+    return Sets(None, None, dict.fromkeys(near), dict.fromkeys(far), "x")
+
+
+def test_inverted_means_significantly_below_one_half():
+    """Scores shifted down by half a standard deviation, by nothing, and up; 400 images a set."""
+    rng = np.random.default_rng(0)
+    of = {"id": rng.normal(size=400)} | {name: rng.normal(shift, 1, 400) for name, shift in
+                                        (("down", -0.5), ("same", 0), ("up", 0.5))}  # fmt: skip
+    norm = np.exp(of["id"])
+    compared = compare({"energy": of, "constant": {name: np.zeros(400) for name in of}},
+                       fake_sets(["down"], ["same", "up"]), norm, 0)  # fmt: skip
+    row = compared["detectors"]["energy"]
+    assert {name: row["sets"][name]["inverted"] for name in row["sets"]} == {"down": True, "same": False, "up": False}
+    assert row["near"]["inverted"] and not row["far"]["inverted"] and row["norm_correlation"] == pytest.approx(1)
+    assert compared["detectors"]["constant"]["norm_correlation"] == 0
+    # The mean over sets shares its ID images, so its interval is wider than that of independent sets would be.
+    widths = [np.diff(row["sets"][name]["intervals"]["auroc"])[0] for name in ("same", "up")]
+    width = np.diff(row["far"]["intervals"]["auroc"])[0]
+    assert np.hypot(*widths) / 2 < width < np.mean(widths) * 1.05
+
+
+def test_few_images_are_never_called_inverted():
+    of = {"id": np.arange(100.0), "one": np.array([-1.0])}
+    row = compare({"energy": of}, fake_sets([], ["one"]), of["id"], 0)["detectors"]["energy"]
+    assert row["far"]["figures"]["auroc"] == 0 and not row["sets"]["one"]["inverted"] and not row["far"]["inverted"]
+
+
+def test_each_set_is_resampled_by_itself(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        evaluate, "resample", lambda images, seed: seeds.append(seed) or np.zeros((9, images), np.int32)
+    )
+    of = {name: np.arange(40.0) for name in ("id", "a", "b", "c")}
+    compare({"energy": of}, fake_sets(["a"], ["b", "c"]), of["id"], 7)
+    assert seeds == [[7, 0], [7, 1], [7, 2], [7, 3]]
+
+
+def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
+    """A z of one dimension has no spread of sigma; the other detectors stay."""
+    folder, _, _ = run_of(
+        tmp_path / "run", canvas, embedding={"stochastic": "z"},
+        model={"backbone": "test_resnet", "projector": {"layers": 1, "hidden": 8, "out": 1}},
+    )  # fmt: skip
+    encoder = find_encoder(folder, device="cpu")
+    result = evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"]))
+    assert result["left_out"]["sigma_std"] == "An embedding of one dimension has no spread of sigma."
+    assert "sigma_mean" in result["detectors"] and "sigma_std" not in result["detectors"]
+
+
+def test_names_that_matplotlib_would_read_as_formulas(tmp_path):
+    rng = np.random.default_rng(0)
+    of = {name: rng.normal(size=40) for name in ("id", "p$_{$", "_hidden")}
+    sets = fake_sets(["p$_{$"], ["_hidden"])
+    PICTURES(tmp_path, "x", {"energy": of}, compare({"energy": of}, sets, of["id"], 0), sets)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_runs_that_differ_in_their_seed_share_a_column(canvas, others, tmp_path):
+    made = [run_of(tmp_path / f"seed{seed}", canvas, seed=seed)[0] for seed in range(2)]
+    results = []
+    for run in made:
+        encoder = find_encoder(run, device="cpu")
+        results.append(evaluate_ood(encoder, sets_of(encoder, others)))
+    encoder = find_encoder(made[0], device="cpu")
+    results.append(evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"])))
+    rows = summarize(results)
+    assert [row["seeds"] for row in rows] == [[0, 1], [0]]
+    values = [result["detectors"]["knn_cosine"]["far"]["figures"]["auroc"] for result in results[:2]]
+    assert rows[0]["figures"]["knn_cosine far auroc"]["mean"] == pytest.approx(np.mean(values))
+    console = Console(width=200, record=True)
+    console.print(ood_summary_table(rows))
+    shown = console.export_text()
+    assert f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" in shown and "and 1 more" in shown
+
+
+def test_the_command(canvas, others, tmp_path, monkeypatch, capsys):
+    folder, _, _ = run_of(tmp_path / "run", canvas)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastssl", "eval", "ood", str(folder), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, capsys.readouterr()
+
+    noise = others / "noise/train.beton"
+    code, said = run("--far", noise, "--device", "cpu", "--out", tmp_path / "out.json")
+    assert code == 0 and "knn_cosine" in said.out and "far noise:" in said.out
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["seeds"] == [0]
+    code, said = run("--far", noise, "--suite", "cifar10")
+    assert code == 2 and said.err.startswith("fastssl: --suite names its own sets")

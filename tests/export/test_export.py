@@ -1,0 +1,485 @@
+"""`fastssl export`: the three formats give what the run's model gives, and the card says what the run says."""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fastssl
+from fastssl import cli
+from fastssl.common.errors import UserError
+from fastssl.evaluation import evaluate_knn, find_encoder, find_split
+from fastssl.evaluation.probe import knn_probe
+from fastssl.export import export_run
+from fastssl.export.onnx_file import Embed, largest_difference
+from fastssl.models import SSLModel
+from fastssl.recipe import Recipe, ViewsConfig, load_recipe
+from fastssl.training import train
+from fastssl.views import eval_transform
+
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+KINDS = {
+    "none": {},
+    "z": {"embedding": {"stochastic": "z"}},
+    "h": {"embedding": {"stochastic": "h"}},
+    "hz": {"embedding": {"stochastic": "hz", "prior": "vamp", "mixture_components": 3}},
+    "byol": {"embedding": {"stochastic": "z"}, "objective": {"name": "byol", "predictor_hidden": 16}},
+    "small": {"embedding": {"stochastic": "z"}, "model": {"stem": "small"}},
+    "vit": {"embedding": {"stochastic": "z"}, "model": {"backbone": "test_vit", "init": "/home/someone/runs/first"}},
+    "center": {"views": {"size": 32, "eval": "center"}},
+    "relpos": {"model": {"backbone": "test_vit_relpos"}},
+    "hiera": {"model": {"backbone": "hiera_tiny_224"}, "views": {"size": 224}},
+    "resnet18": {"embedding": {"stochastic": "h"}, "model": {"backbone": "resnet18"}},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function of a kind's name: a checkpoint file of that kind, with batch statistics of its own."""
+    made = {}
+
+    def make(kind: str):
+        if kind not in made:
+            keys = {"name": kind, "data": {"train": "/home/someone/photos/train.beton"}, "views": {"size": 32}}
+            keys |= KINDS[kind]
+            keys["model"] = {
+                "backbone": "test_resnet", "projector": {"layers": 2, "hidden": 16, "out": 8}, **keys.get("model", {})
+            }  # fmt: skip
+            recipe = Recipe.model_validate(keys)
+            torch.manual_seed(0)
+            model = SSLModel(recipe)
+            size = recipe.views.size
+            model.projector(model.encoder(torch.rand(512 // size, 3, size, size)))
+            path = tmp_path_factory.mktemp("checkpoint") / f"{kind}.pt"
+            torch.save({"recipe": recipe.model_dump(mode="json"), "model": model.state_dict(), "step": 7}, path)
+            made[kind] = path
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(canvas, tmp_path_factory):
+    """A finished Z-prob run of two epochs, with a probe and an evaluation."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    recipe = load_recipe(
+        "recipes/zprob_barlow.yaml",
+        [
+            f"data.train={canvas}/train.beton", f"data.val={canvas}/val.beton", f"run.dir={run_dir}", "views.size=32",
+            "model={backbone: test_resnet, projector: {layers: 2, hidden: 16, out: 8}}", "embedding.samples=3",
+            "train.batch_size=16", "train.epochs=2", "train.device=cpu", "log.every=1", "probe={every: 1, k: 5}",
+        ],
+    )  # fmt: skip
+    train(recipe, probe=knn_probe(recipe))
+    encoder = find_encoder(run_dir)
+    evaluate_knn(encoder, find_split(encoder), ks=[5], temperatures=[0.07])
+    return run_dir
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run's small files and its checkpoint, to spoil."""
+    for path in run.rglob("*"):
+        if path.is_file() and path.suffix in (".yaml", ".json", ".jsonl", ".pt"):
+            target = tmp_path / "copy" / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fastssl", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return end.value.code or 0, out, err
+
+
+def run_onnx(path, images):
+    return onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+
+
+@pytest.mark.parametrize("kind", ["none", "vit"])
+def test_timm_loads_the_file_with_the_line_that_is_printed(checkpoint, images, tmp_path, monkeypatch, capsys, kind):
+    out = tmp_path / "made" / "here" / "encoder.safetensors"
+    code, said, _ = command(monkeypatch, capsys, checkpoint(kind), "--format", "timm", "--out", out)
+    line = re.search(r"Load it with: (.*)", said)[1]
+    card = out.with_name("model_card.md").read_text()
+    assert code == 0 and ("img_size=32" in line) == (kind == "vit") and line.replace(str(out), out.name) in card
+    with torch.inference_mode():
+        h = eval(line, {"timm": timm})(images)
+        assert torch.equal(h, fastssl.load_encoder(checkpoint(kind))(images))
+    with safe_open(out, "pt") as file:
+        header = file.metadata()
+    assert json.loads(header["eval_transform"]) == {
+        "kind": "squash", "size": 32, "interpolation": "bilinear", "antialias": True,
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+    assert header["backbone"] == KINDS[kind].get("model", {}).get("backbone", "test_resnet")
+    assert header["fastssl_version"] == importlib.metadata.version("fastssl-trainer")
+
+
+def test_the_small_stem_has_no_timm_name_and_is_kept_as_safetensors(checkpoint, images, tmp_path):
+    with pytest.raises(UserError, match="--format safetensors.*fastssl.load_encoder"):
+        export_run(checkpoint("small"), "timm", tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    made = export_run(checkpoint("small"), "safetensors", tmp_path / "x.safetensors")
+    with torch.inference_mode():
+        h = eval(made.load_with, {"fastssl": fastssl})(images)
+        assert torch.equal(h, fastssl.load_encoder(checkpoint("small"))(images))
+
+
+@pytest.mark.parametrize("kind", ["z", "h", "hz", "byol", "vit"])
+def test_safetensors_with_sigma_is_the_whole_model(checkpoint, images, tmp_path, kind):
+    """Every bit of what `embed` gives, and the priors; without BYOL's training parts and this machine's folders."""
+    path, original = tmp_path / "x.safetensors", fastssl.load_model(checkpoint(kind))
+    made = export_run(checkpoint(kind), "safetensors", path, sigma=True)
+    model = eval(made.load_with, {"fastssl": fastssl})
+    for found, expected in zip(model.embed(images), original.embed(images), strict=True):
+        assert found == expected if isinstance(found, str) else torch.equal(found, expected)
+    for space, prior in original.priors.items():
+        x = torch.randn(4, model.heads[space].mu.out_features, generator=torch.Generator().manual_seed(2))
+        assert torch.equal(model.priors[space].log_prob(x), prior.log_prob(x))
+    assert torch.equal(model.mean_z(original.embed(images).h), original.mean_z(original.embed(images).h))
+    assert not model.training and torch.equal(fastssl.load_encoder(path)(images), original.encoder(images))
+    assert b"predictor" not in path.read_bytes().replace(b"predictor_hidden", b"")
+    assert b"photos/train.beton" in path.read_bytes() and b"someone" not in path.read_bytes()
+
+
+def test_sigma_is_refused_where_there_is_none_and_needed_for_a_whole_model(checkpoint, tmp_path):
+    path = tmp_path / "x.safetensors"
+    for format in ("safetensors", "timm"):
+        with pytest.raises(UserError, match="is deterministic .* leave out --sigma"):
+            export_run(checkpoint("none"), format, path, sigma=True)
+    with pytest.raises(UserError, match="timm model has no place for sigma"):
+        export_run(checkpoint("z"), "timm", path, sigma=True)
+    assert not list(tmp_path.iterdir())
+    export_run(checkpoint("z"), "safetensors", path)
+    with pytest.raises(UserError, match="holds the encoder alone: fastssl.load_encoder reads it"):
+        fastssl.load_model(path)
+
+
+def strange_files(folder, checkpoint):
+    """Names and files that are no export, or a spoilt one."""
+    good = folder / "good.safetensors"
+    export_run(checkpoint("z"), "safetensors", good, sigma=True)
+    with safe_open(good, "pt") as file:
+        header, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    recipe = json.loads(header["recipe"])
+    yield "absent", None
+    yield "garbage", b"\x80\x04\x95 not safetensors"
+    yield "empty", b""
+    yield "cut off", good.read_bytes()[:-100]
+    yield "huge header", (2**40).to_bytes(8, "little") + b"{}"
+    for name, changed in {
+        "no recipe": None,
+        "no JSON": "{",
+        "other JSON": "[1]",
+        "unknown key": json.dumps({**recipe, "secret": 1}),
+        "unknown backbone": json.dumps({**recipe, "model": {**recipe["model"], "backbone": "hf-hub:a/b"}}),
+        "other sizes": json.dumps({**recipe, "model": {**recipe["model"], "backbone": "test_vit"}}),
+    }.items():
+        save_file(weights, folder / "x.safetensors", metadata={"recipe": changed} if changed else None)
+        yield name, (folder / "x.safetensors").read_bytes()
+    del weights["encoder.conv1.0.weight"]
+    save_file(weights, folder / "x.safetensors", metadata=header)
+    yield "a weight lacks", (folder / "x.safetensors").read_bytes()
+
+
+def test_files_from_strangers_are_one_sentence(checkpoint, tmp_path):
+    seen = []
+    for name, content in strange_files(tmp_path, checkpoint):
+        path = tmp_path / f"{name.replace(' ', '_')}.safetensors"
+        if content is not None:
+            path.write_bytes(content)
+        for load in (fastssl.load_model, fastssl.load_encoder):
+            with pytest.raises(UserError) as refusal:
+                load(path)
+            assert "\n" not in str(refusal.value), name
+        seen.append(name)
+    assert len(seen) == 12
+
+
+# relpos: attention that exports only where no gradients are wanted
+@pytest.mark.parametrize("kind", ["h", "small", "vit", pytest.param("relpos", marks=pytest.mark.slow)])
+def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
+    """To 1e-4 at several batch sizes; of an H-prob model h is a mean. (Below: a deterministic one.)"""
+    path, sigma = tmp_path / "x.onnx", kind in ("small", "vit")
+    made = export_run(checkpoint(kind), "onnx", path, sigma=sigma)
+    model = fastssl.load_model(checkpoint(kind))
+    assert 0 <= made.difference < 1e-4
+    session = onnxruntime.InferenceSession(path)
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
+    names = ["h", "mu", "sigma"] if sigma else ["h"]
+    assert [output.name for output in session.get_outputs()] == names
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        for name, found in zip(names, run_onnx(path, images), strict=True):
+            np.testing.assert_allclose(found, getattr(model.embed(images), name).numpy(), rtol=1e-4, atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["eval_transform"])["size"] == 32 and metadata["outputs"] == " ".join(names)
+    assert set(tmp_path.iterdir()) == {path, made.card}
+    # The exporter notes the source line of every operation: nothing of this machine may stay.
+    assert str(timm.__path__[0]).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+def test_onnx_of_a_resnet18_clamps_mu_and_sigma_as_torch_does(checkpoint, images, tmp_path):
+    saved = torch.load(checkpoint("resnet18"), weights_only=True)
+    for name in ("mu", "log_var"):
+        saved["model"][f"heads.h.{name}.weight"] *= 100
+    torch.save(saved, tmp_path / "x.pt")
+    export_run(tmp_path / "x.pt", "onnx", tmp_path / "x.onnx", sigma=True)
+    _, mu, sigma = run_onnx(tmp_path / "x.onnx", images)
+    expected = fastssl.load_model(tmp_path / "x.pt").embed(images)
+    assert {-20, 20} <= set(mu.flat) and sigma.min() == pytest.approx(0.01) and sigma.max() == pytest.approx(5)
+    # The weights, a hundred times those of a fresh head, enlarge the rounding of fp32 as much.
+    np.testing.assert_allclose(mu, expected.mu.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(sigma, expected.sigma.numpy(), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_backbone_that_torch_cannot_translate_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="^torch cannot write hiera_tiny_224 as ONNX [^\n]*: use --format timm"):
+        export_run(checkpoint("hiera"), "onnx", tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_packages_that_lack_are_named_and_a_file_that_differs_is_refused(
+    checkpoint, images, photos, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "x.onnx"
+    arguments = checkpoint("none"), "--format", "onnx", "--out", path
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnxscript", None)
+        code, _, err = command(without, capsys, *arguments)
+    assert code == 2 and "onnxscript: pip install 'onnx' 'onnxscript'" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnxruntime", None)
+        code, out, _ = command(without, capsys, *arguments)
+    assert code == 0 and "Not checked against torch" in out
+
+    model = fastssl.load_model(checkpoint("none"))
+    (h,) = run_onnx(path, images)
+    np.testing.assert_allclose(h, model.embed(images).h.numpy(), rtol=1e-4, atol=1e-4)
+    h = run_card(path.with_name("model_card.md"), photos / "train" / "class0" / "000.jpg", monkeypatch)["h"]
+    assert h.shape == (1, 96) and largest_difference(path, Embed(model, False), 32) < 1e-4
+    for change in (0.01, torch.nan):
+        with torch.no_grad():
+            model.encoder.bn1.bias[0] += change
+        with pytest.raises(UserError, match="differs from torch by"):
+            largest_difference(path, Embed(model, False), 32)
+
+
+def run_card(card, photo, monkeypatch):
+    """The variables of the card's program, run beside the file with a photo, as a reader would."""
+    monkeypatch.chdir(card.parent)
+    shutil.copy(photo, "photo.jpg")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1], names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "format, sigma", [("timm", False), ("safetensors", False), ("safetensors", True), ("onnx", True)]
+)
+def test_the_code_of_the_card_gives_the_embedding(run, photos, tmp_path, monkeypatch, format, sigma):
+    """And its preprocessing is the clean view to rounding."""
+    made = export_run(run, format, tmp_path / ("x.onnx" if format == "onnx" else "x.safetensors"), sigma)
+    names = run_card(made.card, photos / "train" / "class0" / "000.jpg", monkeypatch)
+    pixels = torch.from_numpy(np.asarray(Image.open("photo.jpg"))[None].copy())
+    images = eval_transform(load_recipe(run / "recipe.yaml").views)(pixels)
+    # Pillow rounds to 1/255 after each of its two passes, and std is 0.22.
+    np.testing.assert_allclose(names["preprocess"]("photo.jpg"), images.numpy(), atol=1 / 255 / 0.22)
+    expected = fastssl.load_model(run).embed(torch.from_numpy(names["preprocess"]("photo.jpg")))
+    for name in ["h", "mu", "sigma"] if sigma else ["h"]:
+        np.testing.assert_allclose(np.asarray(names[name]), getattr(expected, name).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_code_of_the_card_cuts_the_centre_where_the_run_does(checkpoint, photos, tmp_path, monkeypatch):
+    photo = photos / "train" / "class0" / "000.jpg"
+    made = export_run(checkpoint("center"), "timm", tmp_path / "x.safetensors", False)
+    with safe_open(made.path, "pt") as file:
+        view = json.loads(file.metadata()["eval_transform"])
+    assert (view["kind"], view["share"]) == ("center", 0.875) and "central square of 0.875" in made.card.read_text()
+    names = run_card(made.card, photo, monkeypatch)
+    image = Image.open(photo)
+    assert image.width != image.height
+    images = eval_transform(ViewsConfig(size=32, clean="center"))(torch.from_numpy(np.asarray(image)[None].copy()))
+    # As above; and beside the box, whose sides lie between pixels, Pillow takes what a pixel's share in it is.
+    np.testing.assert_allclose(names["preprocess"](photo), images.numpy(), atol=4 / 255 / 0.22)
+
+
+def test_the_code_of_the_docs_prepares_as_the_card_does(run, photos, tmp_path, monkeypatch):
+    photo = photos / "train" / "class0" / "000.jpg"
+    names = run_card(export_run(run, "timm", tmp_path / "x.safetensors").card, photo, monkeypatch)
+    blocks = re.findall(r"```(?:python|json)\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    documented = {}
+    exec(next(block for block in blocks if "def preprocess" in block), documented)
+    view = json.loads(next(block for block in blocks if '"kind"' in block))
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert view == json.loads(file.metadata()["eval_transform"]) | {"size": 224}
+    prepared = documented["preprocess"](photo, 32, view["mean"], view["std"])
+    np.testing.assert_array_equal(prepared, names["preprocess"](photo))
+
+
+def parts_of(card):
+    """The front matter, and the text below it."""
+    _, front, text = card.read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_card_says_what_the_run_says(run):
+    made = export_run(run, "timm")
+    assert made.path == run / "export" / "timm" / "zprob_barlow.safetensors"
+    front, text = parts_of(made.card)
+    assert front["library_name"] == "timm" and "license" not in front
+    assert {"timm", "fastssl", "barlow_twins"} <= set(front["tags"])
+    encoder = fastssl.load_encoder(run)
+    knn = json.loads((run / "eval" / "knn.json").read_text())["figures"]["accuracy_k5_t0.07"]
+    probe = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "knn" in line][-1]
+    environment = json.loads((run / "environment.json").read_text())
+    for row in (
+        "backbone | test_resnet (timm)",
+        f"parameters of the backbone | {sum(p.numel() for p in encoder.parameters()):,}",
+        "size | 32 x 32, bilinear, antialiased where it shrinks", "mean | [0.485, 0.456, 0.406]",
+        "stochastic | z", "prior | standard normal", "beta | 0.01", "samples S | 3",
+        "images | 48", "limit | none", "epochs | 2 of 2", "steps | 6", "batch size | 16", "optimiser | adamw",
+        "seed | 0", f"torch | {environment['packages']['torch']}", f"git state | {environment['git']}",
+        f"knn | accuracy_k5_t0.07 | {knn:.4g}",
+    ):  # fmt: skip
+        assert f"| {row} |" in text.replace("measured on", ""), row
+    assert f"at step 6: knn {probe['knn']:.4g}." in text
+    assert "unfinished" not in text and "No accuracy" not in text and str(run) not in text
+
+    # The checkpoint inside a run directory stands for the run; its weights are in the card by their hash.
+    again = export_run(run / "checkpoints" / "last.pt", "timm", run / "again" / "y.safetensors")
+    assert parts_of(again.card)[1] == text.replace("zprob_barlow.safetensors", "y.safetensors")
+    first, second = load_file(made.path), load_file(again.path)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_card_of_a_checkpoint_alone_says_what_is_not_known(checkpoint, tmp_path):
+    _, text = parts_of(export_run(checkpoint("h"), "timm", tmp_path / "x.safetensors").card)
+    for sentence in (
+        "does not say how far the training had come", "No accuracy was measured", "outside a run directory",
+        "the mean that the h head makes", "the encoder's features, of which this run's h head makes",
+        "images | the run does not say", "The run holds no result.",
+    ):  # fmt: skip
+        assert sentence in text, sentence
+    assert "someone" not in text
+
+
+def test_the_card_of_a_damaged_run_says_what_is_damaged(copy, tmp_path):
+    """Results of other weights are left out, damaged lines passed over, later steps than the checkpoint's too."""
+    (copy / "environment.json").write_text("{")
+    result = json.loads((copy / "eval" / "knn.json").read_text())
+    (copy / "eval" / "knn.json").write_text(json.dumps({**result, "encoder_sha256": "another"}))
+    (copy / "eval" / "list.json").write_text("[1, 2]")
+    (copy / "eval" / "deep.json").write_text("[" * 100_000)
+    (copy / "eval" / "bytes.json").write_bytes(b"\xff\xfe{")
+    figures = {"auroc": {"svhn": 0.875, "n": "7"}, "huge": 10**400, "a": None}
+    strange = {"evaluation": "<b>x|y\n# z", "figures": figures, "val": {"path": 3, "images": "many"}, "train": 7}
+    (copy / "eval" / "strange.json").write_text(json.dumps(strange))
+    (copy / "metrics.jsonl").write_text(
+        '{"step": 3, "epoch": 0, "knn": 0.25}\n{"step": 4, "loss": 1.0}\nnull\n7\n{"step": 5, "epoch": 1, "kn'
+        '\n{"step": 5}\n\xff\n{"step": 900, "epoch": 9, "knn": 0.99}\n{"step": 6, "epoch"'
+    )
+    _, text = parts_of(export_run(copy, "timm", tmp_path / "x.safetensors").card)
+    for sentence in (
+        "`environment.json` could not be read", "`eval/knn.json` was measured on other weights",
+        "`eval/list.json` could not be read", "`eval/deep.json` could", "`eval/bytes.json` could",
+        "| &lt;b>x\\|y # z | auroc.svhn | 0.875 |  |", "at step 3: knn 0.25.", "torch | the run does not say",
+    ):  # fmt: skip
+        assert sentence in text, sentence
+    assert "0.99" not in text and "huge" not in text and "accuracy_k5_t0.07" not in text
+
+
+def test_an_unfinished_run_is_called_so(copy, tmp_path):
+    path = copy / "checkpoints" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "step": 4, "loader": {**saved["loader"], "epoch": 1}}, path)
+    _, text = parts_of(export_run(copy, "timm", tmp_path / "x.safetensors").card)
+    assert "unfinished run: 1 of 2 epochs were done, at step 4." in text
+    torch.save({**saved, "step": "four", "loader": [1]}, path)
+    _, text = parts_of(export_run(copy, "timm", tmp_path / "y" / "x.safetensors").card)
+    assert "does not say how far" in text and "steps | the checkpoint does not say" in text
+
+
+def test_nothing_is_overwritten_or_half_written(run, checkpoint, tmp_path, monkeypatch, capsys):
+    taken, card = tmp_path / "x.safetensors", tmp_path / "model_card.md"
+    spoilt = tmp_path / "spoilt.pt"
+    saved = torch.load(checkpoint("none"), weights_only=True)
+    saved["model"]["encoder.conv1.0.weight"][0] = torch.inf
+    torch.save(saved, spoilt)
+    for arguments, says in (
+        ([run, "--format", "timm", "--out", taken], f"{taken} exists already"),
+        ([run, "--format", "safetensors", "--out", tmp_path / "y.safetensors"], f"{card} exists already"),
+        ([run, "--format", "timm", "--out", tmp_path / "x.pt"], "ends in .safetensors"),
+        ([run, "--format", "onnx", "--out", tmp_path], "ends in .onnx"),
+        ([run, "--format", "timm", "--out", taken / "below" / "y.safetensors"], "another file with --out"),
+        ([tmp_path / "nowhere", "--format", "timm"], "nowhere holds no checkpoint"),
+        ([taken, "--format", "timm"], "is not a readable checkpoint"),
+        ([spoilt, "--format", "timm", "--out", tmp_path / "z" / "x.safetensors"], "not finite"),
+    ):
+        taken.write_text("mine")
+        card.write_text("mine too") if "card" in says else card.unlink(missing_ok=True)
+        before = sorted(tmp_path.rglob("*"))
+        code, _, err = command(monkeypatch, capsys, *arguments)
+        assert code == 2 and says in err and err.count("\n") == 1, (arguments, err)
+        assert taken.read_text() == "mine" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_is_no_path(checkpoint, tmp_path):
+    saved = torch.load(checkpoint("none"), weights_only=True)
+    saved["recipe"]["name"] = '../../x"y\n'
+    torch.save(saved, tmp_path / "x.pt")
+    made = export_run(tmp_path / "x.pt", "timm")
+    assert made.path == tmp_path / "export" / "timm" / "x-y.safetensors"
+    assert '# ../../x"y\n' in made.card.read_text()
+
+
+def test_the_weights_are_those_that_load_model_gives(copy, tmp_path):
+    """The running average where there is one, and the checkpoint before where the last is damaged."""
+    last, previous = copy / "checkpoints" / "last.pt", copy / "checkpoints" / "previous.pt"
+    saved = torch.load(last, weights_only=True)
+    average = {name: weight * 0.5 if weight.is_floating_point() else weight for name, weight in saved["model"].items()}
+    torch.save({**saved, "ema": average}, previous)
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="last.pt is not a readable checkpoint"):
+        made = export_run(copy, "timm", tmp_path / "x.safetensors")
+    assert torch.equal(load_file(made.path)["conv1.0.weight"], saved["model"]["encoder.conv1.0.weight"] * 0.5)
+    sha256 = hashlib.sha256(previous.read_bytes()).hexdigest()
+    assert f"| previous.pt |\n| its sha256 | {sha256} |" in made.card.read_text()
+    assert "`eval/knn.json` was measured on other weights" in made.card.read_text()
+
+
+def test_a_write_that_fails_leaves_neither_file_nor_card(run, tmp_path, monkeypatch):
+    def no_space(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastssl.export.run.save_file", no_space)
+        with pytest.raises(UserError, match="No space left"):
+            export_run(run, "timm", path)
+    assert list(tmp_path.iterdir()) == []
+    assert {made.name for made in export_run(run, "timm", path).card.parent.iterdir()} == {path.name, "model_card.md"}

@@ -1,0 +1,552 @@
+"""The loader: right pixels, right order, exact places, no hang, no thread left behind."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastssl.beton import read_header, read_metadata
+from fastssl.cli import app
+from fastssl.common.errors import UserError
+from fastssl.loading import BetonLoader, count_images, decoding, estimate_memory, kernels
+from fastssl.loading import loader as loader_module
+from fastssl.loading.gpu_decoding import GpuDecoder
+from fastssl.loading.order import PAGES_AT_ONCE, epoch_order
+from fastssl.loading.samples import Samples
+from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
+from fastssl.views import PairedViews, eval_transform
+
+VIEWS = ViewsConfig(size=48)
+
+
+def source_pixels(photos, index):
+    """What Pillow sees of a sample: `index` is its place in the builder's order."""
+    files = sorted((photos / "train").rglob("*.jpg"))
+    return np.array(Image.open(files[index]))
+
+
+def test_canvas_gives_the_stored_pixels_and_the_source_sizes(photos, canvas):
+    seen = []
+    for batch in BetonLoader(canvas / "train.beton", 8, shuffle=False):
+        assert batch.image.shape == (8, 32, 32, 3) and batch.image.dtype == torch.uint8
+        assert batch.valid.all()
+        for b in range(8):
+            source = source_pixels(photos, int(batch.index[b]))
+            assert (int(batch.height[b]), int(batch.width[b])) == source.shape[:2]
+            want = np.array(Image.fromarray(source).resize((32, 32), Image.BILINEAR))
+            assert np.abs(batch.image[b].numpy().astype(int) - want).max() <= 1
+            seen.append(int(batch.index[b]))
+    assert sorted(seen) == list(range(48))
+
+
+def test_canvas_of_jpegs_decodes_each_sample(photos, canvas_jpeg):
+    for batch in BetonLoader(canvas_jpeg / "train.beton", 16, shuffle=False):
+        for b in range(16):
+            source = source_pixels(photos, int(batch.index[b]))
+            want = np.array(Image.fromarray(source).resize((96, 96), Image.BILINEAR)).astype(int)
+            # JPEG at quality 90 with halved colour: a few grey levels on average.
+            assert np.abs(batch.image[b].numpy() - want).mean() < 6
+
+
+def test_cpu_crops_are_the_device_crops(photos, full):
+    """The same boxes and the same filter, so the same pixels but for rounding to uint8."""
+    plain = ViewsConfig(
+        size=48,
+        flip=0,
+        jitter=JitterConfig(p=0),
+        gray=0,
+        first=PerViewConfig(),
+        second=PerViewConfig(),
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    views = PairedViews(plain, seed=3)
+    loader = BetonLoader(full / "train.beton", 16, seed=3, crop="cpu", views=plain)
+    loader.set_epoch(5)
+    for batch in loader:
+        assert batch.image.shape == (16, 2, 48, 48, 3)
+        for b in range(16):
+            source = torch.from_numpy(source_pixels(photos, int(batch.index[b])))[None]
+            want = views(source, batch.index[b : b + 1], 5)
+            for view in (0, 1):
+                got = batch.image[b, view].permute(2, 0, 1) / 255
+                # rounding to uint8; and Pillow may have another libjpeg.
+                assert (got - want[view][0]).abs().mean() < 2 / 255
+
+
+def test_one_crop_is_the_first_of_two(full):
+    loaders = [BetonLoader(full / "train.beton", 16, seed=3, crop="cpu", views=VIEWS, crops=n) for n in (1, 2)]
+    for one, two in zip(*loaders, strict=True):
+        assert one.image.shape == (16, 1, 48, 48, 3) and torch.equal(one.index, two.index)
+        assert torch.equal(one.image[:, 0], two.image[:, 0])
+    bills = [estimate_memory(loader)["5 batches of 16"] for loader in loaders]
+    assert bills[1] == 2 * bills[0] == 5 * 16 * 2 * 48 * 48 * 3
+
+
+@pytest.mark.parametrize("kind", ["squash", "center"])
+def test_images_of_any_size_become_the_clean_view(photos, full, kind):
+    views = VIEWS.model_copy(update={"eval": kind})
+    clean = eval_transform(views)
+    for batch in BetonLoader(full / "train.beton", 16, crop="eval", views=views, shuffle=False):
+        assert batch.image.shape == (16, 1, 48, 48, 3)
+        for b in range(16):
+            want = clean(torch.from_numpy(source_pixels(photos, int(batch.index[b])))[None])
+            assert (clean(batch.image[b : b + 1]) - want).abs().mean() < 2 / 255 / min(VIEWS.std)
+
+
+def indices(loader):
+    return [batch.index.tolist() for batch in loader]
+
+
+def test_order_is_a_function_of_seed_and_epoch(canvas):
+    path = canvas / "train.beton"
+    first, again, other = (BetonLoader(path, 8, seed=s) for s in (1, 1, 2))
+    epochs = [indices(first), indices(first)]
+    assert epochs[0] != epochs[1]
+    assert sorted(sum(epochs[0], [])) == list(range(48))
+    assert indices(again) == epochs[0] != indices(other)
+    again.set_epoch(0)
+    assert indices(again) == epochs[0]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 6])
+def test_state_continues_with_exactly_the_remaining_batches(canvas, taken):
+    path = canvas / "train.beton"
+    loader = BetonLoader(path, 8, seed=1)
+    loader.set_epoch(2)
+    want = indices(BetonLoader_at(path, 2)) + indices(BetonLoader_at(path, 3))
+    batches = iter(loader)
+    got = [next(batches).index.tolist() for _ in range(taken)]
+    state = loader.state_dict()
+    batches.close()
+    resumed = BetonLoader(path, 8, seed=1)
+    resumed.load_state_dict(state)
+    assert got + indices(resumed) + indices(resumed) == want
+
+
+def BetonLoader_at(path, epoch):
+    loader = BetonLoader(path, 8, seed=1)
+    loader.set_epoch(epoch)
+    return loader
+
+
+def test_state_of_another_seed_is_refused(canvas):
+    loader = BetonLoader(canvas / "train.beton", 8, seed=1)
+    with pytest.raises(UserError, match="seed"):
+        loader.load_state_dict(BetonLoader(canvas / "train.beton", 8, seed=2).state_dict())
+
+
+def test_last_batch_is_filled_up_and_masked(canvas):
+    loader = BetonLoader(canvas / "train.beton", 20, shuffle=True, drop_last=False)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3 and all(len(b.image) == 20 for b in batches)
+    valid = torch.cat([b.index[b.valid] for b in batches])
+    assert sorted(valid.tolist()) == list(range(48))
+    assert len(BetonLoader(canvas / "train.beton", 20)) == 2
+
+
+def test_limit_takes_the_same_random_subset_for_every_seed(canvas):
+    subsets = [sorted(sum(indices(BetonLoader(canvas / "train.beton", 5, seed=s, limit=10)), [])) for s in (0, 1)]
+    assert subsets[0] == subsets[1] and len(set(subsets[0])) == 10 and subsets[0] != list(range(10))
+
+
+def test_skip_starts_behind_what_limit_took(canvas):
+    def taken(**options):
+        return sorted(sum(indices(BetonLoader(canvas / "train.beton", 1, drop_last=False, **options)), []))
+
+    assert sorted(taken(limit=10) + taken(skip=10)) == list(range(48))
+    assert sorted(taken(limit=10) + taken(skip=10, limit=20) + taken(skip=30)) == list(range(48))
+    with pytest.raises(UserError, match="0 images"):
+        taken(skip=48)
+
+
+@pytest.fixture
+def fourteen(tmp_path):
+    """A list of 14 of the 48 images, not in the file's order."""
+    path = tmp_path / "some.txt"
+    path.write_text("".join(f"{index}\n" for index in range(47, 5, -3)))
+    return path
+
+
+def test_a_subset_is_exactly_the_images_of_its_list(canvas, full, fourteen):
+    listed = set(range(47, 5, -3))
+    of_canvas = BetonLoader(canvas / "train.beton", 7, subset=fourteen)
+    of_full = BetonLoader(full / "train.beton", 7, subset=fourteen, crop="cpu", views=VIEWS)
+    for loader in (of_canvas, of_full, BetonLoader(canvas / "train.beton", 7, subset=fourteen, resident=True)):
+        for _ in range(2):
+            assert sorted(sum(indices(loader), [])) == sorted(listed)
+    whole = {int(i): image for b in BetonLoader(canvas / "train.beton", 8) for i, image in zip(b.index, b.image)}
+    for batch in of_canvas:
+        assert all(torch.equal(image, whole[int(index)]) for index, image in zip(batch.index, batch.image))
+    assert count_images(canvas / "train.beton", subset=fourteen) == 14
+    assert count_images(canvas / "train.beton", subset=fourteen, limit=9) == 9
+    assert count_images(canvas / "train.beton", limit=99) == count_images(canvas / "train.beton") == 48
+
+
+def test_limit_and_skip_draw_from_the_subset(canvas, fourteen):
+    def taken(**options):
+        return sum(indices(BetonLoader(canvas / "train.beton", 1, subset=fourteen, **options)), [])
+
+    assert len(taken(limit=6)) == 6 and sorted(taken(limit=6) + taken(skip=6)) == list(range(8, 48, 3))
+    assert sorted(taken(limit=99)) == list(range(8, 48, 3)) and set(taken(limit=6, seed=1)) == set(taken(limit=6))
+
+
+def test_a_place_in_another_subset_is_refused(canvas, fourteen, tmp_path):
+    state = BetonLoader(canvas / "train.beton", 7, subset=fourteen).state_dict()
+    moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
+    moved.write_text("# the same images\n" + fourteen.read_text())
+    other.write_text(fourteen.read_text().replace("47", "46"))
+    BetonLoader(canvas / "train.beton", 7, subset=moved).load_state_dict(state)
+    for subset in (other, None):
+        with pytest.raises(UserError, match="its list of then as data.subset"):
+            BetonLoader(canvas / "train.beton", 7, subset=subset).load_state_dict(state)
+
+
+def test_leaving_the_loop_early_leaves_no_thread(canvas):
+    before = threading.active_count()
+    loader = BetonLoader(canvas / "train.beton", 4)
+    for _ in range(5):
+        for _batch in loader:
+            break
+    assert threading.active_count() == before
+
+
+def test_torch_keeps_its_threads(canvas):
+    before = torch.get_num_threads()
+    list(BetonLoader(canvas / "train.beton", 8, workers=1))
+    assert torch.get_num_threads() == before
+
+
+def damaged_copy(path, tmp_path, row, damage):
+    """A copy of a .beton with `damage` applied to the bytes of one row's JPEG."""
+    copy = tmp_path / "damaged.beton"
+    shutil.copy(path, copy)
+    start = int(read_metadata(copy)["image"]["data_ptr"][row])
+    data = np.memmap(copy, np.uint8, mode="r+")
+    damage(data[start:])
+    data.flush()
+    return copy
+
+
+def garbage(data):
+    data[:200] = 7
+
+
+def other_size(data):
+    """Rewrite the JPEG's own header to half the height."""
+    bytes_ = data[:2000].tobytes()
+    at = next(i for i in range(len(bytes_)) if bytes_[i] == 0xFF and bytes_[i + 1] in (0xC0, 0xC2))
+    data[at + 5 : at + 7] = [0, 30]
+
+
+@pytest.mark.parametrize("damage", [garbage, other_size])
+@pytest.mark.parametrize("crop", ["gpu", "cpu"])
+def test_a_damaged_sample_is_an_error_that_names_its_index(canvas_jpeg, full, tmp_path, damage, crop):
+    source = (canvas_jpeg if crop == "gpu" else full) / "train.beton"
+    path = damaged_copy(source, tmp_path, 7, damage)
+    index = int(read_metadata(path)["index"][7])
+    with pytest.raises(UserError, match=rf"index {index}\b.*at byte"):
+        list(BetonLoader(path, 8, crop=crop, views=VIEWS))
+
+
+def test_a_file_of_stock_ffcv_gets_derived_ids_and_sizes(tmp_path):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    rows = [(np.full((24, 16, 3), n, np.uint8), n % 3) for n in range(12)]
+    path = tmp_path / "stock.beton"
+    DatasetWriter(str(path), {"image": RGBImageField("raw"), "label": IntField()}, num_workers=1).from_indexed_dataset(
+        rows
+    )
+    for batch in BetonLoader(path, 4):
+        assert (batch.image.amax(dim=(1, 2, 3)) == batch.index).all() and (batch.label == batch.index % 3).all()
+        assert (batch.height == 24).all() and (batch.width == 16).all()
+
+
+def test_variable_sizes_are_refused_for_crops_on_the_device(full):
+    with pytest.raises(UserError, match="data.crop=cpu"):
+        BetonLoader(full / "train.beton", 8)
+
+
+def test_an_unknown_order_is_refused(canvas):
+    with pytest.raises(ValueError, match="quasi_random"):
+        BetonLoader(canvas / "train.beton", 8, shuffle="quasi-random")
+
+
+def test_a_batch_larger_than_the_data_is_refused(canvas):
+    with pytest.raises(UserError, match="lower train.batch_size"):
+        BetonLoader(canvas / "train.beton", 64)
+
+
+def test_what_is_not_a_beton_is_refused(tmp_path):
+    path = tmp_path / "x.beton"
+    path.write_bytes(b"hello" * 1000)
+    with pytest.raises(UserError, match="x.beton"):
+        BetonLoader(path, 8)
+
+
+@pytest.mark.parametrize("shuffle", [True, "quasi_random", False])
+def test_ranks_share_the_order_whatever_their_number(canvas, shuffle):
+    """Global batch b is the same samples for 1, 2 and 4 processes, each rank a disjoint equal part."""
+    alone = indices(BetonLoader(canvas / "train.beton", 8, seed=4, shuffle=shuffle))
+    for world in (2, 4):
+        shares = []
+        for rank in range(world):
+            loader = BetonLoader(canvas / "train.beton", 8 // world, seed=4, shuffle=shuffle)
+            loader.rank, loader.world = rank, world
+            shares.append(indices(loader))
+        assert [sum(parts, []) for parts in zip(*shares, strict=True)] == alone
+
+
+def test_state_goes_on_at_another_number_of_processes(canvas):
+    want = sum(indices(BetonLoader(canvas / "train.beton", 8, seed=4)), [])
+    loader = BetonLoader(canvas / "train.beton", 8, seed=4)
+    batches = iter(loader)
+    got = [index for _ in range(2) for index in next(batches).index.tolist()]
+    shares = []
+    for rank in range(2):
+        other = BetonLoader(canvas / "train.beton", 8, seed=4)
+        other.rank, other.world = rank, 2
+        other.load_state_dict(loader.state_dict())
+        shares.append(indices(other))
+    got += [index for parts in zip(*shares, strict=True) for part in parts for index in part]
+    assert got == want
+
+
+def test_quasi_random_reads_windows_of_pages_and_mixes_them():
+    page_N = np.repeat(np.arange(200), 50)
+    first, again, other = (epoch_order("quasi_random", 1, epoch, page_N) for epoch in (0, 0, 1))
+    assert sorted(first) == list(range(10_000))
+    assert (first == again).all() and (first != other).any()
+    window = PAGES_AT_ONCE * 50
+    pages = [set(page_N[first[at : at + window]]) for at in range(0, 10_000, window)]
+    assert [len(some) for some in pages] == [32] * 6 + [8] and len(set.union(*pages)) == 200
+    # Within a window a batch comes from many pages: 64 samples of 32 pages miss few of them.
+    assert len(set(page_N[first[:64]])) > 20
+    assert np.abs(np.corrcoef(np.arange(10_000), first)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": False}, {"limit": 20}, {"shuffle": False}])
+def test_resident_gives_the_same_batches(canvas, options):
+    loaders = [BetonLoader(canvas / "train.beton", 7, seed=2, resident=r, **options) for r in (False, True)]
+    for _ in range(2):
+        for streamed, resident in zip(*loaders, strict=True):
+            for a, b in zip(streamed, resident):
+                assert torch.equal(a, b)
+    state = {**loaders[0].state_dict(), "position": 14}
+    for loader in loaders:
+        loader.load_state_dict(state)
+    rest = [indices(loader) for loader in loaders]
+    assert rest[0] == rest[1] and len(rest[0]) == len(loaders[0]) - 2
+
+
+def test_a_damaged_sample_is_replaced_by_the_next_of_its_batch_and_counted(canvas_jpeg, tmp_path):
+    path = damaged_copy(canvas_jpeg / "train.beton", tmp_path, 7, garbage)
+    sound = list(BetonLoader(canvas_jpeg / "train.beton", 16, shuffle=False))
+    loader = BetonLoader(path, 16, shuffle=False, on_bad_sample="skip")
+    for _ in range(2):
+        for got, want in zip(loader, sound, strict=True):
+            replaced = got.index != want.index
+            assert torch.equal(got.image[~replaced], want.image[~replaced])
+            if replaced.any():
+                assert replaced.nonzero().flatten().tolist() == [7]
+                for of_got, of_want in zip(got, want):
+                    assert torch.equal(of_got[7], of_want[8])
+    assert loader.bad_samples == 2
+
+
+def test_a_batch_without_a_sound_sample_is_an_error(canvas_jpeg, tmp_path):
+    path = damaged_copy(canvas_jpeg / "train.beton", tmp_path, 7, garbage)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        list(BetonLoader(path, 1, on_bad_sample="skip"))
+
+
+def test_a_decoder_warning_is_counted_and_the_sample_kept(canvas_jpeg, tmp_path):
+    """Data that end early: turbojpeg warns and fills the rest with grey, never with another image."""
+
+    def cut_off(data):
+        end = data[:100_000].tobytes().index(b"\xff\xd9")
+        data[end - 300 : end] = 0
+        data[end - 300 : end - 298] = [0xFF, 0xD9]
+
+    path = damaged_copy(canvas_jpeg / "train.beton", tmp_path, 7, cut_off)
+    loader = BetonLoader(path, 8, shuffle=False)
+    first, again = list(loader), list(loader)
+    assert loader.decoder_warnings == 2 and loader.bad_samples == 0
+    assert all(torch.equal(a.image, b.image) for a, b in zip(first, again))
+
+
+def test_an_exception_behind_the_scenes_reaches_the_caller_at_once(canvas, monkeypatch):
+    loader = BetonLoader(canvas / "train.beton", 8)
+    list(loader)
+    monkeypatch.setattr(decoding.kernels, "decode_squares", lambda *_: 1 / 0)
+    start, threads = time.monotonic(), threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        list(loader)
+    assert time.monotonic() - start < 1 and threading.active_count() == threads
+
+
+def test_kept_batches_are_never_overwritten(canvas_jpeg):
+    """Some batches are kept, most are let go, by turns: buffers are used again, but not those in use."""
+    want = {}
+    for batch in BetonLoader(canvas_jpeg / "train.beton", 1, shuffle=False):
+        want[int(batch.index)] = batch.image[0].clone()
+    loader, kept = BetonLoader(canvas_jpeg / "train.beton", 4, workers=4), []
+    for epoch in range(20):
+        for number, batch in enumerate(loader):
+            if number % 3 == epoch % 3:
+                kept.append((batch.index, batch.image[1:]))  # a view of the buffer
+        kept = kept[-10:]
+        assert all(torch.equal(i, want[int(n)]) for index, rest in kept for n, i in zip(index[1:], rest))
+
+
+def test_buffers_are_used_again(canvas_jpeg):
+    """Also by the next epoch: 48 batches in five buffers."""
+    loader, seen = BetonLoader(canvas_jpeg / "train.beton", 2), set()
+    for _ in range(2):
+        for batch in loader:
+            seen.add(batch.image.data_ptr())
+            del batch
+    assert len(seen) <= 5
+
+
+def test_memory_does_not_grow_over_a_hundred_epochs(canvas_jpeg):
+    loader = BetonLoader(canvas_jpeg / "train.beton", 8)
+    process = psutil.Process()
+    for epoch in range(110):
+        for _batch in loader:
+            pass
+        if epoch == 9:
+            before = process.memory_info().rss, threading.active_count()
+    # 100 epochs of 1.3 MB: a leak of one batch an epoch would be 22 MB.
+    assert process.memory_info().rss - before[0] < 10e6
+    assert threading.active_count() == before[1]
+
+
+def test_two_loaders_and_a_dataloader_side_by_side(canvas, canvas_jpeg, full):
+    def two_loaders():
+        yield BetonLoader(canvas_jpeg / "train.beton", 4)
+        yield BetonLoader(full / "train.beton", 4, crop="cpu", views=VIEWS)
+
+    alone = [indices(loader) for loader in two_loaders()]
+    data = torch.utils.data.DataLoader(range(12), num_workers=1, multiprocessing_context="spawn")
+    one, two = two_loaders()
+    together = [(a.index.tolist(), b.index.tolist()) for a, b, _ in zip(one, two, data, strict=True)]
+    assert [list(part) for part in zip(*together)] == alone
+
+
+def test_batches_of_one(canvas_jpeg):
+    assert sorted(sum(indices(BetonLoader(canvas_jpeg / "train.beton", 1, workers=4)), [])) == list(range(48))
+
+
+def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
+    """A real process, interrupted in the middle of an epoch, is gone within seconds."""
+    script = (
+        "import itertools, signal\n"
+        "from fastssl.loading import BetonLoader\n"
+        # A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"loader = BetonLoader({str(canvas_jpeg / 'train.beton')!r}, 4)\n"
+        "try:\n"
+        "    for n in itertools.count():\n"
+        "        for batch in loader:\n"
+        "            if n == 1: print('running', flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        # It may have struck while the loop waited for its threads: they end by themselves, soon.
+        "    import threading, time\n"
+        "    until = time.monotonic() + 5\n"
+        "    while threading.active_count() > 1 and time.monotonic() < until: time.sleep(0.01)\n"
+        "    print(threading.active_count(), flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            out, _ = process.communicate(timeout=10)
+        finally:
+            process.kill()  # else leaving the block would wait for ever
+    assert out.split()[-1] == "1" and process.returncode == 0
+
+
+def test_a_file_larger_than_memory_is_warned_of_with_the_mend(canvas, monkeypatch):
+    monkeypatch.setattr(loader_module, "free_memory", lambda: 1000)
+    with pytest.warns(UserWarning, match="data.order=quasi_random"):
+        BetonLoader(canvas / "train.beton", 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BetonLoader(canvas / "train.beton", 8, shuffle="quasi_random")
+
+
+deprecated = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")  # torchvision's, for torchcodec
+
+
+@deprecated
+@pytest.mark.parametrize("crop", ["cpu", "eval"])
+def test_gpu_decoding_gives_the_same_images(full, crop):
+    """torchvision's CPU decoder in place of nvJPEG: the same interface, its own rounding."""
+    samples = Samples.of(read_header(full / "train.beton"))
+    decoders = [
+        decoding.ThreadDecoder(samples, crop, VIEWS, seed=3, workers=2, buffers=decoding.Buffers(pinned=False)),
+        GpuDecoder(samples, crop, VIEWS, seed=3, device=torch.device("cpu")),
+    ]
+    rows = np.array([5, 0, 40, 17])
+    ours, theirs = (decoder.finish(decoder.start(rows, epoch=2)) for decoder in decoders)
+    assert ours.image.shape == theirs.image.shape and (theirs.status_B == kernels.DECODED).all()
+    # The crops are sums of floats rounded to a grey level, over pixels that are off by one at times.
+    assert (ours.image.int() - theirs.image.int()).abs().max() <= 2
+
+
+@deprecated
+def test_gpu_decoding_of_a_canvas(canvas_jpeg):
+    samples = Samples.of(read_header(canvas_jpeg / "train.beton"))
+    decoder = GpuDecoder(samples, "gpu", None, seed=3, device=torch.device("cpu"))
+    image, _ = decoder.finish(decoder.start(np.arange(48), epoch=0))
+    (batch,) = BetonLoader(canvas_jpeg / "train.beton", 48, shuffle=False)
+    assert (image.int() - batch.image.int()).abs().max() <= 2
+
+
+@deprecated
+@pytest.mark.parametrize("damage", [garbage, other_size])
+def test_gpu_decoding_finds_the_damaged_sample(full, tmp_path, damage):
+    path = damaged_copy(full / "train.beton", tmp_path, 7, damage)
+    decoder = GpuDecoder(Samples.of(read_header(path)), "cpu", VIEWS, seed=3, device=torch.device("cpu"))
+    _, status = decoder.finish(decoder.start(np.arange(5, 10), epoch=0))
+    assert status.tolist() == [kernels.DECODED, kernels.DECODED, kernels.FAILED, kernels.DECODED, kernels.DECODED]
+
+
+@deprecated
+def test_gpu_decoding_is_refused_where_it_cannot_work(canvas, full):
+    with pytest.raises(UserError, match="needs a GPU"):
+        BetonLoader(full / "train.beton", 8, crop="cpu", views=VIEWS, decode="gpu")
+    with pytest.raises(UserError, match="needs JPEGs"):
+        GpuDecoder(Samples.of(read_header(canvas / "train.beton")), "gpu", None, 0, torch.device("cpu"))
+
+
+def test_the_memory_bill_is_what_is_taken(canvas_jpeg, full):
+    """Batches, scratch and table, by arithmetic; and the batches are all that a run allocates."""
+    bill = estimate_memory(BetonLoader(full / "train.beton", 16, crop="cpu", views=VIEWS, workers=3))
+    assert bill["5 batches of 16"] == 5 * 16 * 2 * 48 * 48 * 3
+    assert bill["scratch of 3 threads"] == 3 * (88 * 90 * 3 + 90 * 3 * 4)
+    loader, seen = BetonLoader(canvas_jpeg / "train.beton", 4), set()
+    for batch in loader:
+        seen.add(batch.image.data_ptr())
+        del batch
+    assert len(seen) * 4 * 96 * 96 * 3 <= estimate_memory(loader)["5 batches of 4"]
+
+
+def test_inspect_prints_the_memory_bill(canvas_jpeg, full):
+    runner = CliRunner()
+    shown = runner.invoke(app, ["inspect", str(canvas_jpeg / "train.beton"), "--batch-size", "16"]).output
+    assert "5 batches of 16" in shown and f"{5 * 16 * 96 * 96 * 3 / 1e6:.1f} MB" in shown
+    shown = runner.invoke(app, ["inspect", str(full / "train.beton"), "--batch-size", "16"]).output
+    assert "crops on the CPU" in shown and "scratch of" in shown

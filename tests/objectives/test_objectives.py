@@ -1,0 +1,253 @@
+"""The objectives against their formulas written out in NumPy, in float64, one index at a time."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.objectives import (
+    barlow_twins_loss,
+    barlow_twins_terms,
+    byol_loss,
+    momentum_at,
+    simclr_loss,
+    vicreg_loss,
+    vicreg_terms,
+)
+
+LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss]
+# float64 on both sides, a few hundred additions in another order: 1e-12 is 10^4 roundings.
+CLOSE = dict(rtol=1e-12, atol=1e-12)
+
+
+def two_views(*shape, seed=0, dtype=torch.float64):
+    """Correlated views with unequal means and scales, so that no convention can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    first, noise = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
+    scale = torch.linspace(0.3, 2.0, shape[-1], dtype=torch.float64)
+    return (scale * first + 1).to(dtype), (scale * (first + 0.5 * noise) - 2).to(dtype)
+
+
+def barlow_twins_by_hand(z1, z2, lambd, unbiased, eps):
+    B, D = z1.shape
+
+    def normalised(z):
+        out = np.empty_like(z)
+        for d in range(D):
+            mean = sum(z[:, d]) / B
+            var = sum((z[:, d] - mean) ** 2) / (B - 1 if unbiased else B)
+            out[:, d] = (z[:, d] - mean) / np.sqrt(var + eps)
+        return out
+
+    zn1, zn2 = normalised(z1), normalised(z2)
+    loss = 0.0
+    for i, j in itertools.product(range(D), range(D)):
+        c = sum(zn1[b, i] * zn2[b, j] for b in range(B)) / B
+        loss += (c - 1) ** 2 if i == j else lambd * c**2
+    return loss
+
+
+def vicreg_by_hand(z1, z2, inv, var, cov, gamma, eps, center):
+    B, D = z1.shape
+    c1, c2 = z1 - z1.mean(0), z2 - z2.mean(0)
+    first, second = (c1, c2) if center else (z1, z2)
+    invariance = sum(sum((first[b] - second[b]) ** 2) for b in range(B)) / (B * D)
+    variance = covariance = 0.0
+    for c in (c1, c2):
+        C = sum(np.outer(c[b], c[b]) for b in range(B)) / (B - 1)
+        variance += sum(max(0.0, gamma - np.sqrt(C[d, d] + eps)) for d in range(D)) / D / 2
+        covariance += sum(C[i, j] ** 2 for i in range(D) for j in range(D) if i != j) / D
+    return inv * invariance + var * variance + cov * covariance
+
+
+SHAPES = [(7, 4), (3, 7)]  # many samples for the dimensions and few: products of D x D or of B x B
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
+@pytest.mark.parametrize("lambd", [5e-3, 0.7])
+def test_barlow_twins_is_its_formula(lambd, unbiased, eps, shape):
+    z1, z2 = two_views(*shape)
+    got = barlow_twins_loss(z1, z2, lambd=lambd, unbiased=unbiased, eps=eps)
+    want = barlow_twins_by_hand(z1.numpy(), z2.numpy(), lambd, unbiased, eps)
+    np.testing.assert_allclose(got.item(), want, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("gamma, eps", [(1.0, 1e-4), (1.5, 0.0), (0.7, 0.2)])
+@pytest.mark.parametrize("inv, var, cov", [(25.0, 25.0, 1.0), (2.0, 3.0, 5.0), (0, 1, 0)])
+def test_vicreg_is_its_formula(inv, var, cov, gamma, eps, center, shape):
+    z1, z2 = two_views(*shape)
+    weights = dict(inv=inv, var=var, cov=cov, gamma=gamma, eps=eps, center=center)
+    got = vicreg_loss(z1, z2, **weights)
+    np.testing.assert_allclose(got.item(), vicreg_by_hand(z1.numpy(), z2.numpy(), **weights), **CLOSE)
+
+
+def simclr_by_hand(z1, z2, temperature):
+    """(2B,): -log p of every anchor."""
+    z = np.concatenate((z1, z2))
+    B, losses = len(z1), []
+    for a in range(2 * B):
+        cosines = [z[a] @ z[k] / np.linalg.norm(z[a]) / np.linalg.norm(z[k]) for k in range(2 * B)]
+        exps = np.exp(np.array(cosines) / temperature)
+        losses.append(-np.log(exps[(a + B) % (2 * B)] / (exps.sum() - exps[a])))
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7])
+def test_simclr_is_its_formula(temperature):
+    z1, z2 = two_views(7, 4)
+    want = simclr_by_hand(z1.numpy(), z2.numpy(), temperature).mean()
+    # The length's floor of 1e-12 under the root, beside squares of about 1.
+    assert simclr_loss(z1, z2, temperature=temperature).item() == pytest.approx(want, rel=1e-10)
+
+
+def test_mcinfonce_averages_probabilities_over_draws():
+    z1, z2 = two_views(5, 7, 4)
+    p = np.exp([-simclr_by_hand(a.numpy(), b.numpy(), 0.5) for a, b in zip(z1, z2, strict=True)])  # (S, 2B)
+    got = simclr_loss(z1, z2, temperature=0.5, over_draws="log_mean_exp").item()
+    assert got == pytest.approx(-np.log(p.mean(0)).mean(), rel=1e-10)
+    assert got < simclr_loss(z1, z2, temperature=0.5).item() - 0.01  # Jensen
+
+
+def test_byol_is_its_formula():
+    (p1, p2), (t1, t2) = two_views(7, 4), two_views(7, 4, seed=1)
+
+    def one_way(p, t):
+        return np.mean([2 - 2 * a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(p, t, strict=True)])
+
+    want = one_way(p1.numpy(), t2.numpy()) + one_way(p2.numpy(), t1.numpy())
+    assert byol_loss(p1, p2, t1, t2).item() == pytest.approx(want, rel=1e-10)
+    draws = torch.stack((p1, p2, t1))
+    each = sum(byol_loss(p, p2, t1, t2).item() for p in draws) / 3
+    assert byol_loss(draws, p2.expand(3, -1, -1), t1, t2).item() == pytest.approx(each, rel=1e-10)
+    assert byol_loss(t2, t1, t1, t2).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_byol_gradients_against_finite_differences_and_only_into_predictions():
+    (p1, p2), (t1, t2) = two_views(2, 5, 3), two_views(5, 3, seed=1)
+    inputs = [p1.requires_grad_(), p2.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: byol_loss(a, b, t1, t2), inputs)
+
+
+def test_byol_momentum_grows_from_its_start_to_one():
+    assert momentum_at(0, 100, 0.99) == pytest.approx(0.99)
+    assert momentum_at(50, 100, 0.99) == pytest.approx(0.995)
+    assert momentum_at(100, 100, 0.99) == 1
+
+
+def test_defaults_are_the_published_values():
+    z1, z2 = two_views(7, 4)
+    a, b = z1.numpy(), z2.numpy()
+    want = barlow_twins_by_hand(a, b, 5e-3, False, 1e-5)
+    np.testing.assert_allclose(barlow_twins_loss(z1, z2).item(), want, **CLOSE)
+    want = vicreg_by_hand(a, b, 25, 25, 1, 1, 1e-4, False)
+    np.testing.assert_allclose(vicreg_loss(z1, z2).item(), want, **CLOSE)
+    assert simclr_loss(z1, z2).item() == pytest.approx(simclr_by_hand(a, b, 0.1).mean(), rel=1e-10)
+
+
+def test_perfect_embeddings_cost_nothing():
+    # Orthogonal columns of mean 0 and biased variance 4, the same in both views.
+    z = 2 * torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
+    assert barlow_twins_loss(z, z, eps=0).item() == pytest.approx(0, abs=1e-15)
+    assert vicreg_loss(z, z).item() == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "loss, terms, names",
+    [
+        (barlow_twins_loss, barlow_twins_terms, {"on_diagonal", "off_diagonal"}),
+        (vicreg_loss, vicreg_terms, {"invariance", "variance", "covariance"}),
+    ],
+)
+def test_terms_are_weighted_and_sum_to_the_loss(loss, terms, names):
+    z1, z2 = two_views(3, 7, 4)
+    parts = terms(z1, z2)
+    assert set(parts) == names
+    torch.testing.assert_close(sum(parts.values()), loss(z1, z2), **CLOSE)
+    if terms is vicreg_terms:
+        doubled = vicreg_terms(z1, z2, inv=50.0, var=50.0, cov=2.0)
+        assert all(doubled[name].item() == 2 * parts[name].item() for name in names)
+    else:
+        doubled = barlow_twins_terms(z1, z2, lambd=1e-2)
+        assert doubled["off_diagonal"].item() == 2 * parts["off_diagonal"].item()
+        assert doubled["on_diagonal"].item() == parts["on_diagonal"].item()
+
+
+@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
+def test_fewer_samples_than_dimensions_make_no_matrix_of_dimensions(loss):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        loss(*(z.requires_grad_() for z in two_views(3, 8, 64)))
+    assert max(sizes) <= 2 * 3 * 8 * 64  # both views' draws themselves; a matrix of 64 x 64 for each has 12,288
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_draws_are_averaged(loss):
+    z1, z2 = two_views(5, 8, 3)
+    one_by_one = torch.stack([loss(a, b) for a, b in zip(z1, z2, strict=True)])
+    torch.testing.assert_close(loss(z1, z2), one_by_one.mean(), **CLOSE)
+    assert one_by_one.std() > 0.01  # else any way to combine them would pass
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 7), (2, 5, 3), (2, 3, 7)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_against_finite_differences(loss, shape):
+    views = [z.requires_grad_() for z in two_views(*shape)]
+    assert torch.autograd.gradcheck(loss, views)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fp32_under_autocast_and_for_half_inputs(loss):
+    z1, z2 = two_views(2, 16, 8, dtype=torch.float32)
+    outside = loss(z1, z2)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(z1, z2)
+    assert inside.dtype == torch.float32
+    assert inside.item() == outside.item()  # the same operations, hence the same bits
+    for half in (torch.bfloat16, torch.float16):
+        h1, h2 = z1.to(half), z2.to(half)
+        got = loss(h1, h2)
+        assert got.dtype == torch.float32
+        assert got.item() == loss(h1.float(), h2.float()).item()
+    assert loss(z1.double(), z2.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("B, D", [(64, 256), (1024, 32)])
+@pytest.mark.parametrize("terms", [barlow_twins_terms, vicreg_terms])
+def test_fp32_is_precise_enough(terms, B, D):
+    z1, z2 = two_views(B, D)
+    for name, term in terms(z1.float(), z2.float()).items():
+        # Measured at most 1e-5: the on-diagonal loses digits in C_ii - 1, the off-diagonal in
+        # subtracting the diagonal.
+        assert term.item() == pytest.approx(terms(z1, z2)[name].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_finite_at_collapse_and_batch_of_two(loss):
+    for z in (torch.zeros(2, 3), torch.full((4, 3), 7.0), torch.randn(2, 3)):
+        z.requires_grad_()
+        loss(z, z.detach().clone()).backward()
+        assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bad_shapes_get_a_sentence(loss):
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        loss(torch.randn(1, 4), torch.randn(1, 4))
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        loss(torch.randn(3, 1, 4), torch.randn(3, 1, 4))
+    with pytest.raises(ValueError, match="one shape"):
+        loss(torch.randn(3, 4), torch.randn(4, 4))
+    with pytest.raises(ValueError, match="one shape"):
+        loss(torch.randn(4), torch.randn(4))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiles_whole(loss):
+    z1, z2 = two_views(2, 6, 3)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z1, z2), loss(z1, z2), **CLOSE)

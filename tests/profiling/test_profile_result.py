@@ -1,0 +1,427 @@
+"""A profile is kept, read, held against thresholds, compared, shown and drawn; none of it is measured here."""
+
+import io
+import json
+import re
+from copy import deepcopy
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from profiles import example_profile, figure, gpu_profile, leg
+from rich.console import Console
+
+from fastssl.common.errors import UserError
+from fastssl.evaluation.results import save_picture
+from fastssl.profiling.compare import Change, compare, compare_table, differences
+from fastssl.profiling.page import write_page
+from fastssl.profiling.plots import draw_profile
+from fastssl.profiling.result import check_thresholds, read_profile, step_parts, write_profile
+from fastssl.profiling.tables import leg_rows, percent, profile_table, si, significant
+
+HOSTILE = "[bold]x[/] <script>alert('x')</script> \"> $x$ :cat: \x1b[31m \ud800 \u202e 中"
+
+
+def hostile_profile() -> dict:
+    """Strangers' words wherever a profile has words."""
+    profile = gpu_profile(
+        name=HOSTILE, made=HOSTILE, fastssl=HOSTILE, remarks=[HOSTILE], trace=HOSTILE, overrides=[HOSTILE],
+        recipe={HOSTILE: {"$y$": HOSTILE}}, environment={HOSTILE: HOSTILE, "packages": {HOSTILE: HOSTILE}},
+        verdict__sentence=HOSTILE, verdict__cause=HOSTILE, verdict__next={"cause": HOSTILE, "images_per_second": 1.0},
+        machine__device=HOSTILE, machine__peak_source=HOSTILE, data__path=HOSTILE, data__layout=HOSTILE,
+        data__storage=HOSTILE, data__crop=HOSTILE, run__precision=HOSTILE, legs__step__phases_note=HOSTILE,
+        legs__communication__missing=HOSTILE,
+    )  # fmt: skip
+    return profile
+
+
+def empty_profile() -> dict:
+    """Nothing could be measured."""
+    profile = example_profile(verdict__accelerator_utilisation=None, verdict__next=None, verdict__twice_as_fast={})
+    profile["legs"] = {name: leg(None, missing=f"{name} was not possible") for name in profile["legs"]}
+    profile["limits"] = {
+        "lines": {}, "predicted_images_per_second": None, "measured_images_per_second": None, "error": None
+    }  # fmt: skip
+    return profile
+
+
+PROFILES = {"cpu": example_profile, "gpu": gpu_profile, "hostile": hostile_profile, "empty": empty_profile}
+every_profile = pytest.mark.parametrize("profile", [make() for make in PROFILES.values()], ids=PROFILES)
+
+
+def printed(renderable, width: int) -> str:
+    """As `fastssl` prints it."""
+    console = Console(width=width, file=io.StringIO(), markup=False, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def written(tmp_path, text: str):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    return path
+
+
+# The file
+
+
+@every_profile
+def test_a_profile_comes_back_as_it_was_written(tmp_path, profile):
+    write_profile(tmp_path / "new" / "p.json", profile)
+    assert read_profile(tmp_path / "new" / "p.json") == profile
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.json"]
+
+
+def test_what_is_no_number_is_not_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_profile(tmp_path / "p.json", example_profile(seconds=float("nan")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write, name in ((write_profile, "p.json"), (write_page, "p.html")):
+        with pytest.raises(UserError, match="cannot be written"):
+            write(tmp_path / "file" / name, example_profile())
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "not readable as JSON"),
+        ("{", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"schema": 1, "legs": {}, "verdict": ' + "[" * 500 + "]" * 500 + "}", "not a profile"),
+        ("[]", "not a profile"),
+        ("{}", "not a profile"),
+        ('{"rows": []}', "not a profile"),
+        ('{"schema": 2, "legs": 0}', "was written by another version: profile again."),
+        ('{"schema": true, "legs": 0}', "was written by another version: profile again."),
+        ('{"schema": 1, "legs": 0}', "is a damaged profile"),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(tmp_path, text, says):
+    path = written(tmp_path, text)
+    with pytest.raises(UserError, match=re.escape(says)) as raised:
+        read_profile(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_missing_and_unreadable_files_are_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="No profile at .*: `fastssl profile RECIPE --json"):
+        read_profile(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read .*Is a directory"):
+        read_profile(tmp_path)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        read_profile(tmp_path / "bytes.json")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("legs__decode__images_per_second__median", "fast"),
+        ("legs__decode__images_per_second__median", True),
+        ("legs__decode__images_per_second__median", 0.0),
+        ("legs__decode__images_per_second__median", -1.0),
+        ("legs__decode__images_per_second__median", 1e300),
+        ("legs__decode__images_per_second__median", 10**400),
+        ("legs__decode__images_per_second__median", float("nan")),
+        ("legs__decode__images_per_second__high", 1.0),
+        ("legs__decode__images_per_second__windows", []),
+        ("legs__decode__workers", {"many": figure(1)}),
+        ("legs__decode__workers", [1]),
+        ("legs__decode__knee", "2"),
+        ("legs__step__phases", {"$x$": figure(1)}),
+        ("legs__end_to_end__wait_seconds", {"p50": 0.1}),
+        ("legs__end_to_end", None),
+        ("limits__lines", {"disk": None}),
+        ("limits__error", "none"),
+        ("verdict__sentence", None),
+        ("verdict__sentence", "x" * 10_000),
+        ("verdict__twice_as_fast", {"decode": 0}),
+        ("machine__cores", 10**400),
+        ("data__resolution", "32"),
+        ("remarks", "one"),
+        ("recipe", []),
+    ],
+)
+def test_a_figure_of_the_wrong_type_is_named(tmp_path, key, value):
+    path = written(tmp_path, json.dumps(example_profile(**{key: value})))
+    with pytest.raises(UserError, match=re.escape(key.replace("__", ".").split(".high")[0])) as raised:
+        read_profile(path)
+    assert str(raised.value).endswith(": profile again.") and "\n" not in str(raised.value)
+
+
+def everywhere(value: object, path: tuple = ()):
+    """The path of everything in a profile."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from everywhere(inner, (*path, key))
+
+
+def test_whatever_is_read_can_be_shown(tmp_path):
+    """Each entry in turn left out or replaced: the file is refused in a sentence, or all that reads it works."""
+    whole, refused, shown = gpu_profile(), 0, 0
+    alike = [path for path in everywhere(whole) if len(path) > 3 and path[1] != "decode" or "windows" in path[:-1]]
+    for path in everywhere(whole):
+        if path in alike:
+            continue
+        for value in (None, "", 1e18):
+            profile = deepcopy(whole)
+            inner = profile
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            if value == "":
+                del inner[path[-1]]
+            try:
+                profile = read_profile(written(tmp_path, json.dumps(profile)))
+            except UserError:
+                refused += 1
+                continue
+            printed(profile_table(profile, 80), 80)
+            printed(compare_table("a", "b", whole, profile), 80)
+            shown += 1
+    assert refused > 100 and shown > 100
+
+
+# Thresholds
+
+
+def test_figures_below_their_thresholds_are_named():
+    profile = gpu_profile()
+    above = ["accelerator_utilisation=0.9", "images_per_second=11000", "mfu=.1", "gpu_utilisation=0"]
+    assert check_thresholds(profile, [*above, "decode.images_per_second=1e4"]) == []
+    below = ["accelerator_utilisation=0.99", "images_per_second=12000", "mfu=0.5", "decode.images_per_second=1e6"]
+    sentences = check_thresholds(profile, [*above, *below])
+    assert sentences[:3] == [
+        "accelerator_utilisation is 0.983, below 0.99.", "images_per_second is 11400, below 12000.",
+        "mfu is 0.159, below 0.5.",
+    ]  # fmt: skip
+    assert len(sentences) == 4 and sentences[3].startswith("decode.images_per_second is 1647")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("accelerator_utilization=0.9", "did you mean accelerator_utilisation?"),
+        ("decod.images_per_second=3", "did you mean decode.images_per_second?"),
+        ("zzz=1", "the keys are images_per_second, accelerator_utilisation, mfu"),
+        ("images_per_second", "write KEY=VALUE with a number, such as images_per_second=1000"),
+        ("images_per_second=fast", "write KEY=VALUE with a number"),
+        ("images_per_second=nan", "write KEY=VALUE with a number"),
+        ("images_per_second=1e999", "write KEY=VALUE with a number"),
+        ("mfu=40", "mfu is a share from 0 to 1"),
+        ("", "the keys are"),
+        ("mfu=0.4", "--fail-under mfu: it is not in this profile: the peak of this device is not known."),
+        ("gpu_utilisation=0.4", "it is not in this profile: there was no GPU."),
+        ("launch.images_per_second=4", "it is not in this profile: there is no GPU."),
+        ("accelerator_utilisation=0.4", "it is not in this profile: replay: it was too hot."),
+    ],
+)
+def test_a_threshold_that_cannot_be_checked_is_a_sentence(text, says):
+    profile = example_profile(
+        legs__step__mfu=None, verdict__accelerator_utilisation=None, legs__replay=leg(None, missing="it was too hot.")
+    )
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_thresholds(profile, [text])
+
+
+# Two profiles
+
+
+def test_a_change_is_beyond_noise_where_windows_are_apart_and_medians_differ_by_2_percent():
+    def judged(a: dict, b: dict) -> tuple[bool | None, str]:
+        change = Change("x", "images/s", a, b)
+        return change.beyond_noise, change.word
+
+    assert judged(figure(100), figure(103)) == (True, "better")
+    assert judged(figure(103), figure(100)) == (True, "worse")
+    assert judged(figure(100, 0.02), figure(103, 0.02)) == (False, "no")  # they overlap
+    assert judged(figure(100, 0.001), figure(101.5, 0.001)) == (False, "no")  # apart, by less than 2 %
+    assert judged(figure(100), None) == (None, "not in B")
+    assert judged(figure(100), figure(200) | {"windows": []}) == (None, "not judged")
+    lower = Change("x", "ms an image", figure(1), figure(2), higher_is_better=False)
+    assert (lower.word, lower.ratio) == ("worse", 2)
+    assert Change("x", "%", figure(0), figure(2), higher_is_better=False).ratio is None
+
+
+def test_the_rule_errs_once_in_ten_times():
+    """The probability that the caption gives, by trying: three windows each, of one distribution."""
+    windows = np.random.default_rng(0).normal(100, 20, (20_000, 2, 3))
+    apart = (windows[:, 0].max(1) < windows[:, 1].min(1)) | (windows[:, 1].max(1) < windows[:, 0].min(1))
+    assert apart.mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_all_rates_are_compared():
+    a = example_profile()
+    b = example_profile(legs__step__phases__forward=figure(9e-4), legs__copy=leg(None))
+    b["legs"]["decode"]["workers"]["2"] = figure(3000)
+    changes = {change.name: change for change in compare(a, b)}
+    assert {name for name, x in changes.items() if x.beyond_noise} == {"decode, 2 workers", "step, forward"}
+    assert changes["decode, 2 workers"].ratio == pytest.approx(3000 / 1980)
+    assert changes["copy"].word == "not in B" and changes["step, forward"].word == "worse"
+    assert {"accelerator utilisation", "storage, from the page cache", "end_to_end, waits for data"} <= changes.keys()
+    assert "launch" not in changes  # neither has it
+
+
+def test_differences_that_may_be_the_cause_are_named():
+    a = example_profile()
+    b = example_profile(
+        environment__packages={"torch": "2.16.0", "ffcv": "1.0.2"}, recipe__train={"batch_size": 128, "compile": True},
+        machine__peak_flops=2e11, data__in_page_cache=0.31, run__batch_size=128,
+    )  # fmt: skip
+    assert differences(a, b) == [
+        ("environment.packages.torch", "2.15.0", "2.16.0"),
+        ("run.batch_size", "256", "128"),
+        ("recipe.train.batch_size", "256", "128"),
+        ("data.in_page_cache", "about 100 %", "about 30 %"),
+        ("recipe.train.compile", "-", "true"),
+    ]
+    assert differences(a, deepcopy(a)) == []
+    text = printed(compare_table("a.json", "b.json", a, b), 80)
+    assert "environment.packages.torch" in text and "The limit is the same: decode." in text
+
+
+def test_the_comparison_says_its_rule_and_how_often_that_errs():
+    text = " ".join(printed(compare_table("a.json", "[b].json", example_profile(), gpu_profile()), 80).split())
+    assert "A a.json" in text and "B [b].json" in text and "…" not in text
+    assert "The limit changed: decode in A, step in B." in text
+    assert "do not overlap, and their medians differ by more than 2 %" in text
+    assert "With 3 windows each, equal rates do not overlap by chance once in 10 times" in text
+    assert "launch is not in A: there is no GPU" in text
+    single = example_profile()
+    single["legs"]["decode"]["images_per_second"]["windows"] = [1980.0]
+    assert "With a single window this says little" in printed(compare_table("a", "b", single, single), 160)
+
+
+# What a person sees
+
+
+def test_the_time_of_the_device_adds_up():
+    parts = step_parts(example_profile())
+    assert list(parts)[:3] == ["wait for data", "views", "forward"]
+    assert parts["wait for data"] == pytest.approx(0.43 / 1150) and parts["views"] == pytest.approx(1 / 9100)
+    assert "rest of the step" not in parts  # the phases are all of it, but for 2 %
+    without_draws = example_profile()
+    del without_draws["legs"]["step"]["phases"]["draws"]
+    rest = step_parts(without_draws)["rest of the step"]
+    assert rest == pytest.approx(1 / 3800 - (8.1e-5 + 1.4e-5 + 3e-6 + 1.3e-4 + 9e-6))
+    assert step_parts(example_profile(legs__step__phases={}))["step"] == pytest.approx(1 / 3800)
+    assert step_parts(empty_profile()) == {}
+
+
+def test_the_table_says_what_each_leg_says():
+    rows = {row.leg: row for row in leg_rows(gpu_profile())}
+    assert rows["decode"].says == "16 workers, 13.18x of one, knee at 16"
+    assert rows["copy"].says == "36.2 GB/s of 55.0 GB/s"
+    assert rows["step"].says == "the limit, 157 TFLOP/s, 16 % of the peak (MFU), 41.2 GB of memory"
+    assert rows["end_to_end"].says.startswith("waits 1.2 % of the time, p50/p95/p99 0.10/0.20/9.3 ms, cores 61 % busy")
+    assert rows["end_to_end"].says.endswith("GPU 97 % busy, 1,755 of 1,980 MHz, 512 W")
+    assert rows["step"][1:4] == ("14,250", "± 1.0 %", "0.00400") and rows["step"].is_limit
+    assert "communication" not in rows
+
+
+@every_profile
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_fits_and_cuts_nothing_off(profile, width):
+    text = printed(profile_table(profile, width), width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text and "\x1b" not in text
+    words = " ".join(text.replace("┃", " ").split())
+    if profile["name"] != HOSTILE:
+        assert profile["verdict"]["sentence"] in words
+    for row in leg_rows(profile):
+        for cell in [row.leg, row.rate, row.spread, row.cpu, *row.says.split()]:
+            assert cell in words
+    for name, one in profile["legs"].items():
+        if one["images_per_second"] is None:
+            assert name in words.split("Not measured")[1]
+
+
+def test_hostile_words_are_shown_as_they_are():
+    text = printed(profile_table(hostile_profile(), 160), 160)
+    assert "[bold]x[/] <script>" in text and ":cat:" in text and r"\x1b[31m \ud800 \u202e" in text
+
+
+def test_the_verdict_comes_first_and_then_the_accelerator():
+    text = printed(profile_table(example_profile(), 160), 160)
+    order = ["Decode-bound", "43 % (healthy from 90 %)", "1,150 images/s measured", "1,163 images/s (+1.1 %)"]
+    order += ["2,700 images/s, then limited by step", "decode +41 %, step +20 %, views +3 %", "the limit, 2 workers"]
+    order += ["the device's time", "Not measured", "another program may be running"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_numbers_are_short_and_never_in_exponents():
+    assert [significant(x) for x in (0, 1e-5, 0.0123, 1.5, 99.96, 1234.5)] == [
+        "0", "0.0000100", "0.0123", "1.50", "100.0", "1,234",
+    ]  # fmt: skip
+    assert [si(x, "B/s") for x in (0, 12, 1.21e10, 3e20)] == ["0 B/s", "12.0 B/s", "12.1 GB/s", "300,000 PB/s"]
+    assert [percent(x) for x in (0.003, 0.0996, 0.9)] == ["0.3 %", "10 %", "90 %"]
+
+
+@pytest.mark.filterwarnings("error")
+@every_profile
+def test_the_picture_is_drawn(tmp_path, profile):
+    save_picture(tmp_path / "p.png", draw_profile(profile))
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (1400, 1000)
+        panels = np.asarray(picture.convert("L")).reshape(2, 500, 2, 700).std(axis=(1, 3))
+    assert panels.min() > 5  # none of them is blank
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("replay, shown", [(2_680, ""), (60_000, ""), (3e9, " (far above)"), (1e-3, " (far below)")])
+def test_the_rate_of_the_step_stands_beside_decoding(replay, shown):
+    drawing = draw_profile(example_profile(legs__replay=leg(replay)))
+    scaling = drawing.axes[1]
+    labels = [text.get_text() for text in scaling.get_legend().get_texts()]
+    assert f"the step can take {significant(replay)}{shown}" in labels
+    assert "knee: 2, the most that was tried" in labels
+    assert scaling.get_yscale() == ("log" if replay == 60_000 else "linear")
+
+
+class Words(HTMLParser):
+    """Tags, with their attributes, and the text between them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, text):
+        self.text += text
+
+
+@every_profile
+def test_the_page_holds_all_it_shows_and_no_strangers_code(tmp_path, profile):
+    write_page(tmp_path / "p.html", profile)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    found = Words(page)
+    assert "script" not in found.tags and "link" not in found.tags and found.tags.count("img") == 1
+    assert {name for name, _ in found.attributes} <= {
+        "lang", "charset", "http-equiv", "content", "name", "class", "alt", "src",
+    }  # fmt: skip
+    assert dict(found.attributes)["src"].startswith("data:image/png;base64,")
+    assert "http://" not in page and "https://" not in page and "\x1b" not in page
+    assert ("<script>" in found.text) == (profile["name"] == HOSTILE)  # shown, not run
+    for words in ("ui.perfetto.dev", "The legs, each alone", "Machine", "Data", "Versions", "Recipe"):
+        assert words in found.text
+
+
+def test_the_page_says_what_the_table_says(tmp_path):
+    profile = gpu_profile(trace="[x].trace.json.gz")
+    write_page(tmp_path / "p.html", profile)
+    text = Words((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    for row in leg_rows(profile):
+        assert row.says in text and row.rate in text
+    for words in (profile["verdict"]["sentence"], "[x].trace.json.gz", "there is one process", "2.15.0", "989 TFLOP/s"):
+        assert words in text
+    assert "NVIDIA H200 datasheet" in text and profile["remarks"][0] in text and "timed apart" in text

@@ -1,0 +1,371 @@
+"""`fastssl profile` on runs whose slow part is known, because it was made slow; and each of its parts."""
+
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training_runs import ENVIRONMENT, SMALL
+
+from fastssl.beton import build_beton, read_header
+from fastssl.loading import BetonLoader, kernels
+from fastssl.loading.samples import Samples
+from fastssl.profiling import device_stages, loader_stages, machine, profile, profiler
+from fastssl.profiling.bottleneck import Facts, sentence
+from fastssl.profiling.end_to_end import Training
+from fastssl.profiling.loader_stages import worker_counts
+from fastssl.profiling.resources import Cost, Costs
+from fastssl.profiling.result import read_profile
+from fastssl.profiling.storage import Storage, share_in_page_cache
+from fastssl.profiling.trace import STEPS, write_trace
+from fastssl.recipe import load_recipe
+from fastssl.training import train
+from fastssl.training.meters import LongWait
+from fastssl.training.setup import Network, TrainingViews, prepare
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def photos_640(photos, tmp_path_factory):
+    """640 images as JPEGs of 96 px: 40 batches an epoch, decoded by threads."""
+    root, out = tmp_path_factory.mktemp("many"), tmp_path_factory.mktemp("many_beton")
+    files = sorted((photos / "train").rglob("*.jpg"))
+    (root / "train").mkdir()
+    for number in range(640):
+        shutil.copy(files[number % len(files)], root / "train" / f"{number:03}.jpg")
+    build_beton("imagefolder", root, out, canvas=96, workers=1)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    monkeypatch.setattr(profiler, "WINDOW", {"short": 0.1, "step": 0.2, "end_to_end": 0.4})
+    monkeypatch.setattr(profiler, "ROUNDS", (3, 3))
+    monkeypatch.setattr(loader_stages, "PREPARED", 16)
+    monkeypatch.setattr(machine, "TRIALS", 1)
+    monkeypatch.setattr(machine, "LOOK", 0.05)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe_of(folder, *more):
+    keys = [f"data.train={folder}/train.beton", "data.val=null", "data.workers=2", f"train.batch_size={BATCH}"]
+    return load_recipe("recipes/zprob_barlow.yaml", [*SMALL, *keys, "embedding.stochastic=none", *more])
+
+
+def slowed(monkeypatch, seconds):
+    """Each of these parts sleeps so long before its work: a resource of its own, whose speed is known."""
+
+    def sleeps_first(owner, name, part):
+        work = getattr(owner, name)
+
+        def slow(*arguments):
+            time.sleep(seconds[part])
+            return work(*arguments)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    sleeps_first(kernels, "decode_squares", "decode")
+    sleeps_first(BetonLoader, "_batch", "copy")
+    sleeps_first(TrainingViews, "__call__", "views")
+    sleeps_first(Network, "forward", "compute")
+
+
+def a_batch(measured, leg):
+    """Seconds of one."""
+    return BATCH / measured["legs"]["step" if leg == "compute" else leg]["images_per_second"]["median"]
+
+
+def undisturbed(measured):
+    """Images/s end to end of the best window: what else runs on a machine can only make the others slower."""
+    return measured["legs"]["end_to_end"]["images_per_second"]["high"]
+
+
+def test_the_verdict_finds_the_part_that_was_made_twice_as_slow(photos_640, monkeypatch):
+    """The device works for a unit of time a batch, half of it on views, threads and reader for three quarters; then one
+    part takes twice as long. What the profile says a repair would give is what the run without the damage gives.
+
+    The network only sleeps here: a real one would take as long as whatever else runs on this machine allows.
+    """
+    monkeypatch.setattr(Network, "forward", lambda self, *inputs: ({"loss": a_weight(self).square().sum()}, inputs[0]))
+    recipe, unit = recipe_of(photos_640), 0.040
+    base = dict(decode=0.75 * unit, copy=0.75 * unit, views=unit / 2, compute=unit / 2)
+    with monkeypatch.context() as patch:
+        slowed(patch, base)
+        sound = profile(recipe)
+    for part in base:
+        with monkeypatch.context() as patch:
+            slowed(patch, {**base, part: base[part] + a_batch(sound, part)})
+            measured = profile(recipe)
+        verdict = measured["verdict"]
+        assert verdict["cause"] == part, verdict["sentence"]
+        predicted = verdict["twice_as_fast"][part] / measured["limits"]["predicted_images_per_second"]
+        true = undisturbed(sound) / undisturbed(measured)
+        assert predicted == pytest.approx(true, rel=0.15), part
+
+
+def a_weight(network):
+    return next(network.parameters())
+
+
+def test_lines_add_on_one_resource_and_overlap_on_others():
+    costs = Costs({"decode": Cost(3, 4), "cpu_augment": Cost(2, 2), "copy": Cost(1, 1), "views": Cost(2, 0)}, cores=2)
+    # Threads wait for the disk themselves.
+    assert Costs({**costs.legs, "storage": Cost(6, 0)}, cores=2).lines()["threads"] == 11
+    assert costs.lines() == {"disk": 0, "threads": 5, "reader": 1, "device": 2, "host": 0, "cores": 3.5}
+    assert costs.images_per_second() == 1 / 5 and costs.cause() == "decode" and not costs.is_balanced()
+    assert costs.faster("decode", 3).images_per_second() == 1 / 3
+    # One core for all of it: what takes most of its time is the cause.
+    assert Costs(costs.legs, cores=1).images_per_second() == 1 / 7 and Costs(costs.legs, cores=1).cause() == "decode"
+    # Small raw images are decoded by the thread that hands them over.
+    in_reader = Costs(costs.legs, cores=2, decodes_in_reader=True)
+    assert in_reader.lines()["threads"] == 0 and in_reader.lines()["reader"] == 6
+    assert Costs(costs.legs, cores=2, processes=8).images_per_second() == 8 / 5
+    assert Costs({"decode": Cost(1.05, 0), "compute": Cost(1, 0)}, cores=2).is_balanced()
+
+
+FACTS = Facts(workers=2, layout="full", on_gpu=True, compiled=True, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    "legs, facts, words",
+    [
+        (
+            {"decode": Cost(2.1e-3, 4.2e-3), "compute": Cost(1e-3)},
+            FACTS,
+            "Decode-bound: the step could take 2.1x more images; 3 more cores or a canvas file in place of the full "
+            "one (build-beton --canvas) would lift it; the next limit is the step at 1,000 images/s.",
+        ),
+        ({"decode": Cost(2e-3, 1e-4), "compute": Cost(1e-3)}, FACTS, "data.workers=4 or a canvas file"),
+        ({"cpu_augment": Cost(2e-3, 1e-4), "decode": Cost(1e-3), "compute": Cost(1e-3)}, FACTS, "CPU-augment-bound: "),
+        ({"storage": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "it ends with the first epoch"),
+        ({"copy": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "Copy-bound: the step could take 2.0x more images"),
+        ({"views": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "Views-bound: without the views training would be 3.0x"),
+        ({"launch": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "Launch-bound: the GPU idles 50% of the time"),
+        ({"communication": Cost(2e-3), "compute": Cost(1e-3)}, FACTS, "train.compress_gradients=true or a larger"),
+        ({"compute": Cost(2e-3), "decode": Cost(1e-3)}, FACTS, "Compute-bound: the step works 100% of the time"),
+        ({"compute": Cost(2e-3)}, FACTS, "nothing else is known to limit it."),
+        (
+            {"compute": Cost(2e-3, 4e-3), "decode": Cost(1e-3, 2e-3)},
+            Facts(workers=2, layout="full"),
+            "the cores work all of the time (67% for the step, 33% for decoding); a canvas file in place of",
+        ),
+        ({"compute": Cost(2e-3), "decode": Cost(1.9e-3)}, FACTS, "Balanced: the step comes first at 500 images/s"),
+    ],
+)
+def test_every_cause_has_its_sentence(legs, facts, words):
+    said = sentence(Costs(legs, cores=4 if "workers=4" in words else 2), facts)
+    assert words in said, said
+    assert said.count(".") >= 1 and said.endswith(".") and "inf" not in said
+
+
+def analytic_flops(model, size):
+    """Two for each multiplication of a convolution or a linear layer: forward, and twice that backward but for the
+    pictures, whose gradient nobody asks for."""
+    total = 0
+
+    def count(layer, inputs, output):
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            k = layer.kernel_size[0] * layer.kernel_size[1] * layer.in_channels // layer.groups
+            needs_input_gradient = layer.in_channels != 3
+        else:
+            k, needs_input_gradient = layer.in_features, True
+        total += 2 * output.numel() * k * (3 if needs_input_gradient else 2)
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        model.projector(model.encoder(torch.zeros(2, 3, size, size)))
+    for hook in hooks:
+        hook.remove()
+    return total / 2
+
+
+@pytest.mark.parametrize("backbone, forward_macs", [("resnet18", 1.814e9), ("resnet50", 4.089e9)])
+def test_flops_are_the_analytic_count(canvas, backbone, forward_macs):
+    """Of both views of a training step at 224 px; torchvision's documentation gives 1.814 and 4.089 GMAC forward."""
+    keys = [f"model.backbone={backbone}", "views.size=224", "train.batch_size=2"]
+    run, _ = prepare(recipe_of(canvas, *keys), torch.device("cpu"), None)
+    batch = next(iter(run.state.loader))
+    counted = device_stages.count_flops(run, batch, run.views(batch, 0))
+    assert counted == pytest.approx(2 * analytic_flops(run.state.model, 224), rel=0.02)
+    assert counted == pytest.approx(2 * 3 * 2 * forward_macs, rel=0.03)  # projector and objective are little
+    assert all(p.grad is None for p in run.state.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "keys, phases",
+    [
+        (["embedding.stochastic=none"], {"forward", "objective", "backward", "optimiser"}),
+        (["embedding.stochastic=z"], {"forward", "draws", "objective", "kl", "backward", "optimiser"}),
+        (["embedding.stochastic=h"], {"forward", "draws", "objective", "kl", "backward", "optimiser"}),
+        (["embedding.stochastic=hz"], {"forward", "draws", "objective", "kl", "backward", "optimiser"}),
+        (["objective={name: byol}", "train.ema=0.99"], {"forward", "objective", "backward", "optimiser"}),
+        (["objective={name: supervised, classes: 3}"], {"forward", "objective", "backward", "optimiser"}),
+    ],
+)
+def test_the_phases_make_up_the_step(canvas, keys, phases):
+    run, _ = prepare(recipe_of(canvas, *keys, "train.batch_size=16"), torch.device("cpu"), None)
+    batch = next(iter(run.state.loader))
+    views = run.views(batch, 0)
+    timed = device_stages.Phases(run, batch, views)
+    fixed, steps = device_stages.with_fixed_views(run, views), []
+    for _ in range(5):
+        timed.measure()
+        start = time.perf_counter()
+        device_stages.take_step(fixed, [batch], 0)
+        steps.append((time.perf_counter() - start) / 16)
+    figures = timed.figures()
+    assert set(figures) == phases
+    # Steps of some milliseconds on a machine that does other things: the sum is in the region of the whole.
+    assert 0.3 * min(steps) < sum(figure["low"] for figure in figures.values()) < 2 * min(steps)
+
+
+def test_draws_cost_what_was_made_slow_of_them(canvas, monkeypatch):
+    from fastssl.models.gaussian import DiagonalGaussian
+
+    run, _ = prepare(recipe_of(canvas, "embedding.stochastic=z", "train.batch_size=16"), torch.device("cpu"), None)
+    batch = next(iter(run.state.loader))
+    draw = DiagonalGaussian.rsample
+    monkeypatch.setattr(DiagonalGaussian, "rsample", lambda *arguments: time.sleep(0.05) or draw(*arguments))
+    timed = device_stages.Phases(run, batch, run.views(batch, 0))
+    for _ in range(3):
+        timed.measure()
+    assert timed.figures()["draws"]["low"] * 16 == pytest.approx(0.1, rel=0.5)  # one draw a view
+
+
+def test_worker_counts_end_with_the_cores():
+    assert worker_counts(2, 2) == [1, 2] and worker_counts(6, 6) == [1, 2, 4, 6]
+    assert worker_counts(3, 8) == [1, 2, 3, 4, 8] and worker_counts(4, 1) == [1, 4]
+
+
+def test_storage_reads_what_it_has_evicted(photos_640, tmp_path):
+    """On a file of its own, which nothing else has mapped."""
+    path = tmp_path / "train.beton"
+    shutil.copy(photos_640 / "train.beton", path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # pages that are not written yet cannot be evicted
+    storage = Storage(Samples.of(read_header(path)), np.arange(640), workers=2)
+    assert storage.cached_before == pytest.approx(1, abs=0.05)
+    for _ in range(3):
+        storage.measure()
+    if storage.stays_cached:
+        pytest.skip("this file system keeps its pages")
+    assert len(storage.cold) == len(storage.warm) == 3 and max(storage.cold) < max(storage.warm)
+    assert share_in_page_cache(storage.samples.file) > 0.9  # read back
+
+
+def test_full_files_decode_and_crop_on_the_cpu(full):
+    measured = profile(recipe_of(full))
+    legs = measured["legs"]
+    assert legs["cpu_augment"]["images_per_second"]["median"] > 0 and set(legs["decode"]["workers"]) >= {"1", "2"}
+    assert "One process" in legs["communication"]["missing"] and "No GPU" in legs["launch"]["missing"]
+    assert any("Batches of an epoch: 12 only" in remark for remark in measured["remarks"])
+    assert 0 < measured["verdict"]["accelerator_utilisation"] <= 1
+    assert measured["trace"] is None
+
+
+def test_the_timeline_has_every_thread_and_torch_s_operations(photos_640, tmp_path):
+    run, _ = prepare(recipe_of(photos_640), torch.device("cpu"), None)
+    training = Training(run, 0)
+    write_trace(tmp_path / "x.trace.json.gz", training, run.device)
+    training.close()
+    trace = json.loads(gzip.decompress((tmp_path / "x.trace.json.gz").read_bytes()))["traceEvents"]
+    threads = {e["tid"]: e["args"]["name"] for e in trace if e.get("pid") == 0 and e["name"] == "thread_name"}
+    ours = [event for event in trace if event.get("cat") == "fastssl"]
+    of_thread = {name: {e["name"] for e in ours if e["tid"] == tid} for tid, name in threads.items()}
+    assert {"views", "forward", "backward", "optimiser", "wait for data"} <= of_thread["MainThread"]
+    assert {"start", "copy"} <= of_thread["fastssl-reader"]
+    assert any(name.startswith("fastssl-decode") and "decode" in spans for name, spans in of_thread.items())
+    # One timeline: torch's convolutions lie within our forward and backward passes.
+    passes = [(e["ts"], e["ts"] + e["dur"]) for e in ours if e["name"] == "forward"]
+    assert len(passes) == STEPS
+    convolutions = [e for e in trace if e.get("name") == "aten::convolution"]
+    # Half a millisecond is what two clocks may be apart where a thread is interrupted between them.
+    inside = [any(a - 500 <= e["ts"] and e["ts"] + e["dur"] <= b + 500 for a, b in passes) for e in convolutions]
+    assert len(convolutions) > STEPS and all(inside)
+
+
+def test_resident_images_have_no_loader_to_measure(canvas):
+    measured = profile(recipe_of(canvas, "data.resident=true"))
+    for leg in ("storage", "decode", "cpu_augment", "copy", "loader"):
+        assert "stay on the device" in measured["legs"][leg]["missing"]
+    assert measured["verdict"]["cause"] in ("compute", "views")
+
+
+def test_the_command_writes_all_files_and_fails_below_a_threshold(fastssl, canvas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(canvas, "name=small")
+    (tmp_path / "small.yaml").write_text(recipe.to_yaml())
+    options = ["--plan", "2xA100, 16 cores, nvme", "--fail-under", "images_per_second=1e9"]
+    code, out, err = fastssl("profile", "small.yaml", *options)
+    assert code == 1 and "images_per_second is" in err and "below" in err
+    assert read_profile(tmp_path / "profiles/small.json")["verdict"]["sentence"].split(":")[0] in out
+    assert "PREDICTION" in out
+    for suffix in ("json", "png", "html", "trace.json.gz"):
+        assert (tmp_path / f"profiles/small.{suffix}").stat().st_size > 1000
+    assert not (tmp_path / "runs").exists()  # `fastssl train` would take another name
+    measured = read_profile(tmp_path / "profiles/small.json")
+    assert measured["recipe"] == recipe.model_dump(mode="json")
+    code, out, _ = fastssl("profile", "--compare", "profiles/small.json", "profiles/small.json")
+    assert code == 0 and "end_to_end" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "profile needs a recipe"),
+        (["recipes/barlow.yaml", "--fail-under", "utilisation=1"], "--fail-under"),
+        (["recipes/barlow.yaml", "--plan", "8xA1000"], "--plan"),
+        (["recipes/barlow.yaml", "--json", "x.txt"], "ends in .json"),
+        (["recipes/barlow.yaml", "--json", "/proc/x/y.json"], "/proc/x"),
+        (["recipes/barlow.yaml"], "build-beton imagenet"),
+        (["recipes/barlow.yaml", "--compare", "a.json", "b.json"], "leave out recipe and other options"),
+        (["--compare", "a.json", "b.json"], "No profile at a.json"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_measured(fastssl, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = fastssl("profile", *arguments)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_run_that_waits_for_long_says_why(photos_640, tmp_path, monkeypatch, capsys):
+    from fastssl.profiling.bottleneck import why_it_waits
+
+    monkeypatch.setattr(LongWait, "SECONDS", 0.0)
+    slowed(monkeypatch, dict(decode=0.2, copy=0.0, views=0.0, compute=0.0))
+    recipe = recipe_of(photos_640, "data.limit=40", "train.epochs=1", f"run.dir={tmp_path / 'run'}")
+    train(recipe, diagnose=why_it_waits)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert len(warnings) == 1 and "of the time is spent waiting for data. Decode-bound: the step could" in warnings[0]
+    assert warnings[0].endswith("`fastssl profile` measures it.")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_in_step(photos_640, tmp_path):
+    """Through torchrun: one profile, rates of both, gradients exchanged."""
+    (tmp_path / "small.yaml").write_text(recipe_of(photos_640, "data.workers=1").to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastssl", "profile"]
+    done = subprocess.run(
+        [*launcher, "small.yaml"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "profiles").glob("*.json")
+    measured = read_profile(path)
+    assert measured["machine"]["processes"] == 2
+    assert done.stdout.count("accelerator utilisation") == 1  # one of them shows and writes it
+    assert measured["legs"]["communication"]["images_per_second"]["median"] > 0
+    assert math.isfinite(measured["limits"]["error"])

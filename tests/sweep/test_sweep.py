@@ -1,0 +1,531 @@
+"""Sweeps: from a file to runs, and real processes that are killed, stopped and continued."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastssl.common.errors import UserError
+from fastssl.loading import BetonLoader
+from fastssl.recipe import load_recipe, shipped_recipes
+from fastssl.sweep import dry_run, expand, in_minutes, keeper, load_sweep, run_locally, submit_to_slurm
+from fastssl.sweep.child import BUSY, run_child
+from fastssl.sweep.local import SPAWN, Keepers, visible_devices
+from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_words, log_of, read_progress
+from fastssl.sweep.slurm import Pack
+from fastssl.sweep.table import mean_and_deviation
+from fastssl.training import train
+
+ROOT = Path(__file__).parents[2]
+ABLATION = "recipes/sweeps/ablation_cifar10.yaml"
+TINY = {
+    "views.size": 32, "model.backbone": "test_resnet", "model.projector": {"layers": 2, "hidden": 32, "out": 32},
+    "train.batch_size": 16, "train.epochs": 20, "train.device": "cpu", "log.every": 1, "checkpoint.every": 2,
+    "probe.every": 0, "optim.warmup_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def write_sweep(canvas, tmp_path, monkeypatch):
+    """A function that writes a sweep of tiny runs (60 steps each) with the given grids, and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes that tests start
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # weights are compared bit for bit
+
+    def write(*grids, **settings):
+        data = {"data.train": f"{canvas}/train.beton", "data.val": f"{canvas}/val.beton"}
+        values = {"name": "tiny", "dir": "out", "set": {**TINY, **data, **settings}, "grids": list(grids)}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+def barlow(**axes):
+    return {"recipe": "recipes/barlow.yaml", "axes": axes}
+
+
+def loaded(path, *overrides):
+    sweep = load_sweep(path)
+    return sweep, expand(sweep, list(overrides))
+
+
+# From the file to its runs
+
+
+def test_the_shipped_ablation_is_the_published_one():
+    """2 x 54 runs of Barlow Twins and 2 x 36 of VICReg, every one accepted by load_recipe."""
+    _, runs = loaded(ABLATION)
+    assert len(runs) == 180 and len({run.dir for run in runs}) == 180
+    counts = {grid: sum(run.grid == grid for run in runs) for grid in dict.fromkeys(run.grid for run in runs)}
+    assert counts == {"hprob_barlow": 54, "zprob_barlow": 54, "hprob_vicreg": 36, "zprob_vicreg": 36}
+    for run in runs:
+        recipe, barlow = run.recipe, run.grid.endswith("barlow")
+        assert recipe.objective.name == ("barlow_twins" if barlow else "vicreg")
+        assert recipe.embedding.stochastic == run.grid[0] and recipe.embedding.mixture_mode == "reference"
+        assert recipe.embedding.beta in ((1e-2, 1e-3, 1e-4) if barlow else (1e-3, 1e-4, 1e-5))
+        assert recipe.embedding.samples in ((1, 12, 36) if barlow else (1, 12)) and recipe.seed in (1997, 1998, 1999)
+        assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.limit) == (200, 256, 40000)
+        assert (recipe.optim.name, recipe.optim.lr, recipe.probe.split) == ("adamw", 1e-3, "rest")
+    assert runs[0].dir == Path("runs/ablation_cifar10/hprob_barlow/prior=standard_normal,beta=0.01,samples=1,seed=1997")
+
+
+def test_shipped_sweeps_begin_with_how_to_run_them():
+    for path in (shipped_recipes() / "sweeps").glob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith("# ") and "# Run:" in text and "# Needs:" in text and "# From:" in text
+
+
+def test_axes_win_over_the_command_line_over_the_grid_over_the_sweep(write_sweep):
+    grid = {**barlow(seed=[1, 2]), "set": {"optim.lr": 0.5, "log.every": 3}}
+    path = write_sweep(grid, **{"optim.lr": 0.1, "seed": 9})
+    _, runs = loaded(path, "log.every=7", "embedding={beta: 5e-4}")
+    assert [run.recipe.seed for run in runs] == [1, 2]
+    assert {(r.recipe.optim.lr, r.recipe.log.every, r.recipe.embedding.beta) for r in runs} == {(0.5, 7, 5e-4)}
+
+
+def test_directories_are_short_readable_and_safe(write_sweep):
+    path = write_sweep(
+        {
+            "recipe": "recipes/zprob_barlow.yaml",
+            "name": "mine",
+            "axes": {"views.first.blur": [0.0, 1e-3], "views.second.blur": [True and 1.0], "name": ["a b/../c"]},
+        }
+    )
+    _, runs = loaded(path)
+    assert [run.name for run in runs] == [
+        "mine/first.blur=0,second.blur=1,name=a-b-..-c", "mine/first.blur=0.001,second.blur=1,name=a-b-..-c",
+    ]  # fmt: skip
+    assert runs[1].dir == Path("out") / runs[1].name and runs[1].recipe.views.first.blur == 1e-3
+
+
+@pytest.mark.parametrize(
+    "grids, overrides, says",
+    [
+        ([{"recipe": "recipes/barlow.yaml", "axis": {}}], [], "unknown key grids.0.axis: did you mean grids.axes"),
+        ([barlow(seed=[])], [], "grids.0.axes.seed"),
+        ([barlow(seed=[1, 1])], [], "has a value twice"),
+        ([barlow(seed=[1]), barlow(seed=[2])], [], "give one another `name:`"),
+        ([barlow(**{"optim.lrr": [1]})], [], "Run barlow/lrr=1: .*did you mean optim.lr"),
+        ([barlow(**{"embedding.prior": ["vamp"], "embedding.kl": ["mc", "closed"]})], [], "kl=closed: .*no formula"),
+        ([barlow(seed=[1])], ["seed=3"], "seed is an axis"),
+        ([barlow(embedding=[{"beta": 1}])], ["embedding.beta=3"], "embedding is an axis"),
+        ([barlow(seed=[1])], ["run.dir=x"], "leave out run.dir"),
+        ([barlow(**{"run.dir": ["a", "b"]})], [], "leave out run.dir"),
+        ([{"recipe": "recipes/barlo.yaml"}], [], "did you mean recipes/barlow.yaml"),
+        ([{"recipe": "recipes/barlow.yaml", "name": "../up"}], [], "grids.0.name"),
+        ([{"recipe": "recipes/barlow.yaml", "name": "slurm"}], [], "rename it"),
+    ],
+)
+def test_a_wrong_sweep_is_one_sentence(write_sweep, grids, overrides, says):
+    path = write_sweep(*grids)
+    with pytest.raises(UserError, match=says) as error:
+        loaded(path, *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_with_less_than_a_batch_stops_the_sweep_before_it_starts(write_sweep):
+    sweep, runs = loaded(write_sweep({**barlow(), "set": {"data.limit": 4}}))
+    with pytest.raises(UserError, match="out/barlow would train on 4 images"):
+        run_locally(sweep, runs)
+    assert not Path("out").exists()
+
+
+def test_mean_and_deviation_over_seeds():
+    assert [mean_and_deviation(values) for values in ([], [50.0], [50.0, 52.0])] == ["", "50.0", "51.0 ± 1.4"]
+
+
+# Dry runs
+
+
+def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sweep, runs = loaded(ABLATION)
+    dry_run(sweep, runs, per_gpu=4, jobs=5, images_per_second=1000)
+    out = capsys.readouterr().out
+    assert "hprob_barlow: 54 runs, 0 finished" in out and "samples: 1, 12, 36" in out
+    assert "180 runs in runs/ablation_cifar10, 0 of them finished" in out
+    hours = 180 * 200 * (40000 // 256 * 256) / 1000 / 3600 / 20
+    assert f"Predicted: {hours:.1f} hours. Runs at a time: 20" in out
+    assert [line.split() for line in out.splitlines() if line.startswith("    waiting")] == [
+        ["waiting", run.name] for run in runs
+    ]
+    dry_run(sweep, runs)
+    assert "No hours are predicted: there is no data/cifar10/train.beton" in capsys.readouterr().out
+    dry_run(sweep, runs, jobs=5)
+    assert "No hours are predicted: no run of hprob_barlow has logged its rate" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_no_place_that_no_run_fills(write_sweep, capsys):
+    sweep, runs = loaded(write_sweep(barlow(seed=[1, 2])))
+    dry_run(sweep, runs, per_gpu=4, jobs=8, images_per_second=1)
+    images = runs[0].recipe.train.epochs * 48
+    assert f"Predicted: {images / 3600:.1f} hours. Runs at a time: 2" in capsys.readouterr().out
+
+
+def test_what_runs_left_behind_is_read_with_patience(write_sweep, tmp_path):
+    """Lines that are none, a finished run without metrics, a log that is a folder."""
+    _, (run,) = loaded(write_sweep(barlow()))
+    assert last_knn(run) is None and read_progress(run).step == 0
+    run.dir.mkdir(parents=True)
+    text = 'null\n{"step": "x", "knn": 1}\n{"step": 3, "loss": 2.0, "knn": 0.25}\n{"step": 4, "lo'
+    (run.dir / "metrics.jsonl").write_text(text)
+    assert last_knn(run) == 0.25 and read_progress(run).step == 3
+    log_of(run).mkdir()
+    assert last_words(run) == "it printed nothing"
+
+
+def test_names_beyond_16_bits_reach_the_run(write_sweep):
+    _, runs = loaded(write_sweep({**barlow(seed=[1]), "set": {"data.val": "😀.beton"}}))
+    assert runs[0].recipe.data.val == "😀.beton"
+
+
+@pytest.mark.slow
+def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
+    sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
+    dry_run(sweep, runs)
+    out = capsys.readouterr().out
+    assert "images/s (30 steps of barlow/seed=" in out and "hours. Runs at a time: 1 (" in out
+    assert not Path("out").exists()
+
+
+# Real processes
+
+
+def steps_in(run):
+    path = run.dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def pids_of(run):
+    """The processes that have trained this run, the first one first."""
+    lines = log_of(run).read_text().splitlines() if log_of(run).exists() else []
+    return [int(line.split()[2].rstrip(",")) for line in lines if line.startswith("--- process")]
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.time() + seconds  # far above what an idle machine needs
+    while not condition():
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def is_gone(pid):
+    """Whether a process has ended (nobody collects an orphan's exit code in a container)."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def send_when(condition, send):
+    """Call `send` from a thread as soon as `condition` holds."""
+
+    def watch():
+        wait_until(condition)
+        send()
+
+    thread = Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def same_weights(run, other):
+    ours, theirs = (load_file(path / "encoder.safetensors") for path in (run, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def undisturbed(run, tmp_path):
+    """The run trained in this process, without a sweep, from images of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    (tmp_path / "straight.yaml").write_text(run.recipe.to_yaml())
+    recipe = load_recipe(tmp_path / "straight.yaml", [f"run.dir={tmp_path}/straight", "data.resident=false"])
+    try:
+        return train(recipe)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_path, capsys):
+    """Two runs at a time share one copy of the images; one is killed, the other hears that its terminal has gone.
+
+    A third names a backbone that does not exist.
+    """
+    hopeless = {**barlow(), "name": "hopeless", "set": {"model.backbone": "resnet19"}}
+    path = write_sweep(barlow(seed=[1, 2]), hopeless, **{"data.resident": True})
+    sweep, runs = loaded(path)
+    killed, other, never = runs
+    killer = send_when(lambda: steps_in(killed) >= 7, lambda: os.kill(pids_of(killed)[0], signal.SIGKILL))
+    hanger_up = send_when(lambda: steps_in(other) >= 7, lambda: os.kill(pids_of(other)[0], signal.SIGHUP))
+    code = run_locally(sweep, runs, per_gpu=2, retries=1)
+    killer.join()
+    hanger_up.join()
+    out = capsys.readouterr().out
+
+    assert code == 1 and [is_finished(run) for run in runs] == [True, True, False]
+    assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
+    assert "Stopped by SIGHUP behind step" in log_of(other).read_text()
+    assert "seed=1  waits to be tried again: killed by SIGKILL" in out and "2 of 3 runs are finished" in out
+    assert "Failed: hopeless: " in out and "resnet19" in out.split("Failed: hopeless: ")[1]
+    assert "Going on with barlow behind step" in log_of(killed).read_text()
+    for run in (killed, other):
+        assert "All 48 images come from the copy that the runs share." in log_of(run).read_text()
+    assert same_weights(killed.dir, undisturbed(killed, tmp_path))
+    assert all(is_gone(pid) for run in runs for pid in pids_of(run))
+
+    for run, accuracies in ((killed, (0.1, 0.5)), (other, (0.3, 0.7))):
+        with open(run.dir / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": 60, "knn": accuracy}) + "\n" for accuracy in accuracies)
+    assert run_locally(sweep, runs[:2]) == 0  # nothing is left to do
+    assert "60.0 ± 14.1" in next(line for line in capsys.readouterr().out.splitlines() if "2 of 2" in line)
+    assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
+
+
+def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_sweep, tmp_path, capsys):
+    path = write_sweep(barlow(seed=[5]), **{"data.resident": True})
+    sweep, (run,) = loaded(path)
+    command = [sys.executable, "-m", "fastssl", "sweep", str(path), "--per-gpu", "2"]
+    process = psutil.Popen(command, stdout=subprocess.PIPE)
+    wait_until(lambda: steps_in(run) >= 5)
+    pids = [child.pid for child in process.children(recursive=True)]
+    assert is_locked(run) and pids_of(run)[0] in pids and len(pids) >= 2  # the run and the keeper of its images
+    process.kill()
+    process.communicate()
+    wait_until(lambda: all(is_gone(pid) for pid in pids), 30)
+    reached = torch.load(run.dir / "checkpoints" / "last.pt", weights_only=True)["step"]
+    assert reached >= 5 and not is_finished(run) and not is_locked(run)  # it saved a checkpoint when its parent died
+
+    me = psutil.Process()
+    stopper = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
+    assert run_locally(sweep, [run]) == 75  # stopped while the run was still importing
+    stopper.join()
+    assert "Stopped with 0 of 1 runs finished; the same command goes on from here." in capsys.readouterr().out
+    assert not is_locked(run) and not is_finished(run)
+
+    assert run_locally(sweep, [run]) == 0 and len(pids_of(run)) == 2
+    assert f"Going on with barlow behind step {reached}" in log_of(run).read_text()
+    assert same_weights(run.dir, undisturbed(run, tmp_path))
+
+    with pytest.raises(UserError, match="out/barlow/seed=5 holds a run with other values of optim.lr"):
+        run_locally(*loaded(path, "optim.lr=0.5"))
+
+
+def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
+    """A lock on the log keeps a second process out; a sweep waits, and takes the run as finished once it is."""
+    sweep, (run,) = loaded(write_sweep(barlow()))
+    run.dir.mkdir(parents=True)
+    with open(log_of(run), "w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        process = SPAWN.Process(target=run_child, args=(run.recipe, os.getpid(), None))
+        process.start()
+        process.join(120)
+        assert process.exitcode == BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
+
+        def finish():
+            (run.dir / "metrics.jsonl").write_text("")
+            (run.dir / "recipe.yaml").write_text(run.recipe.to_yaml())
+            (run.dir / "encoder.safetensors").touch()
+            log.close()
+
+        began = time.time()
+        other = send_when(lambda: time.time() > began + 1.5, finish)
+        assert run_locally(sweep, [run]) == 0 and time.time() > began + 1.5
+        other.join()
+    assert pids_of(run) == []
+
+
+def test_a_keeper_lets_go_of_what_no_run_reads(write_sweep, monkeypatch):
+    """Runs ask for a set, for another, and for the first again: it is loaded anew once its reader has gone."""
+    first, second = (
+        loaded(write_sweep({**barlow(), "set": {"data.limit": limit, "train.batch_size": 4}}))[1][0].recipe
+        for limit in (16, 20)
+    )
+    asked = []
+    real = keeper.training_loader
+    monkeypatch.setattr(keeper, "training_loader", lambda recipe, device: asked.append(recipe) or real(recipe, device))
+    ours, commands = SPAWN.Pipe()
+
+    def ask(recipe):
+        mine, theirs = SPAWN.Pipe()
+        ours.send(theirs)
+        theirs.close()
+        mine.send(recipe)
+        assert len(mine.recv().index) == recipe.data.limit
+        return mine
+
+    def clients():
+        reading = ask(first)
+        ask(second).close()
+        ask(first).close()  # still there, as it is read
+        reading.close()
+        ask(second).close()
+        ask(first).close()  # gone meanwhile
+        ours.close()
+
+    handlers = {number: signal.getsignal(number) for number in range(1, 20)}
+    asking = Thread(target=clients)
+    asking.start()
+    try:
+        keeper.keep(commands)
+    finally:
+        for number, handler in handlers.items():
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(number, handler)
+    asking.join()
+    assert [recipe.data.limit for recipe in asked] == [16, 20, 20, 16]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_copy_of_the_images_serves_every_process(write_sweep, device):
+    """Two connections get the same memory; a loader on it gives the batches that one on the file gives."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    settings = {"data.resident": True, "data.limit": 40, "train.device": device}
+    _, (run,) = loaded(write_sweep(barlow(), **settings))
+    keepers, copies = Keepers(), []
+    connections = [keepers.connect(visible_devices([run.recipe])[0]) for _ in range(2)]
+    for connection in connections:
+        connection.send(run.recipe)
+        copies.append(connection.recv())
+    assert all(column.is_shared() and column.device.type == device for copy in copies for column in copy)
+    options = dict(seed=3, limit=40, device=device)
+    loaders = [BetonLoader(run.recipe.data.train, 16, **options, resident=r) for r in (False, copies[0])]
+    for streamed, shared in zip(*loaders, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(streamed, shared))
+    copies[0].label[7] = 77
+    assert copies[1].label[7] == 77
+    with pytest.raises(ValueError, match="not the 48 of"):
+        BetonLoader(run.recipe.data.train, 16, resident=copies[0])
+    ((keeper, _),) = keepers.started.values()
+    keepers.close()
+    assert not keeper.is_alive()
+
+
+# SLURM
+
+
+@pytest.mark.slow
+def test_a_requeued_job_goes_on_from_the_checkpoints(write_sweep, tmp_path):
+    """submitit's own local executor: a job gets the requeue signal, all its processes too, as SLURM does it."""
+    submitit = pytest.importorskip("submitit")
+    _, runs = loaded(write_sweep(barlow(seed=[8]), **{"train.epochs": 40}))
+    executor = submitit.AutoExecutor(tmp_path / "jobs" / "%j", cluster="local")
+    executor.update_parameters(timeout_min=10)
+    job = executor.submit(Pack("tiny", runs, 1, 0))
+    wait_until(lambda: steps_in(runs[0]) >= 5)
+    (task,) = psutil.Process(int(job.job_id)).children()
+    for pid in (task.pid, pids_of(runs[0])[0]):
+        os.kill(pid, signal.SIGUSR2)
+    assert job.result() is None
+    assert is_finished(runs[0]) and len(pids_of(runs[0])) == 2
+    assert "Going on with barlow behind step" in log_of(runs[0]).read_text()
+    assert same_weights(runs[0].dir, undisturbed(runs[0], tmp_path))
+
+
+def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
+    """SIGTERM first, then the signal whose handler (submitit's in a job) puts the job back into the queue."""
+    pytest.importorskip("submitit")
+    _, runs = loaded(write_sweep(barlow()))
+    monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "1")
+    me, answered = psutil.Process(), []
+
+    def requeue(number, _):
+        answered.append((number, len([child for child in me.children() if "spawn_main" in " ".join(child.cmdline())])))
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    first = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
+    began = time.time()
+    second = send_when(lambda: time.time() > began + 6, lambda: me.send_signal(signal.SIGUSR2))
+    with pytest.raises(SystemExit):
+        Pack("tiny", runs, 1, 0)()
+    first.join(), second.join()
+    signal.signal(signal.SIGUSR2, before)
+    assert answered == [(signal.SIGUSR2, 0)] and not is_locked(runs[0])
+
+
+@pytest.fixture
+def slurm_commands(tmp_path, monkeypatch):
+    """A PATH on which sbatch keeps its scripts and squeue shows the jobs in the file `queue`: SLURM for submitit."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    commands = {
+        "srun": "exit 0",
+        "sbatch": f"cp $1 {folder}/script; echo Submitted batch job 17",
+        "squeue": f"cat {folder}/queue",
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "queue").write_text("4_0\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_what_slurm_is_asked_for_and_never_twice(write_sweep, slurm_commands, capsys):
+    pytest.importorskip("submitit")
+    sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3, 4, 5])), "train.device=auto")
+    options = dict(per_gpu=2, parallel=2, cpus=6, minutes=in_minutes("4:30"), partition="gpu")
+    assert submit_to_slurm(sweep, runs, **options) == 0
+    assert "0 of 5 runs are finished, 0 were queued or running already, 5 are submitted now" in capsys.readouterr().out
+    script = (slurm_commands / "script").read_text()
+    for line in ("array=0-2%2", "time=270", "gpus-per-node=1", "cpus-per-task=6", "partition=gpu", "signal=USR2@180"):
+        assert f"#SBATCH --{line}\n" in script
+    ids = ["17_0", "17_0", "17_1", "17_1", "17_2"]
+    assert json.loads(Path("out/slurm/jobs.json").read_text()) == dict(zip((run.name for run in runs), ids))
+
+    (slurm_commands / "script").unlink()
+    (slurm_commands / "queue").write_text("17_0\n17_1\n17_2\n")
+    submit_to_slurm(sweep, runs, **options)
+    assert "5 were queued or running already, 0 are submitted now" in capsys.readouterr().out
+    assert not (slurm_commands / "script").exists()
+
+    (slurm_commands / "queue").write_text("17_1\n")
+    runs[0].dir.mkdir(parents=True)
+    log_of(runs[0]).write_text("step 3\nfastssl: The disk is full.\n")
+    submit_to_slurm(sweep, runs, **options)
+    out = capsys.readouterr().out
+    assert "2 were queued or running already, 3 are submitted now" in out
+    assert "17_0  barlow/seed=1  (a job before this one ended with: The disk is full.)\n17_0  barlow/seed=2\n" in out
+    assert "#SBATCH --array=0-1%2\n" in (slurm_commands / "script").read_text()
+
+    (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="SLURM refused the jobs: .*invalid partition"):
+        submit_to_slurm(sweep, runs, **options)
+
+
+def test_no_slurm_is_one_sentence(write_sweep, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="There is no SLURM here"):
+        submit_to_slurm(*loaded(write_sweep(barlow())))
+
+
+def test_no_submitit_is_one_sentence(write_sweep, slurm_commands, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        submit_to_slurm(*loaded(write_sweep(barlow())))
+
+
+@pytest.mark.parametrize("text, minutes", [("90", 90), ("24:00", 1440), ("1:5", 65)])
+def test_time_limits(text, minutes):
+    assert in_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["0", "x", "1:x", ":30", "1d", "-5"])
+def test_what_is_no_time_limit(text):
+    with pytest.raises(UserError, match="--time-limit"):
+        in_minutes(text)

@@ -1,0 +1,160 @@
+"""What changes with step and epoch: rates (test_optim.py), warm-ups, sizes; and what sets up a run from a recipe."""
+
+import json
+
+import pytest
+import torch
+from training_runs import losses_of, metrics_of, small, weights_of
+
+import fastssl
+from fastssl.common.distributed import combine
+from fastssl.common.errors import UserError
+from fastssl.loading import BetonLoader
+from fastssl.models import SSLModel
+from fastssl.objectives import total_loss
+from fastssl.recipe import ViewsConfig, load_recipe
+from fastssl.training import setup, train
+from fastssl.training.schedule import image_size, plan
+from fastssl.views import PairedViews
+
+
+def test_views_grow_in_steps_of_32_pixels_between_the_two_epochs():
+    views = ViewsConfig(size=224, progressive_resize={"size": 160, "epochs": [2, 8]})
+    assert [image_size(views, epoch) for epoch in range(10)] == [160] * 5 + [192] * 3 + [224] * 2
+    assert image_size(ViewsConfig(size=96), 0) == 96
+    odd = ViewsConfig(size=100, progressive_resize={"size": 50, "epochs": [0, 2]})  # neither end is a multiple of 32
+    assert [image_size(odd, epoch) for epoch in range(3)] == [50, 50, 100]
+
+
+def test_the_rate_follows_the_global_batch_and_short_warm_ups_stay():
+    recipe = load_recipe("recipes/barlow.yaml", ["train.batch_size=64", "optim.lr=0.4", "train.epochs=10"])
+    schedule, warnings = plan(recipe, steps_per_epoch=5)
+    assert (schedule.total_steps, schedule.warmup_steps, schedule.peak_rate, warnings) == (50, 20, 0.1, [])
+    assert schedule.rate(19) == pytest.approx(0.1) and schedule.rate(0) == pytest.approx(0.1 / 20)
+
+
+@pytest.mark.parametrize("crop", ["gpu", "cpu"])
+def test_the_encoder_sees_the_sizes_that_the_recipe_names(canvas, full, tmp_path, monkeypatch, crop):
+    """Crops of either path, every epoch its size; the picture of the views shows the first one."""
+    data = canvas if crop == "gpu" else full
+    keys = [
+        "views.size=96",
+        "views.progressive_resize={size: 32, epochs: [0, 2]}",
+        "train.epochs=3",
+        f"data.crop={crop}",
+    ]
+    recipe = load_recipe("recipes/barlow.yaml", small(data, tmp_path / "run", *keys))
+    seen, real = [], SSLModel.forward
+
+    def watched(self, v1, v2, index, step):
+        seen.append((int(step), v1.shape[-1], v2.shape[-1]))
+        return real(self, v1, v2, index, step)
+
+    monkeypatch.setattr(SSLModel, "forward", watched)
+    train(recipe)
+    assert seen == [(step, size, size) for step, size in enumerate([32] * 3 + [64] * 3 + [96] * 3)]
+
+
+def test_micro_batches_share_one_step(canvas, tmp_path):
+    """One step of two micro-batches, by hand: the mean of their losses, SGD on the mean gradient."""
+    keys = ["train.accumulate=2", "optim={name: sgd, lr: 0.1, warmup_epochs: 0, clip: null, weight_decay: 0}"]
+    keys += ["train.epochs=1", "train.batch_size=32"]
+    recipe = load_recipe("recipes/vicreg.yaml", small(canvas, tmp_path / "run", *keys))
+    run = train(recipe)
+    assert len(losses_of(run)) == 1  # 48 images: one step of 32, and a micro-batch too few for another
+
+    torch.manual_seed(recipe.seed)
+    model = SSLModel(recipe)
+    loss_terms, views, losses = total_loss(recipe), PairedViews(recipe.views, recipe.seed), []
+    for batch, _ in zip(BetonLoader(recipe.data.train, 16, seed=recipe.seed), range(2)):
+        v1, v2 = views(batch.image, batch.index, 0, batch.height, batch.width)
+        pair = model(v1, v2, batch.index, torch.tensor(0))
+        losses.append(loss_terms(*pair, model.priors, torch.tensor(0))["loss"])
+    mean = sum(losses) / 2
+    mean.backward()
+    assert losses_of(run)[0][1] == pytest.approx(mean.item(), rel=1e-5)
+    rate = 0.1 * 32 / 256  # of the first and only step
+    trained = weights_of(run)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.data - rate * parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_of_figures_become_one():
+    values = torch.tensor([[1.0, 0.2, 3.0], [2.0, 0.1, 4.0]])
+    assert combine(["loss", "sigma_min_z", "sigma_max"], values).tolist() == pytest.approx([1.5, 0.1, 4.0])
+    assert combine(["rankme", "minimum", "maxed"], values).tolist() == pytest.approx([1.5, 0.15, 3.5])
+
+
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (["train.precision=tf32"], "train.precision=tf32"),
+        (
+            ["model.backbone=vit_tiny_patch16_224", "views.progressive_resize={size: 16, epochs: [0, 1]}"],
+            "views.progressive_resize: vit_tiny",
+        ),
+        (["train.batch_size=24", "train.accumulate=24", "data.limit=20"], "fewer than one batch of 24"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_any_work(canvas, tmp_path, keys, says):
+    with pytest.raises(UserError, match=says):
+        train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "key, says",
+    [
+        ("train.accumulate=3", "train.accumulate=3 does not divide train.batch_size=256"),
+        ("train={cuda_graphs: true, compile: false}", "leave out train.compile=false"),
+        ("train={cuda_graphs: true, accumulate: 2}", "no gradients between micro-batches"),
+        ("views.progressive_resize={size: 224, epochs: [0, 1]}", "a size below views.size=224"),
+        ("views.progressive_resize={size: 64, epochs: [3, 1]}", "epochs that rise"),
+        ("log.to=[tensorbord]", "tensorboard"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_one_sentence(key, says):
+    with pytest.raises(UserError, match=says):
+        load_recipe("recipes/barlow.yaml", [key])
+
+
+def test_a_damaged_sample_stops_the_run_with_its_name_and_a_checkpoint(canvas_jpeg, tmp_path):
+    """Behind the first epoch's start: the error names file, index and image; the run can go on later."""
+    for name in ("train.beton", "train.beton.json", "train.beton.names.txt"):
+        (tmp_path / name).write_bytes((canvas_jpeg / name).read_bytes())
+    loader = BetonLoader(tmp_path / "train.beton", 16)
+    row = 7
+    begin, size, index = loader.samples.start_N[row], loader.samples.size_N[row], int(loader.samples.index_N[row])
+    with open(tmp_path / "train.beton", "r+b") as file:
+        file.seek(begin)
+        file.write(bytes(int(size)))
+    recipe = load_recipe("recipes/barlow.yaml", small(tmp_path, tmp_path / "run"))
+    with pytest.raises(UserError, match=rf"the sample with index {index} \(.*\.jpg\).* cannot be decoded"):
+        train(recipe)
+    assert fastssl.load_model(tmp_path / "run") is not None
+
+
+@pytest.mark.slow
+def test_compilations_are_counted_and_logged(canvas, tmp_path):
+    """Two sizes of views: the second one compiles the step again, and nothing breaks a graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    keys = ["train.compile=true", "views.size=64", "views.progressive_resize={size: 32, epochs: [0, 1]}"]
+    run = train(load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *keys)))
+    counts = [(line["graphs"], line["graph_breaks"]) for line in metrics_of(run)]
+    assert counts == [(2, 0)] * 3 + [(4, 0)] * 3  # views and step
+    assert metrics_of(run)[-1]["recompiled"] >= 1
+    assert json.loads((run / "environment.json").read_text())["device"]
+
+
+def test_processes_that_found_different_checkpoints_do_not_train(canvas, tmp_path, monkeypatch):
+    """A network file system may show one host an older file: here, the first process stands a step further."""
+    monkeypatch.setattr(setup, "broadcast_from_main", lambda make: make() + 1)
+    with pytest.raises(UserError, match="found different checkpoints"):
+        train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run")))
+
+
+def test_set_up_gives_the_precision_that_was_asked_for():
+    assert setup.choose_precision("auto", torch.device("cpu")) == "fp32"
+    assert setup.choose_precision("bf16", torch.device("cpu")) == "bf16"
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
