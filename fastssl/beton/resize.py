@@ -15,11 +15,14 @@ import numpy as np
 
 
 def _compiled(function):
-    """Compiled in 2 s, then kept on disk, where there is a folder for that which can be written."""
+    """Compiled in 2 s, then cached on disk, where there is a writable folder for that."""
+    # Without an explicit fastmath=False, numba compiles a function with the options of whoever calls it first
+    # (views/cpu.py contracts products and sums) and caches that: pixels would depend on what ran before.
+    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(**options)(function)
 
 
 @_compiled

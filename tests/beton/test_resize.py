@@ -1,5 +1,9 @@
 """The one resize on the CPU beside Pillow's: whole images for build-beton, crops for the loader."""
 
+import os
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import torch
@@ -44,3 +48,30 @@ def test_crops_are_nearer_to_pillow_than_opencv_area():
         opencv.append(np.square(area - want).mean())
         assert np.abs(out - want).max() <= 1
     assert max(ours) < 0.5 and np.mean(ours) < np.mean(opencv)  # 0.5: a PSNR of 51 dB
+
+
+def test_the_pixels_do_not_depend_on_which_caller_compiled_the_resize_first(tmp_path):
+    """numba lets a function inherit fastmath from its first caller, and caches the result: found as other bytes of a
+    build after the views had run."""
+    script = """
+import sys, numba, numpy as np
+from fastssl.beton.resize import resize, resize_line, resize_weights
+image = np.random.default_rng(0).integers(0, 256, (61, 79, 3), dtype=np.uint8)
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+def fast_caller(image, line, out):
+    first_Y, weight_YK = resize_weights(0.0, float(image.shape[0]), 96, image.shape[0])
+    first_X, weight_XK = resize_weights(0.0, float(image.shape[1]), 96, image.shape[1])
+    resize_line(image, first_Y[0], weight_YK[0], first_X, weight_XK, line, out)
+
+if sys.argv[1] == "fast first":
+    fast_caller(image, np.empty(79 * 3, np.float32), np.empty(96 * 3, np.float32))
+sys.stdout.buffer.write(resize(image, 96, 96).tobytes())
+"""
+    bytes_of = {}
+    for order in ("fast first", "plain first"):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / order.replace(" ", "-"))}
+        done = subprocess.run([sys.executable, "-c", script, order], env=environment, capture_output=True, check=True)
+        bytes_of[order] = done.stdout
+    assert len(bytes_of["plain first"]) == 96 * 96 * 3
+    assert bytes_of["fast first"] == bytes_of["plain first"]
