@@ -27,7 +27,11 @@ CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
     "jpeg": (80, 50, 30, 15, 7),  # quality, with halved colour resolution
     "crop": (0.75, 0.5, 0.35, 0.2, 0.1),  # share of the area; the shape is the image's
 }
-VERSIONS = [("clean", 0.0), *((name, s) for name, strengths in CORRUPTIONS.items() for s in strengths)]  # of an image
+# Every version of an image that is embedded: the original (no corruption), then each corruption at each strength.
+VERSIONS: list[tuple[Corruption | None, float]] = [
+    (None, 0.0),
+    *((name, strength) for name, strengths in CORRUPTIONS.items() for strength in strengths),
+]
 PICK, NOISE, PLACE = range(3)  # what a random number is for
 NOISE_ELEMENTS = 1 << 22  # drawn at a time
 
@@ -114,7 +118,7 @@ def embed_versions(
                 view = eval_transform(views.model_copy(update={"eval": "squash"}))
             image_BHWC, index_B, valid_B = (x.cpu().numpy() for x in (image, batch.index, batch.valid))
             for (name, strength), parts in zip(VERSIONS, found):
-                version = image_BHWC if name == "eval" else corrupt(image_BHWC, index_B, name, strength, seed)
+                version = image_BHWC if name is None else corrupt(image_BHWC, index_B, name, strength, seed)
                 with in_fp32(image.device):
                     embedding = model.embed(view(torch.from_numpy(version).to(image.device), *sizes))
                 x = embedding.h.float() if embedding.sigma is None else embedding.sigma.double().mean(dim=1)
