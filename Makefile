@@ -22,14 +22,16 @@ setup: ## install what is missing: system packages, .venv, the FFCV wheel, fasts
 demo: setup ## train on 3,200 digits and show what was learned (about 6 minutes on two cores)
 	@.venv/bin/python -m fastssl demo
 
-test: setup ## run the tests
-	@.venv/bin/python -m pytest -m "not slow"
+test: setup ## run the tests, in two processes
+	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: setup ## run the slow tests alone
+test-slow: setup ## run the slow tests only
 	@.venv/bin/python -m pytest -m slow
 
-lint: setup ## check the style
+lint: setup ## check style, formatting and types (ruff, mypy)
 	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
 
 wheel: ## build the self-contained FFCV wheel into .cache/wheels
 	@scripts/build_ffcv_wheel.sh

@@ -1,6 +1,10 @@
 """Small real files for the tests: images of several sizes on disk, and the .betons made from them."""
 
+import os
 import sys
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: one thread each, before torch starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
