@@ -16,7 +16,7 @@ from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, 
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader
 from fastssl.loading.spans import span
-from fastssl.profiling import profile
+from fastssl.profiling import profile_recipe
 from fastssl.recipe import ViewsConfig, load_recipe
 from fastssl.training import loop, train
 from fastssl.training.guard import FiniteGuard
@@ -268,7 +268,7 @@ def test_the_meter_never_waits_for_the_device():
 def test_a_profile_of_a_gpu_has_every_leg(canvas_jpeg, tmp_path, compiled):
     keys = [f"data.train={canvas_jpeg}/train.beton", "data.val=null", "train.device=cuda", "data.resident=false"]
     recipe = load_recipe("recipes/zprob_barlow.yaml", [*SMALL, *keys, f"train.compile={compiled}"])
-    measured = profile(recipe, trace=tmp_path / "x.trace.json.gz")
+    measured = profile_recipe(recipe, trace=tmp_path / "x.trace.json.gz")
     legs = measured["legs"]
     assert {name for name, leg in legs.items() if leg["missing"]} <= {"cpu_augment", "communication", "storage"}
     for name in ("views", "step"):

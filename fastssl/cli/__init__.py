@@ -149,11 +149,11 @@ def train(
     """Train a recipe; on many GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
     from fastssl.evaluation.probe import probe_of
-    from fastssl.profiling.bottleneck import why_it_waits
+    from fastssl.profiling.bottleneck import explain_data_wait
     from fastssl.training import train
 
     resume = Path(resume) if resume not in (None, "auto") else resume
-    train(settings, resume=resume, probe=probe_of(settings), diagnose=why_it_waits)
+    train(settings, resume=resume, probe=probe_of(settings), diagnose=explain_data_wait)
 
 
 @app.command()
@@ -185,23 +185,23 @@ def profile(
     if recipe is None:
         raise UserError("profile needs a recipe, or --compare A.json B.json.")
     settings = load_recipe(recipe, overrides or [])
-    path = json or profiling.place_of(settings, find_recipe(Path(recipe)))
+    path = json or profiling.default_path(settings, find_recipe(Path(recipe)))
     # What is wrong with the options is said before the minute.
-    profiling.read_thresholds(fail_under or [])
-    machine = None if plan is None else profiling.read_plan(plan)
+    profiling.parse_thresholds(fail_under or [])
+    machine = None if plan is None else profiling.parse_machine(plan)
     if machine:
-        profiling.require_equal_shares(machine, settings.train.batch_size, settings.train.accumulate)
-    measured = profiling.profile(settings, overrides or [], profiling.trace_beside(path))
+        profiling.check_batch_size(machine, settings.train.batch_size, settings.train.accumulate)
+    measured = profiling.profile_recipe(settings, overrides or [], profiling.trace_path(path))
     if measured is None:  # another process shows it
         return
     console = _console()
     console.print(profiling.profile_table(measured, console.width))
-    profiling.write_all(path, measured)
+    profiling.write_files(path, measured)
     print(f"{path} holds these figures; {path.with_suffix('.html')} shows them; open {measured['trace']} beside it")
     print("in https://ui.perfetto.dev.")
     if machine:
-        console.print(profiling.plan_table(profiling.plan(measured, machine)))
-    if below := profiling.check_thresholds(measured, fail_under or []):
+        console.print(profiling.plan_table(profiling.plan_training(measured, machine)))
+    if below := profiling.failed_thresholds(measured, fail_under or []):
         for line in below:
             print(f"fastssl: {line}", file=sys.stderr)
         sys.exit(1)

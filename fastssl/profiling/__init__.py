@@ -1,20 +1,20 @@
-"""How fast is every arrow of the data's flow, which one is the limit, and what would lift it: `fastssl profile`.
+"""`fastssl profile`: how fast each stage of training is, which one is the bottleneck, and how to fix it.
 
-command.py       the order of measuring, and what is made of it
-windows.py       how a leg is timed; storage.py, loader_legs.py, device_legs.py, end_to_end.py: the legs
-machine.py       measured peaks; peaks.py: those of data sheets
-limits.py        arithmetic on the legs' costs: which resource sets the pace; verdict.py: the sentence
-plan.py          another machine, predicted
-result.py        profile.json; compare.py: two of them; tables.py, pictures.py, page.py, trace.py: to look at
+profiler.py      the order in which a run is measured, and the profile that it makes
+timing.py        how a stage is timed; storage.py, loader_stages.py, device_stages.py, end_to_end.py: the stages
+machine.py       measured peaks of this machine; peaks.py: peaks from data sheets
+resources.py     the cost model: which resource sets the pace; bottleneck.py: the sentence
+planner.py       predicts another machine
+result.py        profile.json; compare.py: two of them; tables.py, plots.py, page.py, trace.py: renderings
 """
 
 from fastssl.profiling.compare import compare_table
-from fastssl.profiling.planner import plan, plan_table, read_plan, require_equal_shares
-from fastssl.profiling.profiler import place_of, profile, trace_beside, write_all
-from fastssl.profiling.result import check_thresholds, read_profile, read_thresholds
+from fastssl.profiling.planner import check_batch_size, parse_machine, plan_table, plan_training
+from fastssl.profiling.profiler import default_path, profile_recipe, trace_path, write_files
+from fastssl.profiling.result import failed_thresholds, parse_thresholds, read_profile
 from fastssl.profiling.tables import profile_table
 
 __all__ = [
-    "check_thresholds", "compare_table", "place_of", "plan", "plan_table", "profile", "profile_table", "read_plan",
-    "read_profile", "read_thresholds", "require_equal_shares", "trace_beside", "write_all",
+    "check_batch_size", "compare_table", "default_path", "failed_thresholds", "parse_machine", "parse_thresholds",
+    "plan_table", "plan_training", "profile_recipe", "profile_table", "read_profile", "trace_path", "write_files",
 ]  # fmt: skip

@@ -170,7 +170,7 @@ def phase(of_step: str) -> str:
     return PHASES.get(of_step, f"the {of_step}")
 
 
-def why_it_waits(run: Run, observed: Observed) -> str:
+def explain_data_wait(run: Run, observed: Observed) -> str:
     """The sentence for a run in training, from what its loader and its loop have seen of themselves."""
     loader, totals = run.state.loader, observed.spans
 

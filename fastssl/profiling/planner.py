@@ -55,7 +55,7 @@ class Machine(NamedTuple):
         return f"{self.count}x {self.device.name}, {self.cores} cores, {self.storage}{memory}"
 
 
-def read_plan(text: str) -> Machine:
+def parse_machine(text: str) -> Machine:
     """Raises UserError for a part that is not understood or missing. Storage is nvme where none is named."""
     found = {}
     for part in filter(None, (part.strip() for part in text.lower().split(","))):
@@ -92,7 +92,7 @@ def _read_part(part: str) -> tuple[str, object]:
     raise UserError(f"--plan: {part!r} is no GPU, number of cores, storage or memory: {hint}")
 
 
-def require_equal_shares(machine: Machine, batch: int, accumulate: int) -> None:
+def check_batch_size(machine: Machine, batch: int, accumulate: int) -> None:
     """Raises UserError for a batch that the GPUs cannot share."""
     if batch % (machine.count * accumulate):
         shares = f"{machine.count} GPUs x train.accumulate={accumulate}"
@@ -100,7 +100,7 @@ def require_equal_shares(machine: Machine, batch: int, accumulate: int) -> None:
         raise UserError(f"train.batch_size={batch} does not divide by {shares}: set a multiple of {multiple}.")
 
 
-def plan(profile: dict, machine: Machine) -> dict:
+def plan_training(profile: dict, machine: Machine) -> dict:
     """The prediction. Raises UserError where the recipe does not run there or the profile says too little."""
     costs, first_epoch, assumptions = _costs(profile, machine)
     rate, epochs = costs.images_per_second(), profile["recipe"]["train"]["epochs"]
@@ -125,7 +125,7 @@ def _costs(profile: dict, machine: Machine) -> tuple[Costs, Costs, list[str]]:
     """Of one process, from the second epoch on and in the first; and what was assumed."""
     data, recipe, count = profile["data"], profile["recipe"], machine.count
     batch, shares = profile["run"]["batch_size"], count * recipe["train"].get("accumulate", 1)
-    require_equal_shares(machine, batch, recipe["train"].get("accumulate", 1))
+    check_batch_size(machine, batch, recipe["train"].get("accumulate", 1))
     legs, said = _device_legs(profile, machine)
     cores = machine.cores // count
     if profile["machine"]["kind"] == "cuda" and (took := _seconds(profile, "launch")):

@@ -67,7 +67,7 @@ OTHERS = 0.1  # cores that others keep busy, from which on it is said
 DISAGREEMENT = 0.1  # between predicted and measured, from which it is said
 
 
-def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None) -> dict | None:
+def profile_recipe(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None) -> dict | None:
     """Measure what limits the recipe's training on this machine: the profile, in the first process, else None.
 
     trace: file for a timeline of some steps. The model that is trained here is not kept, and no run directory is made.
@@ -103,14 +103,14 @@ def profile(recipe: Recipe, overrides: list[str] = (), trace: Path | None = None
         return result if is_main_process() else None
 
 
-def place_of(recipe: Recipe, file: Path) -> Path:
+def default_path(recipe: Recipe, file: Path) -> Path:
     """Where a recipe's profile goes: into the run directory whose recipe.yaml `file` is, else profiles/NAME.json."""
     if file.name == "recipe.yaml" and (file.parent / "checkpoints").is_dir():
         return file.parent / "profile.json"
     return Path("profiles") / f"{recipe.name.replace('/', '_')}.json"
 
 
-def trace_beside(path: Path) -> Path:
+def trace_path(path: Path) -> Path:
     """The trace's file beside the profile's. Raises UserError before anything is measured where neither can be."""
     if path.suffix != ".json" or path.is_dir():
         raise UserError(f"--json {path}: give a file's name that ends in .json; pictures and trace go beside it.")
@@ -124,7 +124,7 @@ def trace_beside(path: Path) -> Path:
     return trace
 
 
-def write_all(path: Path, profile: dict) -> None:
+def write_files(path: Path, profile: dict) -> None:
     """Picture and page, and behind them profile.json."""
     save_picture(path.with_suffix(".png"), draw_profile(profile))
     write_page(path.with_suffix(".html"), profile)

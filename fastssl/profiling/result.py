@@ -268,17 +268,17 @@ def step_parts(profile: dict) -> dict[str, float]:
     return parts
 
 
-def check_thresholds(profile: dict, thresholds: list[str]) -> list[str]:
+def failed_thresholds(profile: dict, thresholds: list[str]) -> list[str]:
     """One sentence for each KEY=VALUE that the profile falls below. Raises UserError for what cannot be checked."""
     failures = []
-    for key, least in read_thresholds(thresholds):
+    for key, least in parse_thresholds(thresholds):
         value = _figure_of(profile, key)
         if value < least:
             failures.append(f"{key} is {value:.6g}, below {least:.6g}.")
     return failures
 
 
-def read_thresholds(thresholds: list[str]) -> list[tuple[str, float]]:
+def parse_thresholds(thresholds: list[str]) -> list[tuple[str, float]]:
     """Keys and numbers of KEY=VALUE. Raises UserError for a key that no profile has, and for what is no number."""
     return [_threshold(text) for text in thresholds]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fastssl.common.errors import UserError
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, find_device
-from fastssl.profiling.planner import plan, plan_table, read_plan
+from fastssl.profiling.planner import parse_machine, plan_table, plan_training
 
 STEP_FLOPS = 2470 * 3 * 2 * 4.09e9 / 5000  # an A100 trains ResNet-50 at 2,470 images/s: this model at 5,000
 VIEWS = 10 * 1e6 / (0.5 * 2.039e12)  # s an image on an A100: 1 MB, ten times, at half the bandwidth
@@ -110,12 +110,14 @@ def test_storage_reads_single_images_or_large_pieces():
 
 
 def test_a_plan_is_read_in_any_order():
-    machine = read_plan("8xA100, 64 cores, nvme")
+    machine = parse_machine("8xA100, 64 cores, nvme")
     assert (machine.count, machine.device.name, machine.cores) == (8, "A100 SXM 80GB", 64)
     assert (machine.storage, machine.memory) == ("nvme", None)
-    assert read_plan("network,  256 GB, 16 vCPUs, NVIDIA GeForce RTX 4090") == read_plan("4090,256gb ram,16 cpus,nfs")
-    assert read_plan("2 x H100 PCIe, 32 threads, 1.5 TB, sata")[2:] == (32, "ssd", 1.5e12)
-    assert str(read_plan("a100 40 GB, 8 cores, 64 GB, hdd")) == "1x A100 SXM 40GB, 8 cores, hdd, 64.0 GB"
+    assert parse_machine("network,  256 GB, 16 vCPUs, NVIDIA GeForce RTX 4090") == parse_machine(
+        "4090,256gb ram,16 cpus,nfs"
+    )
+    assert parse_machine("2 x H100 PCIe, 32 threads, 1.5 TB, sata")[2:] == (32, "ssd", 1.5e12)
+    assert str(parse_machine("a100 40 GB, 8 cores, 64 GB, hdd")) == "1x A100 SXM 40GB, 8 cores, hdd, 64.0 GB"
 
 
 @pytest.mark.parametrize(
@@ -136,12 +138,12 @@ def test_a_plan_is_read_in_any_order():
 )
 def test_what_a_plan_lacks_is_said_in_one_sentence(text, says):
     with pytest.raises(UserError) as error:
-        read_plan(text)
+        parse_machine(text)
     assert says in str(error.value) and str(error.value)[-1] in ".?" and "\n" not in str(error.value)
 
 
 def test_few_cores_make_decoding_the_limit():
-    planned = plan(made_up(), read_plan("8xA100, 16 cores, nvme, 256 GB"))
+    planned = plan_training(made_up(), parse_machine("8xA100, 16 cores, nvme, 256 GB"))
     assert planned["cause"] == "decode"
     assert planned["images_per_second"] == pytest.approx(16 * 1000, rel=1e-3)  # by a core
     assert planned["accelerator_utilisation"] == pytest.approx(2000 * (1 / 5000 + VIEWS), rel=1e-3)
@@ -151,7 +153,7 @@ def test_few_cores_make_decoding_the_limit():
 
 
 def test_many_cores_make_compute_the_limit():
-    planned = plan(made_up(), read_plan("8xA100, 64 cores, nvme, 256 GB"))
+    planned = plan_training(made_up(), parse_machine("8xA100, 64 cores, nvme, 256 GB"))
     assert planned["cause"] == "compute" and planned["accelerator_utilisation"] == pytest.approx(1)
     assert planned["images_per_second"] == pytest.approx(8 / (1 / 5000 + VIEWS))
     assert planned["hours"] == pytest.approx(10 * 5_000 * 256 / planned["images_per_second"] / 3600, rel=0.1)
@@ -162,8 +164,8 @@ def test_many_cores_make_compute_the_limit():
 
 
 def test_a_disk_is_the_limit_of_a_file_that_memory_does_not_hold():
-    machine = read_plan("A100, 16 cores, hdd, 65 GB")
-    planned = plan(made_up(), machine)
+    machine = parse_machine("A100, 16 cores, hdd, 65 GB")
+    planned = plan_training(made_up(), machine)
     assert planned["cause"] == "storage"
     # 128 kB a read, of which 100 kB are the image's; half of the 130 GB that are read are in memory.
     one_epoch = 5_000 * 256 / (120 * 1.28)
@@ -174,58 +176,58 @@ def test_a_disk_is_the_limit_of_a_file_that_memory_does_not_hold():
     assert "compute the limit" in planned["advice"][0] and "quasi_random" in planned["advice"][1]
     profile = made_up()
     profile["recipe"]["data"] = {"order": "quasi_random"}
-    assert plan(profile, machine)["lines"]["disk"] == pytest.approx(2 * 2000)  # at 200 MB/s, few seeks
-    assert plan(profile, machine)["cause"] == "storage"
-    assumed = plan(made_up(), machine._replace(memory=None))["assumptions"]
+    assert plan_training(profile, machine)["lines"]["disk"] == pytest.approx(2 * 2000)  # at 200 MB/s, few seeks
+    assert plan_training(profile, machine)["cause"] == "storage"
+    assumed = plan_training(made_up(), machine._replace(memory=None))["assumptions"]
     assert any("64.0 GB of memory (4.00 GB a core, as none is named)" in sentence for sentence in assumed)
 
 
 def test_images_that_fit_on_the_gpu_are_decoded_once():
     data = {"images": 50_000, "image_bytes": 3072, "decoded_bytes": 3072, "file_bytes": 2e8}
-    planned = plan(made_up(data=data), read_plan("8xA100, 8 cores"))
+    planned = plan_training(made_up(data=data), parse_machine("8xA100, 8 cores"))
     assert planned["cause"] == "compute" and planned["lines"]["threads"] is None
     profile = made_up(data=data)
     profile["recipe"]["data"] = {"resident": False}
-    planned = plan(profile, read_plan("8xA100, 8 cores"))
+    planned = plan_training(profile, parse_machine("8xA100, 8 cores"))
     assert planned["lines"]["reader"] == pytest.approx(8000, rel=1e-2)  # batches this small are decoded by the reader
 
 
 def test_a_measured_gpu_is_scaled_by_peak_and_bandwidth():
-    same = plan(on_gpu("NVIDIA A100-SXM4-80GB"), read_plan("A100, 64 cores, 256 GB"))
+    same = plan_training(on_gpu("NVIDIA A100-SXM4-80GB"), parse_machine("A100, 64 cores, 256 GB"))
     assert same["images_per_second"] == pytest.approx(1 / (1 / 2000 + 1 / 50_000))
-    faster = plan(on_gpu("NVIDIA A100-SXM4-80GB"), read_plan("H100, 64 cores, 256 GB"))
+    faster = plan_training(on_gpu("NVIDIA A100-SXM4-80GB"), parse_machine("H100, 64 cores, 256 GB"))
     compute = (312 / 989 + 2039 / 3350) / 2 / 2000
     assert faster["images_per_second"] == pytest.approx(1 / (compute + 2039 / 3350 / 50_000))
-    older = plan(on_gpu("NVIDIA A100-SXM4-80GB"), read_plan("V100, 64 cores, 256 GB"))
+    older = plan_training(on_gpu("NVIDIA A100-SXM4-80GB"), parse_machine("V100, 64 cores, 256 GB"))
     assert any("set train.precision=fp16" in sentence for sentence in older["assumptions"])
-    unknown = plan(on_gpu("NVIDIA H100 NVL"), read_plan("A100, 64 cores, 256 GB"))
+    unknown = plan_training(on_gpu("NVIDIA H100 NVL"), parse_machine("A100, 64 cores, 256 GB"))
     assert unknown["images_per_second"] == pytest.approx(1 / (1 / 5000 + VIEWS))
 
 
 def test_rates_of_several_measured_processes_are_those_of_all():
-    machine = read_plan("8xA100, 256 cores, 256 GB")
+    machine = parse_machine("8xA100, 256 cores, 256 GB")
     one, two = on_gpu("NVIDIA A100-SXM4-80GB"), on_gpu("NVIDIA A100-SXM4-80GB")
     one["legs"]["launch"] = leg(10_000, 1e-4)
     two["machine"]["processes"] = 2
     two["legs"] |= {"views": leg(2 * 50_000), "step": leg(2 / (1 / 2000 + 1 / 500), flops=STEP_FLOPS)}
     two["legs"] |= {"communication": leg(2 * 500), "launch": leg(10_000, 2e-4), "copy": leg(2e6, 1e-7)}
-    assert plan(two, machine)["lines"] == pytest.approx(plan(one, machine)["lines"])
+    assert plan_training(two, machine)["lines"] == pytest.approx(plan_training(one, machine)["lines"])
 
 
 def test_launches_of_smaller_batches_take_as_long():
     profile = on_gpu("NVIDIA A100-SXM4-80GB")
     profile["legs"]["launch"] = leg(10_000, 1e-4)
-    assert plan(profile, read_plan("A100, 64 cores, 256 GB"))["cause"] == "compute"
-    planned = plan(profile, read_plan("8xA100, 256 cores, 256 GB"))
+    assert plan_training(profile, parse_machine("A100, 64 cores, 256 GB"))["cause"] == "compute"
+    planned = plan_training(profile, parse_machine("8xA100, 256 cores, 256 GB"))
     assert planned["cause"] == "launch" and planned["images_per_second"] == pytest.approx(10_000)
 
 
 def test_only_what_the_backward_pass_does_not_hide_of_an_exchange_counts():
-    assert plan(made_up(), read_plan("8xA100, 64 cores, 256 GB"))["lines"]["device"] == pytest.approx(
+    assert plan_training(made_up(), parse_machine("8xA100, 64 cores, 256 GB"))["lines"]["device"] == pytest.approx(
         8 / (1 / 5000 + VIEWS)
     )
     profile = made_up(run={"parameters": 1_000_000_000})
-    planned = plan(profile, read_plan("8xA100, 64 cores, 256 GB"))
+    planned = plan_training(profile, parse_machine("8xA100, 64 cores, 256 GB"))
     exchange = 4e9 * 2 * 7 / 8 / (LINK_SHARE * 300e9)  # s a step, of 32 images a GPU
     excess = exchange / 32 - 2 / 3 / 5000
     assert planned["cause"] == "communication"
@@ -234,16 +236,16 @@ def test_only_what_the_backward_pass_does_not_hide_of_an_exchange_counts():
 
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(UserError, match="set a multiple of 7"):
-        plan(made_up(), read_plan("7xA100, 64 cores"))
+        plan_training(made_up(), parse_machine("7xA100, 64 cores"))
     profile = made_up()
     profile["legs"]["step"] = leg(missing="Left out.", flops=None)
     with pytest.raises(UserError, match="lacks a step's FLOPs"):
-        plan(profile, read_plan("A100, 64 cores"))
+        plan_training(profile, parse_machine("A100, 64 cores"))
 
 
 def test_a_leg_that_was_not_measured_is_named():
     profile = made_up(data={"layout": "full", "crop": "cpu"})
-    planned = plan(profile, read_plan("8xA100, 64 cores"))
+    planned = plan_training(profile, parse_machine("8xA100, 64 cores"))
     missing = "cpu_augment is left out, as it was not measured: The crops are cut on the device."
     assert missing in planned["assumptions"]
 
@@ -251,13 +253,13 @@ def test_a_leg_that_was_not_measured_is_named():
 def test_planning_leaves_the_profile_as_it_is():
     profile = made_up()
     before = copy.deepcopy(profile)
-    plan(profile, read_plan("8xA100, 64 cores"))
+    plan_training(profile, parse_machine("8xA100, 64 cores"))
     assert profile == before
 
 
 @pytest.mark.parametrize("text", ["8xA100, 16 cores, hdd, 32 GB", "H100 PCIe, 64 cores", "2xV100, 8 cores, nfs"])
 def test_the_table_says_that_it_predicts_and_fits_80_columns(text):
-    planned = plan(made_up(), read_plan(text))
+    planned = plan_training(made_up(), parse_machine(text))
     planned["recipe"] = "a_recipe_with_a_name_that_is_[bold]longer_than_most_names_of_recipes"
     console = Console(file=io.StringIO(), width=80)
     console.print(plan_table(planned))

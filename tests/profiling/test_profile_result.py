@@ -17,7 +17,7 @@ from fastssl.evaluation.results import save_picture
 from fastssl.profiling.compare import Change, compare, compare_table, differences
 from fastssl.profiling.page import write_page
 from fastssl.profiling.plots import draw_profile
-from fastssl.profiling.result import check_thresholds, read_profile, step_parts, write_profile
+from fastssl.profiling.result import failed_thresholds, read_profile, step_parts, write_profile
 from fastssl.profiling.tables import leg_rows, percent, profile_table, si, significant
 
 HOSTILE = "[bold]x[/] <script>alert('x')</script> \"> $x$ :cat: \x1b[31m \ud800 \u202e 中"
@@ -194,9 +194,9 @@ def test_whatever_is_read_can_be_shown(tmp_path):
 def test_figures_below_their_thresholds_are_named():
     profile = gpu_profile()
     above = ["accelerator_utilisation=0.9", "images_per_second=11000", "mfu=.1", "gpu_utilisation=0"]
-    assert check_thresholds(profile, [*above, "decode.images_per_second=1e4"]) == []
+    assert failed_thresholds(profile, [*above, "decode.images_per_second=1e4"]) == []
     below = ["accelerator_utilisation=0.99", "images_per_second=12000", "mfu=0.5", "decode.images_per_second=1e6"]
-    sentences = check_thresholds(profile, [*above, *below])
+    sentences = failed_thresholds(profile, [*above, *below])
     assert sentences[:3] == [
         "accelerator_utilisation is 0.983, below 0.99.", "images_per_second is 11400, below 12000.",
         "mfu is 0.159, below 0.5.",
@@ -227,7 +227,7 @@ def test_a_threshold_that_cannot_be_checked_is_a_sentence(text, says):
         legs__step__mfu=None, verdict__accelerator_utilisation=None, legs__replay=leg(None, missing="it was too hot.")
     )
     with pytest.raises(UserError, match=re.escape(says)):
-        check_thresholds(profile, [text])
+        failed_thresholds(profile, [text])
 
 
 # Two profiles

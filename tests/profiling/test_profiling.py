@@ -18,7 +18,7 @@ from training_runs import ENVIRONMENT, SMALL
 from fastssl.beton import build_beton, read_header
 from fastssl.loading import BetonLoader, kernels
 from fastssl.loading.samples import Samples
-from fastssl.profiling import device_stages, loader_stages, machine, profile, profiler
+from fastssl.profiling import device_stages, loader_stages, machine, profile_recipe, profiler
 from fastssl.profiling.bottleneck import Facts, sentence
 from fastssl.profiling.end_to_end import Training
 from fastssl.profiling.loader_stages import worker_counts
@@ -103,11 +103,11 @@ def test_the_verdict_finds_the_part_that_was_made_twice_as_slow(photos_640, monk
     base = dict(decode=0.75 * unit, copy=0.75 * unit, views=unit / 2, compute=unit / 2)
     with monkeypatch.context() as patch:
         slowed(patch, base)
-        sound = profile(recipe)
+        sound = profile_recipe(recipe)
     for part in base:
         with monkeypatch.context() as patch:
             slowed(patch, {**base, part: base[part] + a_batch(sound, part)})
-            measured = profile(recipe)
+            measured = profile_recipe(recipe)
         verdict = measured["verdict"]
         assert verdict["cause"] == part, verdict["sentence"]
         predicted = verdict["twice_as_fast"][part] / measured["limits"]["predicted_images_per_second"]
@@ -268,7 +268,7 @@ def test_storage_reads_what_it_has_evicted(photos_640, tmp_path):
 
 
 def test_full_files_decode_and_crop_on_the_cpu(full):
-    measured = profile(recipe_of(full))
+    measured = profile_recipe(recipe_of(full))
     legs = measured["legs"]
     assert legs["cpu_augment"]["images_per_second"]["median"] > 0 and set(legs["decode"]["workers"]) >= {"1", "2"}
     assert "One process" in legs["communication"]["missing"] and "No GPU" in legs["launch"]["missing"]
@@ -299,7 +299,7 @@ def test_the_timeline_has_every_thread_and_torch_s_operations(photos_640, tmp_pa
 
 
 def test_resident_images_have_no_loader_to_measure(canvas):
-    measured = profile(recipe_of(canvas, "data.resident=true"))
+    measured = profile_recipe(recipe_of(canvas, "data.resident=true"))
     for leg in ("storage", "decode", "cpu_augment", "copy", "loader"):
         assert "stay on the device" in measured["legs"][leg]["missing"]
     assert measured["verdict"]["cause"] in ("compute", "views")
@@ -343,12 +343,12 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(fastssl, tmp_path
 
 
 def test_a_run_that_waits_for_long_says_why(photos_640, tmp_path, monkeypatch, capsys):
-    from fastssl.profiling.bottleneck import why_it_waits
+    from fastssl.profiling.bottleneck import explain_data_wait
 
     monkeypatch.setattr(LongWait, "SECONDS", 0.0)
     slowed(monkeypatch, dict(decode=0.2, copy=0.0, views=0.0, compute=0.0))
     recipe = recipe_of(photos_640, "data.limit=40", "train.epochs=1", f"run.dir={tmp_path / 'run'}")
-    train(recipe, diagnose=why_it_waits)
+    train(recipe, diagnose=explain_data_wait)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
     assert len(warnings) == 1 and "of the time is spent waiting for data. Decode-bound: the step could" in warnings[0]
     assert warnings[0].endswith("`fastssl profile` measures it.")
