@@ -14,8 +14,7 @@ line below runs in a process of its own, one after the other, in rounds; batch 2
                    that two at once cost; for the memory two loaders run side by side
     torchvision    DataLoader over the JPEG files themselves, two views a sample on the CPU
     ours           BetonLoader; for a canvas both crops are left to the device. "+ views" adds
-                   PairedViews, on the same cores. Where there is a GPU, batches and views are made there,
-                   and "ours, nvJPEG" decodes there too
+                   PairedViews, on the same cores. Where there is a GPU, batches and views are made there
 
 Memory is the peak of the process's own memory, mapped files left out.
 """
@@ -129,7 +128,7 @@ def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator
             yield len(image)
 
 
-def ours(path: Path, workers: int, crop: str, with_views: bool = False, decode: str = "cpu") -> Iterator[int]:
+def ours(path: Path, workers: int, crop: str, with_views: bool = False) -> Iterator[int]:
     from fastssl.loading import BetonLoader
     from fastssl.recipe import PerViewConfig, ViewsConfig
     from fastssl.views import PairedViews
@@ -138,7 +137,7 @@ def ours(path: Path, workers: int, crop: str, with_views: bool = False, decode: 
     on_gpu = torch.cuda.is_available()
     views = torch.compile(PairedViews(recipe), dynamic=False) if on_gpu else PairedViews(recipe)
     device = "cuda" if on_gpu else "cpu"
-    loader = BetonLoader(path, BATCH, crop=crop, views=recipe, workers=workers, device=device, decode=decode)
+    loader = BetonLoader(path, BATCH, crop=crop, views=recipe, workers=workers, device=device)
     for _ in forever():
         for batch in loader:
             if with_views:
@@ -174,7 +173,6 @@ LINES = {
         "decode only": lambda folder, workers: imdecode_only(folder / "q90.beton", workers),
         "ours": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu"),
         "ours + views": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu", True),
-        "ours, nvJPEG": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu", decode="gpu"),
         "FFCV, two pipelines": lambda folder, workers: stock_crop(folder / "q90.beton", workers),
         "FFCV, two at once (memory)": lambda folder, workers: two_at_once(folder / "q90.beton", workers),
     },
@@ -265,8 +263,6 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for table, lines in LINES.items():
                 for line in lines:
-                    if "nvJPEG" in line and not torch.cuda.is_available():
-                        continue
                     command = [sys.executable, __file__, folder, "--line", table, line]
                     done = subprocess.run(
                         [*command, "--workers", str(arguments.workers)],

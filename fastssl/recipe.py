@@ -37,7 +37,6 @@ class DataConfig(Section):
     subset: str | None = None  # a file that lists images, by name or index: train on these alone
     limit: Count | None = None  # train on a fixed random part of this many images (of the subset)
     crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for a full one
-    decode: Literal["cpu", "gpu"] = "cpu"  # gpu: nvJPEG, experimental
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
     resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: where they take 1/8 of it
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: the next sample of the batch takes its place

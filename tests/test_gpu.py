@@ -97,19 +97,6 @@ def test_a_resident_set_gives_the_same_batches(canvas, options):
             assert all(torch.equal(x, y) and y.is_cuda for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("crop", ["cpu", "eval"])
-def test_nvjpeg_gives_the_same_crops(full, crop):
-    """Another decoder, with its own rounding and its own upsampling of colour."""
-    views = ViewsConfig(size=48)
-    loaders = [
-        BetonLoader(full / "train.beton", 16, crop=crop, views=views, device="cuda", decode=decode)
-        for decode in ("cpu", "gpu")
-    ]
-    for a, b in zip(*loaders, strict=True):
-        assert torch.equal(a.index, b.index)
-        assert (a.image.int() - b.image.int()).abs().float().mean() < 2
-
-
 BEYOND = {
     "hz": ["embedding={stochastic: hz, samples: 3, chunk: 2, prior: vamp}"],
     "simclr": ["objective={name: simclr, over_draws: log_mean_exp}", "embedding={stochastic: z, samples: 3}"],

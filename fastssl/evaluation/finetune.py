@@ -29,7 +29,7 @@ PROTOCOL = "all of the encoder fine-tuned with a new linear classifier; the last
 # The semi-supervised runs of arXiv 2310.18080, in its published code.
 ENCODER_LR, HEAD_LR_FACTOR, WEIGHT_DECAY, FINAL_LR_FACTOR, EPOCHS, BATCH = 1e-4, 10.0, 1e-5, 0.1, 50, 256
 LEAST_STEPS = 10  # an epoch: below, the batch is halved (ImageNet's 1 % makes 50 steps of 256)
-SETTABLE = ("train", "optim", "views", "log", "checkpoint", "data.workers", "data.decode", "data.resident")  # by --set
+SETTABLE = ("train", "optim", "views", "log", "checkpoint", "data.workers", "data.resident")  # by --set
 # Of the fine-tuning's recipe: what its figures do not depend on, or what a result says elsewhere.
 NOT_SETTINGS = {
     **dict.fromkeys(("name", "run", "log", "checkpoint", "probe"), True), "data": {"train", "val", "subset", "workers"},

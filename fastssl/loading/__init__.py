@@ -4,7 +4,6 @@ loader.py    BetonLoader: the loop around all, its place in the epoch, threads, 
 order.py     the order of an epoch
 samples.py   what is known of every sample, and its crop boxes
 decoding.py  a batch's bytes to its pixels, by threads; kernels.py what they run, compiled
-gpu_decoding.py  the same on the GPU (experimental)
 memory.py    what a loader will take
 """
 

@@ -20,7 +20,6 @@ from fastssl.common.randomness import permutation
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading import kernels
 from fastssl.loading.decoding import Buffers, Crop, Decoded, ThreadDecoder, is_small
-from fastssl.loading.gpu_decoding import GpuDecoder
 from fastssl.loading.order import Order, epoch_order
 from fastssl.loading.samples import Samples
 from fastssl.loading.spans import span
@@ -54,9 +53,6 @@ class BetonLoader:
     batch b is order[b * G:(b + 1) * G] and rank r gets its r-th equal slice. With drop_last=False the
     last batch is filled up with repeated samples that `valid` marks False.
 
-    decode="gpu" (experimental) hands the JPEGs' bytes to the GPU and decodes and cuts them there, in every
-    mode of `crop`.
-
     shard: False gives every sample to this process, whatever others there are.
 
     subset: a file that lists images (`fastssl.beton.read_index_list`); the loader gives these alone.
@@ -89,7 +85,6 @@ class BetonLoader:
         shuffle: bool | Literal["quasi_random"] = True,
         drop_last: bool = True,
         device: str | torch.device = "cpu",
-        decode: Literal["cpu", "gpu"] = "cpu",
         resident: "bool | Batch" = False,
         on_bad_sample: Literal["error", "skip"] = "error",
         subset: str | Path | None = None,
@@ -107,7 +102,6 @@ class BetonLoader:
         self.order = {True: "random", False: "sequential"}.get(shuffle, shuffle)
         self.drop_last = drop_last
         self.device = torch.device(device)
-        self.decode = decode
         self.resident = resident is not False
         self.on_bad_sample = on_bad_sample
         self.rank, self.world = _rank_and_world() if shard else (0, 1)
@@ -124,8 +118,6 @@ class BetonLoader:
             raise ValueError(f'crop="{crop}" needs views, the recipe\'s section.')
         if crop == "cpu" and resident:
             raise UserError("data.resident needs data.crop=gpu: crops made on the CPU are new in every epoch.")
-        if decode == "gpu" and self.device.type != "cuda":
-            raise UserError("data.decode=gpu needs a GPU, which this run does not use: set data.decode=cpu.")
         self.samples = Samples.of(info)
         self.subset = subset
         self.rows = np.arange(info.num_samples)
@@ -155,7 +147,7 @@ class BetonLoader:
     @property
     def decodes_in_reader(self) -> bool:
         """Whether batches are so small that no thread is woken for them."""
-        return self.decode == "cpu" and is_small(self.batch_size * self.image_bytes, self.samples.mode_N[self.rows])
+        return is_small(self.batch_size * self.image_bytes, self.samples.mode_N[self.rows])
 
     @property
     def image_bytes(self) -> int:
@@ -281,9 +273,7 @@ class BetonLoader:
             if decoder:
                 decoder.close()
 
-    def _decoder(self) -> "ThreadDecoder | GpuDecoder":
-        if self.decode == "gpu":
-            return GpuDecoder(self.samples, self.crop, self.views, self.seed, self.device, self.crops)
+    def _decoder(self) -> ThreadDecoder:
         return ThreadDecoder(self.samples, self.crop, self.views, self.seed, self.workers, self._buffers, self.crops)
 
     def _batch(self, rows_B: np.ndarray, valid_B: np.ndarray, decoded: Decoded) -> Batch:
@@ -335,7 +325,7 @@ class BetonLoader:
         """All samples that the loader draws from, in the file's order, on the device; UserError if they do not fit."""
         reader = BetonLoader(
             self.path, min(self.batch_size, len(self.rows)), crop=self.crop, views=self.views, workers=self.workers,
-            shuffle=False, drop_last=False, device=self.device, decode=self.decode, on_bad_sample=self.on_bad_sample,
+            shuffle=False, drop_last=False, device=self.device, on_bad_sample=self.on_bad_sample,
             shard=False,
         )  # fmt: skip
         reader.rows = self.rows

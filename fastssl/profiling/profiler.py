@@ -158,8 +158,6 @@ class Legs:
         undecoded = stack.enter_context(closing(Loading(self.recipe, device, OTHER_EPOCH, Undecoded)))
         ahead = dict(seconds=WINDOW["short"], dropped=AHEAD, least=AHEAD)
         self.whole_loader = Stage(whole, device, **ahead, begin=whole.begin, end=whole.close)
-        if loader.decode == "gpu":
-            return
         self.copy = Stage(undecoded, device, **ahead, begin=undecoded.begin, end=undecoded.close)
         crops = loader.crops if loader.crop == "cpu" else 0
 
@@ -266,25 +264,21 @@ class Legs:
             "cold_bytes_per_second": figure_of(storage.cold) if storage.cold else None,
             "warm_bytes_per_second": figure_of(storage.warm),
         }
-        results["decode"] = results["cpu_augment"] = missing("The GPU decodes (data.decode=gpu): see the loader alone.")
-        if self.decode:
-            workers = {count: leg.images_per_second() for count, leg in self.decode.items()}
-            best = max(rate["median"] for rate in workers.values())
-            knee = min(count for count, rate in workers.items() if rate["median"] >= 0.95 * best)
-            by_workers = {str(count): rate for count, rate in workers.items()}
-            results["decode"] = {**self._own_decode().rates(), "workers": by_workers, "knee": knee}
-            results["cpu_augment"] = missing("Crops are made on the device.")
+        workers = {count: leg.images_per_second() for count, leg in self.decode.items()}
+        best = max(rate["median"] for rate in workers.values())
+        knee = min(count for count, rate in workers.items() if rate["median"] >= 0.95 * best)
+        by_workers = {str(count): rate for count, rate in workers.items()}
+        results["decode"] = {**self._own_decode().rates(), "workers": by_workers, "knee": knee}
+        results["cpu_augment"] = missing("Crops are made on the device.")
         if self.with_crops:
             results["cpu_augment"] = rates_of_difference(self.with_crops, self._own_decode())
-        results["copy"] = missing("The GPU decodes (data.decode=gpu): what is copied are the JPEGs.")
-        if self.copy:
-            rates, image_bytes = self.copy.rates(), self.loader.image_bytes
-            copied = [rate * image_bytes / world_size() for rate in rates["images_per_second"]["windows"]]
-            results["copy"] = {
-                **rates,
-                "bytes_per_second": figure_of(copied) if self.copy_peak else None,  # on a CPU pointers change hands
-                "peak_bytes_per_second": self.copy_peak,
-            }
+        rates, image_bytes = self.copy.rates(), self.loader.image_bytes
+        copied = [rate * image_bytes / world_size() for rate in rates["images_per_second"]["windows"]]
+        results["copy"] = {
+            **rates,
+            "bytes_per_second": figure_of(copied) if self.copy_peak else None,  # on a CPU pointers change hands
+            "peak_bytes_per_second": self.copy_peak,
+        }
         return results | {"loader": self.whole_loader.rates()}
 
     def _own_decode(self) -> Stage:
@@ -373,8 +367,6 @@ class Legs:
         if self.apart:
             alone = self.apart.rates()
             costs["compute"] = Cost(world_size() / alone["images_per_second"]["median"], alone["cpu_seconds"]["median"])
-        if self.loader.decode == "gpu":
-            costs["decode"] = Cost(world_size() / results["loader"]["images_per_second"]["median"])
         if self.storage and self.storage.cold and self.storage.cached_before is not None:
             cold = figure_of(self.storage.seconds_an_image)["median"]
             costs["storage"] = Cost(cold * (1 - self.storage.cached_before))

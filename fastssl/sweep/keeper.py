@@ -48,7 +48,7 @@ def keep(commands: Connection) -> None:
 
 def key_of(recipe: Recipe) -> tuple:
     """What runs with the same images have in common."""
-    return recipe.data.train, recipe.data.subset, recipe.data.limit, recipe.data.decode, recipe.train.device
+    return recipe.data.train, recipe.data.subset, recipe.data.limit, recipe.train.device
 
 
 def images_for(recipe: Recipe, key: tuple, kept: dict[tuple, Batch]) -> Batch | UserError | None:

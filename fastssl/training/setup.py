@@ -243,7 +243,6 @@ def training_loader(
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
-        decode=data.decode,
         resident=resident or is_resident(recipe, device),
         on_bad_sample=data.on_bad_sample,
         subset=data.subset,

@@ -15,14 +15,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastssl.beton import read_header, read_metadata
+from fastssl.beton import read_metadata
 from fastssl.cli import app
 from fastssl.common.errors import UserError
-from fastssl.loading import BetonLoader, count_images, decoding, estimate_memory, kernels
+from fastssl.loading import BetonLoader, count_images, decoding, estimate_memory
 from fastssl.loading import loader as loader_module
-from fastssl.loading.gpu_decoding import GpuDecoder
 from fastssl.loading.order import PAGES_AT_ONCE, epoch_order
-from fastssl.loading.samples import Samples
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform
 
@@ -485,51 +483,6 @@ def test_a_file_larger_than_memory_is_warned_of_with_the_mend(canvas, monkeypatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BetonLoader(canvas / "train.beton", 8, shuffle="quasi_random")
-
-
-deprecated = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")  # torchvision's, for torchcodec
-
-
-@deprecated
-@pytest.mark.parametrize("crop", ["cpu", "eval"])
-def test_gpu_decoding_gives_the_same_images(full, crop):
-    """torchvision's CPU decoder in place of nvJPEG: the same interface, its own rounding."""
-    samples = Samples.of(read_header(full / "train.beton"))
-    decoders = [
-        decoding.ThreadDecoder(samples, crop, VIEWS, seed=3, workers=2, buffers=decoding.Buffers(pinned=False)),
-        GpuDecoder(samples, crop, VIEWS, seed=3, device=torch.device("cpu")),
-    ]
-    rows = np.array([5, 0, 40, 17])
-    ours, theirs = (decoder.finish(decoder.start(rows, epoch=2)) for decoder in decoders)
-    assert ours.image.shape == theirs.image.shape and (theirs.status_B == kernels.DECODED).all()
-    # The crops are sums of floats rounded to a grey level, over pixels that are off by one at times.
-    assert (ours.image.int() - theirs.image.int()).abs().max() <= 2
-
-
-@deprecated
-def test_gpu_decoding_of_a_canvas(canvas_jpeg):
-    samples = Samples.of(read_header(canvas_jpeg / "train.beton"))
-    decoder = GpuDecoder(samples, "gpu", None, seed=3, device=torch.device("cpu"))
-    image, _ = decoder.finish(decoder.start(np.arange(48), epoch=0))
-    (batch,) = BetonLoader(canvas_jpeg / "train.beton", 48, shuffle=False)
-    assert (image.int() - batch.image.int()).abs().max() <= 2
-
-
-@deprecated
-@pytest.mark.parametrize("damage", [garbage, other_size])
-def test_gpu_decoding_finds_the_damaged_sample(full, tmp_path, damage):
-    path = damaged_copy(full / "train.beton", tmp_path, 7, damage)
-    decoder = GpuDecoder(Samples.of(read_header(path)), "cpu", VIEWS, seed=3, device=torch.device("cpu"))
-    _, status = decoder.finish(decoder.start(np.arange(5, 10), epoch=0))
-    assert status.tolist() == [kernels.DECODED, kernels.DECODED, kernels.FAILED, kernels.DECODED, kernels.DECODED]
-
-
-@deprecated
-def test_gpu_decoding_is_refused_where_it_cannot_work(canvas, full):
-    with pytest.raises(UserError, match="needs a GPU"):
-        BetonLoader(full / "train.beton", 8, crop="cpu", views=VIEWS, decode="gpu")
-    with pytest.raises(UserError, match="needs JPEGs"):
-        GpuDecoder(Samples.of(read_header(canvas / "train.beton")), "gpu", None, 0, torch.device("cpu"))
 
 
 def test_the_memory_bill_is_what_is_taken(canvas_jpeg, full):
