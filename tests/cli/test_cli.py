@@ -101,3 +101,18 @@ def test_a_mistake_among_several_processes_names_the_process(fastssl, monkeypatc
     assert code == 2 and err.startswith("fastssl process None:") and "Traceback" not in err  # RANK is not set
     monkeypatch.setenv("RANK", "1")
     assert fastssl("train", "recipes/barlow.yaml", "train.epoch=1")[2].startswith("fastssl process 1: ")
+
+
+def test_ctrl_c_ends_in_one_line_and_exit_code_130(fastssl, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastssl.doctor.main", interrupted)
+    assert fastssl("doctor") == (130, "", "fastssl: interrupted.\n")
+
+
+def test_wrong_usage_ends_in_exit_code_2_and_help_in_0(fastssl):
+    code, _, err = fastssl("eval", "knn", "run", "--neighbors", 3)
+    assert code == 2 and "No such option: --neighbors" in err
+    code, out, _ = fastssl("sweep", "--help")
+    assert code == 0 and "KEY=VALUE" in out

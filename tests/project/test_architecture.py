@@ -60,4 +60,4 @@ def test_the_rule_sees_every_form_of_import(tmp_path):
     """The walk itself: relative, absolute and hidden in a function."""
     path = ROOT / "fastssl" / "views" / "paired.py"
     assert {"recipe", "views"} <= imports_of(path)
-    assert "evaluation" in imports_of(ROOT / "fastssl" / "cli" / "__init__.py")
+    assert "evaluation" in imports_of(ROOT / "fastssl" / "cli" / "evaluate.py")

@@ -1,0 +1,106 @@
+"""`fastssl build-beton` and `fastssl inspect`: make .beton files and show their contents."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fastssl.common.errors import UserError
+
+if TYPE_CHECKING:
+    from fastssl.beton import BuildEstimate
+
+
+def build_beton(
+    builder: Annotated[str | None, typer.Argument(help="imagefolder, imagenet, cifar10, ...: see --list")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for train.beton, val.beton, ...")] = None,
+    source: Annotated[Path | None, typer.Option(help="folder or archive of the images")] = None,
+    canvas: Annotated[int | None, typer.Option(help="store squares of this side (default: the builder's)")] = None,
+    max_side: Annotated[int | None, typer.Option(help="store whole images of at most this side")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="quality of the JPEGs that are encoded here")] = 90,
+    order: Annotated[Literal["shuffle", "source"], typer.Option(help="order of the samples in the file")] = "shuffle",
+    workers: Annotated[int | None, typer.Option(help="number of processes (default: all cores)")] = None,
+    limit: Annotated[int | None, typer.Option(help="use at most this many images of each split")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first bad image")] = False,
+    download: Annotated[bool, typer.Option("--download", help="download the data set to --source first")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate sizes and time")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="list the builders")] = False,
+) -> None:
+    """Convert images to FFCV's .beton files. The same command resumes a build that was stopped."""
+    from fastssl import beton
+
+    if list_:
+        for name, (about, downloads) in beton.describe_builders().items():
+            print(f"{name:<14} {about}" + (" (--download)" if downloads else ""))
+        return
+    if builder is None or out is None:
+        raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
+    if dry_run:
+        estimate = beton.estimate_build(
+            builder, source, out, canvas=canvas, max_side=max_side, quality=quality, order=order, workers=workers,
+            limit=limit,
+        )  # fmt: skip
+        _print_estimate(estimate)
+        return
+    reports = beton.build_beton(
+        builder, source, out, canvas=canvas, max_side=max_side, quality=quality, order=order, workers=workers,
+        limit=limit, strict=strict, download=download,
+    )  # fmt: skip
+    for report in reports:
+        print(
+            f"{report.path} holds {report.samples:,} images of {report.classes} classes, {report.bytes / 1e6:,.1f} MB"
+            + (f", {report.bad} bad images skipped" if report.bad else "")
+            + (" (up to date: built from the same images with the same options)" if report.kept else "")
+        )
+    if any(report.bad for report in reports):
+        print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+
+
+def _print_estimate(estimate: "BuildEstimate") -> None:
+    for split in estimate.splits:
+        print(
+            f"{split.path} would hold about {split.images:,} images of {split.classes} classes, "
+            f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes"
+            + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
+        )
+    total = sum(split.bytes for split in estimate.splits)
+    fits_disk = "fit on" if total < estimate.free_disk else "DO NOT fit on"
+    print(f"All {total / 1e9:,.2f} GB {fits_disk} the disk: {estimate.free_disk / 1e9:,.1f} GB free.")
+    fits_memory = "fit into" if total < estimate.free_memory else "DO NOT fit into"
+    print(f"All {total / 1e9:,.2f} GB {fits_memory} the page cache: {estimate.free_memory / 1e9:,.1f} GB free.")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a .beton file")],
+    verify: Annotated[bool, typer.Option("--verify", help="decode every image and check its checksum")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to write, with random samples")] = None,
+    subset: Annotated[
+        Path | None, typer.Option(help="count the images of a list (names or indices, one a line)")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="show the memory that such batches take")] = None,
+    workers: Annotated[int | None, typer.Option(help="number of processes for --verify (default: all cores)")] = None,
+) -> None:
+    """Show the contents of a .beton file, and check them."""
+    from rich.console import Console
+
+    from fastssl import beton
+
+    console = Console()
+    console.print(beton.summary_tables(beton.inspect_beton(file)))
+    if batch_size is not None:
+        from fastssl.loading import BetonLoader, estimate_memory
+        from fastssl.recipe import ViewsConfig
+
+        crop: Literal["cpu", "gpu"] = "cpu" if beton.read_header(file).resolution is None else "gpu"
+        sizes = estimate_memory(BetonLoader(file, batch_size, crop=crop, views=ViewsConfig(), drop_last=False))
+        title = f"memory for batches of {batch_size}, crops on the {crop.upper()}"
+        console.print(beton.pairs_table(title, {cause: f"{size / 1e6:,.1f} MB" for cause, size in sizes.items()}))
+    if subset is not None:
+        console.print(beton.subset_table(file, subset))
+    if sheet is not None:
+        print(f"{sheet} shows {beton.draw_sheet(file, sheet)} samples.")
+    if verify:
+        verification = beton.verify(file, workers)
+        for line in verification.lines():
+            print(line)
+        print(verification.verdict())

@@ -1,0 +1,281 @@
+"""`fastssl eval`: measure trained runs."""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fastssl.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from fastssl.evaluation import Encoder
+    from fastssl.evaluation.runs import Split
+
+NEIGHBORS = [20, 200]
+TEMPERATURES = [0.07, 0.1]
+
+app = typer.Typer(help="Measure a trained run.", no_args_is_help=True)
+
+# Options that several commands share.
+Runs = Annotated[
+    list[Path], typer.Argument(help="run directories or checkpoints in them; of several, mean and sd are shown")
+]
+TrainData = Annotated[Path | None, typer.Option("--train", help=".beton to fit on (default: the run's data.train)")]
+ValData = Annotated[Path | None, typer.Option("--val", help=".beton to test on (default: the run's data.val)")]
+Untrained = Annotated[bool, typer.Option("--untrained", help="use the run's initial weights")]
+View = Annotated[
+    Literal["squash", "center"] | None, typer.Option(help="evaluation transform (default: the run's views.eval)")
+]
+Draws = Annotated[
+    int | None,
+    typer.Option(min=0, help="stochastic h: number of draws to average (0: use mu; default: as published)"),
+]
+DType = Annotated[Literal["float32", "float16"], typer.Option(help="data type of the cached features")]
+Protocol = Annotated[
+    Literal["sweep", "reference", "lbfgs"], typer.Option(help="linear classifier; reference: the published protocol")
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of every random choice of the evaluation")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="recipe key of the fine-tuning; repeatable")
+]
+Out = Annotated[Path | None, typer.Option(help="JSON file for mean and standard deviation over the runs")]
+
+
+@app.command()
+def knn(
+    runs: Runs,
+    train: TrainData = None,
+    val: ValData = None,
+    k: Annotated[list[int], typer.Option(help="number of neighbors; repeatable")] = NEIGHBORS,
+    temperature: Annotated[
+        list[float], typer.Option(min=1e-6, help="temperature of the votes; repeatable")
+    ] = TEMPERATURES,
+    draws: Draws = 0,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Accuracy of a weighted k-nearest-neighbor classifier on frozen features."""
+    from fastssl.evaluation import evaluate_knn
+
+    evaluate = partial(evaluate_knn, ks=k, temperatures=temperature, draws=draws or 0, dtype=dtype)
+    _evaluate(evaluate, _encoders(runs, untrained, view, device), train, val, out)
+
+
+@app.command()
+def linear(
+    runs: Runs,
+    protocol: Protocol = "sweep",
+    schedule: Annotated[
+        Literal["imagenet", "sun397", "flowers102"], typer.Option(help="schedule of --protocol reference")
+    ] = "imagenet",
+    train: TrainData = None,
+    val: ValData = None,
+    draws: Draws = None,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Accuracy of a linear classifier on frozen features; hyperparameters are chosen on training images."""
+    from fastssl.evaluation import evaluate_linear
+
+    evaluate = partial(evaluate_linear, protocol=protocol, schedule=schedule, draws=draws, dtype=dtype, seed=seed)
+    _evaluate(evaluate, _encoders(runs, untrained, view, device), train, val, out)
+
+
+@app.command()
+def semisup(
+    runs: Runs,
+    percent: Annotated[float, typer.Option(min=0.01, max=100, help="percentage of each class's labels to use")] = 1.0,
+    list_: Annotated[
+        Path | None, typer.Option("--list", help="file with the labeled images, one name a line, as SimCLR's lists")
+    ] = None,
+    train: TrainData = None,
+    val: ValData = None,
+    untrained: Untrained = False,
+    view: View = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    set_: Settings = None,
+    out: Out = None,
+) -> None:
+    """Accuracy of the whole encoder, fine-tuned on few labels."""
+    from fastssl.evaluation import evaluate_semisup
+
+    evaluate = partial(evaluate_semisup, percent=percent, list_file=list_, seed=seed, view=view, overrides=set_ or [])
+    # `view` is the transform of the fine-tuning, so the encoder keeps the run's.
+    _evaluate(evaluate, _encoders(runs, untrained, None, device), train, val, out)
+
+
+@app.command()
+def transfer(
+    runs: Runs,
+    to: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH", help="a folder of build-beton, or a .beton file; repeatable")
+    ],
+    method: Annotated[
+        Literal["linear", "finetune", "both"], typer.Option(help="train a linear classifier, or the whole encoder")
+    ] = "linear",
+    protocol: Protocol = "sweep",
+    draws: Draws = None,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    set_: Settings = None,
+    out: Out = None,
+) -> None:
+    """Accuracy on other data sets, in one table."""
+    from fastssl.evaluation import evaluate_transfer, find_target
+
+    targets = [find_target(*_name_and_path(text)) for text in to]
+    if len({target.name for target in targets}) < len(targets):
+        raise UserError("--to gives one name to two data sets: name them differently.")
+    if set_ and method == "linear":
+        raise UserError("--set is for fine-tuning: add --method finetune or both, or leave it out.")
+    methods: list[Literal["linear", "finetune"]] = ["linear", "finetune"] if method == "both" else [method]
+    results = [
+        evaluate_transfer(
+            encoder, target, each, protocol=protocol, draws=draws, dtype=dtype, seed=seed, view=view,
+            overrides=set_ or [],
+        )
+        for encoder in _encoders(runs, untrained, view, device)
+        for target in targets
+        for each in methods
+    ]  # fmt: skip
+    _show(results, out)
+
+
+@app.command()
+def ood(
+    runs: Runs,
+    near: Annotated[
+        list[Path] | None, typer.Option(help=".beton of near out-of-distribution images; repeatable")
+    ] = None,
+    far: Annotated[list[Path] | None, typer.Option(help=".beton of far out-of-distribution images; repeatable")] = None,
+    suite: Annotated[
+        Literal["cifar10", "cifar100", "imagenet"] | None, typer.Option(help="the data sets of OpenOOD v1.5, in --root")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="for --suite: the folder with cifar100/, svhn/ and so on")] = Path("data"),
+    id_: Annotated[
+        Path | None, typer.Option("--id", help=".beton of in-distribution images (default: the run's data.val)")
+    ] = None,
+    fit: Annotated[Path | None, typer.Option(help=".beton to fit on (default: the run's data.train)")] = None,
+    untrained: Untrained = False,
+    view: View = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Out-of-distribution detection: AUROC of every detector, with and without labels."""
+    from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table
+
+    if suite and (near or far):
+        raise UserError("--suite names its own sets: leave out --near and --far, or leave out --suite.")
+    results = []
+    for encoder in _encoders(runs, untrained, view, device):
+        sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
+        results.append(evaluate_ood(encoder, sets, seed=seed))
+    _show(results, out, partial(ood_table, width=console().width), ood_summary_table)
+
+
+@app.command()
+def uncertainty(
+    runs: Runs,
+    train: TrainData = None,
+    val: ValData = None,
+    untrained: Untrained = False,
+    view: View = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Test whether sigma predicts errors of kNN and of a linear classifier, and corruptions of the images."""
+    from fastssl.evaluation import evaluate_uncertainty
+
+    evaluate = partial(evaluate_uncertainty, dtype=dtype, seed=seed)
+    _evaluate(evaluate, _encoders(runs, untrained, view, device), train, val, out)
+
+
+@app.command()
+def mi(
+    runs: Runs,
+    data: Annotated[Path | None, typer.Option(help=".beton to measure on (default: the run's data.val)")] = None,
+    untrained: Untrained = False,
+    view: View = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Mutual information of image, h, z and the z of two views, in nats (docs/mutual_information.md)."""
+    from fastssl.evaluation.mutual_information import evaluate_mi, mi_summary_table, mi_table
+
+    results = [evaluate_mi(encoder, data, seed=seed) for encoder in _encoders(runs, untrained, view, device)]
+    _show(results, out, mi_table, mi_summary_table)
+
+
+def _encoders(runs: list[Path], untrained: bool, view: View, device: str) -> "Iterator[Encoder]":
+    """Load the encoders of the runs one after the other, so that only one is in memory."""
+    from fastssl.evaluation import find_encoder
+
+    for run in runs:
+        yield find_encoder(run, untrained=untrained, view=view, device=device)
+
+
+def _evaluate(
+    evaluate: "Callable[[Encoder, Split], dict[str, Any]]",
+    encoders: "Iterator[Encoder]",
+    train: Path | None,
+    val: Path | None,
+    out: Path | None,
+) -> None:
+    """Evaluate every encoder on its training and validation data, and show the results."""
+    from fastssl.evaluation import find_split
+
+    _show([evaluate(encoder, find_split(encoder, train, val)) for encoder in encoders], out)
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (equals and name.replace("-", "").replace("_", "").isalnum() and path):
+        raise UserError(f"--to {text} is not NAME=PATH, such as flowers102=data/flowers102.")
+    return name, Path(path)
+
+
+def console() -> "Console":
+    """A console for tables: as wide as the terminal, or 160 columns where the output is not a terminal."""
+    from rich.console import Console
+
+    # Without markup, as paths may hold brackets.
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
+
+
+def _show(
+    results: list[dict[str, Any]],
+    out: Path | None,
+    table_of_one: "Callable[[dict[str, Any]], RenderableType] | None" = None,
+    table_of_several: "Callable[[list[dict[str, Any]]], RenderableType] | None" = None,
+) -> None:
+    """Print one result with its intervals, or several in one table with mean and standard deviation over seeds."""
+    from fastssl.evaluation import result_table, summarize, summary_table, write_summary
+
+    if len(results) == 1:
+        console().print((table_of_one or result_table)(results[0]))
+    else:
+        console().print((table_of_several or summary_table)(summarize(results)))
+    if out:
+        write_summary(out, summarize(results))
+        print(f"{out} holds these results.")

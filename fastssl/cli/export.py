@@ -1,0 +1,29 @@
+"""`fastssl export`: write a trained model for others."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory or checkpoint file")],
+    format: Annotated[
+        Literal["timm", "safetensors", "onnx"],
+        typer.Option(help="timm: for timm.create_model; safetensors: for fastssl; onnx: for any ONNX runtime"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="file to write (default: RUN/export/FORMAT/NAME)")] = None,
+    sigma: Annotated[
+        bool, typer.Option("--sigma", help="include the heads that give mu and sigma (safetensors, onnx)")
+    ] = False,
+) -> None:
+    """Write the trained encoder as one file for other programs, with a model card."""
+    from fastssl.export import export_run
+
+    exported = export_run(run, format, out, sigma)
+    print(f"{exported.path} holds {exported.path.stat().st_size / 1e6:,.1f} MB; {exported.card} describes it.")
+    print(f"Load it with: {exported.load_with}")
+    if exported.difference is not None:
+        print(f"On random images, onnxruntime differs from torch by {exported.difference:.1e} at most.")
+    elif format == "onnx":
+        print("Not checked against torch, as onnxruntime is missing: pip install 'onnxruntime'.")

@@ -1,0 +1,53 @@
+"""`fastssl doctor`, `fastssl demo` and `fastssl recipes`: check the machine, try it, choose a recipe."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastssl.common.errors import UserError
+from fastssl.recipe import find_recipe, shipped_recipes
+
+recipes = typer.Typer(help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
+RecipePath = Annotated[str, typer.Argument(help="such as recipes/zprob_barlow.yaml")]
+
+
+def doctor() -> None:
+    """Check what this machine has and lacks, and show the command that fixes each fault."""
+    from fastssl import doctor
+
+    sys.exit(doctor.main())
+
+
+def demo() -> None:
+    """Train on 3,200 handwritten digits for a few minutes and show what the encoder has learned."""
+    from fastssl.demo import run_demo
+
+    run_demo()
+
+
+@recipes.command()
+def ls() -> None:
+    """List the shipped recipes."""
+    for path in sorted(shipped_recipes().rglob("*.yaml")):
+        first_line = path.read_text().split("\n")[0].removeprefix("# ")
+        print(f"recipes/{path.relative_to(shipped_recipes())!s:<36} {first_line}")
+
+
+@recipes.command()
+def show(recipe: RecipePath) -> None:
+    """Print a recipe."""
+    print(find_recipe(Path(recipe)).read_text(), end="")
+
+
+@recipes.command()
+def copy(
+    recipe: RecipePath,
+    to: Annotated[Path, typer.Argument(help="file to write; an existing file is not overwritten")],
+) -> None:
+    """Copy a recipe to a file, to change it."""
+    if to.exists():
+        raise UserError(f"{to} exists already: name another file.")
+    shutil.copyfile(find_recipe(Path(recipe)), to)
