@@ -25,7 +25,7 @@ from fastssl.beton.build import SplitReport, build_beton
 from fastssl.beton.builders import builder_names, describe_builders
 from fastssl.beton.estimate import BuildEstimate, estimate_build
 from fastssl.beton.index_list import read_index_list
-from fastssl.beton.inspection import Summary, inspect_beton, pairs_table, subset_table, summary_tables
+from fastssl.beton.inspection import Summary, inspect_beton, subset_table, summary_tables
 from fastssl.beton.read import (
     BetonInfo,
     data_checksum,
@@ -38,7 +38,6 @@ from fastssl.beton.read import (
 from fastssl.beton.sample import Sample
 from fastssl.beton.sheet import draw_samples, draw_sheet
 from fastssl.beton.verification import Verification, verify
-from fastssl.common.system import free_memory
 
 __all__ = [
     "BetonInfo",
@@ -54,9 +53,7 @@ __all__ = [
     "draw_samples",
     "draw_sheet",
     "estimate_build",
-    "free_memory",
     "inspect_beton",
-    "pairs_table",
     "read_header",
     "read_index_list",
     "read_labels",

@@ -10,8 +10,6 @@ first thousand samples one class) or in the builder's order; `index` is always t
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib.metadata
 import itertools
 import json
@@ -30,7 +28,7 @@ from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.sample import Sample
 from fastssl.beton.sample_list import SampleList, changed_since, digest
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.system import resolve_workers
 from fastssl.common.terminal import progress
 
@@ -100,7 +98,7 @@ def build_beton(
         "order": {"shuffled_with_seed": ORDER_SEED} if order == "shuffle" else "source",
     }
     splits = list_splits(module, builder, source, order, limit)
-    with _naming_the_disk(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with worker_pool(workers) as pool:
             return [_build_split(split, out, plan, pool, options, strict) for split in splits]
@@ -303,17 +301,4 @@ def _record_bad_images(path: Path, split: str, bad: list[dict]) -> None:
         path.unlink(missing_ok=True)
         return
     text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    write_atomically(path, lambda beside: beside.write_text(text, "utf-8"))
-
-
-@contextlib.contextmanager
-def _naming_the_disk(out: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing to `out` into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            mend = "free some space or give another --out"
-        else:
-            mend = "give an --out that you can write to"
-        raise UserError(f"Cannot write to {out}: {error.strerror}; {mend}.") from error
+    write_atomically(path, text)

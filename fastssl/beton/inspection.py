@@ -17,6 +17,7 @@ from rich.text import Text
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.partial_build import names_path
 from fastssl.beton.read import BetonInfo, read_header, read_samples
+from fastssl.common.terminal import pairs_table, printable
 
 LISTED_CLASSES = 20  # with more classes the largest and the smallest ten are listed
 LONGEST_BAR = 30  # characters
@@ -204,17 +205,3 @@ def _table(title: str, first: str, *figures: str) -> Table:
     for name in figures:
         table.add_column(name, justify="right")
     return table
-
-
-def pairs_table(title: str, rows: dict[str, object]) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=None, show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(printable(str(value))))
-    return table
-
-
-def printable(name: str) -> str:
-    """A name as it can be shown: control characters and broken UTF-8 as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.beton.images import Case
-from fastssl.beton.write import ROW, data_start, replace_durably, write_tables
+from fastssl.beton.write import ROW, data_start, write_tables
 from fastssl.common.errors import UserError
+from fastssl.common.files import replace_durably
 
 SAVE_EVERY = 5.0  # seconds; at most that much work is done twice
 

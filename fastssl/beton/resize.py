@@ -30,12 +30,12 @@ def resize(pixels_HWC, height, width):
     """uint8 (H, W, 3) to uint8 (height, width, 3)."""
     box = np.array([0.0, 0.0, pixels_HWC.shape[0], pixels_HWC.shape[1]])
     out_YXC = np.empty((height, width, 3), np.uint8)
-    crop_resize(pixels_HWC, box, out_YXC, np.empty(pixels_HWC.shape[1] * 3, np.float32))
+    resize_box(pixels_HWC, box, out_YXC, np.empty(pixels_HWC.shape[1] * 3, np.float32))
     return out_YXC
 
 
 @_compiled
-def crop_resize(pixels_HWC, box, out_YXC, line):
+def resize_box(pixels_HWC, box, out_YXC, line):
     """Resize the box (top, left, height, width; float pixels) of an image to fill `out_YXC`, uint8.
 
     A triangle filter, widened where it shrinks, cut off at the box: torchvision's antialiased

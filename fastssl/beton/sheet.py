@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import RAW
-from fastssl.beton.inspection import printable
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
+from fastssl.common.terminal import printable
 
 SHOWN = 40  # samples
 COLUMNS = 8

@@ -12,13 +12,12 @@ import numpy as np
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import FIELD, HEADER, RAW
-from fastssl.beton.inspection import printable
 from fastssl.beton.partial_build import manifest_path
 from fastssl.beton.pool import worker_pool
 from fastssl.beton.read import BetonInfo, read_header, read_names, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.system import resolve_workers
-from fastssl.common.terminal import progress
+from fastssl.common.terminal import printable, progress
 
 CHECKED_AT_ONCE = 256  # samples handed to a worker: little to send, and progress that moves
 

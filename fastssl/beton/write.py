@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -109,13 +108,3 @@ def _field_descriptors() -> np.ndarray:
         descriptor["type_id"] = type_id
         descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
     return descriptors
-
-
-def replace_durably(part: Path, final: Path) -> None:
-    """Give a finished file its final name, and make that survive a power cut."""
-    os.replace(part, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

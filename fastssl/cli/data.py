@@ -81,12 +81,11 @@ def inspect(
     workers: Annotated[int | None, typer.Option(help="number of processes for --verify (default: all cores)")] = None,
 ) -> None:
     """Show the contents of a .beton file, and check them."""
-    from rich.console import Console
-
     from fastssl import beton
+    from fastssl.common.terminal import console, pairs_table
 
-    console = Console()
-    console.print(beton.summary_tables(beton.inspect_beton(file)))
+    screen = console()
+    screen.print(beton.summary_tables(beton.inspect_beton(file)))
     if batch_size is not None:
         from fastssl.loading import BetonLoader, estimate_memory
         from fastssl.recipe import ViewsConfig
@@ -94,9 +93,9 @@ def inspect(
         crop: Literal["cpu", "gpu"] = "cpu" if beton.read_header(file).resolution is None else "gpu"
         sizes = estimate_memory(BetonLoader(file, batch_size, crop=crop, views=ViewsConfig(), drop_last=False))
         title = f"memory for batches of {batch_size}, crops on the {crop.upper()}"
-        console.print(beton.pairs_table(title, {cause: f"{size / 1e6:,.1f} MB" for cause, size in sizes.items()}))
+        screen.print(pairs_table(title, {cause: f"{size / 1e6:,.1f} MB" for cause, size in sizes.items()}))
     if subset is not None:
-        console.print(beton.subset_table(file, subset))
+        screen.print(beton.subset_table(file, subset))
     if sheet is not None:
         print(f"{sheet} shows {beton.draw_sheet(file, sheet)} samples.")
     if verify:

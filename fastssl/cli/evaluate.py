@@ -1,6 +1,5 @@
 """`fastssl eval`: measure trained runs."""
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from fastssl.common.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from fastssl.evaluation import Encoder
     from fastssl.evaluation.runs import Split
@@ -180,6 +179,7 @@ def ood(
     out: Out = None,
 ) -> None:
     """Out-of-distribution detection: AUROC of every detector, with and without labels."""
+    from fastssl.common.terminal import console
     from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table
 
     if suite and (near or far):
@@ -255,14 +255,6 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def console() -> "Console":
-    """A console for tables: as wide as the terminal, or 160 columns where the output is not a terminal."""
-    from rich.console import Console
-
-    # Without markup, as paths may hold brackets.
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
-
-
 def _show(
     results: list[dict[str, Any]],
     out: Path | None,
@@ -270,6 +262,7 @@ def _show(
     table_of_several: "Callable[[list[dict[str, Any]]], RenderableType] | None" = None,
 ) -> None:
     """Print one result with its intervals, or several in one table with mean and standard deviation over seeds."""
+    from fastssl.common.terminal import console
     from fastssl.evaluation import result_table, summarize, summary_table, write_summary
 
     if len(results) == 1:

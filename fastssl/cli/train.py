@@ -87,7 +87,7 @@ def profile(
 ) -> None:
     """Find the bottleneck of a run and what to change. Trains for about a minute and discards the result."""
     from fastssl import profiling
-    from fastssl.cli.evaluate import console
+    from fastssl.common.terminal import console
 
     screen = console()
     if compare:

@@ -1,11 +1,11 @@
 """The exceptions that end a command: a mistake of the user, or a request to stop."""
 
 EXIT_REQUEUE = 75  # exit code after SIGTERM, SIGUSR1 or SIGHUP: sysexits.h's EX_TEMPFAIL, "try again later"
-EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells give it
+EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one sentence, printed without a traceback, exit code 2."""
+    """A mistake that the user can fix. Commands print it as one sentence without a traceback; exit code 2."""
 
 
 class Stopped(SystemExit):

@@ -1,42 +1,99 @@
-"""How far a long job is, on stderr: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Output for a person: the console, a table of pairs, and the progress of long work."""
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
+WIDTH_OF_FILES = 160  # columns of tables that go to a file or a pipe
 PLAIN_LINE_EVERY = 10.0  # seconds
 
 
-@contextmanager
-def progress(title: str, total: int | None, unit: str = "images", done: int = 0) -> Iterator[Callable[..., None]]:
-    """Gives a function to call with the number done since its last call, and the bytes if they matter.
+def console(stderr: bool = False) -> Console:
+    """Return a rich Console that prints text as it is, because paths and class names may hold [brackets] or :colons:.
 
-    Shows the rate and the time left; of a `total` that is not known, how many so far. `done` were
-    done before.
+    Without a terminal, tables are WIDTH_OF_FILES wide unless the environment variable COLUMNS is set.
     """
-    console = Console(stderr=True)
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if is_terminal or "COLUMNS" in os.environ else WIDTH_OF_FILES
+    return Console(stderr=stderr, width=width, markup=False, emoji=False)
+
+
+def print_line(console: Console, message: str) -> None:
+    """Print one line, neither wrapped nor highlighted. Long work goes on where it cannot be written."""
+    try:
+        console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    except OSError:
+        pass  # stdout is a file on a full disk, or a pipe whose reader has ended
+
+
+def printable(text: str) -> str:
+    """Replace control characters and broken UTF-8 by escapes, so that a name cannot command the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
+    """Return a table of two columns: names and their values."""
+    table = Table(title=Text(title), title_justify="left", box=None, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(name, Text(printable(str(value))))
+    return table
+
+
+class Advance(Protocol):
+    """Reports `count` more items done, and how many bytes they have (0: bytes are not shown)."""
+
+    def __call__(self, count: int = 1, size_B: int = 0) -> None: ...
+
+
+@contextmanager
+def progress(title: str, total: int | None, unit: str = "images", done: int = 0) -> Iterator[Advance]:
+    """Show on stderr how far long work is, its rate and the time left.
+
+    On a terminal this is a live bar, elsewhere a plain line every ten seconds.
+
+    Args:
+        title: what is being done.
+        total: the number of items; None where it is unknown.
+        unit: what an item is, in the plural.
+        done: the number of items that an earlier process has done already.
+
+    Example:
+        with progress("encoding", len(images)) as advance:
+            for image in images:
+                advance(size_B=len(encode(image)))
+    """
+    stderr = console(stderr=True)
     start = last_line = time.monotonic()
-    before, size = done, 0
-    title_column = TextColumn("{task.description}", markup=False)  # paths may hold brackets
+    done_before = done
+    size = 0
+    title_column = TextColumn("{task.description}", markup=False)
     columns = title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(title, total=total, completed=done, rate="")
 
         def advance(count: int = 1, size_B: int = 0) -> None:
             nonlocal done, size, last_line
-            done, size = done + count, size + size_B
+            done += count
+            size += size_B
             now = time.monotonic()
-            a_second = (done - before) / (now - start)
-            rate = f"{a_second:,.1f} {unit}/s" + (f", {size / 1e6 / (now - start):,.1f} MB/s" if size else "")
+            per_second = (done - done_before) / (now - start)
+            rate = f"{per_second:,.1f} {unit}/s" + (f", {size / 1e6 / (now - start):,.1f} MB/s" if size else "")
             bar.update(task, completed=done, rate=rate)
             is_last = total is not None and done >= total
-            if not console.is_terminal and (is_last or now - last_line >= PLAIN_LINE_EVERY):
+            if not stderr.is_terminal and (is_last or now - last_line >= PLAIN_LINE_EVERY):
                 last_line = now
                 line = f"{title}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}, {rate}"
-                line += f", {(total - done) / a_second:,.0f} s left" if total else ""
-                console.print(line, soft_wrap=True, highlight=False)
+                line += f", {(total - done) / per_second:,.0f} s left" if total else ""
+                print_line(stderr, line)
 
         yield advance

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastssl.beton import read_header, read_index_list
 from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import as_tensor
@@ -259,7 +260,7 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
 
     Raises UserError where they cannot be written, and what reading the batches raises.
     """
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder.parent)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
@@ -272,13 +273,13 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
                     continue
                 x = np.ascontiguousarray(x, dtype if x.dtype.kind == "f" else None)
                 if name not in maps:
-                    with writing(folder):
+                    with explain_write_errors(folder):
                         maps[name] = new_map(beside / f"{name}.npy", x.dtype, (count, *x.shape[1:]))
                 maps[name][done : done + len(x)] = x
                 checksums[name] = zlib.crc32(x, checksums.get(name, 0))
             done += len(batch.label)
         assert done == count, f"{done} samples where {count} were expected"
-        with writing(folder):
+        with explain_write_errors(folder):
             for array in maps.values():
                 array.flush()
             (beside / "about.json").write_text(json.dumps({"space": space, "crc32": checksums}))
@@ -302,17 +303,6 @@ def remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.part"):
         if time.time() - path.stat().st_mtime > A_DAY:
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says in one sentence what keeps files from being written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space, or make the folder writable."
-        ) from error
 
 
 def read_features(folder: Path) -> Features | None:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import progress
-from fastssl.evaluation.features import eval_loader, in_fp32, kept, writing
+from fastssl.evaluation.features import eval_loader, in_fp32, kept
 from fastssl.evaluation.metrics import classification_figures
 from fastssl.evaluation.results import load_or_compute, scored, without_places
 from fastssl.evaluation.runs import Encoder, labels_of
@@ -168,7 +168,7 @@ def keep_start(encoder: Encoder, folder: Path) -> Path:
         for name, weight in encoder.model.state_dict().items()
         if name.startswith(("encoder.", "heads.h."))
     }
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: save_file(weights, beside))
     return path
 
@@ -192,6 +192,6 @@ def keep_list(run_dir: Path, name: str, index: np.ndarray, about: str) -> Path:
     """RUN/eval/NAME.txt: sample ids, one a line, as data.subset reads them."""
     path = run_dir / "eval" / f"{name}.txt"
     text = "\n".join([f"# {about}", *map(str, index.tolist())]) + "\n"
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: beside.write_text(text))
     return path

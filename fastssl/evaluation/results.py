@@ -11,8 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from fastssl.beton import read_header
-from fastssl.common.files import write_atomically
-from fastssl.evaluation.features import writing
+from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.evaluation.metrics import Scores
 from fastssl.recipe import load_recipe
 
@@ -39,11 +38,11 @@ def load_or_compute(run_dir: str | Path, name: str, request: dict, measure: Call
     kept = read_result(path)
     if kept and without_places({key: kept.get(key) for key in request}) == without_places(request):
         return kept | request
-    with writing(path):
+    with explain_write_errors(path):
         path.parent.mkdir(exist_ok=True)
     result = {**request, **measure(), "made": datetime.now().astimezone().isoformat(timespec="seconds")}
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: beside.write_text(text))
     return json.loads(text)
 
@@ -105,7 +104,7 @@ def draw_confusion(path: Path, scores: Scores, names: list[str] | None) -> None:
 
 def save_picture(path: Path, figure) -> None:
     """A matplotlib Figure as a PNG, never half there. Raises UserError where it cannot be written."""
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: figure.savefig(beside, dpi="figure", format="png"))
 
 
@@ -220,5 +219,5 @@ def summary_table(rows: list[dict]) -> Table:
 
 def write_summary(path: Path, rows: list[dict]) -> None:
     text = json.dumps({"rows": rows}, indent=2) + "\n"
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: beside.write_text(text))

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import RAW
-from fastssl.beton.resize import crop_resize
+from fastssl.beton.resize import resize_box
 
 DECODED, WARNED, FAILED = 0, 1, 2  # a sample's status; WARNED: decoded, but the decoder complained
 ALL_TAKEN = 1 << 62  # set as the counter it makes the threads stop
@@ -68,7 +68,7 @@ def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, st
         status_B[b], decoder = _decode(decoder, source, mode_B[b], image)
         if status_B[b] != FAILED:
             for v in range(box_BV4.shape[1]):
-                crop_resize(image, box_BV4[b, v], out_BVSSC[b, v], line)
+                resize_box(image, box_BV4[b, v], out_BVSSC[b, v], line)
         b = take(counter)
     _free_decoder(decoder)
 

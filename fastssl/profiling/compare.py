@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.inspection import printable
+from fastssl.common.terminal import printable
 from fastssl.profiling.result import RATE, figure, limiting_leg, why_missing
 from fastssl.profiling.tables import percent, si, significant
 

@@ -6,9 +6,8 @@ import json
 from html import escape
 from pathlib import Path
 
-from fastssl.beton.inspection import printable
-from fastssl.common.files import write_atomically
-from fastssl.evaluation.features import writing
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import printable
 from fastssl.profiling.plots import draw_profile
 from fastssl.profiling.result import figure, missing_legs
 from fastssl.profiling.tables import headline, leg_rows, percent, si, step_rows, subject
@@ -34,7 +33,7 @@ pre { background: #f6f6f6; padding: 1em; white-space: pre-wrap; font-size: 13px;
 def write_page(path: Path, profile: dict) -> None:
     """Raises UserError where the file cannot be written."""
     text = page(profile)
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 

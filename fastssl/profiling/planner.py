@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.inspection import printable
 from fastssl.common.errors import UserError
+from fastssl.common.terminal import printable
 from fastssl.loading.decoding import SMALL
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
 from fastssl.profiling.resources import LINES, Cost, Costs

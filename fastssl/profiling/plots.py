@@ -3,7 +3,7 @@
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from fastssl.beton.inspection import printable
+from fastssl.common.terminal import printable
 from fastssl.profiling.resources import LINES
 from fastssl.profiling.result import figure, leg_of, limiting_leg, median, missing_legs, step_parts
 from fastssl.profiling.tables import percent, significant

@@ -13,10 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, Strict, StrictBool, ValidationError, model_validator
 
-from fastssl.beton.inspection import printable
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
-from fastssl.evaluation.features import writing
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import printable
 
 SCHEMA = 1  # raise it when a profile changes so that older code would misread it
 DEEPEST = 30  # levels of a profile: what is deeper is no profile, and could exhaust the stack
@@ -185,7 +184,7 @@ class Profile(BaseModel):
 def write_profile(path: Path, profile: dict) -> None:
     """Raises UserError where the file cannot be written, ValueError for a figure that is no number."""
     text = json.dumps(profile, indent=2, allow_nan=False) + "\n"
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: beside.write_text(text))
 
 

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.inspection import printable
+from fastssl.common.terminal import printable
 from fastssl.profiling.result import RATE, figure, leg_of, limiting_leg, median, missing_legs, step_parts
 
 HEALTHY = 0.9  # of the accelerator's utilisation: below, training is worth speeding up outside the model

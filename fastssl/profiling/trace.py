@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from fastssl.common.distributed import is_main_process
-from fastssl.common.files import write_atomically
-from fastssl.evaluation.features import writing
+from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.loading.spans import Span, recorded
 from fastssl.profiling.end_to_end import Training
 from fastssl.profiling.timing import wait_for
@@ -47,7 +46,7 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     offset = next(event["ts"] for event in events if event.get("name") == name) - start * 1e6
     events += events_of(spans, offset)
     data = gzip.compress(json.dumps(trace).encode(), compresslevel=6)
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, lambda beside: beside.write_bytes(data))
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from fastssl.common.distributed import world_size
 from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
+from fastssl.common.system import cpu_name, total_memory
 from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints
 from fastssl.recipe import Recipe
 from fastssl.views.paired import unnormalize
@@ -133,12 +134,12 @@ def describe_machine(device: torch.device) -> dict:
         "packages": {name: _version(name) for name in packages},
         "machine": platform.platform(),
         "host": platform.node(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(total_memory() / 1e9, 1),
         "torch_threads": torch.get_num_threads(),
         "processes": world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
@@ -150,14 +151,6 @@ def _earlier_starts(path: Path) -> list[dict]:
         return [*last.pop("earlier", []), last]
     except (OSError, ValueError, AttributeError):  # there is none, or not one of ours
         return []
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "cpu")
 
 
 def _version(name: str) -> str | None:

@@ -22,8 +22,16 @@ from pictures import jpeg_bytes, photo
 from PIL import Image
 
 import beton_builders
-from fastssl.beton import build_beton, estimate_build, jpeg, pool, read_header, read_labels, read_metadata
-from fastssl.beton import partial_build as unfinished_module
+from fastssl.beton import (
+    build_beton,
+    estimate_build,
+    jpeg,
+    partial_build,
+    pool,
+    read_header,
+    read_labels,
+    read_metadata,
+)
 from fastssl.common.errors import UserError
 
 FILES = ("train.beton", "train.beton.json", "train.beton.names.txt")
@@ -126,7 +134,7 @@ def test_mistakes_are_one_sentence(forty_photos, tmp_path):
         (tmp_path / "empty").mkdir()
         build_beton("imagefolder", tmp_path / "empty", out)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write to"):
+    with pytest.raises(UserError, match="file/out cannot be written"):
         build_beton("imagefolder", forty_photos, tmp_path / "file" / "out")
     assert not out.exists()
 
@@ -263,7 +271,7 @@ from fastssl.beton import build_beton, pool, partial_build
 
 # A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-unfinished.SAVE_EVERY = 0.0  # after every chunk
+partial_build.SAVE_EVERY = 0.0  # after every chunk
 pool.UNDER_WAY = 2  # else the workers may be through before the first chunks are saved
 if __name__ == "__main__":
     source, out = map(pathlib.Path, sys.argv[1:])
@@ -315,7 +323,7 @@ def test_killed_builds_go_on_and_end_as_one_that_was_not(slow_source, tmp_path):
         rows = (part / "rows").stat().st_size
         if kill == "a worker":
             assert "A worker process died" in stderr
-    assert rows < 900 * unfinished_module.ROW.itemsize
+    assert rows < 900 * partial_build.ROW.itemsize
 
     build_beton("imagefolder", slow_source, out, canvas=256, workers=1)
     assert not part.exists()
@@ -344,7 +352,7 @@ def test_a_disk_that_takes_no_more(forty_photos, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        with pytest.raises(UserError, match=re.escape(f"Cannot write to {tmp_path}")):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path} cannot be written")):
             build_beton("imagefolder", forty_photos, tmp_path, workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -414,8 +422,8 @@ def test_an_unfinished_build_begins_anew_when_its_sources_have_changed(forty_pho
     def stopped(mark: str) -> None:
         """As `kill -9` would leave it, 32 of 41 images on."""
         (source / "cat" / "zz.jpg").write_text(mark)
-        with pytest.raises(UserError, match="Cannot write"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(unfinished_module, "write_tables", full_disk)
+        with pytest.raises(UserError, match="cannot be written"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(partial_build, "write_tables", full_disk)
             build_beton("imagefolder", source, tmp_path / "out", canvas=80)
 
     def full_disk(*_):
@@ -423,7 +431,7 @@ def test_an_unfinished_build_begins_anew_when_its_sources_have_changed(forty_pho
 
     stopped("a text")
     part = tmp_path / "out" / "train.beton.part"
-    assert len((part / "rows").read_bytes()) == 41 * unfinished_module.ROW.itemsize
+    assert len((part / "rows").read_bytes()) == 41 * partial_build.ROW.itemsize
     (source / "bird" / "03.jpg").write_bytes(jpeg_bytes(photo(77, 60, 60)))
     build_beton("imagefolder", source, tmp_path / "out", canvas=80)
     build_beton("imagefolder", source, tmp_path / "straight", canvas=80)
@@ -441,8 +449,8 @@ def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, 
         moved.append(os.replace(part, final))
 
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unfinished_module, "replace_durably", killed)
-        patch.setattr(unfinished_module.PartialBuild, "__exit__", lambda self, *_: self._lock.close())
+        patch.setattr(partial_build, "replace_durably", killed)
+        patch.setattr(partial_build.PartialBuild, "__exit__", lambda self, *_: self._lock.close())
         build_beton("imagefolder", forty_photos, out, canvas=32)
     assert (out / "train.beton").exists() and not (out / "train.beton.json").exists()
     monkeypatch.setattr("fastssl.beton.pool.encode_all", None)  # nothing is encoded a second time
@@ -456,7 +464,7 @@ def test_a_save_that_is_interrupted_leaves_each_image_once(forty_photos, tmp_pat
     forty = tmp_path / "photos"
     shutil.copytree(forty_photos, forty)
     (forty / "bird" / "bad.jpg").write_bytes(b"no picture")
-    write_from, interrupted = unfinished_module._write_from, []
+    write_from, interrupted = partial_build._write_from, []
 
     def strikes_once(path, position, content):
         write_from(path, position, content)
@@ -464,12 +472,12 @@ def test_a_save_that_is_interrupted_leaves_each_image_once(forty_photos, tmp_pat
             interrupted.append(1)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(unfinished_module, "_write_from", strikes_once)
-    monkeypatch.setattr(unfinished_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(partial_build, "_write_from", strikes_once)
+    monkeypatch.setattr(partial_build, "SAVE_EVERY", 0.0)
     out, straight = tmp_path / "out", tmp_path / "straight"
     with pytest.raises(KeyboardInterrupt):
         build_beton("imagefolder", forty, out, canvas=32, workers=1)
-    rows = np.frombuffer((out / "train.beton.part" / "rows").read_bytes(), unfinished_module.ROW)
+    rows = np.frombuffer((out / "train.beton.part" / "rows").read_bytes(), partial_build.ROW)
     assert interrupted and len(rows) and len(set(rows["index"].tolist())) == len(rows)
     for folder in (out, straight):
         build_beton("imagefolder", forty, folder, canvas=32, workers=1)

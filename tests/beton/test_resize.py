@@ -10,7 +10,7 @@ import torch
 from pictures import photo
 from PIL import Image
 
-from fastssl.beton.resize import crop_resize, resize
+from fastssl.beton.resize import resize, resize_box
 from fastssl.common.geometry import NUMBERS, crop_box
 
 
@@ -42,7 +42,7 @@ def test_crops_are_nearer_to_pillow_than_opencv_area():
         crop = pixels[top : top + height, left : left + width]
         want = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)).astype(float)
         out = np.empty((size, size, 3), np.uint8)
-        crop_resize(pixels, np.array([top, left, height, width], np.float64), out, line)
+        resize_box(pixels, np.array([top, left, height, width], np.float64), out, line)
         area = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
         ours.append(np.square(out - want).mean())
         opencv.append(np.square(area - want).mean())

@@ -12,6 +12,7 @@ from small_models import make_run
 from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.evaluation import cached_features, extract_features, features, mean_of_draws
 from fastssl.evaluation.features import (
@@ -169,7 +170,10 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="No space left on device.: free some space"), features.writing(tmp_path / "x"):
+    with (
+        pytest.raises(UserError, match="No space left on device.: free some space"),
+        explain_write_errors(tmp_path / "x"),
+    ):
         written(tmp_path / "x")
     assert os.listdir(tmp_path) == []
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fastssl.common.files import write_atomically
+from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import (
     CACHE_VERSION,
@@ -22,7 +22,6 @@ from fastssl.evaluation.features import (
     kept,
     read_features,
     write_features,
-    writing,
 )
 from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
@@ -283,5 +282,5 @@ def keep_scores(encoder: Encoder, name: str, scores: dict, indices: dict[str, np
         with open(beside, "wb") as file:  # given a name, numpy would append .npz to it
             np.savez(file, **arrays)
 
-    with writing(path):
+    with explain_write_errors(path):
         write_atomically(path, write)

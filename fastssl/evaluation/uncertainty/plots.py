@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.beton import draw_samples, read_header
-from fastssl.evaluation.features import writing
+from fastssl.common.files import explain_write_errors
 from fastssl.evaluation.results import save_picture
 from fastssl.evaluation.runs import Data
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
@@ -91,5 +91,5 @@ def draw_extremes(
     groups = [(title, position_M[most]), (f"the {count} least certain, the least certain first", position_M[least])]
     shown = np.concatenate([most, least])
     notes = {position_M[m]: f"{sign} {uncertainty_M[m]:#.5g}, index {index_M[m]}" for m in shown}
-    with writing(path):
+    with explain_write_errors(path):
         draw_samples(data.path, path, groups, notes, columns=10)
