@@ -61,8 +61,7 @@ class BetonLoader:
     of that draw.
 
     resident=True decodes the whole file once, keeps it on the device and gives the same batches from
-    there: for a canvas that fits into the device's memory. A Batch, what `whole_file` of another loader of
-    the same file, subset and limit gave, is used as it is: so several processes can read one copy.
+    there: for a canvas that fits into the device's memory.
 
     on_bad_sample: "error" raises a UserError that names a sample that cannot be decoded. "skip" puts
     the next sample of the same batch in its place, with its label and index, and counts it in
@@ -85,7 +84,7 @@ class BetonLoader:
         shuffle: bool | Literal["quasi_random"] = True,
         drop_last: bool = True,
         device: str | torch.device = "cpu",
-        resident: "bool | Batch" = False,
+        resident: bool = False,
         on_bad_sample: Literal["error", "skip"] = "error",
         subset: str | Path | None = None,
         limit: int | None = None,
@@ -102,7 +101,7 @@ class BetonLoader:
         self.order = {True: "random", False: "sequential"}.get(shuffle, shuffle)
         self.drop_last = drop_last
         self.device = torch.device(device)
-        self.resident = resident is not False
+        self.resident = resident
         self.on_bad_sample = on_bad_sample
         self.rank, self.world = _rank_and_world() if shard else (0, 1)
 
@@ -139,10 +138,6 @@ class BetonLoader:
         self.decoder_warnings = 0
         self._buffers = Buffers(pinned=self.device.type == "cuda")
         self._on_device: Batch | None = None
-        if isinstance(resident, Batch):
-            if len(resident.index) != len(self.rows):
-                raise ValueError(f"resident holds {len(resident.index)} samples, not the {len(self.rows)} of {path}")
-            self._on_device = resident
 
     @property
     def decodes_in_reader(self) -> bool:
@@ -312,7 +307,7 @@ class BetonLoader:
     def _from_device(self, order: np.ndarray) -> Iterator[Batch]:
         """The same batches, gathered on the device from the columns kept there."""
         if self._on_device is None:
-            self._on_device = self.whole_file()
+            self._on_device = self._load_all()
         order_N = torch.from_numpy(order)
         if self.device.type == "cuda":
             order_N = order_N.pin_memory().to(self.device, non_blocking=True)
@@ -321,7 +316,7 @@ class BetonLoader:
             row_B = order_N[place_B % len(order_N)]
             yield Batch(*(column[row_B] for column in self._on_device[:-1]), place_B < len(order_N))
 
-    def whole_file(self) -> Batch:
+    def _load_all(self) -> Batch:
         """All samples that the loader draws from, in the file's order, on the device; UserError if they do not fit."""
         reader = BetonLoader(
             self.path, min(self.batch_size, len(self.rows)), crop=self.crop, views=self.views, workers=self.workers,

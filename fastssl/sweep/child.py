@@ -6,26 +6,23 @@ import os
 import signal
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from fastssl.common.errors import EXIT_REQUEUE, UserError
 from fastssl.evaluation.probe import probe_of
-from fastssl.loading import Batch
 from fastssl.recipe import Recipe
 from fastssl.training import train
 from fastssl.training.run_dir import RunDirBusy
-from fastssl.training.setup import choose_device, is_resident
 
 BUSY = 73  # exit code: another process trains in this directory
 USER_ERROR = 2
 PR_SET_PDEATHSIG = 1
 
 
-def run_child(recipe: Recipe, parent: int, keeper: Connection | None) -> None:
+def run_child(recipe: Recipe, parent: int) -> None:
     """Train `recipe` in recipe.run.dir, from its last checkpoint if there is one; ends in an exit code.
 
-    What it prints goes to output.log. keeper: where to ask for the images that runs share.
+    What it prints goes to output.log.
     """
     end_with(parent)
     run_dir = Path(recipe.run.dir)
@@ -42,7 +39,7 @@ def run_child(recipe: Recipe, parent: int, keeper: Connection | None) -> None:
         stream.reconfigure(line_buffering=True)
     print(f"--- process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
     try:
-        train(recipe, resume="auto", probe=probe_of(recipe), resident=shared_images(recipe, keeper))
+        train(recipe, resume="auto", probe=probe_of(recipe))
     except UserError as error:
         print(f"fastssl: {error}", file=sys.stderr)
         sys.exit(BUSY if isinstance(error, RunDirBusy) else USER_ERROR)
@@ -58,18 +55,3 @@ def end_with(parent: int) -> None:
     for number in (signal.SIGUSR2, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-
-
-def shared_images(recipe: Recipe, keeper: Connection | None) -> Batch | None:
-    """The run's images from the keeper; None where it streams them, or has to count damaged ones itself."""
-    if keeper is None or recipe.data.on_bad_sample == "skip":
-        return None
-    if not is_resident(recipe, choose_device(recipe.train.device)):
-        return None
-    keeper.send(recipe)
-    images = keeper.recv()
-    if isinstance(images, UserError):
-        raise images
-    if images is not None:
-        print(f"All {len(images.index):,} images come from the copy that the runs share.")
-    return images

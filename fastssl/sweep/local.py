@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
@@ -16,7 +16,6 @@ from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 from fastssl.recipe import Recipe
 from fastssl.sweep.child import BUSY, USER_ERROR, run_child
 from fastssl.sweep.grid import Run
-from fastssl.sweep.keeper import keep
 from fastssl.sweep.progress import is_finished, is_locked, last_words
 from fastssl.sweep.table import SweepDisplay
 
@@ -76,7 +75,6 @@ def run_here(
     """
     devices = visible_devices([task.run.recipe for task in tasks])
     cores = max(1, len(os.sched_getaffinity(0)) // (len(devices) * per_gpu))
-    keepers = Keepers() if per_gpu > 1 else None
     stop = Stop()
     try:
         with stop.on(stop_on):
@@ -89,7 +87,7 @@ def run_here(
                 for device in devices:
                     free = per_gpu - sum(task.device == device for task in running)
                     for task in next_tasks(tasks, free):
-                        start(task, device, cores, keepers)
+                        start(task, device, cores)
                         display.say_state(task)
                         running.append(task)
                 display.show(tasks)
@@ -103,8 +101,6 @@ def run_here(
             if task.process:  # after an exception or a second signal
                 task.process.kill()
                 task.process.join()
-        if keepers:
-            keepers.close()
     return stop.signals
 
 
@@ -134,17 +130,14 @@ def next_tasks(tasks: list[Task], count: int) -> list[Task]:
     return found
 
 
-def start(task: Task, device: str, cores: int, keepers: "Keepers | None") -> None:
+def start(task: Task, device: str, cores: int) -> None:
     recipe = task.run.recipe
     if recipe.data.workers is None:
         data = recipe.data.model_copy(update={"workers": cores})
         recipe = recipe.model_copy(update={"data": data})
-    connection = keepers.connect(device) if keepers and may_be_resident(recipe, device) else None
-    task.process = SPAWN.Process(target=run_child, args=(recipe, os.getpid(), connection), name=task.run.name)
+    task.process = SPAWN.Process(target=run_child, args=(recipe, os.getpid()), name=task.run.name)
     with inherited(device, cores):
         task.process.start()
-    if connection:
-        connection.close()  # the run has its own now; the keeper has to notice when that one closes
     task.state, task.device, task.elsewhere = "running", device, False
 
 
@@ -199,36 +192,3 @@ def end_all(tasks: list[Task], stop: Stop, display: SweepDisplay) -> None:
         settle(task, retries=0)
         if task.state == "failed":
             task.state = "waiting"  # the next call tries it again
-
-
-class Keepers:
-    """The keepers of shared images, one for each device, started when the first run there may want it."""
-
-    def __init__(self):
-        self.started: dict[str, tuple[BaseProcess, Connection]] = {}
-
-    def connect(self, device: str) -> Connection:
-        """A new connection to the device's keeper, for a run."""
-        process, commands = self.started.get(device, (None, None))
-        if process is None or not process.is_alive():
-            theirs, commands = SPAWN.Pipe(duplex=False)
-            process = SPAWN.Process(target=keep, args=(theirs,), name=f"keeper of {device}")
-            with inherited(device, len(os.sched_getaffinity(0))):
-                process.start()
-            theirs.close()
-            self.started[device] = process, commands
-        ours, runs = SPAWN.Pipe()
-        commands.send(ours)
-        ours.close()
-        return runs
-
-    def close(self) -> None:
-        """To be called when no run is left."""
-        for process, commands in self.started.values():
-            commands.close()
-            process.kill()  # it may be loading still, for a run that has been stopped
-            process.join()
-
-
-def may_be_resident(recipe: Recipe, device: str) -> bool:
-    return recipe.data.resident is True or (recipe.data.resident == "auto" and device != CPU)

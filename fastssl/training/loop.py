@@ -50,14 +50,13 @@ def train(
     resume: Path | Literal["auto"] | None = None,
     probe: Probe | None = None,
     diagnose: Diagnose = lambda run, observed: "`fastssl profile` says why.",
-    resident: Batch | None = None,
 ) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
     resume: a run directory to continue, or "auto": continue the recipe's own where there is one. probe: called with
     the model, in the first process, every `probe.every` epochs and at the end; what it returns is logged, and the
     checkpoint with the highest first figure stays as best.pt. diagnose: gives the sentence that a run hears when it has
-    waited for data for long. resident: all images of the run, where another process holds them on the device.
+    waited for data for long.
 
     Raises UserError for everything that the user can mend, and Stopped (a SystemExit) after SIGTERM, SIGUSR1 or Ctrl-C,
     with a checkpoint of the step before.
@@ -71,7 +70,7 @@ def train(
         if resumes:  # before anything is read that another process might still write
             broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
-        run, remarks = prepare(recipe, device, checkpoint, resident)
+        run, remarks = prepare(recipe, device, checkpoint)
         if not resumes:  # now that nothing is wrong with the recipe
             broadcast_from_main(open_run_dir)
         if checkpoint and is_main_process():

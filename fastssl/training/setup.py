@@ -82,9 +82,7 @@ class TrainingViews:
         return tuple(v.contiguous(memory_format=self.layout) for v in made)
 
 
-def prepare(
-    recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None, resident: Batch | None = None
-) -> tuple[Run, list[str]]:
+def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None) -> tuple[Run, list[str]]:
     """Build the run, from its checkpoint where there is one. Returns it with remarks to show.
 
     Raises UserError for everything that the user can mend.
@@ -96,7 +94,7 @@ def prepare(
         raise UserError("train.cuda_graphs is for a single process: leave it out.")
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
-    loader = training_loader(recipe, device, resident)
+    loader = training_loader(recipe, device)
     if recipe.objective.name == "supervised":
         check_labels(loader, recipe.objective.classes)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
@@ -219,10 +217,8 @@ def check_labels(loader: BetonLoader, classes: int) -> None:
         )
 
 
-def training_loader(
-    recipe: Recipe, device: torch.device, resident: Batch | None = None, kind: type[BetonLoader] = BetonLoader
-) -> BetonLoader:
-    """The loader of data.train. resident: its images, where another process holds them on the device.
+def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader] = BetonLoader) -> BetonLoader:
+    """The loader of data.train.
 
     Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate.
     """
@@ -243,7 +239,7 @@ def training_loader(
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
-        resident=resident or is_resident(recipe, device),
+        resident=is_resident(recipe, device),
         on_bad_sample=data.on_bad_sample,
         subset=data.subset,
         limit=data.limit,

@@ -17,11 +17,10 @@ import yaml
 from safetensors.torch import load_file
 
 from fastssl.common.errors import UserError
-from fastssl.loading import BetonLoader
 from fastssl.recipe import load_recipe, shipped_recipes
-from fastssl.sweep import dry_run, expand, in_minutes, keeper, load_sweep, run_locally, submit_to_slurm
+from fastssl.sweep import dry_run, expand, in_minutes, load_sweep, run_locally, submit_to_slurm
 from fastssl.sweep.child import BUSY, run_child
-from fastssl.sweep.local import SPAWN, Keepers, visible_devices
+from fastssl.sweep.local import SPAWN
 from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_words, log_of, read_progress
 from fastssl.sweep.slurm import Pack
 from fastssl.sweep.table import mean_and_deviation
@@ -261,9 +260,9 @@ def undisturbed(run, tmp_path):
 
 
 def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_path, capsys):
-    """Two runs at a time share one copy of the images; one is killed, the other hears that its terminal has gone.
+    """Of two runs that train at the same time, one is killed, the other is told that its terminal has closed.
 
-    A third names a backbone that does not exist.
+    A third run names a backbone that does not exist.
     """
     hopeless = {**barlow(), "name": "hopeless", "set": {"model.backbone": "resnet19"}}
     path = write_sweep(barlow(seed=[1, 2]), hopeless, **{"data.resident": True})
@@ -282,8 +281,6 @@ def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_pa
     assert "seed=1  waits to be tried again: killed by SIGKILL" in out and "2 of 3 runs are finished" in out
     assert "Failed: hopeless: " in out and "resnet19" in out.split("Failed: hopeless: ")[1]
     assert "Going on with barlow behind step" in log_of(killed).read_text()
-    for run in (killed, other):
-        assert "All 48 images come from the copy that the runs share." in log_of(run).read_text()
     assert same_weights(killed.dir, undisturbed(killed, tmp_path))
     assert all(is_gone(pid) for run in runs for pid in pids_of(run))
 
@@ -302,7 +299,7 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_
     process = psutil.Popen(command, stdout=subprocess.PIPE)
     wait_until(lambda: steps_in(run) >= 5)
     pids = [child.pid for child in process.children(recursive=True)]
-    assert is_locked(run) and pids_of(run)[0] in pids and len(pids) >= 2  # the run and the keeper of its images
+    assert is_locked(run) and pids_of(run)[0] in pids
     process.kill()
     process.communicate()
     wait_until(lambda: all(is_gone(pid) for pid in pids), 30)
@@ -330,7 +327,7 @@ def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
     run.dir.mkdir(parents=True)
     with open(log_of(run), "w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        process = SPAWN.Process(target=run_child, args=(run.recipe, os.getpid(), None))
+        process = SPAWN.Process(target=run_child, args=(run.recipe, os.getpid()))
         process.start()
         process.join(120)
         assert process.exitcode == BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
@@ -346,73 +343,6 @@ def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
         assert run_locally(sweep, [run]) == 0 and time.time() > began + 1.5
         other.join()
     assert pids_of(run) == []
-
-
-def test_a_keeper_lets_go_of_what_no_run_reads(write_sweep, monkeypatch):
-    """Runs ask for a set, for another, and for the first again: it is loaded anew once its reader has gone."""
-    first, second = (
-        loaded(write_sweep({**barlow(), "set": {"data.limit": limit, "train.batch_size": 4}}))[1][0].recipe
-        for limit in (16, 20)
-    )
-    asked = []
-    real = keeper.training_loader
-    monkeypatch.setattr(keeper, "training_loader", lambda recipe, device: asked.append(recipe) or real(recipe, device))
-    ours, commands = SPAWN.Pipe()
-
-    def ask(recipe):
-        mine, theirs = SPAWN.Pipe()
-        ours.send(theirs)
-        theirs.close()
-        mine.send(recipe)
-        assert len(mine.recv().index) == recipe.data.limit
-        return mine
-
-    def clients():
-        reading = ask(first)
-        ask(second).close()
-        ask(first).close()  # still there, as it is read
-        reading.close()
-        ask(second).close()
-        ask(first).close()  # gone meanwhile
-        ours.close()
-
-    handlers = {number: signal.getsignal(number) for number in range(1, 20)}
-    asking = Thread(target=clients)
-    asking.start()
-    try:
-        keeper.keep(commands)
-    finally:
-        for number, handler in handlers.items():
-            if number not in (signal.SIGKILL, signal.SIGSTOP):
-                signal.signal(number, handler)
-    asking.join()
-    assert [recipe.data.limit for recipe in asked] == [16, 20, 20, 16]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_one_copy_of_the_images_serves_every_process(write_sweep, device):
-    """Two connections get the same memory; a loader on it gives the batches that one on the file gives."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    settings = {"data.resident": True, "data.limit": 40, "train.device": device}
-    _, (run,) = loaded(write_sweep(barlow(), **settings))
-    keepers, copies = Keepers(), []
-    connections = [keepers.connect(visible_devices([run.recipe])[0]) for _ in range(2)]
-    for connection in connections:
-        connection.send(run.recipe)
-        copies.append(connection.recv())
-    assert all(column.is_shared() and column.device.type == device for copy in copies for column in copy)
-    options = dict(seed=3, limit=40, device=device)
-    loaders = [BetonLoader(run.recipe.data.train, 16, **options, resident=r) for r in (False, copies[0])]
-    for streamed, shared in zip(*loaders, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(streamed, shared))
-    copies[0].label[7] = 77
-    assert copies[1].label[7] == 77
-    with pytest.raises(ValueError, match="not the 48 of"):
-        BetonLoader(run.recipe.data.train, 16, resident=copies[0])
-    ((keeper, _),) = keepers.started.values()
-    keepers.close()
-    assert not keeper.is_alive()
 
 
 # SLURM
