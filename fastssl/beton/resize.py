@@ -10,22 +10,12 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
-
-def _compiled(function):
-    """Compiled in 2 s, then cached on disk, where there is a writable folder for that."""
-    # Without an explicit fastmath=False, numba compiles a function with the options of whoever calls it first
-    # (views/cpu.py contracts products and sums) and caches that: pixels would depend on what ran before.
-    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
+from fastssl.common.compiled import compiled
 
 
-@_compiled
+@compiled()
 def resize(pixels_HWC, height, width):
     """uint8 (H, W, 3) to uint8 (height, width, 3)."""
     box = np.array([0.0, 0.0, pixels_HWC.shape[0], pixels_HWC.shape[1]])
@@ -34,7 +24,7 @@ def resize(pixels_HWC, height, width):
     return out_YXC
 
 
-@_compiled
+@compiled()
 def resize_box(pixels_HWC, box, out_YXC, line):
     """Resize the box (top, left, height, width; float pixels) of an image to fill `out_YXC`, uint8.
 
@@ -53,7 +43,7 @@ def resize_box(pixels_HWC, box, out_YXC, line):
             out[i] = np.uint8(np.int32(resized[i] + np.float32(0.5)))  # to nearest
 
 
-@_compiled
+@compiled()
 def resize_line(pixels_HWC, first_row, weight_K, first_X, weight_XK, line, out):
     """One line of the result, float32 (3 X,): a weighted sum of rows, then of that line's pixels.
 
@@ -95,7 +85,7 @@ def resize_line(pixels_HWC, first_row, weight_K, first_X, weight_XK, line, out):
             out[o], out[o + one], out[o + two] = red, green, blue
 
 
-@_compiled
+@compiled()
 def resize_weights(start, length, out_size, in_size):
     """For each output position the first of its input pixels, and their weights: equally many for all.
 

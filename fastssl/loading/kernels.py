@@ -6,9 +6,9 @@ an error blocks for ever, and a failed decode returns the previous batch's pixel
 status says what the decoder (turbojpeg, the one that build-beton checks every JPEG with) thought.
 """
 
-from ctypes import c_int, c_ulong, c_void_p
+from ctypes import c_void_p, cast
 
-import numba
+import llvmlite.binding
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
@@ -16,27 +16,29 @@ from numba.extending import intrinsic
 from fastssl.beton import jpeg
 from fastssl.beton.format import RAW
 from fastssl.beton.resize import resize_box
+from fastssl.common.compiled import compiled
 
 DECODED, WARNED, FAILED = 0, 1, 2  # a sample's status; WARNED: decoded, but the decoder complained
 ALL_TAKEN = 1 << 62  # set as the counter it makes the threads stop
 
 
-def _function(name: str, result, *arguments):
-    """One of turbojpeg's, as numba can call it: addresses as numbers."""
-    function = jpeg.turbojpeg()[name]
-    function.restype, function.argtypes = result, arguments
-    return function
+def _external(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
+    """A turbojpeg function that compiled code calls by name, so that the code can be cached. Pointers are numbers."""
+    symbol = f"fastssl_{name}"  # another library of the process may have turbojpeg's own names
+    llvmlite.binding.add_symbol(symbol, cast(jpeg.turbojpeg()[name], c_void_p).value)
+    return types.ExternalFunction(symbol, result(*arguments))
 
 
-_new_decoder = _function("tjInitDecompress", c_void_p)
-_free_decoder = _function("tjDestroy", c_int, c_void_p)
-_read_size = _function("tjDecompressHeader3", c_int, c_void_p, c_void_p, c_ulong, *[c_void_p] * 4)
-_decompress = _function("tjDecompress2", c_int, c_void_p, c_void_p, c_ulong, c_void_p, *[c_int] * 5)
-_error_code = _function("tjGetErrorCode", c_int, c_void_p)
+_POINTER, _INT = types.uintp, types.int32
+_new_decoder = _external("tjInitDecompress", _POINTER)
+_free_decoder = _external("tjDestroy", _INT, _POINTER)
+_read_size = _external("tjDecompressHeader3", _INT, _POINTER, _POINTER, types.uint64, *[_POINTER] * 4)
+_decompress = _external("tjDecompress2", _INT, _POINTER, _POINTER, types.uint64, _POINTER, *[_INT] * 5)
+_error_code = _external("tjGetErrorCode", _INT, _POINTER)
 _TJPF_RGB, _TJERR_WARNING = jpeg.TJPF_RGB, jpeg.TJERR_WARNING
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@compiled()
 def decode_squares(file, start_B, size_B, mode_B, out_BHWC, status_B, counter):
     """Decode samples of one size straight into the batch, until none is left to take.
 
@@ -52,7 +54,7 @@ def decode_squares(file, start_B, size_B, mode_B, out_BHWC, status_B, counter):
     _free_decoder(decoder)
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@compiled()
 def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, status_B, counter, scratch, line):
     """The same, but decode each sample once into `scratch` and cut V resized crops out of it.
 
@@ -84,7 +86,7 @@ def take(typing_context, counter):
     return types.int64(counter), generate
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@compiled()
 def _decode(decoder, source, mode, out_HWC):
     """One stored image into `out_HWC`. Returns its status, and the decoder for the next one."""
     if mode == RAW:

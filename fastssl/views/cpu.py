@@ -7,12 +7,12 @@ parameters.py, and the pixels equal the portable chain's but for rounding, which
 
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastssl.beton.resize import resize_line, resize_weights
+from fastssl.common.compiled import compiled
 from fastssl.loading.kernels import take
 from fastssl.recipe import ViewsConfig
 from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
@@ -50,7 +50,7 @@ def _threads() -> ThreadPoolExecutor:
     return _pool
 
 
-_kernel = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+_kernel = compiled(fastmath={"contract"})
 
 
 @_kernel
@@ -103,12 +103,12 @@ def _crop_resize(pixels_HWC, box, flip, out_CSS, line):
                 out_CSS[channel, y, place] = resized[3 * x + channel]
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")
+@compiled(inline="always")
 def _luma(red, green, blue):
     return np.float32(LUMA[0]) * red + np.float32(LUMA[1]) * green + np.float32(LUMA[2]) * blue
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")
+@compiled(inline="always")
 def _clamp(value):
     return min(max(value, np.float32(0)), np.float32(1))
 
@@ -152,7 +152,7 @@ def _shift_hue(red, green, blue, turn):
         blue[i] = _channel(one + start, value, chroma)
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")
+@compiled(inline="always")
 def _channel(k, value, chroma):
     k -= np.float32(6) * np.floor(k * np.float32(1 / 6))
     return _clamp(value - chroma * _clamp(min(k, np.float32(4) - k)))
@@ -191,7 +191,7 @@ def _blur(plane, kernel_K, scratch, padded):
                     out[x] += weight * part[x]
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")
+@compiled(inline="always")
 def _reflected(position, size):
     position = abs(position)
     return position if position < size else 2 * size - 2 - position
