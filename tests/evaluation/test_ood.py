@@ -13,21 +13,20 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
 
 from fastssl.common.randomness import NOISE_EVALUATION, normals
-from fastssl.evaluation.ood import DETECTORS, LABEL_BASED, detector, label_free, metrics, nearest
-from fastssl.evaluation.ood.gaussians import fit_gaussian
-from fastssl.evaluation.ood.label_based import linear_map, odin_images
+from fastssl.evaluation.ood import DETECTORS, LABEL_BASED, LinearHead, detector, distances, label_free, metrics
+from fastssl.evaluation.ood.distances import fit_gaussian
+from fastssl.evaluation.ood.label_based import minimum_norm_head, perturb_for_odin
 from fastssl.evaluation.ood.label_free import DRAWS, K_POSTERIORS, K
-from fastssl.evaluation.ood.nearest import kth_bhattacharyya
 from fastssl.evaluation.ood.separation import METRICS, RESAMPLES, bootstrap_metrics, resample
 from fastssl.models import MixtureOfGaussians, StandardNormal
 
 N, M, D, E, C = 600, 80, 12, 10, 4
-POSTERIORS = 400  # in place of 1,000, so that the draw of them is seen
+POSTERIORS = 400  # instead of 1,000, fewer than the training images, so that they are sampled
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Training images of four classes, and others further and further away; float32, as features are kept."""
+    """Training images of four classes, and test images at growing distances; float32, as cached features are."""
     rng = np.random.default_rng(0)
     centre_CD = rng.normal(0, 2, (C, D))
     scale_D = np.logspace(0, -1.5, D)
@@ -184,15 +183,17 @@ ORACLES = {
     "react_energy": react,
     "knn_supervised": kth_neighbour("cosine"),
 }
-MONOTONE_ONLY = {"msp"}  # log odds of it, so that sure images do not tie
+MONOTONE_ONLY = {"msp"}  # log odds of the formula, so that confident images do not tie
 
 
 @pytest.mark.parametrize("name", ORACLES)
-def test_a_detector_is_its_formula(name, data, monkeypatch):
+def test_detector_equals_its_formula(name, data, monkeypatch):
     fit, query, _ = data
     monkeypatch.setattr(label_free, "POSTERIORS", POSTERIORS)
-    monkeypatch.setattr(nearest, "CHUNK_ELEMENTS", 13 * N)  # parts of 13 images and a smaller last one
+    # Chunks of 13 images and a smaller last one.
+    monkeypatch.setattr(distances, "CHUNK_ELEMENTS", 13 * N)
     monkeypatch.setattr(label_free, "CHUNK_ELEMENTS", 13 * DRAWS * E)
+    monkeypatch.setattr(label_free, "PAIR_ELEMENTS", 13 * POSTERIORS * E)
     labels = {"labels": fit["labels"]} if name in LABEL_BASED else {}
     arrays = {key: x for key, x in fit.items() if key != "labels"} | labels
     found = detector(name).fit(**arrays).score(**query)
@@ -204,11 +205,11 @@ def test_a_detector_is_its_formula(name, data, monkeypatch):
     assert spearmanr(found, expected).statistic >= 0.9999
 
 
-def test_every_detector_has_an_oracle_and_says_its_direction():
+def test_every_detector_has_an_oracle_and_documents_its_direction():
     assert set(ORACLES) | {"views_disagreement"} == set(DETECTORS)
     for name, kind in DETECTORS.items():
         assert "igher is OOD" in kind.__doc__, name
-    with pytest.raises(ValueError, match="No detector 'sigma'"):
+    with pytest.raises(ValueError, match="no detector 'sigma'"):
         detector("sigma")
 
 
@@ -219,8 +220,8 @@ def test_views_disagreement():
 
 
 @pytest.mark.parametrize("mode", ["joint", "per_dim", "reference"])
-def test_the_prior_of_a_run_is_asked(mode, data):
-    """A mixture: the Monte Carlo mean over the common noise, written out; and the density at mu."""
+def test_detectors_use_the_prior_of_the_run(mode, data):
+    """A mixture: the KL is the Monte Carlo mean over the common noise; the log density is that at mu."""
     _, query, _ = data
     torch.manual_seed(0)
     prior = MixtureOfGaussians(3, E, mode=mode)
@@ -236,7 +237,7 @@ def test_the_prior_of_a_run_is_asked(mode, data):
 
 
 def test_mahalanobis_at_condition_1e11():
-    """OOD images leave along the directions of least variance, which float32 and an absolute ridge lose."""
+    """OOD images differ in the directions of least variance, which float32 or an absolute ridge would lose."""
     rng = np.random.default_rng(0)
     dims, count = 64, 4000
     scale_D = np.logspace(0, -5.5, dims)  # of the covariance: 1 to 1e-11
@@ -252,7 +253,7 @@ def test_mahalanobis_at_condition_1e11():
     id_MD, _ = sample(1000, 1)
     ood_MD, _ = sample(1000, np.where(np.arange(dims) > dims - 8, 2, 1))
     assert 1e10 < np.linalg.cond(np.cov(fit_ND.T)) < 1e13
-    # The distance does not change under linear maps, so the oracle works where the covariance is near the identity.
+    # The distance is invariant under linear maps, so the oracle computes it where the covariance is near the identity.
     upright = {"fit": fit_ND, "id": id_MD, "ood": ood_MD}
     upright = {key: x @ rotation_DD / scale_D for key, x in upright.items()}
     parts = [upright["fit"][label_N == c] for c in range(C)]
@@ -276,8 +277,8 @@ def test_mahalanobis_at_condition_1e11():
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_scores_are_finite_where_features_are_degenerate(name):
-    """Dead dimensions, two equal ones, fewer images than dimensions, one image a class, sure and huge logits."""
+def test_scores_of_degenerate_features_are_finite(name):
+    """Dead and duplicated dimensions, fewer images than dimensions, one image per class, huge logits."""
     rng = np.random.default_rng(0)
     features = np.maximum(rng.normal(size=(9, 16)), 0)
     features[:, 3] = 0
@@ -292,14 +293,14 @@ def test_scores_are_finite_where_features_are_degenerate(name):
     assert np.isfinite(scores).all()
 
 
-def test_sure_images_do_not_tie():
+def test_confident_images_do_not_tie():
     logits = np.array([[40.0, 0, 0], [60.0, 0, 0], [80.0, 0, 0]])
     for name in ("msp", "max_logit", "energy", "softmax_entropy", "odin"):
         score = detector(name).score(np.zeros((3, 1)), logits=logits)
         assert (np.diff(score) < 0).all(), name
 
 
-def test_what_is_missing_or_not_finite_is_named(data):
+def test_missing_and_non_finite_arrays_are_refused(data):
     fit, query, _ = data
     with pytest.raises(ValueError, match="needs labels"):
         detector("mahalanobis").fit(fit["features"])
@@ -307,11 +308,11 @@ def test_what_is_missing_or_not_finite_is_named(data):
         detector("sigma_mean").fit(fit["features"]).score(query["features"])
     broken = query["sigma"].copy()
     broken[3, 1] = np.nan
-    with pytest.raises(ValueError, match="sigma holds numbers that are not finite"):
+    with pytest.raises(ValueError, match="sigma contains values that are not finite"):
         detector("sigma_mean").score(query["features"], sigma=broken)
     for broken in (fit["features"].astype(np.float64) * 1e200, np.ones((5, 3)), np.ones((1, 3))):
         for name in ("mahalanobis_unlabelled", "mahalanobis_relative"):
-            with pytest.raises(ValueError, match="do not vary, or too much"):
+            with pytest.raises(ValueError, match="constant or too large"):
                 detector(name).fit(broken, labels=np.zeros(len(broken)))
     with pytest.raises(ValueError, match="KnnCosine has not been fitted"):
         detector("knn_cosine").score(query["features"])
@@ -319,38 +320,38 @@ def test_what_is_missing_or_not_finite_is_named(data):
         detector("sigma_std").score(query["features"], sigma=query["sigma"][:, :1])
 
 
-def test_what_overflows_is_the_largest_number():
+def test_overflow_becomes_the_largest_float():
     near = np.random.default_rng(0).normal(size=(60, 3))
     scores = detector("knn_euclidean").fit(near).score(np.array([[1.0, 0, 0], [1e200, 0, 0]]))
     assert scores[0] < 10 and scores[1] == np.finfo(np.float64).max
 
 
-@pytest.mark.parametrize(("dims", "kept"), [(40, 20), (768, 512), (2048, 1000)])
-def test_vim_keeps_as_many_directions_as_published(dims, kept):
+@pytest.mark.parametrize(("dims", "removed"), [(40, 20), (768, 512), (2048, 1000)])
+def test_vim_removes_as_many_directions_as_published(dims, removed):
     x = np.random.default_rng(0).normal(size=(20, dims))
-    assert detector("vim").fit(x, logits=x[:, :3]).minor_DR.shape == (dims, dims - kept)
+    assert detector("vim").fit(x, logits=x[:, :3]).minor_DR.shape == (dims, dims - removed)
 
 
-def test_gen_takes_the_100_largest():
+def test_gen_uses_the_100_largest_probabilities():
     logits = np.random.default_rng(0).normal(size=(7, 150))
     p = np.sort(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), axis=1)[:, -100:]
     expected = ((p * (1 - p)) ** 0.1).sum(1)
     np.testing.assert_allclose(detector("gen").score(np.zeros((7, 1)), logits=logits), expected, rtol=1e-9)
 
 
-def test_there_are_as_many_clusters_as_leave_4_d_images_each():
+def test_clusters_have_at_least_4_d_images_on_average():
     x = np.random.default_rng(0).normal(size=(330, 12))
     assert len(detector("kmeans_ssd").fit(x).gaussians) == 330 // 48
     assert len(detector("kmeans_ssd").fit(x[:20]).gaussians) == 1
 
 
-def test_the_given_classifier_is_used_where_a_feature_is_dead_in_training(data):
-    """A weight on a feature that only other images have: it cannot be found from the training images' logits."""
+def test_given_classifier_is_used_for_features_that_are_dead_in_training(data):
+    """The weight of a feature that is 0 for all training images cannot be computed from their logits."""
     fit, query, weight_CD = data
     dead = np.c_[fit["features"], np.zeros(N)], np.c_[query["features"], np.linspace(0, 9, M)]
     weight = np.c_[weight_CD, np.array([3.0, -1, 0, 0])]
     logits = dead[0] @ weight.T
-    given = torch.from_numpy(weight), torch.arange(C).double()
+    given = LinearHead(torch.from_numpy(weight), torch.arange(C).double())
     guessed, react = (
         detector("react_energy", classifier=classifier).fit(dead[0], logits=logits).score(dead[1])
         for classifier in (None, given)
@@ -362,29 +363,34 @@ def test_the_given_classifier_is_used_where_a_feature_is_dead_in_training(data):
     np.testing.assert_allclose(vim.origin_D, -np.linalg.pinv(weight) @ np.arange(C), atol=1e-9)
 
 
-def test_bhattacharyya_over_the_whole_range_of_sigma():
+def bhattacharyya_scores(mu, sigma, mu2, sigma2):
+    fitted = detector("posterior_bhattacharyya").fit(mu2, mu=mu2, sigma=sigma2)
+    return fitted.score(mu, mu=mu, sigma=sigma)
+
+
+@pytest.mark.parametrize("k", [1, 7, 99])
+def test_bhattacharyya_over_the_whole_range_of_sigma(k, monkeypatch):
+    monkeypatch.setattr(label_free, "K_POSTERIORS", k)
     rng = np.random.default_rng(0)
     mu, mu2 = rng.normal(4, 3, (40, 64)), rng.normal(4, 3, (30, 64))
     sigma, sigma2 = (np.exp(rng.uniform(math.log(0.01), math.log(5), (n, 64))) for n in (40, 30))
     table = np.array([[bhattacharyya(*a, *b) for b in zip(mu2, sigma2)] for a in zip(mu, sigma)])
-    for k in (1, 7, 99):
-        found = kth_bhattacharyya(*map(torch.from_numpy, (mu, sigma, mu2, sigma2)), k).numpy()
-        np.testing.assert_allclose(found, np.sort(table, axis=1)[:, min(k, 30) - 1], rtol=1e-9)
+    found = bhattacharyya_scores(mu, sigma, mu2, sigma2)
+    np.testing.assert_allclose(found, np.sort(table, axis=1)[:, min(k, 30) - 1], rtol=1e-9)
 
 
 @pytest.mark.parametrize("dims", [128, 1024])
-def test_bhattacharyya_where_sigma_is_small_beside_mu(dims):
-    """50 tight clusters far from each other: multiplied out in float32 alone, the distances are off by 1 %."""
+def test_bhattacharyya_where_sigma_is_small_compared_with_mu(dims):
+    """50 tight clusters far from each other: with squares expanded in float32, distances would be off by 1 %."""
     rng = np.random.default_rng(0)
-    centre = rng.normal(0, 3, (50, dims))
-    mu, mu2 = (centre[rng.integers(50, size=n)] + 0.02 * rng.normal(size=(n, dims)) for n in (60, 400))
+    center = rng.normal(0, 3, (50, dims))
+    mu, mu2 = (center[rng.integers(50, size=n)] + 0.02 * rng.normal(size=(n, dims)) for n in (60, 400))
     sigma, sigma2 = (0.01 * np.exp(0.2 * rng.normal(size=(n, dims))) for n in (60, 400))
     expected = [sorted(bhattacharyya(*a, *b) for b in zip(mu2, sigma2))[4] for a in zip(mu, sigma)]
-    found = kth_bhattacharyya(*map(torch.from_numpy, (mu, sigma, mu2, sigma2)), 5).numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(bhattacharyya_scores(mu, sigma, mu2, sigma2), expected, rtol=1e-6)
 
 
-def test_the_ridge_grows_only_where_it_must():
+def test_ridge_grows_only_where_needed():
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 5)))
     covariance = fit_gaussian(x).factor_DD @ fit_gaussian(x).factor_DD.T
     np.testing.assert_allclose(covariance, np.cov(x.T.numpy(), bias=True), rtol=1e-11, atol=1e-12)
@@ -392,25 +398,25 @@ def test_the_ridge_grows_only_where_it_must():
     assert torch.isfinite(fit_gaussian(twice).distance(twice)).all()
 
 
-def test_the_linear_map_is_found_again(data):
+def test_minimum_norm_head_reproduces_the_classifier(data):
     fit, _, weight_CD = data
-    found_CD, bias_C = linear_map(torch.tensor(fit["features"]).double(), torch.tensor(fit["logits"]).double())
+    found_CD, bias_C = minimum_norm_head(torch.tensor(fit["features"]).double(), torch.tensor(fit["logits"]).double())
     np.testing.assert_allclose(found_CD, weight_CD, atol=1e-8)
     np.testing.assert_allclose(fit["features"] @ found_CD.numpy().T + bias_C.numpy(), fit["logits"], atol=1e-6)
 
 
-def test_odin_moves_every_pixel_towards_the_guess():
+def test_odin_moves_every_pixel_towards_the_predicted_class():
     torch.manual_seed(0)
     weight = torch.randn(3, 12)
     images, std = torch.randn(5, 3, 2, 2), (0.5, 0.25, 0.2)
-    moved = odin_images(lambda x: x.flatten(1) @ weight.T, images, std)
+    moved = perturb_for_odin(lambda x: x.flatten(1) @ weight.T, images, std)
     logits = images.flatten(1) @ weight.T / 1000
-    slope = weight[logits.argmax(1)] - logits.softmax(1) @ weight  # of log p(guess)
+    slope = weight[logits.argmax(1)] - logits.softmax(1) @ weight  # gradient of log p(predicted class)
     step = 0.0014 * slope.sign().view(5, 3, 2, 2) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(moved - images, step, atol=1e-6, rtol=1e-4)
 
 
-# --- how well scores separate -------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------
 
 
 def scores_with_ties(seed, n=300, m=170):
@@ -443,8 +449,8 @@ def test_metrics_equal_scikit_learns_with_ties(seed):
     assert turned["auroc"] == pytest.approx(1 - found["auroc"], abs=1e-12)
 
 
-def test_metrics_by_hand():
-    """Ten ID scores 0..9; OOD 9.5 twice and 4.5: to find all three, five ID images are called OOD."""
+def test_metrics_of_a_small_example():
+    """Ten ID scores 0..9; OOD 9.5 twice and 4.5: detecting all three misclassifies five ID images as OOD."""
     found = metrics(torch.arange(10), [9.5, 9.5, 4.5])
     assert found["auroc"] == pytest.approx(25 / 30) and found["fpr95_ood_positive"] == 0.5
     assert found["fpr95_id_positive"] == pytest.approx(1 / 3)
@@ -455,12 +461,12 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.parametrize("scores", [([0.0, np.nan], [1.0]), ([0.0], [np.nan]), ([], [1.0]), ([[0.0]], [1.0])])
-def test_scores_that_cannot_be_judged_are_refused(scores):
+def test_invalid_scores_are_refused(scores):
     with pytest.raises(ValueError, match="scores"):
         metrics(*scores)
 
 
-def test_each_resample_is_judged_as_metrics_does():
+def test_bootstrap_metrics_equal_metrics_of_each_resample():
     id_scores, ood_scores = scores_with_ties(0)
     id_rows, ood_rows = resample(len(id_scores), [0, 0]), resample(len(ood_scores), [0, 1])
     assert id_rows.shape == (RESAMPLES, 300) and not np.array_equal(id_rows[0], id_rows[1])

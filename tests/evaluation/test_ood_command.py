@@ -35,7 +35,7 @@ from fastssl.evaluation.runs import Data
 from fastssl.views import eval_transform
 
 PICTURES = evaluate.plots.draw
-Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fits_on() | kind.scores_on())}
+Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fit_arrays() | kind.score_arrays())}
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
     )  # fmt: skip
     encoder = find_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"]))
-    assert result["left_out"]["sigma_std"] == "An embedding of one dimension has no spread of sigma."
+    assert result["left_out"]["sigma_std"] == "An embedding of one dimension has no standard deviation of sigma."
     assert "sigma_mean" in result["detectors"] and "sigma_std" not in result["detectors"]
 
 

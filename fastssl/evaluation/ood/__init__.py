@@ -1,13 +1,24 @@
-"""Out-of-distribution detection: scores of images, how well they separate data sets, and the evaluation of a run.
+"""Out-of-distribution (OOD) detection: scores of images, and how well they separate data sets.
 
-detectors.py    the detectors by name: label_free.py, label_based.py; base.py is what they share
-gaussians.py    covariances in float64; nearest.py the k-th nearest by several distances
-separation.py   AUROC and others of two sets of scores, with resamples
-suites.py       the data sets of an evaluation, OpenOOD's among them
-command.py      the evaluation of a run; pictures.py, table.py what is shown of it
+base.py         Detector, the base class, which checks and converts the arrays that a detector needs
+label_free.py   detectors that need no labels
+label_based.py  detectors that use labels
+detectors.py    the table of detectors by name
+distances.py    Mahalanobis distance and k-th nearest neighbor, shared by several detectors
+separation.py   AUROC and other metrics of two sets of scores, with bootstrap resamples
+suites.py       the data sets of an evaluation, including those of OpenOOD
+evaluate.py     `fastssl eval ood`: the evaluation of a run
+plots.py        its figures
+table.py        its tables
+
+To add a detector:
+1. Write a subclass of `Detector` in label_free.py or label_based.py. The parameters of its `_score`, and of its `_fit`
+   if it has one, name the arrays that it needs. Its docstring has the formula, the source and "Higher is OOD".
+2. Add one line to LABEL_FREE or LABEL_BASED in detectors.py.
+3. Add its formula in NumPy for one image to ORACLES in tests/evaluation/test_ood.py, and a row to docs/ood.md.
 """
 
-from fastssl.evaluation.ood.base import Detector
+from fastssl.evaluation.ood.base import Detector, LinearHead
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, LABEL_FREE, detector
 from fastssl.evaluation.ood.evaluate import evaluate_ood
 from fastssl.evaluation.ood.separation import metrics
@@ -20,6 +31,7 @@ __all__ = [
     "LABEL_FREE",
     "SUITES",
     "Detector",
+    "LinearHead",
     "Sets",
     "detector",
     "evaluate_ood",

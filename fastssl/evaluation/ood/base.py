@@ -1,8 +1,8 @@
-"""What every detector shares: it is fitted on training images once, then scores others; higher means OOD."""
+"""The base class of all detectors."""
 
 import inspect
 from collections.abc import Callable
-from typing import Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,39 +12,59 @@ from torch import Tensor, nn
 from fastssl.evaluation.arrays import as_tensor
 
 
-class Detector:
-    """A score of an image; its direction is a part of its definition, never of test data.
+class LinearHead(NamedTuple):
+    """A linear classifier of the features: logits = weight @ features + bias."""
 
-    A subclass computes in `_fit` and `_score`, whose parameters are the arrays that it needs, given as float64 tensors
-    on `device` (labels int64): features (N, D), labels (N,), logits (N, C), and mu and sigma (N, E) of the stochastic
-    embedding q.
+    weight_CD: Tensor
+    bias_C: Tensor
+
+
+class Detector:
+    """Base class of detectors: fitted to training images once, then gives every image a score, higher meaning OOD.
+
+    A subclass implements `_score`, and `_fit` if it learns from the training images. As with pytest fixtures, the names
+    of their parameters say which arrays they need: `features` (N, D), `labels` (N,), `logits` (N, C), and `mu` and
+    `sigma` (N, E) of the stochastic embedding. They get them as float64 tensors (labels as int64) on `self.device`:
+
+        class MaxLogit(Detector):
+            def _score(self, logits: Tensor) -> Tensor:
+                return -logits.amax(dim=1)
+
+    `fastssl eval ood` reads the same names to leave out detectors whose arrays a run cannot provide.
     """
+
+    # Whether the detector needs the optional package pytorch-ood, or makes sense for supervised encoders only.
+    needs_pytorch_ood: ClassVar[bool] = False
+    needs_supervised_encoder: ClassVar[bool] = False
 
     def __init__(
         self,
         prior: nn.Module | None = None,
-        classifier: tuple[Tensor, Tensor] | None = None,
+        classifier: LinearHead | None = None,
         device: torch.device | str = "cpu",
     ):
-        """As `detector` takes them."""
-        self.prior, self.classifier, self.device = prior, classifier, torch.device(device)
+        """See `detector` for the arguments."""
+        self.prior = prior
+        self.classifier = classifier
+        self.device = torch.device(device)
         self.fitted = False
 
-    def _fit(self) -> None:
-        """Nothing to learn."""
+    # Any: subclasses replace these parameters by the arrays that they need.
+    def _fit(self, *args: Any, **kwargs: Any) -> None:
+        """Learn nothing, by default."""
 
-    def _score(self, **arrays: Tensor) -> Tensor:
+    def _score(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
     @classmethod
-    def fits_on(cls) -> set[str]:
-        """The arrays that `fit` needs."""
-        return _parameters(cls._fit)
+    def fit_arrays(cls) -> set[str]:
+        """Return the names of the arrays that `fit` needs."""
+        return _parameter_names(cls._fit)
 
     @classmethod
-    def scores_on(cls) -> set[str]:
-        """The arrays that `score` needs."""
-        return _parameters(cls._score)
+    def score_arrays(cls) -> set[str]:
+        """Return the names of the arrays that `score` needs."""
+        return _parameter_names(cls._score)
 
     @torch.no_grad()
     def fit(
@@ -55,9 +75,13 @@ class Detector:
         sigma: ArrayLike | Tensor | None = None,
         mu: ArrayLike | Tensor | None = None,
     ) -> Self:
-        """Learn from N training images; ValueError where an array that it needs is missing or not finite."""
+        """Fit the detector to N training images; arrays that it does not need are ignored.
+
+        Raises:
+            ValueError: if an array that it needs is missing or not finite.
+        """
         given = {"features": features, "labels": labels, "logits": logits, "sigma": sigma, "mu": mu}
-        self._fit(**self._needed(given, self.fits_on()))
+        self._fit(**self._select(given, self.fit_arrays()))
         self.fitted = True
         return self
 
@@ -69,30 +93,31 @@ class Detector:
         sigma: ArrayLike | Tensor | None = None,
         mu: ArrayLike | Tensor | None = None,
     ) -> np.ndarray:
-        """(M,) float64, finite: of M images, the higher the more out-of-distribution.
+        """Return the scores (M,) of M images: float64, finite, the higher the more out-of-distribution.
 
-        ValueError where an array that it needs is missing or not finite, or where the training images leave the score
-        undefined.
+        Raises:
+            ValueError: if an array that it needs is missing or not finite, or the score is undefined for an image.
         """
-        if self.fits_on() and not self.fitted:
-            raise ValueError(f"{type(self).__name__} has not been fitted.")
+        if self.fit_arrays() and not self.fitted:
+            raise ValueError(f"{type(self).__name__} has not been fitted: call fit first.")
         given = {"features": features, "logits": logits, "sigma": sigma, "mu": mu}
-        score_M = self._score(**self._needed(given, self.scores_on())).double().cpu().numpy()
+        score_M = self._score(**self._select(given, self.score_arrays())).double().cpu().numpy()
         if np.isnan(score_M).any():
             raise ValueError(f"{type(self).__name__} is undefined for {np.isnan(score_M).sum()} images.")
-        return np.nan_to_num(score_M)  # what overflows becomes the largest number
+        return np.nan_to_num(score_M)  # infinity becomes the largest float64
 
-    def _needed(self, given: dict, names: set[str]) -> dict[str, Tensor]:
-        arrays = {}
+    def _select(self, given: dict[str, ArrayLike | Tensor | None], names: set[str]) -> dict[str, Tensor]:
+        selected = {}
         for name in names:
-            if given[name] is None:
+            array = given[name]
+            if array is None:
                 raise ValueError(f"{type(self).__name__} needs {name}.")
-            array = as_tensor(given[name]).to(self.device)
-            arrays[name] = array.long() if name == "labels" else array.double()
-            if not torch.isfinite(arrays[name]).all():
-                raise ValueError(f"{name} holds numbers that are not finite.")
-        return arrays
+            tensor = as_tensor(array).to(self.device)
+            selected[name] = tensor.long() if name == "labels" else tensor.double()
+            if not torch.isfinite(selected[name]).all():
+                raise ValueError(f"{name} contains values that are not finite.")
+        return selected
 
 
-def _parameters(method: Callable) -> set[str]:
-    return set(inspect.signature(method).parameters) - {"self"}
+def _parameter_names(method: Callable[..., object]) -> set[str]:
+    return set(inspect.signature(method).parameters) - {"self", "args", "kwargs"}

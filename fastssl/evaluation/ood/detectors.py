@@ -1,10 +1,10 @@
-"""The detectors by name."""
+"""The table of detectors by name."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl.evaluation.ood import label_based, label_free
-from fastssl.evaluation.ood.base import Detector
+from fastssl.evaluation.ood.base import Detector, LinearHead
 
 LABEL_FREE: dict[str, type[Detector]] = {
     "sigma_mean": label_free.SigmaMean,
@@ -43,15 +43,22 @@ def detector(
     name: str,
     *,
     prior: nn.Module | None = None,
-    classifier: tuple[Tensor, Tensor] | None = None,
+    classifier: LinearHead | None = None,
     device: torch.device | str = "cpu",
 ) -> Detector:
-    """A detector of DETECTORS, not yet fitted; ValueError for another name.
+    """Create a detector of `DETECTORS` that has not been fitted yet.
 
-    prior: of the stochastic embedding, None for a standard normal; `prior_log_density` and `prior_kl` ask it.
-    classifier: (weight (C, D), bias (C,)) that made the logits; `vim` and `react_energy` ask it, None: they find the
-    smallest one that makes those of the training images, which differs where features are dead there.
+    Args:
+        name: a key of `DETECTORS`.
+        prior: the prior of the stochastic embedding, None for a standard normal; for `prior_log_density`, `prior_kl`.
+        classifier: the classifier that computed the logits; for `vim` and `react_energy`. If None, they compute the
+            minimum-norm classifier that reproduces the logits of the training images, which may differ from it in
+            dimensions that are constant on those images.
+        device: where the scores are computed.
+
+    Raises:
+        ValueError: if there is no detector of this name.
     """
     if name not in DETECTORS:
-        raise ValueError(f"No detector {name!r}; there are {', '.join(DETECTORS)}.")
+        raise ValueError(f"There is no detector {name!r}: choose one of {', '.join(DETECTORS)}.")
     return DETECTORS[name](prior, classifier, device)

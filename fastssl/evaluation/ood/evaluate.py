@@ -26,7 +26,7 @@ from fastssl.evaluation.features import (
 from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
 from fastssl.evaluation.metrics import LEVEL, RESAMPLES
-from fastssl.evaluation.ood import gaussians, label_based, label_free, plots
+from fastssl.evaluation.ood import distances, label_based, label_free, plots
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, detector
 from fastssl.evaluation.ood.separation import bootstrap_metrics, metrics, resample
 from fastssl.evaluation.ood.suites import Sets
@@ -46,9 +46,9 @@ CONSTANTS = {
     "clusters": label_free.CLUSTERS,
     "variance_kept": label_free.VARIANCE_KEPT,
     "gen": [label_based.GEN_GAMMA, label_based.GEN_CLASSES],
-    "react_share": label_based.REACT_SHARE,
+    "react_share": label_based.REACT_PERCENTILE,
     "odin": [label_based.ODIN_TEMPERATURE, label_based.ODIN_STEP],
-    "ridge": gaussians.RIDGE,
+    "ridge": distances.RIDGE,
     "fewest_inverted": FEWEST_INVERTED,
     "resamples": RESAMPLES,
     "features": CACHE_VERSION,
@@ -128,14 +128,14 @@ def unusable(model: Model, label_N: np.ndarray) -> dict[str, str]:
     labelled = label_N.min() >= 0 and len(count_C) > 1 and count_C.max() > 1
     why = {}
     for name, kind in DETECTORS.items():
-        takes = kind.fits_on() | kind.scores_on()
+        takes = kind.fit_arrays() | kind.score_arrays()
         if {"mu", "sigma"} & takes and not len(model.heads):
             why[name] = "the embedding is deterministic"
-        elif name == "knn_supervised" and not supervised:
+        elif kind.needs_supervised_encoder and not supervised:
             why[name] = "the encoder was trained without labels"
         elif not labelled and ("labels" in takes or ("logits" in takes and not supervised)):
             why[name] = "the images fitted on have no labels of two classes"
-        elif name in label_based.FROM_PYTORCH_OOD and label_based.pytorch_ood_version() is None:
+        elif kind.needs_pytorch_ood and label_based.pytorch_ood_version() is None:
             why[name] = "needs pytorch-ood: pip install pytorch-ood"
     return why
 
@@ -214,7 +214,7 @@ def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advan
         for batch in loader:
             with in_fp32(batch.image.device):
                 images = clean(batch.image, batch.height, batch.width)
-                moved = label_based.odin_images(with_gradients, images, views.std)
+                moved = label_based.perturb_for_odin(with_gradients, images, views.std)
                 with torch.no_grad():
                     logits = with_gradients(moved)
             features = Features(kept(logits, batch), kept(batch.label, batch), kept(batch.index, batch))

@@ -1,42 +1,46 @@
-"""Detectors that need labels: of a linear classifier's logits, or of the classes' places among the features.
+"""Detectors that use labels: through the logits of a linear classifier, or through the class means of the features.
 
-Orientation is part of each definition: a higher score means more out-of-distribution. logits (N, C) are those of a
-linear classifier of the features, whose weights `vim` and `react_energy` need too.
+A higher score always means more out-of-distribution (OOD). `logits` (N, C) are those of a linear classifier of the
+features.
 
-KL matching, ReAct and ODIN's perturbation are pytorch-ood's. The others are not: its 0.4.0 clips probabilities at 1e-7
-(GEN, entropy) or rounds them to 1 (MSP), so that sure images tie, and takes covariances in float32 with an absolute
-ridge (Mahalanobis, ViM) or undivided by N (relative Mahalanobis). (In float64, KL matching ties no sooner than p is 0.)
+KL matching, ReAct and ODIN's perturbation come from pytorch-ood. The other scores of its version 0.4.0 are less exact:
+it clips probabilities at 1e-7 (GEN, entropy) or rounds them to 1 (MSP), so confident images tie, and it computes
+covariances in float32 with an absolute ridge (Mahalanobis, ViM) or does not divide them by N (relative Mahalanobis).
+(In float64, its KL matching ties only where a probability is 0.)
 """
 
 import importlib.metadata
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.ood.base import Detector
-from fastssl.evaluation.ood.gaussians import fit_gaussian
+from fastssl.evaluation.ood.base import Detector, LinearHead
+from fastssl.evaluation.ood.distances import fit_gaussian, kth_smallest
 from fastssl.evaluation.ood.label_free import KnnCosine
-from fastssl.evaluation.ood.nearest import kth_smallest
 
-GEN_GAMMA, GEN_CLASSES = 0.1, 100
-REACT_SHARE = 0.9
-ODIN_TEMPERATURE, ODIN_STEP = 1000.0, 0.0014  # the step in shares of the pixels' range
-FROM_PYTORCH_OOD = ("kl_matching", "odin", "react_energy")
+# The published settings.
+GEN_GAMMA = 0.1
+GEN_CLASSES = 100
+REACT_PERCENTILE = 0.9
+ODIN_TEMPERATURE = 1000.0
+ODIN_STEP = 0.0014  # relative to the range of the pixels
 
 
 class MSP(Detector):
     """log((1 - p) / p), p the largest softmax probability. Higher is OOD.
 
-    Orders as the usual 1 - p (Hendrycks and Gimpel, arXiv 1610.02136), also where p is 1 to rounding.
+    It gives the same order as the usual 1 - p (Hendrycks and Gimpel, arXiv 1610.02136), also where p rounds to 1.
     """
 
     def _score(self, logits: Tensor) -> Tensor:
-        top_M, guess_M = logits.max(dim=1)
-        others_MC = logits.scatter(1, guess_M[:, None], -math.inf)
-        return others_MC.logsumexp(dim=1) - top_M
+        largest_M, class_M = logits.max(dim=1)
+        others_MC = logits.scatter(1, class_M[:, None], -math.inf)
+        return others_MC.logsumexp(dim=1) - largest_M
 
 
 class MaxLogit(Detector):
@@ -71,24 +75,28 @@ class GEN(Detector):
 
 
 class KLMatching(Detector):
-    """min_k KL(p || d_k), d_k the mean p of training images that are guessed as class k. Higher is OOD.
+    """min_k KL(p || d_k), d_k the mean p of the training images that are predicted as class k. Higher is OOD.
 
-    Hendrycks et al., arXiv 1911.11132, by pytorch-ood.
+    Hendrycks et al., arXiv 1911.11132, as implemented in pytorch-ood.
     """
 
+    needs_pytorch_ood = True
+
     def _fit(self, logits: Tensor) -> None:
-        self.theirs = pytorch_ood_detectors("kl_matching").KLMatching(None).fit_logits(logits)
+        self.kl_matching = import_pytorch_ood("kl_matching").KLMatching(None).fit_logits(logits)
 
     def _score(self, logits: Tensor) -> Tensor:
-        return self.theirs.predict_logits(logits)
+        return self.kl_matching.predict_logits(logits)
 
 
 class ODIN(Detector):
     """-max_c softmax(logit / 1000)_c of the perturbed image (Liang et al., arXiv 1706.02690). Higher is OOD.
 
-    logits: of images moved by `odin_images` towards their own guess; those of the images as they are give the
-    temperature alone.
+    Its `logits` are those of images that `perturb_for_odin` moved towards their predicted class. With those of the
+    original images only the temperature has an effect.
     """
+
+    needs_pytorch_ood = True
 
     def _score(self, logits: Tensor) -> Tensor:
         return -(logits / ODIN_TEMPERATURE).softmax(dim=1).amax(dim=1)
@@ -97,7 +105,7 @@ class ODIN(Detector):
 class Mahalanobis(Detector):
     """Squared Mahalanobis distance to the nearest class, one covariance for all (Lee et al., arXiv 1807.03888).
 
-    Higher is OOD. On h alone: without their sum over layers and input perturbation.
+    Higher is OOD. Computed on h only, without the paper's sum over layers and its input perturbation.
     """
 
     def _fit(self, features: Tensor, labels: Tensor) -> None:
@@ -114,7 +122,10 @@ class Mahalanobis(Detector):
 
 
 class MahalanobisRelative(Mahalanobis):
-    """Mahalanobis less the distance to one Gaussian fitted to all (Ren et al., arXiv 2106.09022). Higher is OOD."""
+    """`Mahalanobis` minus the distance to one Gaussian fitted to all images (Ren et al., arXiv 2106.09022).
+
+    Higher is OOD.
+    """
 
     def _fit(self, features: Tensor, labels: Tensor) -> None:
         super()._fit(features, labels)
@@ -127,20 +138,21 @@ class MahalanobisRelative(Mahalanobis):
 class ViM(Detector):
     """alpha |residual of h| - log sum_c exp(logit_c) (Wang et al., arXiv 2203.10807). Higher is OOD.
 
-    The residual is what the first principal directions around the origin o = -W^+ b leave of h: 1,000 of them from
-    2,048 dimensions on and 512 from 768 on, as theirs, and half of fewer, where theirs would leave nothing. alpha makes
-    its mean length over the training images the mean largest logit.
+    The residual is what remains of h without its first principal directions around the origin o = -W^+ b: 1,000 of them
+    for D >= 2048 and 512 for D >= 768, as published; D / 2 below, where 512 would leave nothing. alpha scales the mean
+    length of the residual to the mean largest logit, both over the training images.
     """
 
     def _fit(self, features: Tensor, logits: Tensor) -> None:
-        weight_CD, bias_C = self.classifier or linear_map(features, logits)
+        weight_CD, bias_C = self.classifier or minimum_norm_head(features, logits)
         dims = features.shape[1]
-        kept = 1000 if dims >= 2048 else 512 if dims >= 768 else dims // 2
+        removed = 1000 if dims >= 2048 else 512 if dims >= 768 else dims // 2
         self.origin_D = -torch.linalg.pinv(weight_CD) @ bias_C
-        centred_ND = features - self.origin_D
-        axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / len(features)).eigenvectors  # by ascending variance
-        self.minor_DR = axes_DD[:, : dims - kept]
-        residual_N = torch.linalg.vector_norm(centred_ND @ self.minor_DR, dim=1)
+        centered_ND = features - self.origin_D
+        # eigh sorts by ascending variance, so the principal directions are the last ones.
+        axes_DD = torch.linalg.eigh(centered_ND.T @ centered_ND / len(features)).eigenvectors
+        self.minor_DR = axes_DD[:, : dims - removed]
+        residual_N = torch.linalg.vector_norm(centered_ND @ self.minor_DR, dim=1)
         self.alpha = logits.amax(dim=1).mean() / residual_N.mean().clamp(min=torch.finfo(features.dtype).tiny)
 
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -149,58 +161,67 @@ class ViM(Detector):
 
 
 class ReActEnergy(Detector):
-    """The energy of what the classifier makes of h, cut off above the 90th percentile of all training activations.
+    """Energy of the logits after h is clipped at the 90th percentile of all training activations. Higher is OOD.
 
-    Sun et al., arXiv 2111.12797, by pytorch-ood. Higher is OOD.
+    Sun et al., arXiv 2111.12797, as implemented in pytorch-ood.
     """
 
+    needs_pytorch_ood = True
+
     def _fit(self, features: Tensor, logits: Tensor) -> None:
-        weight_CD, bias_C = self.classifier or linear_map(features, logits)
-        react = pytorch_ood_detectors("react_energy").ReAct(
-            backbone=None, head=lambda h_MD: F.linear(h_MD, weight_CD, bias_C), percentile=REACT_SHARE
+        weight_CD, bias_C = self.classifier or minimum_norm_head(features, logits)
+        react = import_pytorch_ood("react_energy").ReAct(
+            backbone=None, head=lambda h_MD: F.linear(h_MD, weight_CD, bias_C), percentile=REACT_PERCENTILE
         )
-        self.theirs = react.fit_feature_maps(features, features.new_zeros(len(features)))
+        self.react = react.fit_feature_maps(features, features.new_zeros(len(features)))
 
     def _score(self, features: Tensor) -> Tensor:
-        return self.theirs.predict_feature_maps(features)
+        return self.react.predict_feature_maps(features)
 
 
 class KnnSupervised(KnnCosine):
-    """knn_cosine of an encoder that was trained with labels, as in Sun et al., arXiv 2204.06507. Higher is OOD."""
+    """`knn_cosine` for an encoder that was trained with labels, as in Sun et al., arXiv 2204.06507. Higher is OOD."""
+
+    needs_supervised_encoder = True
 
 
-def linear_map(features_ND: Tensor, logits_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight (C, D), bias (C,)) with logits = weight @ features + bias: the smallest that fit best."""
+def minimum_norm_head(features_ND: Tensor, logits_NC: Tensor) -> LinearHead:
+    """Return the minimum-norm least-squares solution of logits = weight @ features + bias."""
     mean_D = features_ND.mean(dim=0)
-    one_more = torch.cat([features_ND - mean_D, torch.ones_like(features_ND[:, :1])], dim=1)
-    # gelsy finds the rank itself, so dead features do no harm; there is none on a GPU.
-    solution = torch.linalg.lstsq(one_more.cpu(), logits_NC.cpu(), driver="gelsy").solution.to(features_ND.device)
-    weight_CD, bias_C = solution[:-1].T, solution[-1]
-    return weight_CD, bias_C - weight_CD @ mean_D
+    with_ones = torch.cat([features_ND - mean_D, torch.ones_like(features_ND[:, :1])], dim=1)
+    # The driver gelsy handles features of deficient rank (dead dimensions), but exists on the CPU only.
+    solution = torch.linalg.lstsq(with_ones.cpu(), logits_NC.cpu(), driver="gelsy").solution.to(features_ND.device)
+    weight_CD = solution[:-1].T
+    return LinearHead(weight_CD, solution[-1] - weight_CD @ mean_D)
 
 
-def odin_images(model, images: Tensor, std: tuple[float, ...]) -> Tensor:
-    """ODIN's perturbed images, normalised (B, 3, size, size) as given: 0.0014 of the pixels' range towards the guess.
+def perturb_for_odin(model: Callable[[Tensor], Tensor], images: Tensor, std: tuple[float, ...]) -> Tensor:
+    """Move normalized images (B, 3, size, size) by 0.0014 of the pixel range towards their predicted class.
 
-    model: images to logits, with gradients. By pytorch-ood.
+    model: computes logits from images, with gradients. std: the standard deviations by which images were normalized.
     """
-    return pytorch_ood_detectors("odin").odin.odin_preprocessing(
+    return import_pytorch_ood("odin").odin.odin_preprocessing(
         model, images, eps=ODIN_STEP, temperature=ODIN_TEMPERATURE, norm_std=list(std)
     )
 
 
 def pytorch_ood_version() -> str | None:
-    """None where the package is missing."""
+    """Return the version of pytorch-ood, or None if it is not installed."""
     try:
         return importlib.metadata.version("pytorch-ood")
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def pytorch_ood_detectors(name: str):
-    """The module pytorch_ood.detector; UserError where the package is missing."""
+def import_pytorch_ood(detector_name: str) -> ModuleType:
+    """Import and return pytorch_ood.detector.
+
+    Raises:
+        UserError: if pytorch-ood is not installed.
+    """
     if pytorch_ood_version() is None:
-        raise UserError(f"The detector {name} comes from the package pytorch-ood: pip install pytorch-ood")
-    import pytorch_ood.detector  # here, as it takes a second
+        raise UserError(f"The detector {detector_name} needs the package pytorch-ood: pip install pytorch-ood")
+    # Imported here because it takes a second.
+    import pytorch_ood.detector
 
     return pytorch_ood.detector

@@ -1,6 +1,6 @@
-"""Detectors that need no label: of the stochastic embedding q = N(mu, diag sigma^2), and of the representation h.
+"""Detectors without labels: scores of the stochastic embedding q = N(mu, diag(sigma^2)) or of the representation h.
 
-Orientation is part of each definition: a higher score means more out-of-distribution.
+A higher score always means more out-of-distribution (OOD).
 """
 
 import math
@@ -12,38 +12,40 @@ from torch import Tensor, nn
 
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.evaluation.ood.base import Detector
-from fastssl.evaluation.ood.gaussians import fit_gaussian
-from fastssl.evaluation.ood.nearest import kth_bhattacharyya, kth_kl, kth_smallest
+from fastssl.evaluation.ood.distances import fit_gaussian, kth_smallest
 from fastssl.models import StandardNormal
 
-K = 50  # nearest training images: of CIFAR-10 in Sun et al., arXiv 2204.06507
-POSTERIORS, K_POSTERIORS = 1_000, 5  # a random part of the training posteriors: as near to it as the 50th of 10,000
+K = 50  # nearest training image of the kNN detectors: the value of Sun et al. (arXiv 2204.06507) for CIFAR-10
+# Training posteriors are sampled: the 5th nearest of 1,000 is about as near as the 50th of 10,000.
+POSTERIORS = 1_000
+K_POSTERIORS = 5
 DRAWS = 16
 CLUSTERS = 10
 VARIANCE_KEPT = 0.95
-CHUNK_ELEMENTS = 1 << 22  # of draws that are held at a time: 32 MiB of float64, and a mixture ten times that
+CHUNK_ELEMENTS = 1 << 22  # draws held at a time: 32 MiB of float64; a mixture needs ten times that
+PAIR_ELEMENTS = 1 << 19  # (image, posterior, dimension) triples at a time: 4 MiB of float64, which fits into a cache
 
 
 class SigmaMean(Detector):
-    """mean_d sigma_d. Higher is OOD: the encoder is less sure of the embedding (arXiv 2310.18080)."""
+    """Mean of sigma over dimensions. Higher is OOD: the embedding is more uncertain (arXiv 2310.18080)."""
 
     def _score(self, sigma: Tensor) -> Tensor:
         return sigma.mean(dim=1)
 
 
 class SigmaStd(Detector):
-    """Standard deviation over the dimensions of sigma_d (n - 1). Higher is OOD: the sureness is spread unevenly."""
+    """Standard deviation (n - 1) of sigma over dimensions. Higher is OOD: the uncertainty varies between dimensions."""
 
     def _score(self, sigma: Tensor) -> Tensor:
         if sigma.shape[1] < 2:
-            raise ValueError("An embedding of one dimension has no spread of sigma.")
+            raise ValueError("An embedding of one dimension has no standard deviation of sigma.")
         return sigma.std(dim=1)
 
 
 class QEntropy(Detector):
-    """Differential entropy of q in nats: sum_d 1/2 log(2 pi e sigma_d^2). Higher is OOD, as for sigma_mean.
+    """Differential entropy of q in nats: sum_d 1/2 log(2 pi e sigma_d^2). Higher is OOD, as for `sigma_mean`.
 
-    The log of the volume that q fills: dimensions with a small sigma weigh as much as those with a large one.
+    Relative changes of sigma count equally in all dimensions, whether sigma is small or large there.
     """
 
     def _score(self, sigma: Tensor) -> Tensor:
@@ -51,17 +53,18 @@ class QEntropy(Detector):
 
 
 class PriorLogDensity(Detector):
-    """-log p(mu) in nats, p the prior that the run was trained with. Higher is OOD: an unlikely place."""
+    """-log p(mu) in nats, p the prior of the run. Higher is OOD: mu lies in a low-density region of the prior."""
 
     def _score(self, mu: Tensor) -> Tensor:
         prior = self.prior or StandardNormal()
-        return torch.cat([-mean_log_density(prior, mu_BE[None]) for mu_BE in mu.split(rows_of(1, mu))])
+        return torch.cat([-mean_log_density(prior, mu_BE[None]) for mu_BE in mu.split(chunk_rows(1, mu))])
 
 
 class PriorKL(Detector):
-    """KL(q || p) in nats, p the run's prior. Higher is OOD: training pulls the embeddings of what it sees towards p.
+    """KL(q || p) in nats, p the prior of the run. Higher is OOD: training pulls training images, not others, towards p.
 
-    Closed for a standard normal, else the mean over 16 draws of log q - log p, the same noise for every image.
+    In closed form for a standard normal prior, otherwise the mean of log q - log p over 16 draws, with the same noise
+    for every image.
     """
 
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -69,50 +72,75 @@ class PriorKL(Detector):
             return 0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log()).sum(dim=1)
         noise_SE = common_noise(mu)
         log_q_S = -0.5 * (noise_SE**2 + math.log(2 * math.pi)).sum(dim=1)
-        found = []
-        for mu_BE, sigma_BE in zip(mu.split(rows_of(DRAWS, mu)), sigma.split(rows_of(DRAWS, mu))):
+        scores = []
+        rows = chunk_rows(DRAWS, mu)
+        for mu_BE, sigma_BE in zip(mu.split(rows), sigma.split(rows)):
             x_SBE = mu_BE + sigma_BE * noise_SE[:, None]
-            found.append(log_q_S.mean() - sigma_BE.log().sum(dim=1) - mean_log_density(self.prior, x_SBE))
-        return torch.cat(found)
+            scores.append(log_q_S.mean() - sigma_BE.log().sum(dim=1) - mean_log_density(self.prior, x_SBE))
+        return torch.cat(scores)
 
 
 class PosteriorKL(Detector):
-    """KL(q || q_n) to the 5th nearest of 1,000 random training posteriors q_n, in nats. Higher is OOD."""
+    """KL(q || q_n) in nats to the 5th nearest of 1,000 random training posteriors q_n. Higher is OOD."""
 
     def _fit(self, mu: Tensor, sigma: Tensor) -> None:
-        self.bank = some_posteriors(mu, sigma)
+        rows = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:POSTERIORS].to(mu.device)
+        # KL and Bhattacharyya distance do not change when all means are shifted, and small means lose fewer digits.
+        self.center_E = mu[rows].mean(dim=0)
+        self.mu_NE = mu[rows] - self.center_E
+        self.sigma_NE = sigma[rows]
 
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        return kth_kl(mu, sigma, *self.bank, K_POSTERIORS)
+        # sum((sigma^2 + (mu - mu_n)^2) / sigma_n^2 + log(sigma_n^2 / sigma^2) - 1) / 2, with the square expanded, so
+        # that the terms which depend on both q and q_n become one matrix product.
+        mu_ME = mu - self.center_E
+        precision_NE = self.sigma_NE**-2
+        query_MK = torch.cat([sigma**2 + mu_ME**2, mu_ME], dim=1)
+        bank_NK = torch.cat([precision_NE, -2 * self.mu_NE * precision_NE], dim=1)
+        offset_N = (self.mu_NE**2 * precision_NE).sum(dim=1) + 2 * self.sigma_NE.log().sum(dim=1)
+        smallest_M = kth_smallest(query_MK, bank_NK, offset_N, K_POSTERIORS)
+        return 0.5 * (smallest_M - 2 * sigma.log().sum(dim=1) - mu.shape[1])
 
 
 class PosteriorBhattacharyya(PosteriorKL):
-    """Bhattacharyya distance -log integral sqrt(q q_n) in place of the KL. Higher is OOD."""
+    """Bhattacharyya distance -log integral sqrt(q q_n) in place of the KL divergence. Higher is OOD."""
 
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        return kth_bhattacharyya(mu, sigma, *self.bank, K_POSTERIORS)
+        # With s = sigma^2 + sigma_n^2: sum((mu - mu_n)^2 / (4 s) + log(s / (2 sigma sigma_n)) / 2). This is not a
+        # matrix product, because the divisor depends on both q and q_n.
+        variance_NE = self.sigma_NE**2
+        log_sigma_N = self.sigma_NE.log().sum(dim=1)
+        rows = max(1, PAIR_ELEMENTS // self.mu_NE.numel())
+        scores = []
+        for mu_BE, sigma_BE in zip((mu - self.center_E).split(rows), sigma.split(rows)):
+            s_BNE = sigma_BE[:, None] ** 2 + variance_NE
+            terms_BNE = (mu_BE[:, None] - self.mu_NE) ** 2 / (4 * s_BNE) + 0.5 * (s_BNE / 2).log()
+            distance_BN = terms_BNE.sum(dim=2) - 0.5 * (sigma_BE.log().sum(dim=1)[:, None] + log_sigma_N)
+            scores.append(distance_BN.kthvalue(min(K_POSTERIORS, len(self.mu_NE)), dim=1).values)
+        return torch.cat(scores)
 
 
 class DrawsDisagreement(Detector):
-    """1 - |mean of 16 draws from q, each of length 1|^2, from 0 to 1. Higher is OOD: the draws point apart.
+    """1 - |mean of 16 draws from q, each scaled to length 1|^2, 0 to 1. Higher is OOD: the directions differ more.
 
-    Where sigma_mean is on the scale of the embedding, this is sigma against the length of mu. Every image gets the same
-    noise, so that scores differ by q alone.
+    Unlike `sigma_mean`, it measures sigma relative to the length of mu. The noise is the same for every image, so
+    scores differ only because q does.
     """
 
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
         noise_SE = common_noise(mu)
-        found = []
-        for mu_BE, sigma_BE in zip(mu.split(rows_of(DRAWS, mu)), sigma.split(rows_of(DRAWS, mu))):
+        scores = []
+        rows = chunk_rows(DRAWS, mu)
+        for mu_BE, sigma_BE in zip(mu.split(rows), sigma.split(rows)):
             draw_SBE = F.normalize(mu_BE + sigma_BE * noise_SE[:, None], dim=2)
-            found.append(1 - draw_SBE.mean(dim=0).square().sum(dim=1))
-        return torch.cat(found)
+            scores.append(1 - draw_SBE.mean(dim=0).square().sum(dim=1))
+        return torch.cat(scores)
 
 
 class ViewsDisagreement(Detector):
-    """1 - cosine of h of two augmented views, from 0 to 2. Higher is OOD: what training made alike differs.
+    """1 - cosine similarity of h of two augmented views, 0 to 2. Higher is OOD: the encoder is not invariant there.
 
-    features (M, 2, D): h of both training views of each image.
+    Its `features` (M, 2, D) are h of both views of each image.
     """
 
     def _score(self, features: Tensor) -> Tensor:
@@ -120,10 +148,10 @@ class ViewsDisagreement(Detector):
 
 
 class KnnCosine(Detector):
-    """1 - cosine of h to the 50th nearest training image. Higher is OOD.
+    """1 - cosine similarity of h to the 50th nearest training image. Higher is OOD.
 
-    Deep nearest neighbours (Sun et al., arXiv 2204.06507): there the Euclidean distance of features of length 1, which
-    orders the same.
+    Deep nearest neighbors (Sun et al., arXiv 2204.06507), who use the Euclidean distance of features of length 1, which
+    gives the same order.
     """
 
     def _fit(self, features: Tensor) -> None:
@@ -138,11 +166,12 @@ class KnnEuclidean(Detector):
     """Euclidean distance of h to the 50th nearest training image. Higher is OOD."""
 
     def _fit(self, features: Tensor) -> None:
-        self.centre_D = features.mean(dim=0)  # distances stay, and less cancels
-        self.bank_ND = features - self.centre_D
+        # Centering does not change distances, and small features lose fewer digits when the square is expanded.
+        self.center_D = features.mean(dim=0)
+        self.bank_ND = features - self.center_D
 
     def _score(self, features: Tensor) -> Tensor:
-        query_MD = features - self.centre_D
+        query_MD = features - self.center_D
         square_M = kth_smallest(-2 * query_MD, self.bank_ND, self.bank_ND.square().sum(dim=1), K)
         return (square_M + query_MD.square().sum(dim=1)).clamp(min=0).sqrt()
 
@@ -150,7 +179,7 @@ class KnnEuclidean(Detector):
 class MahalanobisUnlabelled(Detector):
     """Squared Mahalanobis distance of h to one Gaussian fitted to all training images. Higher is OOD.
 
-    The background term of Ren et al., arXiv 2106.09022; SSD (below) with a single cluster.
+    The background term of Ren et al., arXiv 2106.09022; `kmeans_ssd` with a single cluster.
     """
 
     def _fit(self, features: Tensor) -> None:
@@ -161,17 +190,17 @@ class MahalanobisUnlabelled(Detector):
 
 
 class KMeansSSD(Detector):
-    """Squared Mahalanobis distance to the nearest of up to 10 clusters of h at length 1, each with its own covariance.
+    """Squared Mahalanobis distance of h / |h| to the nearest of up to 10 clusters, each with its own covariance.
 
-    Higher is OOD. SSD (Sehwag et al., arXiv 2103.12051): k-means on normalised features of an encoder trained without
-    labels. There are fewer clusters where they would have fewer than 4 D images each.
+    Higher is OOD. SSD (Sehwag et al., arXiv 2103.12051): k-means on normalized features of an encoder trained without
+    labels. The number of clusters is reduced so that they have at least 4 D images on average.
     """
 
     def _fit(self, features: Tensor) -> None:
         unit_ND = F.normalize(features, dim=1)
         count = min(CLUSTERS, max(1, len(unit_ND) // (4 * unit_ND.shape[1])))
-        cluster_N = KMeans(count, n_init=1, random_state=0).fit_predict(unit_ND.cpu().numpy())
-        cluster_N = torch.from_numpy(cluster_N).to(unit_ND.device)
+        kmeans = KMeans(count, n_init=1, random_state=0)
+        cluster_N = torch.from_numpy(kmeans.fit_predict(unit_ND.cpu().numpy())).to(unit_ND.device)
         parts = [unit_ND[cluster_N == cluster] for cluster in cluster_N.unique()]
         self.gaussians = [fit_gaussian(part) for part in parts if len(part) > 1]
 
@@ -181,15 +210,16 @@ class KMeansSSD(Detector):
 
 
 class PCAResidual(Detector):
-    """Length of what the principal components with 95 % of the training variance leave of h. Higher is OOD.
+    """Length of h without the principal components that hold 95 % of the training variance. Higher is OOD.
 
-    The residual of ViM (Wang et al., arXiv 2203.10807) around the mean, without its logits.
+    The residual of ViM (Wang et al., arXiv 2203.10807), but around the mean, and without the logits.
     """
 
     def _fit(self, features: Tensor) -> None:
         self.mean_D = features.mean(dim=0)
         deviation_ND = features - self.mean_D
-        variance_D, axes_DD = torch.linalg.eigh(deviation_ND.T @ deviation_ND / len(features))  # ascending
+        # eigh sorts by ascending variance.
+        variance_D, axes_DD = torch.linalg.eigh(deviation_ND.T @ deviation_ND / len(features))
         share_D = variance_D.clamp(min=0).cumsum(dim=0) / variance_D.clamp(min=0).sum().clamp(min=1e-300)
         self.minor_DR = axes_DD[:, share_D <= 1 - VARIANCE_KEPT]
 
@@ -198,23 +228,18 @@ class PCAResidual(Detector):
 
 
 def common_noise(mu_ME: Tensor) -> Tensor:
-    """(S, E) standard normal draws, the same for every image."""
+    """Return standard normal draws (S, E) that are shared by all images."""
     image_1 = torch.zeros(1, dtype=torch.int64, device=mu_ME.device)
     return normals(0, 0, image_1, 0, DRAWS, mu_ME.shape[1], NOISE_EVALUATION)[:, 0].double()
 
 
-def rows_of(draws: int, mu_ME: Tensor) -> int:
-    """Images whose draws are held at a time."""
+def chunk_rows(draws: int, mu_ME: Tensor) -> int:
+    """Return the number of images whose draws are held at a time."""
     return max(1, CHUNK_ELEMENTS // (draws * mu_ME.shape[1]))
 
 
 def mean_log_density(prior: nn.Module, x_SBE: Tensor) -> Tensor:
-    """(B,): mean over draws of log p(x); a mixture in mode "reference" has taken it already."""
-    log_p = prior.log_prob(x_SBE)
+    """Return the mean over draws of log p(x), (B,)."""
+    log_p: Tensor = prior.log_prob(x_SBE)  # type: ignore[operator]
+    # In the mixture's mode "reference", log_prob returns (B,): it averages over the draws itself.
     return log_p.mean(dim=0) if log_p.ndim == 2 else log_p
-
-
-def some_posteriors(mu_NE: Tensor, sigma_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """Of at most 1,000 training images, drawn with a fixed seed."""
-    drawn = torch.randperm(len(mu_NE), generator=torch.Generator().manual_seed(0))[:POSTERIORS].to(mu_NE.device)
-    return mu_NE[drawn], sigma_NE[drawn]
