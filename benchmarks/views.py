@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastssl.recipe import PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews
-from fastssl.views.paired import portable_views
+from fastssl.views.paired import torch_views
 from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 CANVAS, SIZE = 256, 224
@@ -56,7 +56,7 @@ def chains(image: Tensor) -> dict[str, Callable]:
 
     def portable() -> Tensor:
         u_NU = draw_uniforms(0, epoch, index)
-        return portable_views(image, views._boxes(u_NU, image, height, width), draw_parameters(u_NU, RECIPE), RECIPE)
+        return torch_views(image, views.crop_boxes(u_NU, image, height, width), draw_parameters(u_NU, RECIPE), RECIPE)
 
     table = {
         "ours, torch operations, eager": portable,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import BetonInfo, read_names, read_samples
-from fastssl.common.geometry import NUMBERS, crop_box, eval_box
+from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
 
@@ -84,7 +84,7 @@ class Samples(NamedTuple):
         )
         box_BV4 = torch.empty(len(rows), count, 4, dtype=torch.float64)
         for view in range(count):
-            u_BN = uniforms(seed, epoch, index_B, view, NUMBERS, AUGMENTATION)
+            u_BN = uniforms(seed, epoch, index_B, view, UNIFORMS_PER_BOX, AUGMENTATION)
             box_BV4[:, view] = crop_box(u_BN, height_B, width_B, views.scale, views.ratio)
         return self._in_stored_pixels(box_BV4, rows)
 

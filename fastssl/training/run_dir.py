@@ -23,7 +23,7 @@ from fastssl.common.files import write_atomically
 from fastssl.common.system import cpu_name, total_memory
 from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints
 from fastssl.recipe import Recipe
-from fastssl.views.paired import unnormalize
+from fastssl.views.operations import unnormalize
 
 IMAGES_SHOWN = 16  # in views.png
 LOCK = ".lock"

@@ -21,7 +21,7 @@ from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 _pool: ThreadPoolExecutor | None = None
 
 
-def make_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
+def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
     """(N, 3, size, size) float32, normalised: one view each, or both (N = 2 B, the first ones first).
 
     image uint8: (B, H, W, 3) with boxes in its pixels, or (B, N / B, size, size, 3), already cropped.
@@ -64,7 +64,7 @@ def _make_views(
     n = take(counter)
     while n < len(out):
         x = out[n]
-        _crop_resize(source[n % len(source)], box_N4[n], flip_N[n], x, line)
+        _resize_to_planes(source[n % len(source)], box_N4[n], flip_N[n], x, line)
         red, green, blue = x[0].reshape(-1), x[1].reshape(-1), x[2].reshape(-1)
         if jitter_N[n]:
             for stage in range(4):
@@ -87,8 +87,8 @@ def _make_views(
 
 
 @_kernel
-def _crop_resize(pixels_HWC, box, flip, out_CSS, line):
-    """As beton.resize.crop_resize, to planes of floats in [0, 1]."""
+def _resize_to_planes(pixels_HWC, box, flip, out_CSS, line):
+    """Like beton.resize.resize_box, but to planes of floats in [0, 1], mirrored where `flip`."""
     size = out_CSS.shape[1]
     top, left, height, width = box
     first_Y, weight_YK = resize_weights(top, height, size, pixels_HWC.shape[0])

@@ -1,37 +1,98 @@
-"""The augmentation's operations: pure functions of pixels in [0, 1] and per-sample parameters.
+"""The operations of the augmentation: pure functions of pixels and per-sample parameters, in torch operations.
 
-Each one equals torchvision's function of the same name, applied to each sample with its own parameters.
-Images are (N, 3, H, W) float32, RGB.
+Each one equals torchvision's function of the same name, applied to each sample with its own parameters. After the crop,
+images are (N, 3, H, W) float32 RGB in [0, 1].
 """
+
+import math
+from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastssl.recipe import ViewsConfig
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE
 
-BLUR_RADIUS = 6
-LUMA = (0.2989, 0.587, 0.114)  # red, green, blue, as torchvision weighs them (ITU-R 601)
+BLUR_RADIUS = 6  # pixels
+LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue, as in torchvision (ITU-R 601)
 SOLARIZE_THRESHOLD = 128 / 255
 
 
+def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int) -> Tensor:
+    """Cut N boxes out of B images and resize each to a square.
+
+    Bilinear, antialiased along an axis that shrinks: a triangle filter of radius max(1, length / size) pixels, cut off
+    at the box and normalized, which is the antialiased filter of Pillow and torchvision after a crop. Along each axis
+    the same number of pixels is gathered for every output position, some with weight 0.
+
+    Args:
+        image_BHWC: (B, H, W, 3), any number type.
+        image_index_N: the image that each box belongs to.
+        box_N4: top, left, height, width in pixels of the image; may be fractional. Pixels that a box touches count.
+        flip_N: bool, True mirrors the result left to right.
+
+    Returns:
+        (N, 3, size, size) float32 in the range of the images.
+    """
+    top_N, left_N, height_N, width_N = box_N4.float().unbind(1)
+    y_NSK, weight_y_NSK = _taps(top_N, height_N, torch.zeros_like(flip_N), image_BHWC.shape[1], size)
+    x_NSK, weight_x_NSK = _taps(left_N, width_N, flip_N, image_BHWC.shape[2], size)
+    rows_NSWC = _sum(
+        weight[:, :, None, None] * image_BHWC[image_index_N[:, None], y]
+        for y, weight in zip(y_NSK.unbind(2), weight_y_NSK.unbind(2))
+    )
+    n = torch.arange(len(image_index_N), device=image_index_N.device)[:, None, None]
+    row = torch.arange(size, device=image_index_N.device)[None, :, None]
+    out_NSSC = _sum(
+        weight[:, None, :, None] * rows_NSWC[n, row, x[:, None]]
+        for x, weight in zip(x_NSK.unbind(2), weight_x_NSK.unbind(2))
+    )
+    return out_NSSC.permute(0, 3, 1, 2)
+
+
+def _taps(start_N: Tensor, length_N: Tensor, flip_N: Tensor, in_size: int, out_size: int) -> tuple[Tensor, Tensor]:
+    """(N, out_size, K) positions of input pixels along an axis, int64, and their weights."""
+    count = math.ceil(2 * max(1, in_size / out_size))
+    start, length = start_N[:, None, None], length_N[:, None, None]
+    out = torch.arange(out_size, device=start_N.device)[:, None]
+    out = torch.where(flip_N[:, None, None], out_size - 1 - out, out)
+    scale = length / out_size
+    reach = scale.clamp(min=1)
+    center = start + (out + 0.5) * scale
+    pixel = torch.floor(center - reach + 0.5) + torch.arange(count, device=start_N.device)
+    weight = (1 - (pixel + 0.5 - center).abs() / reach).clamp(min=0)
+    weight = weight * ((pixel >= torch.floor(start)) & (pixel < torch.ceil(start + length)))
+    return pixel.long().clamp(0, in_size - 1), weight / weight.sum(dim=-1, keepdim=True)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
+
+
 def luma(x: Tensor) -> Tensor:
-    """(N, 1, H, W): the grey value."""
+    """(N, 1, H, W): the gray value."""
     r, g, b = x.unbind(1)
     return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b)[:, None]
 
 
 def color_jitter(x: Tensor, apply_N: Tensor, order_N4: Tensor, factor_N4: Tensor, with_hue: bool) -> Tensor:
-    """Brightness, contrast, saturation and hue, in each sample's own order, clamped after each one.
+    """Apply brightness, contrast, saturation and hue in each sample's own order, clamping after each one.
 
-    Contrast alone looks beyond the pixel, at the image's mean grey. So the operations before it make one
-    pointwise pass that ends in a mean, and contrast and those behind it make another.
-    `with_hue=False` leaves out the hue's arithmetic where its strength is 0.
+    Only contrast depends on more than one pixel: on the mean gray value of the image. So the operations before it are
+    one pointwise pass that ends in a mean, and contrast and the operations after it are another one.
+
+    Args:
+        apply_N: bool; the other samples are returned unchanged.
+        order_N4: the operations, first to last, as numbers BRIGHTNESS to HUE.
+        factor_N4: the factors of brightness, contrast and saturation; the hue shift in turns of the color circle.
+        with_hue: False leaves out the arithmetic of the hue, where its strength is 0.
     """
     contrast_at_N = (order_N4 == CONTRAST).int().argmax(dim=1)
 
     def pointwise(x: Tensor, stage: int, active_N: Tensor) -> Tensor:
-        """Brightness and saturation, blends with black and with the grey image, or hue."""
+        """Brightness (a blend with black), saturation (a blend with the gray image) or hue."""
         operation_N = order_N4[:, stage]
         factor = factor_N4.gather(1, operation_N[:, None])[:, :, None, None]
         operation_N = torch.where(active_N, operation_N, CONTRAST)[:, None, None, None]
@@ -49,10 +110,10 @@ def color_jitter(x: Tensor, apply_N: Tensor, order_N4: Tensor, factor_N4: Tensor
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn` (in turns of the colour circle, broadcastable) to the hue of HSV, saturation and value kept.
+    """Add `turn` (in turns of the color circle, broadcastable) to the hue of HSV; saturation and value stay.
 
-    Back from HSV by f(n) = v - c * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6, n = 5, 3, 1,
-    which needs no branch on the sextant.
+    The way back from HSV is f(n) = v - c * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 hue) mod 6 and n = 5, 3, 1 for
+    red, green, blue, which needs no branch on the sextant.
     """
     r, g, b = x.split(1, dim=1)
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -65,11 +126,12 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def grayscale(x: Tensor, apply_N: Tensor) -> Tensor:
+    """Replace the samples where apply_N is True by their gray image."""
     return torch.where(apply_N[:, None, None, None], luma(x), x)
 
 
 def gaussian_blur(x: Tensor, apply_N: Tensor, sigma_N: Tensor) -> Tensor:
-    """Gaussian blur of radius 6 with a sigma (in pixels) a sample and a reflected border."""
+    """Gaussian blur of radius 6 with one sigma (in pixels) per sample and a reflected border."""
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device)
     kernel_NK = torch.exp(-0.5 * (offset / sigma_N[:, None]) ** 2)
     kernel_NK = kernel_NK / kernel_NK.sum(dim=1, keepdim=True)
@@ -77,11 +139,31 @@ def gaussian_blur(x: Tensor, apply_N: Tensor, sigma_N: Tensor) -> Tensor:
     taps = kernel_NK[:, :, None, None, None].unbind(1)
     height, width = x.shape[2:]
     x = functional.pad(x, (0, 0, BLUR_RADIUS, BLUR_RADIUS), mode="reflect")
-    x = sum(tap * x[:, :, d : d + height] for d, tap in enumerate(taps))
+    x = _sum(tap * x[:, :, d : d + height] for d, tap in enumerate(taps))
     x = functional.pad(x, (BLUR_RADIUS, BLUR_RADIUS, 0, 0), mode="reflect")
-    return sum(tap * x[..., d : d + width] for d, tap in enumerate(taps))
+    return _sum(tap * x[..., d : d + width] for d, tap in enumerate(taps))
 
 
 def solarize(x: Tensor, apply_N: Tensor) -> Tensor:
+    """Invert the pixels above the threshold, where apply_N is True."""
     inverted = torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x)
     return torch.where(apply_N[:, None, None, None], inverted, x)
+
+
+def to_unit_range(image_BHWC: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [0, 1]."""
+    return image_BHWC.permute(0, 3, 1, 2).float() / 255
+
+
+def normalize(x: Tensor, views: ViewsConfig) -> Tensor:
+    """(x - views.mean) / views.std per channel."""
+    return (x - _per_channel(views.mean, x)) / _per_channel(views.std, x)
+
+
+def unnormalize(x: Tensor, views: ViewsConfig) -> Tensor:
+    """The inverse of `normalize`, clamped to [0, 1], for figures."""
+    return (x * _per_channel(views.std, x) + _per_channel(views.mean, x)).clamp(0, 1)
+
+
+def _per_channel(values: tuple[float, float, float], x: Tensor) -> Tensor:
+    return torch.tensor(values, device=x.device).view(1, 3, 1, 1)

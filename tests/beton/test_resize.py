@@ -11,7 +11,7 @@ from pictures import photo
 from PIL import Image
 
 from fastssl.beton.resize import resize, resize_box
-from fastssl.common.geometry import NUMBERS, crop_box
+from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box
 
 
 def test_resize_is_pillows_to_one_grey_level():
@@ -34,7 +34,7 @@ def test_crops_are_nearer_to_pillow_than_opencv_area():
     """PSNR against Pillow's antialiased bilinear, at the boxes that training draws, to 224 and to 64 px."""
     noise = np.random.default_rng(1).normal(0, 20, (375, 500, 3))
     pixels = (np.asarray(photo(3, 500, 375)) + noise).clip(0, 255).astype(np.uint8)
-    u = torch.from_numpy(np.random.default_rng(0).random((60, NUMBERS)))
+    u = torch.from_numpy(np.random.default_rng(0).random((60, UNIFORMS_PER_BOX)))
     boxes = crop_box(u, torch.full((60,), 375), torch.full((60,), 500), (0.08, 1.0), (3 / 4, 4 / 3)).numpy()
     line, ours, opencv = np.empty(1500, np.float32), [], []
     for number, (top, left, height, width) in enumerate(boxes):

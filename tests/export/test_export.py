@@ -323,7 +323,7 @@ def test_the_code_of_the_card_cuts_the_centre_where_the_run_does(checkpoint, pho
     names = run_card(made.card, photo, monkeypatch)
     image = Image.open(photo)
     assert image.width != image.height
-    images = eval_transform(ViewsConfig(size=32, clean="center"))(torch.from_numpy(np.asarray(image)[None].copy()))
+    images = eval_transform(ViewsConfig(size=32, eval="center"))(torch.from_numpy(np.asarray(image)[None].copy()))
     # As above; and beside the box, whose sides lie between pixels, Pillow takes what a pixel's share in it is.
     np.testing.assert_allclose(names["preprocess"](photo), images.numpy(), atol=4 / 255 / 0.22)
 
