@@ -53,7 +53,7 @@ def sweep(
     """Train every run of a sweep. The same command skips finished runs and resumes the others."""
     from fastssl import sweep
 
-    minutes = sweep.in_minutes(time_limit)
+    minutes = sweep.parse_time_limit(time_limit)
     chosen = sweep.load_sweep(file)
     runs = sweep.expand(chosen, overrides or [])
     if dry_run:

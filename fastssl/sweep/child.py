@@ -1,7 +1,8 @@
-"""The process of one run: its log and lock, its share of the machine, and its end when the sweep ends."""
+"""The process of one run of a sweep: it logs to a file, holds a lock, and stops when the sweep's process ends."""
 
 import ctypes
 import fcntl
+import io
 import os
 import signal
 import sys
@@ -14,44 +15,50 @@ from fastssl.recipe import Recipe
 from fastssl.training import train
 from fastssl.training.run_dir import RunDirBusy
 
-BUSY = 73  # exit code: another process trains in this directory
-USER_ERROR = 2
-PR_SET_PDEATHSIG = 1
+EXIT_USER_ERROR = 2
+EXIT_BUSY = 73  # another process trains in this directory
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
 def run_child(recipe: Recipe, parent: int) -> None:
-    """Train `recipe` in recipe.run.dir, from its last checkpoint if there is one; ends in an exit code.
+    """Train `recipe` in `recipe.run.dir`, from its last checkpoint if there is one. Ends the process.
 
-    What it prints goes to output.log.
+    Everything that is printed goes to output.log. The exit code is 0, EXIT_USER_ERROR, EXIT_BUSY or, where a signal
+    stopped the training, EXIT_REQUEUE.
+
+    Args:
+        parent: process id of the sweep. The run stops with it.
     """
-    end_with(parent)
-    run_dir = Path(recipe.run.dir)
+    stop_with_parent(parent)
+    run_dir = Path(recipe.run.dir or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    log = open(run_dir / "output.log", "a")  # open, and locked, as long as the process lives
+    # The log stays open as long as the process lives, and the lock on it tells other sweeps that this run is taken.
+    log = open(run_dir / "output.log", "a")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(BUSY)
+        sys.exit(EXIT_BUSY)
     except OSError:
-        pass  # some network file systems know no locks
+        pass  # some network file systems have no locks
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
-        stream.reconfigure(line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     print(f"--- process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
     try:
         train(recipe, resume="auto", probe=probe_of(recipe))
     except UserError as error:
         print(f"fastssl: {error}", file=sys.stderr)
-        sys.exit(BUSY if isinstance(error, RunDirBusy) else USER_ERROR)
+        sys.exit(EXIT_BUSY if isinstance(error, RunDirBusy) else EXIT_USER_ERROR)
 
 
-def end_with(parent: int) -> None:
-    """Let the system send SIGTERM when the parent dies, even of SIGKILL; training then saves a checkpoint and ends."""
+def stop_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent dies, even of SIGKILL; training then saves a checkpoint and ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before this
+    if os.getppid() != parent:  # it died before the call above
         sys.exit(EXIT_REQUEUE)
-    # SLURM's requeue signal reaches every process of a job, a closed terminal's every process of the sweep. For a run
-    # they mean the same; of the second, training says so itself once it runs.
+    # SLURM sends its requeue signal (SIGUSR2) to every process of a job, and a terminal that closes sends SIGHUP to
+    # every process of the sweep. Until training installs its own handlers, both mean what SIGTERM means.
     for number in (signal.SIGUSR2, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Runs on this machine: several at a time on each GPU, each in a process of its own."""
+"""Runs on this machine: several in parallel on each GPU, each in its own process."""
 
 import os
 import signal
@@ -7,46 +7,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from typing import Literal
 
 import torch
 
 from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from fastssl.common.terminal import console, print_line
 from fastssl.recipe import Recipe
-from fastssl.sweep.child import BUSY, USER_ERROR, run_child
-from fastssl.sweep.grid import Run
-from fastssl.sweep.progress import is_finished, is_locked, last_words
-from fastssl.sweep.table import SweepDisplay
+from fastssl.sweep.child import EXIT_BUSY, EXIT_USER_ERROR, run_child
+from fastssl.sweep.grid import Sweep, SweepRun
+from fastssl.sweep.progress import Task, is_finished, is_locked, last_log_line, log_path, make_tasks
+from fastssl.sweep.table import SweepDisplay, results_table
 
 SPAWN = get_context("spawn")  # CUDA does not survive a fork
-GRACE = 120  # seconds that stopped runs have for their checkpoints
-POLL = 0.5  # seconds between looks at the runs
+GRACE = 120  # seconds that stopped runs have to save their checkpoints
+POLL = 0.5  # seconds between two checks of the processes
 CPU = "cpu"
 
 
 @dataclass
-class Task:
-    """A run on its way through the sweep."""
+class StopSignals:
+    """The signals that asked the sweep to stop, in the order of their arrival."""
 
-    run: Run
-    state: Literal["waiting", "running", "finished", "failed"] = "waiting"
-    elsewhere: bool = False  # it waits because another process trains in its directory
-    failures: int = 0
-    note: str = ""  # why it failed last
-    device: str = ""  # of the running process: a GPU as CUDA_VISIBLE_DEVICES names it, or "cpu"
-    process: BaseProcess | None = None
-
-
-@dataclass
-class Stop:
-    """The signals that ask the sweep to stop, as they come in."""
-
-    signals: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
 
     @contextmanager
-    def on(self, numbers: Iterable[int]) -> Iterator[None]:
-        before = {number: signal.signal(number, lambda got, _: self.signals.append(got)) for number in numbers}
+    def collect(self, numbers: Iterable[int]) -> Iterator[None]:
+        """Record these signals instead of letting them end the process."""
+        before = {number: signal.signal(number, lambda got, _: self.received.append(got)) for number in numbers}
         try:
             yield
         finally:
@@ -54,12 +41,32 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def tasks_of(runs: list[Run]) -> list[Task]:
-    """One task a run; finished runs are known by their files. Raises UserError where a directory holds another run."""
-    return [Task(run, "finished" if is_finished(run) else "waiting") for run in runs]
+def run_locally(sweep: Sweep, runs: list[SweepRun], *, per_gpu: int = 1, retries: int = 2) -> int:
+    """Train the runs that are not finished on this machine and print the results.
+
+    Returns the exit code: 0 if all runs are finished, 1 if some have failed for good, 75 or 130 after SIGTERM or
+    Ctrl-C. The same call resumes the sweep. For the options see `run_tasks`.
+    """
+    tasks = make_tasks(runs)
+    display = SweepDisplay(f"{sweep.name}  ({sweep.folder})", tasks)
+    sweep.make_folder()
+    with display:
+        signals = run_tasks(tasks, display, per_gpu=per_gpu, retries=retries)
+    finished = sum(task.state == "finished" for task in tasks)
+    console().print(results_table(runs))
+    if signals:
+        print(f"Stopped with {finished} of {len(runs)} runs finished; the same command resumes the sweep.")
+        return EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_REQUEUE
+    failed = [task for task in tasks if task.state == "failed"]
+    print(f"{finished} of {len(runs)} runs are finished, in {sweep.folder}.")
+    for task in failed:
+        print(f"Failed: {task.run.name}: {task.error} (full output: {log_path(task.run)})")
+    if failed:
+        print("The same command tries the failed runs again.")
+    return 1 if failed else 0
 
 
-def run_here(
+def run_tasks(
     tasks: list[Task],
     display: SweepDisplay,
     *,
@@ -67,45 +74,50 @@ def run_here(
     retries: int = 2,
     stop_on: Iterable[int] = (signal.SIGINT, signal.SIGTERM),
 ) -> list[int]:
-    """Take every waiting task to its end. Returns the signals that stopped it before; empty if none did.
+    """Train every waiting task until it is finished or has failed. Returns the signals that stopped this, if any.
 
-    per_gpu: runs at a time on each visible GPU; without one, on the CPU, whose cores they divide between them.
-    retries: how often a run that crashed is continued from its last checkpoint. A run that ends with an error of the
-    user's is not tried again. When a signal of `stop_on` comes, every run saves a checkpoint and ends.
+    Args:
+        per_gpu: number of runs in parallel on each visible GPU, or on the CPU where there is no GPU. The runs divide
+            the cores among them.
+        retries: how often a run that crashed is resumed from its last checkpoint. A run that ends with a UserError is
+            not tried again.
+        stop_on: signals after which every run saves a checkpoint and ends.
     """
     devices = visible_devices([task.run.recipe for task in tasks])
     cores = max(1, len(os.sched_getaffinity(0)) // (len(devices) * per_gpu))
-    stop = Stop()
+    stop = StopSignals()
     try:
-        with stop.on(stop_on):
-            while not stop.signals:
+        with stop.collect(stop_on):
+            while not stop.received:
                 for task in tasks:
                     if task.process and not task.process.is_alive():
-                        settle(task, retries)
-                        display.say_state(task)
+                        update_ended(task, retries)
+                        display.print_state(task)
                 running = [task for task in tasks if task.state == "running"]
                 for device in devices:
                     free = per_gpu - sum(task.device == device for task in running)
                     for task in next_tasks(tasks, free):
                         start(task, device, cores)
-                        display.say_state(task)
+                        display.print_state(task)
                         running.append(task)
                 display.show(tasks)
                 if all(task.state in ("finished", "failed") for task in tasks):
                     break
-                wait([task.process.sentinel for task in running], timeout=POLL)
-            if stop.signals:
-                end_all(tasks, stop, display)
+                # Returns early when a process ends.
+                wait([task.process.sentinel for task in running if task.process], timeout=POLL)
+            if stop.received:
+                stop_all(tasks, stop, display)
     finally:
+        # Processes are left here only after an exception.
         for task in tasks:
-            if task.process:  # after an exception or a second signal
+            if task.process:
                 task.process.kill()
                 task.process.join()
-    return stop.signals
+    return stop.received
 
 
 def visible_devices(recipes: list[Recipe]) -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; ["cpu"] without one or without need."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; ["cpu"] if none exists or is needed."""
     count = torch.cuda.device_count()
     if count == 0 or all(recipe.train.device == "cpu" for recipe in recipes):
         return [CPU]
@@ -114,38 +126,43 @@ def visible_devices(recipes: list[Recipe]) -> list[str]:
 
 
 def next_tasks(tasks: list[Task], count: int) -> list[Task]:
-    """Up to `count` waiting tasks that nobody else works at."""
-    found = []
+    """Up to `count` waiting tasks in whose directory no other process trains."""
+    found: list[Task] = []
     for task in tasks:
         if len(found) == count:
             break
         if task.state != "waiting":
             continue
-        task.elsewhere = is_locked(task.run)
-        if not task.elsewhere:
-            if is_finished(task.run):  # that other process has done it meanwhile
-                task.state = "finished"
-            else:
-                found.append(task)
+        task.locked = is_locked(task.run)
+        if task.locked:
+            continue
+        if is_finished(task.run):  # another process has finished it in the meantime
+            task.state = "finished"
+        else:
+            found.append(task)
     return found
 
 
 def start(task: Task, device: str, cores: int) -> None:
+    """Start the task's process on a device, with that many threads."""
     recipe = task.run.recipe
     if recipe.data.workers is None:
         data = recipe.data.model_copy(update={"workers": cores})
         recipe = recipe.model_copy(update={"data": data})
     task.process = SPAWN.Process(target=run_child, args=(recipe, os.getpid()), name=task.run.name)
-    with inherited(device, cores):
+    with child_environment(device, cores):
         task.process.start()
-    task.state, task.device, task.elsewhere = "running", device, False
+    task.state = "running"
+    task.device = device
+    task.locked = False
 
 
 @contextmanager
-def inherited(device: str, cores: int) -> Iterator[None]:
-    """What a process that starts now inherits: its GPU, its threads, and deaf ears for the terminal's Ctrl-C.
+def child_environment(device: str, cores: int) -> Iterator[None]:
+    """Set what a process that is started now inherits: its GPU, its number of threads, and SIGINT ignored.
 
-    The sweep itself answers Ctrl-C; a run that heard it too, while it still imports, would die with a traceback.
+    A terminal sends Ctrl-C to all processes. The sweep handles it and stops the runs; a run that received it during its
+    imports would die with a traceback.
     """
     before = dict(os.environ)
     if device != CPU:
@@ -161,34 +178,36 @@ def inherited(device: str, cores: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def settle(task: Task, retries: int) -> None:
-    """What becomes of a task whose process has ended."""
+def update_ended(task: Task, retries: int) -> None:
+    """Set the state of a task whose process has ended, from the run's files and the exit code."""
+    assert task.process
     task.process.join()
-    code = task.process.exitcode
+    code = task.process.exitcode or 0
     task.process = None
     if is_finished(task.run):
         task.state = "finished"
-    elif code in (BUSY, EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGTERM):  # it is not the run's fault
-        task.state = "waiting"
+    elif code in (EXIT_BUSY, EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGTERM):
+        task.state = "waiting"  # stopped from outside, which is no failure of the run
     else:
         task.failures += 1
-        task.note = f"killed by {signal.Signals(-code).name}" if code < 0 else last_words(task.run)
-        task.state = "failed" if code == USER_ERROR or task.failures > retries else "waiting"
+        task.error = f"killed by {signal.Signals(-code).name}" if code < 0 else last_log_line(task.run)
+        task.state = "failed" if code == EXIT_USER_ERROR or task.failures > retries else "waiting"
 
 
-def end_all(tasks: list[Task], stop: Stop, display: SweepDisplay) -> None:
-    """Let every running task save a checkpoint and end; a second signal does not wait for that."""
-    running = [task for task in tasks if task.process]
+def stop_all(tasks: list[Task], stop: StopSignals, display: SweepDisplay) -> None:
+    """Let every running task save a checkpoint and end. A further signal kills them without waiting for that."""
+    running = {task.process: task for task in tasks if task.process}
     if running:
-        display.say(f"Stopping: {len(running)} runs save their checkpoints.")
-    for task in running:
-        task.process.terminate()
-    first, waited = len(stop.signals), 0.0
-    while waited < GRACE and len(stop.signals) == first and any(task.process.is_alive() for task in running):
-        wait([task.process.sentinel for task in running if task.process.is_alive()], timeout=POLL)
+        print_line(display.console, f"Stopping: {len(running)} runs save their checkpoints.")
+    for process in running:
+        process.terminate()
+    signals = len(stop.received)
+    waited = 0.0
+    while waited < GRACE and len(stop.received) == signals and any(process.is_alive() for process in running):
+        wait([process.sentinel for process in running if process.is_alive()], timeout=POLL)
         waited += POLL
-    for task in running:
-        task.process.kill()  # nothing happens to those that have ended
-        settle(task, retries=0)
+    for process, task in running.items():
+        process.kill()  # does nothing to a process that has ended
+        update_ended(task, retries=0)
         if task.state == "failed":
             task.state = "waiting"  # the next call tries it again

@@ -1,35 +1,57 @@
-"""How far runs are, read from their directories: any process may ask, and a sweep that was killed has lost nothing."""
+"""The state of each run, read from its directory: any process can read it, and a killed sweep loses nothing."""
 
 import fcntl
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal
 
 from fastssl.common.errors import UserError
 from fastssl.loading import count_images
 from fastssl.recipe import Recipe, load_recipe
-from fastssl.sweep.grid import Run
+from fastssl.sweep.grid import SweepRun
 from fastssl.training.state import changed_keys
 from fastssl.training.tracking import readable_lines
 
-TAIL = 8192  # bytes, some ten lines of metrics.jsonl
+TAIL = 8192  # bytes, about ten lines of metrics.jsonl
 
 
 @dataclass
-class Progress:
+class Task:
+    """A run and its state in the sweep."""
+
+    run: SweepRun
+    state: Literal["waiting", "running", "finished", "failed"] = "waiting"
+    locked: bool = False  # waits because a process of another sweep or command trains in its directory
+    failures: int = 0
+    error: str = ""  # why it failed the last time
+    device: str = ""  # of its process: a GPU as CUDA_VISIBLE_DEVICES names it, or "cpu"
+    process: BaseProcess | None = None
+
+
+@dataclass
+class RunProgress:
+    """The latest values in a run's metrics.jsonl."""
+
     step: int = 0
     loss: float | None = None
     images_per_second: float | None = None
-    knn: float | None = None  # of the last probe
+    knn: float | None = None  # accuracy of the last kNN probe, from 0 to 1
 
 
-def log_of(run: Run) -> Path:
-    """What the run printed, over all its attempts. The process that trains holds a lock on it."""
+def make_tasks(runs: list[SweepRun]) -> list[Task]:
+    """One task per run, finished or waiting. Raises UserError if a directory holds a run of another recipe."""
+    return [Task(run, "finished" if is_finished(run) else "waiting") for run in runs]
+
+
+def log_path(run: SweepRun) -> Path:
+    """The file with everything that the run has printed, over all attempts. The process that trains holds its lock."""
     return run.dir / "output.log"
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the run's last file is there. Raises UserError where its directory holds a run of another recipe."""
+def is_finished(run: SweepRun) -> bool:
+    """Whether the run's last file exists. Raises UserError if its directory holds a run of another recipe."""
     path = run.dir / "recipe.yaml"
     if not path.exists():
         return False
@@ -42,23 +64,25 @@ def is_finished(run: Run) -> bool:
     return (run.dir / "encoder.safetensors").exists()
 
 
-def is_locked(run: Run) -> bool:
-    """Whether some process, of this sweep or another, trains in the run's directory now."""
-    for path in (log_of(run), run.dir / ".lock"):  # the sweep's own lock, and that of any training
+def is_locked(run: SweepRun) -> bool:
+    """Whether any process trains in the run's directory now."""
+    # The first file is locked by processes of sweeps, from their start; the second by everything that trains.
+    for path in (log_path(run), run.dir / ".lock"):
         try:
             with open(path, "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
-            continue  # there is no such file, or its file system knows no locks
+            continue  # no such file, or a file system without locks
     return False
 
 
 def images_per_epoch(recipe: Recipe) -> int:
-    """Images that one epoch trains on: whole batches. Looks into data.train. Raises UserError for less than one."""
-    images = images_in(recipe.data.train, recipe.data.subset)
-    images, batch = min(images, recipe.data.limit or images), recipe.train.batch_size
+    """Number of images that one epoch trains on, in whole batches. Raises UserError if there is less than one batch."""
+    images = _images_in(recipe.data.train, recipe.data.subset)
+    images = min(images, recipe.data.limit or images)
+    batch = recipe.train.batch_size
     if images < batch:
         raise UserError(
             f"{recipe.run.dir} would train on {images} images of {recipe.data.train}, fewer than one batch of {batch}: "
@@ -67,40 +91,39 @@ def images_per_epoch(recipe: Recipe) -> int:
     return images // batch * batch
 
 
-@cache
-def images_in(path: str, subset: str | None) -> int:
-    return count_images(path, subset=subset)  # this checks all of the file's tables, so once for all runs
+@cache  # the count checks all tables of the file, so it is made once for all runs
+def _images_in(path: str, subset: str | None) -> int:
+    return count_images(path, subset=subset)
 
 
-def read_progress(run: Run) -> Progress:
-    """The figures of the run's latest lines of metrics.jsonl."""
-    progress = Progress()
-    for entry in readable_lines(tail(run.dir / "metrics.jsonl", TAIL)):
+def read_progress(run: SweepRun) -> RunProgress:
+    progress = RunProgress()
+    for entry in readable_lines(_tail(run.dir / "metrics.jsonl")):
         for key in ("step", "loss", "images_per_second", "knn"):
             if entry.get(key) is not None:
                 setattr(progress, key, entry[key])
     return progress
 
 
-def last_knn(run: Run) -> float | None:
-    """Accuracy of the last kNN probe, from 0 to 1; None where the run had no probe."""
+def last_knn(run: SweepRun) -> float | None:
+    """Accuracy of the last kNN probe, from 0 to 1, however long ago it was; None if there was no probe."""
     path = run.dir / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     probes = [entry["knn"] for entry in readable_lines(line for line in lines if '"knn"' in line) if "knn" in entry]
     return probes[-1] if probes else None
 
 
-def last_words(run: Run) -> str:
-    """The last line that the run printed, which is its error if it failed."""
-    lines = [line.strip() for line in tail(log_of(run), TAIL) if line.strip()]
+def last_log_line(run: SweepRun) -> str:
+    """The last line that the run has printed: its error, if it failed."""
+    lines = [line.strip() for line in _tail(log_path(run)) if line.strip()]
     return lines[-1].removeprefix("fastssl: ") if lines else "it printed nothing"
 
 
-def tail(path: Path, size: int) -> list[str]:
-    """The lines in a file's last bytes, the first of which may have lost its beginning; none where there is no file."""
+def _tail(path: Path) -> list[str]:
+    """The last lines of a file, the first of them perhaps incomplete; an empty list if there is no file."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
+            file.seek(max(0, path.stat().st_size - TAIL))
             return file.read().decode(errors="replace").splitlines()
     except OSError:
         return []

@@ -1,4 +1,4 @@
-"""Runs on a SLURM cluster, through submitit: one array, whose jobs have one GPU each and take several runs on it."""
+"""Runs on a SLURM cluster through submitit: one job array, whose jobs train several runs on one GPU each."""
 
 import getpass
 import json
@@ -12,24 +12,26 @@ from typing import TYPE_CHECKING
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
-from fastssl.sweep.grid import JOBS_FOLDER, Run, Sweep
-from fastssl.sweep.local import GRACE, Task, run_here, tasks_of
-from fastssl.sweep.table import SweepDisplay
+from fastssl.common.terminal import console
+from fastssl.sweep.grid import JOBS_FOLDER, Sweep, SweepRun
+from fastssl.sweep.local import GRACE, run_tasks
+from fastssl.sweep.progress import images_per_epoch, last_log_line, log_path, make_tasks
+from fastssl.sweep.table import SweepDisplay, results_table
 
 if TYPE_CHECKING:
-    import submitit  # an extra: imported where it is needed
+    import submitit  # an optional dependency: imported where it is used
 
-REQUEUES = 1000  # times that a job may reach its time limit; submitit's own limit is 3
+REQUEUES = 1000  # how often a job may reach its time limit; submitit's default is 3
 SIGNAL_DELAY = GRACE + 60  # seconds between the requeue signal and the end of a job at its time limit
-PREEMPTION = 600  # seconds that a job, asked to end, waits to be requeued or killed
+PREEMPTION = 600  # seconds that a preempted job waits to be requeued or killed
 
 
 @dataclass
-class Pack:
-    """What one job does: runs, `per_gpu` at a time. submitit pickles it, and calls it where SLURM starts the job."""
+class SlurmJob:
+    """One job: some runs, `per_gpu` of them in parallel. submitit pickles it and calls it on the node."""
 
     name: str
-    runs: list[Run]
+    runs: list[SweepRun]
     per_gpu: int
     retries: int
 
@@ -38,36 +40,30 @@ class Pack:
 
         requeue_signal = getattr(signal, f"SIG{submitit.JobEnvironment().USR_SIG}")
         requeue = signal.getsignal(requeue_signal)  # submitit's handler: puts the job back into the queue and exits
-        tasks = tasks_of(self.runs)
+        tasks = make_tasks(self.runs)
         with SweepDisplay(self.name, tasks) as display:
-            signals = run_here(
+            signals = run_tasks(
                 tasks, display, per_gpu=self.per_gpu, retries=self.retries, stop_on=(signal.SIGTERM, requeue_signal)
             )
-        if requeue_signal in signals:
+        if requeue_signal in signals and callable(requeue):
             requeue(requeue_signal, None)
-        if signals:  # SIGTERM announces preemption: the requeue signal follows, or SLURM kills and requeues by itself
+        if signals:
+            # SIGTERM announces preemption. The requeue signal follows, or SLURM kills and requeues the job by itself.
             time.sleep(PREEMPTION)
         left = [task.run.name for task in tasks if task.state != "finished"]
         if left:
             raise RuntimeError(f"{len(left)} of {len(tasks)} runs are not finished: {', '.join(left)}")
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
-        """What submitit puts back into the queue: the same again, since finished runs are known by their files."""
+        """What submitit puts back into the queue: the same job, as finished runs are known by their files."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
-@dataclass
-class Submission:
-    tasks: list[Task]
-    queued: dict[str, str]  # the job id of each run that SLURM has already
-    submitted: dict[str, str]  # and of each that it has now
-
-
-def submit(
+def submit_to_slurm(
     sweep: Sweep,
-    runs: list[Run],
+    runs: list[SweepRun],
     *,
     per_gpu: int = 1,
     retries: int = 2,
@@ -75,67 +71,88 @@ def submit(
     cpus: int = 8,
     minutes: int = 1440,
     partition: str | None = None,
-) -> Submission:
-    """Submit the runs that are neither finished nor in SLURM's queue, `per_gpu` a job.
+) -> int:
+    """Submit the runs that are neither finished nor in SLURM's queue, and print the state of the sweep.
 
-    parallel: jobs at a time. cpus: of each job. minutes: after them a job is requeued, and its runs go on from their
-    checkpoints. Raises UserError where there is no SLURM, or where it refuses.
+    Args:
+        per_gpu: number of runs in a job.
+        retries: how often a run that crashed is resumed within its job.
+        parallel: number of jobs at the same time.
+        cpus: cores per job.
+        minutes: time limit of a job. It is then requeued, and its runs resume from their checkpoints.
+
+    Returns the exit code, 0. Raises UserError where there is no SLURM, where SLURM refuses the jobs, or where a run's
+    data is missing.
     """
-    tasks = tasks_of(runs)
+    for run in runs:
+        images_per_epoch(run.recipe)  # reports a missing file now, rather than in every job
+    sweep.make_folder()
+    tasks = make_tasks(runs)
     folder = (sweep.folder / JOBS_FOLDER).absolute()
     jobs_file = folder / "jobs.json"
-    jobs = json.loads(jobs_file.read_text()) if jobs_file.exists() else {}
+    job_ids: dict[str, str] = json.loads(jobs_file.read_text()) if jobs_file.exists() else {}
     in_queue = ids_in_queue()
-    unfinished = [task.run for task in tasks if task.state == "waiting"]
-    queued = {run.name: jobs[run.name] for run in unfinished if jobs.get(run.name) in in_queue}
-    missing = [run for run in unfinished if run.name not in queued]
-    submitted = {}
+    waiting = [task.run for task in tasks if task.state == "waiting"]
+    queued = {run.name: job_ids[run.name] for run in waiting if job_ids.get(run.name) in in_queue}
+    missing = [run for run in waiting if run.name not in queued]
+    submitted: dict[str, str] = {}
     if missing:
-        packs = [Pack(sweep.name, missing[i : i + per_gpu], per_gpu, retries) for i in range(0, len(missing), per_gpu)]
-        needs_gpu = any(run.recipe.train.device != "cpu" for run in missing)
-        executor = make_executor(folder, sweep.name, parallel, cpus, minutes, partition, gpus=int(needs_gpu))
-        for pack, job_id in zip(packs, submit_packs(executor, packs)):
-            submitted |= {run.name: job_id for run in pack.runs}
-        text = json.dumps({**queued, **submitted}, indent=2) + "\n"
-        write_atomically(jobs_file, lambda path: path.write_text(text))
-    return Submission(tasks, queued, submitted)
+        jobs = [
+            SlurmJob(sweep.name, missing[first : first + per_gpu], per_gpu, retries)
+            for first in range(0, len(missing), per_gpu)
+        ]
+        executor = make_executor(folder)
+        executor.update_parameters(
+            name=sweep.name,
+            timeout_min=minutes,
+            cpus_per_task=cpus,
+            # None where no run needs a GPU: a cluster without GPUs refuses even 0.
+            gpus_per_node=1 if any(run.recipe.train.device != "cpu" for run in missing) else None,
+            slurm_partition=partition,
+            slurm_array_parallelism=parallel,
+            slurm_signal_delay_s=SIGNAL_DELAY,
+        )
+        for job, job_id in zip(jobs, submit_array(executor, jobs)):
+            submitted |= {run.name: job_id for run in job.runs}
+        write_atomically(jobs_file, json.dumps({**queued, **submitted}, indent=2) + "\n")
+
+    console().print(results_table(runs))
+    finished = sum(task.state == "finished" for task in tasks)
+    print(
+        f"{finished} of {len(runs)} runs are finished, {len(queued)} were queued or running already, "
+        f"{len(submitted)} are submitted now."
+    )
+    for run in missing:
+        previous = f"  (its previous job ended with: {last_log_line(run)})" if log_path(run).exists() else ""
+        print(f"{submitted[run.name]}  {run.name}{previous}")
+    if finished < len(runs):
+        print(f"The jobs' logs are in {sweep.folder / JOBS_FOLDER}. The same command shows the progress.")
+    return 0
 
 
-def make_executor(
-    folder: Path, name: str, parallel: int, cpus: int, minutes: int, partition: str | None, gpus: int
-) -> "submitit.AutoExecutor":
+def make_executor(folder: Path) -> "submitit.AutoExecutor":
     try:
         import submitit
     except ModuleNotFoundError:
         raise UserError("--executor slurm needs submitit: pip install submitit, or use --executor local.") from None
-    executor = submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=REQUEUES)
-    executor.update_parameters(
-        name=name,
-        timeout_min=minutes,
-        cpus_per_task=cpus,
-        gpus_per_node=gpus or None,  # a cluster without GPUs refuses even 0
-        slurm_partition=partition,
-        slurm_array_parallelism=parallel,
-        slurm_signal_delay_s=SIGNAL_DELAY,
-    )
-    return executor
+    return submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=REQUEUES)
 
 
-def submit_packs(executor: "submitit.AutoExecutor", packs: list[Pack]) -> list[str]:
-    """The job ids, in the packs' order."""
+def submit_array(executor: "submitit.AutoExecutor", jobs: list[SlurmJob]) -> list[str]:
+    """Submit the jobs as one array. Returns their ids, in the same order."""
     import submitit
 
     try:
         with executor.batch():
-            jobs = [executor.submit(pack) for pack in packs]
-        return [job.job_id for job in jobs]
+            handles = [executor.submit(job) for job in jobs]
+        return [handle.job_id for handle in handles]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
         raise UserError(f"SLURM refused the jobs: {reason}") from None
 
 
 def ids_in_queue() -> set[str]:
-    """The ids of this user's jobs that wait or run, such as 17_3."""
+    """The ids of this user's waiting and running jobs, such as 17_3."""
     if not shutil.which("squeue") or not shutil.which("srun"):
         raise UserError("There is no SLURM here (no srun and squeue): use --executor local, or log in to the cluster.")
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
@@ -145,9 +162,9 @@ def ids_in_queue() -> set[str]:
     return set(answer.stdout.split())
 
 
-def in_minutes(text: str) -> int:
-    """A time limit, in minutes (90) or hours and minutes (24:00)."""
+def parse_time_limit(text: str) -> int:
+    """Minutes of a time limit such as 90 (minutes) or 24:00 (hours and minutes)."""
     hours, colon, minutes = text.rpartition(":")
     if not minutes.isdecimal() or (colon and not hours.isdecimal()) or int(hours or 0) * 60 + int(minutes) == 0:
-        raise UserError(f"--time-limit {text} is no time: write minutes, such as 90, or HH:MM, such as 24:00.")
+        raise UserError(f"--time-limit {text} is not a time: write minutes, such as 90, or HH:MM, such as 24:00.")
     return int(hours or 0) * 60 + int(minutes)
