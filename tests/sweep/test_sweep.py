@@ -1,4 +1,4 @@
-"""Sweeps: from a file to runs, and real processes that are killed, stopped and continued."""
+"""Sweeps: from a file to runs, and real processes that are killed, stopped and resumed."""
 
 import fcntl
 import json
@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import load_recipe, shipped_recipes
-from fastssl.sweep import dry_run, expand, in_minutes, load_sweep, run_locally, submit_to_slurm
-from fastssl.sweep.child import BUSY, run_child
+from fastssl.sweep import dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm
+from fastssl.sweep.child import EXIT_BUSY, run_child
 from fastssl.sweep.local import SPAWN
-from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_words, log_of, read_progress
-from fastssl.sweep.slurm import Pack
+from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
+from fastssl.sweep.slurm import SlurmJob
 from fastssl.sweep.table import mean_and_deviation
 from fastssl.training import train
 
@@ -37,7 +37,7 @@ TINY = {
 
 @pytest.fixture
 def write_sweep(canvas, tmp_path, monkeypatch):
-    """A function that writes a sweep of tiny runs (60 steps each) with the given grids, and returns its path."""
+    """A function that writes a sweep of tiny runs (3 steps per epoch) with the given grids, and returns its path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes that tests start
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # weights are compared bit for bit
@@ -100,7 +100,7 @@ def test_directories_are_short_readable_and_safe(write_sweep):
         {
             "recipe": "recipes/zprob_barlow.yaml",
             "name": "mine",
-            "axes": {"views.first.blur": [0.0, 1e-3], "views.second.blur": [True and 1.0], "name": ["a b/../c"]},
+            "axes": {"views.first.blur": [0.0, 1e-3], "views.second.blur": [1.0], "name": ["a b/../c"]},
         }
     )
     _, runs = loaded(path)
@@ -128,7 +128,7 @@ def test_directories_are_short_readable_and_safe(write_sweep):
         ([{"recipe": "recipes/barlow.yaml", "name": "slurm"}], [], "rename it"),
     ],
 )
-def test_a_wrong_sweep_is_one_sentence(write_sweep, grids, overrides, says):
+def test_a_wrong_sweep_is_reported_in_one_sentence(write_sweep, grids, overrides, says):
     path = write_sweep(*grids)
     with pytest.raises(UserError, match=says) as error:
         loaded(path, *overrides)
@@ -157,37 +157,37 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     assert "hprob_barlow: 54 runs, 0 finished" in out and "samples: 1, 12, 36" in out
     assert "180 runs in runs/ablation_cifar10, 0 of them finished" in out
     hours = 180 * 200 * (40000 // 256 * 256) / 1000 / 3600 / 20
-    assert f"Predicted: {hours:.1f} hours. Runs at a time: 20" in out
+    assert f"Predicted: {hours:.1f} hours with 20 runs in parallel" in out
     assert [line.split() for line in out.splitlines() if line.startswith("    waiting")] == [
         ["waiting", run.name] for run in runs
     ]
     dry_run(sweep, runs)
     assert "No hours are predicted: there is no data/cifar10/train.beton" in capsys.readouterr().out
     dry_run(sweep, runs, jobs=5)
-    assert "No hours are predicted: no run of hprob_barlow has logged its rate" in capsys.readouterr().out
+    assert "No hours are predicted: no run of hprob_barlow has logged its throughput" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_counts_no_place_that_no_run_fills(write_sweep, capsys):
+def test_a_dry_run_predicts_with_no_more_parallel_runs_than_there_are(write_sweep, capsys):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2])))
     dry_run(sweep, runs, per_gpu=4, jobs=8, images_per_second=1)
     images = runs[0].recipe.train.epochs * 48
-    assert f"Predicted: {images / 3600:.1f} hours. Runs at a time: 2" in capsys.readouterr().out
+    assert f"Predicted: {images / 3600:.1f} hours with 2 runs in parallel" in capsys.readouterr().out
 
 
-def test_what_runs_left_behind_is_read_with_patience(write_sweep, tmp_path):
-    """Lines that are none, a finished run without metrics, a log that is a folder."""
+def test_damaged_files_of_a_run_are_tolerated(write_sweep):
+    """Invalid lines of metrics.jsonl, a run without metrics, and a log that is a folder."""
     _, (run,) = loaded(write_sweep(barlow()))
     assert last_knn(run) is None and read_progress(run).step == 0
     run.dir.mkdir(parents=True)
     text = 'null\n{"step": "x", "knn": 1}\n{"step": 3, "loss": 2.0, "knn": 0.25}\n{"step": 4, "lo'
     (run.dir / "metrics.jsonl").write_text(text)
     assert last_knn(run) == 0.25 and read_progress(run).step == 3
-    log_of(run).mkdir()
-    assert last_words(run) == "it printed nothing"
+    log_path(run).mkdir()
+    assert last_log_line(run) == "it printed nothing"
 
 
-def test_names_beyond_16_bits_reach_the_run(write_sweep):
+def test_names_with_characters_beyond_16_bits_reach_the_run(write_sweep):
     _, runs = loaded(write_sweep({**barlow(seed=[1]), "set": {"data.val": "😀.beton"}}))
     assert runs[0].recipe.data.val == "😀.beton"
 
@@ -197,7 +197,7 @@ def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
     dry_run(sweep, runs)
     out = capsys.readouterr().out
-    assert "images/s (30 steps of barlow/seed=" in out and "hours. Runs at a time: 1 (" in out
+    assert "images/s (30 steps of barlow/seed=" in out and "hours with 1 runs in parallel (" in out
     assert not Path("out").exists()
 
 
@@ -210,20 +210,20 @@ def steps_in(run):
 
 
 def pids_of(run):
-    """The processes that have trained this run, the first one first."""
-    lines = log_of(run).read_text().splitlines() if log_of(run).exists() else []
+    """The ids of the processes that have trained this run, the first one first."""
+    lines = log_path(run).read_text().splitlines() if log_path(run).exists() else []
     return [int(line.split()[2].rstrip(",")) for line in lines if line.startswith("--- process")]
 
 
 def wait_until(condition, seconds=120):
-    deadline = time.time() + seconds  # far above what an idle machine needs
+    deadline = time.time() + seconds  # far more than an idle machine needs
     while not condition():
         assert time.time() < deadline, "waited too long"
         time.sleep(0.02)
 
 
 def is_gone(pid):
-    """Whether a process has ended (nobody collects an orphan's exit code in a container)."""
+    """Whether a process has ended. In a container, an orphan stays a zombie, as nothing collects its exit code."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -247,8 +247,8 @@ def same_weights(run, other):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def undisturbed(run, tmp_path):
-    """The run trained in this process, without a sweep, from images of its own."""
+def uninterrupted(run, tmp_path):
+    """The directory of the same run, trained in this process without a sweep and without an interruption."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     (tmp_path / "straight.yaml").write_text(run.recipe.to_yaml())
@@ -259,29 +259,25 @@ def undisturbed(run, tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_path, capsys):
-    """Of two runs that train at the same time, one is killed, the other is told that its terminal has closed.
-
-    A third run names a backbone that does not exist.
-    """
-    hopeless = {**barlow(), "name": "hopeless", "set": {"model.backbone": "resnet19"}}
-    path = write_sweep(barlow(seed=[1, 2]), hopeless, **{"data.resident": True})
-    sweep, runs = loaded(path)
-    killed, other, never = runs
+def test_a_killed_run_is_resumed_and_one_with_a_user_error_is_not(write_sweep, tmp_path, capsys):
+    """Of two parallel runs, one is killed and the other gets SIGHUP. A third run names an unknown backbone."""
+    wrong = {**barlow(), "name": "wrong", "set": {"model.backbone": "resnet19"}}
+    sweep, runs = loaded(write_sweep(barlow(seed=[1, 2]), wrong, **{"data.resident": True}))
+    killed, other, _ = runs
     killer = send_when(lambda: steps_in(killed) >= 7, lambda: os.kill(pids_of(killed)[0], signal.SIGKILL))
-    hanger_up = send_when(lambda: steps_in(other) >= 7, lambda: os.kill(pids_of(other)[0], signal.SIGHUP))
+    hangup = send_when(lambda: steps_in(other) >= 7, lambda: os.kill(pids_of(other)[0], signal.SIGHUP))
     code = run_locally(sweep, runs, per_gpu=2, retries=1)
     killer.join()
-    hanger_up.join()
+    hangup.join()
     out = capsys.readouterr().out
 
     assert code == 1 and [is_finished(run) for run in runs] == [True, True, False]
     assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
-    assert "Stopped by SIGHUP behind step" in log_of(other).read_text()
-    assert "seed=1  waits to be tried again: killed by SIGKILL" in out and "2 of 3 runs are finished" in out
-    assert "Failed: hopeless: " in out and "resnet19" in out.split("Failed: hopeless: ")[1]
-    assert "Going on with barlow behind step" in log_of(killed).read_text()
-    assert same_weights(killed.dir, undisturbed(killed, tmp_path))
+    assert "Stopped by SIGHUP behind step" in log_path(other).read_text()
+    assert "seed=1  waiting to be tried again: killed by SIGKILL" in out and "2 of 3 runs are finished" in out
+    assert "Failed: wrong: " in out and "resnet19" in out.split("Failed: wrong: ")[1]
+    assert "Going on with barlow behind step" in log_path(killed).read_text()
+    assert same_weights(killed.dir, uninterrupted(killed, tmp_path))
     assert all(is_gone(pid) for run in runs for pid in pids_of(run))
 
     for run, accuracies in ((killed, (0.1, 0.5)), (other, (0.3, 0.7))):
@@ -292,7 +288,7 @@ def test_a_killed_run_is_continued_and_a_hopeless_one_is_not(write_sweep, tmp_pa
     assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
 
 
-def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_sweep, tmp_path, capsys):
+def test_a_sweep_resumes_after_a_kill_and_a_stop_and_leaves_no_process(write_sweep, tmp_path, capsys):
     path = write_sweep(barlow(seed=[5]), **{"data.resident": True})
     sweep, (run,) = loaded(path)
     command = [sys.executable, "-m", "fastssl", "sweep", str(path), "--per-gpu", "2"]
@@ -310,27 +306,27 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on_and_leaves_no_process(write_
     stopper = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
     assert run_locally(sweep, [run]) == 75  # stopped while the run was still importing
     stopper.join()
-    assert "Stopped with 0 of 1 runs finished; the same command goes on from here." in capsys.readouterr().out
+    assert "Stopped with 0 of 1 runs finished; the same command resumes the sweep." in capsys.readouterr().out
     assert not is_locked(run) and not is_finished(run)
 
     assert run_locally(sweep, [run]) == 0 and len(pids_of(run)) == 2
-    assert f"Going on with barlow behind step {reached}" in log_of(run).read_text()
-    assert same_weights(run.dir, undisturbed(run, tmp_path))
+    assert f"Going on with barlow behind step {reached}" in log_path(run).read_text()
+    assert same_weights(run.dir, uninterrupted(run, tmp_path))
 
     with pytest.raises(UserError, match="out/barlow/seed=5 holds a run with other values of optim.lr"):
         run_locally(*loaded(path, "optim.lr=0.5"))
 
 
-def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
-    """A lock on the log keeps a second process out; a sweep waits, and takes the run as finished once it is."""
+def test_a_run_that_another_process_trains_is_left_to_it(write_sweep):
+    """The lock on the log keeps a second process out. A sweep waits until the other process has finished the run."""
     sweep, (run,) = loaded(write_sweep(barlow()))
     run.dir.mkdir(parents=True)
-    with open(log_of(run), "w") as log:
+    with open(log_path(run), "w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         process = SPAWN.Process(target=run_child, args=(run.recipe, os.getpid()))
         process.start()
         process.join(120)
-        assert process.exitcode == BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
+        assert process.exitcode == EXIT_BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
 
         def finish():
             (run.dir / "metrics.jsonl").write_text("")
@@ -349,25 +345,25 @@ def test_a_directory_in_other_hands_is_left_to_them(write_sweep):
 
 
 @pytest.mark.slow
-def test_a_requeued_job_goes_on_from_the_checkpoints(write_sweep, tmp_path):
-    """submitit's own local executor: a job gets the requeue signal, all its processes too, as SLURM does it."""
+def test_a_requeued_job_resumes_from_the_checkpoints(write_sweep, tmp_path):
+    """With submitit's local executor. All processes of the job get the requeue signal, as under SLURM."""
     submitit = pytest.importorskip("submitit")
     _, runs = loaded(write_sweep(barlow(seed=[8]), **{"train.epochs": 40}))
     executor = submitit.AutoExecutor(tmp_path / "jobs" / "%j", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(Pack("tiny", runs, 1, 0))
+    job = executor.submit(SlurmJob("tiny", runs, 1, 0))
     wait_until(lambda: steps_in(runs[0]) >= 5)
     (task,) = psutil.Process(int(job.job_id)).children()
     for pid in (task.pid, pids_of(runs[0])[0]):
         os.kill(pid, signal.SIGUSR2)
     assert job.result() is None
     assert is_finished(runs[0]) and len(pids_of(runs[0])) == 2
-    assert "Going on with barlow behind step" in log_of(runs[0]).read_text()
-    assert same_weights(runs[0].dir, undisturbed(runs[0], tmp_path))
+    assert "Going on with barlow behind step" in log_path(runs[0]).read_text()
+    assert same_weights(runs[0].dir, uninterrupted(runs[0], tmp_path))
 
 
 def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
-    """SIGTERM first, then the signal whose handler (submitit's in a job) puts the job back into the queue."""
+    """SIGTERM comes first, then the signal whose handler (in a job: submitit's) puts the job back into the queue."""
     pytest.importorskip("submitit")
     _, runs = loaded(write_sweep(barlow()))
     monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "1")
@@ -382,7 +378,7 @@ def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
     began = time.time()
     second = send_when(lambda: time.time() > began + 6, lambda: me.send_signal(signal.SIGUSR2))
     with pytest.raises(SystemExit):
-        Pack("tiny", runs, 1, 0)()
+        SlurmJob("tiny", runs, 1, 0)()
     first.join(), second.join()
     signal.signal(signal.SIGUSR2, before)
     assert answered == [(signal.SIGUSR2, 0)] and not is_locked(runs[0])
@@ -390,7 +386,7 @@ def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
 
 @pytest.fixture
 def slurm_commands(tmp_path, monkeypatch):
-    """A PATH on which sbatch keeps its scripts and squeue shows the jobs in the file `queue`: SLURM for submitit."""
+    """A PATH with a fake SLURM: sbatch stores its script, and squeue prints the file `queue`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     commands = {
@@ -406,10 +402,10 @@ def slurm_commands(tmp_path, monkeypatch):
     return folder
 
 
-def test_what_slurm_is_asked_for_and_never_twice(write_sweep, slurm_commands, capsys):
+def test_slurm_gets_the_options_and_every_run_only_once(write_sweep, slurm_commands, capsys):
     pytest.importorskip("submitit")
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3, 4, 5])), "train.device=auto")
-    options = dict(per_gpu=2, parallel=2, cpus=6, minutes=in_minutes("4:30"), partition="gpu")
+    options = dict(per_gpu=2, parallel=2, cpus=6, minutes=parse_time_limit("4:30"), partition="gpu")
     assert submit_to_slurm(sweep, runs, **options) == 0
     assert "0 of 5 runs are finished, 0 were queued or running already, 5 are submitted now" in capsys.readouterr().out
     script = (slurm_commands / "script").read_text()
@@ -426,11 +422,11 @@ def test_what_slurm_is_asked_for_and_never_twice(write_sweep, slurm_commands, ca
 
     (slurm_commands / "queue").write_text("17_1\n")
     runs[0].dir.mkdir(parents=True)
-    log_of(runs[0]).write_text("step 3\nfastssl: The disk is full.\n")
+    log_path(runs[0]).write_text("step 3\nfastssl: The disk is full.\n")
     submit_to_slurm(sweep, runs, **options)
     out = capsys.readouterr().out
     assert "2 were queued or running already, 3 are submitted now" in out
-    assert "17_0  barlow/seed=1  (a job before this one ended with: The disk is full.)\n17_0  barlow/seed=2\n" in out
+    assert "17_0  barlow/seed=1  (its previous job ended with: The disk is full.)\n17_0  barlow/seed=2\n" in out
     assert "#SBATCH --array=0-1%2\n" in (slurm_commands / "script").read_text()
 
     (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
@@ -438,13 +434,13 @@ def test_what_slurm_is_asked_for_and_never_twice(write_sweep, slurm_commands, ca
         submit_to_slurm(sweep, runs, **options)
 
 
-def test_no_slurm_is_one_sentence(write_sweep, monkeypatch, tmp_path):
+def test_missing_slurm_is_reported_in_one_sentence(write_sweep, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="There is no SLURM here"):
         submit_to_slurm(*loaded(write_sweep(barlow())))
 
 
-def test_no_submitit_is_one_sentence(write_sweep, slurm_commands, monkeypatch):
+def test_missing_submitit_is_reported_in_one_sentence(write_sweep, slurm_commands, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match="pip install submitit"):
         submit_to_slurm(*loaded(write_sweep(barlow())))
@@ -452,10 +448,10 @@ def test_no_submitit_is_one_sentence(write_sweep, slurm_commands, monkeypatch):
 
 @pytest.mark.parametrize("text, minutes", [("90", 90), ("24:00", 1440), ("1:5", 65)])
 def test_time_limits(text, minutes):
-    assert in_minutes(text) == minutes
+    assert parse_time_limit(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["0", "x", "1:x", ":30", "1d", "-5"])
-def test_what_is_no_time_limit(text):
+def test_invalid_time_limits(text):
     with pytest.raises(UserError, match="--time-limit"):
-        in_minutes(text)
+        parse_time_limit(text)
