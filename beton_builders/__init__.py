@@ -1,15 +1,21 @@
-"""One small file a data set: where its images and labels are, nothing else.
+"""One small file per data set: where its images and labels are, nothing else.
 
-A builder is a module of this package, found by its name (`fastssl build-beton NAME`). It holds
+A builder is a module of this package, found by its name (`fastssl build-beton NAME`). It holds:
 
-- a docstring: in its first line what the data set is (`--list` shows that), then the layout it
-  expects, where the archive comes from, its licence;
-- `CANVAS`, the side in px that its images are stored at unless the user says otherwise;
-- `splits(source)`, which gives for each split name `(classes, samples)`: the list of class names
-  and an iterable of `Sample` in a fixed order. A source that is not laid out as expected raises
-  ValueError or FileNotFoundError with one sentence: what was expected, found, and how to mend it.
-- `download(source)`, where torchvision can fetch the data set and check it.
+- a docstring: the first line says what the data set is (`--list` shows it); then the expected layout, where the
+  archives come from, the order of the samples and the license;
+- `CANVAS`, the side in px of the stored squares unless the user sets another;
+- `SOURCE`, what `--source` has to name; a data set that needs no source leaves it out;
+- `DOWNLOAD`, if torchvision can download the data set: per call the name of its class and its options;
+- `splits(source)`, which returns for each split its class names and its samples in a fixed order. It raises
+  ValueError or FileNotFoundError with one sentence: what was expected, what was found, and how to fix it.
 
-It imports `Sample` from fastssl.beton, and from other builders what they share. A module whose name begins
-with an underscore is no builder: it reads a format for several.
+A builder imports `Sample` from fastssl.beton, and what several builders share from `_files.py`. A module whose name
+begins with an underscore is not a builder.
 """
+
+from collections.abc import Iterable
+
+from fastssl.beton import Sample
+
+Splits = dict[str, tuple[list[str], Iterable[Sample]]]  # split -> (class names, samples)

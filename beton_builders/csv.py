@@ -1,39 +1,43 @@
 """Your own images, listed in a CSV file.
 
 SOURCE is the file. Its first line names the columns, in any order:
-    path      of the image, absolute or within the folder that the file lies in
+    path      of the image, absolute or relative to the folder of the file
     label     optional: the name of its class
     split     optional: train, val, test or another word; without the column all is train
 
-Other columns are ignored. Comma-separated, UTF-8; values may stand in double quotes. Classes are
-the labels of all splits, sorted; where all are whole numbers, as numbers. Without a column label
-there is one class, unlabelled. Order: that of the file.
+Other columns are ignored. Comma-separated, UTF-8; values may be in double quotes. Classes are the labels of all splits,
+sorted; as numbers if all are whole numbers. Without a column label there is one class, unlabelled. Order: that of the
+file.
 """
 
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
+from beton_builders import Splits
 from fastssl.beton import Sample
 
 CANVAS = 256
+SOURCE = "a CSV file with the columns path and label"
 
 SPLIT_NAME = re.compile(r"\w[\w-]*")
 
 
-def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
-    if source is None or source.is_dir():
-        raise ValueError("csv needs --source, a CSV file with the columns path and label.")
-    labels, names = set(), {}
+def splits(source: Path) -> Splits:
+    if source.is_dir():
+        raise ValueError(f"csv needs --source, {SOURCE}, and {source} is a folder.")
+    labels: set[str] = set()
+    names: dict[str, None] = {}  # an ordered set
     for _, label, split in rows(source):
         labels.add(label)
         names[split] = None
     if not names:
-        raise ValueError(f"{source} lists no images: write a line for each below the first.")
-    classes = in_order(labels)
+        raise ValueError(f"{source} lists no images: write one line per image after the first line.")
+    numeric = all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels)
+    classes = sorted(labels, key=lambda label: (int(label), label)) if numeric else sorted(labels)
     return {name: (classes, samples(source, classes, name)) for name in names}
 
 
@@ -45,7 +49,7 @@ def samples(source: Path, classes: list[str], wanted: str) -> Iterator[Sample]:
 
 
 def rows(source: Path) -> Iterator[tuple[str, str, str]]:
-    """Path, label and split of each line, checked; a million lines are never held at once."""
+    """Yield path, label and split of each line, checked; a million lines are never in memory."""
     with open(source, "rb") as file:
         reader = csv.reader(decoded(file, source), strict=True)
         try:
@@ -55,7 +59,7 @@ def rows(source: Path) -> Iterator[tuple[str, str, str]]:
                     f"{source} must name its columns in line 1, path among them, and that line is "
                     f"{','.join(header)[:60]!r}."
                 )
-            # A column that the file does not have is found behind its own.
+            # A missing column is found after the ones of the file: its default is appended to each row.
             columns = [*header, "label", "split"]
             cells = itemgetter(*map(columns.index, ("path", "label", "split")))
             for row in reader:
@@ -70,7 +74,7 @@ def rows(source: Path) -> Iterator[tuple[str, str, str]]:
                 if not (path and label and split):
                     raise ValueError(
                         f"Line {reader.line_num} of {source} gives no path, label or split: write "
-                        "one, or take the line out."
+                        "one, or remove the line."
                     )
                 if not SPLIT_NAME.fullmatch(split):
                     raise ValueError(
@@ -84,15 +88,9 @@ def rows(source: Path) -> Iterator[tuple[str, str, str]]:
             ) from error
 
 
-def decoded(file: Iterator[bytes], source: Path) -> Iterator[str]:
+def decoded(file: Iterable[bytes], source: Path) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"Line {number} of {source} is not UTF-8 text: save the file as CSV UTF-8.") from error
-
-
-def in_order(labels: set[str]) -> list[str]:
-    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)

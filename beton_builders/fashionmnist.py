@@ -5,45 +5,24 @@
     t10k-images-idx3-ubyte.gz     4.4 MB, md5 bef4ecab320f06d8554ea6380940ec79
     t10k-labels-idx1-ubyte.gz     5.1 kB, md5 bb300cfdad3c16e7a12a480ee83cd310
 
-in SOURCE, SOURCE/raw or SOURCE/FashionMNIST/raw, unpacked or not; from
-https://github.com/zalandoresearch/fashion-mnist. They are named as MNIST's, so keep the two apart.
-Splits: train and test; one alone where the other's files are not there. Order: that of the files.
-Licence: MIT (Zalando SE).
+in SOURCE, SOURCE/raw or SOURCE/FashionMNIST/raw, compressed or not; from
+https://github.com/zalandoresearch/fashion-mnist. They have the names of MNIST's files, so keep the two apart. Splits:
+train and test; only one if the files of the other are missing. Order: that of the files. License: MIT (Zalando SE).
 """
 
 from pathlib import Path
 
+from beton_builders import Splits
 from beton_builders.mnist import idx_splits
-from fastssl.beton import Sample
 
 CANVAS = 32
+SOURCE = "the folder with train-images-idx3-ubyte.gz"
+DOWNLOAD = [{"dataset": "FashionMNIST"}]
 
-CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 
 
-def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
+def splits(source: Path) -> Splits:
     return idx_splits(
-        source,
-        "fashionmnist",
-        "FashionMNIST",
-        CLASSES,
-        "https://github.com/zalandoresearch/fashion-mnist",
+        source, "fashionmnist", "FashionMNIST", CLASSES, "https://github.com/zalandoresearch/fashion-mnist"
     )
-
-
-def download(source: Path) -> None:
-    """Leaves the four files, packed and unpacked, in SOURCE/FashionMNIST/raw."""
-    import torchvision
-
-    torchvision.datasets.FashionMNIST(root=source, download=True)

@@ -1,24 +1,23 @@
 """ImageNet-100: 126,689 training and 5,000 validation images in 100 classes of ImageNet.
 
-The 100 classes that Tian et al., Contrastive Multiview Coding, 2019, drew from ImageNet-1k; they
-stand in imagenet100.txt beside this file.
+The 100 classes that Tian et al., Contrastive Multiview Coding, 2019, drew from ImageNet-1k; they are listed in
+imagenet100.txt next to this file.
 
-SOURCE is that of the builder imagenet: the folder with the official tars, with train/ and val/, or
-Kaggle's; see there for the archives, their checksums and the terms. Other classes are passed over.
-Class names are the WordNet ids, sorted; labels are from 0 to 99 in that order. Order of the
-samples: by class and file name.
+SOURCE is that of the builder imagenet: the folder with the official tars, with train/ and val/, or Kaggle's; see there
+for the archives, their checksums and the terms. Other classes are skipped. Class names are the WordNet ids, sorted;
+labels are from 0 to 99 in that order. Order of the samples: by class and file name.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
+from beton_builders import Splits
+from beton_builders.imagenet import SOURCE as SOURCE
 from beton_builders.imagenet import find_splits
-from fastssl.beton import Sample
 
 CANVAS = 256
 
 
-def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
+def splits(source: Path) -> Splits:
     return find_splits("imagenet100", source, wanted=class_names())
 
 

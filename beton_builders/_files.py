@@ -1,0 +1,189 @@
+"""What several builders share: folders of images, lists of images, tar files, MATLAB files."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastssl.beton import Sample
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "train": "train", "val": "val", "test": "test"}
+UNLABELLED = -1
+MAX_LABEL = 10**6  # a larger number is not a class but, for example, the number of the image
+
+# scipy.io.loadmat crashes the process on some damaged files (SIGSEGV within a few hundred mutated files, scipy 1.17),
+# and a small file may claim to unpack to any size.
+READ_MAT_SAFELY = """
+import resource, sys
+from scipy.io import loadmat
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+names = sys.argv[2:]
+missing = set(names) - set(loadmat(sys.argv[1], variable_names=names))
+sys.exit(f"it has no {min(missing)}" if missing else 0)
+"""
+
+
+def find_folder(builder: str, source: Path, below: Sequence[str], holds: Sequence[str], fix: str) -> Path:
+    """Return the first of the folders `below` SOURCE ("" is SOURCE itself) with all files or folders in `holds`.
+
+    fix: what the message of the FileNotFoundError says how to get them.
+    """
+    for folder in below:
+        if all((source / folder / name).exists() for name in holds):
+            return source / folder
+    others = "".join(f" or {folder}/ in it" for folder in below if folder)
+    raise FileNotFoundError(f"{builder} found no {' and '.join(holds)} in {source}{others}: {fix}.")
+
+
+def is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def image_paths(folder: str) -> Iterator[str]:
+    """Yield every image in `folder` and below it: the files of a folder first, then its subfolders, sorted by name."""
+    # Strings, not Path objects: a million files are listed in 4 seconds instead of 16.
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if is_image(name):
+                yield os.path.join(parent, name)
+
+
+def _raise(error: OSError) -> NoReturn:
+    """os.walk skips a folder that it cannot read, unless its error is raised."""
+    raise error
+
+
+def samples_by_class(source: Path, folders: Iterable[str]) -> Iterator[Sample]:
+    """Yield the images in and below each of the folders of SOURCE; the n-th folder has label n."""
+    prefix = os.path.join(source, "")
+    for label, folder in enumerate(folders):
+        for path in image_paths(os.path.join(prefix, folder)):
+            yield Sample(path, label, path.removeprefix(prefix))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the subfolders, sorted; hidden ones are ignored."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def parse_lines(
+    path: Path, pattern: str, expected: str, fix: str, labels: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, int]]:
+    """Yield (name, label) of each line of a list of images; empty lines are skipped.
+
+    pattern: a regular expression with the groups `name` and `label`; `label` is a number, or a key of `labels`.
+    Raises ValueError, with the line, what was `expected` and the `fix`, for a line that does not match.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        match = re.fullmatch(pattern, line, re.ASCII)
+        if line and (match is None or (labels is not None and match["label"] not in labels)):
+            raise ValueError(f"Line {number} of {path} must be {expected}, not {line[:60]!r}: {fix}.")
+        if match:
+            yield match["name"], int(match["label"]) if labels is None else labels[match["label"]]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a small UTF-8 text file, stripped, without empty ones at its end."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: unpack the archive again.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file ({error}): unpack the archive again.") from error
+
+
+def files_with_suffix(source: Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return (path, path within SOURCE) of the files below SOURCE with these suffixes, sorted; SOURCE may be one."""
+    if source.is_file():
+        return [(str(source), source.name)] if source.name.lower().endswith(suffixes) else []
+    prefix = os.path.join(source, "")
+    paths = [
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(prefix)
+        for name in names
+        if name.lower().endswith(suffixes) and not name.startswith(".")
+    ]
+    return sorted((path, path.removeprefix(prefix)) for path in paths)
+
+
+def split_of(name: str) -> str:
+    """Return the split that a word of the file's name, or else of one of its folders, names; otherwise train."""
+    for part in reversed(name.lower().split("/")):
+        for word in re.split("[^a-z]+", part):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return "train"
+
+
+def has_labels(label_counts: Iterable[tuple[str, int, int]], fix: str) -> bool:
+    """Whether the images of a split have labels: all or none must.
+
+    label_counts: (path, images with a label, images without one) per file.
+    """
+    counts = list(label_counts)
+    without = [path for path, _, unlabelled in counts if unlabelled]
+    labelled = any(with_label for _, with_label, _ in counts)
+    if without and labelled:
+        raise ValueError(f"{without[0]} holds images without a label, and others have one: {fix}.")
+    return labelled
+
+
+def tar_members(path: str, start: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of each file in an uncompressed tar, which may be a part of `path`.
+
+    Raises ValueError for a damaged, truncated or compressed one.
+    """
+    end = os.path.getsize(path) if size is None else start + size
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                position = start
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of a million members
+                    if not position < archive.offset <= end:
+                        raise tarfile.ReadError(f"{member.name} ends after the end of the file")
+                    position = archive.offset
+                    if member.isfile():
+                        yield member.name, member.offset_data, member.size
+                # At a damaged header tarfile stops as if the tar ended there: a real end is a block of zeros.
+                file.seek(position)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"damaged or cut off at byte {position:,}")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole, uncompressed tar ({error}): download or copy it again.") from error
+
+
+def read_mat(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Return the variables `names` of a MATLAB file, as scipy.io.loadmat does.
+
+    Raises ValueError for a file that is damaged or lacks one of them. A process of its own reads the file first.
+    """
+    from scipy.io import loadmat
+
+    command = [sys.executable, "-W", "ignore", "-c", READ_MAT_SAFELY, str(path), *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.split("\n") if done.returncode > 0 else ["the reader crashed"]
+        reason = [line for line in lines if line.strip()][-1]
+        raise ValueError(f"{path} cannot be read as a MATLAB file ({reason}): download it again.")
+    content = loadmat(path, variable_names=names)
+    return {name: content[name] for name in names}
+
+
+def whole_numbers(path: Path, name: str, value: Any, low: int, high: int) -> np.ndarray:
+    """Return a MATLAB array as int64 (N,). Raises ValueError unless all of it are whole numbers in [low, high]."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "uif":
+        numbers = value.reshape(-1, order="F")
+        if ((numbers >= low) & (numbers <= high) & (numbers == np.floor(numbers))).all():
+            return numbers.astype(np.int64)
+    raise ValueError(f"{path} does not hold whole numbers from {low:,} to {high:,} as {name}: download it again.")
