@@ -86,7 +86,7 @@ def build_beton(
     plan = plan_storage(module.CANVAS, canvas, max_side, quality)
     workers = resolve_workers(workers)
     if download:
-        fetch(module, builder, source)
+        download_dataset(module, builder, source)
     options = {
         "builder": builder,
         "source": _as_utf8(str(source)) if source else None,
@@ -117,15 +117,19 @@ def plan_storage(default: int, canvas: int | None, max_side: int | None, quality
     return Plan("full" if max_side is not None else "canvas", side, quality)
 
 
-def fetch(module: ModuleType, builder: str, source: Path | None) -> None:
-    """Let the builder download its data set into `source`."""
-    if not hasattr(module, "download"):
+def download_dataset(module: ModuleType, builder: str, source: Path | None) -> None:
+    """Download the builder's data set into `source` with torchvision, which compares checksums."""
+    if not hasattr(module, "DOWNLOAD"):
         raise UserError(f"{builder} cannot be downloaded; `fastssl build-beton --list` says what can.")
     if source is None:
         raise UserError("--download needs --source, the folder to download into.")
     source.mkdir(parents=True, exist_ok=True)
     try:
-        module.download(source)
+        from torchvision import datasets
+
+        for call in module.DOWNLOAD:
+            options = {name: value for name, value in call.items() if name != "dataset"}
+            getattr(datasets, call["dataset"])(root=source, download=True, **options)
     except (OSError, RuntimeError, ImportError) as error:
         raise UserError(f"{builder} could not be downloaded into {source}: {error}") from error
 
@@ -140,8 +144,10 @@ def list_splits(
     """Ask the builder what is in `source`; its complaint about the layout becomes a UserError."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; it must be 1 or more.")
+    if source is None and hasattr(module, "SOURCE"):
+        raise UserError(f"{builder} needs --source, {module.SOURCE}.")
     if source is not None and not source.exists():
-        fetching = "; --download fetches it" if hasattr(module, "download") else ""
+        fetching = "; --download fetches it" if hasattr(module, "DOWNLOAD") else ""
         raise UserError(f"{source} does not exist; --source must be what {builder} is built from{fetching}.")
     splits = []
     try:

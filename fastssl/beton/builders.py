@@ -18,7 +18,7 @@ def describe_builders() -> dict[str, tuple[str, bool]]:
     """For each builder the first line of its documentation, and whether it can download."""
     modules = {name: load_builder(name) for name in builder_names()}
     return {
-        name: (module.__doc__.strip().split("\n")[0], hasattr(module, "download")) for name, module in modules.items()
+        name: (module.__doc__.strip().split("\n")[0], hasattr(module, "DOWNLOAD")) for name, module in modules.items()
     }
 
 

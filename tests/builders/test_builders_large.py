@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from beton_builders import imagenet, imagenet100, tinyimagenet
-from beton_builders.webdataset import tar_files
+from beton_builders._files import tar_members
 from fastssl.beton import Sample, build_beton, read_metadata
 from fastssl.beton.images import read_image_bytes
 from fastssl.common.errors import UserError
@@ -59,7 +59,8 @@ def tar_bytes(files: dict[str, bytes], mode: str = "w") -> bytes:
 def listed(builder, source: Path | None) -> dict[str, tuple[list[str], list[Sample]]]:
     found = {}
     for split, (classes, samples) in builder.splits(source).items():
-        assert iter(samples) is samples, "a million samples must not be held"
+        if builder in (imagenet, imagenet100):
+            assert iter(samples) is samples, "a million samples must not be in memory"
         found[split] = (classes, list(samples))
     return found
 
@@ -199,8 +200,6 @@ def test_imagenet_is_built_from_its_tars(tmp_path):
 
 
 def test_imagenet_says_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="imagenet needs --source"):
-        imagenet.splits(None)
     with pytest.raises(FileNotFoundError, match="found none of ILSVRC2012_img_train.tar, .*: name"):
         imagenet.splits(tmp_path)
     with pytest.raises(ValueError, match="a.JPEG lies in"):
@@ -229,7 +228,7 @@ def test_imagenet_says_what_is_wrong(tmp_path):
     solution(tmp_path)
     assert names(listed(imagenet, tmp_path)["val"][1]) == EXPECTED_VAL
     write_tar(tmp_path / "ILSVRC2012_img_val.tar", {"ILSVRC2012_val_00000005.JPEG": b""})
-    with pytest.raises(ValueError, match="know no validation image ILSVRC2012_val_00000005.JPEG"):
+    with pytest.raises(ValueError, match="lack the validation image ILSVRC2012_val_00000005.JPEG"):
         imagenet.splits(tmp_path)
 
 
@@ -245,7 +244,7 @@ def test_imagenet_labels_agree_where_a_split_lacks_a_class(tmp_path):
 def test_imagenet_refuses_a_damaged_tar(tmp_path, damage):
     path = official_tars(tmp_path) / "ILSVRC2012_img_train.tar"
     content = bytearray(path.read_bytes())
-    start = max(offset for _, offset, _ in tar_files(str(path)))  # of the last class tar
+    start = max(offset for _, offset, _ in tar_members(str(path)))  # of the last class tar
     if damage == "cut":
         content = content[: start + 2000]
     elif damage == "cut at a header":
@@ -269,7 +268,7 @@ def test_a_tar_that_leads_back_to_itself_is_refused(tmp_path):
     content[512 + 148 : 512 + 156] = b"%06o\0 " % sum(content[512:1024])
     (tmp_path / "round.tar").write_bytes(content)
     with pytest.raises(ValueError, match="round.tar is not a whole, uncompressed tar"):
-        list(tar_files(str(tmp_path / "round.tar")))
+        list(tar_members(str(tmp_path / "round.tar")))
 
 
 # --- imagenet100 --------------------------------------------------------------------------------
@@ -297,8 +296,6 @@ def test_imagenet100_takes_its_classes_from_the_same_sources(tmp_path):
     write(tmp_path / "others", "train/n01440764/a.JPEG")
     with pytest.raises(ValueError, match="hold none of the 100 classes of imagenet100"):
         imagenet100.splits(tmp_path / "others")
-    with pytest.raises(ValueError, match="imagenet100 needs --source"):
-        imagenet100.splits(None)
 
 
 def test_the_wheel_ships_the_list_of_imagenet100(tmp_path):
@@ -355,8 +352,6 @@ def test_tinyimagenet_with_val_in_class_folders(tmp_path):
 
 
 def test_tinyimagenet_says_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="tinyimagenet needs --source"):
-        tinyimagenet.splits(None)
     with pytest.raises(FileNotFoundError, match="no wnids.txt in .*: unpack tiny-imagenet-200.zip"):
         tinyimagenet.splits(tmp_path)
     annotations = tiny(tmp_path) / "val" / "val_annotations.txt"
