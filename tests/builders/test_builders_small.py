@@ -588,7 +588,7 @@ def test_flowers102_needs_its_images(copy):
 
 @pytest.fixture
 def mat_files(monkeypatch):
-    """Variables by path, in place of MATLAB files, which test_files.py tests: reading one takes a process of its own."""
+    """Variables by file name, in place of MATLAB files: reading a real one starts a process (see test_files.py)."""
     contents = {}
     for builder in (flowers102, svhn):
         monkeypatch.setattr(
