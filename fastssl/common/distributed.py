@@ -1,6 +1,11 @@
-"""One process or many: torchrun's processes, and what they have to agree on. The first one (rank 0) writes.
+"""Ranks, process groups and collectives: the only file of the project that calls torch.distributed.
 
-A value on the CPU travels by gloo and never waits for a device.
+torchrun starts the processes of a run. Rank 0 is the main process, which writes all files. Without torchrun there is
+one process, and every function below works without a process group.
+
+There are two groups. The default group (NCCL on GPUs, gloo on CPUs) carries gradients and statistics. The control group
+(always gloo) carries values of the host, so that no call waits for a device. Its timeout is one day, because the other
+ranks wait in it while the main process evaluates a probe.
 """
 
 import os
@@ -8,24 +13,46 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from fastssl.common.errors import Stopped, UserError
 
 Value = TypeVar("Value")
 
+_control: dist.ProcessGroup | None = None
 
-_control: dist.ProcessGroup | None = None  # of the CPUs; it waits for hours, as a probe in the first process may take
+
+# Ranks
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return rank() == 0
+
+
+# Process groups
 
 
 @contextmanager
 def joined_processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started beside this one, and leave them at the end. Gives this one's device."""
+    """Join the process group of torchrun's processes, and leave it at the end. Yields the device of this process.
+
+    Raises:
+        UserError: if there are fewer GPUs than processes on this host, or WORLD_SIZE is set without RANK.
+    """
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -39,71 +66,80 @@ def joined_processes(device: torch.device) -> Iterator[torch.device]:
         return
     if "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set, but not RANK: start several processes with torchrun.")
-    store, rank, world = fresh_store()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    store, own_rank, world = next(dist.rendezvous("env://"))
+    store = unused_store(store, own_rank, world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=world)
     global _control
-    _control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(days=1)))
     try:
         yield device
-    except Stopped:  # all processes end here together; behind another error, leaving might wait for the others for ever
+    except Stopped:  # raised on all ranks together; after any other error, destroying the group could block forever
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
-def fresh_store() -> tuple[dist.Store, int, int]:
-    """torchrun's store under a prefix that no earlier start of its processes has used, this one's rank, and how many.
+def unused_store(store: dist.Store, own_rank: int, world: int) -> dist.PrefixStore:
+    """Return a view of torchrun's store with a key prefix that no earlier start of the processes has used.
 
-    torchrun keeps its store over a restart (torch 2.15), and in it the addresses of processes that are gone: whoever
-    reads one before it is replaced fails to connect. Its restart count would be no prefix, as every host counts for
-    itself. So the first process makes up a name, and answers with it whoever asks by a number of its own.
+    torchrun keeps its store when it restarts the processes (torch 2.15). The store then still holds the addresses of
+    the old processes, and a rank that reads such an address before it is overwritten fails to connect. torchrun's
+    restart count cannot be the prefix, because every host counts its own restarts. So rank 0 draws a random prefix at
+    each start:
+
+    1. Every other rank writes a random token to `fastssl/request/RANK` and waits for the key `fastssl/reply/TOKEN`.
+    2. Rank 0 answers each request with the prefix. A request of an old process gets a reply that nobody reads.
+    3. Every rank that has read the prefix increments `PREFIX/joined`. Rank 0 returns when all have.
+
+    Raises:
+        TimeoutError: on rank 0, if a rank has not joined within the store's timeout.
     """
-    store, rank, world = next(dist.rendezvous("env://"))
-    if rank > 0:
-        question = uuid4().hex
-        store.set(f"fastssl/question/{rank}", question)
-        name = store.get(f"fastssl/answer/{question}").decode()  # waits for it
-        store.add(f"{name}/joined", 1)
-        return dist.PrefixStore(name, store), rank, world
-    name, deadline = uuid4().hex, time.monotonic() + store.timeout.total_seconds()
-    while store.add(f"{name}/joined", 0) < world - 1:
+    if own_rank > 0:
+        token = uuid4().hex
+        store.set(f"fastssl/request/{own_rank}", token)
+        prefix = store.get(f"fastssl/reply/{token}").decode()  # blocks until rank 0 has set it
+        store.add(f"{prefix}/joined", 1)
+        return dist.PrefixStore(prefix, store)
+    prefix = uuid4().hex
+    timeout: timedelta = store.timeout  # type: ignore[attr-defined]  # missing from torch's stubs
+    deadline = time.monotonic() + timeout.total_seconds()
+    while store.add(f"{prefix}/joined", 0) < world - 1:
         for other in range(1, world):
-            if store.check([f"fastssl/question/{other}"]):  # perhaps that of a process that is gone: no matter
-                store.set(f"fastssl/answer/{store.get(f'fastssl/question/{other}').decode()}", name)
+            if store.check([f"fastssl/request/{other}"]):
+                token = store.get(f"fastssl/request/{other}").decode()
+                store.set(f"fastssl/reply/{token}", prefix)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"Not all of {world} processes have come within {store.timeout}.")
+            raise TimeoutError(f"Not all of {world} processes have joined within {timeout}.")
         time.sleep(0.02)
-    return dist.PrefixStore(name, store), rank, world
+    return dist.PrefixStore(prefix, store)
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+# Values on the host, and tensors without gradient
 
 
 def broadcast_from_main(make: Callable[[], Value]) -> Value:
-    """What `make` returns in the first process, a plain Python value, on all of them; its UserError too."""
+    """Call `make` in the main process and return its result, a plain Python value, on every rank.
+
+    Raises:
+        UserError: on every rank, if `make` raises one.
+    """
     if not dist.is_initialized():
         return make()
-    value = mistake = None
+    box: list[object] = [None]
     if is_main_process():
         try:
-            value = make()
+            box[0] = make()
         except UserError as error:
-            mistake = str(error)
-    box = [value, mistake]
+            box[0] = error
     dist.broadcast_object_list(box, group=_control)
-    value, mistake = box
-    if mistake:
-        raise UserError(mistake)
-    return value
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return cast(Value, box[0])
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is up in one process at least; all of them wait for each other here, but not for their GPUs."""
+    """Return whether the flag is set on at least one rank. Ranks wait for each other here, but not for their GPUs."""
     if not dist.is_initialized():
         return flag
     raised = torch.tensor(int(flag))
@@ -111,17 +147,8 @@ def any_rank(flag: bool) -> bool:
     return bool(raised)
 
 
-def combine(names: list[str], values_KN: torch.Tensor) -> torch.Tensor:
-    """K copies of N figures as one (N,): of sigma_min and sigma_max the least and the largest, of others the mean."""
-    if len(values_KN) == 1:  # the usual case, at every step
-        return values_KN[0]
-    kinds = {"min": torch.amin, "max": torch.amax}
-    kind_N = [next((kinds[part] for part in name.split("_") if part in kinds), torch.mean) for name in names]
-    return torch.stack([kind(values_KN[:, n], 0) for n, kind in enumerate(kind_N)])
-
-
-def all_gather_values(values_N: torch.Tensor) -> torch.Tensor:
-    """(world, N): every process's figures, on all of them."""
+def all_gather_values(values_N: Tensor) -> Tensor:
+    """Return (world, N): the values of every rank, on every rank."""
     if not dist.is_initialized():
         return values_N[None]
     rows = [torch.empty_like(values_N) for _ in range(dist.get_world_size())]
@@ -129,83 +156,111 @@ def all_gather_values(values_N: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Replace x by its elementwise maximum over all ranks, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Replace x (contiguous) by its sum over all ranks, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def combine(names: list[str], values_KN: Tensor) -> Tensor:
+    """Reduce K copies of N metrics to (N,): sigma_min by the minimum, sigma_max by the maximum, others by the mean."""
+    if len(values_KN) == 1:  # the usual case, at every step
+        return values_KN[0]
+    kinds = {"min": torch.amin, "max": torch.amax}
+    kind_N = [next((kinds[part] for part in name.split("_") if part in kinds), torch.mean) for name in names]
+    return torch.stack([kind(values_KN[:, n], 0) for n, kind in enumerate(kind_N)])
+
+
+# Tensors with gradients, for the losses. `gather` is the recipe's objective.gather: None or True for statistics over
+# the batches of all ranks, False for this rank's batch alone.
+
+
 def is_global(gather: bool | None) -> bool:
-    """Whether statistics span the processes: None and True say yes where there is more than one."""
-    return gather is not False and dist.is_initialized() and dist.get_world_size() > 1
+    """Return whether statistics span several ranks."""
+    return gather is not False and world_size() > 1
+
+
+def rank_of(gather: bool | None) -> int:
+    """Return which slice of the result of `gather_rows` is this rank's own."""
+    return rank() if is_global(gather) else 0
 
 
 def sum_over_ranks(x: Tensor, gather: bool | None) -> Tensor:
-    """The sum of x over all processes, or x itself where statistics are local."""
+    """Return the sum of x over all ranks."""
     return _AllReduceSum.apply(x) if is_global(gather) else x
 
 
 def mean_over_ranks(x: Tensor, gather: bool | None) -> Tensor:
-    """The mean over all processes of what each computed from its own batch."""
-    return _AllReduceSum.apply(x) / dist.get_world_size() if is_global(gather) else x
+    """Return the mean of x over all ranks."""
+    return _AllReduceSum.apply(x) / world_size() if is_global(gather) else x
 
 
 def gather_rows(x: Tensor, gather: bool | None) -> Tensor:
-    """x (..., B, D) -> (..., world * B, D): every process's rows in the order of the ranks."""
+    """Concatenate the rows of all ranks in rank order: (..., B, D) -> (..., world * B, D)."""
     return _AllGatherRows.apply(x) if is_global(gather) else x
 
 
-def rank_of(gather: bool | None) -> int:
-    """Which slice of `gather_rows` is this process's own."""
-    return dist.get_rank() if is_global(gather) else 0
-
-
 def count_rows(x: Tensor, gather: bool | None) -> int:
-    """Samples (dimension -2) of x over all processes.
+    """Return the number of samples (dimension -2) of x over all ranks.
 
-    Raises ValueError on every rank where the processes' batches differ (under compile or on a GPU, where the host
-    does not wait for the answer, the device stops with the same sentence).
+    Raises:
+        ValueError: on every rank, if the ranks' batches differ in size. Under torch.compile and on a GPU, where the
+            host does not wait for the result, a device assertion with the same message fails instead.
     """
     batch = x.shape[-2]
     if not is_global(gather):
         return batch
-    world = dist.get_world_size()
-    # Equal if and only if the mean square is the squared mean: one sum tells every rank.
+    world = world_size()
+    # The sizes are equal if and only if their mean square is the square of their mean: one sum tells every rank.
     moments = torch.stack([x.new_full((), batch, dtype=torch.float64), x.new_full((), batch**2, dtype=torch.float64)])
     total, squares = sum_over_ranks(moments, gather)
-    equal, sentence = squares * world == total.square(), "All processes need batches of one size: drop the last batch."
+    equal = squares * world == total.square()
+    message = "All processes need batches of one size: drop the last batch."
     if x.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(equal, sentence)
+        torch._assert_async(equal, message)
     elif not equal:
-        raise ValueError(sentence)
+        raise ValueError(message)
     return batch * world
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks whose gradient is the sum over ranks of the gradients.
+    """Sum over ranks. The gradient is the sum over ranks of the gradients.
 
-    torch.distributed.nn.functional.all_reduce does the same but is deprecated and refuses torch.compile. Gradients may
-    arrive non-contiguous or expanded, and gloo then silently permutes or overwrites them: both directions work on a
-    contiguous copy.
+    torch.distributed.nn.functional.all_reduce does the same, but is deprecated and cannot be compiled. Gradients may
+    arrive non-contiguous or expanded, and gloo then permutes or overwrites them without an error: both directions work
+    on a contiguous copy.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         return _AllReduceSum.apply(grad)
 
 
 class _AllGatherRows(torch.autograd.Function):
-    """Concatenation over ranks along dimension -2; a row's gradient is the sum of all ranks' gradients for it."""
+    """Concatenation over ranks along dimension -2. The gradient of a row is the sum of all ranks' gradients for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x)
-        ctx.batch = x.shape[-2]
         return torch.cat(parts, dim=-2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = _AllReduceSum.apply(grad)
-        return total.narrow(-2, dist.get_rank() * ctx.batch, ctx.batch)
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        batch = grad.shape[-2] // dist.get_world_size()
+        return _AllReduceSum.apply(grad).narrow(-2, dist.get_rank() * batch, batch)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl.beton import read_header, read_index_list
+from fastssl.common.distributed import rank, world_size
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import permutation
 from fastssl.common.system import available_cores, free_memory
@@ -103,7 +104,7 @@ class BetonLoader:
         self.device = torch.device(device)
         self.resident = resident
         self.on_bad_sample = on_bad_sample
-        self.rank, self.world = _rank_and_world() if shard else (0, 1)
+        self.rank, self.world = (rank(), world_size()) if shard else (0, 1)
 
         info = read_header(self.path)
         if crop == "gpu" and info.resolution is None:
@@ -344,13 +345,6 @@ def count_images(path: str | Path, *, subset: str | Path | None = None, limit: i
     """How many samples a BetonLoader with these arguments draws from; nothing is decoded."""
     count = read_header(path).num_samples if subset is None else len(read_index_list(path, subset))
     return count if limit is None else min(count, limit)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def _warn_if_larger_than_memory(path: Path) -> None:

@@ -5,11 +5,11 @@ there is no GPU.
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastssl.common.distributed import all_reduce_sum, world_size
 from fastssl.models.priors import at_least_fp32
 
 
@@ -55,8 +55,7 @@ def batch_norm_over_ranks(
     Returns y like x, and without gradient mean (C,) and unbiased variance (C,), both fp32 (fp64 for fp64). Raises
     ValueError where a channel has a single value over all processes.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world * x.numel() // x.shape[1] < 2:
+    if world_size() * x.numel() // x.shape[1] < 2:
         raise ValueError(f"Batch statistics need more than 1 value per channel, not an input of {tuple(x.shape)}.")
     y, mean, var, count = _BatchNormOverRanks.apply(x, weight, bias, eps)
     return y, mean, var * (count / (count - 1))
@@ -92,8 +91,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
         sums = torch.stack([exact.sum(over), exact.square().sum(over)])
         count = sums.new_full((1,), x.numel() // x.shape[1])
         total = torch.cat([sums.flatten(), count])
-        if dist.is_initialized():
-            dist.all_reduce(total)
+        all_reduce_sum(total)
         count, (sum_, square_sum) = total[-1], total[:-1].view_as(sums)
         mean = sum_ / count
         var = (square_sum / count - mean.square()).clamp_min(0)
@@ -111,8 +109,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
         xhat = (x.to(mean.dtype) - _channels(mean, x)) * _channels(inverse_std, x)
         sums = torch.stack([dy.sum(over), (dy * xhat).sum(over)])
         d_bias, d_weight = sums.clone()  # this rank's part; DDP sums them, as every other weight's gradient
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        all_reduce_sum(sums)
         mean_dy, mean_dy_xhat = sums / count
         scale = inverse_std if weight is None else inverse_std * weight
         dx = (dy - _channels(mean_dy, x) - xhat * _channels(mean_dy_xhat, x)) * _channels(scale, x)

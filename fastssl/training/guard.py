@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl.common.distributed import all_gather_values, combine
+from fastssl.common.distributed import all_gather_values, all_reduce_max, combine, world_size
 from fastssl.models.checkpoint import LAST
 from fastssl.training.optim import skips_on_device
 from fastssl.training.state import TrainState
@@ -39,10 +38,8 @@ class FiniteGuard:
         self.names = list(terms)
         values = torch.stack([term.detach().float() for term in terms.values()])
         bad_loss, bad_gradient = ~terms["loss"].isfinite(), ~terms["grad_norm"].isfinite()
-        if dist.is_initialized():  # a loss of its own batch alone may be finite in one process and not in another
-            flags = torch.stack((bad_loss, bad_gradient)).float()
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            bad_loss, bad_gradient = flags.bool()
+        if world_size() > 1:  # a loss of this rank's batch alone may be finite on one rank and not on another
+            bad_loss, bad_gradient = all_reduce_max(torch.stack((bad_loss, bad_gradient)).float()).bool()
         bad = bad_loss | bad_gradient
         # fp16 looks for its scale by letting gradients overflow; at scale 1 there is nothing to find.
         counts = bad_loss | (bad_gradient & (scaler._scale <= 1)) if scaler.is_enabled() else bad

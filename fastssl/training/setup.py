@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import read_header
-from fastssl.common.distributed import broadcast_from_main, is_main_process, world_size
+from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, count_images
 from fastssl.models import Model, WeightAverage, build_model, convert_batch_norms
@@ -124,7 +124,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     if broadcast_from_main(lambda: state.step) != state.step:
         raise UserError("The processes found different checkpoints: let all hosts see one run directory.")
     if not is_main_process():  # dropout masks of its own; the first process's generator is part of the state
-        torch.manual_seed(recipe.seed + 1_000_003 * (state.step + 1) + torch.distributed.get_rank())
+        torch.manual_seed(recipe.seed + 1_000_003 * (state.step + 1) + rank())
 
     network = Network(model, total_loss(recipe, schedule.beta_warmup_steps), device, precision)
     if world_size() > 1:

@@ -1,6 +1,7 @@
 """The import rule: folders stand in the order of the data's flow, and each imports only what comes before."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,13 @@ def test_a_builder_imports_only_the_sample():
                 assert node.module == "fastssl.beton" and [a.name for a in node.names] == ["Sample"], path
             if isinstance(node, ast.Import):
                 assert not any(a.name.startswith("fastssl") for a in node.names), path
+
+
+def test_torch_distributed_is_called_from_one_file():
+    """Ranks and collectives are in common/distributed.py; DistributedDataParallel's hook for bf16 is in setup.py."""
+    pattern = re.compile(r"import torch\.distributed|from torch import distributed|torch\.distributed\.(?!algorithms)")
+    callers = {path.name for path in (ROOT / "fastssl").rglob("*.py") if pattern.search(path.read_text())}
+    assert callers == {"distributed.py"}
 
 
 def test_the_rule_sees_every_form_of_import(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -25,7 +24,7 @@ from training_runs import (
     weights_of,
 )
 
-from fastssl.common.distributed import fresh_store
+from fastssl.common.distributed import unused_store
 from fastssl.models import SSLModel
 from fastssl.recipe import load_recipe
 from fastssl.training import train
@@ -67,18 +66,16 @@ def test_two_processes_train_as_one(canvas, tmp_path, recipe, more, of_losses):
         assert apart < 1e-4 * first.norm() and apart < 0.1 * (first - begun).norm()
 
 
-def test_a_store_that_remembers_processes_that_are_gone_gives_a_fresh_one(monkeypatch):
-    """Three processes (threads here) meet twice over one store; the third finds questions of an earlier start in it."""
-    store, place = dist.HashStore(), threading.local()
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, place.rank, 3)]))
-    store.set("fastssl/question/1", "of a process that is gone")
+def test_a_store_with_keys_of_an_earlier_start_gives_an_unused_one():
+    """Three ranks (threads here) join twice over one store, which holds the request of a process that has ended."""
+    store = dist.HashStore()
+    store.set("fastssl/request/1", "of a process that has ended")
 
     def join(rank):
-        place.rank = rank
-        fresh, *_ = fresh_store()
-        fresh.set(f"from {rank}", "x")
-        fresh.wait(["from 0", "from 1", "from 2"], timedelta(seconds=60))
-        return fresh.get("from 0")
+        unused = unused_store(store, rank, 3)
+        unused.set(f"from {rank}", "x")
+        unused.wait(["from 0", "from 1", "from 2"], timedelta(seconds=60))
+        return unused.get("from 0")
 
     for _ in range(2):
         with ThreadPoolExecutor(3) as threads:
