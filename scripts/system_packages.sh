@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs through apt what pip cannot bring, and only what is missing.
+# Installs with apt what pip cannot install, and only what is missing.
 #
 #   scripts/system_packages.sh run      what the environment needs
 #   scripts/system_packages.sh build    what building the FFCV wheel needs as well
@@ -15,7 +15,7 @@ python_package=$("$python" -c 'import sys; print("python%d.%d" % sys.version_inf
 missing=()
 needs() { missing+=("$1"); }
 
-# Debian splits venv and the C headers off its Python; every other Python has them.
+# Debian packages venv and the C headers separately from its Python; every other Python has them.
 "$python" -c 'import venv, ensurepip' 2>/dev/null || needs "$python_package-venv"
 # numba's OpenMP threading layer; torch brings an OpenMP of its own under another name.
 "$python" -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null || needs libgomp1
@@ -39,17 +39,17 @@ fi
 [[ ${#missing[@]} -gt 0 ]] || exit 0
 
 command -v apt-get >/dev/null ||
-    die "there is no apt-get here; install what these Debian packages hold with your own package manager, then run the same command again: ${missing[*]}"
+    die "apt-get was not found; install the contents of these Debian packages with your own package manager, then run the same command again: ${missing[*]}"
 if [[ $(id -u) == 0 ]]; then
     as_root=()
 elif command -v sudo >/dev/null; then
     as_root=(sudo)
 else
-    die "not root and no sudo; ask someone who is root to run: apt-get install --no-install-recommends ${missing[*]}"
+    die "not root and no sudo; ask an administrator to run: apt-get install --no-install-recommends ${missing[*]}"
 fi
 
-say "installing through apt: ${missing[*]}"
-"${as_root[@]}" apt-get update -qq || die "'apt-get update' failed; its lines above say why."
+say "installing with apt: ${missing[*]}"
+"${as_root[@]}" apt-get update -qq || die "'apt-get update' failed; see its output above."
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
     apt-get install -y -qq --no-install-recommends "${missing[@]}" ||
-    die "apt could not install ${missing[*]}; its lines above say why."
+    die "apt could not install ${missing[*]}; see its output above."

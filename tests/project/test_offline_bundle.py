@@ -105,7 +105,7 @@ def test_any_opencv_will_do(packages):
 
 def test_the_host_is_told_what_it_must_have(packages):
     names = bundled(packages, "torch", "numba")
-    asked = offline_bundle.asked_of_host({name: packages[name] for name in names})
+    asked = offline_bundle.required_of_host({name: packages[name] for name in names})
     assert asked == {"numba": ">=0.61", "numpy": ">=2", "torch": ">=2.13"}
 
 
@@ -131,7 +131,7 @@ def test_a_list_of_the_hosts_packages_counts_as_it_stands(packages, tmp_path, li
         ("opencv", "did you mean opencv-python"),
         ("zzz", "leave it out"),
         ("fastssl-trainer", "HOST_HAS names fastssl-trainer"),
-        ("no/host.txt", "is not there"),
+        ("no/host.txt", "does not exist"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(packages, word, said):
@@ -245,7 +245,7 @@ def test_without_network_the_last_bundle_stays(tmp_path):
     (tmp_path / "dist/offline-cp312").mkdir(parents=True)
     answer = make_bundle(tmp_path, PY="3.12", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
     assert answer.returncode == 1
-    assert answer.stderr.splitlines()[-1].startswith("fastssl: ") and "where there is a network" in answer.stderr
+    assert answer.stderr.splitlines()[-1].startswith("fastssl: ") and "on a machine with network" in answer.stderr
     assert [path.name for path in (tmp_path / "dist").iterdir()] == ["offline-cp312"]
 
 
@@ -332,7 +332,7 @@ def one_sentence(answer):
 
 
 def test_a_host_that_lacks_something_is_left_alone(bundle, host):
-    assert "lacks what this bundle was made without: torch>=2.13." in one_sentence(host.runs(bundle / "install.py"))
+    assert "lacks packages that this bundle leaves out: torch>=2.13." in one_sentence(host.runs(bundle / "install.py"))
     host.has("torch", "2.11.0")
     line = one_sentence(host.runs(bundle / "install.py"))
     assert "torch>=2.13 (it has 2.11.0)" in line and f"make offline-bundle PY={PYTHON} HOST_HAS=host.txt" in line
@@ -353,7 +353,7 @@ def test_what_will_not_do_is_replaced_and_named(bundle, host):
     host.has("small", "1.0")
     answer = host.runs(bundle / "install.py")
     assert answer.returncode == 0, answer.stderr
-    assert "small 1.0 will not do; 2.0 takes its place" in answer.stdout
+    assert "small 1.0 is too old or too new: replacing it by 2.0" in answer.stdout
     assert host.runs("-c", "import small; print(small.version)").stdout == "2.0\n"
 
 

@@ -192,7 +192,7 @@ def one_sentence(answer) -> str:
 def test_no_apt_is_one_sentence_that_names_what_is_missing(bare_path):
     answer = run("scripts/system_packages.sh", "build", PATH=str(bare_path), PYTHON=sys.executable)
     line = one_sentence(answer)
-    assert "there is no apt-get here" in line
+    assert "apt-get was not found" in line
     assert "g++ pkg-config" in line and "libturbojpeg0-dev" in line
 
 
