@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import nn
 
-from fastssl.evaluation import classification_figures, fit_lbfgs, fit_sweep
+from fastssl.evaluation import classification_metrics, fit_lbfgs, fit_sweep
 from fastssl.evaluation.features import read_features
 from fastssl.evaluation.linear.batches import Batches
 from fastssl.evaluation.linear.lbfgs import Objective
@@ -65,11 +65,11 @@ def compare(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
     swept, seconds = timed(lambda: fit_sweep(x, y))
     _, alone = timed(lambda: fit_sweep(x, y, weight_decays=(0.0,)))
     logits, classes = swept.classifier.logits(x_test), swept.classifier.class_C
-    scores, test_seconds = timed(lambda: classification_figures(logits, y_test, classes))
+    scores, test_seconds = timed(lambda: classification_metrics(logits, y_test, classes))
     yield (
         f"* sweep: {len(swept.selection)} pairs of rate and decay, 100 epochs, and the chosen one again on all: "
         f"**{seconds:.1f} s**; the 13 rates alone: **{alone:.1f} s**; figures and intervals of {len(x_test):,} test "
-        f"samples {test_seconds:.1f} s (accuracy {100 * scores.figures['accuracy']:.2f} %)."
+        f"samples {test_seconds:.1f} s (accuracy {100 * scores.metrics['accuracy']:.2f} %)."
     )
     epochs, rows = 3, np.arange(len(x))
     candidates = [Candidate(lr, 0.0) for lr in LEARNING_RATES]

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from fastssl.beton import build_beton
 from fastssl.common.errors import UserError
-from fastssl.evaluation import few_label_knn, few_label_linear, find_encoder
+from fastssl.evaluation import few_label_knn, few_label_linear, load_run_encoder
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_table
+from fastssl.evaluation.runs import BetonSubset
 from fastssl.models import Embedding, SSLModel, load_model
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.training import train
@@ -54,7 +55,7 @@ def run_demo() -> None:
             f"{100 * LEAST_GAIN:.0f} or more: something is broken here; run `fastssl doctor`."
         )
     console.print("\n[bold]4. What it has never seen[/]: digits 8 and 9 (near), photographs and noise (far)")
-    encoder = find_encoder(run_dir)
+    encoder = load_run_encoder(run_dir)
     sets = find_sets(encoder, near=[DATA / "ood.beton"], far=[DATA / "photos.beton", DATA / "noise.beton"])
     result = evaluate_ood(encoder, sets)
     console.print(ood_table(result, console.width))
@@ -88,8 +89,8 @@ class RawPixels(torch.nn.Module):
 
 def few_label_accuracies(encoder: torch.nn.Module, recipe: Recipe) -> tuple[float, float]:
     """(kNN, linear) accuracy on the held-out digits, mean over the draws of the labels."""
-    train_set = compute_features(encoder, recipe.data.train, recipe.views)
-    val_set = compute_features(encoder, recipe.data.val, recipe.views)
+    train_set = compute_features(encoder, BetonSubset(Path(recipe.data.train)), recipe.views)
+    val_set = compute_features(encoder, BetonSubset(Path(recipe.data.val)), recipe.views)
     data = train_set.h, train_set.label, val_set.h, val_set.label
     chosen = {"labels_per_class": LABELS_PER_CLASS, "draws": DRAWS}
     return tuple(sum(f(*data, **chosen)) / DRAWS for f in (few_label_knn, few_label_linear))

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
+from fastssl.evaluation import BetonSubset, Features, RunEncoder, cached_features
+from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model, build_model
-from fastssl.recipe import Recipe
+from fastssl.recipe import Recipe, ViewsConfig, load_recipe
 
 
 def recipe_of(objective: dict, embedding: dict, hidden: int = 16, out: int = 8) -> Recipe:
@@ -30,3 +32,12 @@ def make_run(folder: Path, data: dict, *, seed: int = 0, **sections) -> tuple[Pa
     torch.save(saved, folder / "checkpoints" / "last.pt")
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     return folder, recipe, model
+
+
+def features_of(
+    run_dir: Path, beton: Path, *, model: Model, views: ViewsConfig, subset=None, limit=None, **options
+) -> Features:
+    """`cached_features` by the weights that the model has now."""
+    recipe = load_recipe(run_dir / "recipe.yaml").model_copy(update={"views": views})
+    encoder = RunEncoder(run_dir, recipe, model, torch.device("cpu"), None, "", weights_sha256(model))
+    return cached_features(encoder, BetonSubset(beton, subset, limit), **options)

@@ -12,7 +12,7 @@ from small_models import make_run
 from training_runs import SMALL
 
 from fastssl.common import randomness
-from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_encoder, find_split
+from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader
 from fastssl.loading.spans import span
@@ -185,17 +185,17 @@ def test_an_evaluation_on_the_device_gives_the_cpu_s_figures(canvas, tmp_path):
     folder, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton"), "val": str(canvas / "val.beton")})
     figures = {}
     for device in ("cpu", "cuda"):
-        encoder = find_encoder(folder, device=device)
-        split = find_split(encoder)
+        encoder = load_run_encoder(folder, device=device)
+        split = find_evaluation_data(encoder)
         results = [evaluate_knn(encoder, split, ks=(5,))]
         results += [evaluate_linear(encoder, split, protocol=protocol) for protocol in ("sweep", "reference", "lbfgs")]
-        figures[device] = [result["figures"] for result in results]
+        figures[device] = [result["metrics"] for result in results]
         shutil.rmtree(folder / "eval")
         shutil.rmtree(folder / "features")
     for ours, theirs in zip(figures["cuda"], figures["cpu"], strict=True):
         assert ours == pytest.approx(theirs, abs=0.02)
     tuned = evaluate_semisup(encoder, split, percent=50, overrides=["train.epochs=2", "train.batch_size=8"])
-    assert tuned["settings"]["train"]["device"] == "cuda" and 0 <= tuned["figures"]["accuracy"] <= 1
+    assert tuned["settings"]["train"]["device"] == "cuda" and 0 <= tuned["metrics"]["accuracy"] <= 1
 
 
 @pytest.mark.parametrize("name", DETECTORS)

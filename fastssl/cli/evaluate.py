@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,8 +12,7 @@ from fastssl.common.errors import UserError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fastssl.evaluation import Encoder
-    from fastssl.evaluation.runs import Split
+    from fastssl.evaluation import EvaluationData, EvaluationResult, RunEncoder, SummaryRow
 
 NEIGHBORS = [20, 200]
 TEMPERATURES = [0.07, 0.1]
@@ -227,25 +226,25 @@ def mi(
     _show(results, out, mi_table, mi_summary_table)
 
 
-def _encoders(runs: list[Path], untrained: bool, view: View, device: str) -> "Iterator[Encoder]":
+def _encoders(runs: list[Path], untrained: bool, view: View, device: str) -> "Iterator[RunEncoder]":
     """Load the encoders of the runs one after the other, so that only one is in memory."""
-    from fastssl.evaluation import find_encoder
+    from fastssl.evaluation import load_run_encoder
 
     for run in runs:
-        yield find_encoder(run, untrained=untrained, view=view, device=device)
+        yield load_run_encoder(run, untrained=untrained, view=view, device=device)
 
 
 def _evaluate(
-    evaluate: "Callable[[Encoder, Split], dict[str, Any]]",
-    encoders: "Iterator[Encoder]",
+    evaluate: "Callable[[RunEncoder, EvaluationData], EvaluationResult]",
+    encoders: "Iterator[RunEncoder]",
     train: Path | None,
     val: Path | None,
     out: Path | None,
 ) -> None:
     """Evaluate every encoder on its training and validation data, and show the results."""
-    from fastssl.evaluation import find_split
+    from fastssl.evaluation import find_evaluation_data
 
-    _show([evaluate(encoder, find_split(encoder, train, val)) for encoder in encoders], out)
+    _show([evaluate(encoder, find_evaluation_data(encoder, train, val)) for encoder in encoders], out)
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:
@@ -256,19 +255,19 @@ def _name_and_path(text: str) -> tuple[str, Path]:
 
 
 def _show(
-    results: list[dict[str, Any]],
+    results: "list[EvaluationResult]",
     out: Path | None,
-    table_of_one: "Callable[[dict[str, Any]], RenderableType] | None" = None,
-    table_of_several: "Callable[[list[dict[str, Any]]], RenderableType] | None" = None,
+    table_of_one: "Callable[[EvaluationResult], RenderableType] | None" = None,
+    table_of_several: "Callable[[list[SummaryRow]], RenderableType] | None" = None,
 ) -> None:
     """Print one result with its intervals, or several in one table with mean and standard deviation over seeds."""
     from fastssl.common.terminal import console
-    from fastssl.evaluation import result_table, summarize, summary_table, write_summary
+    from fastssl.evaluation import result_table, summarize_runs, summary_table, write_summary
 
     if len(results) == 1:
         console().print((table_of_one or result_table)(results[0]))
     else:
-        console().print((table_of_several or summary_table)(summarize(results)))
+        console().print((table_of_several or summary_table)(summarize_runs(results)))
     if out:
-        write_summary(out, summarize(results))
+        write_summary(out, summarize_runs(results))
         print(f"{out} holds these results.")

@@ -6,33 +6,37 @@
 Functions take numpy arrays or torch tensors; accuracies are shares from 0 to 1.
 """
 
-from fastssl.evaluation.features import Features, cached_features, compute_features, extract_features, mean_of_draws
+from fastssl.evaluation.features import Features, cached_features, compute_features, mean_of_draws
 from fastssl.evaluation.knn import evaluate_knn, few_label_knn, knn_accuracy, knn_predictions
 from fastssl.evaluation.linear import evaluate_linear, few_label_linear, fit_lbfgs, fit_reference, fit_sweep
-from fastssl.evaluation.metrics import Scores, classification_figures
-from fastssl.evaluation.results import result_table, summarize, summary_table, write_summary
-from fastssl.evaluation.runs import Encoder, find_encoder, find_split
+from fastssl.evaluation.metrics import ClassificationResult, classification_metrics
+from fastssl.evaluation.results import EvaluationResult
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.semisup import evaluate_semisup
+from fastssl.evaluation.tables import SummaryRow, result_table, summarize_runs, summary_table, write_summary
 from fastssl.evaluation.transfer import evaluate_transfer, find_target
 from fastssl.evaluation.uncertainty import evaluate_uncertainty
 
 __all__ = [
-    "Encoder",
+    "BetonSubset",
+    "EvaluationData",
+    "EvaluationResult",
+    "RunEncoder",
+    "SummaryRow",
     "Features",
-    "Scores",
+    "ClassificationResult",
     "cached_features",
-    "classification_figures",
+    "classification_metrics",
     "compute_features",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_semisup",
     "evaluate_transfer",
     "evaluate_uncertainty",
-    "extract_features",
     "few_label_knn",
     "few_label_linear",
-    "find_encoder",
-    "find_split",
+    "load_run_encoder",
+    "find_evaluation_data",
     "find_target",
     "fit_lbfgs",
     "fit_reference",
@@ -41,7 +45,7 @@ __all__ = [
     "knn_predictions",
     "mean_of_draws",
     "result_table",
-    "summarize",
+    "summarize_runs",
     "summary_table",
     "write_summary",
 ]

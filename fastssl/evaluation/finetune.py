@@ -15,21 +15,21 @@ from safetensors.torch import save_file
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import progress
-from fastssl.evaluation.features import eval_loader, in_fp32, kept
-from fastssl.evaluation.metrics import classification_figures
-from fastssl.evaluation.results import load_or_compute, scored, without_places
-from fastssl.evaluation.runs import Encoder, labels_of
+from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
+from fastssl.evaluation.metrics import classification_metrics
+from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification, without_paths
+from fastssl.evaluation.runs import BetonSubset, RunEncoder, read_required_labels
 from fastssl.models import Classifier, load_model
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import JitterConfig, PerViewConfig, Recipe, ViewsConfig, with_overrides
 from fastssl.training import train
-from fastssl.views import describe_eval_transform, eval_transform
+from fastssl.views import describe_eval_transform
 
 PROTOCOL = "all of the encoder fine-tuned with a new linear classifier; the last epoch is tested"
 # The semi-supervised runs of arXiv 2310.18080, in its published code.
 ENCODER_LR, HEAD_LR_FACTOR, WEIGHT_DECAY, FINAL_LR_FACTOR, EPOCHS, BATCH = 1e-4, 10.0, 1e-5, 0.1, 50, 256
 LEAST_STEPS = 10  # an epoch: below, the batch is halved (ImageNet's 1 % makes 50 steps of 256)
-SETTABLE = ("train", "optim", "views", "log", "checkpoint", "data.workers", "data.resident")  # by --set
+SETTABLE = ("train", "optim", "views", "log", "checkpoint", "data.workers", "data.decode", "data.resident")  # by --set
 # Of the fine-tuning's recipe: what its figures do not depend on, or what a result says elsewhere.
 NOT_SETTINGS = {
     **dict.fromkeys(("name", "run", "log", "checkpoint", "probe"), True), "data": {"train", "val", "subset", "workers"},
@@ -39,7 +39,7 @@ SMALL_IMAGES = 64  # px: up to here the published evaluation view is the squashe
 
 
 @dataclass(frozen=True)
-class Labelled:
+class FinetuneData:
     """What is fine-tuned on and tested on: .beton files, or parts of them by sample ids."""
 
     train: Path
@@ -63,7 +63,7 @@ def finetune_view(views: ViewsConfig) -> ViewsConfig:
 
 
 def finetune_recipe(
-    encoder: Encoder, labelled: Labelled, classes: int, *, seed: int, view: str | None, overrides: list[str]
+    encoder: RunEncoder, labelled: FinetuneData, classes: int, *, seed: int, view: str | None, overrides: list[str]
 ) -> Recipe:
     """The recipe of a fine-tune: the published one, with `overrides` on top.
 
@@ -115,31 +115,31 @@ def finetune_recipe(
 
 
 def finetune(
-    encoder: Encoder,
+    encoder: RunEncoder,
     name: str,
-    labelled: Labelled,
+    labelled: FinetuneData,
     *,
     seed: int,
     view: str | None,
     overrides: list[str],
     about: dict,
-) -> dict:
+) -> EvaluationResult:
     """Fine-tune in RUN/eval/NAME-.../, test the last epoch's weights once, and keep RUN/eval/NAME.json.
 
     about: what the result says beside. A fine-tune that was stopped goes on; a finished one is not done again.
     """
-    class_C = np.unique(labels_of(labelled.train, labelled.train_list))
+    class_C = np.unique(read_required_labels(labelled.train, labelled.train_list))
     if len(class_C) < 2:
         raise UserError(f"{labelled.train_list or labelled.train} holds one class only: name images of several.")
     recipe = finetune_recipe(encoder, labelled, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
     settings = recipe.model_dump(mode="json", exclude=NOT_SETTINGS)
     of_view = {"view": describe_eval_transform(recipe.views)}
-    request = {"protocol": PROTOCOL, **about, "settings": settings, "seed": seed, **encoder.about, **of_view}
-    key = hashlib.sha256(json.dumps(without_places(request)).encode()).hexdigest()[:8]
+    request = {"protocol": PROTOCOL, **about, "settings": settings, "seed": seed, **encoder.describe(), **of_view}
+    key = hashlib.sha256(json.dumps(without_paths(request)).encode()).hexdigest()[:8]
     folder = encoder.run_dir / "eval" / f"{name}-{key}"
 
     def measure() -> dict:
-        start = keep_start(encoder, folder)
+        start = write_start_weights(encoder, folder)
         train(
             recipe.model_copy(
                 update={
@@ -153,14 +153,14 @@ def finetune(
         logits_MC, label_M = test_logits(model, labelled.test, recipe.views)
         rows = slice(None) if labelled.test_rows is None else labelled.test_rows
         # Labels may have gaps: a class of which no image is learnt from is no candidate.
-        scores = classification_figures(logits_MC[rows][:, class_C], label_M[rows], class_C, seed=seed)
+        scores = classification_metrics(logits_MC[rows][:, class_C], label_M[rows], class_C, seed=seed)
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)  # a finished run needs the last one alone
-        return {"folder": folder.name, **scored(encoder.run_dir, name, scores, labelled.test)}
+        return {"folder": folder.name, **save_classification(encoder.run_dir, name, scores, labelled.test)}
 
     return load_or_compute(encoder.run_dir, name, request, measure)
 
 
-def keep_start(encoder: Encoder, folder: Path) -> Path:
+def write_start_weights(encoder: RunEncoder, folder: Path) -> Path:
     """FOLDER/start.safetensors: encoder and h head as they are evaluated, and no classifier that they may have had."""
     path = folder / "start.safetensors"
     weights = {
@@ -176,19 +176,19 @@ def keep_start(encoder: Encoder, folder: Path) -> Path:
 @torch.inference_mode()
 def test_logits(model: Classifier, beton: Path, views: ViewsConfig) -> tuple[np.ndarray, np.ndarray]:
     """(M, C) logits of the clean views of a .beton, and their labels (M,), in the order of the file."""
-    clean, parts = eval_transform(views), []
-    loader = eval_loader(beton, views, next(model.parameters()).device)
+    make_input, parts = eval_input(views), []
+    loader = eval_loader(BetonSubset(beton), views, next(model.parameters()).device)
     with evaluating(model), progress(f"Testing on {beton}", len(loader.rows), "images") as advance:
         for batch in loader:
             with in_fp32(batch.image.device):
-                logits = model.logits(clean(batch.image, batch.height, batch.width))
-            parts.append([kept(x, batch) for x in (logits, batch.label)])
+                logits = model.logits(make_input(batch))
+            parts.append([valid_rows(x, batch) for x in (logits, batch.label)])
             advance(len(parts[-1][1]))
     logits, labels = zip(*parts, strict=True)
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def keep_list(run_dir: Path, name: str, index: np.ndarray, about: str) -> Path:
+def write_sample_list(run_dir: Path, name: str, index: np.ndarray, about: str) -> Path:
     """RUN/eval/NAME.txt: sample ids, one a line, as data.subset reads them."""
     path = run_dir / "eval" / f"{name}.txt"
     text = "\n".join([f"# {about}", *map(str, index.tolist())]) + "\n"

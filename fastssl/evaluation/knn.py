@@ -20,10 +20,10 @@ from torch import Tensor
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import as_tensor
-from fastssl.evaluation.features import DType, mean_of_draws
+from fastssl.evaluation.features import DType, cached_features, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
-from fastssl.evaluation.results import load_or_compute
-from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
+from fastssl.evaluation.results import EvaluationResult, load_or_compute
+from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 from fastssl.evaluation.splits import balanced_draws
 
 KS, TEMPERATURES = (20, 200), (0.07, 0.1)
@@ -161,20 +161,20 @@ def few_label_knn(
 
 
 def evaluate_knn(
-    encoder: Encoder,
-    split: Split,
+    encoder: RunEncoder,
+    data: EvaluationData,
     *,
     ks: Sequence[int] = KS,
     temperatures: Sequence[float] = TEMPERATURES,
     draws: int = 0,
     dtype: DType = "float32",
-) -> dict:
+) -> EvaluationResult:
     """`fastssl eval knn`: every k with every temperature, kept in RUN/eval/knn.json; returns what that file holds.
 
     draws: for a stochastic h, search with the mean of so many draws, each of length 1, in place of mu.
     """
     check_draws(encoder, draws)
-    about = split.about
+    about = data.describe()
     for k in ks:  # a shortened k would stand under the name of the published one
         if not 1 <= k <= about["train"]["images"]:
             raise UserError(
@@ -183,18 +183,18 @@ def evaluate_knn(
             )
 
     def measure() -> dict:
-        sets = split_features(encoder, split, dtype)
+        sets = [cached_features(encoder, part, dtype) for part in (data.train, data.val)]
         seed = encoder.recipe.seed
         bank, query = (
             mean_of_draws(x, draws, seed, normalize=True, device=encoder.device) if draws else x.h for x in sets
         )
-        with progress(f"Neighbours in {split.train.path}", len(bank), "images") as advance:
+        with progress(f"Neighbours in {data.train.path}", len(bank), "images") as advance:
             guesses = knn_predictions(
                 bank, sets[0].label, query, ks=ks, temperatures=temperatures, device=encoder.device, advance=advance
             )
         correct = {f"accuracy_k{k}_t{t:g}": guess.numpy() == sets[1].label for (k, t), guess in guesses.items()}
         return {
-            "figures": {name: float(right_M.mean()) for name, right_M in correct.items()},
+            "metrics": {name: float(right_M.mean()) for name, right_M in correct.items()},
             "intervals": {name: list(accuracy_interval(right_M)) for name, right_M in correct.items()},
         }
 
@@ -203,8 +203,8 @@ def evaluate_knn(
         "protocol": "exact kNN on h by cosine similarity, weights exp(similarity / temperature)",
         "settings": {"ks": list(ks), "temperatures": list(temperatures), "draws": draws, "dtype": dtype},
         "seed": encoder.recipe.seed,
-        **encoder.about,
+        **encoder.describe(),
         **about,
     }
-    name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + split.name
+    name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + data.suffix
     return load_or_compute(encoder.run_dir, name, request, measure)

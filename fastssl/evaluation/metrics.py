@@ -16,18 +16,18 @@ CHUNK_ROWS = 1 << 13  # test samples whose logits are looked at at a time: 64 MB
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Figures of a classifier on M test samples; shares from 0 to 1, but for `nll` in nats."""
+class ClassificationResult:
+    """How well a classifier does on M test samples."""
 
-    figures: dict[str, float]
-    intervals: dict[str, tuple[float, float]]  # of the same names: 95 %, bootstrap over test samples
-    confusion: np.ndarray  # (K, K) int64: rows the truth, columns the guess
-    confusion_classes: np.ndarray  # (K,) int64: every class of the classifier and of the test set
+    metrics: dict[str, float]  # shares from 0 to 1, but `nll` in nats
+    intervals: dict[str, tuple[float, float]]  # 95 % intervals of the metrics, bootstrap over test samples
+    confusion_KK: np.ndarray  # int64 counts: rows the truth, columns the guess
+    label_K: np.ndarray  # int64: every class of the classifier or of the test set, ascending
 
 
-def classification_figures(
+def classification_metrics(
     logits: ArrayLike | Tensor, labels: ArrayLike | Tensor, classes: ArrayLike | Tensor, *, seed: int = 0
-) -> Scores:
+) -> ClassificationResult:
     """The figures of logits (M, C) for labels (M,); classes (C,), ascending, says which labels the columns are.
 
     accuracy: top-1; of equal logits the first column's class is the guess. accuracy_top5, where there are more than 5
@@ -54,7 +54,7 @@ def classification_figures(
         del columns["accuracy_top5"]
     bin_M = np.clip(np.ceil(confidence_M * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
-    def figures_of(rows) -> dict[str, float]:
+    def compute(rows) -> dict[str, float]:
         found = {}
         for name, column in columns.items():
             values = column[rows]
@@ -69,11 +69,11 @@ def classification_figures(
 
     if np.isnan(nll_M).all():
         del columns["nll"]
-    resampled = bootstrap(len(label_M), figures_of, seed)
+    resampled = bootstrap_intervals(len(label_M), compute, seed)
     classes_K = np.union1d(class_C, present_K)
     pair_M = np.searchsorted(classes_K, label_M) * len(classes_K) + np.searchsorted(classes_K, guess_M)
     confusion_KK = np.bincount(pair_M, minlength=len(classes_K) ** 2).reshape(len(classes_K), -1)
-    return Scores(figures_of(slice(None)), resampled, confusion_KK, classes_K)
+    return ClassificationResult(compute(slice(None)), resampled, confusion_KK, classes_K)
 
 
 def _per_sample(logits_BC: np.ndarray, label_B: np.ndarray, class_C: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -102,10 +102,10 @@ def _mean_of_means(values: np.ndarray, class_M: np.ndarray, count: int) -> float
     return float((np.bincount(class_M, values, count)[size_K > 0] / size_K[size_K > 0]).mean())
 
 
-def bootstrap(samples: int, figures_of, seed: int) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of `figures_of(rows)`, over rows drawn with replacement."""
+def bootstrap_intervals(samples: int, compute, seed: int) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of `compute(rows)`, over rows drawn with replacement."""
     rng = np.random.default_rng(seed)
-    drawn = [figures_of(rng.integers(samples, size=samples)) for _ in range(RESAMPLES)]
+    drawn = [compute(rng.integers(samples, size=samples)) for _ in range(RESAMPLES)]
     # nanpercentile: in a tiny test set, a draw may hold no sample with a probability
     columns = {name: [figures[name] for figures in drawn] for name in drawn[0]}
     return {name: tuple(np.nanpercentile(values, LEVEL).tolist()) for name, values in columns.items()}

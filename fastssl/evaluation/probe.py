@@ -1,12 +1,14 @@
 """The online probe: kNN accuracy of the encoder as it stands, in eval mode; no label touches its weights."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
+from fastssl.evaluation.runs import BetonSubset
 from fastssl.loading import count_images
 from fastssl.models import Model
 from fastssl.recipe import Recipe
@@ -39,8 +41,8 @@ def knn_probe(recipe: Recipe) -> Callable[[Model], dict[str, float]]:
     bank, skip = min(BANK, data.limit or BANK), data.limit if rest else 0
 
     def probe(model: Model) -> dict[str, float]:
-        train = compute_features(model, data.train, recipe.views, subset=data.subset, limit=bank)
-        val = compute_features(model, probed, recipe.views, subset=subset, limit=BANK, skip=skip)
+        train = compute_features(model, BetonSubset(Path(data.train), data.subset, bank), recipe.views)
+        val = compute_features(model, BetonSubset(Path(probed), subset, BANK), recipe.views, skip=skip)
         device = next(model.parameters()).device
         accuracy = knn_accuracy(
             torch.as_tensor(train.h, device=device),

@@ -1,17 +1,18 @@
-"""From a run, or one of its checkpoints, to the encoder that is evaluated and the features of its data."""
+"""Load the encoder of a run, and find the images that an evaluation fits and tests on."""
 
 import hashlib
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastssl.beton import data_checksum, read_header, read_index_list, read_labels, read_metadata
 from fastssl.common.errors import UserError
-from fastssl.evaluation.features import DType, Features, cached_features, weights_sha256
+from fastssl.evaluation.results import DataDescription, EncoderDescription
 from fastssl.models import Model, build_model
 from fastssl.models.checkpoint import LAST, model_from_checkpoint, newest_checkpoint, run_dir_of
 from fastssl.recipe import Recipe, load_recipe
@@ -19,20 +20,18 @@ from fastssl.views import describe_eval_transform
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """A model on its device, and where it comes from."""
+class RunEncoder:
+    """The model of a run on its device, and where its weights come from."""
 
     run_dir: Path
-    recipe: Recipe  # the run's, with the clean view that was asked for
+    recipe: Recipe  # the run's, with the evaluation transform of this evaluation in views.eval
     model: Model  # eval mode
     device: torch.device
-    weights: Path | None  # the file that they come from; None: drawn from the run's seed
-    suffix: str  # of the names of its results: "" for the end of the run, else such as "-best", "-untrained"
-    sha256: str = field(repr=False)
+    weights: Path | None  # checkpoint file; None: untrained weights, drawn from the run's seed
+    suffix: str  # ends the names of its results: "" for the last checkpoint, else such as "-best" or "-untrained"
+    sha256: str = field(repr=False)  # weights_sha256 of the model
 
-    @property
-    def about(self) -> dict:
-        """What every result says of it."""
+    def describe(self) -> EncoderDescription:
         return {
             "run": str(self.run_dir),
             "weights": "untrained" if self.weights is None else str(self.weights),
@@ -41,17 +40,23 @@ class Encoder:
         }
 
 
-def find_encoder(
+def load_run_encoder(
     run: str | Path,
     *,
     untrained: bool = False,
     view: Literal["squash", "center"] | None = None,
     device: str = "auto",
-) -> Encoder:
-    """The encoder of a run directory, or of a checkpoint in one.
+) -> RunEncoder:
+    """Load the model of a run directory, or of a checkpoint file in one, for evaluation.
 
-    untrained: with the weights that the run began with, drawn from its seed. view: overrides the recipe's views.eval.
-    Raises UserError where there is none.
+    Args:
+        run: a run directory (its last checkpoint is loaded) or a checkpoint file.
+        untrained: take the weights that the run started from, drawn from its seed, in place of a checkpoint.
+        view: evaluation transform; None: the recipe's views.eval.
+        device: "cpu", "cuda" or "auto" (a GPU if there is one).
+
+    Raises:
+        UserError: `run` is neither, has no checkpoint, or there is no GPU for "cuda".
     """
     run = Path(run)
     run_dir = run_dir_of(run) if run.is_file() else run
@@ -63,108 +68,140 @@ def find_encoder(
     recipe = load_recipe(run_dir / "recipe.yaml")
     if view:
         recipe = recipe.model_copy(update={"views": recipe.views.model_copy(update={"eval": view})})
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here: run `fastssl doctor`, or leave it out.")
-    device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    weights: Path | None = None
     if untrained:
         if recipe.model.init:
             raise UserError(f"{run_dir} began with the weights of {recipe.model.init}: evaluate those instead.")
-        torch.manual_seed(recipe.seed)  # as training.setup.prepare
-        weights, suffix, model = None, "-untrained", build_model(recipe).eval()
+        torch.manual_seed(recipe.seed)  # as training.setup.prepare does
+        model, suffix = build_model(recipe).eval(), "-untrained"
     else:
         checkpoint = newest_checkpoint(run)
         if checkpoint.warning:
             warnings.warn(checkpoint.warning, stacklevel=2)
         model, weights = model_from_checkpoint(checkpoint), checkpoint.path
         suffix = f"-{weights.stem}" if run.is_file() and weights.name != LAST else ""
-    suffix += f"-{view}" if view else ""
-    return Encoder(run_dir, recipe, model.to(device), device, weights, suffix, weights_sha256(model))
+    if view:
+        suffix += f"-{view}"
+    return RunEncoder(run_dir, recipe, model.to(device), torch.device(device), weights, suffix, weights_sha256(model))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of the names, types, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class Data:
-    """A .beton to fit on or to test on."""
+class BetonSubset:
+    """Some or all images of a .beton, chosen as data.subset and data.limit choose them in training."""
 
     path: Path
-    subset: str | None = None  # as data.subset: the images of a list
-    limit: int | None = None  # as data.limit: this many images, drawn at random
+    subset: str | None = None  # file that lists sample ids or names; None: all images
+    limit: int | None = None  # at most this many of them, drawn at random
 
-    @property
-    def about(self) -> dict:
+    def subset_sha256(self) -> str | None:
+        """SHA-256 of the sorted ids of the listed images; None without a list."""
+        return None if self.subset is None else ids_sha256(read_index_list(self.path, self.subset))
+
+    def describe(self) -> DataDescription:
         info = read_header(self.path)
-        listed = np.sort(read_index_list(self.path, self.subset)) if self.subset else None
-        images = info.num_samples if listed is None else len(listed)
+        images = info.num_samples if self.subset is None else len(read_index_list(self.path, self.subset))
         return {
             "path": str(self.path),
             "images": min(images, self.limit or images),
             "subset": self.subset,
-            "subset_sha256": None if listed is None else hashlib.sha256(listed.tobytes()).hexdigest(),
+            "subset_sha256": self.subset_sha256(),
             "limit": self.limit,
             "layout": info.layout,
             "checksum": data_checksum(info),
         }
 
 
+def ids_sha256(index_N: np.ndarray) -> str:
+    """SHA-256 of sample ids, whatever their order."""
+    return hashlib.sha256(np.sort(index_N).tobytes()).hexdigest()
+
+
+class EvaluationDataDescription(TypedDict):
+    train: DataDescription
+    val: DataDescription
+    layout: str  # "full" if both files are, else "canvas"
+
+
 @dataclass(frozen=True)
-class Split:
-    """What a classifier is fitted on, and what it is tested on."""
+class EvaluationData:
+    """The images that a classifier is fitted on, and those that it is tested on."""
 
-    train: Data
-    val: Data
-    name: str  # of results: "" for the run's own data, else such as "-val-photos-val"
+    train: BetonSubset
+    val: BetonSubset
+    suffix: str = ""  # ends the names of results: "" for the run's own data, else such as "-val-photos-val"
 
-    @property
-    def about(self) -> dict:
-        """What every result says of it."""
-        train, val = self.train.about, self.val.about
+    def describe(self) -> EvaluationDataDescription:
+        train, val = self.train.describe(), self.val.describe()
         layout = "full" if train["layout"] == val["layout"] == "full" else "canvas"
         return {"train": train, "val": val, "layout": layout}
 
 
-def find_split(encoder: Encoder, train: str | Path | None = None, val: str | Path | None = None) -> Split:
-    """data.train, as data.subset and data.limit limit it, and data.val of the run, or other files, each whole.
+def find_evaluation_data(
+    encoder: RunEncoder, train: str | Path | None = None, val: str | Path | None = None
+) -> EvaluationData:
+    """The run's data.train (with its data.subset and data.limit) and data.val, or other files, all of their images.
 
-    Raises UserError where the files or their labels do not allow an evaluation.
+    Raises:
+        UserError: a file is missing, lacks labels, or both do not have the same classes.
     """
-    data = encoder.recipe.data
-    if val is None and data.val is None:
+    config = encoder.recipe.data
+    val_file = val or config.val
+    if val_file is None:
         raise UserError(
             f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
         )
-    others = [(kind, Path(path).resolve()) for kind, path in (("train", train), ("val", val)) if path]
-    split = Split(
-        Data(Path(train)) if train else Data(Path(data.train), data.subset, data.limit),
-        Data(Path(val or data.val)),
-        "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in others),
+    given = [(kind, Path(path).resolve()) for kind, path in (("train", train), ("val", val)) if path]
+    data = EvaluationData(
+        BetonSubset(Path(train)) if train else BetonSubset(Path(config.train), config.subset, config.limit),
+        BetonSubset(Path(val_file)),
+        "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in given),
     )
-    check_labels(split.train.path, split.val.path, split.train.subset)
-    return split
+    check_labels(data.train.path, data.val.path, data.train.subset)
+    return data
 
 
 def check_labels(train: Path, val: Path, subset: str | None = None) -> None:
-    """That both files have labels, of the training file those that are fitted on, and the same classes."""
-    label_N, label_M = labels_of(train, subset), labels_of(val)
-    classes = np.unique(label_N)
-    if len(classes) < 2:
+    """Raise UserError unless both files have labels of the same classes.
+
+    subset: list of the training images; the others need no labels.
+    """
+    label_N, label_M = read_required_labels(train, subset), read_required_labels(val)
+    class_C = np.unique(label_N)
+    if len(class_C) < 2:
         raise UserError(f"{train} holds one class only, nothing to tell apart: name another file.")
-    if not np.isin(label_M, classes).any():
+    if not np.isin(label_M, class_C).any():
         raise UserError(f"{val} shares no class with {train}: name a matching file.")
-    names = [read_header(path).classes for path in (train, val)]
-    if None not in names and names[0] != names[1]:
-        one, other = next((a, b) for a, b in zip([*names[0], "none"], [*names[1], "none"]) if a != b)
+    train_names, val_names = read_header(train).classes, read_header(val).classes
+    if train_names is not None and val_names is not None and train_names != val_names:
+        pairs = zip([*train_names, "none"], [*val_names, "none"], strict=False)
+        one, other = next((a, b) for a, b in pairs if a != b)
         raise UserError(
             f"{train} and {val} number their classes differently ({one} and {other} are the same one): build both from "
             "one source, or name a matching file."
         )
 
 
-def check_draws(encoder: Encoder, draws: int | None) -> None:
+def check_draws(encoder: RunEncoder, draws: int | None) -> None:
+    """Raise UserError if draws of h are requested from an encoder whose h is deterministic."""
     if draws and "h" not in encoder.recipe.embedding.stochastic:
         raise UserError(f"{encoder.run_dir} has no stochastic h to draw from: leave out --draws.")
 
 
-def indices_of(path: Path) -> np.ndarray:
-    """The sample ids in the order of the file."""
+def read_sample_ids(path: Path) -> np.ndarray:
+    """(N,) sample ids in the order of the file."""
     metadata = read_metadata(path)
     if "index" not in metadata.dtype.names:
         raise UserError(
@@ -173,24 +210,15 @@ def indices_of(path: Path) -> np.ndarray:
     return np.array(metadata["index"])
 
 
-def labels_of(path: Path, subset: str | Path | None = None) -> np.ndarray:
-    """The labels in the order of the file, or of those of its images that a list names; UserError where one lacks."""
+def read_required_labels(path: Path, subset: str | Path | None = None) -> np.ndarray:
+    """(N,) labels in the order of the file, of all images or of those in the list `subset`.
+
+    Raises:
+        UserError: one of these images has no label.
+    """
     label_N = read_labels(path)
     if subset is not None:
-        label_N = label_N[np.isin(indices_of(path), read_index_list(path, subset))]
+        label_N = label_N[np.isin(read_sample_ids(path), read_index_list(path, subset))]
     if (label_N < 0).any():
         raise UserError(f"{path} holds images without labels: name a labelled file, or a list of its labelled images.")
     return label_N
-
-
-def features_of(encoder: Encoder, data: Data, dtype: DType = "float32", *, augmented: bool = False) -> Features:
-    """`cached_features` of one file by this encoder."""
-    return cached_features(
-        encoder.run_dir, data.path, model=encoder.model, views=encoder.recipe.views, subset=data.subset,
-        limit=data.limit, dtype=dtype, augmented=augmented,
-    )  # fmt: skip
-
-
-def split_features(encoder: Encoder, split: Split, dtype: DType = "float32") -> tuple[Features, Features]:
-    """Features of what is fitted on and of what is tested on."""
-    return features_of(encoder, split.train, dtype), features_of(encoder, split.val, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastssl.common.errors import UserError
 from fastssl.evaluation.arrays import as_numpy
 
-HELD_OUT = 0.1  # share of the training set that hyperparameters are chosen on
+HOLDOUT_SHARE = 0.1  # share of the training set that hyperparameters are chosen on
 
 
 def balanced_draws(labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int) -> list[np.ndarray]:
@@ -56,9 +56,9 @@ def _some_of_every_class(label_N: np.ndarray, share: float, seed: int, leave: in
     return np.sort(np.concatenate(picked))
 
 
-def held_out_tenth(label_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def holdout_split(label_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows to fit on, rows to choose on): what linear classifiers are chosen by. UserError where there are none."""
-    fit_rows, held_rows = stratified_holdout(label_N, HELD_OUT, seed)
+    fit_rows, held_rows = stratified_holdout(label_N, HOLDOUT_SHARE, seed)
     if len(held_rows) == 0:
         raise UserError("A linear classifier is chosen on held-out images, but no class has two: name more images.")
     return fit_rows, held_rows

@@ -7,19 +7,27 @@ from typing import Literal
 import numpy as np
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.features import DType
-from fastssl.evaluation.finetune import Labelled, finetune, keep_list
-from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, settings_of
-from fastssl.evaluation.results import load_or_compute, scored
-from fastssl.evaluation.runs import Data, Encoder, Split, check_labels, features_of, indices_of, labels_of
+from fastssl.evaluation.features import DType, cached_features
+from fastssl.evaluation.finetune import FinetuneData, finetune, write_sample_list
+from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, linear_settings
+from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
+from fastssl.evaluation.runs import (
+    BetonSubset,
+    EvaluationData,
+    EvaluationDataDescription,
+    RunEncoder,
+    check_labels,
+    read_required_labels,
+    read_sample_ids,
+)
 from fastssl.evaluation.splits import stratified_holdout
 
 Method = Literal["linear", "finetune"]
-HELD_OUT, SEED = 0.5, 0  # of a data set without a test file: the same half for every encoder and seed
+HOLDOUT_SHARE, SEED = 0.5, 0  # of a data set without a test file: the same half for every encoder and seed
 
 
 @dataclass(frozen=True)
-class Target:
+class TransferTarget:
     """A data set to transfer to."""
 
     name: str
@@ -28,16 +36,15 @@ class Target:
     train_rows: np.ndarray | None = None  # None: all; else both are parts of one file
     test_rows: np.ndarray | None = None
 
-    @property
-    def about(self) -> dict:
-        about = Split(Data(self.train), Data(self.test), self.name).about
+    def describe(self) -> EvaluationDataDescription:
+        about = EvaluationData(BetonSubset(self.train), BetonSubset(self.test)).describe()
         if self.train_rows is not None:
             about["train"] |= {"images": len(self.train_rows), "part": "a half of every class"}
             about["val"] |= {"images": len(self.test_rows), "part": "the other half"}
         return about
 
 
-def find_target(name: str, path: str | Path) -> Target:
+def find_target(name: str, path: str | Path) -> TransferTarget:
     """A folder that build-beton made, or one .beton.
 
     Of a folder, train.beton is fitted on, and test.beton, else val.beton, is tested on. A single file is split: half of
@@ -49,20 +56,20 @@ def find_target(name: str, path: str | Path) -> Target:
     test = next((file for file in tests if file.is_file()), None)
     if test:
         check_labels(train, test)
-        return Target(name, train, test)
-    label_N = labels_of(train)
-    rows, held = stratified_holdout(label_N, HELD_OUT, SEED)
+        return TransferTarget(name, train, test)
+    label_N = read_required_labels(train)
+    rows, held = stratified_holdout(label_N, HOLDOUT_SHARE, SEED)
     if len(np.unique(label_N[rows])) < 2 or len(held) == 0:
         raise UserError(
             f"{train} cannot be split into halves to fit and to test on: name data of two classes or more, with two "
             f"images or more each, for {name}."
         )
-    return Target(name, train, train, rows, held)
+    return TransferTarget(name, train, train, rows, held)
 
 
 def evaluate_transfer(
-    encoder: Encoder,
-    target: Target,
+    encoder: RunEncoder,
+    target: TransferTarget,
     method: Method = "linear",
     *,
     protocol: Protocol = "sweep",
@@ -71,7 +78,7 @@ def evaluate_transfer(
     seed: int = 0,
     view: str | None = None,
     overrides: list[str] = (),
-) -> dict:
+) -> EvaluationResult:
     """`fastssl eval transfer` for one data set and method, kept in RUN/eval/; returns what that file holds.
 
     Linear: as `fastssl eval linear` with that protocol; the reference protocol has schedules of its own for SUN397 and
@@ -80,27 +87,27 @@ def evaluate_transfer(
     what = f"linear-{protocol}" if method == "linear" else "finetune"
     evaluation = f"transfer-{target.name}-{what}"
     name = f"{evaluation}-seed{seed}{'' if draws is None else f'-draws{draws}'}{encoder.suffix}"
-    about = {"evaluation": evaluation, "data": target.name, "method": what, **target.about}
+    about = {"evaluation": evaluation, "data": target.name, "method": what, **target.describe()}
     if method == "finetune":
         return _finetune(encoder, target, name, about, seed, view, list(overrides))
 
-    settings = settings_of(encoder, protocol, draws, dtype, schedule=target.name)
+    settings = linear_settings(encoder, protocol, draws, dtype, schedule=target.name)
 
     def measure() -> dict:
-        of_train, of_test = (features_of(encoder, Data(path), dtype) for path in (target.train, target.test))
+        of_train, of_test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
         if target.train_rows is not None:
-            of_train, of_test = of_train.rows(target.train_rows), of_test.rows(target.test_rows)
+            of_train, of_test = of_train.select(target.train_rows), of_test.select(target.test_rows)
         fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
-        return {**scored(encoder.run_dir, name, scores, target.test), **fitted}
+        return {**save_classification(encoder.run_dir, name, scores, target.test), **fitted}
 
-    request = {**about, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.about}
+    request = {**about, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}
     return load_or_compute(encoder.run_dir, name, request, measure)
 
 
-def _finetune(encoder, target, name, about, seed, view, overrides) -> dict:
+def _finetune(encoder, target, name, about, seed, view, overrides) -> EvaluationResult:
     train_list, images = None, about["train"]["images"]
     if target.train_rows is not None:
-        index = indices_of(target.train)[target.train_rows]
-        train_list = keep_list(encoder.run_dir, name, index, f"Half of every class of {target.train}")
-    labelled = Labelled(target.train, train_list, images, target.test, target.test_rows)
+        index = read_sample_ids(target.train)[target.train_rows]
+        train_list = write_sample_list(encoder.run_dir, name, index, f"Half of every class of {target.train}")
+    labelled = FinetuneData(target.train, train_list, images, target.test, target.test_rows)
     return finetune(encoder, name, labelled, seed=seed, view=view, overrides=overrides, about=about)

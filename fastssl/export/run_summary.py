@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastssl.evaluation.features import weights_sha256
+from fastssl.evaluation.runs import weights_sha256
 from fastssl.export.source import Source
 from fastssl.training.tracking import readable_lines
 
@@ -50,7 +50,7 @@ def look_into(source: Source) -> Findings:
             Result(
                 f"eval/{path.name}",
                 str(result.get("evaluation", path.stem)),
-                _numbers(_object(result.get("figures"))),
+                _numbers(_object(result.get("metrics"))),
                 val.get("images") if type(val.get("images")) is int else None,
                 val.get("path") if isinstance(val.get("path"), str) else None,
             )

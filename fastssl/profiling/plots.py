@@ -25,7 +25,7 @@ TOO_FAR = 1000  # times: a line that would squeeze everything else
 
 
 def draw_profile(profile: dict) -> "Figure":
-    """1400 x 1000 px at its own dpi; save it with `savefig(file, dpi="figure")` or evaluation's `save_picture`."""
+    """1400 x 1000 px at its own dpi; save it with `savefig(file, dpi="figure")` or evaluation's `save_figure`."""
     from matplotlib.figure import Figure  # here, as it takes half a second; without pyplot, no display is looked for
 
     drawing = Figure(figsize=(14, 10), dpi=100, layout="constrained")

@@ -19,7 +19,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
 from fastssl.common.system import available_cores, free_memory
 from fastssl.common.terminal import progress
-from fastssl.evaluation.results import save_picture
+from fastssl.evaluation.plots import save_figure
 from fastssl.loading.decoding import DecodeTask
 from fastssl.profiling.bottleneck import Facts, cuda_graphs_of, verdict
 from fastssl.profiling.device_stages import (
@@ -126,7 +126,7 @@ def trace_path(path: Path) -> Path:
 
 def write_files(path: Path, profile: dict) -> None:
     """Picture and page, and behind them profile.json."""
-    save_picture(path.with_suffix(".png"), draw_profile(profile))
+    save_figure(path.with_suffix(".png"), draw_profile(profile))
     write_page(path.with_suffix(".html"), profile)
     write_profile(path, profile)
 

@@ -10,31 +10,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import make_run
+from small_models import features_of, make_run
 from torch import nn
 
 from fastssl.beton import build_beton, read_labels, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.evaluation import (
-    cached_features,
-    classification_figures,
+    classification_metrics,
     evaluate_knn,
     evaluate_linear,
     evaluate_semisup,
     evaluate_transfer,
     features,
-    find_encoder,
-    find_split,
+    find_evaluation_data,
     find_target,
     finetune,
     fit_reference,
     fit_sweep,
     knn_accuracy,
     linear,
+    load_run_encoder,
     mean_of_draws,
     result_table,
     runs,
-    summarize,
+    summarize_runs,
     summary_table,
     transfer,
     write_summary,
@@ -60,21 +59,20 @@ def fewer_epochs(monkeypatch):
     monkeypatch.setitem(linear.sweep.CONSTANTS, "epochs", 3)
     short = {name: schedule._replace(epochs=4, steps=(2, 3)) for name, schedule in linear.SCHEDULES.items()}
     monkeypatch.setattr(linear.reference, "SCHEDULES", short)
-    monkeypatch.setattr(linear.command, "SCHEDULES", short)
+    monkeypatch.setattr(linear.evaluate, "SCHEDULES", short)
 
 
 def opened(run_dir, train=None, val=None, **options):
-    encoder = find_encoder(run_dir, device="cpu", **options)
-    return encoder, find_split(encoder, train, val)
+    encoder = load_run_encoder(run_dir, device="cpu", **options)
+    return encoder, find_evaluation_data(encoder, train, val)
 
 
 def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
     folder, recipe, model = run
-    extracted, extract = [], features.embedded_batches
-    monkeypatch.setattr(features, "embedded_batches", lambda *a: (extracted.append(1), extract(*a))[1])
+    extracted, extract = [], features.embed_batches
+    monkeypatch.setattr(features, "embed_batches", lambda *a: (extracted.append(1), extract(*a))[1])
     train, val = (
-        cached_features(folder, canvas / f"{split}.beton", model=model, views=recipe.views)
-        for split in ("train", "val")
+        features_of(folder, canvas / f"{split}.beton", model=model, views=recipe.views) for split in ("train", "val")
     )
     knn = evaluate_knn(*opened(folder), ks=(5, 20), temperatures=(0.07, 0.5))
     swept = evaluate_linear(*opened(folder), seed=4)
@@ -83,13 +81,13 @@ def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
     assert len(extracted) == 2  # all evaluations read the cache
 
     data = train.h, train.label, val.h, val.label
-    assert knn["figures"] == {
+    assert knn["metrics"] == {
         f"accuracy_k{k}_t{t}": knn_accuracy(*data, k=k, temperature=t) for k in (5, 20) for t in (0.07, 0.5)
     }
     expected = fit_sweep(train.h, train.label, epochs=3, seed=4)
     guess = expected.classifier.logits(val.h).argmax(1).numpy()  # labels are 0, 1, 2
-    assert swept["figures"]["accuracy"] == (guess == val.label).mean() and swept["seed"] == 4
-    assert swept["chosen"] == expected.chosen and swept["selection"] == expected.selection
+    assert swept["metrics"]["accuracy"] == (guess == val.label).mean() and swept["seed"] == 4
+    assert swept["chosen"] == expected.chosen and swept["candidates"] == expected.selection
     names = {"knn": knn, "linear-sweep-seed4": swept, "linear-reference": reference, "linear-lbfgs": lbfgs}
     for name, result in names.items():
         kept = json.loads((folder / "eval" / f"{name}.json").read_text())
@@ -97,12 +95,12 @@ def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
         assert (kept["train"]["images"], kept["val"]["images"], kept["layout"]) == (48, 12, "canvas")
         assert len(kept["encoder_sha256"]) == len(kept["train"]["checksum"]) == 64 and kept["view"]["kind"] == "squash"
         assert kept["weights"] == str(folder / "checkpoints" / "last.pt")
-        assert result_table(result).row_count == len(kept["figures"]) == len(kept["intervals"])
-        for figure, value in kept["figures"].items():
+        assert result_table(result).row_count == len(kept["metrics"]) == len(kept["intervals"])
+        for figure, value in kept["metrics"].items():
             low, high = kept["intervals"][figure]
             assert low <= high and (low <= value <= high or figure == "ece")
     confusion = np.load(folder / "eval" / swept["confusion"])
-    assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["figures"]["accuracy"])
+    assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["metrics"]["accuracy"])
     assert {name.split(".")[0] for name in os.listdir(folder / "eval")} == set(names)
     assert Image.open(folder / "eval" / "linear-sweep-seed4.confusion.png").size == (370, 370)
 
@@ -117,16 +115,16 @@ def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypa
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear.command, "fit_and_score", never)
+        patch.setattr(linear.evaluate, "fit_and_score", never)
         assert evaluate_linear(*opened(folder)) == first
         again = evaluate_linear(*opened(moved))  # the same weights and data in another place
-        assert again["figures"] == first["figures"] and again["run"] == str(moved)
+        assert again["metrics"] == first["metrics"] and again["run"] == str(moved)
         for name, value in (("epochs", 4), ("lrs", (0.1,)), ("weight_decays", (0.0,)), ("held_out_share", 0.2)):
             with patch.context() as changed, pytest.raises(AssertionError):
                 changed.setitem(linear.sweep.CONSTANTS, name, value)
                 evaluate_linear(*opened(folder))
         with patch.context() as changed, pytest.raises(AssertionError):
-            changed.setattr(linear.command, "CACHE_VERSION", 9)
+            changed.setattr(linear.evaluate, "CACHE_VERSION", 9)
             evaluate_linear(*opened(folder))
         for options in ({"seed": 1}, {"dtype": "float16"}, {"protocol": "lbfgs"}):
             with pytest.raises(AssertionError):
@@ -136,7 +134,7 @@ def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypa
         with pytest.raises(AssertionError):
             evaluate_linear(*opened(folder, train=canvas / "val.beton"))
     (folder / "eval" / "linear-sweep.json").write_text('{"half": ')  # a damaged result is made anew
-    assert evaluate_linear(*opened(folder))["figures"] == first["figures"]
+    assert evaluate_linear(*opened(folder))["metrics"] == first["metrics"]
     # Other weights are another encoder.
     saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     saved["model"][next(iter(saved["model"]))] *= 2
@@ -154,18 +152,18 @@ def test_the_choice_never_sees_the_test_set(run, photos, tmp_path, protocol):
     build_beton("imagefolder", tmp_path / "poisoned", tmp_path / "poisoned", canvas=32, workers=1)
     honest = evaluate_linear(*opened(folder), protocol=protocol)
     poisoned = evaluate_linear(*opened(folder, val=tmp_path / "poisoned" / "val.beton"), protocol=protocol)
-    for key in ("chosen", "selection", "hyperparameters"):
+    for key in ("chosen", "candidates", "hyperparameters"):
         assert poisoned[key] == honest[key]
     # The same guesses, only counted against other labels: columns of the confusion matrix keep their sums.
     sums = [np.load(folder / "eval" / result["confusion"]).sum(axis=0).tolist() for result in (honest, poisoned)]
-    assert sums[0] == sums[1] and honest["figures"]["accuracy"] != poisoned["figures"]["accuracy"]
+    assert sums[0] == sums[1] and honest["metrics"]["accuracy"] != poisoned["metrics"]["accuracy"]
 
 
 def test_other_layouts_models_and_checkpoints_are_evaluated(full, canvas, tmp_path):
     folder, recipe, model = make_run(tmp_path / "run", data_of(full), embedding={"stochastic": "z"})
     result = evaluate_knn(*opened(folder), ks=(5,))
     assert result["layout"] == "full" and result["train"]["images"] == 48
-    found = cached_features(folder, full / "val.beton", model=model, views=recipe.views)
+    found = features_of(folder, full / "val.beton", model=model, views=recipe.views)
     assert found.mu.shape == found.sigma.shape == (12, 8) and found.h.shape == (12, 96) and found.space == "z"
     # One full file and one canvas are not a full evaluation.
     assert evaluate_knn(*opened(folder, val=canvas / "val.beton"), ks=(5,))["layout"] == "canvas"
@@ -180,7 +178,7 @@ def test_other_layouts_models_and_checkpoints_are_evaluated(full, canvas, tmp_pa
     untrained = evaluate_knn(*opened(folder, untrained=True), ks=(5,))
     torch.manual_seed(recipe.seed)
     start = type(model)(recipe)
-    assert untrained["encoder_sha256"] == features.weights_sha256(start) and untrained["weights"] == "untrained"
+    assert untrained["encoder_sha256"] == runs.weights_sha256(start) and untrained["weights"] == "untrained"
     assert (folder / "eval" / "knn-untrained.json").is_file()
     assert len({r["encoder_sha256"] for r in (result, of_best, untrained)}) == 3
 
@@ -190,24 +188,24 @@ def test_a_stochastic_h_is_classified_by_mu_or_by_draws(canvas, tmp_path, monkey
         tmp_path / "run", data_of(canvas), seed=2, embedding={"stochastic": "h", "samples": 5}
     )
     encoder, split = opened(folder)
-    sets = [cached_features(folder, data.path, model=model, views=recipe.views) for data in (split.train, split.val)]
+    sets = [features_of(folder, data.path, model=model, views=recipe.views) for data in (split.train, split.val)]
     published = evaluate_linear(encoder, split, protocol="reference")
     assert published["settings"]["draws"] == 5
     x, x_val = (mean_of_draws(f, 5, recipe.seed, normalize=True) for f in sets)
     fitted = fit_reference(x, sets[0].label, normalize=False)
-    scores = classification_figures(fitted.classifier.logits(x_val), sets[1].label, np.arange(3))
-    assert published["figures"] == scores.figures
+    scores = classification_metrics(fitted.classifier.logits(x_val), sets[1].label, np.arange(3))
+    assert published["metrics"] == scores.metrics
     swept = evaluate_linear(encoder, split, draws=5)
     x, x_val = (mean_of_draws(f, 5, recipe.seed, normalize=False) for f in sets)
-    scores = classification_figures(
+    scores = classification_metrics(
         fit_sweep(x, sets[0].label, epochs=3).classifier.logits(x_val), sets[1].label, np.arange(3)
     )
-    assert swept["figures"] == scores.figures
+    assert swept["metrics"] == scores.metrics
     drawn = [mean_of_draws(f, 5, recipe.seed, normalize=True) for f in sets]
     expected = knn_accuracy(drawn[0], sets[0].label, drawn[1], sets[1].label, k=5)
     asked, mean = [], knn_module.mean_of_draws
     monkeypatch.setattr(knn_module, "mean_of_draws", lambda *a, **k: (asked.append(k["normalize"]), mean(*a, **k))[1])
-    assert evaluate_knn(encoder, split, ks=(5,), draws=5)["figures"]["accuracy_k5_t0.07"] == expected
+    assert evaluate_knn(encoder, split, ks=(5,), draws=5)["metrics"]["accuracy_k5_t0.07"] == expected
     assert asked == [True, True]
     assert evaluate_linear(encoder, split)["settings"]["draws"] == 0  # mu
     of_mu, of_draws = evaluate_knn(encoder, split, ks=(5,)), evaluate_knn(encoder, split, ks=(5,), draws=3)
@@ -231,10 +229,10 @@ def test_the_training_images_are_limited_as_in_training(canvas, tmp_path):
 def test_user_errors_are_one_sentence_with_the_mend(run, canvas, photos, tmp_path):
     folder, _, _ = run
     with pytest.raises(UserError, match="not a run directory"):
-        find_encoder(tmp_path / "nothing")
+        load_run_encoder(tmp_path / "nothing")
     (tmp_path / "x.pt").touch()
     with pytest.raises(UserError, match="not a run directory"):
-        find_encoder(tmp_path / "x.pt")
+        load_run_encoder(tmp_path / "x.pt")
     with pytest.raises(UserError, match="--k 200 is not between 1 and the 48 images"):
         evaluate_knn(*opened(folder))
     with pytest.raises(UserError, match="gone.beton"):
@@ -247,7 +245,7 @@ def test_user_errors_are_one_sentence_with_the_mend(run, canvas, photos, tmp_pat
         opened(without_val)
     started, _, _ = make_run(tmp_path / "started", data_of(canvas), model={"backbone": "test_resnet", "init": "x"})
     with pytest.raises(UserError, match="began with the weights of x"):
-        find_encoder(started, untrained=True)
+        load_run_encoder(started, untrained=True)
 
     (tmp_path / "one" / "train" / "only").mkdir(parents=True)
     Image.new("RGB", (16, 16)).save(tmp_path / "one" / "train" / "only" / "0.png")
@@ -318,7 +316,7 @@ def test_a_fine_tune_that_was_stopped_goes_on_and_a_finished_one_is_kept(run, mo
     trained, train = [], finetune.train
     monkeypatch.setattr(finetune, "train", lambda recipe, resume: trained.append(train(recipe, resume=resume)))
     again = evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
-    assert again["figures"] == straight["figures"] and len(trained) == 1
+    assert again["metrics"] == straight["metrics"] and len(trained) == 1
     lines = (folder / "eval" / again["folder"] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))  # nothing was trained twice
     assert evaluate_semisup(*opened(folder), percent=50, overrides=overrides) == again and len(trained) == 1
@@ -388,9 +386,9 @@ def test_labels_with_gaps_make_no_phantom_classes(run, photos, tmp_path):
     build_beton("imagefolder", tmp_path / "gaps", tmp_path / "gaps", canvas=32, workers=1)
     labels = np.unique(read_labels(tmp_path / "gaps" / "train.beton"))
     result = evaluate_transfer(
-        find_encoder(folder, device="cpu"), find_target("gaps", tmp_path / "gaps"), "finetune", overrides=QUICK
+        load_run_encoder(folder, device="cpu"), find_target("gaps", tmp_path / "gaps"), "finetune", overrides=QUICK
     )
-    assert len(labels) == 3 and "accuracy_top5" not in result["figures"]
+    assert len(labels) == 3 and "accuracy_top5" not in result["metrics"]
     confusion = np.load(folder / "eval" / result["confusion"])
     columns = [c for c, count in zip(result["confusion_classes"], confusion.sum(axis=0)) if count]
     assert set(columns) <= set(labels.tolist())
@@ -413,20 +411,20 @@ def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
     (path,) = (tmp_path / "b").glob("*.beton")
     target = find_target("photos", path)
     label_N = read_labels(path)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     honest = evaluate_transfer(encoder, target, method, overrides=QUICK)
     assert len(label_N) == 48 and len(target.test_rows) == 24
     poisoned_labels = label_N.copy()
     poisoned_labels[target.test_rows] = 0
-    features_of = transfer.features_of
+    cached_features = transfer.cached_features
 
     def poisoned(*args, **kwargs):
-        found = features_of(*args, **kwargs)
+        found = cached_features(*args, **kwargs)
         return found._replace(label=poisoned_labels)
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(transfer, "features_of", poisoned)
+        patch.setattr(transfer, "cached_features", poisoned)
         tested = finetune.test_logits
         patch.setattr(finetune, "test_logits", lambda *a: (tested(*a)[0], poisoned_labels))
         for file in (folder / "eval").glob("*.json"):
@@ -438,7 +436,7 @@ def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
     matrix = np.load(folder / "eval" / after)
     assert matrix.sum(axis=1).tolist() == [24, 0, 0][: len(matrix)]
     if method == "linear":
-        assert other["selection"] == honest["selection"] and other["chosen"] == honest["chosen"]
+        assert other["candidates"] == honest["candidates"] and other["chosen"] == honest["chosen"]
 
 
 def test_an_edited_list_is_measured_again_and_a_moved_one_is_not(canvas, tmp_path):
@@ -450,10 +448,10 @@ def test_an_edited_list_is_measured_again_and_a_moved_one_is_not(canvas, tmp_pat
     assert first["train"]["images"] == 24 and first["seed"] == 3
     shutil.move(tmp_path / "list.txt", tmp_path / "moved.txt")
     moved = dataclasses.replace(split, train=dataclasses.replace(split.train, subset=str(tmp_path / "moved.txt")))
-    assert evaluate_knn(encoder, moved, ks=(5,))["made"] == first["made"]
+    assert evaluate_knn(encoder, moved, ks=(5,))["measured_at"] == first["measured_at"]
     (tmp_path / "moved.txt").write_text("\n".join(map(str, index[24:])))
     edited = evaluate_knn(encoder, moved, ks=(5,))
-    assert edited["train"]["subset_sha256"] != first["train"]["subset_sha256"] and "made" in edited
+    assert edited["train"]["subset_sha256"] != first["train"]["subset_sha256"] and "measured_at" in edited
 
 
 def test_semisup_takes_a_list_of_names_or_indices(run, canvas, tmp_path):
@@ -495,7 +493,7 @@ def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, 
     assert both.tolist() == list(range(48)) and len(one.test_rows) == 24  # names repeat: 48 files
     assert find_target("x", tmp_path / "single").train_rows.tolist() == one.train_rows.tolist()
 
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     results = [evaluate_transfer(encoder, target) for target in (two, one)]
     results.append(evaluate_transfer(encoder, one, protocol="reference"))
     results.append(evaluate_transfer(encoder, one, "finetune", overrides=QUICK))
@@ -505,8 +503,8 @@ def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, 
     for result in results:
         assert json.loads((folder / "eval" / f"{result['evaluation']}-seed0.json").read_text()) == result
         assert np.load(folder / "eval" / result["confusion"]).sum() == result["val"]["images"]
-    rows = summarize(results)
-    assert [row["evaluation"] for row in rows] == [
+    rows = summarize_runs(results)
+    assert [row.evaluation for row in rows] == [
         "transfer-photos-linear-sweep", "transfer-flowers102-linear-sweep", "transfer-flowers102-linear-reference",
         "transfer-flowers102-finetune",
     ]  # fmt: skip
@@ -530,12 +528,12 @@ def test_runs_that_differ_in_their_seed_share_a_row(canvas, tmp_path):
     shutil.copy(made[0] / "checkpoints" / "last.pt", made[0] / "checkpoints" / "best.pt")
     results.append(evaluate_knn(*opened(made[0] / "checkpoints" / "best.pt"), ks=(3, 5)))
     results.append(results[0])  # the same run again
-    rows = summarize(results)
-    assert [row["seeds"] for row in rows] == [[0, 1, 2], [0], [0], [0]] and rows[2]["untrained"]
-    values = [result["figures"]["accuracy_k3_t0.07"] for result in results[:3]]
-    figure = rows[0]["figures"]["accuracy_k3_t0.07"]
-    assert figure["mean"] == pytest.approx(np.mean(values)) and figure["sd"] == pytest.approx(np.std(values, ddof=1))
-    assert rows[1]["figures"]["accuracy_k3_t0.07"]["sd"] is None
+    rows = summarize_runs(results)
+    assert [row.seeds for row in rows] == [[0, 1, 2], [0], [0], [0]] and rows[2].untrained
+    values = [result["metrics"]["accuracy_k3_t0.07"] for result in results[:3]]
+    metric = rows[0].metrics["accuracy_k3_t0.07"]
+    assert metric.mean == pytest.approx(np.mean(values)) and metric.std == pytest.approx(np.std(values, ddof=1))
+    assert rows[1].metrics["accuracy_k3_t0.07"].std is None
     write_summary(tmp_path / "summary.json", rows)
-    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == [dataclasses.asdict(row) for row in rows]
     assert summary_table(rows).row_count == 4

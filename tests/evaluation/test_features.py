@@ -8,19 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from small_models import make_run
+from small_models import features_of, make_run
 from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors
 from fastssl.common.randomness import NOISE_EVALUATION, normals
-from fastssl.evaluation import cached_features, extract_features, features, mean_of_draws
+from fastssl.evaluation import BetonSubset, features, mean_of_draws
 from fastssl.evaluation.features import (
     Features,
-    embedded_batches,
-    eval_input,
+    check_finite,
+    concatenate,
+    embed_batches,
     eval_loader,
-    finite,
     read_features,
     write_features,
 )
@@ -66,9 +65,12 @@ def fake_batches(count=10, batch_size=4):
         yield FakeBatch(images[row], row % 3, 100 + row, 40 + row, 50 + row, place < count)
 
 
-def fake_clean(image, height, width):
-    assert torch.equal(width, height + 10)
-    return image.permute(0, 3, 1, 2).float() / 255
+def fake_input(batch):
+    return batch.image.permute(0, 3, 1, 2).float() / 255
+
+
+def extracted(model, make_input=fake_input, advance=lambda images: None):
+    return concatenate(list(embed_batches(model, fake_batches(), make_input, advance)))
 
 
 def test_every_valid_sample_once_in_eval_mode():
@@ -76,7 +78,7 @@ def test_every_valid_sample_once_in_eval_mode():
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told = []
-    found = extract_features(model, fake_batches(), fake_clean, advance=told.append)
+    found = extracted(model, advance=told.append)
 
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -88,7 +90,7 @@ def test_every_valid_sample_once_in_eval_mode():
 
     (whole,) = fake_batches(batch_size=10)
     with torch.no_grad():
-        expected = model.eval().embed(fake_clean(whole.image, whole.height, whole.width)).h
+        expected = model.eval().embed(fake_input(whole)).h
     # The same function on batches of another size: equal but for rounding.
     np.testing.assert_allclose(found.h, expected.numpy(), rtol=1e-5, atol=1e-6)
 
@@ -96,7 +98,7 @@ def test_every_valid_sample_once_in_eval_mode():
 def test_the_mode_is_restored_after_an_error():
     model = FakeModel()
     with pytest.raises(RuntimeError):
-        extract_features(model, fake_batches(), lambda image, height, width: torch.zeros(1, 3, 2, 2))
+        extracted(model, lambda batch: torch.zeros(1, 3, 2, 2))
     assert model.training
 
 
@@ -107,37 +109,37 @@ def test_cudnn_stays_as_it_was_but_for_tf32(monkeypatch):
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(model, "embed", lambda x: (seen.append((cudnn.enabled, cudnn.allow_tf32)), embed(x))[1])
     before = cudnn.enabled, cudnn.allow_tf32
-    for _ in embedded_batches(model, fake_batches(), eval_input(fake_clean), lambda images: None):
+    for _ in embed_batches(model, fake_batches(), fake_input, lambda images: None):
         assert (cudnn.enabled, cudnn.allow_tf32) == before
     assert set(seen) == {(True, False)}
 
 
 def test_mu_and_sigma_are_kept_and_autocast_is_off():
     model = FakeModel(stochastic=True)
-    plain = extract_features(model, fake_batches(), fake_clean)
+    plain = extracted(model)
     np.testing.assert_array_equal(plain.mu, plain.h + 1)
     assert plain.sigma.shape == plain.h.shape
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        surrounded = extract_features(model, fake_batches(), fake_clean)
+        surrounded = extracted(model)
     for a, b in zip(plain, surrounded, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def written(folder, stochastic=False, dtype="float32"):
-    batches = embedded_batches(FakeModel(stochastic), fake_batches(), eval_input(fake_clean), lambda images: None)
+    batches = embed_batches(FakeModel(stochastic), fake_batches(), fake_input, lambda images: None)
     write_features(folder, batches, 10, dtype)
     return folder
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_the_cache_gives_back_what_was_extracted_as_maps(tmp_path, stochastic):
-    expected = extract_features(FakeModel(stochastic), fake_batches(), fake_clean)
+    expected = extracted(FakeModel(stochastic))
     read = read_features(written(tmp_path / "features" / "x", stochastic))
     for a, b in zip(expected[:5], read[:5], strict=True):
         assert (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b))
     assert expected.space == read.space and isinstance(read.h, np.memmap) and not read.h.flags.writeable
     assert os.listdir(tmp_path / "features") == ["x"]
-    part = read.rows(np.array([3, 1]))
+    part = read.select(np.array([3, 1]))
     np.testing.assert_array_equal(part.h, expected.h[[3, 1]])
     half = read_features(written(tmp_path / "half", stochastic, "float16"))
     assert half.h.dtype == np.float16 and half.label.dtype == np.int64
@@ -155,7 +157,7 @@ def test_where_h_is_stochastic_it_is_kept_once(tmp_path):
 
 def test_an_interrupted_extraction_leaves_nothing(tmp_path):
     def broken():
-        yield from list(embedded_batches(FakeModel(), fake_batches(), eval_input(fake_clean), lambda n: None))[:1]
+        yield from list(embed_batches(FakeModel(), fake_batches(), fake_input, lambda n: None))[:1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -170,16 +172,13 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with (
-        pytest.raises(UserError, match="No space left on device.: free some space"),
-        explain_write_errors(tmp_path / "x"),
-    ):
+    with pytest.raises(UserError, match="No space left on device.: free some space"):
         written(tmp_path / "x")
     assert os.listdir(tmp_path) == []
 
 
 def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
-    for name, age in ((".old.1.part", 2 * features.A_DAY), (".new.2.part", 60)):
+    for name, age in ((".old.1.part", 2 * features.ABANDONED_AFTER), (".new.2.part", 60)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, 2 * (time.time() - age,))
     written(tmp_path / "x")
@@ -188,7 +187,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
 
 def test_of_two_processes_the_first_one_s_features_stay(tmp_path):
     def late():
-        yield from embedded_batches(FakeModel(), fake_batches(), eval_input(fake_clean), lambda images: None)
+        yield from embed_batches(FakeModel(), fake_batches(), fake_input, lambda images: None)
         written(tmp_path / "x")
 
     write_features(tmp_path / "x", late(), 10)
@@ -198,12 +197,12 @@ def test_of_two_processes_the_first_one_s_features_stay(tmp_path):
 def test_numbers_that_are_not_finite_or_too_large_are_refused():
     h = np.full((2, 3), 1e5, np.float32)
     batch = Features(h, np.arange(2), np.arange(2))
-    assert list(finite([batch], "x.beton", "float32")) == [batch]
+    assert list(check_finite([batch], "x.beton", "float32")) == [batch]
     with pytest.raises(UserError, match="1e.05.*--dtype float16"):
-        list(finite([batch], "x.beton", "float16"))
+        list(check_finite([batch], "x.beton", "float16"))
     h[1, 2] = np.nan
     with pytest.raises(UserError, match="not finite on x.beton"):
-        list(finite([batch], "x.beton", "float32"))
+        list(check_finite([batch], "x.beton", "float32"))
 
 
 def test_a_damaged_cache_counts_as_none(tmp_path):
@@ -261,42 +260,42 @@ def extractions(monkeypatch):
 
     def counting(*args, **kwargs):
         calls.append(1)
-        return embedded_batches(*args, **kwargs)
+        return embed_batches(*args, **kwargs)
 
-    monkeypatch.setattr(features, "embedded_batches", counting)
+    monkeypatch.setattr(features, "embed_batches", counting)
     return calls
 
 
 def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, canvas, extractions, tmp_path):
     folder, recipe, model = run
     beton = canvas / "val.beton"
-    first = cached_features(folder, beton, model=model, views=recipe.views)
+    first = features_of(folder, beton, model=model, views=recipe.views)
     assert sorted(first.index) == list(range(12)) and first.h.shape == (12, 96)
-    again = cached_features(folder, beton, model=model, views=recipe.views)
+    again = features_of(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 1
     for a, b in zip(first[:3], again[:3], strict=True):
         np.testing.assert_array_equal(a, b)
 
     with torch.no_grad():
         next(model.encoder.parameters()).mul_(2)
-    cached_features(folder, beton, model=model, views=recipe.views)
+    features_of(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 2
-    cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"size": 24}))
+    features_of(folder, beton, model=model, views=recipe.views.model_copy(update={"size": 24}))
     assert len(extractions) == 3
-    assert len(cached_features(folder, beton, model=model, views=recipe.views, limit=7).label) == 7
+    assert len(features_of(folder, beton, model=model, views=recipe.views, limit=7).label) == 7
     assert len(extractions) == 4
-    cached_features(folder, beton, model=model, views=recipe.views)
+    features_of(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 4
     (tmp_path / "list.txt").write_text("3\n5\n7")
-    listed = cached_features(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
+    listed = features_of(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
     assert sorted(listed.index) == [3, 5, 7]
     (tmp_path / "list.txt").write_text("3\n5\n8")
-    listed = cached_features(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
+    listed = features_of(folder, beton, model=model, views=recipe.views, subset=tmp_path / "list.txt")
     assert sorted(listed.index) == [3, 5, 8]
     del extractions[4:]
-    half = cached_features(folder, beton, model=model, views=recipe.views, dtype="float16")
+    half = features_of(folder, beton, model=model, views=recipe.views, dtype="float16")
     assert len(extractions) == 5 and half.h.dtype == np.float16
-    cached_features(folder, beton, model=model, views=recipe.views.model_copy(update={"eval": "center"}))
+    features_of(folder, beton, model=model, views=recipe.views.model_copy(update={"eval": "center"}))
     assert len(extractions) == 6
 
 
@@ -304,17 +303,17 @@ def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, e
     folder, recipe, model = run
     beton = tmp_path / "copy.beton"
     beton.write_bytes((canvas / "val.beton").read_bytes())
-    first = np.array(cached_features(folder, beton, model=model, views=recipe.views).h)
+    first = np.array(features_of(folder, beton, model=model, views=recipe.views).h)
     (cache,) = (folder / "features").iterdir()
     (cache / "h.npy").write_bytes((cache / "h.npy").read_bytes()[:-100])
-    again = cached_features(folder, beton, model=model, views=recipe.views)
+    again = features_of(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 2
     np.testing.assert_array_equal(first, again.h)
     os.utime(beton, (1, 1))
-    cached_features(folder, beton, model=model, views=recipe.views)
+    features_of(folder, beton, model=model, views=recipe.views)
     assert len(extractions) == 3
     with pytest.raises(UserError, match="nowhere.beton"):
-        cached_features(folder, tmp_path / "nowhere.beton", model=model, views=recipe.views)
+        features_of(folder, tmp_path / "nowhere.beton", model=model, views=recipe.views)
 
 
 @pytest.mark.parametrize("layout", ["canvas", "full"])
@@ -323,10 +322,10 @@ def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
     """Each view as if it alone had been embedded, of the very views that PairedViews makes of the stored image."""
     beton = request.getfixturevalue(layout) / "val.beton"
     folder, recipe, model = make_run(tmp_path / "run", {"train": str(beton)}, embedding={"stochastic": stochastic})
-    both = cached_features(folder, beton, model=model, views=recipe.views, augmented=True)
+    both = features_of(folder, beton, model=model, views=recipe.views, augmented=True)
     width = 8 if stochastic == "z" else None
     assert both.h.shape == (12, 2, 96) and (both.mu is None if width is None else both.mu.shape == (12, 2, width))
-    (batch,) = eval_loader(beton, recipe.views, torch.device("cpu"), augmented=True)
+    (batch,) = eval_loader(BetonSubset(beton), recipe.views, torch.device("cpu"), augmented=True)
     pair = PairedViews(recipe.views)(batch.image, batch.index, 0, batch.height, batch.width)
     for view, images in enumerate(pair):
         expected = model.embed(images[batch.valid])
@@ -334,5 +333,5 @@ def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
         if width:
             np.testing.assert_allclose(both.sigma[:, view], expected.sigma, rtol=1e-4, atol=1e-5)
     assert not np.allclose(both.h[:, 0], both.h[:, 1])
-    clean = cached_features(folder, beton, model=model, views=recipe.views)
+    clean = features_of(folder, beton, model=model, views=recipe.views)
     assert clean.h.shape == (12, 96)  # under a name of its own

@@ -8,7 +8,7 @@ from sklearn import metrics as sk
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from fastssl.evaluation import metrics
-from fastssl.evaluation.metrics import accuracy_interval, classification_figures
+from fastssl.evaluation.metrics import accuracy_interval, classification_metrics
 
 
 def random_data(seed, samples=700, classes=12, skew=True):
@@ -27,7 +27,7 @@ def random_data(seed, samples=700, classes=12, skew=True):
 def test_equals_scikit_learn_and_torchmetrics(seed, skew):
     logits, label = random_data(seed, skew=skew)
     classes = np.arange(12)
-    found = classification_figures(logits, label, classes).figures
+    found = classification_metrics(logits, label, classes).metrics
     guess, probability = logits.argmax(axis=1), torch.from_numpy(logits).double().softmax(dim=1).numpy()
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(label, guess), abs=1e-12)
     assert found["accuracy_top5"] == pytest.approx(sk.top_k_accuracy_score(label, logits, k=5), abs=1e-12)
@@ -41,39 +41,39 @@ def test_equals_scikit_learn_and_torchmetrics(seed, skew):
     assert found["accuracy_macro"] == pytest.approx(
         multiclass_accuracy(*ours, num_classes=12, average="macro").item(), abs=1e-6
     )
-    scores = classification_figures(torch.from_numpy(logits), torch.from_numpy(label), classes)
-    assert scores.figures == found
-    np.testing.assert_array_equal(scores.confusion, sk.confusion_matrix(label, guess))
+    scores = classification_metrics(torch.from_numpy(logits), torch.from_numpy(label), classes)
+    assert scores.metrics == found
+    np.testing.assert_array_equal(scores.confusion_KK, sk.confusion_matrix(label, guess))
 
 
 def test_columns_stand_for_any_labels_and_chunks_change_nothing(monkeypatch):
     logits, label = random_data(5)
     names = np.array([2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37])
-    plain = classification_figures(logits, label, np.arange(12))
-    named = classification_figures(logits, names[label], names)
-    assert plain.figures == named.figures and plain.intervals == named.intervals
-    np.testing.assert_array_equal(named.confusion_classes, names)
+    plain = classification_metrics(logits, label, np.arange(12))
+    named = classification_metrics(logits, names[label], names)
+    assert plain.metrics == named.metrics and plain.intervals == named.intervals
+    np.testing.assert_array_equal(named.label_K, names)
     monkeypatch.setattr(metrics, "CHUNK_ROWS", 50)
-    assert classification_figures(logits, label, np.arange(12)).figures == plain.figures
+    assert classification_metrics(logits, label, np.arange(12)).metrics == plain.metrics
 
 
 def test_a_class_without_a_column_is_an_error_but_no_infinite_loss():
     logits, label = random_data(6, classes=4)
     foreign = np.concatenate([label, [9, 9]])
     logits = np.concatenate([logits, logits[:2]])
-    known, all_ = (classification_figures(logits[:n], foreign[:n], np.arange(4)) for n in (700, 702))
-    assert "accuracy_top5" not in known.figures
-    assert all_.figures["accuracy"] == pytest.approx(known.figures["accuracy"] * 700 / 702)
-    assert all_.figures["accuracy_macro"] == pytest.approx(known.figures["accuracy_macro"] * 4 / 5)
-    assert all_.figures["nll"] == pytest.approx(known.figures["nll"])
-    assert all_.confusion.sum() == 702 and all_.confusion[4].sum() == 2 and all_.confusion[:, 4].sum() == 0
-    only = classification_figures(logits[-2:], foreign[-2:], np.arange(4))
-    assert only.figures["accuracy"] == 0 and "nll" not in only.figures and "nll" not in only.intervals
+    known, all_ = (classification_metrics(logits[:n], foreign[:n], np.arange(4)) for n in (700, 702))
+    assert "accuracy_top5" not in known.metrics
+    assert all_.metrics["accuracy"] == pytest.approx(known.metrics["accuracy"] * 700 / 702)
+    assert all_.metrics["accuracy_macro"] == pytest.approx(known.metrics["accuracy_macro"] * 4 / 5)
+    assert all_.metrics["nll"] == pytest.approx(known.metrics["nll"])
+    assert all_.confusion_KK.sum() == 702 and all_.confusion_KK[4].sum() == 2 and all_.confusion_KK[:, 4].sum() == 0
+    only = classification_metrics(logits[-2:], foreign[-2:], np.arange(4))
+    assert only.metrics["accuracy"] == 0 and "nll" not in only.metrics and "nll" not in only.intervals
 
 
 def test_of_equal_logits_the_first_column_is_the_guess_at_every_k():
     logits = np.zeros((3, 8))
-    found = classification_figures(logits, np.array([0, 4, 5]), np.arange(8)).figures
+    found = classification_metrics(logits, np.array([0, 4, 5]), np.arange(8)).metrics
     assert found["accuracy"] == pytest.approx(1 / 3) and found["accuracy_top5"] == pytest.approx(2 / 3)
     assert found["nll"] == pytest.approx(np.log(8))
 
@@ -83,7 +83,7 @@ def test_a_confidence_on_a_bin_s_edge_belongs_below_it():
     share = np.array([0.2] * 10 + [0.21] * 2)
     probability = np.stack([share, *[(1 - share) / 8] * 8], axis=1)
     label = np.array([0] * 3 + [1] * 9)
-    found = classification_figures(np.log(probability), label, np.arange(9)).figures["ece"]
+    found = classification_metrics(np.log(probability), label, np.arange(9)).metrics["ece"]
     assert found == pytest.approx((10 * abs(0.3 - 0.2) + 2 * abs(0 - 0.21)) / 12, abs=1e-9)
 
 
@@ -92,27 +92,27 @@ def test_a_class_that_a_draw_misses_does_not_count_in_its_macro_accuracy():
     logits = np.zeros((50, 2))
     logits[:, 0], logits[-1] = 1, (0, 1)
     label = np.array([0] * 49 + [1])
-    assert classification_figures(logits, label, np.arange(2)).intervals["accuracy_macro"] == (1.0, 1.0)
+    assert classification_metrics(logits, label, np.arange(2)).intervals["accuracy_macro"] == (1.0, 1.0)
 
 
 def test_huge_logits_stay_finite():
     logits = np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32)
-    found = classification_figures(logits, np.array([0, 0]), np.arange(2)).figures
+    found = classification_metrics(logits, np.array([0, 0]), np.arange(2)).metrics
     assert found["nll"] == pytest.approx(1e4) and found["ece"] == pytest.approx(0.5)
 
 
 def test_intervals_are_those_of_the_bootstrap():
     """A share's is the binomial's; Monte Carlo error of a 2.5 % percentile over 1,000 draws: about 1.5 of its steps."""
     logits, label = random_data(7)
-    scores = classification_figures(logits, label, np.arange(12), seed=3)
-    accuracy = scores.figures["accuracy"]
+    scores = classification_metrics(logits, label, np.arange(12), seed=3)
+    accuracy = scores.metrics["accuracy"]
     exact = np.array(stats.binom(700, accuracy).ppf([0.025, 0.975])) / 700
     np.testing.assert_allclose(scores.intervals["accuracy"], exact, atol=4 / 700)
     np.testing.assert_allclose(accuracy_interval(logits.argmax(axis=1) == label), exact, atol=2 / 700)
     for name, (low, high) in scores.intervals.items():
-        assert low < scores.figures[name] < high or name == "ece", name  # resampling adds to a calibration error
-    assert classification_figures(logits, label, np.arange(12), seed=3).intervals == scores.intervals
-    assert classification_figures(logits, label, np.arange(12), seed=4).intervals != scores.intervals
+        assert low < scores.metrics[name] < high or name == "ece", name  # resampling adds to a calibration error
+    assert classification_metrics(logits, label, np.arange(12), seed=3).intervals == scores.intervals
+    assert classification_metrics(logits, label, np.arange(12), seed=4).intervals != scores.intervals
     # The loss's is close to the normal one, mean +- 1.96 standard errors.
     probability = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
     loss = -probability[np.arange(700), label]

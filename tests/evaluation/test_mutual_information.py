@@ -13,7 +13,7 @@ from torch.distributions import Normal
 
 from fastssl import cli
 from fastssl.common.errors import UserError
-from fastssl.evaluation import find_encoder, summarize
+from fastssl.evaluation import load_run_encoder, summarize_runs
 from fastssl.evaluation.mutual_information import (
     ESTIMATORS,
     estimate,
@@ -382,18 +382,18 @@ SPACES = {"none": [], "z": ["I(X;Z) = I(H;Z)"], "h": ["I(X;H)"], "hz": ["I(X;H)"
 @pytest.mark.parametrize("stochastic", SPACES)
 def test_every_variant_keeps_what_it_returns(quick, canvas, tmp_path, monkeypatch, stochastic):
     folder = run_of(tmp_path / "run", canvas, embedding={"stochastic": stochastic, "samples": 2})
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_mi(encoder, seed=1)
     assert json.loads((folder / "eval" / "mi-seed1.json").read_text()) == result
     assert list(result["quantities"]) == ["I(V;H)", "I(H;Z)", "I(Z;Z')", "I(V;Z)"]
     assert list(result["sandwich"]) == SPACES[stochastic]
-    assert result["figures"]["I(V;Z) js"] == result["quantities"]["I(V;Z)"]["js"]["nats"]
-    assert Image.open(folder / "eval" / result["picture"]).size[0] == 1500
+    assert result["metrics"]["I(V;Z) js"] == result["quantities"]["I(V;Z)"]["js"]["nats"]
+    assert Image.open(folder / "eval" / result["plot"]).size[0] == 1500
     shown = text_of(mi_table(result))
     assert result["infinite"] == ([] if "z" in stochastic else ["I(H;Z)"])
     assert ("infinite in theory" in shown) == ("z" not in stochastic)
     assert all(check["check"] in shown for check in result["checks"]) and "I(Z;Z')" in shown
-    assert "I(Z;Z') js" in text_of(mi_summary_table(summarize([result])))
+    assert "I(Z;Z') js" in text_of(mi_summary_table(summarize_runs([result])))
     monkeypatch.setattr(evaluate, "variables_of", None)
     assert evaluate_mi(encoder, seed=1) == result
 
@@ -464,16 +464,16 @@ def test_several_runs_keep_their_flags(quick, canvas, tmp_path, monkeypatch, cap
 
 
 def test_another_constant_means_measuring_again(quick, canvas, tmp_path, monkeypatch):
-    encoder = find_encoder(run_of(tmp_path / "run", canvas), device="cpu")
+    encoder = load_run_encoder(run_of(tmp_path / "run", canvas), device="cpu")
     first = evaluate_mi(encoder)
-    assert evaluate_mi(encoder)["made"] == first["made"] and first["augmentation"]["size"] == 16
+    assert evaluate_mi(encoder)["measured_at"] == first["measured_at"] and first["augmentation"]["size"] == 16
     monkeypatch.setitem(evaluate.CONSTANTS, "saturated", [2.0, 0.5])
     assert evaluate_mi(encoder)["settings"]["saturated"] == [2.0, 0.5]
 
 
 def test_draws_are_fresh_where_they_must_be(canvas, tmp_path):
     folder = run_of(tmp_path / "run", canvas, embedding={"stochastic": "hz", "samples": 2})
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     images = evaluate.images_of(encoder, None)
     found = evaluate.variables_of(encoder, images, 0)
     again = evaluate.variables_of(encoder, images, 1)
@@ -493,10 +493,10 @@ def test_draws_are_fresh_where_they_must_be(canvas, tmp_path):
 
 
 def test_v_is_the_clean_view_averaged(canvas, tmp_path):
-    encoder = find_encoder(run_of(tmp_path / "run", canvas), device="cpu")  # views of 16 px
+    encoder = load_run_encoder(run_of(tmp_path / "run", canvas), device="cpu")  # views of 16 px
     images = evaluate.images_of(encoder, None)
     v = evaluate.small_pictures(encoder, images).view(-1, 3, 8, 8)
-    loader = evaluate.eval_loader(images.path, encoder.recipe.views, encoder.device)
+    loader = evaluate.eval_loader(images, encoder.recipe.views, encoder.device)
     batch = next(iter(loader))
     clean = evaluate.eval_transform(encoder.recipe.views)(batch.image, batch.height, batch.width)
     expected = clean[:48, :, 2:4, 6:8].mean((2, 3))
@@ -505,13 +505,13 @@ def test_v_is_the_clean_view_averaged(canvas, tmp_path):
 
 def test_a_supervised_run_has_no_z(quick, canvas, tmp_path):
     folder = run_of(tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3})
-    result = evaluate_mi(find_encoder(folder, device="cpu"))
+    result = evaluate_mi(load_run_encoder(folder, device="cpu"))
     assert list(result["quantities"]) == ["I(V;H)"] and "no z" in text_of(mi_table(result))
 
 
 def test_too_few_or_no_images_are_refused(canvas, tmp_path):
     folder = make_run(tmp_path / "run", {"train": str(canvas / "train.beton")})[0]
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     with pytest.raises(UserError, match="--data"):
         evaluate_mi(encoder)
     with pytest.raises(UserError, match="too few"):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from scipy.stats import spearmanr
-from small_models import make_run
+from small_models import features_of, make_run
 
 from fastssl import cli
 from fastssl.beton import build_beton, read_header
 from fastssl.common.errors import UserError
-from fastssl.evaluation import cached_features, find_encoder, summarize
+from fastssl.evaluation import load_run_encoder, summarize_runs
+from fastssl.evaluation.features import eval_loader
 from fastssl.evaluation.ood import (
     DETECTORS,
     LABEL_BASED,
@@ -31,7 +32,7 @@ from fastssl.evaluation.ood import (
 )
 from fastssl.evaluation.ood.evaluate import affine, compare, linear_classifier, odin_logits, prior_of
 from fastssl.evaluation.ood.suites import Sets
-from fastssl.evaluation.runs import Data
+from fastssl.evaluation.runs import BetonSubset
 from fastssl.views import eval_transform
 
 PICTURES = evaluate.plots.draw
@@ -72,20 +73,20 @@ def sets_of(encoder, others, **options):
 
 def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatch):
     folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": "z", "prior": "mixture"})
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     sets = sets_of(encoder, others)
     result = evaluate_ood(encoder, sets)
     assert set(result["detectors"]) == set(DETECTORS) - {"knn_supervised"}
-    assert result["left_out"] == {"knn_supervised": "the encoder was trained without labels"}
+    assert result["skipped"] == {"knn_supervised": "the encoder was trained without labels"}
     assert json.loads((folder / "eval" / "ood-near-stripes-far-noise-flat.json").read_text()) == result
 
     # The scores are those of detectors fitted by hand on the cached features.
     scores = np.load(folder / "eval" / result["scores"])
     paths = {"fit": canvas / "train.beton", "id": canvas / "val.beton"}
     paths |= {name: others / name / "train.beton" for name in ("stripes", "noise", "flat")}
-    of = {name: cached_features(folder, path, model=model, views=recipe.views) for name, path in paths.items()}
+    of = {name: features_of(folder, path, model=model, views=recipe.views) for name, path in paths.items()}
     pair = {
-        name: cached_features(folder, path, model=model, views=recipe.views, augmented=True).h
+        name: features_of(folder, path, model=model, views=recipe.views, augmented=True).h
         for name, path in paths.items()
     }
     weight, bias = linear_classifier(encoder, of["fit"], seed=0)
@@ -106,10 +107,10 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
             np.testing.assert_allclose(scores[f"{part}/{name}"], fitted.score(**arrays(part)), rtol=1e-9)
         row = result["detectors"][name]
         figures = {other: metrics(scores[f"id/{name}"], scores[f"{other}/{name}"]) for other in sets.others}
-        assert {other: row["sets"][other]["figures"] for other in figures} == figures
-        assert row["near"]["figures"] == pytest.approx(figures["stripes"])
+        assert {other: row["sets"][other]["metrics"] for other in figures} == figures
+        assert row["near"]["metrics"] == pytest.approx(figures["stripes"])
         far = (figures["noise"]["auroc"] + figures["flat"]["auroc"]) / 2
-        assert row["far"]["figures"]["auroc"] == pytest.approx(far) == result["figures"][f"{name} far auroc"]
+        assert row["far"]["metrics"]["auroc"] == pytest.approx(far) == result["metrics"][f"{name} far auroc"]
         low, high = row["far"]["intervals"]["auroc"]
         assert low <= far <= high and row["labels"] == (name in LABEL_BASED)
     np.testing.assert_array_equal(scores["noise/index"], of["noise"].index)
@@ -123,17 +124,17 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
 
     # Shown again, not measured again.
     monkeypatch.setattr(evaluate, "arrays_of", None)
-    assert evaluate_ood(encoder, sets_of(encoder, others))["made"] == result["made"]
+    assert evaluate_ood(encoder, sets_of(encoder, others))["measured_at"] == result["measured_at"]
     with pytest.raises(TypeError):
         evaluate_ood(encoder, sets_of(encoder, others), seed=1)
 
 
 def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, sets_of(encoder, others))
-    assert set(result["left_out"]) == Q | {"knn_supervised"} and len(Q) == 8
-    assert {result["left_out"][name] for name in Q} == {"the embedding is deterministic"}
+    assert set(result["skipped"]) == Q | {"knn_supervised"} and len(Q) == 8
+    assert {result["skipped"][name] for name in Q} == {"the embedding is deterministic"}
     for name, row in result["detectors"].items():  # as if this were so, to see where it stands
         for other in row["sets"]:
             row["sets"][other]["inverted"] = name == "energy" and other == "noise"
@@ -149,22 +150,22 @@ def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
     text = narrow.export_text()
     assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
     assert [line.split()[0] for line in text.splitlines() if line.endswith("1/3 ")] == ["energy"]
-    assert all(f"{100 * row['near']['figures']['auroc']:.1f}" in text for row in result["detectors"].values())
+    assert all(f"{100 * row['near']['metrics']['auroc']:.1f}" in text for row in result["detectors"].values())
     for name, row in result["detectors"].items():
         assert f"{name}{' *' if name in LABEL_BASED else ''} " in text
         assert f" {name}{' *' if name in LABEL_BASED else ''} " in shown
-        assert f"{100 * row['near']['figures']['auroc']:.1f}" in shown
+        assert f"{100 * row['near']['metrics']['auroc']:.1f}" in shown
 
 
 def test_a_supervised_run_is_judged_by_its_own_logits(canvas, others, tmp_path):
     folder, recipe, model = run_of(
         tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3}, embedding={"stochastic": "h"}
     )
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, sets_of(encoder, others))
-    assert set(result["detectors"]) == set(DETECTORS) and result["left_out"] == {}
+    assert set(result["detectors"]) == set(DETECTORS) and result["skipped"] == {}
     scores = np.load(folder / "eval" / result["scores"])
-    of_id = cached_features(folder, canvas / "val.beton", model=model, views=recipe.views)
+    of_id = features_of(folder, canvas / "val.beton", model=model, views=recipe.views)
     logits = model.eval().mean_z(torch.tensor(of_id.h)).numpy()
     np.testing.assert_allclose(scores["id/max_logit"], -logits.max(axis=1), rtol=1e-5)
 
@@ -172,13 +173,13 @@ def test_a_supervised_run_is_judged_by_its_own_logits(canvas, others, tmp_path):
 @pytest.mark.parametrize("stochastic", ["none", "h", "z"])
 def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, canvas, tmp_path):
     folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": stochastic})
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     torch.manual_seed(0)
     weight, bias = torch.randn(3, 96).double(), torch.randn(3).double()
-    found = odin_logits(encoder, Data(canvas / "val.beton"), (weight, bias))
+    found = odin_logits(encoder, BetonSubset(canvas / "val.beton"), (weight, bias))
     assert found.shape == (12, 3)
 
-    (batch,) = evaluate.eval_loader(canvas / "val.beton", recipe.views, torch.device("cpu"))
+    (batch,) = eval_loader(BetonSubset(canvas / "val.beton"), recipe.views, torch.device("cpu"))
     x = eval_transform(recipe.views)(batch.image, batch.height, batch.width)[batch.valid].requires_grad_()
     model.eval()
 
@@ -198,8 +199,8 @@ def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, canv
 
 def test_the_classifier_is_folded_into_the_features(canvas, tmp_path):
     folder, recipe, model = run_of(tmp_path / "run", canvas)
-    encoder = find_encoder(folder, device="cpu")
-    of_fit = cached_features(folder, canvas / "train.beton", model=model, views=recipe.views)
+    encoder = load_run_encoder(folder, device="cpu")
+    of_fit = features_of(folder, canvas / "train.beton", model=model, views=recipe.views)
     classifier = evaluate.fit_lbfgs(of_fit.h, of_fit.label).classifier
     weight, bias = affine(classifier)
     np.testing.assert_allclose(
@@ -218,18 +219,18 @@ def test_the_prior_is_that_of_the_embedding_that_is_given(canvas, tmp_path):
 def test_without_labels_what_needs_none_is_left(canvas, others, tmp_path):
     data = {"train": str(others / "noise/train.beton"), "val": str(canvas / "val.beton")}
     folder, _, _ = make_run(tmp_path / "run", data)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "flat/train.beton"]))
     assert (folder / "eval" / "ood-far-flat.json").exists()
     assert not set(result["detectors"]) & set(LABEL_BASED)
-    assert result["left_out"]["energy"] == "the images fitted on have no labels of two classes"
+    assert result["skipped"]["energy"] == "the images fitted on have no labels of two classes"
     assert result["near"] == {} and "near" not in result["detectors"]["knn_cosine"]
     assert ood_table(result).row_count == len(result["detectors"])
 
 
 def test_without_pytorch_ood_the_other_detectors_stay(canvas, others, tmp_path, monkeypatch):
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     sets = find_sets(encoder, far=[others / "noise/train.beton"])
     lacking = {"kl_matching", "odin", "react_energy"}
     with monkeypatch.context() as patch:
@@ -237,13 +238,13 @@ def test_without_pytorch_ood_the_other_detectors_stay(canvas, others, tmp_path, 
         result = evaluate_ood(encoder, sets)
         with pytest.raises(UserError, match="pip install pytorch-ood"):
             detector("kl_matching").fit(np.zeros((2, 2)), logits=np.eye(2))
-    assert {name for name, why in result["left_out"].items() if "pip install pytorch-ood" in why} == lacking
+    assert {name for name, why in result["skipped"].items() if "pip install pytorch-ood" in why} == lacking
     assert lacking <= set(evaluate_ood(encoder, sets)["detectors"])  # once it is installed, measured again
 
 
 def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     noise = others / "noise/train.beton"
     with pytest.raises(UserError, match=r"storage: jpg|canvas: 96.* with canvas: 32"):
         find_sets(encoder, near=[canvas_jpeg / "val.beton"])
@@ -264,13 +265,13 @@ def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, t
         find_sets(encoder, near=[stock])
     without, _, _ = make_run(tmp_path / "without", {"train": str(canvas / "train.beton")})
     with pytest.raises(UserError, match="no data.val to take as ID"):
-        find_sets(find_encoder(without, device="cpu"), near=[noise])
+        find_sets(load_run_encoder(without, device="cpu"), near=[noise])
 
 
 def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
     monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("noise", "flat")))
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     sets = find_sets(encoder, suite="cifar10", root=others, id=canvas / "val.beton")
     assert list(sets.near) == ["stripes"] and list(sets.far) == ["noise", "flat"]
     assert find_sets(encoder, suite="cifar10", root=others).name == "cifar10"
@@ -286,7 +287,7 @@ def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
 @pytest.mark.parametrize("which", ["near", "fit"])
 def test_every_build_option_must_be_equal(option, other, which, canvas, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     for file in others.glob("noise/train.beton*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     path = tmp_path / "train.beton.json"
@@ -304,7 +305,7 @@ def test_full_files_of_one_size_and_of_several_are_not_compared(full, others, tm
         Image.new("RGB", (50, 40), (number, 0, 0)).save(tmp_path / "same" / f"{number}.jpg")
     build_beton("imagefolder", tmp_path / "same", tmp_path / "built", max_side=500, workers=1)
     with pytest.raises(UserError, match="images of one size: True"):
-        find_sets(find_encoder(folder, device="cpu"), near=[tmp_path / "built/train.beton"])
+        find_sets(load_run_encoder(folder, device="cpu"), near=[tmp_path / "built/train.beton"])
 
 
 def test_names_of_results():
@@ -318,12 +319,12 @@ def test_names_of_results():
 def test_many_training_images_are_thinned(canvas, others, tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "FIT_IMAGES", 30)
     folder, _, _ = run_of(tmp_path / "run", canvas)
-    sets = sets_of(find_encoder(folder, device="cpu"), others)
-    assert sets.fit == Data(canvas / "train.beton", None, 30) and sets.about["train"]["images"] == 30
+    sets = sets_of(load_run_encoder(folder, device="cpu"), others)
+    assert sets.fit == BetonSubset(canvas / "train.beton", None, 30) and sets.describe()["train"]["images"] == 30
 
 
 def test_what_the_files_were_before_is_recorded(canvas, others):
-    about = suites.described(Data(others / "noise/train.beton"))
+    about = suites.described(BetonSubset(others / "noise/train.beton"))
     assert (about["builder"], about["source_formats"], about["source_px"]) == ("imagefolder", {"PNG": 9}, [40, 40])
     assert read_header(canvas / "val.beton").manifest["source_formats"] == {"JPEG": 12}
 
@@ -333,7 +334,7 @@ def fake_sets(near, far):
 
 
 def test_inverted_means_significantly_below_one_half():
-    """Scores shifted down by half a standard deviation, by nothing, and up; 400 images a set."""
+    """ClassificationResult shifted down by half a standard deviation, by nothing, and up; 400 images a set."""
     rng = np.random.default_rng(0)
     of = {"id": rng.normal(size=400)} | {name: rng.normal(shift, 1, 400) for name, shift in
                                         (("down", -0.5), ("same", 0), ("up", 0.5))}  # fmt: skip
@@ -353,7 +354,7 @@ def test_inverted_means_significantly_below_one_half():
 def test_few_images_are_never_called_inverted():
     of = {"id": np.arange(100.0), "one": np.array([-1.0])}
     row = compare({"energy": of}, fake_sets([], ["one"]), of["id"], 0)["detectors"]["energy"]
-    assert row["far"]["figures"]["auroc"] == 0 and not row["sets"]["one"]["inverted"] and not row["far"]["inverted"]
+    assert row["far"]["metrics"]["auroc"] == 0 and not row["sets"]["one"]["inverted"] and not row["far"]["inverted"]
 
 
 def test_each_set_is_resampled_by_itself(monkeypatch):
@@ -372,9 +373,9 @@ def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
         tmp_path / "run", canvas, embedding={"stochastic": "z"},
         model={"backbone": "test_resnet", "projector": {"layers": 1, "hidden": 8, "out": 1}},
     )  # fmt: skip
-    encoder = find_encoder(folder, device="cpu")
+    encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"]))
-    assert result["left_out"]["sigma_std"] == "An embedding of one dimension has no standard deviation of sigma."
+    assert result["skipped"]["sigma_std"] == "An embedding of one dimension has no standard deviation of sigma."
     assert "sigma_mean" in result["detectors"] and "sigma_std" not in result["detectors"]
 
 
@@ -390,14 +391,14 @@ def test_runs_that_differ_in_their_seed_share_a_column(canvas, others, tmp_path)
     made = [run_of(tmp_path / f"seed{seed}", canvas, seed=seed)[0] for seed in range(2)]
     results = []
     for run in made:
-        encoder = find_encoder(run, device="cpu")
+        encoder = load_run_encoder(run, device="cpu")
         results.append(evaluate_ood(encoder, sets_of(encoder, others)))
-    encoder = find_encoder(made[0], device="cpu")
+    encoder = load_run_encoder(made[0], device="cpu")
     results.append(evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"])))
-    rows = summarize(results)
-    assert [row["seeds"] for row in rows] == [[0, 1], [0]]
-    values = [result["detectors"]["knn_cosine"]["far"]["figures"]["auroc"] for result in results[:2]]
-    assert rows[0]["figures"]["knn_cosine far auroc"]["mean"] == pytest.approx(np.mean(values))
+    rows = summarize_runs(results)
+    assert [row.seeds for row in rows] == [[0, 1], [0]]
+    values = [result["detectors"]["knn_cosine"]["far"]["metrics"]["auroc"] for result in results[:2]]
+    assert rows[0].metrics["knn_cosine far auroc"].mean == pytest.approx(np.mean(values))
     console = Console(width=200, record=True)
     console.print(ood_summary_table(rows))
     shown = console.export_text()

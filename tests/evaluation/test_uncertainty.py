@@ -1,5 +1,6 @@
 """`fastssl eval uncertainty`: its figures against brute force, its corruptions, what the command keeps and shows."""
 
+import dataclasses
 import itertools
 import json
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from small_models import make_run
+from small_models import features_of, make_run
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -18,16 +19,15 @@ from fastssl import cli
 from fastssl.beton import build_beton, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.evaluation import (
-    cached_features,
     evaluate_knn,
     evaluate_uncertainty,
     features,
-    find_encoder,
-    find_split,
+    find_evaluation_data,
     fit_lbfgs,
+    load_run_encoder,
     metrics,
     result_table,
-    summarize,
+    summarize_runs,
     summary_table,
     uncertainty,
 )
@@ -62,8 +62,8 @@ def data_of(folder):
 
 
 def opened(run_dir, **options):
-    encoder = find_encoder(run_dir, device="cpu", **options)
-    return encoder, find_split(encoder)
+    encoder = load_run_encoder(run_dir, device="cpu", **options)
+    return encoder, find_evaluation_data(encoder)
 
 
 # Figures
@@ -183,7 +183,7 @@ def test_calibration_is_measured_at_the_temperature_and_equals_torchmetrics():
     of_train, of_test = overconfident(0, 120), overconfident(1)
     measured = evaluate.guess_figures(of_train, of_test, of_test.sigma.mean(axis=1), torch.device("cpu"), seed=0)
     figures, chosen = measured.figures, measured.kept["chosen"]
-    fit, held = evaluate.held_out_tenth(of_train.label, 0)
+    fit, held = evaluate.holdout_split(of_train.label, 0)
     classifier = evaluate.fit_lbfgs(of_train.h[fit], of_train.label[fit]).classifier
     assert chosen["temperature"] == fit_temperature(classifier.logits(of_train.h[held]), of_train.label[held], range(5))
     logits, label = classifier.logits(of_test.h).double(), torch.from_numpy(of_test.label)
@@ -212,7 +212,7 @@ def test_the_test_images_choose_nothing():
     chosen = []
     for test in (of_test, poisoned):
         measured = evaluate.guess_figures(of_train, test, test.sigma.mean(axis=1), torch.device("cpu"), seed=3)
-        chosen.append((measured.kept["chosen"], measured.kept["selection"], measured.kept["hyperparameters"]))
+        chosen.append((measured.kept["chosen"], measured.kept["candidates"], measured.kept["hyperparameters"]))
         assert (measured.figures["accuracy"] > 0.4) == (test is of_test)
     assert chosen[0] == chosen[1]
 
@@ -322,15 +322,17 @@ def test_versions_are_embedded_as_the_clean_view_would(layout, view, request, tm
         tmp_path / "run", data_of(folder), embedding={"stochastic": "z"}, views={"size": 24, "eval": view}
     )
     path = folder / "val.beton"
-    expected = cached_features(run, path, model=model, views=recipe.views)
+    expected = features_of(run, path, model=model, views=recipe.views)
     told = []
-    loader = eval_loader(path, recipe.views, torch.device("cpu"))
+    loader = eval_loader(evaluate.BetonSubset(path), recipe.views, torch.device("cpu"))
     found = embed_versions(model, loader, recipe.views, 0, advance=told.append)
     assert found.shape == (21, 12) and found.dtype == np.float64 and sum(told) == 21 * 12
     np.testing.assert_allclose(found[0], expected.sigma.mean(axis=1, dtype=np.float64), rtol=1e-6)
     assert len(np.unique(found.round(9), axis=0)) == 21
     monkeypatch.setattr(features, "BATCH_SIZE", 5)
-    small = embed_versions(model, eval_loader(path, recipe.views, torch.device("cpu")), recipe.views, 0)
+    small = embed_versions(
+        model, eval_loader(evaluate.BetonSubset(path), recipe.views, torch.device("cpu")), recipe.views, 0
+    )
     np.testing.assert_allclose(small, found, rtol=1e-6)
 
 
@@ -370,10 +372,9 @@ def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochas
     folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": stochastic})
     result = evaluate_uncertainty(*opened(folder))
     kept = json.loads((folder / "eval" / "uncertainty.json").read_text())
-    assert kept == result and list(result["figures"]) == FIGURES == list(result["intervals"])
+    assert kept == result and list(result["metrics"]) == FIGURES == list(result["intervals"])
     train, val = (
-        cached_features(folder, canvas / f"{split}.beton", model=model, views=recipe.views)
-        for split in ("train", "val")
+        features_of(folder, canvas / f"{split}.beton", model=model, views=recipe.views) for split in ("train", "val")
     )
     if stochastic == "none":
         score = neighbour_distance(train.h, val.h, 48)
@@ -385,20 +386,20 @@ def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochas
         {"mean": score.mean(), "std": score.std(), "min": score.min(), "max": score.max()}
     )
     wrong = nearest_is_wrong(val.h, val.label)
-    assert result["figures"]["r_auroc"] == pytest.approx(roc_auc_score(wrong, score), abs=1e-12)
-    assert result["figures"]["recall_at_1"] == pytest.approx(1 - wrong.mean())
-    for name, value in result["figures"].items():
+    assert result["metrics"]["r_auroc"] == pytest.approx(roc_auc_score(wrong, score), abs=1e-12)
+    assert result["metrics"]["recall_at_1"] == pytest.approx(1 - wrong.mean())
+    for name, value in result["metrics"].items():
         low, high = result["intervals"][name]
         assert low <= high and (low <= value <= high or "ece" in name or "aurc" in name)
     assert result["corruptions"]["images"] == 12
     assert result["corruptions"]["blur"]["mean"][0] == pytest.approx(score.mean(), rel=1e-5)
-    sizes = [Image.open(folder / "eval" / name).size for name in result["pictures"]]
+    sizes = [Image.open(folder / "eval" / name).size for name in result["plots"]]
     assert sizes[0] == (840, 600) and sizes[1][0] == 1440 and sizes[2][0] == 14 + 6 * 174
 
     def never(*args, **kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(evaluate, "split_features", never)
+    monkeypatch.setattr(evaluate, "cached_features", never)
     assert evaluate_uncertainty(*opened(folder)) == result
     for constant, value in (("CORRUPTED_IMAGES", 9), ("CACHE_VERSION", 9)):
         with monkeypatch.context() as patch, pytest.raises(AssertionError, match="measured again"):
@@ -413,7 +414,7 @@ def test_few_images_are_corrupted_and_they_are_those_of_their_ids(canvas, tmp_pa
     folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": "h"})
     monkeypatch.setattr(evaluate, "CORRUPTED_IMAGES", 5)
     found = evaluate_uncertainty(*opened(folder), seed=4)["corruptions"]
-    val = cached_features(folder, canvas / "val.beton", model=model, views=recipe.views)
+    val = features_of(folder, canvas / "val.beton", model=model, views=recipe.views)
     rows = some_images(val.index, 5, 4)
     assert found["images"] == 5 and len(rows) == 5
     assert found["jpeg"]["mean"][0] == pytest.approx(val.sigma[rows].astype(np.float64).mean(), rel=1e-7)
@@ -435,7 +436,7 @@ def test_a_supervised_run_in_the_full_layout_and_a_constant_sigma(full, canvas, 
     for name in ("weight", "bias"):
         saved["model"][f"heads.h.log_var.{name}"].zero_()
     torch.save(saved, folder / "checkpoints" / "last.pt")
-    constant = evaluate_uncertainty(*opened(folder))["figures"]
+    constant = evaluate_uncertainty(*opened(folder))["metrics"]
     assert constant["r_auroc"] == 0.5 and constant["aurc"] == pytest.approx(1 - constant["accuracy"])
     assert {constant[name] for name in FIGURES if name.startswith("spearman")} == {0.0}
     assert {constant[name] for name in FIGURES if name.startswith("crop")} == {0.5}  # as certain counts half
@@ -451,7 +452,7 @@ def test_the_sheet_shows_the_extremes_whatever_the_order_of_the_file(photos, tmp
     monkeypatch.setattr(plots, "draw_samples", lambda *args, **kwargs: shown.append(args))
     some = index[np.random.default_rng(0).permutation(48)[:30]]  # features of a part of it, in any order
     score = 1 / (1.0 + some)
-    plots.draw_extremes(tmp_path / "x.png", "run", evaluate.Data(path), some, score, 20, "mean sigma of z")
+    plots.draw_extremes(tmp_path / "x.png", "run", evaluate.BetonSubset(path), some, score, 20, "mean sigma of z")
     _, _, ((_, most), (_, least)), notes = shown[0]
     assert index[most].tolist() == sorted(some.tolist(), reverse=True)[:15]  # not more than half: none stands in both
     assert index[least].tolist() == sorted(some.tolist())[:15]
@@ -470,24 +471,24 @@ def test_runs_make_a_table_with_a_line_for_each_figure(canvas, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert not end.value.code and "mean sigma of z" in out and "training neighbour 48" in out and "±" in out
     results = [evaluate_uncertainty(*opened(run)) for run in made]
-    rows = summarize(results)
-    assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
-    assert [len(row["runs"]) for row in rows] == [2, 1]
+    rows = summarize_runs(results)
+    assert json.loads((tmp_path / "table.json").read_text())["rows"] == [dataclasses.asdict(row) for row in rows]
+    assert [len(row.runs) for row in rows] == [2, 1]
     # With one seed all neighbours are wrong: that figure is missing, and so it is in their mean.
-    figures = [name for name in FIGURES if all(name in result["figures"] for result in results[:2])]
-    assert list(rows[0]["figures"]) == figures and len(figures) >= 20
+    figures = [name for name in FIGURES if all(name in result["metrics"] for result in results[:2])]
+    assert list(rows[0].metrics) == figures and len(figures) >= 20
     table = summary_table(rows)
     assert table.row_count >= 4 + len(figures) and len(table.columns) == 3
     assert list(table.columns[0].cells)[3] == "score"
     one = result_table(results[0])
     names, values = (list(column.cells) for column in one.columns[:2])
-    assert "uncertainty: mean sigma of z, 0." in one.caption and one.row_count == len(results[0]["figures"])
+    assert "uncertainty: mean sigma of z, 0." in one.caption and one.row_count == len(results[0]["metrics"])
     assert "spearman_blur (-1 to 1)" in names and "aurc (0 to 1)" in names and "nll_scaled (nats)" in names
-    assert values[names.index("aurc (0 to 1)")] == f"{results[0]['figures']['aurc']:.3f}"
-    assert values[names.index("crop_larger")] == f"{100 * results[0]['figures']['crop_larger']:.2f}"
+    assert values[names.index("aurc (0 to 1)")] == f"{results[0]['metrics']['aurc']:.3f}"
+    assert values[names.index("crop_larger")] == f"{100 * results[0]['metrics']['crop_larger']:.2f}"
     # Other evaluations look as before.
     knn = [evaluate_knn(*opened(run), ks=(5,)) for run in made]
-    assert summary_table(summarize(knn)).row_count == 2 and "uncertainty" not in result_table(knn[0]).caption
+    assert summary_table(summarize_runs(knn)).row_count == 2 and "uncertainty" not in result_table(knn[0]).caption
 
 
 def test_one_test_image_is_refused(canvas, photos, tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import fastssl
 from fastssl import cli
 from fastssl.common.errors import UserError
-from fastssl.evaluation import evaluate_knn, find_encoder, find_split
+from fastssl.evaluation import evaluate_knn, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.probe import knn_probe
 from fastssl.export import export_run
 from fastssl.export.onnx_file import Embed, largest_difference
@@ -84,8 +84,8 @@ def run(canvas, tmp_path_factory):
         ],
     )  # fmt: skip
     train(recipe, probe=knn_probe(recipe))
-    encoder = find_encoder(run_dir)
-    evaluate_knn(encoder, find_split(encoder), ks=[5], temperatures=[0.07])
+    encoder = load_run_encoder(run_dir)
+    evaluate_knn(encoder, find_evaluation_data(encoder), ks=[5], temperatures=[0.07])
     return run_dir
 
 
@@ -354,7 +354,7 @@ def test_the_card_says_what_the_run_says(run):
     assert front["library_name"] == "timm" and "license" not in front
     assert {"timm", "fastssl", "barlow_twins"} <= set(front["tags"])
     encoder = fastssl.load_encoder(run)
-    knn = json.loads((run / "eval" / "knn.json").read_text())["figures"]["accuracy_k5_t0.07"]
+    knn = json.loads((run / "eval" / "knn.json").read_text())["metrics"]["accuracy_k5_t0.07"]
     probe = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "knn" in line][-1]
     environment = json.loads((run / "environment.json").read_text())
     for row in (
@@ -397,7 +397,7 @@ def test_the_card_of_a_damaged_run_says_what_is_damaged(copy, tmp_path):
     (copy / "eval" / "deep.json").write_text("[" * 100_000)
     (copy / "eval" / "bytes.json").write_bytes(b"\xff\xfe{")
     figures = {"auroc": {"svhn": 0.875, "n": "7"}, "huge": 10**400, "a": None}
-    strange = {"evaluation": "<b>x|y\n# z", "figures": figures, "val": {"path": 3, "images": "many"}, "train": 7}
+    strange = {"evaluation": "<b>x|y\n# z", "metrics": figures, "val": {"path": 3, "images": "many"}, "train": 7}
     (copy / "eval" / "strange.json").write_text(json.dumps(strange))
     (copy / "metrics.jsonl").write_text(
         '{"step": 3, "epoch": 0, "knn": 0.25}\n{"step": 4, "loss": 1.0}\nnull\n7\n{"step": 5, "epoch": 1, "kn'

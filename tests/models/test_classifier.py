@@ -14,8 +14,9 @@ from training_runs import losses_of, metrics_of, small, weights_of
 import fastssl
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import NOISE_H, normals
+from fastssl.evaluation import cached_features
 from fastssl.evaluation import probe as probe_module
-from fastssl.evaluation.runs import find_encoder, find_split, split_features
+from fastssl.evaluation.runs import find_evaluation_data, load_run_encoder
 from fastssl.export import export_run
 from fastssl.loading import BetonLoader
 from fastssl.models import Classifier, SSLModel, build_model
@@ -239,11 +240,12 @@ def test_probe_and_evaluation_take_the_subset_too(canvas, tmp_path, twenty, monk
     listed = set(range(5, 45, 2))
     assert seen[0] == listed and len(seen[1]) == 12
     assert len(seen[2]) == 8 and len(seen[3]) == 12 and seen[2] | seen[3] == listed
-    encoder = find_encoder(run, device="cpu")
-    split, whole = find_split(encoder), find_split(encoder, train=recipe.data.train)
-    assert set(split_features(encoder, split)[0].index.tolist()) == listed
-    assert split.about["train"]["subset"] == str(twenty) and split.about["train"]["images"] == len(listed)
-    assert len(split_features(encoder, whole)[0].label) == 48
+    encoder = load_run_encoder(run, device="cpu")
+    split, whole = find_evaluation_data(encoder), find_evaluation_data(encoder, train=recipe.data.train)
+    assert set(cached_features(encoder, split.train).index.tolist()) == listed
+    about = split.describe()["train"]
+    assert about["subset"] == str(twenty) and about["images"] == len(listed)
+    assert len(cached_features(encoder, whole.train).label) == 48
     with pytest.raises(UserError, match="leaves out none of the 20 images"):
         probe_module.knn_probe(rest.model_copy(update={"data": rest.data.model_copy(update={"limit": 20})}))
 

@@ -13,7 +13,7 @@ from profiles import example_profile, figure, gpu_profile, leg
 from rich.console import Console
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.results import save_picture
+from fastssl.evaluation.plots import save_figure
 from fastssl.profiling.compare import Change, compare, compare_table, differences
 from fastssl.profiling.page import write_page
 from fastssl.profiling.plots import draw_profile
@@ -366,7 +366,7 @@ def test_numbers_are_short_and_never_in_exponents():
 @pytest.mark.filterwarnings("error")
 @every_profile
 def test_the_picture_is_drawn(tmp_path, profile):
-    save_picture(tmp_path / "p.png", draw_profile(profile))
+    save_figure(tmp_path / "p.png", draw_profile(profile))
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size == (1400, 1000)
         panels = np.asarray(picture.convert("L")).reshape(2, 500, 2, 700).std(axis=(1, 3))

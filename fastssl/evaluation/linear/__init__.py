@@ -9,8 +9,8 @@ batches.py     features that need not fit into memory
 command.py     the evaluation of a run
 """
 
-from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
-from fastssl.evaluation.linear.evaluate import PROTOCOLS, Protocol, evaluate_linear, fit_and_score, settings_of
+from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
+from fastssl.evaluation.linear.evaluate import PROTOCOLS, Protocol, evaluate_linear, fit_and_score, linear_settings
 from fastssl.evaluation.linear.few_labels import few_label_linear
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, fit_reference
@@ -19,7 +19,7 @@ from fastssl.evaluation.linear.sweep import fit_sweep
 __all__ = [
     "PROTOCOLS",
     "SCHEDULES",
-    "Fitted",
+    "LinearFit",
     "LinearClassifier",
     "Protocol",
     "evaluate_linear",
@@ -28,5 +28,5 @@ __all__ = [
     "fit_lbfgs",
     "fit_reference",
     "fit_sweep",
-    "settings_of",
+    "linear_settings",
 ]

@@ -38,7 +38,7 @@ class LinearClassifier:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class LinearFit:
     """A classifier, and what its protocol did."""
 
     classifier: LinearClassifier

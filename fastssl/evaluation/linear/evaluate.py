@@ -3,14 +3,14 @@
 from typing import Literal
 
 from fastssl.common.terminal import progress
-from fastssl.evaluation.features import CACHE_VERSION, DType, Features, mean_of_draws
+from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, mean_of_draws
 from fastssl.evaluation.linear import lbfgs, reference, sweep
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
-from fastssl.evaluation.metrics import Scores, classification_figures
-from fastssl.evaluation.results import load_or_compute, scored
-from fastssl.evaluation.runs import Encoder, Split, check_draws, split_features
+from fastssl.evaluation.metrics import ClassificationResult, classification_metrics
+from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
+from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
 Protocol = Literal["sweep", "reference", "lbfgs"]
 PROTOCOLS: dict[str, str] = {
@@ -23,43 +23,47 @@ PROTOCOLS: dict[str, str] = {
 
 
 def evaluate_linear(
-    encoder: Encoder,
-    split: Split,
+    encoder: RunEncoder,
+    data: EvaluationData,
     *,
     protocol: Protocol = "sweep",
     schedule: ScheduleName = "imagenet",
     draws: int | None = None,
     dtype: DType = "float32",
     seed: int = 0,
-) -> dict:
+) -> EvaluationResult:
     """A classifier trained on data.train and tested on data.val, kept in RUN/eval/linear-PROTOCOL.json; returns what
     that file holds.
 
-    schedule: the reference protocol's. draws: see `settings_of`.
+    schedule: the reference protocol's. draws: see `linear_settings`.
     """
-    settings = settings_of(encoder, protocol, draws, dtype, schedule)
+    settings = linear_settings(encoder, protocol, draws, dtype, schedule)
     evaluation = f"linear-{protocol}"
     parts = [
         f"-{schedule}" if protocol == "reference" and schedule != "imagenet" else "",
         "" if draws is None else f"-draws{draws}",
         "" if seed == 0 else f"-seed{seed}",
     ]
-    name = evaluation + "".join(parts) + encoder.suffix + split.name
+    name = evaluation + "".join(parts) + encoder.suffix + data.suffix
 
     def measure() -> dict:
-        of_train, of_test = split_features(encoder, split, dtype)
+        of_train, of_test = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
         fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
-        return {**scored(encoder.run_dir, name, scores, split.val.path), **fitted}
+        return {**save_classification(encoder.run_dir, name, scores, data.val.path), **fitted}
 
     request = {
-        "evaluation": evaluation, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.about,
-        **split.about,
-    }  # fmt: skip
+        "evaluation": evaluation,
+        "protocol": PROTOCOLS[protocol],
+        "settings": settings,
+        "seed": seed,
+        **encoder.describe(),
+        **data.describe(),
+    }
     return load_or_compute(encoder.run_dir, name, request, measure)
 
 
-def settings_of(
-    encoder: Encoder, protocol: Protocol, draws: int | None, dtype: DType, schedule: str = "imagenet"
+def linear_settings(
+    encoder: RunEncoder, protocol: Protocol, draws: int | None, dtype: DType, schedule: str = "imagenet"
 ) -> dict:
     """What a result depends on beside encoder and data: a kept one with other settings is measured again.
 
@@ -79,8 +83,8 @@ def settings_of(
 
 
 def fit_and_score(
-    encoder: Encoder, of_train: Features, of_test: Features, protocol: Protocol, settings: dict, seed: int
-) -> tuple[dict, Scores]:
+    encoder: RunEncoder, of_train: Features, of_test: Features, protocol: Protocol, settings: dict, seed: int
+) -> tuple[dict, ClassificationResult]:
     """Fit on the one, test on the other: what the protocol did, for the result, and the scores."""
     draws = settings["draws"]
 
@@ -106,5 +110,5 @@ def fit_and_score(
             fitted = fit_lbfgs(x_ND, label_N, advance=advance, **common)
 
     logits_MC, class_C = fitted.classifier.logits(representation(of_test)), fitted.classifier.class_C
-    scores = classification_figures(logits_MC, of_test.label, class_C, seed=seed)
-    return {"hyperparameters": fitted.settings, "chosen": fitted.chosen, "selection": fitted.selection}, scores
+    scores = classification_metrics(logits_MC, of_test.label, class_C, seed=seed)
+    return {"hyperparameters": fitted.settings, "chosen": fitted.chosen, "candidates": fitted.selection}, scores

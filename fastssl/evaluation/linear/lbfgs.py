@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.linear.batches import fits, in_order, mean_and_std, take
-from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
+from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
 from fastssl.evaluation.metrics import CHUNK_ROWS
-from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
+from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 
 PENALTIES = tuple(10.0**power for power in np.arange(0, -6.5, -0.5).tolist())  # from strong to weak
 MOST_STEPS = 1000  # of a penalty, as CLIP
@@ -26,7 +26,7 @@ MOST_STEPS = 1000  # of a penalty, as CLIP
 # of squares of its least value: 3e-7 with 5,000 weights.
 GRADIENT = 1e-5
 # For records:
-CONSTANTS = {"penalties": PENALTIES, "most_steps": MOST_STEPS, "gradient": GRADIENT, "held_out_share": HELD_OUT}
+CONSTANTS = {"penalties": PENALTIES, "most_steps": MOST_STEPS, "gradient": GRADIENT, "held_out_share": HOLDOUT_SHARE}
 
 
 class Objective:
@@ -122,7 +122,7 @@ def fit_lbfgs(
     seed: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda fits: None,
-) -> Fitted:
+) -> LinearFit:
     """Fit every penalty on nine tenths of the samples, choose the one that is best on the last tenth (stratified,
     seeded; of equal ones, the lower cross-entropy), and fit that one again on all, from where it was.
 
@@ -130,7 +130,7 @@ def fit_lbfgs(
     `advance(1)` is called len(penalties) + 1 times.
     """
     label_N = as_numpy(labels)
-    fit_rows, held_rows = held_out_tenth(label_N, seed)
+    fit_rows, held_rows = holdout_split(label_N, seed)
     class_C, target_N = np.unique(label_N, return_inverse=True)
     part = Objective(features, target_N, len(class_C), fit_rows, device)
     weight_CE = torch.zeros(len(class_C), features.shape[1] + 1, dtype=torch.float64, device=device)
@@ -147,7 +147,7 @@ def fit_lbfgs(
     weight_CE, converged = whole.minimize(optima[best], penalties[best])
     advance(1)
     chosen = {"penalty": penalties[best], "converged": converged}
-    return Fitted(whole.classifier(weight_CE, class_C), {"held_out": len(held_rows)}, chosen, selection)
+    return LinearFit(whole.classifier(weight_CE, class_C), {"held_out": len(held_rows)}, chosen, selection)
 
 
 def held_out_figures(

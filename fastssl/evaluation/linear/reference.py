@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.linear.batches import Batches
-from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
+from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
 
 LR, WEIGHT_DECAY, GAMMA = 1e-2, 5e-4, 0.1
 CONSTANTS = {"optimizer": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "gamma": GAMMA}  # for records
@@ -45,7 +45,7 @@ def fit_reference(
     seed: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda epochs: None,
-) -> Fitted:
+) -> LinearFit:
     """Train on features (N, D), an array, a map of a file or a tensor, and labels (N,).
 
     normalize: False for features that are means of draws of length 1 each. `advance(1)` is called once an epoch.
@@ -71,4 +71,4 @@ def fit_reference(
         advance(1)
     weight_CD, bias_C = layer.weight.detach(), layer.bias.detach()
     classifier = LinearClassifier(torch.from_numpy(class_C), weight_CD, bias_C, normalize=normalize)
-    return Fitted(classifier, {"batch_size": batches.batch_size}, {}, [])
+    return LinearFit(classifier, {"batch_size": batches.batch_size}, {}, [])

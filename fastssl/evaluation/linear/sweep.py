@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastssl.evaluation.arrays import as_numpy
 from fastssl.evaluation.linear.batches import Batches, mean_and_std, take
-from fastssl.evaluation.linear.classifier import Fitted, LinearClassifier
-from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
+from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
+from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-3)
@@ -30,7 +30,7 @@ LARGEST_BATCH = 1024  # the global batch of DINOv2
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time when choosing: 64 MiB
 CONSTANTS = {  # for records
     "optimizer": "sgd", "momentum": MOMENTUM, "largest_batch": LARGEST_BATCH, "epochs": EPOCHS, "lrs": LEARNING_RATES,
-    "weight_decays": WEIGHT_DECAYS, "held_out_share": HELD_OUT,
+    "weight_decays": WEIGHT_DECAYS, "held_out_share": HOLDOUT_SHARE,
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
     weight_decay: float
 
 
-class Heads(NamedTuple):
+class StackedClassifiers(NamedTuple):
     """H linear classifiers of C classes on standardised features."""
 
     class_C: Tensor  # the labels that the columns stand for, ascending
@@ -87,7 +87,7 @@ def fit_sweep(
     seed: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda epochs: None,
-) -> Fitted:
+) -> LinearFit:
     """Train a classifier for every rate with every decay on nine tenths of the samples, choose the one that is best on
     the last tenth (stratified, seeded; of equal ones, the lower cross-entropy), and train that one again on all.
 
@@ -95,7 +95,7 @@ def fit_sweep(
     times.
     """
     label_N = as_numpy(labels)
-    fit_rows, held_rows = held_out_tenth(label_N, seed)
+    fit_rows, held_rows = holdout_split(label_N, seed)
     batch_size = min(LARGEST_BATCH, max(32, len(label_N) // 40))  # 40 steps an epoch, or more
     candidates = [Candidate(lr, decay) for lr, decay in product(lrs, weight_decays)]
     train = dict(epochs=epochs, batch_size=batch_size, seed=seed, device=device, advance=advance)
@@ -109,7 +109,7 @@ def fit_sweep(
         {**candidate._asdict(), "accuracy": accuracy, "nll": nll}
         for candidate, (accuracy, nll) in zip(candidates, found, strict=True)
     ]
-    return Fitted(final.one(0), settings, candidates[best]._asdict(), selection)
+    return LinearFit(final.one(0), settings, candidates[best]._asdict(), selection)
 
 
 @torch.inference_mode()
@@ -124,7 +124,7 @@ def train_heads(
     seed: int,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda epochs: None,
-) -> Heads:
+) -> StackedClassifiers:
     """One classifier a candidate, from zero weights, all on the same batches of some rows.
 
     The loss is convex and its gradient short, (probabilities - truth) * inputs / B, so it is written out: one matrix
@@ -133,7 +133,7 @@ def train_heads(
     class_C, target_N = (torch.from_numpy(x).to(device) for x in np.unique(label_N, return_inverse=True))
     mean_D, std_D = (x.float() for x in mean_and_std(features_ND, rows, device))
     weight_HCE = torch.zeros(len(candidates), len(class_C), len(mean_D) + 1, device=device)
-    heads = Heads(class_C, mean_D, std_D, weight_HCE)
+    heads = StackedClassifiers(class_C, mean_D, std_D, weight_HCE)
 
     velocity_KE = torch.zeros_like(weight_HCE.flatten(0, 1))  # K = H * C
     lr_H11, decay_H11 = torch.tensor(candidates, device=device).T[:, :, None, None]

@@ -12,14 +12,22 @@ from torch import Tensor
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
-from fastssl.evaluation.features import CACHE_VERSION, CHUNK_BYTES, Features, eval_loader, in_fp32, kept
+from fastssl.evaluation.features import (
+    CACHE_VERSION,
+    CHUNK_BYTES,
+    Features,
+    cached_features,
+    eval_loader,
+    in_fp32,
+    valid_rows,
+)
 from fastssl.evaluation.mutual_information import critic, estimators
 from fastssl.evaluation.mutual_information.critic import principal_components
 from fastssl.evaluation.mutual_information.estimators import Estimate, estimate
 from fastssl.evaluation.mutual_information.known_q import BATCH, rate, sandwich
 from fastssl.evaluation.mutual_information.plots import draw_curves
 from fastssl.evaluation.results import load_or_compute
-from fastssl.evaluation.runs import Data, Encoder, features_of
+from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.models import Classifier, Model
 from fastssl.models.gaussian import DiagonalGaussian
 from fastssl.models.ssl_model import evaluating
@@ -68,14 +76,14 @@ class Variables(NamedTuple):
     z_given_h: DiagonalGaussian | None = None  # where z is; z_NE is the draw
 
 
-def evaluate_mi(encoder: Encoder, data: Path | None = None, *, seed: int = 0) -> dict:
+def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0) -> dict:
     """I(V;H), I(H;Z), I(Z;Z') and I(V;Z) of the run on data.val, or on another .beton; kept in RUN/eval/mi.json, with a
     picture of the learning curves beside it. Returns what that file holds.
 
     seed: of folds, critics and noise. Raises UserError where there are no images to evaluate on, or too few.
     """
     images = images_of(encoder, data)
-    about = images.about
+    about = images.describe()
     if about["images"] < estimators.FEWEST:
         raise UserError(f"{images.path} holds {about['images']} images, too few for mutual information: name another.")
     other = f"-data-{Path(data).resolve().parent.name}-{Path(data).stem}" if data else ""
@@ -96,7 +104,7 @@ def evaluate_mi(encoder: Encoder, data: Path | None = None, *, seed: int = 0) ->
         }
         checks = checks_of(found, known)
         return {
-            "figures": figures_of(found, known),
+            "metrics": figures_of(found, known),
             "saturated": saturated_of(found, known),
             # A continuous z that is a function of h shares infinitely many nats with it.
             "infinite": ["I(H;Z)"] if variables.z_NE is not None and variables.z_given_h is None else [],
@@ -104,7 +112,7 @@ def evaluate_mi(encoder: Encoder, data: Path | None = None, *, seed: int = 0) ->
             "sandwich": known,
             "checks": checks,
             "failed": [check["check"] for check in checks if check["passed"] is False],
-            "picture": path.name,
+            "plot": path.name,
         }
 
     request = {
@@ -113,27 +121,27 @@ def evaluate_mi(encoder: Encoder, data: Path | None = None, *, seed: int = 0) ->
         "settings": CONSTANTS,
         "augmentation": encoder.recipe.views.model_dump(mode="json"),  # I(Z;Z') is of two such views
         "seed": seed,
-        **encoder.about,
+        **encoder.describe(),
         "val": about,
     }
     return load_or_compute(encoder.run_dir, name, request, measure)
 
 
-def images_of(encoder: Encoder, data: Path | None) -> Data:
+def images_of(encoder: RunEncoder, data: Path | None) -> BetonSubset:
     if data is None and encoder.recipe.data.val is None:
         raise UserError(f"{encoder.run_dir}/recipe.yaml names no data.val: give images with --data FILE.beton.")
-    return Data(Path(data or encoder.recipe.data.val))
+    return BetonSubset(Path(data or encoder.recipe.data.val))
 
 
-def variables_of(encoder: Encoder, images: Data, seed: int) -> Variables:
+def variables_of(encoder: RunEncoder, images: BetonSubset, seed: int) -> Variables:
     """The same draws whatever else is measured: a function of (seed, sample, view)."""
-    model, clean = encoder.model, features_of(encoder, images)
+    model, clean = encoder.model, cached_features(encoder, images)
     v_NP = small_pictures(encoder, images)
     h_ND, h_given_v = draw_h(clean, None, seed, encoder.device)
     if isinstance(model, Classifier):
         return Variables(v_NP, h_ND, h_given_v=h_given_v)
     z_NE, z_given_h = draw_z(model, h_ND, clean.index, None, seed)
-    pair = features_of(encoder, images, augmented=True)
+    pair = cached_features(encoder, images, augmented=True)
     view_z = []
     for view in (0, 1):
         h, _ = draw_h(pair, view, seed, encoder.device)
@@ -142,16 +150,16 @@ def variables_of(encoder: Encoder, images: Data, seed: int) -> Variables:
 
 
 @torch.inference_mode()
-def small_pictures(encoder: Encoder, images: Data) -> Tensor:
+def small_pictures(encoder: RunEncoder, images: BetonSubset) -> Tensor:
     """V: the clean view, averaged over areas to 8 x 8 RGB, (N, 192) float32.
 
     A fixed function of the image, so I(V; .) is a lower bound of the image's own.
     """
     views, parts = encoder.recipe.views, []
-    clean, loader = eval_transform(views), eval_loader(images.path, views, encoder.device)
+    clean, loader = eval_transform(views), eval_loader(images, views, encoder.device)
     for batch in loader:
         image_B3SS = clean(batch.image, batch.height, batch.width).float()
-        parts.append(kept(F.adaptive_avg_pool2d(image_B3SS, SIDE).flatten(1), batch))
+        parts.append(valid_rows(F.adaptive_avg_pool2d(image_B3SS, SIDE).flatten(1), batch))
     return torch.from_numpy(np.concatenate(parts)).to(encoder.device)
 
 

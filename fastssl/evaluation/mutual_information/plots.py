@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastssl.evaluation.mutual_information.estimators import Estimate
-from fastssl.evaluation.results import save_picture
+from fastssl.evaluation.plots import save_figure
 
 KINDS = {"js": "js", "mine": "mine", "independent": "js, partners exchanged"}
 
@@ -29,4 +29,4 @@ def draw_curves(path: Path, found: dict[str, dict[str, Estimate]]) -> None:
     panels[0].set_ylabel("nats, on the samples that stop the training")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Points: what is reported, of other samples; open: saturated", fontsize=9)
-    save_picture(path, figure)
+    save_figure(path, figure)

@@ -1,9 +1,11 @@
 """What a person sees of `fastssl eval mi`: one run with its checks, several side by side."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Group
 from rich.table import Table
+
+from fastssl.evaluation.tables import SummaryRow, result_title
 
 VERDICTS = {True: "holds", False: "FAILS", None: "says nothing: saturated"}
 
@@ -16,9 +18,9 @@ def mi_table(result: dict) -> Group:
         f"{result['settings']['side']} x {result['settings']['side']}, so I(V;.) is below the image's own",
         *([] if len(result["quantities"]) > 1 else ["a supervised run has no z"]),
         f"{val['images']:,} images of {val['path']} ({val['layout']} file), seed {result['seed']}",
-        f"measured {result['made']}",
+        f"measured {result['measured_at']}",
     ]
-    title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
+    title = result_title(result)
     width = max(map(len, [title, *lines]))
     table = Table("nats", title=title, caption="\n".join(lines), min_width=width)
     for heading in ("js", "mine", "ceiling", ""):
@@ -48,20 +50,18 @@ def mi_table(result: dict) -> Group:
     return Group(*parts, checks)
 
 
-def mi_summary_table(rows: list[dict]) -> Table:
-    """Rows of `summarize`: nats, mean ± sd over seeds."""
-    lines = ["nats; mean ± sd over seeds; compare on the same images alone, and none that is saturated (>=)"]
-    lines += [f"self-check FAILS for {row['runs'][0]}: {check}" for row in rows for check in row.get("failed", [])]
+def mi_summary_table(rows: Sequence[SummaryRow]) -> Table:
+    """Rows of `summarize_runs`: nats, mean ± std over seeds."""
+    lines = ["nats; mean ± std over seeds; compare on the same images alone, and none that is saturated (>=)"]
+    lines += [f"self-check FAILS for {row.runs[0]}: {check}" for row in rows for check in row.failed]
     table = Table("quantity", caption="\n".join(lines))
     for row in rows:
-        run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
-        table.add_column(run + (f"\nand {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""), justify="right")
-    for name in dict.fromkeys(figure for row in rows for figure in row["figures"]):
+        table.add_column(row.label(), justify="right")
+    for name in dict.fromkeys(name for row in rows for name in row.metrics):
         cells = []
         for row in rows:
-            figure = row["figures"].get(name)
-            sd = "" if figure is None or figure["sd"] is None else f" ± {figure['sd']:.2f}"
-            least = ">= " if name in row.get("saturated", []) else ""
-            cells.append("" if figure is None else f"{least}{figure['mean']:.2f}{sd}")
+            lower_limit = ">= " if name in row.saturated else ""
+            metric = row.metrics.get(name)
+            cells.append("" if metric is None else lower_limit + metric.format("{:.2f}".format))
         table.add_row(name, *cells)
     return table

@@ -15,13 +15,11 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.features import (
     CACHE_VERSION,
     Features,
-    cache_folder,
-    eval_loader,
-    identity_of,
+    cached_features,
+    eval_input,
     in_fp32,
-    kept,
-    read_features,
-    write_features,
+    load_or_compute_features,
+    valid_rows,
 )
 from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
@@ -31,10 +29,10 @@ from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, detector
 from fastssl.evaluation.ood.separation import bootstrap_metrics, metrics, resample
 from fastssl.evaluation.ood.suites import Sets
 from fastssl.evaluation.results import load_or_compute
-from fastssl.evaluation.runs import Data, Encoder, features_of
+from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.models import Classifier, Model
 from fastssl.models.ssl_model import evaluating
-from fastssl.views import describe_eval_transform, eval_transform
+from fastssl.views import describe_eval_transform
 
 FEWEST_INVERTED = 30  # images a side: of fewer, resamples vary too little to say "significantly"
 SUMMARIZED = ("auroc", "fpr95_id_positive")  # of the means over near and over far sets, what a summary of runs shows
@@ -74,7 +72,7 @@ class Arrays:
         }
 
 
-def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
+def evaluate_ood(encoder: RunEncoder, sets: Sets, *, seed: int = 0) -> dict:
     """Fit every detector on sets.fit, score all images, and compare; kept in RUN/eval/ood-NAME.json, with the scores
     and pictures beside it. Returns what that file holds.
 
@@ -85,7 +83,7 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
     name = f"ood-{sets.name}{encoder.suffix}"
 
     def measure() -> dict:
-        of_fit = features_of(encoder, sets.fit)
+        of_fit = cached_features(encoder, sets.fit)
         left_out = unusable(encoder.model, of_fit.label)
         names = [each for each in DETECTORS if each not in left_out]
         classifier = linear_classifier(encoder, of_fit, seed) if set(names) & set(LABEL_BASED) else None
@@ -107,7 +105,7 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
         norm_N = np.linalg.norm(arrays["id"].features.h.astype(np.float64), axis=1)
         compared = compare(scores, sets, norm_N, seed)
         plots.draw(encoder.run_dir / "eval", name, scores, compared, sets)
-        return {**compared, "left_out": left_out, "scores": f"{name}.scores.npz"}
+        return {**compared, "skipped": left_out, "scores": f"{name}.scores.npz"}
 
     request = {
         "evaluation": "ood",
@@ -115,8 +113,8 @@ def evaluate_ood(encoder: Encoder, sets: Sets, *, seed: int = 0) -> dict:
         "settings": {**CONSTANTS, "pytorch_ood": label_based.pytorch_ood_version()},
         "augmentation": encoder.recipe.views.model_dump(mode="json"),  # views_disagreement is of two such views
         "seed": seed,
-        **encoder.about,
-        **sets.about,
+        **encoder.describe(),
+        **sets.describe(),
     }
     return load_or_compute(encoder.run_dir, name, request, measure)
 
@@ -146,7 +144,7 @@ def prior_of(model: Model):
     return model.priors[spaces[0]] if spaces else None
 
 
-def linear_classifier(encoder: Encoder, of_fit: Features, seed: int) -> tuple[Tensor, Tensor]:
+def linear_classifier(encoder: RunEncoder, of_fit: Features, seed: int) -> tuple[Tensor, Tensor]:
     """(weight (C, D), bias (C,)) on h, float64."""
     if isinstance(encoder.model, Classifier):
         head = encoder.model.classifier
@@ -169,40 +167,34 @@ def logits_of(features: Features, classifier: tuple[Tensor, Tensor] | None) -> n
     return features.h.astype(np.float64) @ weight_CD.T + bias_C
 
 
-def arrays_of(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor] | None, names: list[str]) -> Arrays:
+def arrays_of(
+    encoder: RunEncoder, data: BetonSubset, classifier: tuple[Tensor, Tensor] | None, names: list[str]
+) -> Arrays:
     """All that is scored of one file: from RUN/features/, or made now."""
-    features = features_of(encoder, data)
-    pair_h_N2D = features_of(encoder, data, augmented=True).h
+    features = cached_features(encoder, data)
+    pair_h_N2D = cached_features(encoder, data, augmented=True).h
     odin_logits_NC = odin_logits(encoder, data, classifier) if "odin" in names else None
     return Arrays(features, logits_of(features, classifier), pair_h_N2D, odin_logits_NC)
 
 
-def odin_logits(encoder: Encoder, data: Data, classifier: tuple[Tensor, Tensor]) -> np.ndarray:
+def odin_logits(encoder: RunEncoder, data: BetonSubset, classifier: tuple[Tensor, Tensor]) -> np.ndarray:
     """(N, C): logits of ODIN's perturbed images, kept in RUN/features/ as features are."""
     depends_on = {
-        "version": CACHE_VERSION,
-        "weights": encoder.sha256,
-        "beton": identity_of(data.path),
         "view": describe_eval_transform(encoder.recipe.views),
-        "subset": data.about["subset_sha256"],
-        "limit": data.limit,
         "odin": [*CONSTANTS["odin"], label_based.pytorch_ood_version()],
         "classifier": [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in classifier],
     }
-    folder = cache_folder(encoder.run_dir, data.path, depends_on)
-    found = read_features(folder)
-    if found is None:
-        loader = eval_loader(data.path, encoder.recipe.views, encoder.device, data.subset, data.limit)
-        with progress(f"ODIN on {data.path}", len(loader.rows), "images") as advance:
-            write_features(folder, perturbed(encoder, loader, classifier, advance), len(loader.rows))
-        found = read_features(folder)
-    return found.h
+
+    def compute(loader, advance) -> Iterator[Features]:
+        return perturbed(encoder, loader, classifier, advance)
+
+    return load_or_compute_features(encoder, data, depends_on, f"ODIN on {data.path}", compute).h
 
 
-def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advance) -> Iterator[Features]:
+def perturbed(encoder: RunEncoder, loader, classifier: tuple[Tensor, Tensor], advance) -> Iterator[Features]:
     """Batch by batch, with the logits in the place of h."""
     model, views = encoder.model, encoder.recipe.views
-    clean = eval_transform(views)
+    make_input = eval_input(views)
     weight_CD, bias_C = (x.float() for x in classifier)
 
     def with_gradients(images: Tensor) -> Tensor:
@@ -213,11 +205,13 @@ def perturbed(encoder: Encoder, loader, classifier: tuple[Tensor, Tensor], advan
     with evaluating(model):
         for batch in loader:
             with in_fp32(batch.image.device):
-                images = clean(batch.image, batch.height, batch.width)
+                images = make_input(batch)
                 moved = label_based.perturb_for_odin(with_gradients, images, views.std)
                 with torch.no_grad():
                     logits = with_gradients(moved)
-            features = Features(kept(logits, batch), kept(batch.label, batch), kept(batch.index, batch))
+            features = Features(
+                valid_rows(logits, batch), valid_rows(batch.label, batch), valid_rows(batch.index, batch)
+            )
             yield features
             advance(len(features.label))
 
@@ -255,14 +249,14 @@ def compare(scores: dict[str, dict[str, np.ndarray]], sets: Sets, id_norm_N: np.
                         figures[f"{name} {group} {key}"] = mean[key]
                         intervals[f"{name} {group} {key}"] = table[name][group]["intervals"][key]
             advance(1)
-    return {"detectors": table, "figures": figures, "intervals": intervals}
+    return {"detectors": table, "metrics": figures, "intervals": intervals}
 
 
 def entry(figures: dict[str, float], resampled: dict[str, np.ndarray], images: int) -> dict:
     """images: of the smallest set."""
     intervals = {key: np.percentile(values, LEVEL).tolist() for key, values in resampled.items()}
     inverted = intervals["auroc"][1] < 0.5 and images >= FEWEST_INVERTED
-    return {"figures": figures, "intervals": intervals, "inverted": inverted}
+    return {"metrics": figures, "intervals": intervals, "inverted": inverted}
 
 
 def correlation(score_N: np.ndarray, norm_N: np.ndarray) -> float:
@@ -272,7 +266,7 @@ def correlation(score_N: np.ndarray, norm_N: np.ndarray) -> float:
     return float(spearmanr(score_N, norm_N).statistic)
 
 
-def keep_scores(encoder: Encoder, name: str, scores: dict, indices: dict[str, np.ndarray]) -> None:
+def keep_scores(encoder: RunEncoder, name: str, scores: dict, indices: dict[str, np.ndarray]) -> None:
     """RUN/eval/NAME.scores.npz: SET/DETECTOR and SET/index, in the order of the file."""
     arrays = {f"{part}/index": index for part, index in indices.items()}
     arrays |= {f"{part}/{each}": score for each, parts in scores.items() for part, score in parts.items()}

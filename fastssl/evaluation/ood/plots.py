@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from fastssl.evaluation.ood.suites import Sets
-from fastssl.evaluation.results import save_picture
+from fastssl.evaluation.plots import save_figure
 
 COLUMNS = 5
 BINS = 40
@@ -32,8 +32,8 @@ def draw(folder: Path, name: str, scores: dict[str, dict[str, np.ndarray]], comp
         else:
             figure.supxlabel("score, higher = OOD (1st to 99th percentile of all)", fontsize=9)
             figure.supylabel("density", fontsize=9)
-        save_picture(folder / f"{name}.{kind}.png", figure)
-    save_picture(folder / f"{name}.auroc.png", _overview(compared["detectors"], sets))
+        save_figure(folder / f"{name}.{kind}.png", figure)
+    save_figure(folder / f"{name}.auroc.png", _overview(compared["detectors"], sets))
 
 
 def _grid(panels: int, size: tuple[float, float]):
@@ -69,7 +69,7 @@ def _overview(detectors: dict[str, dict], sets: Sets):
     from matplotlib.figure import Figure
 
     others = list(sets.others)
-    share = np.array([[row["sets"][other]["figures"]["auroc"] for other in others] for row in detectors.values()])
+    share = np.array([[row["sets"][other]["metrics"]["auroc"] for other in others] for row in detectors.values()])
     figure = Figure(figsize=(3 + 0.9 * len(others), 1.4 + 0.26 * len(detectors)), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="RdBu", vmin=0, vmax=1, aspect="auto")

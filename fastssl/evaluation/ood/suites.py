@@ -8,7 +8,7 @@ import numpy as np
 
 from fastssl.beton import read_header, read_metadata
 from fastssl.common.errors import UserError
-from fastssl.evaluation.runs import Data, Encoder
+from fastssl.evaluation.runs import BetonSubset, RunEncoder
 
 LONGEST_NAME = 100  # of a result; a longer one becomes its hash
 FIT_IMAGES = 50_000  # training images at most: all of CIFAR-10, 4 % of ImageNet
@@ -28,18 +28,17 @@ SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class Sets:
     """Images to fit detectors on, in-distribution images to score, and near and far others, by name."""
 
-    fit: Data
-    id: Data
-    near: dict[str, Data]
-    far: dict[str, Data]
+    fit: BetonSubset
+    id: BetonSubset
+    near: dict[str, BetonSubset]
+    far: dict[str, BetonSubset]
     name: str  # of results
 
     @property
-    def others(self) -> dict[str, Data]:
+    def others(self) -> dict[str, BetonSubset]:
         return self.near | self.far
 
-    @property
-    def about(self) -> dict:
+    def describe(self) -> dict:
         """What the result says of them; `train` and `val` as every evaluation names what it fits and tests on."""
         return {
             "train": described(self.fit),
@@ -50,7 +49,7 @@ class Sets:
 
 
 def find_sets(
-    encoder: Encoder,
+    encoder: RunEncoder,
     *,
     near: list[Path] = (),
     far: list[Path] = (),
@@ -70,18 +69,18 @@ def find_sets(
     recipe = encoder.recipe.data
     if id is None and recipe.val is None:
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val to take as ID: give one with --id FILE.beton.")
-    whole = Data(Path(fit)) if fit else Data(Path(recipe.train), recipe.subset, recipe.limit)
-    images = whole.about["images"]
-    fit_data = whole if images <= FIT_IMAGES else Data(whole.path, whole.subset, FIT_IMAGES)
+    whole = BetonSubset(Path(fit)) if fit else BetonSubset(Path(recipe.train), recipe.subset, recipe.limit)
+    images = whole.describe()["images"]
+    fit_data = whole if images <= FIT_IMAGES else BetonSubset(whole.path, whole.subset, FIT_IMAGES)
     names = [name_of(Path(path)) for path in (*near, *far)]
     for name in names:
         if name == "id" or names.count(name) > 1:
             raise UserError(f"Two of the sets are called {name}: put one of them into a folder of another name.")
     groups = [(suite, [])] if suite else [(kind, paths) for kind, paths in (("near", near), ("far", far)) if paths]
-    data = dict(zip(names, (Data(Path(path)) for path in (*near, *far))))
+    data = dict(zip(names, (BetonSubset(Path(path)) for path in (*near, *far))))
     sets = Sets(
         fit_data,
-        Data(Path(id or recipe.val)),
+        BetonSubset(Path(id or recipe.val)),
         {name: data[name] for name in names[: len(near)]},
         {name: data[name] for name in names[len(near) :]},
         result_name(groups, id, fit),
@@ -130,12 +129,12 @@ def check_built_alike(paths: list[Path]) -> None:
             )
 
 
-def described(data: Data) -> dict:
+def described(data: BetonSubset) -> dict:
     """What every result says of a file, and what its images were before they were stored."""
     info = read_header(data.path)
     metadata = read_metadata(data.path)
     return {
-        **data.about,
+        **data.describe(),
         "builder": info.manifest.get("builder"),
         "source_formats": info.manifest.get("source_formats"),  # None: built before they were counted
         "own_bytes": info.manifest["counts"]["passed_through"] / info.num_samples,  # share stored as they were

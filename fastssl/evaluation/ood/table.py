@@ -1,11 +1,12 @@
 """What a person sees of an OOD evaluation: one run as a table of detectors, several side by side."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
 from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.evaluation.tables import SummaryRow, result_title
 
 WIDE = 120  # columns of a terminal; in a narrower one, figures of single sets are left to the JSON
 
@@ -21,12 +22,11 @@ def ood_table(result: dict, width: int = 160) -> Table:
         f"fitted on {result['train']['images']:,} images of {_source(result['train'])}",
         f"ID: {result['val']['images']:,} images of {_source(result['val'])}",
         *(f"{group} {name}: {_source(about)}" for group in groups for name, about in result[group].items()),
-        *(f"left out: {', '.join(names)}: {why}" for why, names in _by_reason(result["left_out"]).items()),
-        f"measured {result['made']}",
+        *(f"left out: {', '.join(names)}: {why}" for why, names in _by_reason(result["skipped"]).items()),
+        f"measured {result['measured_at']}",
     ]
-    title = f"{result['evaluation']}: {result['run']}" + (" (untrained)" if result["weights"] == "untrained" else "")
     box = HEAVY_HEAD if wide else SIMPLE_HEAD
-    table = Table(title=title, caption="\n".join(lines), caption_justify="left", box=box, pad_edge=wide)
+    table = Table(title=result_title(result), caption="\n".join(lines), caption_justify="left", box=box, pad_edge=wide)
     table.add_column("detector", no_wrap=True)
     for group in groups:
         for heading in (f"{group}\nAUROC", "95 %", "FPR95")[: 3 if wide else 2]:
@@ -42,10 +42,10 @@ def ood_table(result: dict, width: int = 160) -> Table:
             labelled = True
         cells = []
         for group in groups:
-            figures, (low, high) = row[group]["figures"], row[group]["intervals"]["auroc"]
+            figures, (low, high) = row[group]["metrics"], row[group]["intervals"]["auroc"]
             cells += [percent(figures["auroc"]), f"{percent(low)}-{percent(high)}"]
             cells += [percent(figures["fpr95_id_positive"])] if wide else []
-        cells += [percent(row["sets"][other]["figures"]["auroc"]) for other in sets] if wide else []
+        cells += [percent(row["sets"][other]["metrics"]["auroc"]) for other in sets] if wide else []
         inverted = [other for other in sets if row["sets"][other]["inverted"]]
         named = "all" if inverted == sets else ", ".join(inverted)
         if not wide:
@@ -56,24 +56,19 @@ def ood_table(result: dict, width: int = 160) -> Table:
     return table
 
 
-def ood_summary_table(rows: list[dict]) -> Table:
-    """Rows of `summarize`: near and far AUROC in percent, means over sets, then mean ± sd over seeds."""
-    table = Table("detector", caption="near / far AUROC in percent: means over sets, then mean ± sd over seeds")
+def ood_summary_table(rows: Sequence[SummaryRow]) -> Table:
+    """Rows of `summarize_runs`: near and far AUROC in percent, means over sets, then mean ± std over seeds."""
+    table = Table("detector", caption="near / far AUROC in percent: means over sets, then mean ± std over seeds")
     for row in rows:
-        run = Path(row["runs"][0]).resolve().name + (" (untrained)" if row["untrained"] else "")
-        table.add_column(run + (f"\nand {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else ""), justify="right")
-    names = dict.fromkeys(figure.split(" ")[0] for row in rows for figure in row["figures"])
+        table.add_column(row.label(), justify="right")
+    names = dict.fromkeys(figure.split(" ")[0] for row in rows for figure in row.metrics)
     for name in names:
         cells = []
         for row in rows:
-            found = [row["figures"].get(f"{name} {group} auroc") for group in ("near", "far")]
-            cells.append(" / ".join(_mean_and_sd(figure) for figure in found if figure))
+            found = [row.metrics.get(f"{name} {group} auroc") for group in ("near", "far")]
+            cells.append(" / ".join(metric.format(percent) for metric in found if metric))
         table.add_row(name + (" *" if name in LABEL_BASED else ""), *cells)
     return table
-
-
-def _mean_and_sd(figure: dict) -> str:
-    return percent(figure["mean"]) + ("" if figure["sd"] is None else f" ± {percent(figure['sd'])}")
 
 
 def percent(share: float) -> str:

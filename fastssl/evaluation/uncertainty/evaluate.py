@@ -8,13 +8,13 @@ import torch
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import progress
 from fastssl.evaluation import metrics
-from fastssl.evaluation.features import CACHE_VERSION, DType, Features, eval_loader
+from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, eval_loader
 from fastssl.evaluation.linear import lbfgs
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
-from fastssl.evaluation.metrics import bootstrap, classification_figures
+from fastssl.evaluation.metrics import bootstrap_intervals, classification_metrics
 from fastssl.evaluation.results import load_or_compute
-from fastssl.evaluation.runs import Data, Encoder, Split, split_features
-from fastssl.evaluation.splits import HELD_OUT, held_out_tenth
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder
+from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, embed_versions, some_images
 from fastssl.evaluation.uncertainty.measures import (
     aurc,
@@ -45,7 +45,9 @@ class Measured(NamedTuple):
     kept: dict
 
 
-def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "float32", seed: int = 0) -> dict:
+def evaluate_uncertainty(
+    encoder: RunEncoder, split: EvaluationData, *, dtype: DType = "float32", seed: int = 0
+) -> dict:
     """How far the uncertainty on data.val can be trusted, kept in RUN/eval/uncertainty.json with three pictures beside
     it; returns what that file holds.
 
@@ -53,8 +55,8 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
     to its 50th nearest training image (Sun et al., arXiv 2204.06507); `settings["score"]` says which. seed: of the
     classifier, its held-out tenth, the corrupted images, what is random in them and the intervals.
     """
-    name = "uncertainty" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix + split.name
-    about = split.about
+    name = "uncertainty" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix + split.suffix
+    about = split.describe()
     neighbours = min(NEIGHBOURS, about["train"]["images"])
     stochastic = encoder.recipe.embedding.stochastic
     score = (
@@ -66,7 +68,7 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
         raise UserError(f"{split.val.path} holds one image, which has no neighbour there: name a larger file.")
 
     def measure() -> dict:
-        of_train, of_test = split_features(encoder, split, dtype)
+        of_train, of_test = (cached_features(encoder, part, dtype) for part in (split.train, split.val))
 
         def distance(h_MD: np.ndarray) -> np.ndarray:
             with progress(f"Neighbours in {split.train.path}", len(of_train.h), "images") as advance:
@@ -93,20 +95,30 @@ def evaluate_uncertainty(encoder: Encoder, split: Split, *, dtype: DType = "floa
         draw_extremes(folder / files[2], run, split.val, of_test.index, uncertainty_M, SHOWN, score)
         parts = (of_neighbours, of_guesses, of_corruptions)
         return {
-            "figures": {key: value for part in parts for key, value in part.figures.items()},
+            "metrics": {key: value for part in parts for key, value in part.figures.items()},
             "intervals": {key: list(value) for part in parts for key, value in part.intervals.items()},
             **{key: value for part in parts for key, value in part.kept.items()},
             "uncertainty": {key: float(getattr(uncertainty_M, key)()) for key in ("mean", "std", "min", "max")},
-            "pictures": files,
+            "plots": files,
         }
 
     settings = {
-        "score": score, "corruptions": CORRUPTIONS, "corrupted_images": CORRUPTED_IMAGES, "held_out_share": HELD_OUT,
-        "dtype": dtype, "features": CACHE_VERSION, "classifier": lbfgs.CONSTANTS,
-    }  # fmt: skip
+        "score": score,
+        "corruptions": CORRUPTIONS,
+        "corrupted_images": CORRUPTED_IMAGES,
+        "held_out_share": HOLDOUT_SHARE,
+        "dtype": dtype,
+        "features": CACHE_VERSION,
+        "classifier": lbfgs.CONSTANTS,
+    }
     request = {
-        "evaluation": "uncertainty", "protocol": PROTOCOL, "settings": settings, "seed": seed, **encoder.about, **about,
-    }  # fmt: skip
+        "evaluation": "uncertainty",
+        "protocol": PROTOCOL,
+        "settings": settings,
+        "seed": seed,
+        **encoder.describe(),
+        **about,
+    }
     return load_or_compute(encoder.run_dir, name, request, measure)
 
 
@@ -122,7 +134,7 @@ def neighbour_figures(features: Features, uncertainty_M: np.ndarray, device: tor
             area = {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows])} if both else {}
             return {**area, "recall_at_1": 1 - float(wrong_M[rows].mean())}
 
-        return Measured(figures_of(slice(None)), bootstrap(len(wrong_M), figures_of, seed), {})
+        return Measured(figures_of(slice(None)), bootstrap_intervals(len(wrong_M), figures_of, seed), {})
 
 
 def guess_figures(
@@ -134,7 +146,7 @@ def guess_figures(
     Fitted on nine tenths of the training images; the temperature is chosen on the last tenth. The test images choose
     nothing.
     """
-    fit_rows, held_rows = held_out_tenth(of_train.label, seed)
+    fit_rows, held_rows = holdout_split(of_train.label, seed)
     with progress("Logistic regressions", len(lbfgs.PENALTIES) + 1, "fits") as advance:
         fitted = fit_lbfgs(of_train.h[fit_rows], of_train.label[fit_rows], seed=seed, device=device, advance=advance)
     classifier, class_C = fitted.classifier, fitted.classifier.class_C.numpy()
@@ -142,14 +154,14 @@ def guess_figures(
 
     logits_MC = classifier.logits(of_test.h).double()
     plain, scaled = (
-        classification_figures(logits_MC / divisor, of_test.label, class_C, seed=seed) for divisor in (1, temperature)
+        classification_metrics(logits_MC / divisor, of_test.label, class_C, seed=seed) for divisor in (1, temperature)
     )
     named = {
         "accuracy": (plain, "accuracy"), "ece": (plain, "ece"), "ece_scaled": (scaled, "ece"), "nll": (plain, "nll"),
         "nll_scaled": (scaled, "nll"),
     }  # fmt: skip
-    named = {new: (scores, old) for new, (scores, old) in named.items() if old in scores.figures}
-    figures = {new: scores.figures[old] for new, (scores, old) in named.items()}
+    named = {new: (scores, old) for new, (scores, old) in named.items() if old in scores.metrics}
+    figures = {new: scores.metrics[old] for new, (scores, old) in named.items()}
     intervals = {new: scores.intervals[old] for new, (scores, old) in named.items()}
 
     wrong_M = class_C[logits_MC.numpy().argmax(axis=1)] != of_test.label
@@ -163,7 +175,7 @@ def guess_figures(
         return found
 
     figures |= areas(slice(None))
-    intervals |= bootstrap(len(wrong_M), areas, seed)
+    intervals |= bootstrap_intervals(len(wrong_M), areas, seed)
     curves = {"uncertainty": uncertainty_M, "confidence": orders["_confidence"], "oracle": wrong_M}
     count_P = np.unique(-(-np.arange(1, CURVE_POINTS + 1) * len(wrong_M) // CURVE_POINTS))
     kept = {"coverage": (count_P / len(wrong_M)).tolist()}
@@ -172,14 +184,14 @@ def guess_figures(
     hyperparameters = {**fitted.settings, "held_out_for_temperature": len(held_rows)}
     return Measured(
         figures, intervals,
-        {"chosen": chosen, "selection": fitted.selection, "hyperparameters": hyperparameters, "risk_coverage": kept},
+        {"chosen": chosen, "candidates": fitted.selection, "hyperparameters": hyperparameters, "risk_coverage": kept},
     )  # fmt: skip
 
 
-def corrupted(encoder: Encoder, data: Data, features: Features, seed: int) -> np.ndarray:
+def corrupted(encoder: RunEncoder, data: BetonSubset, features: Features, seed: int) -> np.ndarray:
     """`embed_versions` of some of the test images: a function of (ids, seed), whatever their order in the file."""
     views = encoder.recipe.views
-    loader = eval_loader(data.path, views, encoder.device, data.subset, data.limit)
+    loader = eval_loader(data, views, encoder.device)
     loader.rows = loader.rows[some_images(features.index, CORRUPTED_IMAGES, seed)]
     with progress("Corrupted images", len(VERSIONS) * len(loader.rows), "images") as advance:
         return embed_versions(encoder.model, loader, views, seed, advance=advance)
@@ -206,7 +218,7 @@ def corruption_figures(versions_VN: np.ndarray, seed: int) -> Measured:
     def figures_of(rows) -> dict:
         return dict(zip([*columns, *means], values_NF[rows].mean(axis=0).tolist()))
 
-    figures, intervals = figures_of(slice(None)), bootstrap(len(values_NF), figures_of, seed)
+    figures, intervals = figures_of(slice(None)), bootstrap_intervals(len(values_NF), figures_of, seed)
     kept = {
         name: {
             "strengths": list(strengths),

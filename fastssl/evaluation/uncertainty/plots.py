@@ -6,8 +6,8 @@ import numpy as np
 
 from fastssl.beton import draw_samples, read_header
 from fastssl.common.files import explain_write_errors
-from fastssl.evaluation.results import save_picture
-from fastssl.evaluation.runs import Data
+from fastssl.evaluation.plots import save_figure
+from fastssl.evaluation.runs import BetonSubset
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
 
@@ -45,7 +45,7 @@ def draw_risk_coverage(path: Path, run: str, curves: dict, figures: dict[str, fl
     axes.set_title(f"{run}: does the uncertainty know which guesses are wrong?", parse_math=False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    save_picture(path, figure)
+    save_figure(path, figure)
 
 
 def draw_corruptions(
@@ -73,11 +73,11 @@ def draw_corruptions(
     panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
     title = f"{run}: {corruptions['images']:,} test images made worse, mean uncertainty and its 95 % interval"
     figure.suptitle(title, parse_math=False)
-    save_picture(path, figure)
+    save_figure(path, figure)
 
 
 def draw_extremes(
-    path: Path, run: str, data: Data, index_M: np.ndarray, uncertainty_M: np.ndarray, count: int, score: str
+    path: Path, run: str, data: BetonSubset, index_M: np.ndarray, uncertainty_M: np.ndarray, count: int, score: str
 ) -> None:
     """The most and the least certain images, each with its class, uncertainty and index; of equal ones the first."""
     order_M = np.argsort(uncertainty_M, kind="stable")
