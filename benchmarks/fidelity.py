@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastssl.loading import BetonLoader
+from fastssl.loading import BetonLoader, SampleSelection
 from fastssl.models import DiagonalGaussian, Draws, SSLModel, View
 from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.objectives import total_loss
@@ -40,7 +40,7 @@ CHOICES = {  # by objective, then what every stochastic run has
 
 
 def batches_of(recipe: Recipe) -> list[tuple[Tensor, ...]]:
-    loader = BetonLoader(recipe.data.train, BATCH, seed=1, limit=BATCH * BATCHES)
+    loader = BetonLoader(recipe.data.train, BATCH, seed=1, selection=SampleSelection(limit=BATCH * BATCHES))
     views, made = PairedViews(recipe.views, seed=recipe.seed), []
     for batch in loader:
         v1, v2 = views(batch.image, batch.index, 0, batch.height, batch.width)

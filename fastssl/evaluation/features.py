@@ -29,7 +29,7 @@ from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import as_tensor
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
-from fastssl.loading import Batch, BetonLoader
+from fastssl.loading import Batch, BetonLoader, SampleSelection
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import ViewsConfig
 from fastssl.views import PairedViews, describe_eval_transform, eval_transform
@@ -190,7 +190,7 @@ def eval_loader(
     crop = "gpu" if read_header(data.path).resolution else "cpu" if augmented else "eval"
     return BetonLoader(
         data.path, BATCH_SIZE, crop=crop, views=views, shuffle=False, drop_last=False, device=device,
-        subset=data.subset, limit=data.limit, skip=skip, shard=False,
+        selection=SampleSelection(data.subset, data.limit, skip), shard=False,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
 from fastssl.evaluation.runs import BetonSubset
-from fastssl.loading import count_images
+from fastssl.loading import SampleSelection
 from fastssl.models import Model
 from fastssl.recipe import Recipe
 
@@ -32,7 +32,7 @@ def knn_probe(recipe: Recipe) -> Callable[[Model], dict[str, float]]:
     data, rest = recipe.data, recipe.probe.split == "rest"
     probed = data.train if rest else data.val
     subset = data.subset if rest else None
-    images = count_images(probed, subset=subset)  # a file that is not there is said now, not after hours
+    images = SampleSelection(subset).count(probed)  # a file that is not there is said now, not after hours
     if rest and images <= data.limit:
         raise UserError(
             f"probe.split=rest has nothing to look at: data.limit={data.limit} leaves out none of the {images} images "

@@ -1,13 +1,14 @@
 """From a .beton file to uint8 batches on the device.
 
-loader.py    BetonLoader: the loop around all, its place in the epoch, threads, hand-over to the device
-order.py     the order of an epoch
-samples.py   what is known of every sample, and its crop boxes
-decoding.py  a batch's bytes to its pixels, by threads; kernels.py what they run, compiled
-memory.py    what a loader will take
+loader.py    BetonLoader: batches in a reproducible order, the position in the epoch, the copy to the device
+order.py     which samples of a file are used, and in what order
+samples.py   the table of all samples; the crop boxes that the CPU cuts
+decoding.py  decodes the bytes of a batch to pixels, with threads; kernels.py holds their compiled functions
+prefetch.py  runs the decoding ahead of the training loop, in a thread
+spans.py     named time intervals, for the metrics of training and for traces
 """
 
-from fastssl.loading.loader import Batch, BetonLoader, count_images
-from fastssl.loading.memory import estimate_memory
+from fastssl.loading.loader import Batch, BetonLoader, estimate_memory
+from fastssl.loading.order import SampleSelection
 
-__all__ = ["Batch", "BetonLoader", "count_images", "estimate_memory"]
+__all__ = ["Batch", "BetonLoader", "SampleSelection", "estimate_memory"]

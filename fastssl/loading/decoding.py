@@ -1,10 +1,9 @@
-"""A batch's stored bytes to its pixels, by threads on the CPU."""
+"""Decode the stored bytes of a batch to pixels, with threads on the CPU."""
 
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,106 +11,90 @@ from torch import Tensor
 
 from fastssl.beton.format import RAW
 from fastssl.loading import kernels
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import Cropping, Samples
 from fastssl.loading.spans import span
-from fastssl.recipe import ViewsConfig
 
-Crop = Literal["gpu", "cpu", "eval"]
-
-SMALL = 1 << 20  # bytes; copying that many stored pixels takes as long as handing the work to threads
-
-
-class Decoded(NamedTuple):
-    image: Tensor  # uint8 (B, H, W, 3) or (B, V, size, size, 3); a failed sample's pixels are undefined
-    status_B: np.ndarray  # kernels.DECODED, WARNED or FAILED
+SMALL_BATCH = 1 << 20  # bytes; copying that many stored pixels takes as long as waking a thread
 
 
 class DecodeTask(NamedTuple):
-    """A batch to be decoded, by any number of threads that call kernel(*arguments)."""
+    """A batch to decode. Several threads work on it at the same time; each takes the next sample from `counter`."""
 
-    image: Tensor
-    status_B: np.ndarray
+    start_B: np.ndarray  # int64: byte of the file at which each image starts
+    size_B: np.ndarray  # stored bytes of each image
+    mode_B: np.ndarray  # RAW or JPG of beton.format
+    shape_B2: np.ndarray  # int64: stored height and width in px
+    box_BV4: np.ndarray | None  # float64: boxes to cut out, in stored px; None: whole images
+    image: Tensor  # uint8, filled by the threads: (B, H, W, 3), or (B, V, size, size, 3) with boxes
+    status_B: np.ndarray  # int8, filled too: DECODED, WARNED or FAILED; a failed sample's pixels are undefined
     counter: np.ndarray  # int64 (1,): the next sample that no thread has taken
-    kernel: Callable
-    arguments: tuple
-    is_small: bool  # done before a thread is awake
 
 
 class PendingBatch(NamedTuple):
-    """A batch that the threads are decoding."""
+    """A batch that is being decoded."""
 
-    work: DecodeTask
-    threads: list[Future]
+    task: DecodeTask
+    threads: list[Future[None]]  # empty if the batch was decoded in the calling thread
+
+    def wait(self) -> None:
+        """Wait until task.image and task.status_B are filled. Raises what a thread raised."""
+        for thread in self.threads:
+            thread.result()
+
+    def cancel(self) -> None:
+        """Let the threads stop at their next sample."""
+        self.task.counter[0] = kernels.ALL_TAKEN
 
 
 class ThreadDecoder:
-    """Decodes batches of one size; two of them may be under way, so that no thread waits for the slowest."""
+    """Decodes batches. Several of them may be pending, so that no thread waits for the slowest one of a batch."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        crop: Crop,
-        views: ViewsConfig | None,
-        seed: int,
-        workers: int,
-        buffers: "Buffers",
-        crops: Literal[1, 2] = 2,
-    ) -> None:
-        self.samples, self.crop, self.views, self.seed = samples, crop, views, seed
-        self.workers, self.crops = workers, crops
-        self._buffers = buffers
+    def __init__(self, samples: Samples, cropping: Cropping, workers: int, buffers: "Buffers") -> None:
+        self.samples = samples
+        self.cropping = cropping
+        self.workers = workers
+        self.buffers = buffers
         self._pool = ThreadPoolExecutor(workers, "fastssl-decode")
         self._scratch = threading.local()
 
-    def start(self, rows: np.ndarray, epoch: int) -> PendingBatch:
-        return self.begin(self.prepare(rows, epoch))
-
-    def prepare(self, rows: np.ndarray, epoch: int) -> DecodeTask:
-        """All that is to be known before decoding: where bytes lie, which boxes to cut, where pixels go."""
+    def prepare(self, row_B: np.ndarray, epoch: int) -> DecodeTask:
+        """Collect what the threads need, and get memory for the pixels."""
         samples = self.samples
-        source = samples.file, samples.start_N[rows], samples.size_N[rows], samples.mode_N[rows]
-        status_B, counter = np.full(len(rows), kernels.FAILED, np.int8), np.zeros(1, np.int64)
-        if self.crop == "gpu":
-            height, width = samples.shape_N2[rows[0]]
-            image = self._buffers.take((len(rows), int(height), int(width), 3))
-            kernel, arguments = kernels.decode_squares, (*source, image.numpy(), status_B, counter)
-        else:
-            box_BV4 = (
-                samples.eval_boxes(rows, self.views)
-                if self.crop == "eval"
-                else samples.crop_boxes(rows, self.seed, epoch, self.views, self.crops)
-            )
-            size = self.views.size
-            image = self._buffers.take((len(rows), box_BV4.shape[1], size, size, 3))
-            shape_B2 = samples.shape_N2[rows]
-            kernel = self._decode_crops
-            arguments = *source, shape_B2, box_BV4, image.numpy(), status_B, counter
-        return DecodeTask(image, status_B, counter, kernel, arguments, is_small(image.nbytes, samples.mode_N[rows]))
+        return DecodeTask(
+            start_B=samples.start_N[row_B],
+            size_B=samples.size_N[row_B],
+            mode_B=samples.mode_N[row_B],
+            shape_B2=samples.shape_N2[row_B],
+            box_BV4=self.cropping.boxes(samples, row_B, epoch),
+            image=self.buffers.take((len(row_B), *self.cropping.image_shape(samples))),
+            status_B=np.full(len(row_B), kernels.FAILED, np.int8),
+            counter=np.zeros(1, np.int64),
+        )
 
-    def begin(self, work: DecodeTask) -> PendingBatch:
-        if work.is_small:
-            _decode(work)
-            return PendingBatch(work, [])
-        threads = min(self.workers, len(work.status_B))
-        return PendingBatch(work, [self._pool.submit(_decode, work) for _ in range(threads)])
-
-    def finish(self, pending: PendingBatch) -> Decoded:
-        for thread in pending.threads:
-            thread.result()
-        return Decoded(pending.work.image, pending.work.status_B)
-
-    def cancel(self, pending: PendingBatch) -> None:
-        """Let the threads stop at their next sample."""
-        pending.work.counter[0] = kernels.ALL_TAKEN
+    def begin(self, task: DecodeTask) -> PendingBatch:
+        """Start decoding; a batch that is smaller than it is worth waking threads for is decoded here."""
+        if is_small(task.image.nbytes, task.mode_B):
+            self._decode(task)
+            return PendingBatch(task, [])
+        threads = min(self.workers, len(task.status_B))
+        return PendingBatch(task, [self._pool.submit(self._decode, task) for _ in range(threads)])
 
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _decode_crops(self, *arguments) -> None:
-        kernels.decode_crops(*arguments, *self._own_scratch())
+    def _decode(self, task: DecodeTask) -> None:
+        file, out = self.samples.file, task.image.numpy()
+        with span("decode"):
+            if task.box_BV4 is None:
+                kernels.decode_images(file, task.start_B, task.size_B, task.mode_B, out, task.status_B, task.counter)
+            else:
+                kernels.decode_crops(
+                    file, task.start_B, task.size_B, task.mode_B, task.shape_B2, task.box_BV4, out, task.status_B,
+                    task.counter, *self._scratch_arrays(),
+                )  # fmt: skip
 
-    def _own_scratch(self) -> tuple[np.ndarray, np.ndarray]:
-        """This thread's room for the file's largest image, and for a line of its widest."""
+    def _scratch_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """This thread's memory for the file's largest image (uint8) and for a row of its widest (float32)."""
         if not hasattr(self._scratch, "arrays"):
             shape_N2 = self.samples.shape_N2
             largest, widest = int(shape_N2.prod(axis=1).max()) * 3, int(shape_N2[:, 1].max()) * 3
@@ -120,42 +103,40 @@ class ThreadDecoder:
 
 
 def is_small(image_bytes: int, mode_B: np.ndarray) -> bool:
-    """Whether stored pixels are copied before a thread is awake."""
-    return image_bytes <= SMALL and bool((mode_B == RAW).all())
-
-
-def _decode(work: DecodeTask) -> None:
-    with span("decode"):
-        work.kernel(*work.arguments)
+    """Whether copying the stored pixels of a batch takes less time than waking a thread."""
+    return image_bytes <= SMALL_BATCH and bool((mode_B == RAW).all())
 
 
 class Buffers:
-    """Batch-sized tensors in host memory, used again as soon as nobody holds the last batch in them.
+    """Batch-sized tensors in host memory, reused as soon as nobody holds the last batch in them.
 
-    Getting 50 MB from the system and giving them back costs 12,000 page faults a batch.
+    Allocating and freeing 50 MB costs 12,000 page faults per batch.
     """
 
-    KEPT = 8  # more than the loader ever has under way; a caller may keep any number of batches
+    LIMIT = 8  # more than a loader ever has in use; a caller may keep any number of batches
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned
         self._arrays: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        if self.pinned:  # torch keeps pinned memory, and knows which copies still read it
+        """A uint8 tensor that nobody else uses, with undefined content."""
+        if self.pinned:  # torch caches pinned memory, and knows which copies still read it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         for array in self._arrays:
             # A tensor made from an array holds a reference to it, and so do views of that tensor.
-            if sys.getrefcount(array) == _UNUSED and array.shape == shape:
+            if sys.getrefcount(array) == _REFERENCES_IF_UNUSED and array.shape == shape:
                 return torch.from_numpy(array)
-        self._arrays = [*self._arrays, np.empty(shape, np.uint8)][-self.KEPT :]
+        self._arrays = [*self._arrays, np.empty(shape, np.uint8)][-self.LIMIT :]
         return torch.from_numpy(self._arrays[-1])
 
 
-def _references_to_an_unused_array() -> int:
-    arrays = [np.empty(1)]
-    for array in arrays:
-        return sys.getrefcount(array)
+def _references_if_unused() -> int:
+    """What sys.getrefcount returns in the loop of `Buffers.take` for an array that only the list holds."""
+    references = 0
+    for array in [np.empty(1)]:
+        references = sys.getrefcount(array)
+    return references
 
 
-_UNUSED = _references_to_an_unused_array()
+_REFERENCES_IF_UNUSED = _references_if_unused()

@@ -1,12 +1,16 @@
-"""Compiled operations: stored bytes to pixels, pixels to resized crops.
+"""Compiled functions that decode stored bytes to pixels, and cut resized crops out of them.
 
-A batch is decoded by several threads at once: each one enters the same function, without the GIL,
-and takes samples from a counter that all share until none is left. FFCV's loader is not used: there
-an error blocks for ever, and a failed decode returns the previous batch's pixels. Here each sample's
-status says what the decoder (turbojpeg, the one that build-beton checks every JPEG with) thought.
+Several threads decode a batch: each one runs the same function, without the GIL, and takes samples from a shared
+counter until none is left. FFCV's loader is not used, because an exception in it blocks forever, and after a failed
+decode it returns the pixels of the previous batch. Here every sample has a status from the decoder, which is turbojpeg,
+as in build-beton.
+
+Arguments come in one order: stored bytes, what to do with them, outputs, counter, scratch memory.
 """
 
-from ctypes import c_void_p, cast
+import ctypes
+from collections.abc import Callable
+from typing import Any, cast
 
 import llvmlite.binding
 import numpy as np
@@ -18,15 +22,15 @@ from fastssl.beton.format import RAW
 from fastssl.beton.resize import resize_box
 from fastssl.common.compiled import compiled
 
-DECODED, WARNED, FAILED = 0, 1, 2  # a sample's status; WARNED: decoded, but the decoder complained
-ALL_TAKEN = 1 << 62  # set as the counter it makes the threads stop
+DECODED, WARNED, FAILED = 0, 1, 2  # status of a sample; WARNED: decoded, with a warning of the decoder
+ALL_TAKEN = 1 << 62  # a counter that is set to this makes the threads stop
 
 
-def _external(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
+def _external(name: str, result: types.Type, *arguments: types.Type) -> Callable[..., int]:
     """A turbojpeg function that compiled code calls by name, so that the code can be cached. Pointers are numbers."""
     symbol = f"fastssl_{name}"  # another library of the process may have turbojpeg's own names
-    llvmlite.binding.add_symbol(symbol, cast(jpeg.turbojpeg()[name], c_void_p).value)
-    return types.ExternalFunction(symbol, result(*arguments))
+    llvmlite.binding.add_symbol(symbol, ctypes.cast(jpeg.turbojpeg()[name], ctypes.c_void_p).value)
+    return cast("Callable[..., int]", types.ExternalFunction(symbol, result(*arguments)))
 
 
 _POINTER, _INT = types.uintp, types.int32
@@ -39,12 +43,16 @@ _TJPF_RGB, _TJERR_WARNING = jpeg.TJPF_RGB, jpeg.TJERR_WARNING
 
 
 @compiled()
-def decode_squares(file, start_B, size_B, mode_B, out_BHWC, status_B, counter):
-    """Decode samples of one size straight into the batch, until none is left to take.
-
-    file: the mapped file, uint8. start_B, size_B: where each sample's bytes lie in it, mode_B: how
-    they are stored. status_B: is filled. counter: int64 (1,), the next sample that nobody has taken.
-    """
+def decode_images(
+    file: np.ndarray,
+    start_B: np.ndarray,
+    size_B: np.ndarray,
+    mode_B: np.ndarray,
+    out_BHWC: np.ndarray,
+    status_B: np.ndarray,
+    counter: np.ndarray,
+) -> None:
+    """Decode samples of one size into `out_BHWC`, until none is left to take. Arguments as in `DecodeTask`."""
     decoder = _new_decoder()
     b = take(counter)
     while b < len(start_B):
@@ -55,11 +63,22 @@ def decode_squares(file, start_B, size_B, mode_B, out_BHWC, status_B, counter):
 
 
 @compiled()
-def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, status_B, counter, scratch, line):
-    """The same, but decode each sample once into `scratch` and cut V resized crops out of it.
+def decode_crops(
+    file: np.ndarray,
+    start_B: np.ndarray,
+    size_B: np.ndarray,
+    mode_B: np.ndarray,
+    shape_B2: np.ndarray,
+    box_BV4: np.ndarray,
+    out_BVSSC: np.ndarray,
+    status_B: np.ndarray,
+    counter: np.ndarray,
+    scratch: np.ndarray,
+    line: np.ndarray,
+) -> None:
+    """Decode each sample once, and cut V resized crops out of it, until none is left to take.
 
-    shape_B2: stored heights and widths. box_BV4: float64 top, left, height, width in stored pixels.
-    scratch, line: this thread's own, uint8 for the largest image and float32 for its longest line.
+    scratch, line: this thread's own memory, uint8 for the largest image and float32 for its longest row.
     """
     decoder = _new_decoder()
     b = take(counter)
@@ -75,27 +94,29 @@ def decode_crops(file, start_B, size_B, mode_B, shape_B2, box_BV4, out_BVSSC, st
     _free_decoder(decoder)
 
 
-@intrinsic
-def take(typing_context, counter):
-    """Add one to counter[0] and return what it was, in one step that no other thread can split."""
-
-    def generate(context, builder, signature, arguments):
+def _take(typing_context: Any, counter: types.Array) -> tuple[Any, Callable[..., Any]]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         return builder.atomic_rmw("add", array.data, context.get_constant(types.int64, 1), "monotonic")
 
     return types.int64(counter), generate
 
 
+# Within compiled code, take(counter) adds 1 to counter[0] and returns its value before that. The addition is atomic, so
+# every value goes to one thread.
+take = cast("Callable[[np.ndarray], int]", intrinsic(_take))
+
+
 @compiled()
-def _decode(decoder, source, mode, out_HWC):
-    """One stored image into `out_HWC`. Returns its status, and the decoder for the next one."""
+def _decode(decoder: int, source: np.ndarray, mode: int, out_HWC: np.ndarray) -> tuple[int, int]:
+    """Decode one stored image into `out_HWC`. Returns its status, and the decoder for the next image."""
     if mode == RAW:
         out_HWC.reshape(-1)[:] = source
         return DECODED, decoder
-    # turbojpeg scales an image of another size to what it is asked for and leaves the rest of the
-    # buffer as it was, so the size in the header is compared first.
+    # Compare the size in the header first: turbojpeg scales an image of another size to the requested one, and leaves
+    # the rest of the buffer unchanged.
     height, width = out_HWC.shape[0], out_HWC.shape[1]
-    header = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    header = np.zeros(4, np.int32)  # width, height, subsampling, color space
     at = header.ctypes.data
     data, size = source.ctypes.data, np.uint64(source.size)
     failed = _read_size(decoder, data, size, at, at + 4, at + 8, at + 12)
@@ -108,5 +129,5 @@ def _decode(decoder, source, mode, out_HWC):
             return DECODED, decoder
         if _error_code(decoder) == _TJERR_WARNING:
             return WARNED, decoder
-    _free_decoder(decoder)  # one that has met a damaged header fails ever after
+    _free_decoder(decoder)  # after a damaged header a decoder fails for every image
     return FAILED, _new_decoder()

@@ -1,8 +1,8 @@
-"""What is known of every sample of a .beton without decoding it."""
+"""The table of all samples of a .beton, and the crop boxes that are cut out of them on the CPU."""
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,35 +12,38 @@ from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
 
+CropMode = Literal["gpu", "cpu", "eval"]
+
 
 class Samples(NamedTuple):
-    """Arrays over the N rows of a file, in their order there, already checked against its size.
+    """Arrays over the N rows of a file, in the file's order, already checked against its size.
 
-    A file of stock FFCV may lack labels (then -1), ids (the row) and source sizes (the stored ones).
+    A file of stock FFCV may lack labels (then -1), ids (then the row) and source sizes (then the stored ones).
     """
 
     path: Path
     file: np.ndarray  # the whole file, mapped, uint8
-    start_N: np.ndarray  # where the image's bytes lie in it
-    size_N: np.ndarray
-    mode_N: np.ndarray  # beton.format's RAW or JPG
+    start_N: np.ndarray  # byte of the file at which the image starts
+    size_N: np.ndarray  # stored bytes of the image
+    mode_N: np.ndarray  # RAW or JPG of beton.format
     shape_N2: np.ndarray  # stored height and width in px
-    page_N: np.ndarray  # the page of the file that the image lies in
+    page_N: np.ndarray  # page of the file that contains the image
     label_N: np.ndarray
     index_N: np.ndarray  # stable sample ids
-    height_N: np.ndarray  # the source image's, in px
+    height_N: np.ndarray  # of the source image, in px
     width_N: np.ndarray
 
     @classmethod
-    def of(cls, info: BetonInfo) -> "Samples":
+    def read(cls, info: BetonInfo) -> "Samples":
+        """Read the table of a file, and map its images."""
         metadata, size_N = read_samples(info.path)
-        image, count = metadata["image"], len(metadata)
+        image = metadata["image"]
         shape_N2 = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
         start_N = image["data_ptr"].astype(np.int64)
 
-        def column(name: str, default: np.ndarray) -> np.ndarray:
-            found = name in metadata.dtype.names and np.issubdtype(metadata[name].dtype, np.integer)
-            return metadata[name].astype(np.int64) if found else default
+        def column(name: str, default_N: np.ndarray) -> np.ndarray:
+            found = name in (metadata.dtype.names or ()) and np.issubdtype(metadata[name].dtype, np.integer)
+            return metadata[name].astype(np.int64) if found else default_N
 
         return cls(
             path=info.path,
@@ -50,44 +53,54 @@ class Samples(NamedTuple):
             mode_N=np.ascontiguousarray(image["mode"]),
             shape_N2=shape_N2,
             page_N=start_N // info.page_size,
-            label_N=column("label", np.full(count, -1)),
-            index_N=column("index", np.arange(count)),
+            label_N=column("label", np.full(len(metadata), -1)),
+            index_N=column("index", np.arange(len(metadata))),
             height_N=column("height", shape_N2[:, 0]),
             width_N=column("width", shape_N2[:, 1]),
         )
 
     def fingerprint(self) -> str:
-        """Tells files with other images, labels or orders apart, wherever they lie; decodes nothing."""
+        """A hash that differs for other images, labels or orders, but not for a copy of the file. Decodes nothing."""
         columns = self.size_N, self.label_N, self.index_N, self.height_N, self.width_N
         return hashlib.sha256(b"".join(np.ascontiguousarray(c).tobytes() for c in columns)).hexdigest()
 
-    def stored(self, row: int) -> np.ndarray:
-        """The image's bytes as they lie in the file, uint8."""
-        return self.file[self.start_N[row] : self.start_N[row] + self.size_N[row]]
-
     def describe(self, row: int) -> str:
-        """Names a sample: by file, index, place, and the source image where its name is known."""
+        """Name a sample in an error message: its file, index, source image (if known) and position in the file."""
         index = int(self.index_N[row])
         name = read_names(self.path, [index]).get(index)
         source = f" ({name})" if name else ""
         return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
 
-    def eval_boxes(self, rows: np.ndarray, views: ViewsConfig) -> np.ndarray:
-        """(B, 1, 4) float64: the box of the clean view in stored pixels, the one that fastssl.views takes."""
-        height_B, width_B = (torch.from_numpy(column[rows]) for column in (self.height_N, self.width_N))
-        return self._in_stored_pixels(eval_box(height_B, width_B, views.eval)[:, None], rows)
 
-    def crop_boxes(self, rows: np.ndarray, seed: int, epoch: int, views: ViewsConfig, count: int) -> np.ndarray:
-        """(B, count, 4) float64: the views' boxes in stored pixels, the ones that fastssl.views draws."""
+class Cropping(NamedTuple):
+    """What the CPU cuts out of every image."""
+
+    mode: CropMode  # "gpu": nothing; "cpu": the crops of the views; "eval": the box of the evaluation transform
+    views: ViewsConfig
+    seed: int  # of the random boxes
+    crops: int  # per image, with mode "cpu"
+
+    def image_shape(self, samples: Samples) -> tuple[int, ...]:
+        """The shape of a decoded image: (H, W, 3), or (crops, size, size, 3)."""
+        if self.mode == "gpu":  # all images of the file have this shape
+            height, width = samples.shape_N2[0].tolist()
+            return height, width, 3
+        return self.crops if self.mode == "cpu" else 1, self.views.size, self.views.size, 3
+
+    def boxes(self, samples: Samples, row_B: np.ndarray, epoch: int) -> np.ndarray | None:
+        """(B, crops, 4) float64: the boxes in stored pixels, the same as in fastssl.views; None with mode "gpu"."""
+        if self.mode == "gpu":
+            return None
         index_B, height_B, width_B = (
-            torch.from_numpy(column[rows]) for column in (self.index_N, self.height_N, self.width_N)
+            torch.from_numpy(column[row_B]) for column in (samples.index_N, samples.height_N, samples.width_N)
         )
-        box_BV4 = torch.empty(len(rows), count, 4, dtype=torch.float64)
-        for view in range(count):
-            u_BN = uniforms(seed, epoch, index_B, view, UNIFORMS_PER_BOX, AUGMENTATION)
-            box_BV4[:, view] = crop_box(u_BN, height_B, width_B, views.scale, views.ratio)
-        return self._in_stored_pixels(box_BV4, rows)
-
-    def _in_stored_pixels(self, box_BV4: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-        source_B2 = np.stack([self.height_N[rows], self.width_N[rows]], axis=1)
-        return box_BV4.numpy() * np.tile(self.shape_N2[rows] / source_B2, 2)[:, None]
+        if self.mode == "eval":
+            box_BV4 = eval_box(height_B, width_B, self.views.eval)[:, None]
+        else:
+            box_BV4 = torch.empty(len(row_B), self.crops, 4, dtype=torch.float64)
+            for view in range(self.crops):
+                u_BN = uniforms(self.seed, epoch, index_B, view, UNIFORMS_PER_BOX, AUGMENTATION)
+                box_BV4[:, view] = crop_box(u_BN, height_B, width_B, self.views.scale, self.views.ratio)
+        source_B2 = np.stack([samples.height_N[row_B], samples.width_N[row_B]], axis=1)
+        stored_per_source_B4 = np.tile(samples.shape_N2[row_B] / source_B2, 2)
+        return box_BV4.numpy() * stored_per_source_B4[:, None]

@@ -1,10 +1,11 @@
-"""Named stretches of time in every thread: what the meters of training read, and what a timeline is drawn of.
+"""Spans: named intervals of time in a thread.
 
-    with stretch("decode"):
+    with span("decode"):
         ...
 
-adds to the totals of this process. Within `recorded()`, each stretch is kept too, with its thread and its time, and
-stands in the traces of torch's profiler. One stretch costs 3 microseconds, so they are a batch long, not a sample.
+adds the length of the interval to the totals of this process, which the metrics of training read with `take_totals`.
+Within `recorded()` each span is also collected with its thread, start and end, for a trace, and appears in traces of
+torch's profiler. A span costs 3 microseconds, so there is one per batch, not one per sample.
 """
 
 import threading
@@ -17,13 +18,15 @@ import torch
 
 
 class Total(NamedTuple):
-    """Of all stretches of one name, over all threads."""
+    """The sum of all spans with one name, over all threads."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
 
 class Span(NamedTuple):
+    """One interval in one thread."""
+
     name: str
     thread: str
     start: float  # seconds of time.perf_counter()
@@ -36,30 +39,32 @@ _recording: list[Span] | None = None
 
 
 class span:
-    """A context manager around what is to be known by `name`."""
+    """Context manager that measures the time within it, under a name."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._mark = torch.profiler.record_function(name) if _recording is not None else None
+        self._profiler_mark = torch.profiler.record_function(name) if _recording is not None else None
 
     def __enter__(self) -> None:
-        if self._mark:
-            self._mark.__enter__()
-        self.cpu_start, self.start = time.thread_time(), time.perf_counter()
+        if self._profiler_mark:
+            self._profiler_mark.__enter__()
+        self.cpu_start = time.thread_time()
+        self.start = time.perf_counter()
 
-    def __exit__(self, *error) -> None:
-        end, cpu_end = time.perf_counter(), time.thread_time()
+    def __exit__(self, *error: object) -> None:
+        end = time.perf_counter()
+        cpu_end = time.thread_time()
         with _lock:
-            seconds, cpu_seconds = _totals.get(self.name, Total())
-            _totals[self.name] = Total(seconds + end - self.start, cpu_seconds + cpu_end - self.cpu_start)
+            total = _totals.get(self.name, Total())
+            _totals[self.name] = Total(total.seconds + end - self.start, total.cpu_seconds + cpu_end - self.cpu_start)
             if _recording is not None:
                 _recording.append(Span(self.name, threading.current_thread().name, self.start, end))
-        if self._mark:
-            self._mark.__exit__(*error)
+        if self._profiler_mark:
+            self._profiler_mark.__exit__(*error)
 
 
 def take_totals() -> dict[str, Total]:
-    """By name, since the last time that somebody asked."""
+    """Return the totals by name since the last call."""
     global _totals
     with _lock:
         totals, _totals = _totals, {}
@@ -68,9 +73,10 @@ def take_totals() -> dict[str, Total]:
 
 @contextmanager
 def recorded() -> Iterator[list[Span]]:
-    """The list that all stretches go into while this lasts, in the order of their ends."""
+    """Yield the list that all spans are appended to within this context, in the order of their ends."""
     global _recording
-    _recording = spans = []
+    spans: list[Span] = []
+    _recording = spans
     try:
         yield spans
     finally:

@@ -7,12 +7,12 @@ import torch
 
 from fastssl.loading import Batch, BetonLoader, kernels
 from fastssl.loading.decoding import DecodeTask, PendingBatch, ThreadDecoder
-from fastssl.loading.loader import READY, UNDER_WAY
+from fastssl.loading.loader import PENDING_BATCHES, READY_BATCHES
 from fastssl.loading.order import epoch_order
 from fastssl.recipe import Recipe
 from fastssl.training.setup import training_loader
 
-AHEAD = UNDER_WAY + READY  # batches after which a loader that was just started has its usual pace
+AHEAD = PENDING_BATCHES + READY_BATCHES  # batches after which a loader that was just started has its usual pace
 PREPARED = 512  # images that the decoding legs decode: fewer may be smaller or larger than the others
 
 
@@ -22,20 +22,16 @@ def worker_counts(workers: int, cores: int) -> list[int]:
     return sorted({*(count for count in powers if count <= cores), cores, workers})
 
 
-def new_decoder(loader: BetonLoader, workers: int, crops: int, kind: type[ThreadDecoder] = ThreadDecoder):
-    return kind(loader.samples, loader.crop, loader.views, loader.seed, workers, loader._buffers, crops)
-
-
 def prepared_batches(loader: BetonLoader, crops: int) -> list[DecodeTask]:
     """Batches for a decoder, decoded once, so that their bytes are in memory."""
     order = loader.rows[epoch_order(loader.order, loader.seed, loader.epoch + 1, loader.samples.page_N[loader.rows])]
     own, batch = order[loader.rank * loader.batch_size :], loader.batch_size
-    decoder = new_decoder(loader, loader.workers, crops)
+    decoder = loader.make_decoder(crops=crops)
     prepared = []
-    for number in range(max(UNDER_WAY, PREPARED // batch)):
+    for number in range(max(PENDING_BATCHES, PREPARED // batch)):
         rows = own.take(number * batch * loader.world + np.arange(batch), mode="wrap")
         prepared.append(decoder.prepare(rows, 0))
-        decoder.finish(decoder.begin(prepared[-1]))
+        decoder.begin(prepared[-1]).wait()
     decoder.close()
     return prepared
 
@@ -53,14 +49,14 @@ class Decoding:
         self.turn += 1
         work.counter[0] = 0
         self.pending.append(self.decoder.begin(work))
-        if len(self.pending) == UNDER_WAY:
-            self.decoder.finish(self.pending.pop(0))
+        if len(self.pending) == PENDING_BATCHES:
+            self.pending.pop(0).wait()
         return len(work.status_B)
 
     def end(self) -> None:
         """Other decoders take the same batches."""
         for decoding in self.pending:
-            self.decoder.finish(decoding)
+            decoding.wait()
         self.pending.clear()
 
     def close(self) -> None:
@@ -68,17 +64,16 @@ class Decoding:
         self.decoder.close()
 
 
+class _NoDecoder(ThreadDecoder):
+    def begin(self, task: DecodeTask) -> PendingBatch:
+        task.status_B[:] = kernels.DECODED
+        return PendingBatch(task, [])
+
+
 class Undecoded(BetonLoader):
     """A loader that does everything but decode: what is left is the hand-over."""
 
-    def _decoder(self) -> ThreadDecoder:
-        return new_decoder(self, self.workers, self.crops, _NoDecoder)
-
-
-class _NoDecoder(ThreadDecoder):
-    def begin(self, work: DecodeTask) -> PendingBatch:
-        work.status_B[:] = kernels.DECODED
-        return PendingBatch(work, [])
+    decoder_type = _NoDecoder
 
 
 def endless(loader: BetonLoader) -> Iterator[Batch]:

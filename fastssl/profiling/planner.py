@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import printable
-from fastssl.loading.decoding import SMALL
+from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
 from fastssl.profiling.resources import LINES, Cost, Costs
 from fastssl.profiling.result import median, why_missing
@@ -139,7 +139,7 @@ def _costs(profile: dict, machine: Machine) -> tuple[Costs, Costs, list[str]]:
 
     said.append("Cores are as fast there as here, and all of them decode (data.workers=null).")
     is_raw = data["image_bytes"] >= data["decoded_bytes"]
-    in_reader = is_raw and batch // shares * data["decoded_bytes"] <= SMALL
+    in_reader = is_raw and batch // shares * data["decoded_bytes"] <= SMALL_BATCH
     for leg in ("decode", "cpu_augment") if data["crop"] == "cpu" else ("decode",):
         if cpu := median(profile, leg, "cpu_seconds"):
             legs[leg] = Cost(cpu if in_reader else cpu / cores, cpu)

@@ -37,7 +37,6 @@ from fastssl.profiling.loader_stages import (
     Loading,
     Undecoded,
     endless,
-    new_decoder,
     prepared_batches,
     worker_counts,
 )
@@ -162,7 +161,7 @@ class Legs:
         crops = loader.crops if loader.crop == "cpu" else 0
 
         def decoding(workers: int, crops: int, prepared: list[DecodeTask]) -> Stage:
-            work = stack.enter_context(closing(Decoding(new_decoder(loader, workers, crops), prepared)))
+            work = stack.enter_context(closing(Decoding(loader.make_decoder(workers=workers, crops=crops), prepared)))
             return Stage(work, device, WINDOW["short"], end=work.end)
 
         plain = prepared_batches(loader, 0)

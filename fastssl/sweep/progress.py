@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastssl.common.errors import UserError
-from fastssl.loading import count_images
+from fastssl.loading import SampleSelection
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.sweep.grid import SweepRun
 from fastssl.training.state import changed_keys
@@ -93,7 +93,7 @@ def images_per_epoch(recipe: Recipe) -> int:
 
 @cache  # the count checks all tables of the file, so it is made once for all runs
 def _images_in(path: str, subset: str | None) -> int:
-    return count_images(path, subset=subset)
+    return SampleSelection(subset).count(path)
 
 
 def read_progress(run: SweepRun) -> RunProgress:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.beton import read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
-from fastssl.loading import Batch, BetonLoader, count_images
+from fastssl.loading import Batch, BetonLoader, SampleSelection
 from fastssl.models import Model, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint, load_pretrained
 from fastssl.models.encoder import has_fixed_size
@@ -197,7 +197,7 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
         return False
     data = recipe.data
     height, width = read_header(data.train).max_resolution
-    images = count_images(data.train, subset=data.subset, limit=data.limit)
+    images = SampleSelection(data.subset, data.limit).count(data.train)
     return images * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
 
 
@@ -241,8 +241,7 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
         device=device,
         resident=is_resident(recipe, device),
         on_bad_sample=data.on_bad_sample,
-        subset=data.subset,
-        limit=data.limit,
+        selection=SampleSelection(data.subset, data.limit),
     )
     if len(loader) < recipe.train.accumulate:
         raise UserError(

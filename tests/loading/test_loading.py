@@ -1,4 +1,4 @@
-"""The loader: right pixels, right order, exact places, no hang, no thread left behind."""
+"""The loader: pixels, order, positions, damaged samples, and no thread that hangs or stays."""
 
 import shutil
 import signal
@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from fastssl.beton import read_metadata
 from fastssl.cli import app
 from fastssl.common.errors import UserError
-from fastssl.loading import BetonLoader, count_images, decoding, estimate_memory
+from fastssl.loading import BetonLoader, SampleSelection, estimate_memory, kernels
 from fastssl.loading import loader as loader_module
-from fastssl.loading.order import PAGES_AT_ONCE, epoch_order
+from fastssl.loading.order import WINDOW_PAGES, epoch_order
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform
 
@@ -28,7 +28,7 @@ VIEWS = ViewsConfig(size=48)
 
 
 def source_pixels(photos, index):
-    """What Pillow sees of a sample: `index` is its place in the builder's order."""
+    """The pixels of a source image as Pillow decodes them; `index` is its position in the builder's order."""
     files = sorted((photos / "train").rglob("*.jpg"))
     return np.array(Image.open(files[index]))
 
@@ -52,12 +52,12 @@ def test_canvas_of_jpegs_decodes_each_sample(photos, canvas_jpeg):
         for b in range(16):
             source = source_pixels(photos, int(batch.index[b]))
             want = np.array(Image.fromarray(source).resize((96, 96), Image.BILINEAR)).astype(int)
-            # JPEG at quality 90 with halved colour: a few grey levels on average.
+            # JPEG of quality 90 with subsampled color: a few gray levels on average.
             assert np.abs(batch.image[b].numpy() - want).mean() < 6
 
 
-def test_cpu_crops_are_the_device_crops(photos, full):
-    """The same boxes and the same filter, so the same pixels but for rounding to uint8."""
+def test_cpu_crops_equal_the_crops_of_the_views(photos, full):
+    """The same boxes and the same filter, so the same pixels up to rounding to uint8."""
     plain = ViewsConfig(
         size=48,
         flip=0,
@@ -78,28 +78,28 @@ def test_cpu_crops_are_the_device_crops(photos, full):
             want = views(source, batch.index[b : b + 1], 5)
             for view in (0, 1):
                 got = batch.image[b, view].permute(2, 0, 1) / 255
-                # rounding to uint8; and Pillow may have another libjpeg.
+                # Rounding to uint8; and Pillow may use another libjpeg.
                 assert (got - want[view][0]).abs().mean() < 2 / 255
 
 
-def test_one_crop_is_the_first_of_two(full):
+def test_a_single_crop_equals_the_first_of_two(full):
     loaders = [BetonLoader(full / "train.beton", 16, seed=3, crop="cpu", views=VIEWS, crops=n) for n in (1, 2)]
     for one, two in zip(*loaders, strict=True):
         assert one.image.shape == (16, 1, 48, 48, 3) and torch.equal(one.index, two.index)
         assert torch.equal(one.image[:, 0], two.image[:, 0])
-    bills = [estimate_memory(loader)["5 batches of 16"] for loader in loaders]
-    assert bills[1] == 2 * bills[0] == 5 * 16 * 2 * 48 * 48 * 3
+    sizes = [estimate_memory(loader)["5 batches of 16"] for loader in loaders]
+    assert sizes[1] == 2 * sizes[0] == 5 * 16 * 2 * 48 * 48 * 3
 
 
 @pytest.mark.parametrize("kind", ["squash", "center"])
-def test_images_of_any_size_become_the_clean_view(photos, full, kind):
+def test_eval_crops_equal_the_evaluation_transform(photos, full, kind):
     views = VIEWS.model_copy(update={"eval": kind})
-    clean = eval_transform(views)
+    transform = eval_transform(views)
     for batch in BetonLoader(full / "train.beton", 16, crop="eval", views=views, shuffle=False):
         assert batch.image.shape == (16, 1, 48, 48, 3)
         for b in range(16):
-            want = clean(torch.from_numpy(source_pixels(photos, int(batch.index[b])))[None])
-            assert (clean(batch.image[b : b + 1]) - want).abs().mean() < 2 / 255 / min(VIEWS.std)
+            want = transform(torch.from_numpy(source_pixels(photos, int(batch.index[b])))[None])
+            assert (transform(batch.image[b : b + 1]) - want).abs().mean() < 2 / 255 / min(VIEWS.std)
 
 
 def indices(loader):
@@ -122,7 +122,9 @@ def test_state_continues_with_exactly_the_remaining_batches(canvas, taken):
     path = canvas / "train.beton"
     loader = BetonLoader(path, 8, seed=1)
     loader.set_epoch(2)
-    want = indices(BetonLoader_at(path, 2)) + indices(BetonLoader_at(path, 3))
+    whole = BetonLoader(path, 8, seed=1)
+    whole.set_epoch(2)
+    want = indices(whole) + indices(whole)
     batches = iter(loader)
     got = [next(batches).index.tolist() for _ in range(taken)]
     state = loader.state_dict()
@@ -130,12 +132,6 @@ def test_state_continues_with_exactly_the_remaining_batches(canvas, taken):
     resumed = BetonLoader(path, 8, seed=1)
     resumed.load_state_dict(state)
     assert got + indices(resumed) + indices(resumed) == want
-
-
-def BetonLoader_at(path, epoch):
-    loader = BetonLoader(path, 8, seed=1)
-    loader.set_epoch(epoch)
-    return loader
 
 
 def test_state_of_another_seed_is_refused(canvas):
@@ -154,13 +150,16 @@ def test_last_batch_is_filled_up_and_masked(canvas):
 
 
 def test_limit_takes_the_same_random_subset_for_every_seed(canvas):
-    subsets = [sorted(sum(indices(BetonLoader(canvas / "train.beton", 5, seed=s, limit=10)), [])) for s in (0, 1)]
-    assert subsets[0] == subsets[1] and len(set(subsets[0])) == 10 and subsets[0] != list(range(10))
+    first, second = (
+        sorted(sum(indices(BetonLoader(canvas / "train.beton", 5, seed=s, selection=SampleSelection(limit=10))), []))
+        for s in (0, 1)
+    )
+    assert first == second and len(set(first)) == 10 and first != list(range(10))
 
 
-def test_skip_starts_behind_what_limit_took(canvas):
-    def taken(**options):
-        return sorted(sum(indices(BetonLoader(canvas / "train.beton", 1, drop_last=False, **options)), []))
+def test_skip_continues_where_limit_ends(canvas):
+    def taken(**selection):
+        return sorted(sum(indices(BetonLoader(canvas / "train.beton", 1, selection=SampleSelection(**selection))), []))
 
     assert sorted(taken(limit=10) + taken(skip=10)) == list(range(48))
     assert sorted(taken(limit=10) + taken(skip=10, limit=20) + taken(skip=30)) == list(range(48))
@@ -178,39 +177,52 @@ def fourteen(tmp_path):
 
 def test_a_subset_is_exactly_the_images_of_its_list(canvas, full, fourteen):
     listed = set(range(47, 5, -3))
-    of_canvas = BetonLoader(canvas / "train.beton", 7, subset=fourteen)
-    of_full = BetonLoader(full / "train.beton", 7, subset=fourteen, crop="cpu", views=VIEWS)
-    for loader in (of_canvas, of_full, BetonLoader(canvas / "train.beton", 7, subset=fourteen, resident=True)):
+    selection = SampleSelection(fourteen)
+    of_canvas = BetonLoader(canvas / "train.beton", 7, selection=selection)
+    of_full = BetonLoader(full / "train.beton", 7, selection=selection, crop="cpu", views=VIEWS)
+    for loader in (of_canvas, of_full, BetonLoader(canvas / "train.beton", 7, selection=selection, resident=True)):
         for _ in range(2):
             assert sorted(sum(indices(loader), [])) == sorted(listed)
     whole = {int(i): image for b in BetonLoader(canvas / "train.beton", 8) for i, image in zip(b.index, b.image)}
     for batch in of_canvas:
         assert all(torch.equal(image, whole[int(index)]) for index, image in zip(batch.index, batch.image))
-    assert count_images(canvas / "train.beton", subset=fourteen) == 14
-    assert count_images(canvas / "train.beton", subset=fourteen, limit=9) == 9
-    assert count_images(canvas / "train.beton", limit=99) == count_images(canvas / "train.beton") == 48
+
+
+def test_a_selection_counts_its_samples(canvas, fourteen):
+    """Without a loader, for every combination of subset, limit and skip."""
+    path = canvas / "train.beton"
+    for subset in (None, fourteen):
+        for limit in (None, 9, 99):
+            for skip in (0, 5, 13):
+                selection = SampleSelection(subset, limit, skip)
+                assert selection.count(path) == len(BetonLoader(path, 1, selection=selection))
+    assert SampleSelection(fourteen, skip=20).count(path) == 0
 
 
 def test_limit_and_skip_draw_from_the_subset(canvas, fourteen):
-    def taken(**options):
-        return sum(indices(BetonLoader(canvas / "train.beton", 1, subset=fourteen, **options)), [])
+    def taken(limit=None, skip=0, seed=0):
+        selection = SampleSelection(fourteen, limit, skip)
+        return sum(indices(BetonLoader(canvas / "train.beton", 1, seed=seed, selection=selection)), [])
 
     assert len(taken(limit=6)) == 6 and sorted(taken(limit=6) + taken(skip=6)) == list(range(8, 48, 3))
     assert sorted(taken(limit=99)) == list(range(8, 48, 3)) and set(taken(limit=6, seed=1)) == set(taken(limit=6))
 
 
-def test_a_place_in_another_subset_is_refused(canvas, fourteen, tmp_path):
-    state = BetonLoader(canvas / "train.beton", 7, subset=fourteen).state_dict()
+def test_a_position_in_another_subset_is_refused(canvas, fourteen, tmp_path):
+    def loader(subset):
+        return BetonLoader(canvas / "train.beton", 7, selection=SampleSelection(subset))
+
+    state = loader(fourteen).state_dict()
     moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
     moved.write_text("# the same images\n" + fourteen.read_text())
     other.write_text(fourteen.read_text().replace("47", "46"))
-    BetonLoader(canvas / "train.beton", 7, subset=moved).load_state_dict(state)
+    loader(moved).load_state_dict(state)
     for subset in (other, None):
-        with pytest.raises(UserError, match="its list of then as data.subset"):
-            BetonLoader(canvas / "train.beton", 7, subset=subset).load_state_dict(state)
+        with pytest.raises(UserError, match="does not hold the images"):
+            loader(subset).load_state_dict(state)
 
 
-def test_leaving_the_loop_early_leaves_no_thread(canvas):
+def test_leaving_the_loop_early_ends_all_threads(canvas):
     before = threading.active_count()
     loader = BetonLoader(canvas / "train.beton", 4)
     for _ in range(5):
@@ -219,7 +231,7 @@ def test_leaving_the_loop_early_leaves_no_thread(canvas):
     assert threading.active_count() == before
 
 
-def test_torch_keeps_its_threads(canvas):
+def test_the_number_of_torch_threads_does_not_change(canvas):
     before = torch.get_num_threads()
     list(BetonLoader(canvas / "train.beton", 8, workers=1))
     assert torch.get_num_threads() == before
@@ -286,7 +298,7 @@ def test_a_batch_larger_than_the_data_is_refused(canvas):
         BetonLoader(canvas / "train.beton", 64)
 
 
-def test_what_is_not_a_beton_is_refused(tmp_path):
+def test_a_file_that_is_no_beton_is_refused(tmp_path):
     path = tmp_path / "x.beton"
     path.write_bytes(b"hello" * 1000)
     with pytest.raises(UserError, match="x.beton"):
@@ -294,8 +306,8 @@ def test_what_is_not_a_beton_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [True, "quasi_random", False])
-def test_ranks_share_the_order_whatever_their_number(canvas, shuffle):
-    """Global batch b is the same samples for 1, 2 and 4 processes, each rank a disjoint equal part."""
+def test_ranks_share_one_order(canvas, shuffle):
+    """Global batch b holds the same samples for 1, 2 and 4 processes; each rank has a disjoint equal part."""
     alone = indices(BetonLoader(canvas / "train.beton", 8, seed=4, shuffle=shuffle))
     for world in (2, 4):
         shares = []
@@ -306,7 +318,7 @@ def test_ranks_share_the_order_whatever_their_number(canvas, shuffle):
         assert [sum(parts, []) for parts in zip(*shares, strict=True)] == alone
 
 
-def test_state_goes_on_at_another_number_of_processes(canvas):
+def test_state_continues_with_another_number_of_processes(canvas):
     want = sum(indices(BetonLoader(canvas / "train.beton", 8, seed=4)), [])
     loader = BetonLoader(canvas / "train.beton", 8, seed=4)
     batches = iter(loader)
@@ -326,15 +338,17 @@ def test_quasi_random_reads_windows_of_pages_and_mixes_them():
     first, again, other = (epoch_order("quasi_random", 1, epoch, page_N) for epoch in (0, 0, 1))
     assert sorted(first) == list(range(10_000))
     assert (first == again).all() and (first != other).any()
-    window = PAGES_AT_ONCE * 50
+    window = WINDOW_PAGES * 50
     pages = [set(page_N[first[at : at + window]]) for at in range(0, 10_000, window)]
     assert [len(some) for some in pages] == [32] * 6 + [8] and len(set.union(*pages)) == 200
-    # Within a window a batch comes from many pages: 64 samples of 32 pages miss few of them.
+    # A batch mixes the samples of many pages: 64 samples miss few of the window's 32 pages.
     assert len(set(page_N[first[:64]])) > 20
     assert np.abs(np.corrcoef(np.arange(10_000), first)[0, 1]) < 0.2
 
 
-@pytest.mark.parametrize("options", [{}, {"drop_last": False}, {"limit": 20}, {"shuffle": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"drop_last": False}, {"selection": SampleSelection(limit=20)}, {"shuffle": False}]
+)
 def test_resident_gives_the_same_batches(canvas, options):
     loaders = [BetonLoader(canvas / "train.beton", 7, seed=2, resident=r, **options) for r in (False, True)]
     for _ in range(2):
@@ -348,7 +362,7 @@ def test_resident_gives_the_same_batches(canvas, options):
     assert rest[0] == rest[1] and len(rest[0]) == len(loaders[0]) - 2
 
 
-def test_a_damaged_sample_is_replaced_by_the_next_of_its_batch_and_counted(canvas_jpeg, tmp_path):
+def test_skip_replaces_a_damaged_sample_by_the_next_of_its_batch(canvas_jpeg, tmp_path):
     path = damaged_copy(canvas_jpeg / "train.beton", tmp_path, 7, garbage)
     sound = list(BetonLoader(canvas_jpeg / "train.beton", 16, shuffle=False))
     loader = BetonLoader(path, 16, shuffle=False, on_bad_sample="skip")
@@ -369,8 +383,8 @@ def test_a_batch_without_a_sound_sample_is_an_error(canvas_jpeg, tmp_path):
         list(BetonLoader(path, 1, on_bad_sample="skip"))
 
 
-def test_a_decoder_warning_is_counted_and_the_sample_kept(canvas_jpeg, tmp_path):
-    """Data that end early: turbojpeg warns and fills the rest with grey, never with another image."""
+def test_a_sample_with_a_decoder_warning_is_used_and_counted(canvas_jpeg, tmp_path):
+    """turbojpeg warns about data that end early, and fills the rest with gray, never with another image."""
 
     def cut_off(data):
         end = data[:100_000].tobytes().index(b"\xff\xd9")
@@ -384,18 +398,18 @@ def test_a_decoder_warning_is_counted_and_the_sample_kept(canvas_jpeg, tmp_path)
     assert all(torch.equal(a.image, b.image) for a, b in zip(first, again))
 
 
-def test_an_exception_behind_the_scenes_reaches_the_caller_at_once(canvas, monkeypatch):
+def test_an_exception_in_a_thread_reaches_the_caller(canvas, monkeypatch):
     loader = BetonLoader(canvas / "train.beton", 8)
     list(loader)
-    monkeypatch.setattr(decoding.kernels, "decode_squares", lambda *_: 1 / 0)
+    monkeypatch.setattr(kernels, "decode_images", lambda *_: 1 / 0)
     start, threads = time.monotonic(), threading.active_count()
     with pytest.raises(ZeroDivisionError):
         list(loader)
     assert time.monotonic() - start < 1 and threading.active_count() == threads
 
 
-def test_kept_batches_are_never_overwritten(canvas_jpeg):
-    """Some batches are kept, most are let go, by turns: buffers are used again, but not those in use."""
+def test_batches_in_use_are_never_overwritten(canvas_jpeg):
+    """Some batches are kept and most are dropped, in turns: buffers are reused, but not those in use."""
     want = {}
     for batch in BetonLoader(canvas_jpeg / "train.beton", 1, shuffle=False):
         want[int(batch.index)] = batch.image[0].clone()
@@ -408,8 +422,8 @@ def test_kept_batches_are_never_overwritten(canvas_jpeg):
         assert all(torch.equal(i, want[int(n)]) for index, rest in kept for n, i in zip(index[1:], rest))
 
 
-def test_buffers_are_used_again(canvas_jpeg):
-    """Also by the next epoch: 48 batches in five buffers."""
+def test_buffers_are_reused(canvas_jpeg):
+    """Also in the next epoch: 48 batches use five buffers."""
     loader, seen = BetonLoader(canvas_jpeg / "train.beton", 2), set()
     for _ in range(2):
         for batch in loader:
@@ -426,12 +440,12 @@ def test_memory_does_not_grow_over_a_hundred_epochs(canvas_jpeg):
             pass
         if epoch == 9:
             before = process.memory_info().rss, threading.active_count()
-    # 100 epochs of 1.3 MB: a leak of one batch an epoch would be 22 MB.
+    # A leak of one batch per epoch would be 22 MB.
     assert process.memory_info().rss - before[0] < 10e6
     assert threading.active_count() == before[1]
 
 
-def test_two_loaders_and_a_dataloader_side_by_side(canvas, canvas_jpeg, full):
+def test_two_loaders_and_a_dataloader_run_in_parallel(canvas, canvas_jpeg, full):
     def two_loaders():
         yield BetonLoader(canvas_jpeg / "train.beton", 4)
         yield BetonLoader(full / "train.beton", 4, crop="cpu", views=VIEWS)
@@ -448,11 +462,11 @@ def test_batches_of_one(canvas_jpeg):
 
 
 def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
-    """A real process, interrupted in the middle of an epoch, is gone within seconds."""
+    """A process that is interrupted in the middle of an epoch ends within seconds."""
     script = (
         "import itertools, signal\n"
         "from fastssl.loading import BetonLoader\n"
-        # A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
+        # A shell starts background jobs with Ctrl-C ignored, and tests may be one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"loader = BetonLoader({str(canvas_jpeg / 'train.beton')!r}, 4)\n"
         "try:\n"
@@ -460,7 +474,7 @@ def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
         "        for batch in loader:\n"
         "            if n == 1: print('running', flush=True)\n"
         "except KeyboardInterrupt:\n"
-        # It may have struck while the loop waited for its threads: they end by themselves, soon.
+        # If it came while the loop waited for its threads, they end by themselves, soon.
         "    import threading, time\n"
         "    until = time.monotonic() + 5\n"
         "    while threading.active_count() > 1 and time.monotonic() < until: time.sleep(0.01)\n"
@@ -472,11 +486,11 @@ def test_ctrl_c_ends_the_loop_and_its_threads(canvas_jpeg):
         try:
             out, _ = process.communicate(timeout=10)
         finally:
-            process.kill()  # else leaving the block would wait for ever
+            process.kill()  # otherwise leaving the block would wait forever
     assert out.split()[-1] == "1" and process.returncode == 0
 
 
-def test_a_file_larger_than_memory_is_warned_of_with_the_mend(canvas, monkeypatch):
+def test_a_file_larger_than_memory_causes_a_warning(canvas, monkeypatch):
     monkeypatch.setattr(loader_module, "free_memory", lambda: 1000)
     with pytest.warns(UserWarning, match="data.order=quasi_random"):
         BetonLoader(canvas / "train.beton", 8)
@@ -485,11 +499,11 @@ def test_a_file_larger_than_memory_is_warned_of_with_the_mend(canvas, monkeypatc
         BetonLoader(canvas / "train.beton", 8, shuffle="quasi_random")
 
 
-def test_the_memory_bill_is_what_is_taken(canvas_jpeg, full):
-    """Batches, scratch and table, by arithmetic; and the batches are all that a run allocates."""
-    bill = estimate_memory(BetonLoader(full / "train.beton", 16, crop="cpu", views=VIEWS, workers=3))
-    assert bill["5 batches of 16"] == 5 * 16 * 2 * 48 * 48 * 3
-    assert bill["scratch of 3 threads"] == 3 * (88 * 90 * 3 + 90 * 3 * 4)
+def test_the_memory_estimate_equals_the_memory_used(canvas_jpeg, full):
+    """Batches and scratch memory by arithmetic; and a run allocates no more batches than estimated."""
+    estimate = estimate_memory(BetonLoader(full / "train.beton", 16, crop="cpu", views=VIEWS, workers=3))
+    assert estimate["5 batches of 16"] == 5 * 16 * 2 * 48 * 48 * 3
+    assert estimate["scratch of 3 threads"] == 3 * (88 * 90 * 3 + 90 * 3 * 4)
     loader, seen = BetonLoader(canvas_jpeg / "train.beton", 4), set()
     for batch in loader:
         seen.add(batch.image.data_ptr())
@@ -497,7 +511,7 @@ def test_the_memory_bill_is_what_is_taken(canvas_jpeg, full):
     assert len(seen) * 4 * 96 * 96 * 3 <= estimate_memory(loader)["5 batches of 4"]
 
 
-def test_inspect_prints_the_memory_bill(canvas_jpeg, full):
+def test_inspect_prints_the_memory_estimate(canvas_jpeg, full):
     runner = CliRunner()
     shown = runner.invoke(app, ["inspect", str(canvas_jpeg / "train.beton"), "--batch-size", "16"]).output
     assert "5 batches of 16" in shown and f"{5 * 16 * 96 * 96 * 3 / 1e6:.1f} MB" in shown

@@ -76,8 +76,8 @@ def slowed(monkeypatch, seconds):
 
         monkeypatch.setattr(owner, name, slow)
 
-    sleeps_first(kernels, "decode_squares", "decode")
-    sleeps_first(BetonLoader, "_batch", "copy")
+    sleeps_first(kernels, "decode_images", "decode")
+    sleeps_first(BetonLoader, "_assemble", "copy")
     sleeps_first(TrainingViews, "__call__", "views")
     sleeps_first(Network, "forward", "compute")
 
@@ -257,7 +257,7 @@ def test_storage_reads_what_it_has_evicted(photos_640, tmp_path):
     shutil.copy(photos_640 / "train.beton", path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())  # pages that are not written yet cannot be evicted
-    storage = Storage(Samples.of(read_header(path)), np.arange(640), workers=2)
+    storage = Storage(Samples.read(read_header(path)), np.arange(640), workers=2)
     assert storage.cached_before == pytest.approx(1, abs=0.05)
     for _ in range(3):
         storage.measure()

@@ -81,7 +81,7 @@ def draw_extremes(
 ) -> None:
     """The most and the least certain images, each with its class, uncertainty and index; of equal ones the first."""
     order_M = np.argsort(uncertainty_M, kind="stable")
-    index_N = Samples.of(read_header(data.path)).index_N
+    index_N = Samples.read(read_header(data.path)).index_N
     by_index_N = np.argsort(index_N, kind="stable")
     position_M = by_index_N[np.searchsorted(index_N[by_index_N], index_M)]
     count = min(count, len(order_M) // 2)
