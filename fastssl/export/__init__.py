@@ -1,7 +1,7 @@
-"""A trained run as files for others: timm, safetensors or ONNX, with a model card.
+"""A trained run as one file for other programs (timm, safetensors or ONNX), with a model card.
 
-`command.py` reads top to bottom: open the run (`source.py`), write the file (`models/exported.py`, `onnx_file.py`) and
-the card beside it (`card.py`, from what `findings.py` finds in the run directory).
+`run.py` reads top to bottom: read the run (`source.py`), write the file (`models/exported.py`, `onnx_file.py`) and the
+card next to it (`card.py`).
 """
 
 from fastssl.export.run import Exported, export_run

@@ -1,15 +1,16 @@
-"""model_card.md: all that a run says about its model, and what it does not say. No figure comes from elsewhere."""
+"""model_card.md: what a run tells about its model, and what it does not tell. Every value comes from the run."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from fastssl.common.geometry import CENTER
-from fastssl.export.run_summary import Findings
 from fastssl.export.source import Source
-from fastssl.models.exported import short_path
+from fastssl.models.classifier import Classifier
+from fastssl.models.exported import short_path, without_folders
+from fastssl.models.gaussian import GaussianHead
 
 CARD = "model_card.md"
 LIBRARY = {"timm": "timm", "safetensors": "fastssl", "onnx": "onnx"}
@@ -20,81 +21,111 @@ OBJECTIVES = {
     "byol": "BYOL",
     "supervised": "cross-entropy",
 }
+UNKNOWN = "not recorded in the run"
 
 
-def model_card(source: Source, findings: Findings, file: str, format: str, sigma: bool) -> str:
-    """Markdown with YAML front matter, as Hugging Face reads it. The licence is left to whoever publishes.
+def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard:
+    """Describe the exported file, as Hugging Face expects it. The license is left to the person who publishes.
 
-    file: the exported file's name; it lies beside the card.
+    Args:
+        file: name of the exported file, which is in the folder of the card.
+        sigma: whether the file gives mu and sigma too.
     """
     recipe = source.recipe
-    objective, supervised = OBJECTIVES[recipe.objective.name], recipe.objective.name == "supervised"
-    kind = ["supervised-learning"] if supervised else ["self-supervised-learning", recipe.objective.name]
-    tags = ["image-feature-extraction", *kind, "fastssl"]
-    if format != "safetensors":
-        tags.append(LIBRARY[format])
-    if sigma:
-        tags.append("uncertainty")
-    front = {"library_name": LIBRARY[format], "pipeline_tag": "image-feature-extraction", "tags": tags}
-    sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {plain(recipe.name)}",
-        f"A {recipe.model.backbone} image encoder that learned {'from' if supervised else 'without'} labels "
-        f"({objective}), trained and exported by fastssl. `{file}` gives {outputs_in_words(source, format, sigma)}.",
-        "## Use",
-        f"```python\n{code(source, file, format, sigma)}\n```",
-        "## Input",
-        table(input_rows(source)),
-        "## Model",
-        table(model_rows(source, format, sigma)),
-        "## Training",
-        table(training_rows(source, findings)),
-        "## Results",
-        results_section(findings),
-        "## Made with",
-        table(environment_rows(source, findings)),
-        "## Known limits",
-        "\n".join(f"- {limit}" for limit in limits(source, findings, format, sigma)),
-    ]
-    return "\n\n".join(sections) + "\n"
+    objective = recipe.objective.name
+    supervised = objective == "supervised"
+    tags = ["image-feature-extraction", "fastssl"]
+    tags += ["supervised-learning"] if supervised else ["self-supervised-learning", objective]
+    tags += ["uncertainty"] if sigma else []
+    tags += [LIBRARY[format]]
+    data = ModelCardData(library_name=LIBRARY[format], pipeline_tag="image-feature-extraction", tags=tags)
+    known_limits = "\n".join(f"- {limit}" for limit in limits(source, format, sigma))
+    return ModelCard(f"""\
+---
+{data.to_yaml()}
+---
+
+# {escape(recipe.name)}
+
+A {recipe.model.backbone} image encoder that was trained {"with" if supervised else "without"} labels \
+({OBJECTIVES[objective]}) and exported by fastssl. `{file}` gives {describe_outputs(source, format, sigma)}.
+
+## Use
+
+```python
+{example_code(source, file, format, sigma)}
+```
+
+## Input
+
+{table(input_rows(source))}
+
+## Model
+
+{table(model_rows(source, sigma))}
+
+## Training
+
+{table(training_rows(source))}
+
+The recipe, with shortened paths:
+
+```yaml
+{without_folders(recipe).to_yaml()}```
+
+## Results
+
+{results_section(source)}
+
+## Made with
+
+{table(environment_rows(source))}
+
+## Known limits
+
+{known_limits}
+""")
 
 
-def outputs_in_words(source: Source, format: str, sigma: bool) -> str:
-    h = "the representation h"
-    if "h" in source.spaces:
-        of_file = "the encoder's features, of which this run's h head makes the representation h"
-        h = of_file if format != "onnx" and not sigma else "the representation h, the mean of a Gaussian"
-    return h + (f", and mu and sigma of the stochastic embedding {space_of_sigma(source)}" if sigma else "")
+def describe_outputs(source: Source, format: str, sigma: bool) -> str:
+    if "h" not in source.spaces:
+        h = "the representation h"
+    elif format == "onnx" or sigma:
+        h = "the representation h, the mean of a Gaussian"
+    else:
+        h = "the encoder's features, from which this run's h head computes the representation h"
+    return h + (f", and mu and sigma of the stochastic embedding {sigma_space(source)}" if sigma else "")
 
 
-def space_of_sigma(source: Source) -> str:
-    """As the model's `embed`: where both are stochastic, h's."""
+def sigma_space(source: Source) -> str:
+    """The space of mu and sigma that the model's `embed` returns: h's where both are stochastic."""
     return "h" if "h" in source.spaces else "z"
 
 
-def code(source: Source, file: str, format: str, sigma: bool) -> str:
-    """A program that reads the file and embeds photo.jpg; the clean view in Pillow and numpy."""
+def example_code(source: Source, file: str, format: str, sigma: bool) -> str:
+    """A program that embeds photo.jpg with the exported file. Its evaluation transform needs only Pillow and numpy."""
     views = source.recipe.views
-    what, cut, box = "whole image", "", ""
+    area, crop, box = "whole image", "", ""
     if views.eval == "center":
-        what, box = "image's centre", ", box=box"
-        cut = f"""\
+        area = "image's center"
+        box = ", box=box"
+        crop = f"""\
     side = {CENTER} * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = left, top, left + side, top + side
 """
-    line = loading_line(source, file, format, sigma)
+    load = loading_code(source, file, format, sigma)
     if format == "onnx":
         imports = "import onnxruntime"
         outputs = "h, mu, sigma" if sigma else "(h,)"
-        use = f'session = {line}\n{outputs} = session.run(None, {{"images": preprocess("photo.jpg")}})'
+        use = f'session = {load}\n{outputs} = session.run(None, {{"images": preprocess("photo.jpg")}})'
     else:
-        imports = "import timm\nimport torch" if format == "timm" else "import fastssl\nimport torch"
-        images = 'images = torch.from_numpy(preprocess("photo.jpg"))'
+        imports = f"import {LIBRARY[format]}\nimport torch"
+        use = 'images = torch.from_numpy(preprocess("photo.jpg"))\n'
         if sigma:
-            use = f"model = {line}\n{images}\nh, mu, sigma, space = model.embed(images)"
+            use += f"model = {load}\nh, mu, sigma, space = model.embed(images)"
         else:
-            use = f"encoder = {line}\n{images}\nwith torch.inference_mode():\n    h = encoder(images)"
+            use += f"encoder = {load}\nwith torch.inference_mode():\n    h = encoder(images)"
     return f'''\
 import numpy as np
 {imports}
@@ -104,17 +135,17 @@ MEAN, STD = np.float32({list(views.mean)}), np.float32({list(views.std)})
 
 
 def preprocess(path):
-    """The {what} as a square of {views.size} pixels, normalised: (1, 3, {views.size}, {views.size}) float32."""
+    """The {area} as a square of {views.size} pixels, normalized: (1, 3, {views.size}, {views.size}) float32."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-{cut}    pixels = np.asarray(image.resize(({views.size}, {views.size}), Image.BILINEAR{box}), np.float32) / 255
+{crop}    pixels = np.asarray(image.resize(({views.size}, {views.size}), Image.BILINEAR{box}), np.float32) / 255
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
 
 
 {use}'''
 
 
-def loading_line(source: Source, file: str, format: str, sigma: bool) -> str:
-    """One expression of Python that reads the file."""
+def loading_code(source: Source, file: str, format: str, sigma: bool) -> str:
+    """A Python expression that loads the file."""
     name = json.dumps(file, ensure_ascii=False)
     if format == "timm":
         options = "".join(f", {key}={value}" for key, value in source.timm_options.items())
@@ -125,146 +156,120 @@ def loading_line(source: Source, file: str, format: str, sigma: bool) -> str:
     return f"fastssl.load_model({name})" if sigma else f"fastssl.load_encoder({name})"
 
 
-def input_rows(source: Source) -> Iterable[tuple[str, object]]:
+def input_rows(source: Source) -> list[tuple[str, object]]:
     views = source.recipe.views
-    seen = "the whole image, whatever its aspect ratio"
+    area = "the whole image, whatever its aspect ratio"
     if views.eval == "center":
-        seen = f"the central square of {CENTER} of the shorter side"
-    yield "image", f"RGB; kind `{views.eval}`: {seen}, resized to a square"
-    yield "size", f"{views.size} x {views.size}, bilinear, antialiased where it shrinks"
-    yield "range", "[0, 1], then minus mean, divided by std"
-    yield "mean", list(views.mean)
-    yield "std", list(views.std)
+        area = f"the central square of {CENTER} of the shorter side"
+    return [
+        ("image", f"RGB; `views.eval: {views.eval}`: {area}, resized to a square"),
+        ("size", f"{views.size} x {views.size}, bilinear, antialiased where it shrinks"),
+        ("range", "[0, 1], then minus mean, divided by std"),
+        ("mean", list(views.mean)),
+        ("std", list(views.std)),
+    ]
 
 
-def model_rows(source: Source, format: str, sigma: bool) -> Iterable[tuple[str, object]]:
-    model, keys = source.model, source.recipe.model
-    yield "backbone", f"{keys.backbone} (timm)"
-    yield "stem", "3x3 convolution, no max-pool" if keys.stem == "small" else "as timm makes it"
+def model_rows(source: Source, sigma: bool) -> Iterator[tuple[str, object]]:
+    model, config = source.model, source.recipe.model
+    yield "backbone", f"{config.backbone} (timm)"
+    yield "stem", "3x3 convolution, no max-pool" if config.stem == "small" else "as in timm"
     yield "width of h", model.encoder.num_features
     yield "parameters of the backbone", f"{count_parameters(model.encoder):,}"
-    if source.spaces:
-        embedding = source.recipe.embedding
-        yield "stochastic", " and ".join(source.spaces)
-        prior = embedding.prior.replace("_", " ")
-        if embedding.prior != "standard_normal":
-            prior += f", {embedding.mixture_components} components"
-        yield "prior", prior
-        yield "beta", embedding.beta
-        yield "samples S", embedding.samples
-    else:
-        yield "stochastic", "no"
-    if source.recipe.objective.name == "supervised":
-        behind, top = "classifier", model.classifier
-        yield "classifier in training", f"one linear layer, {top.out_features} classes"
-    else:
-        behind, top, projector = "projector", model.projector, keys.projector
-        yield "projector in training", f"{projector.layers} layers, {projector.hidden} wide, {projector.out} out"
+    yield "stochastic", " and ".join(source.spaces) or "no"
     if sigma:
-        yield "width of mu and sigma", model.heads[space_of_sigma(source)].mu.out_features
-        yield f"parameters of {behind} and heads", f"{count_parameters(top, model.heads):,}"
+        head = model.heads[sigma_space(source)]
+        assert isinstance(head, GaussianHead)
+        yield "width of mu and sigma", head.mu.out_features
+        if isinstance(model, Classifier):
+            yield "parameters of classifier and heads", f"{count_parameters(model.classifier, model.heads):,}"
+        else:
+            yield "parameters of projector and heads", f"{count_parameters(model.projector, model.heads):,}"
 
 
-def training_rows(source: Source, findings: Findings) -> Iterable[tuple[str, object]]:
-    recipe, optim, train = source.recipe, source.recipe.optim, source.recipe.train
-    settings = recipe.objective.model_dump(exclude={"name", "gather"})
-    yield "objective", f"{OBJECTIVES[recipe.objective.name]} ({', '.join(f'{k}={v}' for k, v in settings.items())})"
-    yield "data", short_path(recipe.data.train)
-    yield "images", f"{findings.train_images:,}" if findings.train_images else "the run does not say"
-    if recipe.data.subset is not None:
-        yield "subset", f"the images listed in {short_path(recipe.data.subset)}"
-    yield "limit", f"a random subset of at most {recipe.data.limit:,}" if recipe.data.limit else "none"
-    done = "unknown number" if source.epochs_done is None else source.epochs_done
-    yield "epochs", f"{done} of {train.epochs}"
-    yield "steps", "the checkpoint does not say" if source.step is None else f"{source.step:,}"
-    yield "batch size", train.batch_size
-    yield "optimiser", ", ".join([optim.name, *(f"{key}={value}" for key, value in optim.options.items())])
-    yield "peak learning rate", f"{optim.lr * train.batch_size / 256:.4g} ({optim.lr:g} at batch 256)"
-    yield "weight decay", f"{optim.weight_decay:g}"
-    if train.ema is not None:
-        yield "weights", f"their running average, decay {train.ema:g}"
-    if recipe.model.init is not None:
-        yield "started from", short_path(recipe.model.init)
-    yield "seed", recipe.seed
-    auto = "auto: bf16 on a GPU, else fp32"
-    yield "precision", auto if train.precision == "auto" else train.precision
-
-
-def results_section(findings: Findings) -> str:
-    rows = [
-        (result.name, name, f"{value:.4g}", on_words(result.data, result.images))
-        for result in findings.results
-        for name, value in result.figures.items()
+def training_rows(source: Source) -> list[tuple[str, object]]:
+    recipe = source.recipe
+    batch_size, rate = recipe.train.batch_size, recipe.optim.lr
+    return [
+        ("images", UNKNOWN if source.train_images is None else f"{source.train_images:,}"),
+        (
+            "epochs",
+            f"{'unknown number' if source.epochs_done is None else source.epochs_done} of {recipe.train.epochs}",
+        ),
+        ("steps", UNKNOWN if source.step is None else f"{source.step:,}"),
+        ("batch size", batch_size),
+        ("peak learning rate", f"{rate * batch_size / 256:.4g} ({rate:g} at batch size 256)"),
     ]
-    parts = []
-    if rows:
-        parts.append(table(rows, ("evaluation", "figure", "value", "measured on")))
-    if findings.probe:
-        probe = {key: value for key, value in findings.probe.items() if key not in ("step", "epoch")}
-        figures = ", ".join(f"{plain(key)} {value:.4g}" for key, value in probe.items())
-        parts.append(f"The last probe in training, at step {findings.probe['step']:.0f}: {figures}.")
-    return "\n\n".join(parts) or "The run holds no result."
 
 
-def on_words(data: str | None, images: int | None) -> str:
-    return ", ".join([*([short_path(data)] if data else []), *([f"{images:,} images"] if images else [])])
+def results_section(source: Source) -> str:
+    rows = []
+    for result in source.results:
+        data = [short_path(result.data)] if result.data else []
+        images = [f"{result.images:,} images"] if result.images else []
+        for name, value in result.metrics.items():
+            rows.append((result.name, name, f"{value:.4g}", ", ".join(data + images)))
+    parts = [table(rows, ("evaluation", "metric", "value", "measured on"))] if rows else []
+    if source.probe:
+        metrics = [f"{escape(key)} {value:.4g}" for key, value in source.probe.items() if key not in ("step", "epoch")]
+        parts.append(f"The last probe during training, at step {source.probe['step']:.0f}: {', '.join(metrics)}.")
+    return "\n\n".join(parts) or "The run holds no results."
 
 
-def environment_rows(source: Source, findings: Findings) -> Iterable[tuple[str, object]]:
-    environment = findings.environment
+def environment_rows(source: Source) -> Iterator[tuple[str, object]]:
+    environment = source.environment
     packages = environment.get("packages")
-    packages = packages if isinstance(packages, dict) else {}
-    for shown, name in (("fastssl", "fastssl-trainer"), ("torch", "torch"), ("timm", "timm")):
-        yield shown, packages.get(name) or "the run does not say"
-    yield "git state", environment.get("git") or "the run does not say"
-    yield "device", environment.get("device") or "the run does not say"
+    for name in ("fastssl-trainer", "torch", "timm"):
+        yield name, (packages.get(name) if isinstance(packages, dict) else None) or UNKNOWN
+    yield "git state", environment.get("git") or UNKNOWN
+    yield "device", environment.get("device") or UNKNOWN
     yield "checkpoint", source.checkpoint.name
-    yield "its sha256", source.checkpoint_sha256
+    yield "sha256 of the checkpoint", source.checkpoint_sha256
 
 
-def limits(source: Source, findings: Findings, format: str, sigma: bool) -> Iterable[str]:
-    """What a reader may take for granted and should not, each with its cause in the run."""
+def limits(source: Source, format: str, sigma: bool) -> Iterator[str]:
+    """What a reader might take for granted and should not."""
     epochs = source.recipe.train.epochs
     if source.epochs_done is None:
-        yield "The checkpoint does not say how far the training had come."
+        yield "The checkpoint does not tell how many epochs were trained."
     elif source.epochs_done < epochs:
         steps = "" if source.step is None else f", at step {source.step:,}"
         yield f"Exported from an unfinished run: {source.epochs_done} of {epochs} epochs were done{steps}."
-    if not findings.results:
-        yield "No accuracy was measured on these weights" + (" but the probe's." if findings.probe else ".")
-    for file in findings.stale:
-        yield f"`{plain(file)}` was measured on other weights of this run, and is left out."
-    for file in findings.damaged:
-        yield f"`{plain(file)}` could not be read, and is left out."
+    if not source.results:
+        yield "No accuracy was measured on these weights" + (" except by the probe." if source.probe else ".")
+    for file in source.stale:
+        yield f"`{escape(file)}` was measured on other weights of this run and is left out."
+    for file in source.damaged:
+        yield f"`{escape(file)}` could not be read and is left out."
     if source.run_dir is None:
         yield "Made from a checkpoint file outside a run directory: environment and results are not known."
-    elif not findings.environment:
+    elif not source.environment:
         yield "The run directory holds no environment.json: the versions that trained it are not known."
     if "h" in source.spaces and not sigma and format != "onnx":
         yield (
-            "The file holds the backbone alone. This run's representation is the mean that the h head makes of its "
-            "features; `fastssl export --sigma` (safetensors or onnx) keeps that head."
+            "The file holds the backbone alone. This run's representation is the mean that the h head computes from "
+            "its features; `fastssl export --sigma` (safetensors or onnx) includes that head."
         )
     if sigma:
-        yield "sigma was learned by the objective and its prior; how well it is calibrated is for an evaluation to say."
+        yield "sigma was learned by the objective and its prior; an evaluation has to show how well it is calibrated."
     if format == "timm":
         yield (
-            "timm's own settings of this name (`resolve_data_config`) are those of other weights: take the input from "
-            "this card."
+            "timm's own settings for this name (`resolve_data_config`) belong to other weights: use the input settings "
+            "of this card."
         )
-    yield "No licence is stated: whoever publishes this file states one."
+    yield "No license is stated: the person who publishes this file states one."
 
 
 def count_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def table(rows: Iterable[tuple], head: tuple[str, ...] = ("", "")) -> str:
+def table(rows: Iterable[tuple[object, ...]], head: tuple[str, ...] = ("", "")) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines)
 
 
-def plain(value: object) -> str:
-    """One line that cannot leave its table cell, nor bring HTML in."""
+def escape(value: object) -> str:
+    """The value as one line of Markdown that cannot end its table cell or contain HTML."""
     text = " ".join(str(value).split())
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,44 +1,62 @@
-"""The run that is exported: its weights, and what its checkpoint says of them."""
+"""The run that is exported: its model, and what checkpoint and run directory tell about it."""
 
 import importlib.metadata
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastssl.common.errors import UserError
+from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model
 from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, recipe_in, run_dir_of
 from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe
+from fastssl.training.tracking import readable_lines
 from fastssl.views import describe_eval_transform
 
 
 @dataclass(frozen=True)
+class EvaluationSummary:
+    """One result in RUN/eval/."""
+
+    name: str
+    metrics: dict[str, float]
+    images: int | None  # number of images that it was measured on; None: not known
+    data: str | None  # path of the .beton file that it was measured on; None: not known
+
+
+@dataclass
 class Source:
-    """A trained model and where it comes from."""
+    """A trained model and everything that its run tells about it."""
 
     model: Model  # eval mode, on the CPU
     recipe: Recipe
     checkpoint: Path
     checkpoint_sha256: str
-    step: int | None  # None, also below: the checkpoint does not say
-    epochs_done: int | None
-    run_dir: Path | None  # None: the checkpoint lies in no run directory
+    step: int | None  # optimizer steps done; None: the checkpoint does not tell
+    epochs_done: int | None  # None: the checkpoint does not tell
+    run_dir: Path | None  # None: the checkpoint is not in a run directory, and nothing below is known
+    environment: dict[str, object] = field(default_factory=dict)  # environment.json
+    results: list[EvaluationSummary] = field(default_factory=list)
+    probe: dict[str, float] | None = None  # metrics of the last probe up to the exported step, and its `step`
+    train_images: int | None = None  # number of training images
+    stale: list[str] = field(default_factory=list)  # files with results of other weights
+    damaged: list[str] = field(default_factory=list)  # files that could not be read
 
     @property
     def spaces(self) -> str:
-        """Where embeddings are stochastic: "h", "z", "hz", or "" for a deterministic run."""
+        """The stochastic embeddings: "h", "z", "hz", or "" for a deterministic run."""
         return self.recipe.embedding.stochastic.replace("none", "")
 
     @property
     def timm_options(self) -> dict[str, int]:
-        """What timm.create_model needs beside the name and num_classes=0: positions must fit the input's size."""
+        """Options of timm.create_model besides num_classes=0: position embeddings must fit the image size."""
         return {"img_size": self.recipe.views.size} if has_fixed_size(self.recipe.model.backbone) else {}
 
     @property
     def header(self) -> dict[str, str]:
-        """What an exported file says about itself; a file's metadata are words, so lists and objects are JSON."""
+        """The metadata of the exported file. The formats only allow strings, so lists and objects are JSON."""
         return {
             "fastssl_version": importlib.metadata.version("fastssl-trainer"),
             "name": self.recipe.name,
@@ -50,18 +68,18 @@ class Source:
         }
 
 
-def open_run(run: str | Path) -> Source:
-    """A run directory, or a checkpoint file. Raises UserError where there is no sound model in it."""
+def read_run(run: str | Path) -> Source:
+    """Load a run directory or a checkpoint file. Raises UserError if it holds no sound model."""
     checkpoint = newest_checkpoint(run)
     path, saved = checkpoint.path, checkpoint.saved
     if checkpoint.warning:
         warnings.warn(checkpoint.warning, stacklevel=2)
-    # Where gradients are wanted, torch.export keeps views in some attention (relpos, maxvit) that ONNX refuses.
+    # With gradients, torch.export keeps views in some attention layers (relpos, maxvit) that ONNX refuses.
     model = model_from_checkpoint(checkpoint).requires_grad_(False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
     loader = saved.get("loader")
-    return Source(
+    source = Source(
         model,
         recipe_in(path, saved),
         path,
@@ -70,8 +88,77 @@ def open_run(run: str | Path) -> Source:
         _count(loader.get("epoch")) if isinstance(loader, dict) else None,
         run_dir_of(path),
     )
+    if source.run_dir:
+        read_run_dir(source, source.run_dir)
+    return source
+
+
+def read_run_dir(source: Source, run_dir: Path) -> None:
+    """Add environment, results and last probe of the run directory to `source`, and the names of unusable files."""
+    environment = run_dir / "environment.json"
+    if environment.is_file():
+        source.environment = _read_object(environment) or {}
+        if not source.environment:
+            source.damaged.append(environment.name)
+    sha256 = weights_sha256(source.model)
+    for path in sorted((run_dir / "eval").glob("*.json")):
+        result = _read_object(path)
+        if result is None:
+            source.damaged.append(f"eval/{path.name}")
+        elif result.get("encoder_sha256", sha256) != sha256 and result.get("weights") != "untrained":
+            source.stale.append(f"eval/{path.name}")
+        elif result.get("weights") != "untrained":
+            val = result.get("val")
+            val = val if isinstance(val, dict) else {}
+            images, data = val.get("images"), val.get("path")
+            source.results.append(
+                EvaluationSummary(
+                    str(result.get("evaluation", path.stem)),
+                    _numbers(result.get("metrics")),
+                    images if type(images) is int else None,
+                    data if isinstance(data, str) else None,
+                )
+            )
+            train = result.get("train")
+            if isinstance(train, dict) and train.get("path") == source.recipe.data.train:
+                source.train_images = _count(train.get("images"))
+    source.probe = last_probe(run_dir / "metrics.jsonl", source.step)
+
+
+def last_probe(path: Path, last_step: int | None) -> dict[str, float] | None:
+    """The last line of metrics.jsonl that holds a probe, up to `last_step`; invalid lines are skipped."""
+    if not path.is_file():
+        return None
+    last = None
+    for entry in readable_lines(path.read_text(errors="replace").splitlines()):
+        metrics = _numbers(entry)
+        is_probe = "loss" not in entry and metrics.keys() - {"step", "epoch"}
+        if is_probe and (last_step is None or metrics["step"] <= last_step):
+            last = metrics
+    return last
+
+
+def _read_object(path: Path) -> dict[str, object] | None:
+    """The JSON object in a file; None if the file is damaged or holds something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _count(value: object) -> int | None:
-    """A checkpoint from a stranger may hold anything under any key."""
+    """The value if it is a count. Files from other people may hold anything under any key."""
     return value if type(value) is int and value >= 0 else None
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """The numbers in an object, and those of objects in it under dotted names."""
+    flat: dict[str, object] = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": number for inner, number in value.items()}
+        else:
+            flat[key] = value
+    # Larger integers cannot be formatted as a float.
+    return {key: x for key, x in flat.items() if type(x) is float or (type(x) is int and abs(x) < 2**63)}

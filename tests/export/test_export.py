@@ -1,4 +1,4 @@
-"""`fastssl export`: the three formats give what the run's model gives, and the card says what the run says."""
+"""`fastssl export`: all three formats give the outputs of the run's model, and the card reports what the run holds."""
 
 import hashlib
 import importlib.metadata
@@ -24,7 +24,7 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation import evaluate_knn, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.probe import knn_probe
 from fastssl.export import export_run
-from fastssl.export.onnx_file import Embed, largest_difference
+from fastssl.export.onnx_file import EmbedTuple, compare_with_torch
 from fastssl.models import SSLModel
 from fastssl.recipe import Recipe, ViewsConfig, load_recipe
 from fastssl.training import train
@@ -48,7 +48,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A function of a kind's name: a checkpoint file of that kind, with batch statistics of its own."""
+    """A function from the name of a kind to a checkpoint file of that kind, whose batch norms have seen a batch."""
     made = {}
 
     def make(kind: str):
@@ -91,7 +91,7 @@ def run(canvas, tmp_path_factory):
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """The run's small files and its checkpoint, to spoil."""
+    """A copy of the run's small files and its checkpoint, to damage."""
     for path in run.rglob("*"):
         if path.is_file() and path.suffix in (".yaml", ".json", ".jsonl", ".pt"):
             target = tmp_path / "copy" / path.relative_to(run)
@@ -105,7 +105,7 @@ def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def command(monkeypatch, capsys, *arguments):
+def run_command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["fastssl", "export", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -118,9 +118,9 @@ def run_onnx(path, images):
 
 
 @pytest.mark.parametrize("kind", ["none", "vit"])
-def test_timm_loads_the_file_with_the_line_that_is_printed(checkpoint, images, tmp_path, monkeypatch, capsys, kind):
+def test_timm_loads_the_file_with_the_printed_code(checkpoint, images, tmp_path, monkeypatch, capsys, kind):
     out = tmp_path / "made" / "here" / "encoder.safetensors"
-    code, said, _ = command(monkeypatch, capsys, checkpoint(kind), "--format", "timm", "--out", out)
+    code, said, _ = run_command(monkeypatch, capsys, checkpoint(kind), "--format", "timm", "--out", out)
     line = re.search(r"Load it with: (.*)", said)[1]
     card = out.with_name("model_card.md").read_text()
     assert code == 0 and ("img_size=32" in line) == (kind == "vit") and line.replace(str(out), out.name) in card
@@ -137,7 +137,7 @@ def test_timm_loads_the_file_with_the_line_that_is_printed(checkpoint, images, t
     assert header["fastssl_version"] == importlib.metadata.version("fastssl-trainer")
 
 
-def test_the_small_stem_has_no_timm_name_and_is_kept_as_safetensors(checkpoint, images, tmp_path):
+def test_the_small_stem_is_refused_for_timm_and_exported_as_safetensors(checkpoint, images, tmp_path):
     with pytest.raises(UserError, match="--format safetensors.*fastssl.load_encoder"):
         export_run(checkpoint("small"), "timm", tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -149,7 +149,7 @@ def test_the_small_stem_has_no_timm_name_and_is_kept_as_safetensors(checkpoint, 
 
 @pytest.mark.parametrize("kind", ["z", "h", "hz", "byol", "vit"])
 def test_safetensors_with_sigma_is_the_whole_model(checkpoint, images, tmp_path, kind):
-    """Every bit of what `embed` gives, and the priors; without BYOL's training parts and this machine's folders."""
+    """`embed` and the priors are equal bit for bit. BYOL's training parts and this machine's folders are not in it."""
     path, original = tmp_path / "x.safetensors", fastssl.load_model(checkpoint(kind))
     made = export_run(checkpoint(kind), "safetensors", path, sigma=True)
     model = eval(made.load_with, {"fastssl": fastssl})
@@ -164,12 +164,12 @@ def test_safetensors_with_sigma_is_the_whole_model(checkpoint, images, tmp_path,
     assert b"photos/train.beton" in path.read_bytes() and b"someone" not in path.read_bytes()
 
 
-def test_sigma_is_refused_where_there_is_none_and_needed_for_a_whole_model(checkpoint, tmp_path):
+def test_sigma_is_refused_for_deterministic_runs_and_needed_for_a_whole_model(checkpoint, tmp_path):
     path = tmp_path / "x.safetensors"
     for format in ("safetensors", "timm"):
         with pytest.raises(UserError, match="is deterministic .* leave out --sigma"):
             export_run(checkpoint("none"), format, path, sigma=True)
-    with pytest.raises(UserError, match="timm model has no place for sigma"):
+    with pytest.raises(UserError, match="timm model cannot hold sigma"):
         export_run(checkpoint("z"), "timm", path, sigma=True)
     assert not list(tmp_path.iterdir())
     export_run(checkpoint("z"), "safetensors", path)
@@ -177,8 +177,8 @@ def test_sigma_is_refused_where_there_is_none_and_needed_for_a_whole_model(check
         fastssl.load_model(path)
 
 
-def strange_files(folder, checkpoint):
-    """Names and files that are no export, or a spoilt one."""
+def untrusted_files(folder, checkpoint):
+    """Names and contents of files that are no export, or a damaged one."""
     good = folder / "good.safetensors"
     export_run(checkpoint("z"), "safetensors", good, sigma=True)
     with safe_open(good, "pt") as file:
@@ -201,12 +201,12 @@ def strange_files(folder, checkpoint):
         yield name, (folder / "x.safetensors").read_bytes()
     del weights["encoder.conv1.0.weight"]
     save_file(weights, folder / "x.safetensors", metadata=header)
-    yield "a weight lacks", (folder / "x.safetensors").read_bytes()
+    yield "missing weight", (folder / "x.safetensors").read_bytes()
 
 
-def test_files_from_strangers_are_one_sentence(checkpoint, tmp_path):
+def test_untrusted_files_are_refused_in_one_sentence(checkpoint, tmp_path):
     seen = []
-    for name, content in strange_files(tmp_path, checkpoint):
+    for name, content in untrusted_files(tmp_path, checkpoint):
         path = tmp_path / f"{name.replace(' ', '_')}.safetensors"
         if content is not None:
             path.write_bytes(content)
@@ -218,10 +218,10 @@ def test_files_from_strangers_are_one_sentence(checkpoint, tmp_path):
     assert len(seen) == 12
 
 
-# relpos: attention that exports only where no gradients are wanted
+# relpos: its attention exports only without gradients
 @pytest.mark.parametrize("kind", ["h", "small", "vit", pytest.param("relpos", marks=pytest.mark.slow)])
-def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
-    """To 1e-4 at several batch sizes; of an H-prob model h is a mean. (Below: a deterministic one.)"""
+def test_onnx_gives_the_outputs_of_torch(checkpoint, tmp_path, kind):
+    """To 1e-4 at several batch sizes. For an H-prob model, h is a mean. (A deterministic model is tested below.)"""
     path, sigma = tmp_path / "x.onnx", kind in ("small", "vit")
     made = export_run(checkpoint(kind), "onnx", path, sigma=sigma)
     model = fastssl.load_model(checkpoint(kind))
@@ -237,7 +237,7 @@ def test_onnx_gives_what_torch_gives(checkpoint, tmp_path, kind):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["eval_transform"])["size"] == 32 and metadata["outputs"] == " ".join(names)
     assert set(tmp_path.iterdir()) == {path, made.card}
-    # The exporter notes the source line of every operation: nothing of this machine may stay.
+    # The exporter records the source line of every operation; paths of this machine must not stay in the file.
     assert str(timm.__path__[0]).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
@@ -262,35 +262,35 @@ def test_a_backbone_that_torch_cannot_translate_is_refused(checkpoint, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_onnx_packages_that_lack_are_named_and_a_file_that_differs_is_refused(
+def test_missing_onnx_packages_are_named_and_a_file_that_differs_is_refused(
     checkpoint, images, photos, tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / "x.onnx"
     arguments = checkpoint("none"), "--format", "onnx", "--out", path
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxscript", None)
-        code, _, err = command(without, capsys, *arguments)
+        code, _, err = run_command(without, capsys, *arguments)
     assert code == 2 and "onnxscript: pip install 'onnx' 'onnxscript'" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxruntime", None)
-        code, out, _ = command(without, capsys, *arguments)
+        code, out, _ = run_command(without, capsys, *arguments)
     assert code == 0 and "Not checked against torch" in out
 
     model = fastssl.load_model(checkpoint("none"))
     (h,) = run_onnx(path, images)
     np.testing.assert_allclose(h, model.embed(images).h.numpy(), rtol=1e-4, atol=1e-4)
     h = run_card(path.with_name("model_card.md"), photos / "train" / "class0" / "000.jpg", monkeypatch)["h"]
-    assert h.shape == (1, 96) and largest_difference(path, Embed(model, False), 32) < 1e-4
+    assert h.shape == (1, 96) and compare_with_torch(path, EmbedTuple(model, False), 32) < 1e-4
     for change in (0.01, torch.nan):
         with torch.no_grad():
             model.encoder.bn1.bias[0] += change
         with pytest.raises(UserError, match="differs from torch by"):
-            largest_difference(path, Embed(model, False), 32)
+            compare_with_torch(path, EmbedTuple(model, False), 32)
 
 
 def run_card(card, photo, monkeypatch):
-    """The variables of the card's program, run beside the file with a photo, as a reader would."""
+    """Run the card's program in the folder of the file, with a photo, and return its variables."""
     monkeypatch.chdir(card.parent)
     shutil.copy(photo, "photo.jpg")
     names = {}
@@ -302,7 +302,7 @@ def run_card(card, photo, monkeypatch):
     "format, sigma", [("timm", False), ("safetensors", False), ("safetensors", True), ("onnx", True)]
 )
 def test_the_code_of_the_card_gives_the_embedding(run, photos, tmp_path, monkeypatch, format, sigma):
-    """And its preprocessing is the clean view to rounding."""
+    """Its preprocessing is the evaluation transform up to rounding."""
     made = export_run(run, format, tmp_path / ("x.onnx" if format == "onnx" else "x.safetensors"), sigma)
     names = run_card(made.card, photos / "train" / "class0" / "000.jpg", monkeypatch)
     pixels = torch.from_numpy(np.asarray(Image.open("photo.jpg"))[None].copy())
@@ -314,7 +314,7 @@ def test_the_code_of_the_card_gives_the_embedding(run, photos, tmp_path, monkeyp
         np.testing.assert_allclose(np.asarray(names[name]), getattr(expected, name).numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_code_of_the_card_cuts_the_centre_where_the_run_does(checkpoint, photos, tmp_path, monkeypatch):
+def test_the_code_of_the_card_crops_the_center_if_the_run_does(checkpoint, photos, tmp_path, monkeypatch):
     photo = photos / "train" / "class0" / "000.jpg"
     made = export_run(checkpoint("center"), "timm", tmp_path / "x.safetensors", False)
     with safe_open(made.path, "pt") as file:
@@ -324,11 +324,11 @@ def test_the_code_of_the_card_cuts_the_centre_where_the_run_does(checkpoint, pho
     image = Image.open(photo)
     assert image.width != image.height
     images = eval_transform(ViewsConfig(size=32, eval="center"))(torch.from_numpy(np.asarray(image)[None].copy()))
-    # As above; and beside the box, whose sides lie between pixels, Pillow takes what a pixel's share in it is.
+    # As above. The sides of the box lie between pixels, and Pillow weights the pixels there in another way.
     np.testing.assert_allclose(names["preprocess"](photo), images.numpy(), atol=4 / 255 / 0.22)
 
 
-def test_the_code_of_the_docs_prepares_as_the_card_does(run, photos, tmp_path, monkeypatch):
+def test_the_code_of_the_docs_and_of_the_card_preprocess_equally(run, photos, tmp_path, monkeypatch):
     photo = photos / "train" / "class0" / "000.jpg"
     names = run_card(export_run(run, "timm", tmp_path / "x.safetensors").card, photo, monkeypatch)
     blocks = re.findall(r"```(?:python|json)\n(.*?)```", DOCS.read_text(), re.DOTALL)
@@ -342,12 +342,12 @@ def test_the_code_of_the_docs_prepares_as_the_card_does(run, photos, tmp_path, m
 
 
 def parts_of(card):
-    """The front matter, and the text below it."""
+    """The metadata at the top of the card, and the text below it."""
     _, front, text = card.read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
 
-def test_the_card_says_what_the_run_says(run):
+def test_the_card_reports_what_the_run_holds(run):
     made = export_run(run, "timm")
     assert made.path == run / "export" / "timm" / "zprob_barlow.safetensors"
     front, text = parts_of(made.card)
@@ -361,43 +361,46 @@ def test_the_card_says_what_the_run_says(run):
         "backbone | test_resnet (timm)",
         f"parameters of the backbone | {sum(p.numel() for p in encoder.parameters()):,}",
         "size | 32 x 32, bilinear, antialiased where it shrinks", "mean | [0.485, 0.456, 0.406]",
-        "stochastic | z", "prior | standard normal", "beta | 0.01", "samples S | 3",
-        "images | 48", "limit | none", "epochs | 2 of 2", "steps | 6", "batch size | 16", "optimiser | adamw",
-        "seed | 0", f"torch | {environment['packages']['torch']}", f"git state | {environment['git']}",
+        "stochastic | z", "images | 48", "epochs | 2 of 2", "steps | 6", "batch size | 16",
+        f"torch | {environment['packages']['torch']}", f"git state | {environment['git']}",
         f"knn | accuracy_k5_t0.07 | {knn:.4g}",
     ):  # fmt: skip
         assert f"| {row} |" in text.replace("measured on", ""), row
     assert f"at step 6: knn {probe['knn']:.4g}." in text
     assert "unfinished" not in text and "No accuracy" not in text and str(run) not in text
 
-    # The checkpoint inside a run directory stands for the run; its weights are in the card by their hash.
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert (recipe["embedding"]["beta"], recipe["embedding"]["samples"], recipe["optim"]["name"]) == (0.01, 3, "adamw")
+    assert recipe["data"]["limit"] is None and recipe["seed"] == 0 and Recipe.model_validate(recipe)
+
+    # A checkpoint inside a run directory stands for the run; the card names its weights by their hash.
     again = export_run(run / "checkpoints" / "last.pt", "timm", run / "again" / "y.safetensors")
     assert parts_of(again.card)[1] == text.replace("zprob_barlow.safetensors", "y.safetensors")
     first, second = load_file(made.path), load_file(again.path)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_card_of_a_checkpoint_alone_says_what_is_not_known(checkpoint, tmp_path):
+def test_the_card_of_a_checkpoint_alone_names_what_is_not_known(checkpoint, tmp_path):
     _, text = parts_of(export_run(checkpoint("h"), "timm", tmp_path / "x.safetensors").card)
     for sentence in (
-        "does not say how far the training had come", "No accuracy was measured", "outside a run directory",
-        "the mean that the h head makes", "the encoder's features, of which this run's h head makes",
-        "images | the run does not say", "The run holds no result.",
+        "does not tell how many epochs were trained", "No accuracy was measured", "outside a run directory",
+        "the mean that the h head computes", "the encoder's features, from which this run's h head computes",
+        "images | not recorded in the run", "The run holds no results.",
     ):  # fmt: skip
         assert sentence in text, sentence
     assert "someone" not in text
 
 
-def test_the_card_of_a_damaged_run_says_what_is_damaged(copy, tmp_path):
-    """Results of other weights are left out, damaged lines passed over, later steps than the checkpoint's too."""
+def test_the_card_of_a_damaged_run_names_what_is_damaged(copy, tmp_path):
+    """Results of other weights, damaged lines and steps after the checkpoint's are left out."""
     (copy / "environment.json").write_text("{")
     result = json.loads((copy / "eval" / "knn.json").read_text())
     (copy / "eval" / "knn.json").write_text(json.dumps({**result, "encoder_sha256": "another"}))
     (copy / "eval" / "list.json").write_text("[1, 2]")
     (copy / "eval" / "deep.json").write_text("[" * 100_000)
     (copy / "eval" / "bytes.json").write_bytes(b"\xff\xfe{")
-    figures = {"auroc": {"svhn": 0.875, "n": "7"}, "huge": 10**400, "a": None}
-    strange = {"evaluation": "<b>x|y\n# z", "metrics": figures, "val": {"path": 3, "images": "many"}, "train": 7}
+    metrics = {"auroc": {"svhn": 0.875, "n": "7"}, "huge": 10**400, "a": None}
+    strange = {"evaluation": "<b>x|y\n# z", "metrics": metrics, "val": {"path": 3, "images": "many"}, "train": 7}
     (copy / "eval" / "strange.json").write_text(json.dumps(strange))
     (copy / "metrics.jsonl").write_text(
         '{"step": 3, "epoch": 0, "knn": 0.25}\n{"step": 4, "loss": 1.0}\nnull\n7\n{"step": 5, "epoch": 1, "kn'
@@ -407,13 +410,13 @@ def test_the_card_of_a_damaged_run_says_what_is_damaged(copy, tmp_path):
     for sentence in (
         "`environment.json` could not be read", "`eval/knn.json` was measured on other weights",
         "`eval/list.json` could not be read", "`eval/deep.json` could", "`eval/bytes.json` could",
-        "| &lt;b>x\\|y # z | auroc.svhn | 0.875 |  |", "at step 3: knn 0.25.", "torch | the run does not say",
+        "| &lt;b>x\\|y # z | auroc.svhn | 0.875 |  |", "at step 3: knn 0.25.", "torch | not recorded in the run",
     ):  # fmt: skip
         assert sentence in text, sentence
     assert "0.99" not in text and "huge" not in text and "accuracy_k5_t0.07" not in text
 
 
-def test_an_unfinished_run_is_called_so(copy, tmp_path):
+def test_the_card_of_an_unfinished_run_says_so(copy, tmp_path):
     path = copy / "checkpoints" / "last.pt"
     saved = torch.load(path, weights_only=True)
     torch.save({**saved, "step": 4, "loader": {**saved["loader"], "epoch": 1}}, path)
@@ -421,15 +424,15 @@ def test_an_unfinished_run_is_called_so(copy, tmp_path):
     assert "unfinished run: 1 of 2 epochs were done, at step 4." in text
     torch.save({**saved, "step": "four", "loader": [1]}, path)
     _, text = parts_of(export_run(copy, "timm", tmp_path / "y" / "x.safetensors").card)
-    assert "does not say how far" in text and "steps | the checkpoint does not say" in text
+    assert "does not tell how many" in text and "steps | not recorded in the run" in text
 
 
 def test_nothing_is_overwritten_or_half_written(run, checkpoint, tmp_path, monkeypatch, capsys):
     taken, card = tmp_path / "x.safetensors", tmp_path / "model_card.md"
-    spoilt = tmp_path / "spoilt.pt"
+    damaged = tmp_path / "damaged.pt"
     saved = torch.load(checkpoint("none"), weights_only=True)
     saved["model"]["encoder.conv1.0.weight"][0] = torch.inf
-    torch.save(saved, spoilt)
+    torch.save(saved, damaged)
     for arguments, says in (
         ([run, "--format", "timm", "--out", taken], f"{taken} exists already"),
         ([run, "--format", "safetensors", "--out", tmp_path / "y.safetensors"], f"{card} exists already"),
@@ -438,17 +441,17 @@ def test_nothing_is_overwritten_or_half_written(run, checkpoint, tmp_path, monke
         ([run, "--format", "timm", "--out", taken / "below" / "y.safetensors"], "another file with --out"),
         ([tmp_path / "nowhere", "--format", "timm"], "nowhere holds no checkpoint"),
         ([taken, "--format", "timm"], "is not a readable checkpoint"),
-        ([spoilt, "--format", "timm", "--out", tmp_path / "z" / "x.safetensors"], "not finite"),
+        ([damaged, "--format", "timm", "--out", tmp_path / "z" / "x.safetensors"], "not finite"),
     ):
         taken.write_text("mine")
         card.write_text("mine too") if "card" in says else card.unlink(missing_ok=True)
         before = sorted(tmp_path.rglob("*"))
-        code, _, err = command(monkeypatch, capsys, *arguments)
+        code, _, err = run_command(monkeypatch, capsys, *arguments)
         assert code == 2 and says in err and err.count("\n") == 1, (arguments, err)
         assert taken.read_text() == "mine" and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_name_is_no_path(checkpoint, tmp_path):
+def test_a_recipe_name_cannot_lead_out_of_the_folder(checkpoint, tmp_path):
     saved = torch.load(checkpoint("none"), weights_only=True)
     saved["recipe"]["name"] = '../../x"y\n'
     torch.save(saved, tmp_path / "x.pt")
@@ -458,7 +461,7 @@ def test_a_name_is_no_path(checkpoint, tmp_path):
 
 
 def test_the_weights_are_those_that_load_model_gives(copy, tmp_path):
-    """The running average where there is one, and the checkpoint before where the last is damaged."""
+    """The running average if there is one, and the previous checkpoint if the last is damaged."""
     last, previous = copy / "checkpoints" / "last.pt", copy / "checkpoints" / "previous.pt"
     saved = torch.load(last, weights_only=True)
     average = {name: weight * 0.5 if weight.is_floating_point() else weight for name, weight in saved["model"].items()}
@@ -468,7 +471,7 @@ def test_the_weights_are_those_that_load_model_gives(copy, tmp_path):
         made = export_run(copy, "timm", tmp_path / "x.safetensors")
     assert torch.equal(load_file(made.path)["conv1.0.weight"], saved["model"]["encoder.conv1.0.weight"] * 0.5)
     sha256 = hashlib.sha256(previous.read_bytes()).hexdigest()
-    assert f"| previous.pt |\n| its sha256 | {sha256} |" in made.card.read_text()
+    assert f"| previous.pt |\n| sha256 of the checkpoint | {sha256} |" in made.card.read_text()
     assert "`eval/knn.json` was measured on other weights" in made.card.read_text()
 
 
