@@ -1,4 +1,4 @@
-"""What a build would give, from encoding a few hundred images of each split: --dry-run."""
+"""Estimate the size and duration of a build from a few hundred images of each split: `build-beton --dry-run`."""
 
 from __future__ import annotations
 
@@ -6,81 +6,68 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from fastssl.beton.build import Split, list_splits, plan_storage
-from fastssl.beton.builders import load_builder
-from fastssl.beton.format import ALLOCATION
-from fastssl.beton.images import Plan, encode_all
+from fastssl.beton.build import BuildOptions
+from fastssl.beton.format import ALLOCATION, data_start
+from fastssl.beton.images import StoragePlan, encode_all
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
-from fastssl.beton.write import data_start
+from fastssl.beton.source import SourceSplit, list_splits, load_builder
 from fastssl.common.system import free_memory, resolve_workers
 
 SAMPLED = 512  # images of each split that are encoded
-SAMPLED_AT_ONCE = 4  # so that many workers end at nearly the same time
+SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
 
 
 class SplitEstimate(NamedTuple):
-    """What building one split would give. `bad` is the share of images that cannot be read."""
+    """The expected result of building one split."""
 
     split: str
     path: Path
     images: int
     classes: int
     bytes: int
-    bad: float
+    bad: float  # share of the sampled images that cannot be read
     seconds: float
 
 
 class BuildEstimate(NamedTuple):
-    """`free_disk` where the files would go and `free_memory` for the page cache, in bytes."""
-
     splits: list[SplitEstimate]
-    free_disk: int
-    free_memory: int
+    free_disk: int  # bytes, where the files would be
+    free_memory: int  # bytes, for the page cache
 
 
-def estimate_build(
-    builder: str,
-    source: Path | None,
-    out: Path,
-    *,
-    canvas: int | None = None,
-    max_side: int | None = None,
-    quality: int = 90,
-    order: Literal["shuffle", "source"] = "shuffle",
-    workers: int | None = None,
-    limit: int | None = None,
-) -> BuildEstimate:
-    """What `build_beton` with these options would write, and how long it would take."""
-    module = load_builder(builder)
-    plan = plan_storage(module.CANVAS, canvas, max_side, quality)
-    splits = list_splits(module, builder, source, order, limit)
-    with worker_pool(resolve_workers(workers)) as pool:
+def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
+    """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
+    plan = options.plan(load_builder(builder).CANVAS)
+    splits = list_splits(builder, source, options.order, options.limit)
+    with worker_pool(resolve_workers(options.workers)) as pool:
+        # Wait until the workers have started, so that their start does not count.
         for _ in pool.in_order(os.getpid, [()] * pool.workers):
-            pass  # the workers have started: their start is not part of the rate
-        forecasts = [_forecast(split, out, plan, pool) for split in splits]
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return BuildEstimate(forecasts, shutil.disk_usage(there).free, free_memory())
+            pass
+        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
+    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return BuildEstimate(estimates, shutil.disk_usage(folder).free, free_memory())
 
 
-def _forecast(split: Split, out: Path, plan: Plan, pool: Pool) -> SplitEstimate:
-    start, images = time.monotonic(), len(split.order)
-    # The written order is a shuffle unless asked otherwise; here the images must be a fair sample.
+def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool) -> SplitEstimate:
+    start = time.monotonic()
+    images = len(split.order)
+    # Every n-th image, because with order "source" the first ones are not a fair sample.
     step = max(1, images // SAMPLED)
     sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
-    chunks = in_chunks(sampled, SAMPLED_AT_ONCE)
-    results = [result for chunk in pool.in_order(encode_all, ((c, plan) for c in chunks)) for result in chunk]
+    tasks = ((chunk, plan) for chunk in in_chunks(sampled, SAMPLED_PER_TASK))
+    results = [result for chunk in pool.in_order(encode_all, tasks) for result in chunk]
     seconds = time.monotonic() - start
     good = [result for result in results if not isinstance(result, str)]
-    bytes_an_image = sum(len(result.payload) for result in good) / len(results)
-    bytes_a_row = ALLOCATION.itemsize  # behind the images; the other tables are in front of them
+    bytes_per_image = sum(len(result.payload) for result in good) / len(results)
     return SplitEstimate(
-        split.name,
-        out / f"{split.name}.beton",
-        images,
-        len(split.classes),
-        data_start(images) + round((bytes_an_image + bytes_a_row) * images),
-        1 - len(good) / len(results),
-        seconds * images / len(results),
+        split=split.name,
+        path=out / f"{split.name}.beton",
+        images=images,
+        classes=len(split.classes),
+        # The allocation table comes after the images, all other tables before them.
+        bytes=data_start(images) + round((bytes_per_image + ALLOCATION.itemsize) * images),
+        bad=1 - len(good) / len(results),
+        seconds=seconds * images / len(results),
     )

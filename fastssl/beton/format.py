@@ -1,11 +1,17 @@
-"""The layout of a .beton file, FFCV's version 2, as numpy dtypes.
+"""The layout of a .beton file (FFCV's version 2): the types of its tables, and how a file is laid out and completed.
 
-These repeat what `ffcv.types` and `ffcv.fields` declare, because importing ffcv imports torch and
-numba: seconds for every worker process that only encodes images. tests/test_beton.py holds them
-equal to ffcv's own.
+    header | field descriptors | metadata, one row per sample | ... page | page | page | allocation table
+
+The dtypes repeat `ffcv.types` and `ffcv.fields`, because importing ffcv imports torch and numba, which takes seconds in
+every worker process. A test compares them with ffcv's own.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +36,7 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 JPG, RAW = 0, 1  # the values of IMAGE["mode"]
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 
-# FFCV's type id -> (the name of its field class, what each sample's metadata holds for it)
+# FFCV's type id -> (the name of its field class, the dtype of a sample's metadata)
 FIELD_TYPES = {
     0: ("FloatField", np.dtype("<f8")),
     1: ("IntField", np.dtype("<i8")),
@@ -42,7 +48,7 @@ FIELD_TYPES = {
 }
 INT_FIELD, IMAGE_FIELD = 1, 2
 
-# The fields of every .beton that this project writes, in this order.
+# The fields of every .beton that fastssl writes, in this order.
 OUR_FIELDS = {
     "image": IMAGE_FIELD,
     "label": INT_FIELD,
@@ -51,12 +57,112 @@ OUR_FIELDS = {
     "width": INT_FIELD,
 }
 
+# The contents of X.beton.json: how X.beton was built, what happened to the images, class names and checksums.
+# PartialBuild.finish and build.py write it; a file from elsewhere may lack any key.
+Manifest = dict[str, Any]
 
-def metadata_type(fields: dict[str, int]) -> np.dtype:
-    """The dtype of one sample's metadata, aligned as FFCV aligns it; `fields`: name -> type id."""
+# A row describes one image that a build has processed. Rows have the order of the file.
+# `case` is an images.Case; for a bad image only `case` and `index` are set.
+ROW = np.dtype(
+    [
+        ("index", "<i8"),
+        ("label", "<i8"),
+        ("case", "u1"),
+        ("mode", "u1"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("source_width", "<u4"),
+        ("source_height", "<u4"),
+        ("size", "<u4"),
+        ("crc32", "<u4"),
+        ("data_ptr", "<u8"),
+        ("source_format", "S8"),
+    ]
+)
+
+
+def manifest_path(path: Path) -> Path:
+    """X.beton.json: how X.beton was built, what happened to the images, class names and checksums."""
+    return path.with_name(path.name + ".json")
+
+
+def names_path(path: Path) -> Path:
+    """X.beton.names.txt: line i + 1 is the name of the image whose `index` is i."""
+    return path.with_name(path.name + ".names.txt")
+
+
+def metadata_type(fields: dict[str, int]) -> np.dtype[np.void]:
+    """Return the dtype of one sample's metadata, aligned as in FFCV; `fields` maps names to type ids."""
     return np.dtype([(name, FIELD_TYPES[type_id][1]) for name, type_id in fields.items()], align=True)
 
 
 def align(offset: int, page_size: int = PAGE_SIZE) -> int:
-    """The first page boundary at or after `offset`, in bytes."""
+    """Return the first page boundary at or after `offset`, in bytes."""
     return -(-offset // page_size) * page_size
+
+
+def data_start(capacity: int) -> int:
+    """Return the position of the first sample, in bytes: the first page after the metadata of `capacity` samples.
+
+    The number of bad images is known only at the end of a build, so there is room for the metadata of all images.
+    """
+    tables = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize
+    return align(tables + capacity * metadata_type(OUR_FIELDS).itemsize)
+
+
+def allocate(sizes: Sequence[int], position: int) -> tuple[list[int], int]:
+    """Return the positions of samples with these sizes, starting at `position`, and the end of the last; all in bytes.
+
+    A sample that would cross the end of a page begins on the next one; the gap is filled with zeros.
+    """
+    pointers = []
+    for size in sizes:
+        end_of_page = align(position + 1)
+        if position + size > end_of_page:
+            position = end_of_page
+        pointers.append(position)
+        position += size
+    return pointers, position
+
+
+def write_tables(file: BinaryIO, rows: np.ndarray, position: int) -> np.ndarray:
+    """Complete a file that holds only samples: write all tables, and wait until they are on the disk.
+
+    Args:
+        file: the file, open for reading and writing.
+        rows: one ROW per sample, in the order of the file.
+        position: the end of the last sample, in bytes.
+
+    Returns:
+        The metadata as written.
+    """
+    metadata = np.zeros(len(rows), metadata_type(OUR_FIELDS))
+    for name in ("mode", "width", "height", "data_ptr"):
+        metadata["image"][name] = rows[name]
+    metadata["label"] = rows["label"]
+    metadata["index"] = rows["index"]
+    metadata["height"] = rows["source_height"]
+    metadata["width"] = rows["source_width"]
+    descriptors = np.zeros(len(OUR_FIELDS), FIELD)
+    for descriptor, (name, type_id) in zip(descriptors, OUR_FIELDS.items()):
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+    allocations = np.zeros(len(rows), ALLOCATION)
+    allocations["sample_id"] = np.arange(len(rows))
+    allocations["ptr"] = rows["data_ptr"]
+    allocations["size"] = rows["size"]
+
+    file.seek(position)
+    file.write(allocations.tobytes())
+    file.truncate()
+    file.seek(HEADER.itemsize)
+    file.write(descriptors.tobytes())
+    file.write(metadata.tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+    # The header comes last: until then the version is 0, so a file that is cut off at any moment is refused.
+    file.seek(0)
+    file.write(np.array((VERSION, len(OUR_FIELDS), PAGE_SIZE, len(rows), position), HEADER).tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+    return metadata

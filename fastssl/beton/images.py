@@ -1,20 +1,15 @@
-"""One image: from a file, bytes or pixels to the bytes that the .beton stores.
+"""Convert one image of the source to the bytes that the .beton stores. Worker processes run this.
 
-This is what the worker processes run. It imports neither torch nor ffcv, so a worker starts fast.
-
-In the full layout a JPEG that fits is stored with its own bytes, once the loader's decoder has
-decoded it without a complaint. What it warns of is decoded by Pillow instead and encoded anew.
-
-How the pixels of all others are converted, in this order:
-1. A JPEG at least twice as large as needed is shrunk inside its decoder, to no less than twice the
-   target, before the exact resize: photographs of 20 megapixels need not be decoded in full.
-2. To 8-bit RGB: 16-bit grey keeps its upper 8 bits; transparency is laid over white; palette, grey
-   and CMYK as Pillow converts them, without colour profiles. Of an animation the first frame.
-   Floating-point pixels have no agreed range: such an image is bad.
-3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks: the filter that
-   torchvision's antialiased bilinear, our reference, was made equal to. For images stored as JPEG
-   resize.py computes it, to one grey level.
-4. Turned as the EXIF orientation says.
+In the full layout a JPEG that fits is stored with its own bytes, if the loader's decoder decodes it without a warning.
+All other images are converted in this order:
+1. A JPEG at least twice as large as needed is shrunk while it is decoded, to no less than twice the target size: a
+   photograph of 20 megapixels need not be decoded in full.
+2. To 8-bit RGB: 16-bit grey keeps its upper 8 bits; transparency is composited over white; Pillow converts palettes,
+   grey and CMYK, without color profiles. Only the first frame of an animation is used. Floating-point pixels have no
+   agreed range: such an image is bad.
+3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks (torchvision's antialiased bilinear
+   resize was made equal to it). For images that are stored as JPEG, resize.py computes it to within one grey level.
+4. Rotated according to the EXIF orientation.
 """
 
 from __future__ import annotations
@@ -22,21 +17,21 @@ from __future__ import annotations
 import io
 import warnings
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import JPG, PAGE_SIZE, RAW
-from fastssl.beton.sample import ImageSource
+from fastssl.beton.source import ImageFile, ImageSource
 
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
-PIXELS = "pixels"  # the source's format where it is no file
+PIXELS = "pixels"  # the source format of an image that is not a file
 
 EXIF_ORIENTATION = 0x0112
-TURNS = {
+TRANSPOSITIONS = {  # EXIF orientation -> how to make the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,28 +40,25 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
-class Plan(NamedTuple):
-    """How every image of a build is stored.
+class StoragePlan(NamedTuple):
+    """How every image of a build is stored."""
 
-    `layout` "canvas": resized to side x side px. "full": shrunk to fit side x side px.
-    """
-
-    layout: str
-    side: int
-    quality: int
+    layout: Literal["canvas", "full"]  # "canvas": resized to side x side px; "full": shrunk to fit side x side px
+    side: int  # px
+    quality: int  # of the JPEGs that are encoded, 1 to 100
 
     @property
-    def storage(self) -> str:
+    def storage(self) -> Literal["raw", "jpg"]:
         return "raw" if self.layout == "canvas" and self.side <= RAW_UP_TO else "jpg"
 
 
 class Case(IntEnum):
-    """What became of an image: left out, stored as it was, or encoded anew and for which reason.
+    """What happened to an image: skipped, stored as it was, or encoded again, and why.
 
-    The manifest counts them by these names; where several reasons hold, the first one counts.
+    The manifest counts images by these names; where several reasons apply, the first one counts.
     """
 
     BAD = 0
@@ -82,25 +74,25 @@ class Case(IntEnum):
 
 
 class Encoded(NamedTuple):
-    """One image as stored; the source's height and width are those after the EXIF rotation."""
+    """One image as stored."""
 
     payload: bytes
-    mode: int
-    height: int
+    mode: int  # format.JPG or format.RAW
+    height: int  # px, as are the other sides
     width: int
-    source_height: int
+    source_height: int  # after the EXIF rotation, as is source_width
     source_width: int
     case: Case
-    source_format: str  # Pillow's name of the file's format, or "pixels"
+    source_format: str  # Pillow's name of the file format, or PIXELS
 
 
-def encode_all(images: list[ImageSource], plan: Plan) -> list[Encoded | str]:
-    """Encode some images; for a bad one the reason stands in its place."""
+def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | str]:
+    """Encode some images. The result of a bad image is the reason why it is bad."""
     results: list[Encoded | str] = []
     for image in images:
         try:
             results.append(encode_image(image, plan))
-        except MemoryError:  # says something about the machine, nothing about the image
+        except MemoryError:  # the machine's fault, not the image's
             raise
         except UnidentifiedImageError:
             results.append("not an image that Pillow can read")
@@ -109,14 +101,14 @@ def encode_all(images: list[ImageSource], plan: Plan) -> list[Encoded | str]:
     return results
 
 
-def encode_image(source: ImageSource, plan: Plan) -> Encoded:
-    """Decode, convert, resize and encode one image as `plan` says; raises on a bad one."""
+def encode_image(source: ImageSource, plan: StoragePlan) -> Encoded:
+    """Decode, convert, resize and encode one image. A bad image raises, whatever the decoder raises."""
     image, file_bytes = _open(source)
-    orientation = _orientation(image)
+    source_format = image.format or PIXELS
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     width, height = image.size
     source_height, source_width = (width, height) if orientation in SIDEWAYS else (height, width)
-
-    case, source_format = _case(image, file_bytes, orientation, plan), image.format or PIXELS
+    case = _choose_case(image, file_bytes, orientation, plan)
     if case == Case.PASSED_THROUGH:
         return Encoded(file_bytes, JPG, height, width, height, width, case, source_format)
 
@@ -125,13 +117,18 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
     else:
         scale = min(1.0, plan.side / max(width, height))
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if plan.storage == "raw":  # small, and Pillow's pixels exactly
+    if plan.storage == "raw":  # small, so Pillow's exact pixels are affordable
         image.draft(None, (2 * target[0], 2 * target[1]))
         image = _to_rgb(image).resize(target, Image.Resampling.BILINEAR)
     else:
-        image = _shrink(_pixels(image, file_bytes, target), target)
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
+        pixels = _decode(image, file_bytes, target)
+        if (pixels.shape[1], pixels.shape[0]) != target:
+            from fastssl.beton.resize import resize  # imports numba, which not every build needs
+
+            pixels = resize(pixels, target[1], target[0])
+        image = Image.fromarray(pixels)
+    if orientation in TRANSPOSITIONS:
+        image = image.transpose(TRANSPOSITIONS[orientation])
 
     if plan.storage == "raw":
         payload, mode = image.tobytes(), RAW
@@ -147,38 +144,17 @@ def encode_image(source: ImageSource, plan: Plan) -> Encoded:
     return Encoded(payload, mode, image.height, image.width, source_height, source_width, case, source_format)
 
 
-def _pixels(image: Image.Image, file_bytes: bytes, target: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3), no smaller than twice the target (width, height) where the image is not."""
-    if image.format == "JPEG" and image.mode == "RGB":
-        # The same pixels as Pillow's, without copies: 1.3 ms for 500x375 px, against 2.0.
-        room = min(image.width // (2 * target[0]), image.height // (2 * target[1]))
-        shrink = next((factor for factor in (8, 4, 2) if room >= factor), 1)
-        decoded = jpeg.decode(file_bytes, shrink)
-        if not decoded.warning:  # else Pillow says whether the image is whole
-            return decoded.pixels
-    image.draft(None, (2 * target[0], 2 * target[1]))
-    return np.array(_to_rgb(image))
-
-
-def _shrink(pixels: np.ndarray, target: tuple[int, int]) -> Image.Image:
-    if pixels.shape[1::-1] != target:
-        from fastssl.beton.resize import resize  # brings numba, which not every build needs
-
-        pixels = resize(pixels, target[1], target[0])
-    return Image.fromarray(pixels)
-
-
-def _case(image: Image.Image, file_bytes: bytes, orientation: int, plan: Plan) -> Case:
-    """How the image will be stored; ValueError where the loader's decoder cannot decode it."""
+def _choose_case(image: Image.Image, file_bytes: bytes, orientation: int, plan: StoragePlan) -> Case:
+    """Decide how the image is stored. Raises ValueError if the loader's decoder cannot decode it."""
     if plan.storage == "raw":
         return Case.RAW
     if plan.layout == "canvas":
         return Case.CANVAS
-    if image.format not in ("JPEG", "MPO"):  # MPO: a phone's JPEG with more pictures behind it
+    if image.format not in ("JPEG", "MPO"):  # MPO: a phone's JPEG with further images after it
         return Case.NOT_JPEG
     if image.mode != "RGB":
         return Case.NOT_RGB
-    if orientation in TURNS:
+    if orientation in TRANSPOSITIONS:
         return Case.ROTATED
     if max(image.size) > plan.side:
         return Case.LARGER_THAN_MAX_SIDE
@@ -187,8 +163,48 @@ def _case(image: Image.Image, file_bytes: bytes, orientation: int, plan: Plan) -
     return Case.DECODER_WARNING if jpeg.check(file_bytes) else Case.PASSED_THROUGH
 
 
-def read_image_bytes(source: ImageSource) -> bytes:
-    """The bytes of an image file that is not pixels in memory; see `Sample.image`."""
+def _decode(image: Image.Image, file_bytes: bytes, target: tuple[int, int]) -> np.ndarray:
+    """Decode to uint8 (H, W, 3), at no less than twice the target (width, height) if the image is that large."""
+    if image.format == "JPEG" and image.mode == "RGB":
+        # The same pixels as Pillow's, without copies: 1.3 ms for 500x375 px, Pillow takes 2.0.
+        room = min(image.width // (2 * target[0]), image.height // (2 * target[1]))
+        shrink = next((factor for factor in (8, 4, 2) if room >= factor), 1)
+        decoded = jpeg.decode(file_bytes, shrink)
+        if not decoded.warning:  # otherwise Pillow decides whether the image is complete
+            return decoded.pixels
+    image.draft(None, (2 * target[0], 2 * target[1]))
+    return np.array(_to_rgb(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decode and convert to 8-bit RGB; the rules are at the top of this file."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255
+        upper_8_bits = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+        image = Image.fromarray(upper_8_bits)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _open(source: ImageSource) -> tuple[Image.Image, bytes]:
+    """Return the image, not yet decoded, and the bytes of its file (b"" for pixels)."""
+    if isinstance(source, np.ndarray):
+        is_grey_or_rgb = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
+        if source.dtype != np.uint8 or not is_grey_or_rgb:
+            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}")
+        return Image.fromarray(source), b""
+    file_bytes = read_image_bytes(source)
+    if not file_bytes:
+        raise ValueError("the file is empty")
+    return Image.open(io.BytesIO(file_bytes)), file_bytes
+
+
+def read_image_bytes(source: ImageFile) -> bytes:
+    """Return the bytes of an image file, from where `Sample.image` says."""
     if isinstance(source, bytes):
         return source
     if callable(source):
@@ -202,38 +218,6 @@ def read_image_bytes(source: ImageSource) -> bytes:
     return content
 
 
-def _open(source: ImageSource) -> tuple[Image.Image, bytes]:
-    """The image, not yet decoded, and the bytes of its file (empty for pixels)."""
-    if isinstance(source, np.ndarray):
-        shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
-        if source.dtype != np.uint8 or not shaped:
-            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}")
-        return Image.fromarray(source), b""
-    file_bytes = read_image_bytes(source)
-    if not file_bytes:
-        raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(file_bytes)), file_bytes
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 where there is none."""
-    return image.getexif().get(EXIF_ORIENTATION, 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode and convert to 8-bit RGB; the rules stand at the top of this file."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save the image with 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255
-        upper_8_bits = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
-        image = Image.fromarray(upper_8_bits)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def quiet_decoders() -> None:
-    """Silence Pillow's warnings about odd but readable files; a million files make many."""
+def ignore_pillow_warnings() -> None:
+    """Silence Pillow's warnings about unusual but readable files, of which a million files cause many."""
     warnings.simplefilter("ignore")

@@ -1,12 +1,12 @@
-"""A .beton while it is being built, kept so that a build that was stopped can go on.
+"""A .beton that is being built, on the disk, so that a build that was stopped can resume.
 
 X.beton.part/ holds
-    build.json   what is being built: the options and a digest of the list of images
-    pages        the file itself, still without tables and header
-    rows         what is in it: one write.ROW an image that was handled
-    bad.jsonl    the name and the reason of each of them that was bad
-The rows of an image are written after its pages are on the disk, so whatever stops a build, the
-rows that are there are true. Delete the folder to begin anew.
+    build.json   the options of the build and a digest of the list of images
+    pages        the file itself, without header and tables
+    rows         one format.ROW for each image that has been processed
+    bad.jsonl    a BadImage for each of them that is bad
+A row is written after the pages of its image are on the disk, so whatever stops a build, the rows on the disk are true.
+To start a build from the beginning, delete the folder.
 """
 
 from __future__ import annotations
@@ -19,32 +19,58 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fastssl.beton.format import ROW, data_start, manifest_path, names_path, write_tables
 from fastssl.beton.images import Case
-from fastssl.beton.write import ROW, data_start, write_tables
 from fastssl.common.errors import UserError
 from fastssl.common.files import replace_durably
 
-SAVE_EVERY = 5.0  # seconds; at most that much work is done twice
+SAVE_EVERY = 5.0  # seconds; at most this much work is repeated
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A line of bad_images.jsonl: an image that cannot be read."""
+
+    split: str
+    name: str  # the sample's
+    index: int  # the sample's
+    reason: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 class PartialBuild:
-    """The folder X.beton.part/, in the hands of one process at a time.
+    """The folder X.beton.part/, as a context manager: locked, so that one process at a time builds X.beton.
 
-    `rows` (ROW) and `bad` tell what has been handled, in the order of the build.
+    Attributes:
+        rows: format.ROW of the images that have been processed, in the order of the file.
+        bad: those of them that are bad.
+        pages: the file to which samples are written.
     """
 
-    def __init__(self, path: Path, key: dict, capacity: int) -> None:
-        """Take up the folder beside `path` if it was begun with the same `key`, else begin anew."""
+    def __init__(self, path: Path, key: dict[str, Any], capacity: int) -> None:
+        """Resume the build of `path` if it was started with the same `key`, otherwise start it.
+
+        Args:
+            path: the .beton file to build.
+            key: everything that the content of the file depends on.
+            capacity: the number of images that are processed, good or bad.
+        """
         self.path = path
         self.folder = path.with_name(path.name + ".part")
         self.pages = self.folder / "pages"
         self.capacity = capacity
+        self.bad: list[BadImage] = []
         self._key = json.loads(json.dumps({**key, "row_bytes": ROW.itemsize}))
         self._rows = np.zeros(capacity, ROW)
+        self._processed = self._rows_saved = 0
 
     def __enter__(self) -> PartialBuild:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +79,9 @@ class PartialBuild:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise UserError(f"Another process is building {self.path}; wait for it, or give another --out.") from None
-        if not self._take_up():
-            self.begin_anew()
+            raise UserError(f"Another process is building {self.path}; wait for it, or use another --out.") from None
+        if not self._resume():
+            self.restart()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -68,15 +94,16 @@ class PartialBuild:
 
     @property
     def rows(self) -> np.ndarray:
-        return self._rows[: self._done]
+        return self._rows[: self._processed]
 
     @property
     def good(self) -> np.ndarray:
+        """The rows of the samples, which are the images that are not bad."""
         return self.rows[self.rows["case"] != Case.BAD]
 
     @property
     def position(self) -> int:
-        """The byte behind the last sample."""
+        """The end of the last sample, in bytes."""
         if not len(self.good):
             return data_start(self.capacity)
         last = self.good[-1]
@@ -84,79 +111,76 @@ class PartialBuild:
 
     @property
     def started(self) -> int:
-        """When the build was begun, in ns since the epoch by the clock of the file system."""
+        """When the build was started, in ns since the epoch by the clock of the file system."""
         return (self.folder / "build.json").stat().st_mtime_ns
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
+        """Discard all that has been built."""
         for name in ("build.json", "rows", "bad.jsonl", "manifest.json"):
             (self.folder / name).unlink(missing_ok=True)
         self.pages.write_bytes(b"")
         (self.folder / "build.json").write_text(json.dumps(self._key, indent=1), encoding="utf-8")
-        self.bad: list[dict] = []
-        self._done = self._rows_saved = self._bad_saved = 0
+        self.bad = []
+        self._processed = self._rows_saved = 0
         self._last_save = time.monotonic()
 
-    def add(self, rows: np.ndarray, bad: list[dict]) -> None:
-        """Take note of images that have been handled; every few seconds that is saved."""
-        self._rows[self._done : self._done + len(rows)] = rows
-        self._done += len(rows)
+    def add(self, rows: np.ndarray, bad: list[BadImage]) -> None:
+        """Record images whose samples have been written to `pages`, and save the record every few seconds."""
+        self._rows[self._processed : self._processed + len(rows)] = rows
+        self._processed += len(rows)
         self.bad += bad
         if time.monotonic() - self._last_save >= SAVE_EVERY:
             self.save()
 
     def save(self) -> None:
-        """Wait until all that has been added would be found again after a power cut.
+        """Return when all that has been added would survive a power cut.
 
-        Whatever interrupts it (Ctrl-C, a full disk), doing it again leaves each row there once.
+        If it is interrupted (Ctrl-C, a full disk) and called again, each row is still saved once.
         """
         with open(self.pages, "rb") as file:
             os.fsync(file.fileno())
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.bad]
-        before = len("".join(lines[: self._bad_saved]).encode())
-        _write_from(self.folder / "bad.jsonl", before, "".join(lines[self._bad_saved :]).encode())
-        rows = self._rows[self._rows_saved : self._done].tobytes()
-        _write_from(self.folder / "rows", self._rows_saved * ROW.itemsize, rows)
-        self._rows_saved, self._bad_saved = self._done, len(self.bad)
+        # There are few, so all are written again.
+        _write_at(self.folder / "bad.jsonl", 0, "".join(image.to_json() for image in self.bad).encode())
+        new_rows = self.rows[self._rows_saved :]
+        _write_at(self.folder / "rows", self._rows_saved * ROW.itemsize, new_rows.tobytes())
+        self._rows_saved = self._processed
         self._last_save = time.monotonic()
 
-    def finish(self, manifest: dict, names: Iterable[str]) -> None:
-        """Give the file, the names and the manifest beside it their final names."""
+    def finish(self, manifest: dict[str, Any], names: Iterable[str]) -> None:
+        """Complete the file, and give it, the list of names and the manifest their final names."""
         with open(self.pages, "r+b") as file:
             metadata = write_tables(file, self.good, self.position)
             size = file.seek(0, os.SEEK_END)
-        manifest = {
-            **manifest,
-            "bytes": size,
-            "checksums": {
-                "algorithm": "crc32",
-                "metadata": f"{zlib.crc32(metadata.tobytes()):08x}",
-                "samples": self.good["crc32"].astype(">u4").tobytes().hex(),
-            },
+        checksums = {
+            "algorithm": "crc32",
+            "metadata": f"{zlib.crc32(metadata.tobytes()):08x}",
+            "samples": self.good["crc32"].astype(">u4").tobytes().hex(),
         }
-        started = self.started
-        manifest_part, names_part = self.folder / "manifest.json", self.folder / "names.txt"
-        with open(names_part, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
+        manifest = {**manifest, "bytes": size, "checksums": checksums}
+        manifest_part = self.folder / "manifest.json"
+        names_part = self.folder / "names.txt"
+        with open(names_part, "w", encoding="utf-8", errors="surrogateescape") as names_file:
+            names_file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
         manifest_part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), "utf-8")
         for part in (names_part, manifest_part):
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-        # The manifest carries the time at which the build began: sources that changed later than
-        # that make it out of date.
+        # The manifest gets the time at which the build was started: if a source changes later, the file is outdated.
+        started = self.started
         os.utime(manifest_part, ns=(started, started))
 
-        # The old manifest goes first: a .beton without one can be read, with a wrong one it
-        # would be misread. The new one comes last: it says that all is there.
+        # The old manifest goes first: a .beton without a manifest can be read, but with a wrong one it is misread.
+        # The new manifest comes last: it tells that the other files are complete.
         manifest_path(self.path).unlink(missing_ok=True)
         replace_durably(self.pages, self.path)
         replace_durably(names_part, names_path(self.path))
         replace_durably(manifest_part, manifest_path(self.path))
 
-    def _take_up(self) -> bool:
-        """Read what an earlier process has done; False where there is nothing that can be used."""
+    def _resume(self) -> bool:
+        """Read what an earlier process has built. Returns False if there is nothing that can be used."""
         try:
             if (self.folder / "manifest.json").exists() and not self.pages.exists():
-                # It was stopped within `finish`, with the file under its final name already.
+                # The process was stopped in `finish`, after the file had got its final name.
                 os.replace(self.path, self.pages)
             size = self.pages.stat().st_size
             key = json.loads((self.folder / "build.json").read_bytes())
@@ -164,33 +188,22 @@ class PartialBuild:
             lines = (self.folder / "bad.jsonl").read_text("utf-8").split("\n")
         except (OSError, ValueError):
             return False
-        self._done = len(rows) // ROW.itemsize
-        self._rows[: self._done] = rows[: self._done * ROW.itemsize].view(ROW)
-        bad_lines = lines[: int((self.rows["case"] == Case.BAD).sum())]
+        self._processed = len(rows) // ROW.itemsize
+        self._rows[: self._processed] = rows[: self._processed * ROW.itemsize].view(ROW)
         if key != self._key or size < self.position:
             return False
-        # What was written after the last time that everything was saved is cut off.
+        # Cut off what was written after the last complete save.
         os.truncate(self.pages, self.position if len(self.good) else 0)
         os.truncate(self.folder / "rows", self.rows.nbytes)
-        text = "".join(line + "\n" for line in bad_lines)
-        (self.folder / "bad.jsonl").write_text(text, "utf-8")
-        self.bad = [json.loads(line) for line in bad_lines]
-        self._rows_saved, self._bad_saved = self._done, len(self.bad)
+        self.bad = [BadImage(**json.loads(line)) for line in lines[: len(self.rows) - len(self.good)]]
+        (self.folder / "bad.jsonl").write_text("".join(image.to_json() for image in self.bad), "utf-8")
+        self._rows_saved = self._processed
         self._last_save = time.monotonic()
         return True
 
 
-def manifest_path(path: Path) -> Path:
-    """X.beton.json: how X.beton was built, what became of the images, its classes and checksums."""
-    return path.with_name(path.name + ".json")
-
-
-def names_path(path: Path) -> Path:
-    """X.beton.names.txt: line i + 1 is the name of the image whose `index` is i."""
-    return path.with_name(path.name + ".names.txt")
-
-
-def _write_from(path: Path, position: int, content: bytes) -> None:
+def _write_at(path: Path, position: int, content: bytes) -> None:
+    """Write to a file from byte `position` on, and wait until that is on the disk."""
     path.touch()
     with open(path, "r+b") as file:
         file.seek(position)

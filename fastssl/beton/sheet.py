@@ -1,10 +1,12 @@
-"""What the images of a .beton look like: some of them in one picture."""
+"""Draw samples of a .beton into one PNG."""
 
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,7 +15,7 @@ from fastssl.beton import jpeg
 from fastssl.beton.format import RAW
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
 
 SHOWN = 40  # samples
@@ -22,23 +24,22 @@ SEED = 0
 THUMBNAIL = 160  # px; the longer side of a thumbnail
 GAP = 14  # px, around everything
 LINE = 18  # px from one line of text to the next
+CELL_WIDTH, CELL_HEIGHT = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP  # px
+TITLE_HEIGHT = GAP + LINE + GAP  # px
 PAGE, GREY, PALE = (240, 240, 240), (100, 100, 100), (230, 180, 180)
 
 
 def draw_sheet(path: str | Path, sheet: str | Path) -> int:
-    """Draw random samples, always the same, with class and index, into a PNG; returns how many."""
+    """Draw random samples, always the same, with class and index, into a PNG. Returns the number of samples."""
     sheet = Path(sheet)
     if sheet.suffix.lower() != ".png":
-        raise UserError(f"The sheet is a PNG, but {sheet} does not end in .png: name it so.")
+        raise UserError(f"The sheet is a PNG file, but {sheet} does not end in .png: rename it.")
     info = read_header(path)
     count = min(SHOWN, info.num_samples)
     positions = np.sort(np.random.default_rng(SEED).permutation(info.num_samples)[:count])
-    which = f"{count} of {info.num_samples:,} samples, drawn at random"
-    title = f"{info.path.name}: {which if count < info.num_samples else f'all {count} samples'}"
-    try:
-        draw_samples(path, sheet, [(title, positions)])
-    except OSError as error:
-        raise UserError(f"Cannot write {sheet}: {error.strerror}; name another --sheet.") from error
+    which = f"{count} of {info.num_samples:,} random samples" if count < info.num_samples else f"all {count} samples"
+    with explain_write_errors(sheet):
+        draw_samples(path, sheet, [(f"{info.path.name}: {which}", positions.tolist())])
     return count
 
 
@@ -49,58 +50,60 @@ def draw_samples(
     notes: Mapping[int, str] | None = None,
     columns: int = COLUMNS,
 ) -> None:
-    """Draw samples of a .beton into a PNG, group below group: a title, and the positions in the file that stand there.
+    """Draw samples of a .beton, with their classes, into a PNG.
 
-    Under each sample are its class and what `notes` says of its position, without notes its index.
+    Args:
+        path: the .beton file.
+        sheet: the PNG file.
+        groups: drawn one below the other; each has a title and the positions of its samples in the file.
+        notes: position -> second line of the sample's caption. None: the sample's index.
+        columns: samples per row at most.
     """
     info = read_header(path)
     metadata, image_bytes = read_samples(path)
     columns = min(columns, max(len(positions) for _, positions in groups))
-    cell_width, cell_height = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP
-    before_rows = GAP + LINE + GAP
-    height = sum(before_rows + -(-len(positions) // columns) * cell_height for _, positions in groups)
-    picture = Image.new("RGB", (GAP + columns * cell_width, height), PAGE)
-    draw = ImageDraw.Draw(picture)
-
+    heights = [TITLE_HEIGHT + -(-len(positions) // columns) * CELL_HEIGHT for _, positions in groups]
+    page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
+    draw = ImageDraw.Draw(page)
     first_row = 0
     with open(info.path, "rb") as file:
-        for title, positions in groups:
-            draw.text((GAP, first_row + GAP), _cut(title, picture.width - 2 * GAP), "black", _font())
-            first_row += before_rows
-            for place, position in enumerate(positions):
-                row, left = metadata[position], GAP + place % columns * cell_width
-                top = first_row + place // columns * cell_height
-                file.seek(int(row["image"]["data_ptr"]))
-                try:
-                    thumbnail = _thumbnail(file.read(int(image_bytes[position])), row["image"])
-                except (ValueError, OSError) as error:
-                    thumbnail = _crossed_box(f"does not decode: {error}")
-                above = THUMBNAIL - thumbnail.height  # an image stands on its caption
-                picture.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + above))
-                name, index = _caption(info, row, position)
-                second = index if notes is None else notes[position]
-                for line, (text, colour) in enumerate(((name, "black"), (second, GREY))):
-                    text = _cut(text, THUMBNAIL)
-                    middle = left + (THUMBNAIL - _font().getlength(text)) // 2
-                    draw.text((middle, top + THUMBNAIL + 2 + line * LINE), text, colour, _font())
-            first_row += -(-len(positions) // columns) * cell_height
-    write_atomically(Path(sheet), lambda beside: picture.save(beside, "PNG"))
+        for (title, positions), height in zip(groups, heights):
+            draw.text((GAP, first_row + GAP), _shorten(title, page.width - 2 * GAP), "black", _font())
+            for cell, position in enumerate(positions):
+                row = metadata[position]
+                left = GAP + cell % columns * CELL_WIDTH
+                top = first_row + TITLE_HEIGHT + cell // columns * CELL_HEIGHT
+                thumbnail = _thumbnail(file, row["image"], int(image_bytes[position]))
+                # Centered, directly above the caption.
+                page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
+                note = _index_of(info, row, position) if notes is None else notes[position]
+                middle = left + THUMBNAIL // 2
+                below = top + THUMBNAIL + 2
+                draw.text((middle, below), _shorten(_class_of(info, row), THUMBNAIL), "black", _font(), anchor="ma")
+                draw.text((middle, below + LINE), _shorten(note, THUMBNAIL), GREY, _font(), anchor="ma")
+            first_row += height
+    write_atomically(Path(sheet), lambda part: page.save(part, "PNG"))
 
 
-def _thumbnail(content: bytes, image: np.void) -> Image.Image:
-    """A stored image (a row of format.IMAGE), its longer side at most THUMBNAIL px."""
-    if image["mode"] == RAW:
-        pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], 3)
-    else:
-        # A large one is shrunk as it is decoded, but not below twice of what is shown.
-        longer = max(jpeg.read_size(content))
-        shrink = next((s for s in (8, 4, 2) if longer >= 2 * THUMBNAIL * s), 1)
-        pixels = jpeg.decode(content, shrink).pixels
+def _thumbnail(file: BinaryIO, image: np.void, size: int) -> Image.Image:
+    """Return a stored image of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL px."""
+    try:
+        file.seek(int(image["data_ptr"]))
+        content = file.read(size)
+        if image["mode"] == RAW:
+            pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], 3)
+        else:
+            # A large image is shrunk while it is decoded, but not below twice the size of the thumbnail.
+            longer = max(jpeg.read_size(content))
+            shrink = next((factor for factor in (8, 4, 2) if longer >= 2 * THUMBNAIL * factor), 1)
+            pixels = jpeg.decode(content, shrink).pixels
+    except (ValueError, OSError) as error:
+        return _crossed_box(f"does not decode: {error}")
     thumbnail = Image.fromarray(pixels)
-    # A small one is enlarged by a whole number, so that its pixels are seen as they are.
+    # A small image is enlarged by a whole number, which shows its pixels as they are.
     factor = max(1, THUMBNAIL // max(thumbnail.size))
-    size = (thumbnail.width * factor, thumbnail.height * factor)
-    thumbnail = thumbnail.resize(size, Image.Resampling.NEAREST)
+    enlarged = (thumbnail.width * factor, thumbnail.height * factor)
+    thumbnail = thumbnail.resize(enlarged, Image.Resampling.NEAREST)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     return thumbnail
 
@@ -110,36 +113,29 @@ def _crossed_box(reason: str) -> Image.Image:
     draw, last = ImageDraw.Draw(box), THUMBNAIL - 1
     draw.line((0, 0, last, last), PALE, 3)
     draw.line((0, last, last, 0), PALE, 3)
+    draw.multiline_text((GAP // 2, GAP // 2), textwrap.fill(printable(reason), 19, max_lines=8), "black", _font())
     draw.rectangle((0, 0, last, last), outline=GREY)
-    lines = [""]
-    for word in printable(reason).split():
-        longer = f"{lines[-1]} {word}".strip()
-        if _font().getlength(longer) <= THUMBNAIL - GAP:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    for line, text in enumerate(lines[: THUMBNAIL // LINE - 1]):
-        draw.text((GAP // 2, GAP // 2 + line * LINE), _cut(text, THUMBNAIL - GAP), "black", _font())
     return box
 
 
-def _caption(info: BetonInfo, row: np.void, position: int) -> tuple[str, str]:
-    """The class and the index of a sample; without an index its position in the file."""
-    label = int(row["label"]) if info.fields.get("label") == "IntField" else None
-    is_named = label is not None and 0 <= label < len(info.classes or [])
-    if is_named:
-        name = printable(str(info.classes[label]))
-    else:
-        name = "no label" if label is None else f"label {label}"
-    has_index = info.fields.get("index") == "IntField"
-    return name, f"index {row['index']}" if has_index else f"sample {position}"
+def _class_of(info: BetonInfo, row: np.void) -> str:
+    if info.fields.get("label") != "IntField":
+        return "no label"
+    label = int(row["label"])
+    if info.classes and 0 <= label < len(info.classes):
+        return printable(str(info.classes[label]))
+    return f"label {label}"
 
 
-def _cut(text: str, width: float) -> str:
-    """The text, cut to so many px."""
+def _index_of(info: BetonInfo, row: np.void, position: int) -> str:
+    return f"index {row['index']}" if info.fields.get("index") == "IntField" else f"sample {position}"
+
+
+def _shorten(text: str, width: float) -> str:
+    """Cut the text to at most `width` px."""
     if _font().getlength(text) <= width:
         return text
-    text = text[:200]  # no more fits in any case, and what follows tries one length after the other
+    text = text[:200]  # no more fits anyway, and the loop measures each length
     while text and _font().getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
@@ -147,7 +143,7 @@ def _cut(text: str, width: float) -> str:
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more."""
+    """DejaVu Sans, which matplotlib contains: Latin, Greek, Cyrillic, Arabic and more."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)

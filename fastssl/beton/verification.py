@@ -1,193 +1,179 @@
-"""Whether a .beton is sound: every image decoded and compared with the checksum its build left."""
+"""Verify a .beton: decode every image and compare it with the checksum that its build recorded."""
 
 from __future__ import annotations
 
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fastssl.beton import jpeg
-from fastssl.beton.format import FIELD, HEADER, RAW
-from fastssl.beton.partial_build import manifest_path
+from fastssl.beton.format import FIELD, HEADER, RAW, manifest_path
 from fastssl.beton.pool import worker_pool
 from fastssl.beton.read import BetonInfo, read_header, read_names, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.system import resolve_workers
 from fastssl.common.terminal import printable, progress
 
-CHECKED_AT_ONCE = 256  # samples handed to a worker: little to send, and progress that moves
+SAMPLES_PER_TASK = 256  # few enough that the progress moves
 
 
-class Fault(NamedTuple):
-    """A sample that is not as it was written. `name` is "" where names or indices are missing."""
+@dataclass(frozen=True)
+class Fault:
+    """A damaged sample."""
 
     position: int  # in the file
-    index: int | None
-    name: str
-    what: str
+    index: int | None  # None if the file has no indices
+    name: str  # "" if the file has no names
+    problem: str
 
     def __str__(self) -> str:
         index = "" if self.index is None else f", index {self.index}"
         name = f", {printable(self.name)}" if self.name else ""
-        return f"sample {self.position}{index}{name}: {self.what}"
+        return f"sample {self.position}{index}{name}: {self.problem}"
 
 
 class Verification(NamedTuple):
-    """What `verify` found. Without checksums `is_table_sound` is True: nothing speaks against it."""
+    """The result of `verify`."""
 
     path: Path
     samples: int
     has_checksums: bool
-    is_table_sound: bool
+    is_table_sound: bool  # the metadata matches its checksum, or has none
     faults: list[Fault]
 
     def lines(self) -> Iterator[str]:
-        """What was found, a line each."""
+        """Yield a line for each fault, and a note if there are no checksums."""
         if not self.is_table_sound:
             yield "metadata table: does not match its checksum; labels, indices or sizes are wrong"
         yield from map(str, self.faults)
         if not self.has_checksums:
             yield (
                 f"There are no checksums for {self.path}: stock FFCV or an older version built it. "
-                "Decoding alone does not see a pixel that has changed."
+                "Decoding alone does not detect a changed pixel."
             )
 
     def verdict(self) -> str:
-        """That all is well in one sentence; UserError where it is not."""
+        """Return a sentence for a sound file. Raises UserError if the file is damaged."""
         if self.faults or not self.is_table_sound:
-            bad = [] if self.is_table_sound else ["its metadata table"]
-            bad += [f"{len(self.faults):,} of {self.samples:,} samples"] if self.faults else []
+            damaged = [] if self.is_table_sound else ["its metadata table"]
+            damaged += [f"{len(self.faults):,} of {self.samples:,} samples"] if self.faults else []
             raise UserError(
-                f"{self.path} is damaged: {' and '.join(bad)}; copy it again from where it was "
-                "sound, or delete it and build it again."
+                f"{self.path} is damaged: {' and '.join(damaged)}; copy it again from a sound copy, "
+                "or delete it and build it again."
             )
         matching = " and match their checksums" if self.has_checksums else ""
         return f"All {self.samples:,} samples decode{matching}."
 
 
-class _Checksums(NamedTuple):
-    metadata: int
-    samples: np.ndarray  # uint32 (samples,)
-
-
 def verify(path: str | Path, workers: int | None = None) -> Verification:
-    """Decode every image with the loader's decoder and compare all bytes with their checksums.
+    """Decode every image with the loader's decoder, and compare all bytes with their checksums.
 
-    A worker process for each core unless `workers` says otherwise. Memory does not grow with the
-    images; of each sample some 100 bytes of metadata are held.
+    Memory does not grow with the images; about 100 bytes of metadata are held per sample.
+
+    Args:
+        path: a .beton file.
+        workers: number of processes; None: one for each core.
     """
     info = read_header(path)
-    checksums = _read_checksums(info)
+    crc32_N = _read_checksums(info)
     metadata, image_bytes = read_samples(path)
-    image = metadata["image"]
-    is_table_sound = checksums is None or checksums.metadata == _table_crc32(info, metadata.nbytes)
+    problems: list[tuple[int, str]] = []
+    chunks = (slice(start, start + SAMPLES_PER_TASK) for start in range(0, info.num_samples, SAMPLES_PER_TASK))
+    tasks = (
+        (info.path, metadata["image"][chunk], image_bytes[chunk], None if crc32_N is None else crc32_N[chunk])
+        for chunk in chunks
+    )
+    with worker_pool(resolve_workers(workers)) as pool, progress("verifying", info.num_samples) as advance:
+        done = 0
+        for chunk_problems in pool.in_order(_check_chunk, tasks):
+            problems += [(done + number, problem) for number, problem in enumerate(chunk_problems) if problem]
+            size = int(image_bytes[done : done + len(chunk_problems)].sum())
+            done += len(chunk_problems)
+            advance(len(chunk_problems), size)
 
-    def task(start: int) -> tuple:
-        chunk = slice(start, start + CHECKED_AT_ONCE)
-        columns = [image[name][chunk] for name in ("data_ptr", "mode", "height", "width")]
-        expected = checksums.samples[chunk] if checksums else None
-        return info.path, start, image_bytes[chunk], *columns, expected
-
-    found: list[tuple[int, str]] = []
-    tasks = (task(start) for start in range(0, len(image), CHECKED_AT_ONCE))
-    with (
-        worker_pool(resolve_workers(workers)) as pool,
-        progress("verifying", len(image)) as advance,
-    ):
-        for count, size, faults in pool.in_order(_check_chunk, tasks):
-            found += faults
-            advance(count, size)
-
-    positions = [position for position, _ in found]
-    indices = metadata["index"][positions] if info.fields.get("index") == "IntField" else None
-    names = read_names(info.path, [] if indices is None else indices)
-    faults = []
-    for number, (position, what) in enumerate(found):
-        index = None if indices is None else int(indices[number])
-        faults.append(Fault(position, index, names.get(index, ""), what))
-    return Verification(info.path, len(image), checksums is not None, is_table_sound, faults)
+    has_indices = info.fields.get("index") == "IntField"
+    index_of = {position: int(metadata["index"][position]) for position, _ in problems} if has_indices else {}
+    names = read_names(info.path, index_of.values())
+    return Verification(
+        path=info.path,
+        samples=info.num_samples,
+        has_checksums=crc32_N is not None,
+        is_table_sound=crc32_N is None or _is_table_sound(info, metadata.nbytes),
+        faults=[
+            Fault(position, index_of.get(position), names.get(index_of.get(position, -1), ""), problem)
+            for position, problem in problems
+        ],
+    )
 
 
-def _read_checksums(info: BetonInfo) -> _Checksums | None:
-    """Those of the manifest, None where it has none."""
+def _read_checksums(info: BetonInfo) -> np.ndarray | None:
+    """Return the CRC-32 of each sample from the manifest, (samples,); None if it has none."""
     checksums = (info.manifest or {}).get("checksums")
     if checksums is None:
         return None
     try:
-        if checksums["algorithm"] != "crc32":
-            raise ValueError
-        metadata, samples = (_from_hex(checksums[name]) for name in ("metadata", "samples"))
-        if (len(metadata), len(samples)) != (1, info.num_samples):
-            raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+        content = bytes.fromhex(checksums["samples"])
+        is_sound = (len(checksums["samples"]), len(checksums["metadata"])) == (8 * info.num_samples, 8)
+        is_sound &= len(content) == 4 * info.num_samples  # fromhex skips blanks
+        is_sound &= checksums["algorithm"] == "crc32" and int(checksums["metadata"], 16) >= 0
+    except (ValueError, KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
         raise UserError(
-            f"The checksums in {manifest_path(info.path)} are damaged: they must be crc32, 8 hex "
-            f"digits for each of {info.num_samples:,} samples; take 'checksums' out of it to "
-            "verify by decoding alone, or build the file again."
-        ) from error
-    return _Checksums(int(metadata[0]), samples)
+            f"The checksums in {manifest_path(info.path)} are damaged: they must be crc32, 8 hex digits for each of "
+            f"{info.num_samples:,} samples; remove 'checksums' to verify by decoding alone, or build the file again."
+        )
+    return np.frombuffer(content, ">u4")
 
 
-def _from_hex(text: str) -> np.ndarray:
-    """8 hex digits a number, nothing between them; uint32."""
-    content = bytes.fromhex(text)
-    if len(text) != 2 * len(content):  # fromhex passes over blanks
-        raise ValueError
-    return np.frombuffer(content, ">u4").astype(np.uint32)
-
-
-def _table_crc32(info: BetonInfo, size: int) -> int:
-    """Of the metadata table's bytes as they are in the file."""
+def _is_table_sound(info: BetonInfo, size: int) -> bool:
+    """Compare the checksum of the metadata table, which has `size` bytes, with the manifest's."""
+    assert info.manifest is not None
     with open(info.path, "rb") as file:
         file.seek(HEADER.itemsize + len(info.fields) * FIELD.itemsize)
-        return zlib.crc32(file.read(size))
+        return zlib.crc32(file.read(size)) == int(info.manifest["checksums"]["metadata"], 16)
 
 
-def _check_chunk(
-    path: Path,
-    first: int,
-    sizes: np.ndarray,
-    starts: np.ndarray,
-    modes: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    checksums: np.ndarray | None,
-) -> tuple[int, int, list[tuple[int, str]]]:
-    """Check the samples from position `first` on; all arrays (samples,), sizes in bytes.
+def _check_chunk(path: Path, image: np.ndarray, image_bytes: np.ndarray, crc32_N: np.ndarray | None) -> list[str]:
+    """Return what is wrong with each sample of a chunk, "" if nothing is. A worker process runs this.
 
-    Gives their number, their bytes, and for each bad one its position and what is wrong. A worker
-    process runs this; it reads one sample at a time.
+    Args:
+        path: the .beton file.
+        image: format.IMAGE of the samples.
+        image_bytes: their sizes in the file.
+        crc32_N: their checksums, if there are any.
     """
-    faults = []
+    problems = []
     with open(path, "rb", buffering=0) as file:
-        for number, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist())):
+        for number, (row, size) in enumerate(zip(image, image_bytes.tolist())):
             try:
-                content = os.pread(file.fileno(), size, start)
+                content = os.pread(file.fileno(), size, int(row["data_ptr"]))
             except OSError as error:  # the disk, not the file
-                faults.append((first + number, f"cannot be read: {error.strerror}"))
+                problems.append(f"cannot be read: {error.strerror}")
                 continue
-            wrong = _decoding_fault(content, size, int(modes[number]), int(heights[number]), int(widths[number]))
-            if checksums is not None and zlib.crc32(content) != checksums[number]:
-                wrong = "does not match its checksum" + (f", and {wrong}" if wrong else ", but decodes")
-            if wrong:
-                faults.append((first + number, wrong))
-    return len(sizes), int(sizes.sum()), faults
+            problem = _decoding_problem(content, size, row)
+            if crc32_N is not None and zlib.crc32(content) != crc32_N[number]:
+                problem = "does not match its checksum" + (f", and {problem}" if problem else ", but decodes")
+            problems.append(problem)
+    return problems
 
 
-def _decoding_fault(content: bytes, size: int, mode: int, height: int, width: int) -> str:
-    """What is wrong with an image as stored, "" where nothing is; sides in px as in the metadata."""
+def _decoding_problem(content: bytes, size: int, row: np.void) -> str:
+    """Return what is wrong with a stored image of `size` bytes, "" if nothing is; `row` is its format.IMAGE."""
+    height, width = int(row["height"]), int(row["width"])
     if len(content) != size:
         return "the file ends within it"
-    if mode == RAW:
+    if row["mode"] == RAW:
         return "" if size == 3 * height * width else f"{size:,} bytes are not {height} x {width} pixels"
     try:
         stated = jpeg.read_size(content)
-        if stated != (height, width):  # before decoding: a damaged header may state any size
-            return "is {} x {} px, by its metadata {} x {} px".format(*stated, height, width)
+        if stated != (height, width):  # checked before decoding, because a damaged header may state any size
+            return f"is {stated[0]} x {stated[1]} px, by its metadata {height} x {width} px"
         warning = jpeg.check(content)
     except ValueError as error:
         return f"does not decode: {error}"

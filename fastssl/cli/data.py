@@ -30,27 +30,22 @@ def build_beton(
     from fastssl import beton
 
     if list_:
-        for name, (about, downloads) in beton.describe_builders().items():
-            print(f"{name:<14} {about}" + (" (--download)" if downloads else ""))
+        for info in beton.describe_builders():
+            print(f"{info.name:<14} {info.summary}" + (" (--download)" if info.can_download else ""))
         return
     if builder is None or out is None:
         raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
+    options = beton.BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download)
     if dry_run:
-        estimate = beton.estimate_build(
-            builder, source, out, canvas=canvas, max_side=max_side, quality=quality, order=order, workers=workers,
-            limit=limit,
-        )  # fmt: skip
-        _print_estimate(estimate)
+        _print_estimate(beton.estimate_build(builder, source, out, options))
         return
-    reports = beton.build_beton(
-        builder, source, out, canvas=canvas, max_side=max_side, quality=quality, order=order, workers=workers,
-        limit=limit, strict=strict, download=download,
-    )  # fmt: skip
+    # BuildOptions has the keyword arguments of build_beton.
+    reports = beton.build_beton(builder, source, out, **vars(options))
     for report in reports:
         print(
             f"{report.path} holds {report.samples:,} images of {report.classes} classes, {report.bytes / 1e6:,.1f} MB"
             + (f", {report.bad} bad images skipped" if report.bad else "")
-            + (" (up to date: built from the same images with the same options)" if report.kept else "")
+            + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
         )
     if any(report.bad for report in reports):
         print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
@@ -85,7 +80,7 @@ def inspect(
     from fastssl.common.terminal import console, pairs_table
 
     screen = console()
-    screen.print(beton.summary_tables(beton.inspect_beton(file)))
+    screen.print(beton.inspect_beton(file))
     if batch_size is not None:
         from fastssl.loading import BetonLoader, estimate_memory
         from fastssl.recipe import ViewsConfig

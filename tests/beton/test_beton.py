@@ -1,4 +1,4 @@
-"""build_beton and read_header: what goes in comes out, and bad input is refused."""
+"""The .beton format: stock FFCV reads our files, we read its files, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pictures import jpeg_bytes, photo
 from PIL import Image
 
 from fastssl.beton import build_beton, format, read_header, read_labels, read_metadata
-from fastssl.beton.images import Case, Plan, encode_image
+from fastssl.beton.images import Case, StoragePlan, encode_image
 from fastssl.common.errors import UserError
 
 # numba complains, harmlessly, when one of FFCV's many short-lived pipelines is collected.
@@ -28,7 +28,7 @@ SCALARS = ("label", "index", "height", "width")
 
 
 def payloads(path: Path) -> list[bytes]:
-    """What the file stores for each sample, cut out by its allocation table."""
+    """Return the stored bytes of each sample, found through the allocation table."""
     content, reader = path.read_bytes(), Reader(str(path))
     table = {row["sample_id"]: row for row in reader.alloc_table}
     rows = [table[sample] for sample in range(reader.num_samples)]
@@ -37,7 +37,7 @@ def payloads(path: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def betons(forty_photos, tmp_path_factory) -> dict[str, Path]:
-    """The photographs in each way of storing them."""
+    """The photographs, stored in each way."""
     out = tmp_path_factory.mktemp("betons")
     ways = {"raw": {"canvas": 32}, "jpg": {"canvas": 80}, "full": {"max_side": 100}}
     for way, options in ways.items():
@@ -48,7 +48,7 @@ def betons(forty_photos, tmp_path_factory) -> dict[str, Path]:
 # --- the format is FFCV's -----------------------------------------------------------------------
 
 
-def test_our_dtypes_are_those_of_ffcv():
+def test_the_dtypes_are_those_of_ffcv():
     assert format.VERSION == ffcv.types.CURRENT_VERSION
     assert format.HEADER == ffcv.types.HeaderType
     assert format.FIELD == ffcv.types.FieldDescType
@@ -60,7 +60,7 @@ def test_our_dtypes_are_those_of_ffcv():
 
 
 def stock_loader(path: Path, decoder, os_cache: bool) -> dict[str, np.ndarray]:
-    """Every sample of the file through FFCV's own Loader, in the order of the file."""
+    """Read every sample with FFCV's own Loader, in the order of the file."""
     pipelines = {"image": [decoder], **{name: [IntDecoder()] for name in SCALARS}}
     loader = Loader(
         str(path),
@@ -78,7 +78,7 @@ def stock_loader(path: Path, decoder, os_cache: bool) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("os_cache", [True, False])
 @pytest.mark.parametrize("way, tolerance", [("raw", 0), ("jpg", 30)])
-def test_canvas_through_stock_ffcv(forty_photos, betons, way, tolerance, os_cache):
+def test_stock_ffcv_reads_a_canvas_file(forty_photos, betons, way, tolerance, os_cache):
     side = {"raw": 32, "jpg": 80}[way]
     got = stock_loader(betons[way], SimpleRGBImageDecoder(), os_cache)
     paths = sorted(forty_photos.glob("*/*.jpg"))
@@ -93,7 +93,7 @@ def test_canvas_through_stock_ffcv(forty_photos, betons, way, tolerance, os_cach
         assert got["label"][row, 0] == index // 20
 
 
-def test_full_through_stock_ffcv(betons):
+def test_stock_ffcv_reads_a_full_file(betons):
     got = stock_loader(betons["full"], CenterCropRGBImageDecoder((32, 32), 1.0), True)
     assert got["image"].shape == (40, 32, 32, 3)
     assert (got["image"].std(axis=(1, 2, 3)) > 5).all()
@@ -102,7 +102,7 @@ def test_full_through_stock_ffcv(betons):
 def test_full_keeps_the_bytes_of_a_jpeg_that_fits(forty_photos, betons):
     paths = sorted(forty_photos.glob("*/*.jpg"))
     metadata = read_metadata(betons["full"])
-    kept = 0
+    unchanged = 0
     for row, stored in zip(metadata, payloads(betons["full"]), strict=True):
         path = paths[row["index"]]
         size = Image.open(path).size
@@ -110,21 +110,21 @@ def test_full_keeps_the_bytes_of_a_jpeg_that_fits(forty_photos, betons):
         stored_size = Image.open(io.BytesIO(stored)).size
         assert stored_size == (row["image"]["width"], row["image"]["height"])
         if max(size) <= 100:
-            kept += 1
+            unchanged += 1
             assert stored == path.read_bytes()
         else:
             assert max(stored_size) == 100
     manifest = json.loads(betons["full"].with_name("train.beton.json").read_text())
-    assert 0 < kept < 40
+    assert 0 < unchanged < 40
     assert manifest["counts"] == {
-        "passed_through": kept,
-        "encoded": 40 - kept,
+        "passed_through": unchanged,
+        "encoded": 40 - unchanged,
         "raw": 0,
         "bad": 0,
     }
 
 
-def test_pages_are_never_crossed(tmp_path):
+def test_samples_do_not_cross_pages(tmp_path):
     """600 images of noise, 26 KB each, fill two pages."""
     for number in range(600):
         noise = np.random.default_rng(number).integers(0, 256, (128, 128, 3), dtype=np.uint8)
@@ -173,7 +173,7 @@ def test_a_stock_ffcv_file_is_read(tmp_path):
 
 
 def canvas_of(image: bytes | np.ndarray, side: int = 32) -> np.ndarray:
-    encoded = encode_image(image, Plan("canvas", side, 90))
+    encoded = encode_image(image, StoragePlan("canvas", side, 90))
     return np.frombuffer(encoded.payload, np.uint8).reshape(side, side, 3)
 
 
@@ -199,7 +199,7 @@ def test_grey_cmyk_palette_and_16_bit_become_rgb():
     assert (canvas_of(file_bytes(palette, "PNG")) == np.asarray(palette.convert("RGB"))).all()
 
 
-def test_transparency_is_laid_over_white():
+def test_transparency_is_composited_over_white():
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[:16] = (200, 0, 0, 255)
     got = canvas_of(file_bytes(Image.fromarray(pixels), "PNG"))
@@ -218,20 +218,20 @@ def test_exif_rotation_is_applied(orientation, layout):
     exif[0x0112] = orientation
     stored = jpeg_bytes(photo(3, 60, 40), exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
-    encoded = encode_image(stored, Plan(layout, 64, 95))
+    encoded = encode_image(stored, StoragePlan(layout, 64, 95))
     assert (encoded.source_width, encoded.source_height) == upright.size
     assert (encoded.case == Case.PASSED_THROUGH) == (layout == "full" and orientation == 1)
     if layout == "canvas":
         got = np.frombuffer(encoded.payload, np.uint8).reshape(64, 64, 3)
         expected = np.asarray(upright.resize((64, 64), Image.Resampling.BILINEAR))
-        assert np.abs(got.astype(int) - expected).max() <= 1  # resized before it is turned
+        assert np.abs(got.astype(int) - expected).max() <= 1  # resized before it is rotated
     else:
         assert (encoded.width, encoded.height) == upright.size
         got = np.asarray(Image.open(io.BytesIO(encoded.payload)))
         assert np.abs(got.astype(int) - np.asarray(upright)).mean() < 4
 
 
-def test_a_large_photograph_is_shrunk_like_torchvision_would():
+def test_a_large_photograph_is_shrunk_as_by_torchvision():
     from torchvision.transforms import v2
 
     picture = photo(4, 1200, 900)
@@ -242,12 +242,12 @@ def test_a_large_photograph_is_shrunk_like_torchvision_would():
     assert np.abs(got.astype(int) - expected).max() <= 3
 
 
-def test_a_photograph_with_damaged_exif_is_good():
+def test_a_photograph_with_damaged_exif_is_not_bad():
     stored = jpeg_bytes(photo(5, 40, 40), exif=b"Exif\0\0rubbish that is no TIFF")
-    assert encode_image(stored, Plan("canvas", 32, 90)).source_width == 40
+    assert encode_image(stored, StoragePlan("canvas", 32, 90)).source_width == 40
 
 
-# --- files that are no betons -------------------------------------------------------------------
+# --- files that are refused -------------------------------------------------------------------
 
 
 def refused(path: Path, content: bytes, match: str) -> None:
@@ -256,15 +256,15 @@ def refused(path: Path, content: bytes, match: str) -> None:
         read_header(path)
 
 
-def test_files_that_are_no_betons(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.beton"
     with pytest.raises(UserError, match="x.beton: make it with `fastssl build-beton imagefolder"):
         read_header(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_header(tmp_path)
-    refused(path, b"", "not a .beton file: it is empty")
+    refused(path, b"", "not a .beton file: the header would end at byte 24 of 0")
     refused(path, b"\2\0", "not a .beton file: the header would end")
-    refused(path, b"a picture of a cat, a picture of a dog", "not a .beton file")
+    refused(path, b"an image of a cat, an image of a dog", "not a .beton file")
     for seed in range(20):
         noise = np.random.default_rng(seed).bytes(20_000)
         refused(path, noise, "not a .beton file")
@@ -272,7 +272,7 @@ def test_files_that_are_no_betons(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [10, 1000, 6000, 0.3, 0.9, 0.999])
-def test_a_beton_cut_off_is_refused(betons, tmp_path, keep):
+def test_a_truncated_file_is_refused(betons, tmp_path, keep):
     content = betons["full"].read_bytes()
     keep = keep if isinstance(keep, int) else int(keep * len(content))
     refused(tmp_path / "x.beton", content[:keep], "not a .beton file")
@@ -304,8 +304,8 @@ HUGE = np.iinfo(np.uint64).max
         ("cut off", "header", "alloc_table_ptr", HUGE),
     ],
 )
-def test_pointers_and_sizes_that_lead_astray_are_refused(betons, tmp_path, match, part, column, value):
-    """One value of a sound file is changed: that of sample 3, or of the header."""
+def test_wrong_pointers_and_sizes_are_refused(betons, tmp_path, match, part, column, value):
+    """One value of a sound file is changed, in the rows of sample 3 or in the header."""
     content = bytearray(betons["raw"].read_bytes())
     start = format.HEADER.itemsize + len(format.OUR_FIELDS) * format.FIELD.itemsize
     header = np.frombuffer(content, format.HEADER, 1)
@@ -316,7 +316,7 @@ def test_pointers_and_sizes_that_lead_astray_are_refused(betons, tmp_path, match
     refused(tmp_path / "x.beton", bytes(content), match)
 
 
-def test_a_manifest_that_is_damaged_or_of_another_file(betons, tmp_path):
+def test_a_manifest_that_is_damaged_or_belongs_to_another_file(betons, tmp_path):
     path = shutil.copy(betons["raw"], tmp_path / "x.beton")
     manifest = tmp_path / "x.beton.json"
     manifest.write_text("{")
@@ -328,26 +328,16 @@ def test_a_manifest_that_is_damaged_or_of_another_file(betons, tmp_path):
 
 
 def test_a_million_samples_are_checked_in_a_second(tmp_path):
+    """A file without image data: a million images of 2x2 px. The limit leaves room for a slow machine."""
     count = 1_000_000
-    path = tmp_path / "large.beton"
-    row = format.metadata_type(format.OUR_FIELDS)
-    metadata, table = np.zeros(count, row), np.zeros(count, format.ALLOCATION)
-    table["sample_id"], table["size"] = np.arange(count), 12
-    start = format.align(6000 + metadata.nbytes)
+    start = format.data_start(count)
     per_page = format.PAGE_SIZE // 12
     position = np.arange(count)
-    table["ptr"] = start + position // per_page * format.PAGE_SIZE + position % per_page * 12
-    metadata["image"]["data_ptr"] = table["ptr"]
-    metadata["image"]["mode"] = format.RAW
-    metadata["image"]["width"] = metadata["image"]["height"] = 2
-    from fastssl.beton.write import _field_descriptors
-
-    end = int(table["ptr"][-1]) + 12
-    with open(path, "wb") as file:
-        header = np.array((2, 5, format.PAGE_SIZE, count, end), format.HEADER)
-        file.write(header.tobytes() + _field_descriptors().tobytes() + metadata.tobytes())
-        file.seek(end)
-        file.write(table.tobytes())
+    rows = np.zeros(count, format.ROW)
+    rows["mode"], rows["width"], rows["height"], rows["size"] = format.RAW, 2, 2, 12
+    rows["data_ptr"] = start + position // per_page * format.PAGE_SIZE + position % per_page * 12
+    with open(tmp_path / "large.beton", "wb") as file:
+        format.write_tables(file, rows, int(rows["data_ptr"][-1]) + 12)
     began = time.process_time()
-    assert read_header(path).num_samples == count
+    assert read_header(tmp_path / "large.beton").num_samples == count
     assert time.process_time() - began < 3

@@ -1,4 +1,4 @@
-"""build_beton under hard conditions: bad images, dying processes, full disks, builds that go on."""
+"""build_beton under hard conditions: bad images, processes that die, full disks, builds that resume."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from PIL import Image
 
 import beton_builders
 from fastssl.beton import (
+    BuildOptions,
     build_beton,
     estimate_build,
     jpeg,
@@ -37,8 +38,8 @@ from fastssl.common.errors import UserError
 FILES = ("train.beton", "train.beton.json", "train.beton.names.txt")
 
 
-def own_builder(tmp_path: Path, monkeypatch, name: str, source: str) -> None:
-    """Make a builder of that name, as a user would who puts a file into beton_builders."""
+def add_builder(tmp_path: Path, monkeypatch, name: str, source: str) -> None:
+    """Add a module to beton_builders, as a user would."""
     folder = tmp_path / "builders"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.py").write_text(source)
@@ -46,6 +47,7 @@ def own_builder(tmp_path: Path, monkeypatch, name: str, source: str) -> None:
 
 
 def built(out: Path) -> dict[str, bytes]:
+    """Return the contents of the files of a build."""
     return {name: (out / name).read_bytes() for name in FILES}
 
 
@@ -58,7 +60,7 @@ def with_bad_images(forty_photos, tmp_path) -> Path:
     shutil.copytree(forty_photos, source)
     whole = jpeg_bytes(photo(1, 100, 100))
     (source / "bird" / "00a truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (source / "bird" / "00b ünï text.jpg").write_text("not a picture")
+    (source / "bird" / "00b ünï text.jpg").write_text("not an image")
     (source / "cat" / "zz empty.JPEG").write_bytes(b"")
     return source
 
@@ -85,7 +87,7 @@ def test_bad_images_are_listed_and_skipped(with_bad_images, tmp_path, options):
     assert names[2] == "bird/00b ünï text.jpg" and len(names) == 43
 
 
-def test_strict_stops_at_the_first_bad_image_and_goes_on_once_it_is_mended(with_bad_images, tmp_path):
+def test_strict_stops_at_the_first_bad_image_and_resumes_once_it_is_repaired(with_bad_images, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="[.](jpg|JPEG) is bad: .*leave out --strict"):
         build_beton("imagefolder", with_bad_images, out, canvas=32, strict=True)
@@ -96,25 +98,25 @@ def test_strict_stops_at_the_first_bad_image_and_goes_on_once_it_is_mended(with_
     assert build_beton("imagefolder", with_bad_images, out, canvas=32, strict=True)[0].samples == 43
 
 
-def test_a_second_build_forgets_bad_images_that_were_mended(with_bad_images, tmp_path):
+def test_a_second_build_forgets_bad_images_that_were_repaired(with_bad_images, tmp_path):
     out = tmp_path / "out"
     assert build_beton("imagefolder", with_bad_images, out, canvas=32)[0].bad == 3
     (with_bad_images / "bird" / "00b ünï text.jpg").write_bytes(jpeg_bytes(photo(0, 50, 50)))
     report = build_beton("imagefolder", with_bad_images, out, canvas=32)[0]
-    assert (report.bad, report.kept) == (2, False)
+    assert (report.bad, report.up_to_date) == (2, False)
     assert len((out / "bad_images.jsonl").read_text().splitlines()) == 2
 
 
-def test_only_bad_images(tmp_path):
+def test_a_split_of_bad_images_is_an_error(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.jpg").write_text("no")
-    with pytest.raises(UserError, match="Not one of the 1 images .* could be read"):
+    with pytest.raises(UserError, match="None of the 1 images .* could be read"):
         build_beton("imagefolder", source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("train*"))
 
 
-def test_mistakes_are_one_sentence(forty_photos, tmp_path):
+def test_wrong_options_are_user_errors(forty_photos, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="did you mean imagefolder"):
         build_beton("imagefoldr", forty_photos, out)
@@ -142,7 +144,7 @@ def test_mistakes_are_one_sentence(forty_photos, tmp_path):
 def test_names_that_are_not_utf_8(tmp_path):
     folder = os.fsencode(tmp_path / "source") + b"/cl\xe9"
     os.makedirs(folder)
-    for name, content in ((b"a\xe9.jpg", jpeg_bytes(photo(0, 40, 40))), (b"bad\xe9.jpg", b"no picture")):
+    for name, content in ((b"a\xe9.jpg", jpeg_bytes(photo(0, 40, 40))), (b"bad\xe9.jpg", b"no image")):
         with open(folder + b"/" + name, "wb") as file:
             file.write(content)
     report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out")[0]
@@ -152,11 +154,11 @@ def test_names_that_are_not_utf_8(tmp_path):
     assert (tmp_path / "out" / "train.beton.names.txt").read_bytes() == b"cl\xe9/a\xe9.jpg\ncl\xe9/bad\xe9.jpg\n"
 
 
-# --- what the loader's decoder says decides -----------------------------------------------------
+# --- the loader's decoder decides what is bad -----------------------------------------------------
 
 
-def test_checking_at_an_eighth_finds_what_decoding_in_full_finds():
-    """Damaged JPEGs: our check, our full decode and FFCV's decode agree on every one of them."""
+def test_checking_at_an_eighth_of_the_size_finds_the_same_faults_as_decoding_in_full():
+    """On 600 damaged JPEGs, jpeg.check, jpeg.decode and FFCV's decoder agree."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (64, 48, 3), dtype=np.uint8)
     wholes = [
@@ -190,8 +192,8 @@ def verdict_of(decode, content: bytes) -> str:
         return "failed"
 
 
-def test_a_decoder_warning_means_encoded_anew(tmp_path):
-    """Bytes between two segments: every viewer shows the picture, turbojpeg warns of them."""
+def test_images_are_encoded_again_for_each_reason(tmp_path):
+    """The decoder warning comes from bytes between two segments: every viewer shows the image, turbojpeg warns."""
     (tmp_path / "source").mkdir()
     whole = jpeg_bytes(photo(0, 60, 60))
     (tmp_path / "source" / "whole.jpg").write_bytes(whole)
@@ -202,7 +204,7 @@ def test_a_decoder_warning_means_encoded_anew(tmp_path):
     (tmp_path / "source" / "rotated.jpg").write_bytes(jpeg_bytes(photo(0, 60, 40), exif=rotated))
     (tmp_path / "source" / "large.jpg").write_bytes(jpeg_bytes(photo(0, 90, 40)))
     (tmp_path / "source" / "grey.jpg").write_bytes(jpeg_bytes(photo(0, 50, 50).convert("L")))
-    photo(0, 50, 50).save(tmp_path / "source" / "picture.png")
+    photo(0, 50, 50).save(tmp_path / "source" / "image.png")
     report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out", max_side=64)[0]
     manifest = read_header(report.path).manifest
     assert manifest["counts"] == {"passed_through": 1, "raw": 0, "bad": 0, "encoded": 5}
@@ -216,7 +218,7 @@ def test_a_decoder_warning_means_encoded_anew(tmp_path):
     assert manifest["source_formats"] == {"JPEG": 5, "PNG": 1}
 
 
-def test_the_manifest_says_which_sources_were_pixels(tmp_path):
+def test_the_manifest_counts_sources_that_are_pixels(tmp_path):
     report = build_beton("mnist5k", None, tmp_path, limit=3)[0]
     assert read_header(report.path).manifest["source_formats"] == {"pixels": 3}
 
@@ -242,37 +244,37 @@ def splits(source):
 """
 
 
-def test_a_dying_worker_is_one_sentence(tmp_path, monkeypatch):
-    own_builder(tmp_path, monkeypatch, "deadly", DEADLY)
+def test_a_worker_that_dies_is_a_user_error(tmp_path, monkeypatch):
+    add_builder(tmp_path, monkeypatch, "deadly", DEADLY)
     with pytest.raises(UserError, match="A worker process died"):
         build_beton("deadly", None, tmp_path / "out", workers=2)
     assert not (tmp_path / "out" / "train.beton").exists()
 
 
-def test_a_worker_without_memory_is_one_sentence_and_no_wait(tmp_path, monkeypatch):
-    """The other workers must not wait for the turn that this one never takes."""
-    own_builder(tmp_path, monkeypatch, "greedy", DEADLY.replace("Deadly()", "partial(bytes, 1 << 60)"))
+def test_a_worker_without_memory_is_a_user_error(tmp_path, monkeypatch):
+    """The other workers must not wait for a turn that this one never takes."""
+    add_builder(tmp_path, monkeypatch, "greedy", DEADLY.replace("Deadly()", "partial(bytes, 1 << 60)"))
     with pytest.raises(UserError, match="A worker process died or ran out of memory"):
         build_beton("greedy", None, tmp_path / "out", workers=2)
 
 
-def test_a_turn_that_has_come_is_taken_though_a_later_one_has_failed():
+def test_a_chunk_is_written_although_a_later_one_has_failed():
     turns = pool.Turns(multiprocessing.get_context("spawn"))
     turns.restart(100)
-    turns.give_up()  # of chunk 1, say
-    assert len(turns.place(0, [10, 20])) == 2
+    turns.fail()  # as chunk 1 would
+    assert len(turns.reserve(0, [10, 20])) == 2
     with pytest.raises(RuntimeError, match="earlier chunk"):
-        turns.place(2, [10])
+        turns.reserve(2, [10])
 
 
 BUILD = """
 import sys, pathlib, signal
 from fastssl.beton import build_beton, pool, partial_build
 
-# A shell starts what runs in its background with Ctrl-C ignored; tests may run there.
+# Processes in the background of a shell ignore Ctrl-C, and tests may run there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 partial_build.SAVE_EVERY = 0.0  # after every chunk
-pool.UNDER_WAY = 2  # else the workers may be through before the first chunks are saved
+pool.TASKS_PER_WORKER = 2  # otherwise the workers may have finished before the first chunks are saved
 if __name__ == "__main__":
     source, out = map(pathlib.Path, sys.argv[1:])
     build_beton("imagefolder", source, out, canvas=256, workers=2)
@@ -281,7 +283,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def slow_source(tmp_path) -> Path:
-    """900 names of one large picture: seconds of work, whatever the machine."""
+    """900 names of one large image: seconds of work on any machine."""
     source = tmp_path / "source"
     source.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
@@ -292,7 +294,7 @@ def slow_source(tmp_path) -> Path:
 
 
 def start_build(tmp_path: Path, source: Path, out: Path, rows: int) -> subprocess.Popen:
-    """A build in a process group of its own, some way on: `rows` bytes of rows were saved."""
+    """Start a build in its own process group, and return when more than `rows` bytes of rows have been saved."""
     script = tmp_path / "build.py"
     script.write_text(BUILD)
     command = [sys.executable, script, source, out]
@@ -304,8 +306,8 @@ def start_build(tmp_path: Path, source: Path, out: Path, rows: int) -> subproces
     return build
 
 
-def test_killed_builds_go_on_and_end_as_one_that_was_not(slow_source, tmp_path):
-    """Interrupted as a terminal would, then killed outright, then one worker killed."""
+def test_a_build_that_was_killed_resumes_and_gives_the_same_files(slow_source, tmp_path):
+    """Interrupted as by a terminal, then killed, then one worker killed."""
     out, part = tmp_path / "out", tmp_path / "out" / "train.beton.part"
     rows = 0
     for kill in ("ctrl-c", "kill -9", "a worker"):
@@ -316,7 +318,7 @@ def test_killed_builds_go_on_and_end_as_one_that_was_not(slow_source, tmp_path):
             build.kill()
         else:
             os.kill(workers_of(build)[0], signal.SIGKILL)
-        stderr = build.communicate(timeout=20)[1]  # returns when the workers are gone too
+        stderr = build.communicate(timeout=20)[1]  # returns when the workers have ended too
         assert build.returncode != 0
         assert not (out / "train.beton").exists()
         assert (part / "rows").stat().st_size > rows
@@ -333,13 +335,13 @@ def test_killed_builds_go_on_and_end_as_one_that_was_not(slow_source, tmp_path):
 
 
 def workers_of(build: subprocess.Popen) -> list[int]:
-    """The processes that encode: the children that were spawned to run our pool."""
+    """Return the process ids of the worker processes."""
     children = Path(f"/proc/{build.pid}/task/{build.pid}/children").read_text().split()
     command = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
     return [pid for pid, line in command.items() if "spawn_main" in line]
 
 
-def test_two_builds_at_once_are_refused(slow_source, tmp_path):
+def test_two_builds_of_the_same_file_are_refused(slow_source, tmp_path):
     build = start_build(tmp_path, slow_source, tmp_path / "out", 0)
     with pytest.raises(UserError, match="Another process is building .*train.beton"):
         build_beton("imagefolder", slow_source, tmp_path / "out", canvas=256)
@@ -347,8 +349,8 @@ def test_two_builds_at_once_are_refused(slow_source, tmp_path):
     build.communicate(timeout=20)
 
 
-def test_a_disk_that_takes_no_more(forty_photos, tmp_path):
-    """A limit on the size of files stands in for a full disk: write fails in the same place."""
+def test_a_full_disk_is_a_user_error(forty_photos, tmp_path):
+    """A limit on the size of files replaces the full disk: the same write fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
@@ -359,8 +361,8 @@ def test_a_disk_that_takes_no_more(forty_photos, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreadable_folder_is_one_sentence(forty_photos, tmp_path):
-    source = Path(tempfile.mkdtemp(prefix="fastssl-test-"))  # pytest's own folders are closed to others
+def test_an_unreadable_folder_is_a_user_error(forty_photos, tmp_path):
+    source = Path(tempfile.mkdtemp(prefix="fastssl-test-"))  # other users cannot read pytest's own folders
     user = os.geteuid()
     try:
         shutil.copytree(forty_photos, source, dirs_exist_ok=True)
@@ -368,7 +370,7 @@ def test_an_unreadable_folder_is_one_sentence(forty_photos, tmp_path):
         (source / "cat").chmod(0)
         if user == 0:  # root may read everything, nobody may not
             os.seteuid(65534)
-        with pytest.raises(UserError, match="/cat cannot be read: give yourself the right to"):
+        with pytest.raises(UserError, match="/cat cannot be read: make it readable"):
             build_beton("imagefolder", source, source / "out")
     finally:
         os.seteuid(user)
@@ -387,7 +389,7 @@ def test_workers_do_not_change_the_bytes(forty_photos, tmp_path):
         assert built(outs[0]) == built(outs[1])
 
 
-def test_order_source_keeps_the_order_and_limit_is_spread(forty_photos, tmp_path):
+def test_order_source_is_the_builders_order_and_limit_is_spread_over_the_classes(forty_photos, tmp_path):
     report = build_beton("imagefolder", forty_photos, tmp_path / "o", canvas=32, order="source")[0]
     assert read_metadata(report.path)["index"].tolist() == list(range(40))
     assert read_header(report.path).manifest["order"] == "source"
@@ -397,39 +399,36 @@ def test_order_source_keeps_the_order_and_limit_is_spread(forty_photos, tmp_path
     assert set(read_labels(report.path)) == {0, 1}
 
 
-def test_the_same_command_again_keeps_what_is_there(forty_photos, tmp_path):
+def test_a_file_is_built_again_only_if_images_or_options_have_changed(forty_photos, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(forty_photos, source)
-    assert not build_beton("imagefolder", source, out, canvas=32)[0].kept
+    assert not build_beton("imagefolder", source, out, canvas=32)[0].up_to_date
     before = built(out)
     again = build_beton("imagefolder", source, out, canvas=32)[0]
-    assert again.kept and (again.samples, again.bad) == (40, 0)
+    assert again.up_to_date and (again.samples, again.bad) == (40, 0)
 
     (source / "bird" / "03.jpg").write_bytes(jpeg_bytes(photo(77, 60, 60)))
-    assert not build_beton("imagefolder", source, out, canvas=32)[0].kept  # a file has changed
+    assert not build_beton("imagefolder", source, out, canvas=32)[0].up_to_date  # a file has changed
     assert built(out)["train.beton"] != before["train.beton"]
-    assert not build_beton("imagefolder", source, out, canvas=24)[0].kept  # an option has
+    assert not build_beton("imagefolder", source, out, canvas=24)[0].up_to_date  # an option has changed
     (source / "cat" / "new.jpg").write_bytes(jpeg_bytes(photo(78, 60, 60)))
     assert build_beton("imagefolder", source, out, canvas=24)[0].samples == 41
     (out / "train.beton").write_bytes(b"cut off")
-    assert not build_beton("imagefolder", source, out, canvas=24)[0].kept
+    assert not build_beton("imagefolder", source, out, canvas=24)[0].up_to_date
 
 
-def test_an_unfinished_build_begins_anew_when_its_sources_have_changed(forty_photos, tmp_path):
+def test_a_partial_build_restarts_if_its_sources_have_changed(forty_photos, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(forty_photos, source)
 
-    def stopped(mark: str) -> None:
-        """As `kill -9` would leave it, 32 of 41 images on."""
-        (source / "cat" / "zz.jpg").write_text(mark)
-        with pytest.raises(UserError, match="cannot be written"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(partial_build, "write_tables", full_disk)
-            build_beton("imagefolder", source, tmp_path / "out", canvas=80)
+    (source / "cat" / "zz.jpg").write_text("a text")
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    stopped("a text")
+    with pytest.raises(UserError, match="cannot be written"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial_build, "write_tables", full_disk)
+        build_beton("imagefolder", source, tmp_path / "out", canvas=80)
     part = tmp_path / "out" / "train.beton.part"
     assert len((part / "rows").read_bytes()) == 41 * partial_build.ROW.itemsize
     (source / "bird" / "03.jpg").write_bytes(jpeg_bytes(photo(77, 60, 60)))
@@ -439,7 +438,7 @@ def test_an_unfinished_build_begins_anew_when_its_sources_have_changed(forty_pho
 
 
 def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, monkeypatch):
-    """The file has its final name and the manifest has not: the file is taken back and finished."""
+    """The file has its final name, the manifest has not: the next build moves the file back and finishes it."""
     out = tmp_path / "out"
     moved = []
 
@@ -460,19 +459,19 @@ def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, 
 
 
 def test_a_save_that_is_interrupted_leaves_each_image_once(forty_photos, tmp_path, monkeypatch):
-    """Ctrl-C behind the write of the rows, and then the save that the interrupt itself brings about."""
+    """Ctrl-C after the rows were written, and then the save that the interrupt itself causes."""
     forty = tmp_path / "photos"
     shutil.copytree(forty_photos, forty)
-    (forty / "bird" / "bad.jpg").write_bytes(b"no picture")
-    write_from, interrupted = partial_build._write_from, []
+    (forty / "bird" / "bad.jpg").write_bytes(b"no image")
+    write_at, interrupted = partial_build._write_at, []
 
-    def strikes_once(path, position, content):
-        write_from(path, position, content)
+    def interrupted_once(path, position, content):
+        write_at(path, position, content)
         if path.name == "rows" and content and not interrupted:
             interrupted.append(1)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(partial_build, "_write_from", strikes_once)
+    monkeypatch.setattr(partial_build, "_write_at", interrupted_once)
     monkeypatch.setattr(partial_build, "SAVE_EVERY", 0.0)
     out, straight = tmp_path / "out", tmp_path / "straight"
     with pytest.raises(KeyboardInterrupt):
@@ -485,14 +484,14 @@ def test_a_save_that_is_interrupted_leaves_each_image_once(forty_photos, tmp_pat
     assert (out / "bad_images.jsonl").read_text() == (straight / "bad_images.jsonl").read_text()
 
 
-def test_the_forecast_is_close_to_what_is_built(forty_photos, tmp_path):
+def test_the_estimate_is_close_to_what_is_built(forty_photos, tmp_path):
     options = {"canvas": 80, "workers": 1}
-    forecast = estimate_build("imagefolder", forty_photos, tmp_path / "o", **options)
+    estimate = estimate_build("imagefolder", forty_photos, tmp_path / "o", BuildOptions(**options))
     assert not (tmp_path / "o").exists()
-    assert forecast.free_disk > 0 and forecast.free_memory > 0
-    split = forecast.splits[0]
+    assert estimate.free_disk > 0 and estimate.free_memory > 0
+    split = estimate.splits[0]
     assert (split.images, split.classes, split.bad) == (40, 2, 0)
     report = build_beton("imagefolder", forty_photos, tmp_path / "o", **options)[0]
     assert split.bytes == report.bytes  # all 40 were sampled
-    limited = estimate_build("imagefolder", forty_photos, tmp_path / "o", limit=10, **options)
+    limited = estimate_build("imagefolder", forty_photos, tmp_path / "o", BuildOptions(limit=10, **options))
     assert limited.splits[0].images == 10

@@ -1,4 +1,4 @@
-"""Lists of images, by name or by index: what each line means, and every mistake in one sentence."""
+"""Lists of images, by name or by index: the meaning of each line, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pictures import jpeg_bytes, photo
 
 from fastssl import cli
 from fastssl.beton import build_beton, read_index_list, read_metadata
-from fastssl.beton.index_list import _find
+from fastssl.beton.index_list import _match
 from fastssl.common.errors import UserError
 
-# In the order of their index; the one at 3 is bad.
+# In the order of their index; the image with index 3 is bad.
 NAMES = [
     "train/n01440764/n01440764_10.JPEG",
     "train/n01440764/n01440764_9.JPEG",
@@ -33,12 +33,12 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory) -> Path:
-    """A small ImageNet, whose order in the file is shuffled."""
+    """A file with names like ImageNet's, in shuffled order."""
     root = tmp_path_factory.mktemp("listed")
     for number, name in enumerate(NAMES):
         path = root / "source" / (name + ("" if "v1.2" not in name else ".jpg"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg_bytes(photo(number, 40, 40)) if "broken" not in name else b"no picture")
+        path.write_bytes(jpeg_bytes(photo(number, 40, 40)) if "broken" not in name else b"no image")
     report = build_beton("imagefolder", root / "source", root, canvas=32, workers=1)[0]
     assert report.samples == 8
     names = root / "train.beton.names.txt"
@@ -49,7 +49,7 @@ def beton(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def read(beton, tmp_path):
-    """The indices that these lines name."""
+    """Read a list of these lines."""
 
     def read(*lines: str, end: str = "\n") -> list[int]:
         path = tmp_path / "list.txt"
@@ -62,34 +62,34 @@ def read(beton, tmp_path):
     return read
 
 
-# --- what a line means --------------------------------------------------------------------------
+# --- the meaning of a line --------------------------------------------------------------------------
 
 
-def test_names_in_the_order_of_the_list(read):
+def test_names_are_read_in_the_order_of_the_list(read):
     assert read("n01440764_9.JPEG", "käse 1.png", "n01440764_10.JPEG") == [1, 4, 0]
     assert read(*[NAMES[index] for index in (8, 2, 5, 0)]) == [8, 2, 5, 0]
     assert read("n01443537/same.jpg", "./train/n01440764/same.jpg", "twin.png") == [5, 2, 7]
 
 
-def test_suffixes_matter_only_where_names_with_them_are_not_found(read):
+def test_suffixes_are_ignored_only_if_the_whole_name_is_not_found(read):
     assert read("n01440764_9", "n01440764_10.jpg", "train/n01443537/käse 1") == [1, 0, 4]
     assert read("twin.png", "twin.jpg", "v1.2") == [7, 6, 8]
-    with pytest.raises(UserError, match="'v1.3', names no image"):  # .3 is no suffix
+    with pytest.raises(UserError, match="'v1.3', names no image"):  # .3 is not a suffix
         read("v1.3")
 
 
-def test_a_whole_name_goes_before_the_end_of_another():
-    index, count = _find([b"a/b.jpg", b"b.jpg", b"c"], [b"x/a/b.jpg", b"b.jpg", b"a/b.jpg", b"cc", b"b/cc"])
+def test_a_whole_name_has_precedence_over_the_end_of_a_name():
+    index, count = _match([b"a/b.jpg", b"b.jpg", b"c"], [b"x/a/b.jpg", b"b.jpg", b"a/b.jpg", b"cc", b"b/cc"])
     assert index.tolist()[:2] == [2, 1] and count.tolist() == [1, 1, 0]
 
 
-def test_blank_lines_comments_and_other_ends_of_lines(read):
+def test_blank_lines_comments_and_line_ends(read):
     assert read("# the 1 % subset", "", "  n01440764_9.JPEG  ", "#twin.png", end="\r\n") == [1]
     assert read("\ufeffn01440764_9.JPEG") == [1]
     assert read("n01440764_9.JPEG\ntwin.png", end="") == [1, 7]
 
 
-def test_indices(read):
+def test_lines_of_numbers_are_indices(read):
     assert read("8", "0", "004") == [8, 0, 4]
 
 
@@ -101,13 +101,13 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
     assert read_index_list(path, tmp_path / "list.txt").tolist() == [4]
 
 
-# --- what is wrong with a list ------------------------------------------------------------------
+# --- mistakes ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "lines, says",
     [
-        (["# none", ""], "names no images: it must hold"),
+        (["# none", ""], "names no images: write the name of one"),
         (
             ["twin.png", "#", "missing.JPEG", "also missing"],
             "Line 3 of LIST, 'missing.JPEG', names no image of BETON (2 such lines in all); "
@@ -118,7 +118,7 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
         (["twin"], "'twin', names 2 images of BETON; write more of the path before it, or its suffix"),
         (
             ["twin.png", "", "twin.jpg", "twin.png"],
-            "Line 4 of LIST, 'twin.png', names the image of line 1 again; keep one of them.",
+            "Line 4 of LIST, 'twin.png', names the image of line 1 again; remove one of them.",
         ),
         (["n01440764_9.JPEG", "n01440764/n01440764_9.JPEG"], "names the image of line 1 again"),
         (["5", "5", "05"], "'5', names the image of line 1 again"),
@@ -126,7 +126,7 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
         (
             ["broken.jpg"],
             "Line 1 of LIST, 'broken.jpg', names an image that is not in BETON: it was bad when the "
-            "file was built (bad_images.jsonl beside it says why); take it out.",
+            "file was built (bad_images.jsonl in its folder has the reason); remove it.",
         ),
         (["1", "3"], "Line 2 of LIST, '3', names an image that is not in BETON: it was bad"),
         (["1", "9", "12"], "'9', is no index of BETON (2 such lines in all); the last one is 8."),
@@ -134,7 +134,7 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
         (["-1"], "'-1', names no image of BETON"),
     ],
 )
-def test_mistakes_are_one_sentence(read, beton, tmp_path, lines, says):
+def test_a_mistake_is_a_user_error_that_names_the_line(read, beton, tmp_path, lines, says):
     says = says.replace("LIST", str(tmp_path / "list.txt")).replace("BETON", str(beton))
     with pytest.raises(UserError, match=re.escape(says)) as raised:
         read(*lines)
@@ -150,18 +150,18 @@ def test_images_left_out_by_limit(beton, tmp_path):
         read_index_list(path, tmp_path / "list.txt")
 
 
-def test_files_that_lack_names_or_indices(beton, tmp_path):
+def test_files_without_names_or_indices(beton, tmp_path):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     (tmp_path / "names.txt").write_text("twin.png\n")
     (tmp_path / "indices.txt").write_text("7\n")
     (tmp_path / "beyond.txt").write_text("9\n")
-    old = Path(shutil.copy(beton, tmp_path))  # without the files beside it
+    old = Path(shutil.copy(beton, tmp_path))  # without manifest and names
     assert read_index_list(old, tmp_path / "indices.txt").tolist() == [7]
     with pytest.raises(UserError, match="is no index of .*; the last one is 8"):
         read_index_list(old, tmp_path / "beyond.txt")
-    with pytest.raises(UserError, match="names.txt is missing, .*older version; build it with"):
+    with pytest.raises(UserError, match="names.txt is missing, .*older version built it; build it with"):
         read_index_list(old, tmp_path / "names.txt")
     with pytest.raises(UserError, match="No file .*no.txt"):
         read_index_list(old, tmp_path / "no.txt")
@@ -180,11 +180,11 @@ def test_files_that_lack_names_or_indices(beton, tmp_path):
 
 
 def test_a_list_of_one_percent_is_found_among_many_names():
-    """Of 1.28 million it takes a second; here of 200,000, with room for a slow machine."""
+    """Among 1.28 million names this takes a second; the limit for 200,000 leaves room for a slow machine."""
     names = [f"train/n{n // 1300:08}/n{n // 1300:08}_{n}.JPEG".encode() for n in range(200_000)]
     keys = [name.rpartition(b"/")[2] for name in names[::100]]
     start = time.process_time()
-    index, count = _find(keys, names)
+    index, count = _match(keys, names)
     assert time.process_time() - start < 3
     assert (count == 1).all() and (index == np.arange(0, 200_000, 100)).all()
 
@@ -201,7 +201,7 @@ def test_the_command_shows_a_subset(beton, tmp_path, monkeypatch, capsys, lines,
     assert (end.value.code or 0) == code
     if code == 0:
         subset = out[out.index(f"{path} names 3 of 8 images, 37.50%") :]
-        assert "2 classes, samples of each: min 1, median 2, max 2" in subset
+        assert "2 classes, samples per class: min 1, median 2, max 2" in subset
         assert re.search("n01440764 +1 +█{15} ", subset) and re.search("n01443537 +2 +█{30}", subset)
     else:
         assert err.count("\n") == 1 and "names no image" in err

@@ -1,4 +1,4 @@
-"""The one resize on the CPU beside Pillow's: whole images for build-beton, crops for the loader."""
+"""The resize of build-beton (whole images) and of the loader (crops) on the CPU, compared with Pillow's."""
 
 import os
 import subprocess
@@ -14,8 +14,8 @@ from fastssl.beton.resize import resize, resize_box
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box
 
 
-def test_resize_is_pillows_to_one_grey_level():
-    """Noise and black-and-white, all ways of shrinking and enlarging, sides from 1 px on."""
+def test_resize_equals_pillows_to_one_grey_level():
+    """Noise and black-and-white images, shrunk and enlarged, with sides from 1 px."""
     rng = np.random.default_rng(0)
     for trial in range(200):
         height, width, out_height, out_width = (int(side) for side in rng.integers(1, 200, 4))
@@ -30,8 +30,8 @@ def test_resize_is_pillows_to_one_grey_level():
     assert (resize(np.full((9, 7, 3), 255, np.uint8), 5, 4) == 255).all()
 
 
-def test_crops_are_nearer_to_pillow_than_opencv_area():
-    """PSNR against Pillow's antialiased bilinear, at the boxes that training draws, to 224 and to 64 px."""
+def test_crops_are_closer_to_pillow_than_those_of_opencv_area():
+    """PSNR against Pillow's antialiased bilinear, for boxes as in training, to 224 and to 64 px."""
     noise = np.random.default_rng(1).normal(0, 20, (375, 500, 3))
     pixels = (np.asarray(photo(3, 500, 375)) + noise).clip(0, 255).astype(np.uint8)
     u = torch.from_numpy(np.random.default_rng(0).random((60, UNIFORMS_PER_BOX)))
@@ -51,8 +51,8 @@ def test_crops_are_nearer_to_pillow_than_opencv_area():
 
 
 def test_the_pixels_do_not_depend_on_which_caller_compiled_the_resize_first(tmp_path):
-    """numba lets a function inherit fastmath from its first caller, and caches the result: found as other bytes of a
-    build after the views had run."""
+    """numba lets a function inherit fastmath from its first caller, and caches the result: a build after the views had
+    run gave other bytes."""
     script = """
 import sys, numba, numpy as np
 from fastssl.beton.resize import resize, resize_line, resize_weights

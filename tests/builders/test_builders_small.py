@@ -35,7 +35,7 @@ from beton_builders import (
 )
 from fastssl.beton import Sample, build_beton, builder_names, read_labels, read_metadata
 from fastssl.beton.build import download_dataset
-from fastssl.beton.builders import load_builder
+from fastssl.beton.source import load_builder
 from fastssl.common.errors import UserError
 
 BUILDERS = (caltech101, cifar10, cifar100, dtd, fashionmnist, flowers102, mnist, stl10, svhn)

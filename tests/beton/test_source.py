@@ -1,4 +1,4 @@
-"""The compact list of samples: what goes in comes out."""
+"""SampleList, and where the bytes of a sample are read from."""
 
 from functools import partial
 from pathlib import Path
@@ -7,30 +7,30 @@ import pytest
 
 from fastssl.beton import Sample
 from fastssl.beton.images import read_image_bytes
-from fastssl.beton.sample_list import SampleList
+from fastssl.beton.source import SampleList
 
 
-def test_a_listing_gives_back_what_was_listed(tmp_path):
+def test_a_sample_list_returns_its_samples(tmp_path):
     (tmp_path / "archive").write_bytes(b"0123456789")
     samples = [
         Sample("cat/ä 1.jpg", 3, "ä 1"),
         Sample((str(tmp_path / "archive"), 2, 5), 0, "member"),
         Sample(partial(bytes, b"made when called"), 1, "row 7"),
     ]
-    listing = SampleList(iter(samples))
-    assert len(listing) == 3
-    assert list(listing)[:2] == samples[:2]
-    assert read_image_bytes(listing[1].image) == b"23456"
-    assert read_image_bytes(listing[2].image) == b"made when called"
+    sample_list = SampleList(iter(samples))
+    assert len(sample_list) == 3
+    assert list(sample_list)[:2] == samples[:2]
+    assert read_image_bytes(sample_list[1].image) == b"23456"
+    assert read_image_bytes(sample_list[2].image) == b"made when called"
     with pytest.raises(IndexError):
-        listing[3]
+        sample_list[3]
 
 
-def test_a_path_object_and_a_string_are_listed_alike():
+def test_a_path_object_becomes_a_string():
     assert SampleList([Sample(Path("a/b.jpg"), 0, "b")])[0] == SampleList([Sample("a/b.jpg", 0, "b")])[0]
 
 
-def test_a_part_that_the_file_does_not_have_is_an_error(tmp_path):
+def test_a_range_beyond_the_end_of_the_file_is_an_error(tmp_path):
     (tmp_path / "cut.tar").write_bytes(b"01234")
     with pytest.raises(ValueError, match="cut.tar ends within this image, at byte 5"):
         read_image_bytes((tmp_path / "cut.tar", 3, 10))

@@ -1,4 +1,4 @@
-"""`fastssl inspect`: what it says of a file, every kind of damage that it finds, and its sheet."""
+"""`fastssl inspect`: its tables, every kind of damage that --verify finds, and its sheet."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pictures import jpeg_bytes, photo
 from PIL import Image
 
 from fastssl import cli
-from fastssl.beton import build_beton, draw_sheet, format, inspect_beton, read_samples, verify
+from fastssl.beton import build_beton, draw_sheet, format, read_samples, verify
 from fastssl.common.errors import UserError
 
 
 @pytest.fixture
 def inspect(monkeypatch, capsys):
-    """`fastssl inspect ...` in this process: (exit code, stdout, stderr)."""
+    """Run `fastssl inspect` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments):
@@ -44,7 +44,7 @@ def folders(forty_photos, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def copied(folders, tmp_path):
-    """A copy of one of them, to be damaged: the path of its train.beton."""
+    """Copy one of these folders, to damage it; returns the path of its train.beton."""
 
     def copy(way: str) -> Path:
         return Path(shutil.copytree(folders[way], tmp_path / way)) / "train.beton"
@@ -54,7 +54,7 @@ def copied(folders, tmp_path):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> dict[str, Path]:
-    """Files that FFCV's own writer made: with labels and as JPEG, and of pixels alone."""
+    """Files of FFCV's own writer: JPEGs with labels, and pixels without any other field."""
     from ffcv.fields import FloatField, IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -71,74 +71,69 @@ def stock(tmp_path_factory) -> dict[str, Path]:
 
 
 def row_of(out: str, name: str) -> str:
-    """The line of a table that begins with this name, with single blanks."""
+    """Return the line of a table that begins with this name, with single blanks."""
     line = next(line for line in out.splitlines() if line.strip().startswith(name))
     return re.sub(r"\s+", " ", line).strip()
 
 
-# --- what it holds ------------------------------------------------------------------------------
+# --- tables ------------------------------------------------------------------------------
 
 
-def test_a_summary_has_what_was_built(forty_photos, folders):
-    summary = inspect_beton(folders["jpg"] / "train.beton")
-    assert summary.info.num_samples == 40 and summary.has_names
-    assert summary.file_bytes == (folders["jpg"] / "train.beton").stat().st_size
-    assert summary.classes.names == ["bird", "cat"] and summary.classes.samples.tolist() == [20, 20]
-    sizes = np.array([Image.open(path).size for path in forty_photos.glob("*/*.jpg")])
-    assert sorted(summary.sides["source width"]) == sorted(sizes[:, 0])
-    assert sorted(summary.sides["source height"]) == sorted(sizes[:, 1])
-    assert summary.sides["stored height"].max() == 99 and summary.sides["stored width"].max() == 100
-    assert (summary.image_bytes > 500).all() and summary.image_bytes.sum() < summary.file_bytes
-
-
-def test_the_command_shows_it(inspect, folders):
+def test_the_tables(inspect, forty_photos, folders):
     code, out, _ = inspect(folders["jpg"] / "train.beton")
     manifest = json.loads((folders["jpg"] / "train.beton.json").read_text())
     assert code == 0
     assert row_of(out, "samples") == "samples 40"
     assert "image (RGBImageField), label (IntField)" in row_of(out, "fields")
-    assert row_of(out, "layout") == "layout full" and row_of(out, "images as") == "images as JPEG"
-    assert "up to 99 x 100 px" in row_of(out, "resolution")
-    assert row_of(out, "checksums") == "checksums of every sample"
-    assert len(row_of(out, "bytes an image").split()) == 3 + 7
-    # 70 to 108 px wide, an image each 2 px, twice: min, 25 %, median, mean, 75 %, 95 %, max
+    assert row_of(out, "layout") == "layout full" and row_of(out, "images stored as") == "images stored as JPEG"
+    assert row_of(out, "height x width") == "height x width 99 x 100 px at most"
+    assert row_of(out, "checksums") == "checksums for every sample"
+    assert len(row_of(out, "bytes per image").split()) == 3 + 7
+    sizes = np.array([Image.open(path).size for path in forty_photos.glob("*/*.jpg")])
+    for side, columns in (("source width, px", sizes[:, 0]), ("source height, px", sizes[:, 1])):
+        low, quarter, median, three_quarters, most, high = np.quantile(columns, (0, 0.25, 0.5, 0.75, 0.95, 1))
+        values = low, quarter, median, columns.mean(), three_quarters, most, high
+        assert row_of(out, side) == " ".join([side, *(f"{value:.0f}" for value in values)])
+    # min, 25 %, median, mean, 75 %, 95 %, max
     assert row_of(out, "source height, px") == "source height, px 70 80 89 89 98 106 108"
-    assert row_of(out, "largest side") == "largest side 100 px"
+    assert row_of(out, "stored height, px").endswith(" 99") and row_of(out, "stored width, px").endswith(" 100")
+    assert "names.txt" in row_of(out, "names")
+    assert row_of(out, "largest side") == "largest side, px 100"
     assert row_of(out, "order") == "order shuffled with seed 0"
-    assert row_of(out, "source's formats") == "source's formats JPEG 40"
-    assert row_of(out, "own bytes kept") == f"own bytes kept {manifest['counts']['passed_through']} images"
-    assert "larger than max side" in row_of(out, "encoded anew")
+    assert row_of(out, "source formats") == "source formats JPEG 40"
+    assert row_of(out, "stored unchanged") == f"stored unchanged {manifest['counts']['passed_through']} images"
+    assert "larger than max side" in row_of(out, "encoded again")
     assert row_of(out, "bird") == f"bird 20 {'█' * 30}"
-    assert "2 classes, samples of each: min 20, median 20, max 20" in out
+    assert "2 classes, samples per class: min 20, median 20, max 20" in out
 
     code, out, _ = inspect(folders["raw"] / "train.beton")
-    assert "32 x 32 px, all images" in row_of(out, "resolution") and row_of(out, "canvas") == "canvas 32 px"
-    assert row_of(out, "as pixels") == "as pixels 40 images" and "stored height" not in out
+    assert "32 x 32 px, all images" in row_of(out, "height x width") and row_of(out, "canvas") == "canvas, px 32"
+    assert row_of(out, "stored as pixels") == "stored as pixels 40 images" and "stored height" not in out
 
 
-def test_files_of_stock_ffcv(inspect, stock):
+def test_the_tables_of_a_stock_ffcv_file(inspect, stock):
     code, out, _ = inspect(stock["labelled"])
     assert code == 0 and row_of(out, "manifest").startswith("manifest none")
-    assert "weight (FloatField)" in row_of(out, "fields") and "16 x 24 px" in row_of(out, "resolution")
+    assert "weight (FloatField)" in row_of(out, "fields") and "16 x 24 px" in row_of(out, "height x width")
     assert row_of(out, "-1") == f"-1 10 {'█' * 30}" and "source" not in out
     code, out, _ = inspect(stock["alone"])
-    assert code == 0 and row_of(out, "images as") == "images as pixels" and "classes" not in out
+    assert code == 0 and row_of(out, "images stored as") == "images stored as pixels" and "classes" not in out
 
 
-def test_of_many_classes_the_largest_and_the_smallest_are_listed(inspect, folders, copied):
-    """50 classes, of which 48 have no samples; names that a terminal must not take for commands."""
+def test_with_many_classes_only_the_largest_and_the_smallest_are_shown(inspect, folders, copied):
+    """50 classes, 48 of them without samples; names that a terminal must not take for commands."""
     path = copied("raw")
     manifest = json.loads((folders["raw"] / "train.beton.json").read_text())
     manifest["classes"] += [f"empty{n}" for n in range(45)] + ["[bold]", ":cat:", "a\tb \x1b[2J"]
     path.with_name("train.beton.json").write_text(json.dumps(manifest))
     code, out, _ = inspect(path)
-    assert code == 0 and "50 classes, samples of each: min 0, median 0, max 20" in out
+    assert code == 0 and "50 classes, samples per class: min 0, median 0, max 20" in out
     assert row_of(out, "… 30 more") == "… 30 more 0 to 0"
     assert row_of(out, "cat") == f"cat 20 {'█' * 30}" and row_of(out, "[bold]") == "[bold] 0"
     assert ":cat:" in out and r"a\tb \x1b[2J" in out and "empty8" not in out
 
 
-# --- whether it is sound ------------------------------------------------------------------------
+# --- verification ------------------------------------------------------------------------
 
 
 def overwrite(path: Path, position: int, content: bytes) -> None:
@@ -152,7 +147,7 @@ def change_byte(path: Path, position: int) -> None:
 
 
 def table_position(sample: int, column: str) -> int:
-    """Where the lowest byte of a sample's metadata is; "image.height" is that of its image."""
+    """Return the position of the lowest byte of a sample's metadata, such as "image.height"."""
     row = format.metadata_type(format.OUR_FIELDS)
     start = format.HEADER.itemsize + len(format.OUR_FIELDS) * format.FIELD.itemsize
     outer, _, inner = column.partition(".")
@@ -167,13 +162,13 @@ def test_a_sound_file(inspect, folders, way):
     assert "\nsample" not in out
 
 
-def test_each_damaged_image_is_named_with_what_is_wrong(inspect, copied):
+def test_each_damaged_image_is_named_with_its_problem(inspect, copied):
     path = copied("jpg")
     metadata, sizes = read_samples(path)
     start = metadata["image"]["data_ptr"].astype(int)
     names = path.with_name("train.beton.names.txt").read_text().splitlines()
 
-    change_byte(path, start[0] + sizes[0] // 2)  # one bit within the compressed pixels
+    change_byte(path, start[0] + sizes[0] // 2)  # one bit of the compressed pixels
     overwrite(path, start[7], b"rubbish")
     overwrite(path, start[9], jpeg_bytes(photo(0, 16, 8), quality=50))  # a sound one of another size
     overwrite(path, start[39] + sizes[39] // 2, bytes(int(sizes[39]) - int(sizes[39]) // 2))
@@ -200,7 +195,7 @@ def test_each_damaged_image_is_named_with_what_is_wrong(inspect, copied):
     assert "\nmetadata table: does not match its checksum" in out
 
 
-def test_one_bit_of_a_pixel_of_the_table_and_of_a_checksum(copied):
+def test_one_wrong_bit_is_found_in_a_pixel_a_checksum_and_the_table(copied):
     path = copied("raw")
     metadata, _ = read_samples(path)
     change_byte(path, int(metadata["image"]["data_ptr"][11]) + 1000)
@@ -211,7 +206,7 @@ def test_one_bit_of_a_pixel_of_the_table_and_of_a_checksum(copied):
     manifest["checksums"]["samples"] = samples[:digit] + f"{int(samples[digit], 16) ^ 1:x}" + samples[digit + 1 :]
     manifest_path.write_text(json.dumps(manifest))
     found = verify(path, workers=1)
-    assert [(fault.position, fault.what) for fault in found.faults] == [
+    assert [(fault.position, fault.problem) for fault in found.faults] == [
         (11, "does not match its checksum, but decodes"),
         (25, "does not match its checksum, but decodes"),
     ]
@@ -228,7 +223,7 @@ def test_one_bit_of_a_pixel_of_the_table_and_of_a_checksum(copied):
         found._replace(faults=[]).verdict()
 
 
-def test_without_checksums_decoding_alone_decides(inspect, copied, stock):
+def test_without_checksums_images_are_only_decoded(inspect, copied, stock):
     path = copied("jpg")
     manifest_path = path.with_name("train.beton.json")
     manifest = json.loads(manifest_path.read_text())
@@ -257,7 +252,7 @@ def test_without_checksums_decoding_alone_decides(inspect, copied, stock):
         lambda sums: sums.pop("metadata"),
     ],
 )
-def test_damaged_checksums_are_one_sentence(copied, damage):
+def test_damaged_checksums_are_a_user_error(copied, damage):
     path = copied("raw")
     manifest_path = path.with_name("train.beton.json")
     manifest = json.loads(manifest_path.read_text())
@@ -267,7 +262,7 @@ def test_damaged_checksums_are_one_sentence(copied, damage):
         verify(path, workers=1)
 
 
-def test_mistakes_are_one_sentence(inspect, folders, copied, tmp_path):
+def test_mistakes_are_user_errors(inspect, folders, copied, tmp_path):
     sound = folders["raw"] / "train.beton"
     cut_off = copied("raw")
     cut_off.write_bytes(cut_off.read_bytes()[:-1000])
@@ -277,33 +272,33 @@ def test_mistakes_are_one_sentence(inspect, folders, copied, tmp_path):
         ([cut_off, "--verify"], "not a .beton file"),
         ([sound, "--verify", "--workers", 0], "--workers is 0"),
         ([sound, "--sheet", tmp_path / "sheet.jpg"], "does not end in .png"),
-        ([sound, "--sheet", tmp_path / "file" / "sheet.png"], "name another --sheet"),
+        ([sound, "--sheet", tmp_path / "file" / "sheet.png"], "sheet.png cannot be written"),
         ([sound, "--subset", tmp_path / "no list"], "No file"),
     ):
         code, _, err = inspect(*arguments)
         assert code == 2 and says in err and err.count("\n") == 1, err
 
 
-# --- what it looks like -------------------------------------------------------------------------
+# --- the sheet -------------------------------------------------------------------------
 
 CELL_WIDTH, CELL_HEIGHT = 160 + 14, 160 + 2 * 18 + 14
 FIRST_ROW = 14 + 18 + 14
 
 
 def cells(sheet: Path, count: int) -> list[np.ndarray]:
-    """The place of each thumbnail, uint8 (160, 160, 3), row by row."""
-    pixels, places = np.asarray(Image.open(sheet)), range(count)
-    tops, lefts = ([FIRST_ROW + n // 8 * CELL_HEIGHT for n in places], [14 + n % 8 * CELL_WIDTH for n in places])
-    return [pixels[top : top + 160, left : left + 160] for top, left in zip(tops, lefts)]
+    """Return the part of the sheet for each thumbnail, uint8 (160, 160, 3), row by row."""
+    pixels = np.asarray(Image.open(sheet))
+    corners = [(FIRST_ROW + n // 8 * CELL_HEIGHT, 14 + n % 8 * CELL_WIDTH) for n in range(count)]
+    return [pixels[top : top + 160, left : left + 160] for top, left in corners]
 
 
 def test_the_sheet_shows_every_sample_upright_and_in_order(inspect, folders, tmp_path):
-    """40 samples, so all of them: each cell is compared with the image that the file stores."""
+    """All 40 samples of the file: each cell is compared with the stored image."""
     path, sheet = folders["raw"] / "train.beton", tmp_path / "new" / "sheet.png"
     code, out, _ = inspect(path, "--sheet", sheet)
     assert code == 0 and f"{sheet} shows 40 samples." in out
-    picture = Image.open(sheet)
-    assert picture.format == "PNG" and picture.size == (14 + 8 * CELL_WIDTH, FIRST_ROW + 5 * CELL_HEIGHT)
+    drawn = Image.open(sheet)
+    assert drawn.format == "PNG" and drawn.size == (14 + 8 * CELL_WIDTH, FIRST_ROW + 5 * CELL_HEIGHT)
     content, metadata = path.read_bytes(), read_samples(path)[0]
     for cell, row in zip(cells(sheet, 40), metadata, strict=True):
         start = int(row["image"]["data_ptr"])
@@ -312,8 +307,8 @@ def test_the_sheet_shows_every_sample_upright_and_in_order(inspect, folders, tmp
     assert [entry.name for entry in sheet.parent.iterdir()] == ["sheet.png"]
 
 
-def test_a_sheet_of_odd_names_sizes_and_damage(tmp_path):
-    """Nothing is drawn outside of its cell, whatever the name; what does not decode is a crossed box."""
+def test_a_sheet_with_unusual_names_and_sizes_and_a_damaged_image(tmp_path):
+    """Nothing is drawn outside of its cell, whatever the name; an image that does not decode is a crossed box."""
     names = ["кошка, которая гуляет сама по себе", "x" * 250, "naïve", "a\nb", "猫", "[b]"]
     for n, name in enumerate(names):
         (tmp_path / "source" / name).mkdir(parents=True)
@@ -324,13 +319,13 @@ def test_a_sheet_of_odd_names_sizes_and_damage(tmp_path):
     damaged = int(np.argmax(metadata["image"]["width"] == 300))
     overwrite(path, int(metadata["image"]["data_ptr"][damaged]), b"rubbish")
     assert draw_sheet(path, tmp_path / "sheet.png") == 6
-    picture = Image.open(tmp_path / "sheet.png")
-    assert picture.size == (14 + 6 * CELL_WIDTH, FIRST_ROW + CELL_HEIGHT)
-    page = picture.getpixel((0, 0))
-    for place, cell in enumerate(cells(tmp_path / "sheet.png", 6)):
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (14 + 6 * CELL_WIDTH, FIRST_ROW + CELL_HEIGHT)
+    page = sheet.getpixel((0, 0))
+    for position, cell in enumerate(cells(tmp_path / "sheet.png", 6)):
         drawn = (cell != page).any(axis=2)
-        width, height = (int(metadata["image"][side][place]) for side in ("width", "height"))
-        if place == damaged:
+        width, height = (int(metadata["image"][side][position]) for side in ("width", "height"))
+        if position == damaged:
             edges = (cell[0], cell[-1], cell[:, 0], cell[:, -1])
             assert all((edge == cell[0, 0]).all() for edge in edges) and cell[0, 0].max() < 128
             continue
@@ -338,7 +333,7 @@ def test_a_sheet_of_odd_names_sizes_and_damage(tmp_path):
         assert drawn.any(1).sum() == pytest.approx(max(1, height * scale), abs=1)
         assert drawn.any(0).sum() == pytest.approx(max(1, width * scale), abs=1)
         assert cell[drawn].std() > 10
-    pixels = np.asarray(picture)
+    pixels = np.asarray(sheet)
     for column in range(7):  # the gaps between the columns, captions included
         gap = pixels[FIRST_ROW:, column * CELL_WIDTH : column * CELL_WIDTH + 14]
         assert (gap == page).all()

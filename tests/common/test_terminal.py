@@ -1,0 +1,63 @@
+"""Output without a terminal: plain lines of progress, tables, and text that a terminal must not take for commands."""
+
+import io
+
+import pytest
+
+from fastssl.common import terminal
+from fastssl.common.terminal import console, pairs_table, print_line, printable, progress
+
+
+def test_progress_prints_plain_lines_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "PLAIN_LINE_EVERY", 0.0)
+    with progress("[train]", 4, unit="files", done=1) as advance:
+        advance(2, 5_000_000)
+        advance()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("[train]: 3 of 4 files, ") and " files/s, " in first and first.endswith(" s left")
+    assert last.startswith("[train]: 4 of 4 files, ") and last.endswith(", 0 s left")
+
+
+def test_progress_without_a_total(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "PLAIN_LINE_EVERY", 0.0)
+    with progress("listing", None) as advance:
+        advance(1000)
+    assert capsys.readouterr().err.startswith("listing: 1,000 images, ")
+
+
+def test_progress_is_rare_without_a_terminal(capsys):
+    with progress("work", 1000) as advance:
+        for _ in range(1000):
+            advance()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns, width", [(None, 160), ("91", 91)])
+def test_the_width_without_a_terminal(monkeypatch, columns, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert console().width == width
+
+
+def test_text_is_printed_as_it_is(capsys):
+    console().print(pairs_table("a [title]", {"[bold]": ":cat:\x1b[2J", ":dog:": "[red]"}))
+    print_line(console(), "[bold] " + "x" * 300)
+    out = capsys.readouterr().out
+    assert "a [title]" in out and r":cat:\x1b[2J" in out and "[red]" in out and "[bold]" in out and ":dog:" in out
+    assert out.splitlines()[-1] == "[bold] " + "x" * 300
+
+
+def test_a_line_that_cannot_be_written_is_no_error():
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    full = console()
+    full.file = FullDisk()
+    print_line(full, "a line")
+
+
+def test_printable():
+    assert printable("naïve 猫") == "naïve 猫"
+    assert printable("a\nb\x1b[2J\udce9") == r"a\nb\x1b[2J\udce9"
