@@ -32,7 +32,7 @@ from fastssl.beton.source import (
     as_utf8,
     changed_since,
     digest,
-    download_source,
+    download_dataset,
     list_splits,
     load_builder,
 )
@@ -124,7 +124,7 @@ def build_beton(
     options = BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download)
     plan = options.plan(load_builder(builder).CANVAS)
     if download:
-        download_source(builder, source)
+        download_dataset(builder, source)
     recorded: dict[str, Any] = {
         "builder": builder,
         "source": as_utf8(str(source)) if source else None,

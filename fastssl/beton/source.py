@@ -101,7 +101,7 @@ def load_builder(name: str) -> Builder:
     return cast(Builder, importlib.import_module(f"beton_builders.{name}"))
 
 
-def download_source(builder: str, source: Path | None) -> None:
+def download_dataset(builder: str, source: Path | None) -> None:
     """Download the builder's data set to the folder `source` with torchvision, which checks it."""
     calls = getattr(load_builder(builder), "DOWNLOAD", None)
     if calls is None:

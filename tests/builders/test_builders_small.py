@@ -34,8 +34,7 @@ from beton_builders import (
     svhn,
 )
 from fastssl.beton import Sample, build_beton, builder_names, read_labels, read_metadata
-from fastssl.beton.build import download_dataset
-from fastssl.beton.source import load_builder
+from fastssl.beton.source import download_dataset, load_builder
 from fastssl.common.errors import UserError
 
 BUILDERS = (caltech101, cifar10, cifar100, dtd, fashionmnist, flowers102, mnist, stl10, svhn)
@@ -695,7 +694,7 @@ def test_download_asks_torchvision(monkeypatch, tmp_path, builder):
             calls.append(options)
 
         monkeypatch.setattr(torchvision.datasets, call["dataset"], dataset)
-    download_dataset(module, builder, tmp_path)
+    download_dataset(builder, tmp_path)
     assert calls == [
         {"root": tmp_path, "download": True, **{name: value for name, value in call.items() if name != "dataset"}}
         for call in module.DOWNLOAD
