@@ -1,30 +1,41 @@
-"""Made-up profiles for tests: of a CPU with an end that decoding limits, and of a GPU with every field."""
+"""Invented profiles for tests: of a CPU that decoding limits, and of a GPU with every field."""
 
 from copy import deepcopy
 
+from fastssl.profiling import Profile
 
-def figure(median: float, spread: float = 0.01) -> dict:
+Json = dict[str, object]
+
+
+def measured(median: float, spread: float = 0.01) -> dict:
     """Three windows around a median."""
     windows = [median * (1 - spread), median, median * (1 + spread)]
     return {"median": median, "low": windows[0], "high": windows[2], "windows": windows}
 
 
-def leg(rate: float | None, cpu_seconds: float | None = None, missing: str | None = None, **extras) -> dict:
+def stage(rate: float | None, cpu_seconds: float | None = None, missing: str | None = None, **extras) -> dict:
     return {
-        "images_per_second": None if rate is None else figure(rate),
-        "cpu_seconds": None if cpu_seconds is None else figure(cpu_seconds),
+        "images_per_second": None if rate is None else measured(rate),
+        "cpu_seconds": None if cpu_seconds is None else measured(cpu_seconds),
         "missing": missing,
         **extras,
     }
 
 
-def example_profile(**changes) -> dict:
-    """A profile of two CPU cores. changes: dotted keys with `__` for the dot, `legs__decode__knee=1`."""
-    profile = deepcopy(CPU)
-    return changed(profile, changes)
+def example_profile(**changes) -> Profile:
+    return Profile.model_validate(example_json(**changes))
 
 
-def gpu_profile(**changes) -> dict:
+def gpu_profile(**changes) -> Profile:
+    return Profile.model_validate(gpu_json(**changes))
+
+
+def example_json(**changes) -> Json:
+    """A profile of two CPU cores. changes: dotted keys with `__` for the dot, `stages__decode__knee=1`."""
+    return changed(deepcopy(CPU), changes)
+
+
+def gpu_json(**changes) -> Json:
     """A profile of one H200, with every field that a profile may have."""
     profile = deepcopy(CPU)
     profile["machine"] = {
@@ -32,46 +43,48 @@ def gpu_profile(**changes) -> dict:
         "peak_source": "NVIDIA H200 datasheet, dense bf16",
     }  # fmt: skip
     profile["run"] |= {"batch_size": 1024, "workers": 16, "precision": "bf16", "compiled": True, "size": 224}
-    workers = {str(n): figure(1250 * n**0.93) for n in (1, 2, 4, 8, 16)}
-    phases = {"forward": 2.0e-5, "draws": 1e-6, "objective": 4e-6, "kl": 1e-6, "backward": 4.1e-5, "optimiser": 3e-6}
-    profile["legs"] = {
-        "storage": leg(
-            48_000, 1e-6, cold_bytes_per_second=figure(1.4e9), warm_bytes_per_second=figure(9.8e9)
+    workers = {str(n): measured(1250 * n**0.93) for n in (1, 2, 4, 8, 16)}
+    phases = {"forward": 2.0e-5, "draws": 1e-6, "objective": 4e-6, "kl": 1e-6, "backward": 4.1e-5, "optimizer": 3e-6}
+    profile["stages"] = {
+        "storage": stage(
+            48_000, 1e-6, cold_bytes_per_second=measured(1.4e9), warm_bytes_per_second=measured(9.8e9)
         ),
-        "decode": leg(workers["16"]["median"], 8e-4, workers=workers, knee=16),
-        "cpu_augment": leg(None, missing="the views are cut on the GPU"),
-        "copy": leg(184_000, 2e-6, bytes_per_second=figure(3.62e10), peak_bytes_per_second=5.5e10),
-        "loader": leg(15_800, 8.1e-4),
-        "views": leg(61_000, 1e-6, kernels=212, bytes_per_image=602_112.0),
-        "step": leg(
-            14_250, 4e-6, phases={name: figure(seconds) for name, seconds in phases.items()},
+        "decode": stage(workers["16"]["median"], 8e-4, workers=workers, knee=16),
+        "cpu_augment": stage(None, missing="the views are cut on the GPU"),
+        "transfer": stage(184_000, 2e-6, bytes_per_second=measured(3.62e10), peak_bytes_per_second=5.5e10),
+        "loader": stage(15_800, 8.1e-4),
+        "views": stage(61_000, 1e-6, kernels=212, bytes_per_image=602_112.0),
+        "step": stage(
+            14_250, 4e-6, phases={name: measured(seconds) for name, seconds in phases.items()},
             phases_note="timed apart, without the compiler: they may add up to more than the step",
             flops=1.1e10, flops_per_second=1.57e14, mfu=0.159, peak_memory_bytes=41_200_000_000,
         ),
-        "communication": leg(None, missing="there is one process"),
-        "launch": leg(33_000, 3e-5),
-        "replay": leg(11_600, 4e-6),
-        "end_to_end": leg(
-            11_400, 8.3e-4, data_wait=figure(0.012, 0.2), cores_busy=0.61,
+        "communication": stage(None, missing="there is one process"),
+        "launch": stage(33_000, 3e-5),
+        "replay": stage(11_600, 4e-6),
+        "end_to_end": stage(
+            11_400, 8.3e-4, data_wait=measured(0.012, 0.2), cores_busy=0.61,
             wait_seconds={"p50": 1e-4, "p95": 2e-4, "p99": 9.3e-3},
-            gpu={"utilisation": 0.97, "sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980, "power_w": 512.0},
+            gpu={"utilization": 0.97, "sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980, "power_w": 512.0},
         ),
     }  # fmt: skip
-    profile["limits"] = {
-        "lines": {"disk": 2.1e-5, "threads": 6.1e-5, "reader": 5e-6, "device": 8.66e-5, "host": 3e-5, "cores": 5.2e-5},
-        "predicted_images_per_second": 11_547.0, "measured_images_per_second": 11_400.0, "error": 0.0129,
+    profile["prediction"] = {
+        "resource_seconds": {
+            "disk": 2.1e-5, "threads": 6.1e-5, "reader": 5e-6, "device": 8.66e-5, "main_thread": 3e-5, "cores": 5.2e-5,
+        },
+        "predicted_images_per_second": 11_547.0, "measured_images_per_second": 11_400.0, "relative_error": 0.0129,
     }  # fmt: skip
-    profile["verdict"] = {
-        "cause": "compute",
+    profile["bottleneck"] = {
+        "stage": "step",
         "sentence": "Compute-bound: the GPU works on the model 98 % of the time; only a faster one helps.",
-        "accelerator_utilisation": 0.983,
-        "next": {"cause": "decode", "images_per_second": 16_470.0},
-        "twice_as_fast": {"compute": 16_470.0, "views": 12_720.0, "decode": 11_547.0},
+        "accelerator_utilization": 0.983,
+        "next": {"stage": "decode", "images_per_second": 16_470.0},
+        "twice_as_fast": {"step": 16_470.0, "views": 12_720.0, "decode": 11_547.0},
     }
     return changed(profile, changes)
 
 
-def changed(profile: dict, changes: dict) -> dict:
+def changed(profile: Json, changes: Json) -> Json:
     for key, value in changes.items():
         *parents, last = key.split("__")
         inner = profile
@@ -81,9 +94,10 @@ def changed(profile: dict, changes: dict) -> dict:
     return profile
 
 
-PHASES = {"forward": 8.1e-5, "draws": 2.2e-5, "objective": 1.4e-5, "kl": 3e-6, "backward": 1.3e-4, "optimiser": 9e-6}
+PHASES = {"forward": 8.1e-5, "draws": 2.2e-5, "objective": 1.4e-5, "kl": 3e-6, "backward": 1.3e-4, "optimizer": 9e-6}
 CPU = {
-    "schema": 1, "made": "2025-11-28T13:40:00+01:00", "seconds": 61.3, "fastssl": "0.1.0", "name": "zprob_barlow",
+    "schema_version": 2, "measured_at": "2025-11-28T13:40:00+01:00", "seconds": 61.3, "fastssl_version": "0.1.0",
+    "name": "zprob_barlow",
     "recipe": {"name": "zprob_barlow", "data": {"train": "data/mnist/train.beton"}, "train": {"batch_size": 256}},
     "overrides": ["train.batch_size=256"],
     "environment": {
@@ -103,39 +117,41 @@ CPU = {
         "batch_size": 256, "workers": 2, "precision": "fp32", "compiled": False, "parameters": 11_690_000, "views": 2,
         "size": 32,
     },
-    "legs": {
-        "storage": leg(
+    "stages": {
+        "storage": stage(
             None, missing="the whole file is in the page cache", cold_bytes_per_second=None,
-            warm_bytes_per_second=figure(6.1e9),
+            warm_bytes_per_second=measured(6.1e9),
         ),
-        "decode": leg(1_980, 1e-3, workers={"1": figure(1000, 0.03), "2": figure(1_980)}, knee=2),
-        "cpu_augment": leg(None, missing="the views are cut on the device"),
-        "copy": leg(410_000, 2e-6, bytes_per_second=figure(1.21e10), peak_bytes_per_second=None),
-        "loader": leg(1_910, 1e-3),
-        "views": leg(9_100, 2.2e-4, kernels=None, bytes_per_image=24_576.0),
-        "step": leg(
-            3_800, 5.2e-4, phases={name: figure(seconds, 0.05) for name, seconds in PHASES.items()}, phases_note=None,
+        "decode": stage(1_980, 1e-3, workers={"1": measured(1000, 0.03), "2": measured(1_980)}, knee=2),
+        "cpu_augment": stage(None, missing="the views are cut on the device"),
+        "transfer": stage(410_000, 2e-6, bytes_per_second=measured(1.21e10), peak_bytes_per_second=None),
+        "loader": stage(1_910, 1e-3),
+        "views": stage(9_100, 2.2e-4, kernels=None, bytes_per_image=24_576.0),
+        "step": stage(
+            3_800, 5.2e-4, phases={name: measured(seconds, 0.05) for name, seconds in PHASES.items()}, phases_note=None,
             flops=2.2e7, flops_per_second=8.4e10, mfu=0.56, peak_memory_bytes=1_230_000_000,
         ),
-        "communication": leg(None, missing="there is one process"),
-        "launch": leg(None, missing="there is no GPU"),
-        "replay": leg(2_680, 7.4e-4),
-        "end_to_end": leg(
-            1_150, 1.7e-3, data_wait=figure(0.43, 0.05), wait_seconds={"p50": 0.08, "p95": 0.12, "p99": 0.2},
+        "communication": stage(None, missing="there is one process"),
+        "launch": stage(None, missing="there is no GPU"),
+        "replay": stage(2_680, 7.4e-4),
+        "end_to_end": stage(
+            1_150, 1.7e-3, data_wait=measured(0.43, 0.05), wait_seconds={"p50": 0.08, "p95": 0.12, "p99": 0.2},
             cores_busy=0.98, gpu=None,
         ),
     },
-    "limits": {
-        "lines": {"disk": 0.0, "threads": 5.05e-4, "reader": 3e-6, "device": 3.73e-4, "host": 0.0, "cores": 8.6e-4},
-        "predicted_images_per_second": 1_163.0, "measured_images_per_second": 1_150.0, "error": 0.0113,
+    "prediction": {
+        "resource_seconds": {
+            "disk": 0.0, "threads": 5.05e-4, "reader": 3e-6, "device": 3.73e-4, "main_thread": 0.0, "cores": 8.6e-4,
+        },
+        "predicted_images_per_second": 1_163.0, "measured_images_per_second": 1_150.0, "relative_error": 0.0113,
     },
-    "verdict": {
-        "cause": "decode",
+    "bottleneck": {
+        "stage": "decode",
         "sentence": "Decode-bound: the two cores decode and train in turn, and decoding takes the larger part; store "
         "pixels instead of JPEGs, or train on a machine with more cores.",
-        "accelerator_utilisation": 0.43,
-        "next": {"cause": "compute", "images_per_second": 2_700.0},
-        "twice_as_fast": {"decode": 1_640.0, "compute": 1_400.0, "views": 1_200.0, "copy": 1_163.0},
+        "accelerator_utilization": 0.43,
+        "next": {"stage": "step", "images_per_second": 2_700.0},
+        "twice_as_fast": {"decode": 1_640.0, "step": 1_400.0, "views": 1_200.0, "transfer": 1_163.0},
     },
     "remarks": ["The windows of the step differ by 10 %: another program may be running."],
     "trace": "zprob_barlow.trace.json.gz",

@@ -252,18 +252,17 @@ def test_the_meter_never_waits_for_the_device():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_profile_of_a_gpu_has_every_leg(canvas_jpeg, tmp_path, compiled):
+def test_a_profile_of_a_gpu_has_every_stage(canvas_jpeg, tmp_path, compiled):
     keys = [f"data.train={canvas_jpeg}/train.beton", "data.val=null", "train.device=cuda", "data.resident=false"]
     recipe = load_recipe("recipes/zprob_barlow.yaml", [*SMALL, *keys, f"train.compile={compiled}"])
-    measured = profile_recipe(recipe, trace=tmp_path / "x.trace.json.gz")
-    legs = measured["legs"]
-    assert {name for name, leg in legs.items() if leg["missing"]} <= {"cpu_augment", "communication", "storage"}
-    for name in ("views", "step"):
-        wall = 1 / legs[name]["images_per_second"]["median"]
-        assert 0 < legs[name]["busy_seconds"] < 1.1 * wall
-    assert 0 < legs["views"]["kernels"] < 2000 and legs["step"]["mfu"] < 1
-    assert legs["copy"]["bytes_per_second"]["median"] < legs["copy"]["peak_bytes_per_second"]
-    assert ("draws" in legs["step"]["phases"]) == (not compiled)
+    stages = profile_recipe(recipe, trace=tmp_path / "x.trace.json.gz").stages
+    missing = {name for name, stage in stages.by_name().items() if stage.missing}
+    assert missing <= {"cpu_augment", "communication", "storage"}
+    for stage in (stages.views, stages.step):
+        assert 0 < stage.busy_seconds < 1.1 / stage.rate
+    assert 0 < stages.views.kernels < 2000 and stages.step.mfu < 1
+    assert stages.transfer.bytes_per_second.median < stages.transfer.peak_bytes_per_second
+    assert ("draws" in stages.step.phases) == (not compiled)
     trace = json.loads(gzip.decompress((tmp_path / "x.trace.json.gz").read_bytes()))["traceEvents"]
     kernels = [event for event in trace if event.get("cat") == "kernel"]
     ours = [event for event in trace if event.get("cat") == "fastssl"]

@@ -79,7 +79,7 @@ def profile(
         str | None, typer.Option(metavar='"8xA100, 64 cores, nvme"', help="predict hours and bottleneck on a machine")
     ] = None,
     fail_under: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="exit 1 below, e.g. accelerator_utilisation=0.9")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="exit 1 below, e.g. accelerator_utilization=0.9")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="show what changed between two profiles")
@@ -101,7 +101,7 @@ def profile(
     settings = load_recipe(recipe, overrides or [])
     path = json or profiling.default_path(settings, find_recipe(Path(recipe)))
     # Wrong options are reported before the minute of measurement, not after it.
-    profiling.parse_thresholds(fail_under or [])
+    thresholds = profiling.parse_thresholds(fail_under or [])
     machine = None if plan is None else profiling.parse_machine(plan)
     if machine:
         profiling.check_batch_size(machine, settings.train.batch_size, settings.train.accumulate)
@@ -110,11 +110,11 @@ def profile(
         return
     screen.print(profiling.profile_table(measured, screen.width))
     profiling.write_files(path, measured)
-    print(f"{path} holds these values; {path.with_suffix('.html')} shows them. Open {measured['trace']}")
+    print(f"{path} holds these values; {path.with_suffix('.html')} shows them. Open {measured.trace}")
     print("in https://ui.perfetto.dev.")
     if machine:
-        screen.print(profiling.plan_table(profiling.plan_training(measured, machine)))
-    if below := profiling.failed_thresholds(measured, fail_under or []):
+        screen.print(profiling.plan_table(profiling.plan_training(measured, settings, machine)))
+    if below := profiling.failed_thresholds(measured, thresholds):
         for line in below:
             print(f"fastssl: {line}", file=sys.stderr)
         sys.exit(1)

@@ -1,197 +1,267 @@
-"""What limits a run, in one sentence: how much more there would be to gain, what would give it, what limits it then."""
+"""Which stage is the bottleneck of training, what fixing it would give, and how to fix it, in one sentence.
+
+Pure arithmetic on the costs of the stages; nothing is measured here. Stages that use different resources overlap, and
+the slowest resource sets the pace. Stages on the same resource add up:
+
+    disk         storage                          images that are not in the page cache
+    threads      storage + decode + cpu_augment   the loader's threads, which also wait for the disk
+    reader       transfer                         the loader's reader: assembles batches, starts their copies
+    device       views + step + communication     the GPU; without one, the main thread and torch's threads
+    main_thread  launch                           the main thread of a run on a GPU
+    cores        CPU-seconds of all stages / number of cores, shared by all of the above
+"""
 
 import math
-import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.spans import Total
-from fastssl.profiling.resources import Cost, Costs
 from fastssl.recipe import Recipe
 from fastssl.training.meters import LongWait, Observed
 from fastssl.training.setup import Run
 
-INFINITE = float("inf")
-NAMES = {  # of a leg, within a sentence
+RESOURCES = {
+    "disk": ("storage",),
+    "threads": ("storage", "decode", "cpu_augment"),
+    "reader": ("transfer",),
+    "device": ("views", "step", "communication"),
+    "main_thread": ("launch",),
+}
+IN_SENTENCES = {
     "storage": "the disk",
     "decode": "decoding",
     "cpu_augment": "cropping on the CPU",
-    "copy": "the hand-over of batches",
+    "transfer": "the transfer of batches",
     "views": "the views",
-    "launch": "the launching of kernels",
-    "compute": "the step",
+    "launch": "launching kernels",
+    "step": "the step",
     "communication": "the exchange of gradients",
 }
-HEADS = {"cpu_augment": "CPU-augment-bound"}  # others: the leg's own name
-WOULD = " would lift it"
-BUILD_CANVAS = "build-beton --canvas"
-ALL_BUSY = 0.95  # share of the slowest line that the cores' line has when they are what is short
-WORTH_SAYING = 0.05  # share of the cores' time
-FROM_DATA = ("storage", "decode", "cpu_augment", "copy")
+HEADS = {"cpu_augment": "CPU-augment-bound", "step": "Compute-bound"}  # default: the stage's own name
+LOADER_STAGES = ("storage", "decode", "cpu_augment", "transfer")
 PHASES = {"kl": "the KL term", "forward": "the forward pass", "backward": "the backward pass", "draws": "the draws"}
+BALANCED = 1.1  # a bottleneck is named if training without it would be at least this many times as fast
+ALL_BUSY = 0.95  # the cores are the shortage if they are busy for this share of the slowest resource's time
+WORTH_SAYING = 0.05  # share of the cores' time
+
+
+class Cost(NamedTuple):
+    """What a stage takes for one image."""
+
+    seconds: float  # with the run's number of threads, when nothing else runs
+    cpu_seconds: float = 0.0  # over all its threads
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What decides on what can be changed."""
+class CostModel:
+    """The costs of the stages of one process. A stage without an entry costs nothing."""
+
+    stages: dict[str, Cost]
+    cores: int  # of this process
+    decodes_in_reader: bool = False  # batches of small raw images: waking a thread would take longer
+    processes: int = 1
+
+    def stages_by_resource(self) -> dict[str, tuple[str, ...]]:
+        """Return the stages with a cost that use each resource."""
+        resources = dict(RESOURCES)
+        if self.decodes_in_reader:
+            resources |= {"threads": (), "reader": RESOURCES["threads"] + RESOURCES["reader"]}
+        known = {name: tuple(stage for stage in users if stage in self.stages) for name, users in resources.items()}
+        return known | {"cores": tuple(self.stages)}
+
+    def resource_seconds(self) -> dict[str, float]:
+        """Return how long each resource is busy with one image."""
+        seconds = {
+            name: sum(self.stages[x].seconds for x in users) for name, users in self.stages_by_resource().items()
+        }
+        return seconds | {"cores": self.cpu_seconds() / self.cores}
+
+    def cpu_seconds(self) -> float:
+        return sum(cost.cpu_seconds for cost in self.stages.values())
+
+    def images_per_second(self) -> float:
+        """Return the rate of all processes together."""
+        slowest = max(self.resource_seconds().values())
+        return self.processes / slowest if slowest > 0 else math.inf
+
+    def bottleneck(self) -> str:
+        """Return the stage with the largest part of the slowest resource. At least one stage must cost something."""
+        seconds = self.resource_seconds()
+        # Reversed, so that "threads" comes before "disk" where the threads only wait for the disk.
+        resource = max(reversed(seconds), key=lambda name: seconds[name])
+        if resource == "cores":
+            return max(self.stages, key=lambda stage: self.stages[stage].cpu_seconds)
+        return max(self.stages_by_resource()[resource], key=lambda stage: self.stages[stage].seconds)
+
+    def with_speedup(self, stage: str, factor: float) -> "CostModel":
+        """Return the model with one stage `factor` times as fast; with math.inf it costs nothing."""
+        seconds, cpu_seconds = self.stages[stage]
+        return replace(self, stages={**self.stages, stage: Cost(seconds / factor, cpu_seconds / factor)})
+
+    def speedup(self, stage: str, factor: float) -> float:
+        """Return the speedup of training if that stage were `factor` times as fast."""
+        return self.with_speedup(stage, factor).images_per_second() / self.images_per_second()
+
+    def is_balanced(self) -> bool:
+        """Whether no single stage is worth fixing."""
+        return self.speedup(self.bottleneck(), math.inf) < BALANCED
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What determines which fixes are possible."""
 
     workers: int
     layout: str  # of the file: "canvas" or "full"
     on_gpu: bool = False
     compiled: bool = False
-    cuda_graphs: bool | None = False  # None: not possible, for several processes or micro-batches
+    cuda_graphs: bool | None = False  # None: not possible, with several processes or micro-batches
     precision: str = "fp32"
     fits_into_memory: bool = True
-    phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds an image
+    phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds per image
 
 
-def sentence(costs: Costs, facts: Facts) -> str:
-    cause, rate = costs.cause(), costs.images_per_second()
-    without = costs.faster(cause, INFINITE)
+def describe_bottleneck(costs: CostModel, setup: Setup) -> str:
+    """Return the sentence: the bottleneck, how much there is to gain, how to fix it, and what comes next."""
+    stage = costs.bottleneck()
+    without = costs.with_speedup(stage, math.inf)
+    next_rate = without.images_per_second()
     if costs.is_balanced():
         return (
-            f"Balanced: {name(cause, facts)} comes first at {rate:,.0f} images/s, and "
-            f"{name(without.cause(), facts)} follows at {without.images_per_second():,.0f}, so no single change would "
-            "lift it by more than a tenth."
+            f"Balanced: {_in_sentence(stage, setup)} comes first at {costs.images_per_second():,.0f} images/s, and "
+            f"{_in_sentence(without.bottleneck(), setup)} follows at {next_rate:,.0f}, so no single change would make "
+            "training more than a tenth faster."
         )
-    head = HEADS.get(cause, f"{cause.capitalize()}-bound")
-    next_limit = "nothing else is known to limit it"
-    if (rate_then := without.images_per_second()) < INFINITE:
-        next_limit = f"the next limit is {name(without.cause(), facts)} at {rate_then:,.0f} images/s"
-    return f"{head}: {what_waits(cause, costs)}; {mends(cause, costs, facts)}; {next_limit}."
+    head = HEADS.get(stage, f"{stage.capitalize()}-bound")
+    next_one = "no other bottleneck is known"
+    if next_rate < math.inf:
+        next_one = f"the next bottleneck is {_in_sentence(without.bottleneck(), setup)} at {next_rate:,.0f} images/s"
+    return f"{head}: {_potential(stage, costs)}; {suggest_fixes(stage, costs, setup)}; {next_one}."
 
 
-def what_waits(cause: str, costs: Costs) -> str:
-    """How much there is to gain."""
-    rate, lines = costs.images_per_second() / costs.processes, costs.lines()
-    device = lines["device"]
-    if lines["cores"] > ALL_BUSY * max(lines.values()) and cause not in FROM_DATA:
-        return what_cores_do(costs)
-    if cause in FROM_DATA:
-        return f"the step could take {1 / (device * rate):.1f}x more images" if device else "the step takes nothing"
-    if cause == "compute":
-        share = costs.legs["compute"].seconds * rate
-        faster = f"one of half its cost would make training {gain(cause, costs):.1f}x as fast"
-        return f"the step works {min(1, share):.0%} of the time, and {faster}"
-    if cause == "launch":
-        return f"the GPU idles {1 - device * rate:.0%} of the time between kernels that the main thread is late with"
-    return f"without {NAMES[cause]} training would be {gain(cause, costs, INFINITE):.1f}x as fast"
+def _potential(stage: str, costs: CostModel) -> str:
+    """Return a clause that says how much there is to gain."""
+    rate, seconds = costs.images_per_second() / costs.processes, costs.resource_seconds()
+    device = seconds["device"]
+    if seconds["cores"] > ALL_BUSY * max(seconds.values()) and stage not in LOADER_STAGES:
+        total = costs.cpu_seconds()
+        shares = sorted(((cost.cpu_seconds / total, name) for name, cost in costs.stages.items()), reverse=True)
+        parts = [f"{share:.0%} for {IN_SENTENCES[name]}" for share, name in shares if share >= WORTH_SAYING]
+        return f"all cores are busy all of the time ({', '.join(parts)})"
+    if stage in LOADER_STAGES:
+        return f"the step could take {1 / (device * rate):.1f}x more images" if device else "the step takes no time"
+    if stage == "step":
+        busy, speedup = min(1, costs.stages["step"].seconds * rate), costs.speedup("step", 2)
+        return f"the step works {busy:.0%} of the time, and at half its cost training would be {speedup:.1f}x as fast"
+    if stage == "launch":
+        return f"the GPU idles {1 - device * rate:.0%} of the time, waiting for the main thread to launch kernels"
+    return f"without {IN_SENTENCES[stage]} training would be {costs.speedup(stage, math.inf):.1f}x as fast"
 
 
-def what_cores_do(costs: Costs) -> str:
-    """Of cores that all legs share, each one's part."""
-    total = sum(cost.cpu_seconds for cost in costs.legs.values())
-    shares = sorted(((cost.cpu_seconds / total, leg) for leg, cost in costs.legs.items()), reverse=True)
-    parts = [f"{share:.0%} for {NAMES[leg]}" for share, leg in shares if share >= WORTH_SAYING]
-    return f"the cores work all of the time ({', '.join(parts)})"
-
-
-def mends(cause: str, costs: Costs, facts: Facts) -> str:
-    """What would lift the limit."""
-    if cause in ("decode", "cpu_augment"):
-        return decoding_mends(cause, costs, facts)
-    if cause == "storage":
-        if facts.fits_into_memory:
-            return "it ends with the first epoch, as the file fits into memory"
-        return "data.order=quasi_random, a smaller --canvas or --max-side, more memory or a faster disk would lift it"
-    if cause == "copy":
-        return "a larger train.batch_size" + (" or a smaller canvas" if facts.on_gpu else "") + WOULD
-    if cause == "views":
-        first = "train.compile=true" if facts.on_gpu and not facts.compiled else "a lower views.first.blur"
-        return f"{first} or fewer operations in views would lift it"
-    if cause == "launch":
+def suggest_fixes(stage: str, costs: CostModel, setup: Setup) -> str:
+    """Return a clause that says what would remove the bottleneck."""
+    if stage == "step":
+        return _fixes_of_step(costs, setup)
+    if stage == "storage" and setup.fits_into_memory:
+        return "it ends with the first epoch, as the file fits into memory"
+    if stage in ("decode", "cpu_augment"):
+        options = _fixes_of_decoding(stage, costs, setup)
+    elif stage == "storage":
+        options = ["data.order=quasi_random, a smaller --canvas or --max-side, more memory", "a faster disk"]
+    elif stage == "transfer":
+        options = ["a larger train.batch_size"] + (["a smaller canvas"] if setup.on_gpu else [])
+    elif stage == "views":
+        first = "train.compile=true" if setup.on_gpu and not setup.compiled else "a lower views.first.blur"
+        options = [first, "fewer operations in views"]
+    elif stage == "launch":
         options = ["a larger train.batch_size"]
-        if not facts.compiled:
+        if not setup.compiled:
             options.append("train.compile=true")
-        elif facts.cuda_graphs is False:
+        elif setup.cuda_graphs is False:
             options.append("train.cuda_graphs=true")
-        return " or ".join(options) + WOULD
-    if cause == "communication":
-        return "train.compress_gradients=true or a larger train.batch_size would lift it"
-    return compute_mends(costs, facts)
-
-
-def compute_mends(costs: Costs, facts: Facts) -> str:
-    largest = max(facts.phases, key=facts.phases.get) if facts.phases else None
-    if not facts.on_gpu:
-        mend = "a GPU would lift it"
-        if "decode" in costs.legs and facts.layout == "full" and gain("decode", costs) > 1.05:
-            mend = f"a canvas file in place of the full one ({BUILD_CANVAS}) or {mend}"
-    elif facts.precision in ("fp32", "tf32"):
-        mend = "train.precision=bf16 would lift it"
-    elif not facts.compiled:
-        mend = "train.compile=true would lift it"
-    elif largest in ("draws", "objective", "kl"):
-        mend = "fewer embedding.samples or a narrower model.projector would lift it"
     else:
-        mend = "a smaller views.size or backbone, or more GPUs, would lift it"
+        options = ["train.compress_gradients=true", "a larger train.batch_size"]
+    return " or ".join(options) + " would fix it"
+
+
+def _fixes_of_step(costs: CostModel, setup: Setup) -> str:
+    largest = max(setup.phases, key=lambda name: setup.phases[name]) if setup.phases else None
+    if not setup.on_gpu:
+        fix = "a GPU"
+        if "decode" in costs.stages and setup.layout == "full" and costs.speedup("decode", 2) > 1.05:
+            fix = f"a canvas file instead of the full one (build-beton --canvas) or {fix}"
+    elif setup.precision in ("fp32", "tf32"):
+        fix = "train.precision=bf16"
+    elif not setup.compiled:
+        fix = "train.compile=true"
+    elif largest in ("draws", "objective", "kl"):
+        fix = "fewer embedding.samples or a narrower model.projector"
+    else:
+        fix = "a smaller views.size or backbone, or more GPUs,"
     if largest is None:
-        return mend
-    share = facts.phases[largest] / sum(facts.phases.values())
-    return f"{share:.0%} of the step is {phase(largest)}; {mend}"
+        return f"{fix} would help"
+    share = setup.phases[largest] / sum(setup.phases.values())
+    return f"{share:.0%} of the step is {_phase(largest)}; {fix} would help"
 
 
-def decoding_mends(cause: str, costs: Costs, facts: Facts) -> str:
-    """Threads or cores that would make something else the limit; and the cheaper file."""
-    lines = costs.lines()
-    target = max(1e-12, costs.faster(cause, INFINITE).lines()["device"] or min(s for s in lines.values() if s))
-    threads = lines["reader" if costs.decodes_in_reader else "threads"]
-    workers = math.ceil(facts.workers * threads / target)
-    cores = math.ceil(sum(cost.cpu_seconds for cost in costs.legs.values()) / target)
+def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
+    """Return the threads or cores that would move the bottleneck elsewhere, and the file that decodes faster."""
+    seconds = costs.resource_seconds()
+    without = costs.with_speedup(stage, math.inf).resource_seconds()
+    target = max(1e-12, without["device"] or min(s for s in seconds.values() if s))  # seconds per image
+    threads = seconds["reader" if costs.decodes_in_reader else "threads"]
+    workers = math.ceil(setup.workers * threads / target)
+    cores = math.ceil(costs.cpu_seconds() / target)
     options = []
-    if not costs.decodes_in_reader and workers > facts.workers and workers <= costs.cores and lines["cores"] < threads:
+    if not costs.decodes_in_reader and setup.workers < workers <= costs.cores and seconds["cores"] < threads:
         options.append(f"data.workers={workers}")
-    elif cores > costs.cores or workers > costs.cores:
+    elif max(cores, workers) > costs.cores:
         more = costs.processes * (max(cores, workers) - costs.cores)
         options.append(f"{more} more core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
         options.append("a larger train.batch_size, which threads would decode,")
-    if facts.layout == "full":
-        options.append(f"a canvas file in place of the full one ({BUILD_CANVAS})")
+    if setup.layout == "full":
+        options.append("a canvas file instead of the full one (build-beton --canvas)")
     else:
         options.append("a smaller --canvas")
-    return " or ".join(options) + WOULD
+    return options
 
 
-def gain(leg: str, costs: Costs, factor: float = 2) -> float:
-    """Times as fast, if that leg were so many times as fast."""
-    return costs.faster(leg, factor).images_per_second() / costs.images_per_second()
+def _in_sentence(stage: str, setup: Setup) -> str:
+    """Return the name of a stage within a sentence; for the step also its longest phase."""
+    if stage == "step" and setup.phases:
+        return f"the step (mostly {_phase(max(setup.phases, key=lambda name: setup.phases[name]))})"
+    return IN_SENTENCES[stage]
 
 
-def name(leg: str, facts: Facts) -> str:
-    """A leg in a sentence; of the step its largest phase too."""
-    if leg == "compute" and facts.phases:
-        return f"the step ({phase(max(facts.phases, key=facts.phases.get))} above all)"
-    return NAMES[leg]
-
-
-def phase(of_step: str) -> str:
-    return PHASES.get(of_step, f"the {of_step}")
+def _phase(name: str) -> str:
+    return PHASES.get(name, f"the {name}")
 
 
 def explain_data_wait(run: Run, observed: Observed) -> str:
-    """The sentence for a run in training, from what its loader and its loop have seen of themselves."""
-    loader, totals = run.state.loader, observed.spans
+    """Return the sentence for a training run that waits for data, from what its own meters have observed."""
+    if observed.waited < LongWait.SHARE * observed.seconds:
+        return "Another process waits longer than this one: `torchrun ... -m fastssl profile` says why."
+    loader = run.state.loader
 
-    def an_image(*names: str, threads: int = 1) -> Cost:
-        seconds = sum(totals.get(name, Total()).seconds for name in names)
-        cpu_seconds = sum(totals.get(name, Total()).cpu_seconds for name in names)
+    def per_image(*spans: str, threads: int = 1) -> Cost:
+        totals = [observed.spans.get(name, Total()) for name in spans]
+        seconds, cpu_seconds = sum(t.seconds for t in totals), sum(t.cpu_seconds for t in totals)
         return Cost(seconds / threads / observed.images, cpu_seconds / observed.images)
 
-    if observed.waited < LongWait.SHARE * observed.seconds:
-        return "Another process than the first waits: `torchrun ... -m fastssl profile` says why."
-    decode, reader = an_image("decode", threads=loader.workers), an_image("start", "copy")
-    if loader.decodes_in_reader:  # within "start"
-        decode = an_image("decode")
+    decode, reader = per_image("decode", threads=loader.workers), per_image("start", "copy")
+    if loader.decodes_in_reader:  # decoding is then a part of "start"
+        decode = per_image("decode")
         reader = Cost(reader.seconds - decode.seconds, reader.cpu_seconds - decode.cpu_seconds)
-    working = Cost((observed.seconds - observed.waited) / observed.images, 0.0)
-    legs = {"decode": decode, "copy": reader, "compute": working}
-    cores = available_cores()
-    blocked = decode.seconds - decode.cpu_seconds / loader.workers  # by the disk, unless all cores are busy
+    step = Cost((observed.seconds - observed.waited) / observed.images)
+    stages = {"decode": decode, "transfer": reader, "step": step}
+    # Threads that sleep for most of the time are blocked by the disk, unless all cores are busy.
+    blocked = decode.seconds - decode.cpu_seconds / loader.workers
     if run.device.type == "cuda" and blocked > decode.seconds / 2:
-        legs |= {"decode": Cost(decode.seconds - blocked, decode.cpu_seconds), "storage": Cost(blocked)}
-    facts = Facts(
+        stages |= {"decode": Cost(decode.seconds - blocked, decode.cpu_seconds), "storage": Cost(blocked)}
+    setup = Setup(
         workers=loader.workers,
         layout="full" if loader.crop == "cpu" else "canvas",
         on_gpu=run.device.type == "cuda",
@@ -199,29 +269,11 @@ def explain_data_wait(run: Run, observed: Observed) -> str:
         cuda_graphs=cuda_graphs_of(run.recipe),
         fits_into_memory=loader.path.stat().st_size <= free_memory(),
     )
-    costs = Costs(legs, cores, loader.decodes_in_reader, world_size())
-    return sentence(costs, facts) + " `fastssl profile` measures it."
+    costs = CostModel(stages, available_cores(), loader.decodes_in_reader, world_size())
+    return describe_bottleneck(costs, setup) + " `fastssl profile` measures it."
 
 
 def cuda_graphs_of(recipe: Recipe) -> bool | None:
-    possible = world_size() == 1 and recipe.train.accumulate == 1
-    return recipe.train.cuda_graphs if possible else None
-
-
-def verdict(costs: Costs, facts: Facts, measured: list[float], ceiling: list[float]) -> dict:
-    """The profile's section of that name. measured: images/s end to end; ceiling: with the data at hand, both of the
-    same windows.
-
-    accelerator_utilisation is MLPerf Storage's, the time that the device computes for over the total time: here of
-    neighbouring windows, so that a machine whose speed drifts does not count.
-    """
-    cause = costs.cause()
-    without = costs.faster(cause, INFINITE)
-    rate_then = without.images_per_second()
-    return {
-        "cause": "balanced" if costs.is_balanced() else cause,
-        "sentence": sentence(costs, facts),
-        "accelerator_utilisation": min(1.0, statistics.median(m / c for m, c in zip(measured, ceiling))),
-        "next": {"cause": without.cause(), "images_per_second": rate_then} if rate_then < INFINITE else None,
-        "twice_as_fast": {leg: costs.faster(leg, 2).images_per_second() for leg in costs.legs},
-    }
+    """Return train.cuda_graphs, or None where CUDA graphs are not possible."""
+    is_possible = world_size() == 1 and recipe.train.accumulate == 1
+    return recipe.train.cuda_graphs if is_possible else None

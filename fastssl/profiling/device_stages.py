@@ -1,49 +1,132 @@
-"""The legs on the device, a GPU or without one torch's threads: views, the step and its parts, both together."""
+"""The stages on the device (a GPU, or without one torch's threads): views, the step and its phases, both together."""
 
 import copy
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from itertools import cycle
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastssl.common.distributed import world_size
 from fastssl.loading import Batch
-from fastssl.models import View
 from fastssl.objectives.total import in_chunks, objective_terms
-from fastssl.profiling.timing import Window, figure_of, wait_for
+from fastssl.profiling.profile import Measurement, Stages
+from fastssl.profiling.timing import StageTimer, Window, difference_result, stage_result, synchronize
 from fastssl.training.loop import network_inputs, optimise, train_step
+from fastssl.training.optim import skips_on_device
 from fastssl.training.setup import Network, Run
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
+PHASES = ("forward", "draws", "objective", "kl", "backward", "optimizer")
+
+
+class DeviceStages:
+    """Timers of views, step, communication and replay, on batches that stay on the device."""
+
+    def __init__(self, run: Run, batches: list[Batch], epoch: int, short_seconds: float, step_seconds: float):
+        self.run = run
+        accumulate = run.recipe.train.accumulate
+        groups = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+        views = run.views(batches[0], epoch)
+        fixed = with_fixed_views(run, views)
+        all_batches, all_groups = cycle(batches), cycle(groups)
+
+        def make_views() -> int:
+            batch = next(all_batches)
+            run.views(batch, epoch)
+            return len(batch.index)
+
+        def step_without_exchange() -> int:
+            with run.no_sync():
+                return take_step(fixed, groups[0], epoch)
+
+        self.views = StageTimer(make_views, run.device, short_seconds)
+        self.step = StageTimer(partial(take_step, fixed, groups[0], epoch), run.device, step_seconds)
+        self.replay = StageTimer(lambda: take_step(run, next(all_groups), epoch), run.device, step_seconds)
+        # The step without the exchange of gradients; its difference to `step` is the stage `communication`.
+        self.own_step = StageTimer(step_without_exchange, run.device, step_seconds) if world_size() > 1 else self.step
+        self.phases = PhaseTimer(run, batches[0], views)
+        self.flops = count_flops(run, batches[0], views)
+        self.views_kernels = self.step_kernels = Kernels(None, None)
+        self.launches: list[Window] = []
+
+    def timers(self) -> list[StageTimer]:
+        own_step = [self.own_step] if self.own_step is not self.step else []
+        return [self.views, self.step, *own_step, self.replay]
+
+    def measure_gpu(self) -> None:
+        """Measure the kernels' own time and the launching of kernels; nothing without a GPU."""
+        device = self.run.device
+        if device.type != "cuda":
+            return
+        self.views_kernels, self.step_kernels = (
+            gpu_kernels(self.views.work, device),
+            gpu_kernels(self.own_step.work, device),
+        )
+        # With other optimizers the launching thread waits for the GPU in each step.
+        if skips_on_device(self.run.state.optimizer):
+            self.launches = launch_windows(self.replay.work, device)
+
+    def add_results(self, stages: Stages, peak_flops: float) -> None:
+        """Fill in these stages. peak_flops: what the device could reach, in FLOP/s."""
+        views = self.views.result()
+        views.kernels, views.busy_seconds = self.views_kernels.count, self.views_kernels.busy_seconds
+        stages.views = views
+
+        step = self.step.result()
+        step.phases = self.phases.results()
+        if self.run.compiled:
+            step.phases_note = "Compiled: the forward pass is one graph, draws, objective and KL included."
+        step.busy_seconds = self.step_kernels.busy_seconds
+        step.flops = self.flops
+        step.flops_per_second = self.flops * self.step.images_per_second().median / world_size()
+        step.mfu = step.flops_per_second / peak_flops
+        step.page_faults = statistics.median(w.page_faults / self.step.batches for w in self.step.windows)
+        stages.step = step
+
+        if self.own_step is not self.step:
+            stages.communication = difference_result(self.step, self.own_step)
+        else:
+            stages.communication.missing = "One process: no gradients are exchanged."
+        if self.launches:
+            stages.launch = stage_result(self.launches)
+        elif self.run.device.type != "cuda":
+            stages.launch.missing = "No GPU: nothing is launched."
+        else:
+            name = self.run.recipe.optim.name
+            stages.launch.missing = f"optim.name={name} waits for the GPU in each step: launching cannot be timed."
+        stages.replay = self.replay.result()
 
 
 def take_step(run: Run, batches: list[Batch], epoch: int) -> int:
-    """One optimiser step; returns its images, of this process."""
-    run.state.step = 0  # the schedule of a short recipe would come to its end
+    """Take one optimizer step and return its number of images, of this process."""
+    run.state.step = 0  # else the schedule of a short recipe would come to its end
     train_step(run, batches, epoch, run.schedule.rate(0))
     return sum(len(batch.index) for batch in batches)
+
+
+def with_fixed_views(run: Run, views: tuple[Tensor, ...]) -> Run:
+    """Return the run with these views for every batch."""
+    return replace(run, views=lambda batch, epoch: views)
 
 
 def first_step(run: Run) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=run.device)
 
 
-def with_fixed_views(run: Run, views: tuple[Tensor, ...]) -> Run:
-    """The run, with these in place of making views."""
-    return replace(run, views=lambda batch, epoch: views)
+class PhaseTimer:
+    """Seconds per image of each phase of the step, on one batch of ready views.
 
-
-class Phases:
-    """Seconds an image of the step's phases, on one batch of views that are made.
-
-    forward: encoder and projector; of a compiled run all of the network, whose parts are one graph. draws: what a
-    stochastic embedding adds, heads, noise and a projector's pass for every draw. objective; kl: to the prior, and
-    watching sigma. backward. optimiser: clipping, guard, step, and what follows it.
+    forward: encoder and projector; in a compiled run the whole network, which is one graph. draws: what a stochastic
+    embedding adds: heads, noise, and the projector's pass for every draw. objective. kl: to the prior, and monitoring
+    sigma. backward. optimizer: gradient clipping, the guard against non-finite values, the step, and averaging.
     """
 
     def __init__(self, run: Run, batch: Batch, views: tuple[Tensor, ...]):
@@ -53,47 +136,49 @@ class Phases:
         self.windows: dict[str, list[float]] = {}
 
     def measure(self) -> None:
-        run, model, seconds = self.run, self.run.state.model, {}
-        terms, _ = self._add(seconds, "forward", lambda: run.network(*self.inputs))
-        self._add(seconds, "backward", lambda: run.state.scaler.scale(terms["loss"]).backward())
-        self._add(seconds, "optimiser", partial(optimise, run, terms))
+        run = self.run
+        (terms, _), forward = self._timed(lambda: run.network(*self.inputs))
+        _, backward = self._timed(lambda: run.state.scaler.scale(terms["loss"]).backward())
+        _, optimizer = self._timed(lambda: optimise(run, terms))
+        seconds = {"forward": forward, "backward": backward, "optimizer": optimizer}
         if not run.compiled:
-            parts = self._parts(model)
+            parts = self._parts_of_forward()
             seconds |= parts
-            seconds["forward"] = max(0.0, seconds["forward"] - sum(parts.values()))
+            seconds["forward"] = max(0.0, forward - sum(parts.values()))
         for name, value in seconds.items():
             self.windows.setdefault(name, []).append(value / len(self.batch.index))
 
-    def figures(self) -> dict[str, dict]:
-        order = ("forward", "draws", "objective", "kl", "backward", "optimiser")
-        return {name: figure_of(self.windows[name]) for name in order if name in self.windows}
+    def results(self) -> dict[str, Measurement]:
+        return {name: Measurement.of(self.windows[name]) for name in PHASES if name in self.windows}
 
-    def _parts(self, model: nn.Module) -> dict[str, float]:
-        """Seconds of what the forward pass does beside encoder and projector."""
-        recipe, parts, of_loss = self.run.recipe, {}, {}
-        with torch.autocast(**self.network.autocast), self._timed_modules(model) as in_modules:
-            made: tuple[View, ...] = self._add(parts, "draws", lambda: model(*self.inputs))
-        self._add(of_loss, "all", lambda: self.network.loss_terms(*made, model.priors, self.inputs[-1]))
+    def _parts_of_forward(self) -> dict[str, float]:
+        """Return the seconds of what the forward pass does in addition to encoder and projector."""
+        recipe, model = self.run.recipe, self.run.state.model
+        with torch.autocast(**self.network.autocast), self._timed_modules(model) as module_seconds:
+            views, in_model = self._timed(lambda: model(*self.inputs))
+        _, whole_loss = self._timed(lambda: self.network.loss_terms(*views, model.priors, self.inputs[-1]))
         if recipe.embedding.stochastic == "none":
-            return {"objective": of_loss["all"]}
-        parts["draws"] -= sum(in_modules)
-        compare = in_chunks(objective_terms(recipe.objective), recipe.embedding.chunk)
-        self._add(parts, "objective", lambda: compare(*made))
-        return parts | {"kl": max(0.0, of_loss["all"] - parts["objective"])}
+            return {"objective": whole_loss}
+        terms_of = in_chunks(objective_terms(recipe.objective), recipe.embedding.chunk)
+        _, objective = self._timed(lambda: terms_of(*views))
+        draws = in_model - sum(module_seconds)
+        return {"draws": draws, "objective": objective, "kl": max(0.0, whole_loss - objective)}
 
     @contextmanager
     def _timed_modules(self, model: nn.Module) -> Iterator[list[float]]:
-        """Seconds of each pass through encoder and projector (or classifier), BYOL's target's too, within."""
-        parts = [*model.named_children(), *(model.target.named_children() if model.target is not None else [])]
-        modules = [module for name, module in parts if name in ("encoder", "projector", "predictor", "classifier")]
-        starts, seconds = [], []
+        """Yield a list that collects the seconds of each pass through encoder, projector, predictor or classifier,
+        those of BYOL's target network included."""
+        children = [*model.named_children(), *(model.target.named_children() if model.target is not None else [])]
+        modules = [module for name, module in children if name in ("encoder", "projector", "predictor", "classifier")]
+        starts: list[float] = []
+        seconds: list[float] = []
 
-        def before(*_) -> None:
-            wait_for(self.run.device)
+        def before(*_: object) -> None:
+            synchronize(self.run.device)
             starts.append(time.perf_counter())
 
-        def after(*_) -> None:
-            wait_for(self.run.device)
+        def after(*_: object) -> None:
+            synchronize(self.run.device)
             seconds.append(time.perf_counter() - starts.pop())
 
         hooks = [module.register_forward_pre_hook(before) for module in modules]
@@ -104,26 +189,27 @@ class Phases:
             for hook in hooks:
                 hook.remove()
 
-    def _add(self, seconds: dict[str, float], name: str, work: Callable[[], Made]) -> Made:
-        wait_for(self.run.device)
+    def _timed(self, work: Callable[[], Result]) -> tuple[Result, float]:
+        synchronize(self.run.device)
         start = time.perf_counter()
-        made = work()
-        wait_for(self.run.device)
-        seconds[name] = time.perf_counter() - start
-        return made
+        result = work()
+        synchronize(self.run.device)
+        return result, time.perf_counter() - start
 
 
 def plain_network(run: Run) -> Network:
-    """The network below torch.compile and DistributedDataParallel."""
+    """Return the network without the wrappers of torch.compile and DistributedDataParallel."""
     network = getattr(run.network, "_orig_mod", run.network)
     return getattr(network, "module", network)
 
 
 def count_flops(run: Run, batch: Batch, views: tuple[Tensor, ...]) -> float:
-    """Floating-point operations of one image's forward and backward pass: two a multiplication of all convolutions
-    and matrix products, as torch counts them; operations on single values are left out, as MFU's definition does
-    (arXiv 2204.02311, appendix B)."""
-    network = copy.deepcopy(plain_network(run))  # its hooks, statistics and gradients stay out of this
+    """Count the floating-point operations of the forward and backward pass, per image.
+
+    Two per multiplication in all convolutions and matrix products, as torch counts them. Pointwise operations do not
+    count, as in the definition of MFU (arXiv 2204.02311, appendix B).
+    """
+    network = copy.deepcopy(plain_network(run))  # leaves the run's hooks, statistics and gradients alone
     inputs = network_inputs(run.recipe, batch, views, first_step(run))
     with FlopCounterMode(display=False) as counter:
         terms, _ = network(*inputs)
@@ -131,30 +217,37 @@ def count_flops(run: Run, batch: Batch, views: tuple[Tensor, ...]) -> float:
     return counter.get_total_flops() / len(batch.index)
 
 
-def busy_seconds(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
-    """Seconds an image in which the GPU runs kernels or copies, gaps between them left out; and kernels a batch."""
+class Kernels(NamedTuple):
+    """A GPU's kernels and copies, as torch's profiler shows them; None where it shows none."""
+
+    busy_seconds: float | None  # per image, in which at least one runs
+    count: float | None  # per batch
+
+
+def gpu_kernels(work: Callable[[], int], device: torch.device) -> Kernels:
     batches = 3
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    wait_for(device)
-    with torch.profiler.profile(activities=activities) as profile:
+    synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         images = sum(work() for _ in range(batches))
-        wait_for(device)
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        synchronize(device)
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if not e.is_user_annotation)
+    if not spans:
+        return Kernels(None, None)
     busy, reached = 0.0, float("-inf")
-    for start, end in spans:  # microseconds; streams run beside each other
+    for start, end in spans:  # microseconds; spans of several streams overlap
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return busy / 1e6 / images, len(spans) // batches
+    return Kernels(busy / 1e6 / images, len(spans) // batches)
 
 
 def launch_windows(work: Callable[[], int], device: torch.device) -> list[Window]:
-    """What it takes to tell an idle GPU what to do, of five batches."""
+    """Time how long the main thread takes to launch the kernels of one batch on an idle GPU, five times."""
     windows = []
     for _ in range(5):
-        wait_for(device)
-        start, cpu_start = time.perf_counter(), time.process_time()  # autograd launches from a thread of its own
+        synchronize(device)
+        start, cpu_start = time.perf_counter(), time.process_time()  # of the process: autograd launches from a thread
         images = work()
         windows.append(Window(images, time.perf_counter() - start, time.process_time() - cpu_start, 0))
-    wait_for(device)
+    synchronize(device)
     return windows

@@ -1,4 +1,4 @@
-"""The leg `end_to_end`: loader, views and step together, as `fastssl train` runs them, and the wait for each batch."""
+"""The stage `end_to_end`: loader, views and step together, as `fastssl train` runs them, and the waits for data."""
 
 import contextlib
 import subprocess
@@ -10,20 +10,21 @@ import torch
 
 from fastssl.profiling.device_stages import take_step
 from fastssl.profiling.loader_stages import AHEAD, endless
-from fastssl.profiling.timing import Stage, figure_of, wait_for
+from fastssl.profiling.profile import GpuCounters, Measurement, Percentiles, StageResult
+from fastssl.profiling.timing import StageTimer, synchronize
 from fastssl.training.meters import Meter
 from fastssl.training.setup import Run
 
 
 class Training:
-    """A leg's work: one step of training with its data."""
+    """Takes steps of training with its data."""
 
     def __init__(self, run: Run, epoch: int):
         self.run, self.epoch = run, epoch
-        self.meter = _Waits(run.device)
-        self.begin()
+        self.meter = _WaitMeter(run.device)
+        self.start()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self.batches = endless(self.run.state.loader)
         self.watched = self.meter.watch(self.batches)
 
@@ -31,89 +32,84 @@ class Training:
         return take_step(self.run, list(islice(self.watched, self.run.recipe.train.accumulate)), self.epoch)
 
     def close(self) -> None:
-        """Stop decoding ahead: it would go on while something else is measured."""
+        """Stop decoding ahead, which would go on while another stage is measured."""
         self.watched.close()
         self.batches.close()
 
 
-class _Waits(Meter):
-    """Keeps every wait of its own."""
+class _WaitMeter(Meter):
+    """Records every single wait for a batch."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.kept: list = []
+        self.recorded: list = []
 
     def _count_wait(self, asked, received) -> None:
-        self.kept.append((asked, received))
+        self.recorded.append((asked, received))
 
     def take_waits(self) -> list[float]:
-        """Seconds that each batch since the last call was waited for: by the GPU where there is one."""
-        wait_for(self.device)
-        kept, self.kept = self.kept, []
+        """Return the seconds that each batch since the last call was waited for, on a GPU by the GPU."""
+        synchronize(self.device)
+        recorded, self.recorded = self.recorded, []
         if self.device.type == "cuda":
-            return [asked.elapsed_time(received) / 1000 for asked, received in kept]
-        return [received - asked for asked, received in kept]
+            return [asked.elapsed_time(received) / 1000 for asked, received in recorded]
+        return [received - asked for asked, received in recorded]
 
 
-class EndToEnd:
-    """The leg's windows, with the waits and the cores' load of each."""
+class EndToEndStage:
+    """Times training, with the waits for data and the load of cores and GPU in each window."""
 
     def __init__(self, run: Run, epoch: int, cores: int, seconds: float):
         self.training = Training(run, epoch)
-        begin, end = self.training.begin, self.training.close
-        self.leg = Stage(self.training, run.device, seconds, least=2, dropped=AHEAD, begin=begin, end=end)
         self.cores = cores
-        self.waits: list[list[float]] = []
-        self.gpu: list[list[float]] = []
+        self.timer = StageTimer(
+            self.training, run.device, seconds, min_batches=2, skipped_batches=AHEAD, before=self.training.start,
+            after=self.training.close,
+        )  # fmt: skip
+        self.waits: list[list[float]] = []  # seconds per batch, by window
+        self.gpu_samples: list[list[float]] = []
 
     def measure(self) -> None:
-        with watched_gpu(self.leg.device) as lines:
-            self.leg.measure()
-        self.gpu += lines
-        micro_batches = self.leg.repeats * self.training.run.recipe.train.accumulate
-        self.waits.append(self.training.meter.take_waits()[-micro_batches:])
+        with gpu_counters(self.timer.device) as samples:
+            self.timer.measure()
+        self.gpu_samples += samples
+        batches = self.timer.batches * self.training.run.recipe.train.accumulate
+        self.waits.append(self.training.meter.take_waits()[-batches:])
 
-    def result(self) -> dict:
-        windows, waits = self.leg.windows, np.concatenate(self.waits)
-        shares = [sum(waited) / window.seconds for waited, window in zip(self.waits, windows)]
-        busy = sum(w.cpu_seconds for w in windows) / sum(w.seconds for w in windows) / self.cores
-        return {
-            **self.leg.rates(),
-            "data_wait": figure_of(shares),
-            "wait_seconds": {f"p{q}": float(np.percentile(waits, q)) for q in (50, 95, 99)},
-            "cores_busy": busy,
-            "gpu": gpu_figures(self.gpu),
-        }
+    def result(self) -> StageResult:
+        windows, waits = self.timer.windows, np.concatenate(self.waits)
+        p50, p95, p99 = np.percentile(waits, (50, 95, 99)).tolist()
+        cpu_seconds, seconds = sum(w.cpu_seconds for w in windows), sum(w.seconds for w in windows)
+        result = self.timer.result()
+        result.data_wait = Measurement.of([sum(waited) / window.seconds for waited, window in zip(self.waits, windows)])
+        result.wait_seconds = Percentiles(p50=p50, p95=p95, p99=p99)
+        result.cores_busy = cpu_seconds / seconds / self.cores
+        complete = [sample for sample in self.gpu_samples if len(sample) == 4]
+        if complete:
+            percent, clock, max_clock, power = np.median(complete, axis=0).tolist()
+            result.gpu = GpuCounters(
+                utilization=percent / 100, sm_clock_mhz=clock, max_sm_clock_mhz=max_clock, power_w=power
+            )
+        return result
 
 
 @contextlib.contextmanager
-def watched_gpu(device: torch.device) -> Iterator[list[list[float]]]:
-    """Lines of utilisation (%), SM clock and its maximum (MHz) and power (W), five a second, as nvidia-smi gives them;
-    none where it is not there."""
-    lines: list[list[float]] = []
-    fields = "utilization.gpu,clocks.sm,clocks.max.sm,power.draw"
-    if device.type != "cuda":
-        yield lines
-        return
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-lms", "200"]
+def gpu_counters(device: torch.device) -> Iterator[list[list[float]]]:
+    """Yield a list that holds, at the end, samples of utilization (%), SM clock and its maximum (MHz) and power (W),
+    five per second. It stays empty without a GPU or without nvidia-smi."""
+    samples: list[list[float]] = []
+    process = None
+    if device.type == "cuda":
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        fields = "utilization.gpu,clocks.sm,clocks.max.sm,power.draw"
+        query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-lms", "200"]
+        with contextlib.suppress(OSError):
+            process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except OSError:
-        yield lines
-        return
-    try:
-        yield lines
+        yield samples
     finally:
-        process.terminate()
-        for line in process.communicate()[0].splitlines():
-            with contextlib.suppress(ValueError):  # "[N/A]", or a line that was cut off
-                lines.append([float(value) for value in line.split(",")])
-
-
-def gpu_figures(lines: list[list[float]]) -> dict | None:
-    complete = np.array([line for line in lines if len(line) == 4])
-    if len(complete) == 0:
-        return None
-    utilisation, clock, most, power = np.median(complete, axis=0)
-    return {"utilisation": utilisation / 100, "sm_clock_mhz": clock, "max_sm_clock_mhz": most, "power_w": power}
+        if process:
+            process.terminate()
+            for line in process.communicate()[0].splitlines():
+                with contextlib.suppress(ValueError):  # "[N/A]", or the incomplete last line
+                    samples.append([float(value) for value in line.split(",")])

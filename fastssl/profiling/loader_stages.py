@@ -1,29 +1,89 @@
-"""The legs in front of the device: decoding, crops on the CPU, the hand-over, and the loader as a whole."""
+"""The stages in front of the device: decoding, crops on the CPU, batch transfer, and the loader as a whole."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 
 import numpy as np
-import torch
 
+from fastssl.common.distributed import broadcast_from_main, world_size
 from fastssl.loading import Batch, BetonLoader, kernels
 from fastssl.loading.decoding import DecodeTask, PendingBatch, ThreadDecoder
 from fastssl.loading.loader import PENDING_BATCHES, READY_BATCHES
 from fastssl.loading.order import epoch_order
+from fastssl.profiling.profile import Rate, Stages
+from fastssl.profiling.timing import StageTimer, difference_result
 from fastssl.recipe import Recipe
 from fastssl.training.setup import training_loader
 
-AHEAD = PENDING_BATCHES + READY_BATCHES  # batches after which a loader that was just started has its usual pace
-PREPARED = 512  # images that the decoding legs decode: fewer may be smaller or larger than the others
+AHEAD = PENDING_BATCHES + READY_BATCHES  # batches after which a loader that was just started has its usual speed
+PREPARED = 512  # images that the decoding stages decode: fewer could have an unusual size
+# The loader stages follow the order of this epoch. Training itself is measured in another one, so that it does not read
+# what these have just read.
+EPOCH = 1
+
+
+class LoaderStages:
+    """Timers of decode, cpu_augment, transfer and loader for one run. `stack` closes the loaders and decoders."""
+
+    def __init__(self, recipe: Recipe, loader: BetonLoader, seconds: float, cores: int, stack: ExitStack):
+        self.loader, self.seconds, self.stack = loader, seconds, stack
+        self.whole = self._loading(training_loader(recipe, loader.device))
+        self.transfer = self._loading(training_loader(recipe, loader.device, kind=LoaderWithoutDecoding))
+        counts = broadcast_from_main(lambda: worker_counts(loader.workers, cores))  # other hosts may have other cores
+        prepared = prepared_batches(loader, crops=0)
+        self.decode = {workers: self._decoding(workers, 0, prepared) for workers in counts}
+        self.with_crops = None
+        if loader.crop == "cpu":
+            self.with_crops = self._decoding(loader.workers, loader.crops, prepared_batches(loader, loader.crops))
+
+    def timers(self) -> list[StageTimer]:
+        crops = [self.with_crops] if self.with_crops else []
+        return [*self.decode.values(), *crops, self.transfer, self.whole]
+
+    def add_results(self, stages: Stages, copy_peak: float | None) -> None:
+        """Fill in these stages. copy_peak: bytes per second of one large copy to the GPU, None without a GPU."""
+        rates = {workers: timer.images_per_second() for workers, timer in self.decode.items()}
+        best = max(rate.median for rate in rates.values())
+        # On a host with fewer cores than the main process's, the run's number of workers may be missing.
+        own = self.decode.get(self.loader.workers) or list(self.decode.values())[-1]
+        stages.decode = own.result()
+        stages.decode.workers = rates
+        stages.decode.knee = min(workers for workers, rate in rates.items() if rate.median >= 0.95 * best)
+        if self.with_crops:
+            stages.cpu_augment = difference_result(self.with_crops, own)
+        else:
+            stages.cpu_augment.missing = "The crops are made on the device."
+        stages.transfer = self.transfer.result()
+        if copy_peak:  # on a CPU nothing is copied
+            rates_of_all = self.transfer.images_per_second().windows
+            copied = [rate * self.loader.image_bytes / world_size() for rate in rates_of_all]
+            stages.transfer.bytes_per_second = Rate.of(copied)
+            stages.transfer.peak_bytes_per_second = copy_peak
+        stages.loader = self.whole.result()
+
+    def _loading(self, loader: BetonLoader) -> StageTimer:
+        loader.set_epoch(EPOCH)
+        work = self.stack.enter_context(closing(Loading(loader)))
+        return StageTimer(
+            work, loader.device, self.seconds, skipped_batches=AHEAD, min_batches=AHEAD, before=work.start,
+            after=work.close,
+        )  # fmt: skip
+
+    def _decoding(self, workers: int, crops: int, prepared: list[DecodeTask]) -> StageTimer:
+        work = self.stack.enter_context(
+            closing(Decoding(self.loader.make_decoder(workers=workers, crops=crops), prepared))
+        )
+        return StageTimer(work, self.loader.device, self.seconds, after=work.finish_pending)
 
 
 def worker_counts(workers: int, cores: int) -> list[int]:
-    """1, 2, 4 and so on up to the cores, and what the run has."""
+    """Return the numbers of decoding threads to try: 1, 2, 4, ... up to the cores, and the run's own."""
     powers = [2**n for n in range(cores.bit_length())]
     return sorted({*(count for count in powers if count <= cores), cores, workers})
 
 
 def prepared_batches(loader: BetonLoader, crops: int) -> list[DecodeTask]:
-    """Batches for a decoder, decoded once, so that their bytes are in memory."""
+    """Return batches for a decoder. They are decoded once, so that their bytes are in memory."""
     order = loader.rows[epoch_order(loader.order, loader.seed, loader.epoch + 1, loader.samples.page_N[loader.rows])]
     own, batch = order[loader.rank * loader.batch_size :], loader.batch_size
     decoder = loader.make_decoder(crops=crops)
@@ -37,7 +97,7 @@ def prepared_batches(loader: BetonLoader, crops: int) -> list[DecodeTask]:
 
 
 class Decoding:
-    """A leg's work: decode prepared batches again and again, two at a time under way as in the loader."""
+    """Decodes prepared batches again and again, two in parallel as in the loader."""
 
     def __init__(self, decoder: ThreadDecoder, prepared: list[DecodeTask]):
         self.decoder, self.prepared = decoder, prepared
@@ -45,22 +105,22 @@ class Decoding:
         self.pending: list[PendingBatch] = []
 
     def __call__(self) -> int:
-        work = self.prepared[self.turn % len(self.prepared)]
+        task = self.prepared[self.turn % len(self.prepared)]
         self.turn += 1
-        work.counter[0] = 0
-        self.pending.append(self.decoder.begin(work))
+        task.counter[0] = 0
+        self.pending.append(self.decoder.begin(task))
         if len(self.pending) == PENDING_BATCHES:
             self.pending.pop(0).wait()
-        return len(work.status_B)
+        return len(task.status_B)
 
-    def end(self) -> None:
-        """Other decoders take the same batches."""
-        for decoding in self.pending:
-            decoding.wait()
+    def finish_pending(self) -> None:
+        """Finish what is pending, as other decoders take the same batches."""
+        for batch in self.pending:
+            batch.wait()
         self.pending.clear()
 
     def close(self) -> None:
-        self.end()
+        self.finish_pending()
         self.decoder.close()
 
 
@@ -70,32 +130,31 @@ class _NoDecoder(ThreadDecoder):
         return PendingBatch(task, [])
 
 
-class Undecoded(BetonLoader):
-    """A loader that does everything but decode: what is left is the hand-over."""
+class LoaderWithoutDecoding(BetonLoader):
+    """Does everything but decode: order, crop boxes, batches, queue, and on a GPU the copy."""
 
     decoder_type = _NoDecoder
 
 
-def endless(loader: BetonLoader) -> Iterator[Batch]:
-    """Epoch after epoch."""
-    while True:
-        yield from loader
-
-
 class Loading:
-    """A leg's work: take a batch from the loader and do nothing with it."""
+    """Takes batches from a loader and does nothing with them."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, epoch: int, kind: type[BetonLoader] = BetonLoader):
-        self.loader = training_loader(recipe, device, kind=kind)
-        self.loader.set_epoch(epoch)
-        self.begin()
+    def __init__(self, loader: BetonLoader):
+        self.loader = loader
+        self.start()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self.batches = endless(self.loader)
 
     def __call__(self) -> int:
         return len(next(self.batches).index)
 
     def close(self) -> None:
-        """Stop decoding ahead: it would go on while something else is measured."""
+        """Stop decoding ahead, which would go on while another stage is measured."""
         self.batches.close()
+
+
+def endless(loader: BetonLoader) -> Iterator[Batch]:
+    """Yield the batches of epoch after epoch."""
+    while True:
+        yield from loader

@@ -1,34 +1,45 @@
-"""Peaks of NVIDIA's GPUs and of storage, from their makers' data sheets: what `--plan` and "share of the peak" need.
+"""Peak rates: of NVIDIA's GPUs and of storage from data sheets, of this machine by measuring.
 
-All rates are dense: most data sheets print twice as much, "with sparsity", which training does not use. 16-bit rates
-are those with sums in fp32, as torch computes: GeForce cards do half of what is printed for sums in fp16.
+All rates from data sheets are dense: most data sheets print twice as much, "with sparsity", which training does not
+use. 16-bit rates are those that accumulate in fp32, as torch does: GeForce cards reach half of the fp16 rate.
 """
 
 import re
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
-# Of a link's rate, what copies from the host and transfers between GPUs reach. nccl-tests' bus bandwidth: 230 of 300
-# GB/s on 8 A100, 35 to 45 of 63 over PCIe 5 (https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests)
+import torch
+
+from fastssl.profiling.timing import synchronize
+from fastssl.training.setup import DTYPES
+
+# The share of a link's rate that copies from the host and transfers between GPUs reach. nccl-tests' bus bandwidth: 230
+# of 300 GB/s on 8 A100, 35 to 45 of 63 over PCIe 5
+# (https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests)
 LINK_SHARE = 0.7
 PCIE = {3: 15.75e9, 4: 31.5e9, 5: 63e9}  # B/s in each direction, 16 lanes, by generation: PCI-SIG
+MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}  # of the product that measures the peak
+COPY_BYTES = 1 << 28
+TRIALS = 3  # the best one counts
 
 
 class Device(NamedTuple):
-    """One kind of GPU. FLOP/s: an addition and a multiplication are two."""
+    """One kind of GPU. An addition and a multiplication are two floating-point operations."""
 
     name: str
-    bf16: float | None  # FLOP/s of the tensor cores; None: they have no such format
+    bf16: float | None  # FLOP/s of the tensor cores; None: they do not have this format
     fp16: float  # FLOP/s of the tensor cores
     tf32: float | None  # FLOP/s of the tensor cores
     fp32: float  # FLOP/s without tensor cores
     bandwidth: float  # B/s of its memory
     pcie: float  # B/s in each direction
-    interconnect: float  # B/s between all GPUs of a machine, in each direction: NVLink, or PCIe where it joins but two
+    interconnect: float  # B/s in each direction between all GPUs of a machine: NVLink, or PCIe if NVLink joins only two
     memory: int  # bytes
     source: str
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s in fp32, tf32, bf16 or fp16; None where the tensor cores have no such format."""
+        """FLOP/s in fp32, tf32, bf16 or fp16; None where the tensor cores do not have the format."""
         return {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16, "fp16": self.fp16}[precision]
 
 
@@ -54,8 +65,8 @@ SOURCES = {
     "V100": "V100 data sheet, https://images.nvidia.com/content/technologies/volta/pdf/"
     "volta-v100-datasheet-update-us-1165301-r5.pdf",
 }
-# name: words that tell it, 16-bit, TF32 and FP32 in TFLOP/s, memory in GB/s, PCIe's generation, NVLink in GB/s in each
-# direction (0: none, or a bridge between two cards), memory in GiB, source. A100 alone means the commonest.
+# name: words that identify it, 16-bit, TF32 and FP32 in TFLOP/s, memory bandwidth in GB/s, PCIe generation, NVLink in
+# GB/s in each direction (0: none, or a bridge between two cards), memory in GiB, source. "A100" means the most common.
 _TABLE = {
     "B200": ("b200", 2250, 1125, 75, 7700, 5, 900, 180, "HGX"),
     "H200": ("h200", 989, 494.5, 67, 4800, 5, 450, 141, "H200"),
@@ -86,11 +97,14 @@ DEVICES = {
     )
     for name, (words, half, tf32, fp32, bandwidth, pcie, nvlink, memory, source) in _TABLE.items()
 }  # fmt: skip
-OTHER_CHIPS = {"ti", "d", "laptop", "mobile", "max", "nvl", "mig"}  # each makes another device of any name
+OTHER_CHIPS = {"ti", "d", "laptop", "mobile", "max", "nvl", "mig"}  # with one of these words it is another device
 
 
 def find_device(name: str) -> Device | None:
-    """The device that torch.cuda.get_device_name() or a person means: "NVIDIA A100-SXM4-80GB", "A100", "rtx4090"."""
+    """Find a device by the name that torch.cuda.get_device_name() or a person gives it.
+
+    For example "NVIDIA A100-SXM4-80GB", "A100", "rtx4090". The longest known name in it wins.
+    """
     text = re.sub(r"(\d+)\s*gi?b\b", r"\1gb", name.lower()).replace("rtx", " ")
     words = set(re.findall(r"[a-z0-9]+", text))
     known = [key for key in DEVICES if words >= set(key.split())]
@@ -98,14 +112,14 @@ def find_device(name: str) -> Device | None:
 
 
 class StorageKind(NamedTuple):
-    """What several threads that read at once get, together."""
+    """The total rates of several threads that read in parallel."""
 
     bytes_per_second: float  # in large pieces
-    reads_per_second: float  # of single places
+    reads_per_second: float  # at random positions
     source: str
 
     def seconds(self, size: float, piece: float = 100e3) -> float:
-        """To read `size` bytes in pieces of so many bytes at random places."""
+        """Return the seconds to read `size` bytes in pieces of `piece` bytes at random positions."""
         return max(size / self.bytes_per_second, size / piece / self.reads_per_second)
 
 
@@ -116,3 +130,43 @@ STORAGE = {
     "nfs": StorageKind(0.5e9, 5e3, "assumed: 10 Gbit/s carry 1.25 GB/s at most"),
 }
 STORAGE_NAMES = {name: name for name in STORAGE} | {"sata": "ssd", "sata ssd": "ssd", "disk": "hdd", "network": "nfs"}
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """Return the FLOP/s that a device can reach at a precision, from the data sheet or measured, and the source."""
+    known = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known and (peak := known.peak(precision)):
+        return peak, f"{known.source}, dense {precision}"
+    return measured_peak(device, precision), "measured: a large matrix product or convolution"
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """Return the FLOP/s of a product of large matrices, or of a convolution where that is faster, as on a CPU (two
+    cores of an EPYC: 188 and 238 GFLOP/s)."""
+    side, dtype = MATRIX_SIDE[device.type], DTYPES.get(precision, torch.float32)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    x = torch.randn(32, 256, 28, 28, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    kernel = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    product = 2 * side**3 / _best_seconds(lambda: a @ a, device)
+    convolution = 2 * x.numel() * 256 * 9 / _best_seconds(lambda: torch.conv2d(x, kernel, padding=1), device)
+    return max(product, convolution)
+
+
+def copy_peak(device: torch.device) -> float | None:
+    """Return the bytes per second of a large copy from pinned memory to the GPU; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    return COPY_BYTES / _best_seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(TRIALS + 1):  # the first one may allocate memory and choose kernels
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,7 +1,6 @@
-"""The leg `storage`: how fast the file's images come from the disk, and how much of the file is in memory already.
+"""The stage `storage`: how fast the file's images come from the disk, and how much of the file is in memory already.
 
-Reading is what the decoder does to a mapped file: every page of an image touched, images in random order, by the
-loader's number of threads.
+It reads as the decoder does: threads touch every page of a mapped file, image by image in random order.
 """
 
 import ctypes
@@ -13,14 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
+from fastssl.common.distributed import world_size
 from fastssl.loading.kernels import take
 from fastssl.loading.samples import Samples
+from fastssl.profiling.profile import Measurement, Rate, StageResult
 
 PAGE = mmap.PAGESIZE
-MOST_BYTES = 1 << 26  # read in a window; with a hard disk's 1 MB/s of random reads, that is a minute
-MOST_SECONDS = 2.0
-STILL_CACHED = 0.2  # share of an evicted piece that says that it was not evicted
-MADV_DONTNEED = 4
+MAX_BYTES = 1 << 26  # read per window; at a hard disk's 1 MB/s of random reads this takes a minute
+MAX_SECONDS = 2.0
+STILL_CACHED = 0.2  # if this share of an evicted piece is still in memory, the system did not evict it
+MADV_DONTNEED = 4  # of <sys/mman.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -28,8 +29,9 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @numba.njit(nogil=True)
-def _touch(file, start_B, size_B, counter):
-    """One byte of every page of the samples that are left to take; the sum is there so that nothing is left out."""
+def _touch(file: np.ndarray, start_B: np.ndarray, size_B: np.ndarray, counter: np.ndarray) -> int:
+    """Read one byte of every page of the samples that no thread has taken. The sum keeps the reads from being
+    optimized away."""
     total = 0
     b = take(counter)
     while b < len(start_B):
@@ -40,22 +42,24 @@ def _touch(file, start_B, size_B, counter):
     return total
 
 
-class Storage:
-    """Reads pieces of a file cold, then warm. A window evicts at most MOST_BYTES from the page cache and reads them
-    back. Of what another process or another mapping of this one has mapped, Linux evicts nothing."""
+class StorageStage:
+    """Reads pieces of a file, first evicted from the page cache ("cold"), then cached ("warm").
+
+    Linux does not evict pages that another process, or another mapping in this process, has mapped.
+    """
 
     def __init__(self, samples: Samples, rows: np.ndarray, workers: int):
         self.samples, self.workers = samples, workers
         self.rows = rows[np.argsort(samples.start_N[rows])]
         self.cached_before = share_in_page_cache(samples.file)
         self.random = np.random.default_rng(0)
-        self.cold: list[float] = []  # bytes/s
+        self.cold: list[float] = []  # bytes per second, one value per window
         self.warm: list[float] = []
-        self.seconds_an_image: list[float] = []
+        self.cold_seconds: list[float] = []  # per image
         self.stays_cached = False
 
     def measure(self) -> None:
-        """One window; to be taken before another mapping of the file in this process has touched it."""
+        """Time one window. Call it before another mapping of the file in this process is read."""
         rows = self._piece()
         bytes_read = int(self.samples.size_N[rows].sum())
         if not self.stays_cached:
@@ -63,36 +67,52 @@ class Storage:
         if not self.stays_cached:
             seconds = self._read(rows)
             self.cold.append(bytes_read / seconds)
-            self.seconds_an_image.append(seconds / len(rows))
+            self.cold_seconds.append(seconds / len(rows))
         self._read(rows)
         self.warm.append(bytes_read / self._read(rows))
 
+    def result(self) -> StageResult:
+        result = StageResult(missing="Linux keeps the file's pages in memory, so nothing can be read from the disk.")
+        if self.cold:
+            rates = Rate.of([world_size() / seconds for seconds in self.cold_seconds])
+            result = StageResult(images_per_second=rates, cpu_seconds=Measurement.of([0.0] * len(self.cold)))
+            result.cold_bytes_per_second = Rate.of(self.cold)
+        result.warm_bytes_per_second = Rate.of(self.warm)
+        return result
+
     def _piece(self) -> np.ndarray:
-        """Rows that lie beside each other in the file, in random order: large pages leave the cache whole or not."""
-        most = min(MOST_BYTES, self.cold[-1] * MOST_SECONDS) if self.cold else MOST_BYTES  # of a slow disk, less
+        """Return rows that are neighbors in the file, in random order: large pages leave the cache only as a whole."""
+        limit = float(MAX_BYTES)
+        if self.cold:  # a slow disk gets a smaller piece
+            limit = min(limit, self.cold[-1] * MAX_SECONDS)
         starts = self.samples.start_N[self.rows]
-        last_begin = max(0, len(starts) - 1 - int(np.searchsorted(starts[-1] - starts[::-1], most)))
+        last_begin = max(0, len(starts) - 1 - int(np.searchsorted(starts[-1] - starts[::-1], limit)))
         begin = int(self.random.integers(last_begin + 1))
-        end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + most)))
+        end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + limit)))
         return self.random.permutation(self.rows[begin:end])
 
     def _read(self, rows: np.ndarray) -> float:
+        """Return the seconds that the threads take to read these samples."""
         samples = self.samples
         nothing = np.zeros(0, np.int64)
-        _touch(samples.file, nothing, nothing, np.zeros(1, np.int64))  # compiled
-        work = _touch, samples.file, samples.start_N[rows], samples.size_N[rows], np.zeros(1, np.int64)
+        _touch(samples.file, nothing, nothing, np.zeros(1, np.int64))  # compiles outside the measured time
+        counter = np.zeros(1, np.int64)
         with ThreadPoolExecutor(self.workers) as pool:
             start = time.perf_counter()
-            for thread in [pool.submit(*work) for _ in range(self.workers)]:
+            threads = [
+                pool.submit(_touch, samples.file, samples.start_N[rows], samples.size_N[rows], counter)
+                for _ in range(self.workers)
+            ]
+            for thread in threads:
                 thread.result()
             return time.perf_counter() - start
 
     def _evict(self, rows: np.ndarray) -> None:
         samples = self.samples
-        address = samples.file.ctypes.data
         first = int(samples.start_N[rows].min()) // PAGE * PAGE
         end = -(-int((samples.start_N[rows] + samples.size_N[rows]).max()) // PAGE) * PAGE
-        _libc.madvise(address + first, end - first, MADV_DONTNEED)  # mapped pages stay in the cache
+        # Mapped pages stay in the page cache, so this mapping lets go of them first.
+        _libc.madvise(samples.file.ctypes.data + first, end - first, MADV_DONTNEED)
         with open(samples.path, "rb") as file:
             os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
         still = share_in_page_cache(samples.file[first : min(end, len(samples.file))])
@@ -100,7 +120,7 @@ class Storage:
 
 
 def share_in_page_cache(mapped: np.ndarray) -> float | None:
-    """Of a mapped file, or of a piece of it, 0 to 1. None where the system does not say."""
+    """Return the share (0 to 1) of a mapped file, or of a piece of it, that is in memory; None if it is unknown."""
     first = mapped.ctypes.data // PAGE * PAGE
     pages_N = np.zeros(-(-(mapped.ctypes.data + mapped.nbytes - first) // PAGE), np.uint8)
     if _libc.mincore(first, len(pages_N) * PAGE, pages_N.ctypes.data) != 0:

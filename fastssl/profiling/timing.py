@@ -1,8 +1,8 @@
-"""How a leg is timed: in windows, a window of each leg in turn, so that a machine whose speed drifts drifts for all."""
+"""How a stage is timed: in windows, one window of each stage in turn, so that a drift of the machine's speed affects
+all stages alike."""
 
 import math
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,102 +11,94 @@ from typing import NamedTuple
 import torch
 
 from fastssl.common.distributed import broadcast_from_main, world_size
+from fastssl.profiling.profile import Measurement, Rate, StageResult
 
-NOISE = 0.02  # share of a leg that the difference of two legs does not resolve
+NOISE = 0.02  # share of a stage below which the difference of two stages is noise
 
 
 class Window(NamedTuple):
     images: int  # of this process
     seconds: float
     cpu_seconds: float  # of all threads of this process
-    page_faults: int  # in which the system only had to hand out memory
+    page_faults: int  # without a disk read
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
-class Stage:
-    """Work that is timed alone: `work` does one batch and returns its images."""
+class StageTimer:
+    """Times work that runs alone. `work` does one batch and returns its number of images."""
 
     work: Callable[[], int]
     device: torch.device
-    seconds: float  # of a window
-    least: int = 1  # batches of a window
-    dropped: int = 1  # batches at the start of each window that do not count
-    begin: Callable[[], None] = lambda: None  # what comes before them
-    end: Callable[[], None] = lambda: None  # what comes behind the window
-    repeats: int = 0
+    seconds: float  # length of a window
+    min_batches: int = 1  # in a window
+    skipped_batches: int = 1  # at the start of each window, not counted
+    before: Callable[[], None] = _nothing  # called before each window
+    after: Callable[[], None] = _nothing  # called after each window
+    batches: int = 0  # in a window, the same in all processes; set by warm_up
     windows: list[Window] = field(default_factory=list)
 
     def warm_up(self) -> None:
-        """Compile, fill caches, and settle how many batches make a window, the same in all processes."""
-        self.begin()
+        """Compile, fill caches, and choose the number of batches in a window."""
+        self.before()
         self.work()
-        self.end()
-        self.begin()  # anew, as a loader has decoded ahead meanwhile
-        for _ in range(self.dropped):
-            self.work()
-        wait_for(self.device)
-        start = time.perf_counter()
-        for _ in range(self.least):
-            self.work()
-        wait_for(self.device)
-        took = (time.perf_counter() - start) / self.least
-        self.end()
-        self.repeats = broadcast_from_main(lambda: max(self.least, math.ceil(self.seconds / took)))
+        self.after()
+        took = self._time(self.min_batches).seconds / self.min_batches
+        self.batches = broadcast_from_main(lambda: max(self.min_batches, math.ceil(self.seconds / took)))
 
     def measure(self) -> None:
-        self.begin()
-        for _ in range(self.dropped):
+        self.windows.append(self._time(self.batches))
+
+    def _time(self, batches: int) -> Window:
+        self.before()
+        for _ in range(self.skipped_batches):
             self.work()
-        wait_for(self.device)
-        faults_before, start, cpu_start = page_faults(), time.perf_counter(), time.process_time()
-        images = sum(self.work() for _ in range(self.repeats))
-        wait_for(self.device)
+        synchronize(self.device)
+        faults, start, cpu_start = page_faults(), time.perf_counter(), time.process_time()
+        images = sum(self.work() for _ in range(batches))
+        synchronize(self.device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        self.windows.append(Window(images, seconds, cpu_seconds, page_faults() - faults_before))
-        self.end()
+        window = Window(images, seconds, cpu_seconds, page_faults() - faults)
+        self.after()
+        return window
 
-    def rates(self) -> dict:
-        return rates_of(self.windows)
+    def images_per_second(self) -> Rate:
+        return images_per_second(self.windows)
 
-    def images_per_second(self) -> dict:
-        return self.rates()["images_per_second"]
-
-
-def rates_of(windows: list[Window]) -> dict:
-    """Images/s of all processes, which do the same at the same time; CPU-seconds of one image."""
-    return {
-        "images_per_second": figure_of([world_size() * window.images / window.seconds for window in windows]),
-        "cpu_seconds": figure_of([window.cpu_seconds / window.images for window in windows]),
-        "missing": None,
-    }
+    def result(self) -> StageResult:
+        return stage_result(self.windows)
 
 
-def rates_of_difference(longer: Stage, shorter: Stage) -> dict:
-    """The rates of what the first leg does beside the second; of less than NOISE of it nothing is known."""
-    pairs = list(zip(longer.windows, shorter.windows))
-    seconds = [max(NOISE * a.seconds / a.images, a.seconds / a.images - b.seconds / b.images) for a, b in pairs]
-    cpu_seconds = [max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images) for a, b in pairs]
-    return {
-        "images_per_second": figure_of([world_size() / second for second in seconds]),
-        "cpu_seconds": figure_of(cpu_seconds),
-        "missing": None,
-    }
+def images_per_second(windows: list[Window]) -> Rate:
+    """Return the rate of all processes together, which do the same at the same time."""
+    return Rate.of([world_size() * window.images / window.seconds for window in windows])
 
 
-def wait_for(device: torch.device) -> None:
+def stage_result(windows: list[Window]) -> StageResult:
+    cpu_seconds = Measurement.of([window.cpu_seconds / window.images for window in windows])
+    return StageResult(images_per_second=images_per_second(windows), cpu_seconds=cpu_seconds)
+
+
+def difference_result(longer: StageTimer, shorter: StageTimer) -> StageResult:
+    """Return the rates of what `longer` does in addition to `shorter`, which cannot be timed alone."""
+    seconds, cpu_seconds = [], []
+    for a, b in zip(longer.windows, shorter.windows):
+        whole = a.seconds / a.images
+        seconds.append(max(NOISE * whole, whole - b.seconds / b.images))
+        cpu_seconds.append(max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images))
+    return StageResult(
+        images_per_second=Rate.of([world_size() / second for second in seconds]),
+        cpu_seconds=Measurement.of(cpu_seconds),
+    )
+
+
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def figure_of(windows: list[float]) -> dict:
-    """Median, least, largest, and all of the windows' values."""
-    return {"median": statistics.median(windows), "low": min(windows), "high": max(windows), "windows": windows}
-
-
-def missing(why: str) -> dict:
-    """A leg that this run or this machine does not have."""
-    return {"images_per_second": None, "cpu_seconds": None, "missing": why}

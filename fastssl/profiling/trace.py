@@ -12,7 +12,7 @@ from fastssl.common.distributed import is_main_process
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.loading.spans import Span, recorded
 from fastssl.profiling.end_to_end import Training
-from fastssl.profiling.timing import wait_for
+from fastssl.profiling.timing import synchronize
 
 STEPS = 3
 CLOCK = "fastssl clock"  # the name of marks whose time is known on both clocks
@@ -27,14 +27,14 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    training.begin()
+    training.start()
     training()  # whatever the loader had decoded ahead is not what a step in the middle finds
-    wait_for(device)
+    synchronize(device)
     with recorded() as spans, torch.profiler.profile(activities=activities) as profile:
         marks = [marked(f"{CLOCK} {number}") for number in range(5)]
         for _ in range(STEPS):
             training()
-        wait_for(device)
+        synchronize(device)
     if not is_main_process():
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,54 +1,64 @@
-"""Planning another machine from a profile: what is read, the peaks it stands on, its arithmetic, its table."""
+"""Planning another machine from a profile: its description, the peaks, the arithmetic, the table."""
 
-import copy
 import io
+from dataclasses import replace
 
 import pytest
+from profiles import example_json
 from rich.console import Console
 
 from fastssl.common.errors import UserError
+from fastssl.profiling import Profile
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, find_device
-from fastssl.profiling.planner import parse_machine, plan_table, plan_training
+from fastssl.profiling.planner import TrainingPlan, parse_machine, plan_table, plan_training
+from fastssl.recipe import Recipe, load_recipe
 
 STEP_FLOPS = 2470 * 3 * 2 * 4.09e9 / 5000  # an A100 trains ResNet-50 at 2,470 images/s: this model at 5,000
 VIEWS = 10 * 1e6 / (0.5 * 2.039e12)  # s an image on an A100: 1 MB, ten times, at half the bandwidth
 
 
-def rate(value: float) -> dict:
-    return {"median": value, "low": value, "high": value, "windows": [value]}
+def stage(images_per_second: float | None = None, cpu_seconds: float | None = None, **more) -> dict:
+    windows = {"images_per_second": images_per_second, "cpu_seconds": cpu_seconds}
+    return {
+        name: value and {"median": value, "low": value, "high": value, "windows": [value]}
+        for name, value in windows.items()
+    } | more  # fmt: skip
 
 
-def leg(images_per_second: float | None = None, cpu_seconds: float | None = None, **more) -> dict:
-    figures = {"images_per_second": images_per_second, "cpu_seconds": cpu_seconds}
-    return {name: value and rate(value) for name, value in figures.items()} | {"missing": None} | more
-
-
-def made_up(**changes: dict) -> dict:
-    """A profile of a CPU: 1,000 images/s decoded by a core. changes: keys of its sections, by section."""
-    profile = {
-        "schema": 1,
-        "recipe": {"name": "made_up", "train": {"epochs": 10, "batch_size": 256, "precision": "auto"}, "data": {}},
+def invented(**changes: dict) -> Profile:
+    """A profile of a CPU: 1,000 images/s decoded per core. changes: keys of its sections, by section."""
+    sections = {
         "machine": {"device": "cpu", "kind": "cpu", "cores": 2, "processes": 1},
         "data": {
             "images": 1_300_000, "file_bytes": 140e9, "image_bytes": 100e3, "decoded_bytes": 196_608,
             "layout": "canvas", "crop": "gpu", "resident": False, "batches_per_epoch": 5_000,
         },
         "run": {"batch_size": 256, "workers": 2, "precision": "fp32", "compiled": False, "parameters": 12_000_000},
-        "legs": {
-            "storage": leg(), "decode": leg(1900, 1e-3), "copy": leg(1e6, 1e-7),
-            "cpu_augment": leg(missing="The crops are cut on the device."),
-            "views": leg(500, 2e-3, bytes_per_image=1e6), "step": leg(20, 0.1, flops=STEP_FLOPS),
+        "stages": {
+            "storage": stage(), "decode": stage(1900, 1e-3), "transfer": stage(1e6, 1e-7),
+            "cpu_augment": stage(missing="The crops are made on the device."),
+            "views": stage(500, 2e-3, bytes_per_image=1e6), "step": stage(20, 0.1, flops=STEP_FLOPS),
+            "communication": stage(), "launch": stage(),
         },
     }  # fmt: skip
-    for section, values in changes.items():
-        profile[section] |= values
-    return profile
+    profile = example_json()
+    for section, values in sections.items():
+        profile[section] |= values | changes.get(section, {})
+    return Profile.model_validate(profile)
 
 
-def on_gpu(device: str, **changes: dict) -> dict:
-    profile = made_up(machine={"device": device, "kind": "cuda"}, run={"precision": "bf16"}, **changes)
-    profile["legs"] |= {"views": leg(50_000, bytes_per_image=1e6), "step": leg(2_000, flops=STEP_FLOPS)}
-    return profile
+def on_gpu(device: str, stages: dict = {}, **machine) -> Profile:  # noqa: B006
+    measured = {"views": stage(50_000, bytes_per_image=1e6), "step": stage(2_000, flops=STEP_FLOPS)}
+    machine = {"device": device, "kind": "cuda", **machine}
+    return invented(machine=machine, run={"precision": "bf16"}, stages=measured | stages)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("recipes/barlow.yaml", ["name=invented", "train.epochs=10", "train.batch_size=256", *overrides])
+
+
+def plan(profile: Profile, machine: str, *overrides: str) -> TrainingPlan:
+    return plan_training(profile, recipe(*overrides), parse_machine(machine))
 
 
 @pytest.mark.parametrize(
@@ -109,14 +119,15 @@ def test_storage_reads_single_images_or_large_pieces():
     assert single == sorted(single)
 
 
-def test_a_plan_is_read_in_any_order():
+def test_a_machine_is_described_in_any_order():
     machine = parse_machine("8xA100, 64 cores, nvme")
-    assert (machine.count, machine.device.name, machine.cores) == (8, "A100 SXM 80GB", 64)
+    assert (machine.gpus, machine.device.name, machine.cores) == (8, "A100 SXM 80GB", 64)
     assert (machine.storage, machine.memory) == ("nvme", None)
     assert parse_machine("network,  256 GB, 16 vCPUs, NVIDIA GeForce RTX 4090") == parse_machine(
         "4090,256gb ram,16 cpus,nfs"
     )
-    assert parse_machine("2 x H100 PCIe, 32 threads, 1.5 TB, sata")[2:] == (32, "ssd", 1.5e12)
+    machine = parse_machine("2 x H100 PCIe, 32 threads, 1.5 TB, sata")
+    assert (machine.gpus, machine.cores, machine.storage, machine.memory) == (2, 32, "ssd", 1.5e12)
     assert str(parse_machine("a100 40 GB, 8 cores, 64 GB, hdd")) == "1x A100 SXM 40GB, 8 cores, hdd, 64.0 GB"
 
 
@@ -136,138 +147,125 @@ def test_a_plan_is_read_in_any_order():
         ("0xA100, 4 cores", "0 GPUs"),
     ],
 )
-def test_what_a_plan_lacks_is_said_in_one_sentence(text, says):
+def test_an_incomplete_description_is_one_sentence(text, says):
     with pytest.raises(UserError) as error:
         parse_machine(text)
     assert says in str(error.value) and str(error.value)[-1] in ".?" and "\n" not in str(error.value)
 
 
-def test_few_cores_make_decoding_the_limit():
-    planned = plan_training(made_up(), parse_machine("8xA100, 16 cores, nvme, 256 GB"))
-    assert planned["cause"] == "decode"
-    assert planned["images_per_second"] == pytest.approx(16 * 1000, rel=1e-3)  # by a core
-    assert planned["accelerator_utilisation"] == pytest.approx(2000 * (1 / 5000 + VIEWS), rel=1e-3)
-    # 1 ms of a core for what the GPU does in 0.21 ms: five cores
-    assert planned["advice"][0].startswith("3 more cores a GPU (40 in all) would make compute the limit, at 38,1")
-    assert any("as fast there as here" in sentence for sentence in planned["assumptions"])
+def test_few_cores_make_decoding_the_bottleneck():
+    planned = plan(invented(), "8xA100, 16 cores, nvme, 256 GB")
+    assert planned.bottleneck == "decode"
+    assert planned.images_per_second == pytest.approx(16 * 1000, rel=1e-3)  # 1,000 per core
+    assert planned.gpu_utilization == pytest.approx(2000 * (1 / 5000 + VIEWS), rel=1e-3)
+    # A core takes 1 ms for what the GPU does in 0.21 ms: five cores per GPU, three more than there are.
+    assert planned.cores_needed == 5
+    assert (
+        "24 more cores or a smaller --canvas would fix it; the next bottleneck is the step at 38,1" in planned.sentence
+    )
+    assert any("cores are as fast as here" in sentence for sentence in planned.assumptions)
 
 
-def test_many_cores_make_compute_the_limit():
-    planned = plan_training(made_up(), parse_machine("8xA100, 64 cores, nvme, 256 GB"))
-    assert planned["cause"] == "compute" and planned["accelerator_utilisation"] == pytest.approx(1)
-    assert planned["images_per_second"] == pytest.approx(8 / (1 / 5000 + VIEWS))
-    assert planned["hours"] == pytest.approx(10 * 5_000 * 256 / planned["images_per_second"] / 3600, rel=0.1)
-    assert planned["lines"]["threads"] == pytest.approx(64_000)
-    assert planned["lines"]["disk"] is None and planned["lines"]["host"] is None
-    assert "5 of 8 cores a GPU are enough" in planned["advice"][1]
-    assert any("19 % of the bf16 peak" in sentence for sentence in planned["assumptions"])
+def test_many_cores_make_the_step_the_bottleneck():
+    planned = plan(invented(), "8xA100, 64 cores, nvme, 256 GB")
+    assert planned.bottleneck == "step" and planned.gpu_utilization == pytest.approx(1)
+    assert planned.images_per_second == pytest.approx(8 / (1 / 5000 + VIEWS))
+    assert planned.hours == pytest.approx(10 * 5_000 * 256 / planned.images_per_second / 3600, rel=0.1)
+    assert planned.resource_rates["threads"] == pytest.approx(64_000)
+    assert "disk" not in planned.resource_rates and "main_thread" not in planned.resource_rates
+    assert planned.cores_needed == 5
+    assert any("19 % of the bf16 peak" in sentence for sentence in planned.assumptions)
 
 
-def test_a_disk_is_the_limit_of_a_file_that_memory_does_not_hold():
-    machine = parse_machine("A100, 16 cores, hdd, 65 GB")
-    planned = plan_training(made_up(), machine)
-    assert planned["cause"] == "storage"
-    # 128 kB a read, of which 100 kB are the image's; half of the 130 GB that are read are in memory.
+def test_a_disk_is_the_bottleneck_of_a_file_that_does_not_fit_into_memory():
+    machine = "A100, 16 cores, hdd, 65 GB"
+    planned = plan(invented(), machine)
+    assert planned.bottleneck == "storage" and "quasi_random" in planned.sentence
+    # A read takes 128 kB, 100 kB of them the image's; half of the 130 GB that an epoch reads are in memory.
     one_epoch = 5_000 * 256 / (120 * 1.28)
-    assert planned["images_per_second"] == pytest.approx(2 * 120 * 1.28, rel=0.03)  # decoding comes on top of the disk
+    assert planned.images_per_second == pytest.approx(2 * 120 * 1.28, rel=0.03)  # decoding is added to the disk's time
     first, later = one_epoch, 9 * one_epoch / 2
-    assert planned["hours"] == pytest.approx((first + later) / 3600, rel=0.03)
-    assert planned["first_epoch_hours"] == pytest.approx(first / 3600, rel=0.03)
-    assert "compute the limit" in planned["advice"][0] and "quasi_random" in planned["advice"][1]
-    profile = made_up()
-    profile["recipe"]["data"] = {"order": "quasi_random"}
-    assert plan_training(profile, machine)["lines"]["disk"] == pytest.approx(2 * 2000)  # at 200 MB/s, few seeks
-    assert plan_training(profile, machine)["cause"] == "storage"
-    assumed = plan_training(made_up(), machine._replace(memory=None))["assumptions"]
-    assert any("64.0 GB of memory (4.00 GB a core, as none is named)" in sentence for sentence in assumed)
+    assert planned.hours == pytest.approx((first + later) / 3600, rel=0.03)
+    assert planned.first_epoch_hours == pytest.approx(first / 3600, rel=0.03)
+    quasi_random = plan(invented(), machine, "data.order=quasi_random")
+    assert quasi_random.resource_rates["disk"] == pytest.approx(2 * 2000)  # at 200 MB/s, few seeks
+    assert quasi_random.bottleneck == "storage"
+    default = plan(invented(), "A100, 16 cores, hdd").assumptions
+    assert any("64.0 GB of memory (4.00 GB per core, as none is given)" in sentence for sentence in default)
 
 
 def test_images_that_fit_on_the_gpu_are_decoded_once():
     data = {"images": 50_000, "image_bytes": 3072, "decoded_bytes": 3072, "file_bytes": 2e8}
-    planned = plan_training(made_up(data=data), parse_machine("8xA100, 8 cores"))
-    assert planned["cause"] == "compute" and planned["lines"]["threads"] is None
-    profile = made_up(data=data)
-    profile["recipe"]["data"] = {"resident": False}
-    planned = plan_training(profile, parse_machine("8xA100, 8 cores"))
-    assert planned["lines"]["reader"] == pytest.approx(8000, rel=1e-2)  # batches this small are decoded by the reader
+    planned = plan(invented(data=data), "8xA100, 8 cores")
+    assert planned.bottleneck == "step" and "threads" not in planned.resource_rates
+    planned = plan(invented(data=data), "8xA100, 8 cores", "data.resident=false")
+    # Batches this small are decoded by the reader.
+    assert planned.resource_rates["reader"] == pytest.approx(8000, rel=1e-2)
 
 
 def test_a_measured_gpu_is_scaled_by_peak_and_bandwidth():
-    same = plan_training(on_gpu("NVIDIA A100-SXM4-80GB"), parse_machine("A100, 64 cores, 256 GB"))
-    assert same["images_per_second"] == pytest.approx(1 / (1 / 2000 + 1 / 50_000))
-    faster = plan_training(on_gpu("NVIDIA A100-SXM4-80GB"), parse_machine("H100, 64 cores, 256 GB"))
-    compute = (312 / 989 + 2039 / 3350) / 2 / 2000
-    assert faster["images_per_second"] == pytest.approx(1 / (compute + 2039 / 3350 / 50_000))
-    older = plan_training(on_gpu("NVIDIA A100-SXM4-80GB"), parse_machine("V100, 64 cores, 256 GB"))
-    assert any("set train.precision=fp16" in sentence for sentence in older["assumptions"])
-    unknown = plan_training(on_gpu("NVIDIA H100 NVL"), parse_machine("A100, 64 cores, 256 GB"))
-    assert unknown["images_per_second"] == pytest.approx(1 / (1 / 5000 + VIEWS))
+    same = plan(on_gpu("NVIDIA A100-SXM4-80GB"), "A100, 64 cores, 256 GB")
+    assert same.images_per_second == pytest.approx(1 / (1 / 2000 + 1 / 50_000))
+    faster = plan(on_gpu("NVIDIA A100-SXM4-80GB"), "H100, 64 cores, 256 GB")
+    step = (312 / 989 + 2039 / 3350) / 2 / 2000
+    assert faster.images_per_second == pytest.approx(1 / (step + 2039 / 3350 / 50_000))
+    older = plan(on_gpu("NVIDIA A100-SXM4-80GB"), "V100, 64 cores, 256 GB")
+    assert any("set train.precision=fp16" in sentence for sentence in older.assumptions)
+    unknown = plan(on_gpu("NVIDIA H100 NVL"), "A100, 64 cores, 256 GB")
+    assert unknown.images_per_second == pytest.approx(1 / (1 / 5000 + VIEWS))
 
 
 def test_rates_of_several_measured_processes_are_those_of_all():
-    machine = parse_machine("8xA100, 256 cores, 256 GB")
-    one, two = on_gpu("NVIDIA A100-SXM4-80GB"), on_gpu("NVIDIA A100-SXM4-80GB")
-    one["legs"]["launch"] = leg(10_000, 1e-4)
-    two["machine"]["processes"] = 2
-    two["legs"] |= {"views": leg(2 * 50_000), "step": leg(2 / (1 / 2000 + 1 / 500), flops=STEP_FLOPS)}
-    two["legs"] |= {"communication": leg(2 * 500), "launch": leg(10_000, 2e-4), "copy": leg(2e6, 1e-7)}
-    assert plan_training(two, machine)["lines"] == pytest.approx(plan_training(one, machine)["lines"])
+    machine = "8xA100, 256 cores, 256 GB"
+    one = on_gpu("NVIDIA A100-SXM4-80GB", stages={"launch": stage(10_000, 1e-4)})
+    of_two = {
+        "views": stage(2 * 50_000), "step": stage(2 / (1 / 2000 + 1 / 500), flops=STEP_FLOPS),
+        "communication": stage(2 * 500), "launch": stage(10_000, 2e-4), "transfer": stage(2e6, 1e-7),
+    }  # fmt: skip
+    two = on_gpu("NVIDIA A100-SXM4-80GB", stages=of_two, processes=2)
+    assert plan(two, machine).resource_rates == pytest.approx(plan(one, machine).resource_rates)
 
 
-def test_launches_of_smaller_batches_take_as_long():
-    profile = on_gpu("NVIDIA A100-SXM4-80GB")
-    profile["legs"]["launch"] = leg(10_000, 1e-4)
-    assert plan_training(profile, parse_machine("A100, 64 cores, 256 GB"))["cause"] == "compute"
-    planned = plan_training(profile, parse_machine("8xA100, 256 cores, 256 GB"))
-    assert planned["cause"] == "launch" and planned["images_per_second"] == pytest.approx(10_000)
+def test_launching_takes_as_long_for_smaller_batches():
+    profile = on_gpu("NVIDIA A100-SXM4-80GB", stages={"launch": stage(10_000, 1e-4)})
+    assert plan(profile, "A100, 64 cores, 256 GB").bottleneck == "step"
+    planned = plan(profile, "8xA100, 256 cores, 256 GB")
+    assert planned.bottleneck == "launch" and planned.images_per_second == pytest.approx(10_000)
 
 
-def test_only_what_the_backward_pass_does_not_hide_of_an_exchange_counts():
-    assert plan_training(made_up(), parse_machine("8xA100, 64 cores, 256 GB"))["lines"]["device"] == pytest.approx(
-        8 / (1 / 5000 + VIEWS)
-    )
-    profile = made_up(run={"parameters": 1_000_000_000})
-    planned = plan_training(profile, parse_machine("8xA100, 64 cores, 256 GB"))
-    exchange = 4e9 * 2 * 7 / 8 / (LINK_SHARE * 300e9)  # s a step, of 32 images a GPU
+def test_an_exchange_counts_only_where_the_backward_pass_does_not_hide_it():
+    machine = "8xA100, 64 cores, 256 GB"
+    assert plan(invented(), machine).resource_rates["device"] == pytest.approx(8 / (1 / 5000 + VIEWS))
+    planned = plan(invented(run={"parameters": 1_000_000_000}), machine)
+    exchange = 4e9 * 2 * 7 / 8 / (LINK_SHARE * 300e9)  # seconds per step of 32 images per GPU
     excess = exchange / 32 - 2 / 3 / 5000
-    assert planned["cause"] == "communication"
-    assert planned["images_per_second"] == pytest.approx(8 / (1 / 5000 + VIEWS + excess))
+    assert planned.bottleneck == "communication"
+    assert planned.images_per_second == pytest.approx(8 / (1 / 5000 + VIEWS + excess))
 
 
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(UserError, match="set a multiple of 7"):
-        plan_training(made_up(), parse_machine("7xA100, 64 cores"))
-    profile = made_up()
-    profile["legs"]["step"] = leg(missing="Left out.", flops=None)
-    with pytest.raises(UserError, match="lacks a step's FLOPs"):
-        plan_training(profile, parse_machine("A100, 64 cores"))
+        plan(invented(), "7xA100, 64 cores")
+    with pytest.raises(UserError, match="lacks the step's FLOPs"):
+        plan(invented(stages={"step": stage(missing="Left out.")}), "A100, 64 cores")
 
 
-def test_a_leg_that_was_not_measured_is_named():
-    profile = made_up(data={"layout": "full", "crop": "cpu"})
-    planned = plan_training(profile, parse_machine("8xA100, 64 cores"))
-    missing = "cpu_augment is left out, as it was not measured: The crops are cut on the device."
-    assert missing in planned["assumptions"]
-
-
-def test_planning_leaves_the_profile_as_it_is():
-    profile = made_up()
-    before = copy.deepcopy(profile)
-    plan_training(profile, parse_machine("8xA100, 64 cores"))
-    assert profile == before
+def test_a_stage_that_was_not_measured_is_named():
+    planned = plan(invented(data={"layout": "full", "crop": "cpu"}), "8xA100, 64 cores")
+    missing = "cpu_augment is left out, as it was not measured: The crops are made on the device."
+    assert missing in planned.assumptions
 
 
 @pytest.mark.parametrize("text", ["8xA100, 16 cores, hdd, 32 GB", "H100 PCIe, 64 cores", "2xV100, 8 cores, nfs"])
 def test_the_table_says_that_it_predicts_and_fits_80_columns(text):
-    planned = plan_training(made_up(), parse_machine(text))
-    planned["recipe"] = "a_recipe_with_a_name_that_is_[bold]longer_than_most_names_of_recipes"
+    planned = replace(plan(invented(), text), recipe="a_recipe_with_a_name_that_is_[bold]longer_than_most_names_are")
     console = Console(file=io.StringIO(), width=80)
     console.print(plan_table(planned))
     shown = console.file.getvalue()
     assert "PREDICTION, not a measurement" in shown and "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
     words = " ".join(shown.split())
-    assert "[bold]longer" in words and "the limit" in words and planned["cause"] in words
-    joined = "".join(shown.split()).replace("assumed", "").replace("tochange", "")
-    for sentence in planned["advice"] + planned["assumptions"]:
-        assert "".join(sentence.split()).replace("assumed", "") in joined
+    assert "[bold]longer" in words and "bottleneck" in words and f"{planned.cores_needed} per GPU" in words
+    joined = "".join(shown.split()).replace("assumed", "").replace("bottleneck", "")
+    for sentence in [planned.sentence, *planned.assumptions]:
+        assert "".join(sentence.split()).replace("assumed", "").replace("bottleneck", "") in joined

@@ -1,0 +1,298 @@
+"""A profile: what it holds, and how profile.json is written and read.
+
+Times are in seconds, rates per second over all processes, shares from 0 to 1. The models check a file when it is read,
+so later code relies on types and ranges. Names and paths are made printable when a model is built.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, StrictBool, ValidationError, model_validator
+
+from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import printable
+
+SCHEMA_VERSION = 2  # increase it when a profile changes so that older code would misread it
+
+
+def _printable_text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 5000:
+        raise ValueError("not a string of at most 5000 characters")
+    return printable(value)
+
+
+def _printable_json(value: object) -> object:
+    if isinstance(value, dict):
+        return {printable(str(key)): _printable_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable_json(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _printable_section(value: object) -> object:
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return _printable_json(value)
+
+
+# No machine reaches these bounds, so no sum, ratio or logarithm of two values overflows.
+Number = Annotated[float, Strict(), Field(ge=0, le=1e18, allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(ge=1e-9, le=1e18, allow_inf_nan=False)]
+Whole = Annotated[int, Strict(), Field(ge=0, le=10**18)]
+Printable = Annotated[
+    str, PlainValidator(_printable_text)
+]  # not pydantic's str, which refuses file names that are not UTF-8
+Key = Annotated[str, Strict(), Field(pattern=r"^[a-z][a-z_ ]{0,23}$")]
+Section = Annotated[dict[str, object], PlainValidator(_printable_section)]
+
+
+class ProfilePart(BaseModel):
+    model_config = ConfigDict(validate_assignment=True)
+
+
+class Measurement(ProfilePart):
+    """One quantity, measured in several windows of time."""
+
+    median: Number
+    low: Number
+    high: Number
+    windows: Annotated[list[Number], Field(min_length=1)]
+
+    @classmethod
+    def of(cls, windows: list[float]) -> Self:
+        return cls(median=statistics.median(windows), low=min(windows), high=max(windows), windows=windows)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.low <= self.median <= self.high:
+            raise ValueError("low, median and high are not in this order")
+        return self
+
+
+class Rate(Measurement):
+    median: Positive
+    low: Positive
+    high: Positive
+
+
+class Percentiles(ProfilePart):
+    p50: Number
+    p95: Number
+    p99: Number
+
+
+class GpuCounters(ProfilePart):
+    """Medians of nvidia-smi's counters while training ran."""
+
+    utilization: Number
+    sm_clock_mhz: Number
+    max_sm_clock_mhz: Number
+    power_w: Number
+
+
+class StageResult(ProfilePart):
+    """One stage, measured alone. Fields below `missing` belong to the stages that the comments name."""
+
+    images_per_second: Rate | None = None
+    cpu_seconds: Measurement | None = None  # per image, over all threads
+    missing: Printable | None = None  # why the stage was not measured
+
+    # storage
+    cold_bytes_per_second: Rate | None = None  # evicted from the page cache before
+    warm_bytes_per_second: Rate | None = None  # from the page cache
+    # decode
+    workers: dict[Annotated[int, Field(ge=1, le=9999)], Rate] | None = None  # images per second by number of threads
+    knee: Whole | None = None  # number of threads beyond which more give less than 5 %
+    # transfer
+    bytes_per_second: Rate | None = None
+    peak_bytes_per_second: Positive | None = None
+    # views
+    kernels: Number | None = None  # per batch
+    bytes_per_image: Number | None = None
+    # step
+    phases: dict[Key, Measurement] | None = None  # seconds per image
+    phases_note: Printable | None = None
+    flops: Number | None = None  # per image
+    flops_per_second: Number | None = None  # of one device
+    mfu: Number | None = None  # model FLOPs utilization
+    peak_memory_bytes: Number | None = None
+    page_faults: Number | None = None  # per step, without disk reads: memory that the system hands out again
+    # views and step on a GPU
+    busy_seconds: Number | None = None  # per image, in which kernels run; gaps between them do not count
+    # end_to_end
+    data_wait: Measurement | None = None  # share of the time
+    wait_seconds: Percentiles | None = None  # per batch
+    cores_busy: Number | None = None
+    gpu: GpuCounters | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Median images per second."""
+        return self.images_per_second.median if self.images_per_second else None
+
+    @property
+    def reason(self) -> str:
+        """Why the stage was not measured."""
+        return self.missing or "it was not measured"
+
+
+class Stages(ProfilePart):
+    """Every stage of training, in the order of the data flow. docs/profiling.md says what each one times."""
+
+    storage: StageResult
+    decode: StageResult
+    cpu_augment: StageResult
+    transfer: StageResult
+    loader: StageResult
+    views: StageResult
+    step: StageResult
+    communication: StageResult
+    launch: StageResult
+    replay: StageResult
+    end_to_end: StageResult
+
+    def by_name(self) -> dict[str, StageResult]:
+        return {name: getattr(self, name) for name in STAGES}
+
+
+STAGES = tuple(Stages.model_fields)
+
+
+class MachineDescription(ProfilePart):
+    device: Printable
+    kind: Printable  # "cpu" or "cuda"
+    cores: Whole  # of one process
+    processes: Whole
+    peak_flops: Number  # per second
+    peak_source: Printable
+
+
+class DataDescription(ProfilePart):
+    path: Printable
+    images: Whole
+    file_bytes: Number
+    image_bytes: Number  # mean, as stored
+    decoded_bytes: Number
+    layout: Printable
+    storage: Printable
+    resolution: list[Whole] | None  # height and width in pixels
+    crop: Printable
+    resident: StrictBool
+    in_page_cache: Number | None
+    fits_into_memory: StrictBool
+    batches_per_epoch: Whole
+
+
+class RunDescription(ProfilePart):
+    batch_size: Whole  # over all processes
+    workers: Whole
+    precision: Printable
+    compiled: StrictBool
+    parameters: Whole
+    views: Whole
+    size: Whole  # of a view, in pixels
+
+
+class Prediction(ProfilePart):
+    """What the cost model (bottleneck.py) makes of the stages, compared with training itself."""
+
+    resource_seconds: dict[Key, Number]  # per image, that each resource is busy
+    predicted_images_per_second: Positive
+    measured_images_per_second: Positive
+    relative_error: Annotated[float, Strict(), Field(ge=-1, le=1e18, allow_inf_nan=False)]
+
+
+class NextBottleneck(ProfilePart):
+    stage: Key
+    images_per_second: Positive
+
+
+class Bottleneck(ProfilePart):
+    stage: Key  # or "balanced"
+    sentence: Printable
+    accelerator_utilization: Number
+    next: NextBottleneck | None  # once the present one is fixed
+    twice_as_fast: dict[Key, Positive]  # predicted images per second if that stage were twice as fast
+
+
+class Profile(ProfilePart):
+    schema_version: Literal[2]
+    measured_at: Printable
+    seconds: Number  # that profiling took
+    fastssl_version: Printable
+    name: Printable
+    recipe: Section
+    overrides: list[Printable]
+    environment: Section
+    machine: MachineDescription
+    data: DataDescription
+    run: RunDescription
+    stages: Stages
+    prediction: Prediction
+    bottleneck: Bottleneck
+    remarks: list[Printable]
+    trace: Printable | None  # file name
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write profile.json. Raises UserError where the file cannot be written."""
+    text = profile.model_dump_json(indent=2, exclude_defaults=True) + "\n"
+    with explain_write_errors(path):
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_profile(path: Path) -> Profile:
+    """Read profile.json. Raises UserError with one sentence for any other or damaged file."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"No profile at {path}: `fastssl profile RECIPE --json {path}` makes one.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the file of a profile.") from None
+    try:
+        return Profile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        raise UserError(f"{path} is not readable as JSON: give the file that fastssl profile --json wrote.")
+    if not first["loc"] or (first["loc"] == ("schema_version",) and first["type"] == "missing"):
+        raise UserError(f"{path} is not a profile: give the file that fastssl profile --json wrote.")
+    if first["loc"] == ("schema_version",):
+        raise UserError(f"{path} was written by another version of fastssl: profile again.")
+    key = printable(".".join(map(str, first["loc"])))[:200]
+    message = first["msg"].removeprefix("Value error, ")
+    raise UserError(f"{path} is a damaged profile ({key}: {message}): profile again.")
+
+
+def accelerator_utilization(stages: Stages) -> Measurement | None:
+    """Return the time that the device computes over the total time, which is MLPerf Storage's definition.
+
+    Each window of training is compared with its neighbor of `replay`, so a drift of the machine's speed does not count.
+    """
+    training, ceiling = stages.end_to_end.images_per_second, stages.replay.images_per_second
+    if not training or not ceiling:
+        return None
+    return Measurement.of([min(1.0, a / b) for a, b in zip(training.windows, ceiling.windows)])
+
+
+def device_time(profile: Profile) -> dict[str, float]:
+    """Return what the device's time goes to: part -> seconds per image, in the order of a step."""
+    parts: dict[str, float] = {}
+    stages, processes = profile.stages, profile.machine.processes  # rates are those of all processes together
+    if stages.end_to_end.data_wait and stages.end_to_end.rate:
+        parts["wait for data"] = processes * stages.end_to_end.data_wait.median / stages.end_to_end.rate
+    if stages.views.rate:
+        parts["views"] = processes / stages.views.rate
+    phases = {name: phase.median for name, phase in (stages.step.phases or {}).items()}
+    parts |= phases
+    if stages.step.rate:
+        step = processes / stages.step.rate
+        rest = step - sum(phases.values())
+        # Less than 2 % is noise, as the phases were timed separately from the whole step.
+        if rest > 0.02 * step:
+            parts["rest of the step" if phases else "step"] = rest
+    if stages.communication.rate:
+        parts["communication"] = processes / stages.communication.rate
+    return parts

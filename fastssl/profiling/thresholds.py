@@ -1,0 +1,67 @@
+"""`--fail-under KEY=VALUE`: thresholds that a profile is checked against, for continuous integration."""
+
+import difflib
+import math
+import re
+from typing import NamedTuple
+
+from fastssl.common.errors import UserError
+from fastssl.profiling.profile import STAGES, Profile
+
+RATE = "images_per_second"
+SHARES = ("accelerator_utilization", "mfu", "gpu_utilization")  # from 0 to 1
+KEYS = (RATE, *SHARES, *(f"{stage}.{RATE}" for stage in STAGES))
+
+
+class Threshold(NamedTuple):
+    key: str  # one of KEYS
+    minimum: float
+
+
+def parse_thresholds(texts: list[str]) -> list[Threshold]:
+    """Parse KEY=VALUE. Raises UserError for an unknown key or a value that is not a number in its range."""
+    return [_parse(text) for text in texts]
+
+
+def _parse(text: str) -> Threshold:
+    key, _, number = text.partition("=")
+    key = key.strip()
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
+        raise UserError(f"--fail-under {text}: unknown key {key!r}: {hint}")
+    example = f"{key}={0.9 if key in SHARES else 1000}"
+    # float() would also accept nan, which no value is below, and 1_000.
+    minimum = float(number) if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", number) else math.nan
+    if not math.isfinite(minimum):
+        raise UserError(f"--fail-under {text}: write KEY=VALUE with a number, such as {example}.")
+    if key in SHARES and minimum > 1:
+        raise UserError(f"--fail-under {text}: {key} is a share from 0 to 1, as in {example}.")
+    return Threshold(key, minimum)
+
+
+def failed_thresholds(profile: Profile, thresholds: list[Threshold]) -> list[str]:
+    """Return one sentence for each threshold that the profile is below. Raises UserError if it lacks the value."""
+    failures = []
+    for key, minimum in thresholds:
+        value = _value(profile, key)
+        if value < minimum:
+            failures.append(f"{key} is {value:.6g}, below {minimum:.6g}.")
+    return failures
+
+
+def _value(profile: Profile, key: str) -> float:
+    if key == "accelerator_utilization":
+        return profile.bottleneck.accelerator_utilization
+    if key == "mfu":
+        value, reason = profile.stages.step.mfu, profile.stages.step.reason
+    elif key == "gpu_utilization":
+        gpu = profile.stages.end_to_end.gpu
+        value = gpu.utilization if gpu else None
+        reason = "there was no GPU" if profile.machine.kind == "cpu" else "the GPU's counters could not be read"
+    else:
+        stage = profile.stages.by_name()[key.removesuffix(RATE).removesuffix(".") or "end_to_end"]
+        value, reason = stage.rate, stage.reason
+    if value is None:
+        raise UserError(f"--fail-under {key}: it is not in this profile: {reason.rstrip('.')}.")
+    return value

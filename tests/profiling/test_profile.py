@@ -1,0 +1,431 @@
+"""A profile is written, read, checked against thresholds, compared, shown and drawn; nothing is measured here."""
+
+import io
+import json
+import re
+from copy import deepcopy
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from profiles import example_json, example_profile, gpu_json, gpu_profile, measured, stage
+from rich.console import Console, RenderableType
+
+from fastssl.common.errors import UserError
+from fastssl.evaluation.plots import save_figure
+from fastssl.profiling.compare import Change, compare, compare_table, differences
+from fastssl.profiling.page import write_page
+from fastssl.profiling.plots import draw_profile
+from fastssl.profiling.profile import Measurement, Profile, device_time, read_profile, write_profile
+from fastssl.profiling.tables import percent, profile_table, si, significant, stage_rows
+from fastssl.profiling.thresholds import failed_thresholds, parse_thresholds
+
+HOSTILE = "[bold]x[/] <script>alert('x')</script> \"> $x$ :cat: \x1b[31m \ud800 \u202e 中"
+
+
+def hostile_profile() -> Profile:
+    """Untrusted text wherever a profile has text."""
+    return gpu_profile(
+        name=HOSTILE, measured_at=HOSTILE, fastssl_version=HOSTILE, remarks=[HOSTILE], trace=HOSTILE,
+        overrides=[HOSTILE], recipe={HOSTILE: {"$y$": HOSTILE}},
+        environment={HOSTILE: HOSTILE, "packages": {HOSTILE: HOSTILE}}, bottleneck__sentence=HOSTILE,
+        machine__device=HOSTILE, machine__peak_source=HOSTILE, data__path=HOSTILE, data__layout=HOSTILE,
+        data__storage=HOSTILE, data__crop=HOSTILE, run__precision=HOSTILE, stages__step__phases_note=HOSTILE,
+        stages__communication__missing=HOSTILE,
+    )  # fmt: skip
+
+
+def sparse_profile() -> Profile:
+    """Only what every profile has."""
+    profile = example_json(bottleneck__next=None, bottleneck__twice_as_fast={})
+    measured_stages = {name: stage(100.0) for name in ("views", "step", "replay", "end_to_end")}
+    absent = {name: stage(None, missing=f"{name} was not possible") for name in profile["stages"]}
+    return Profile.model_validate(profile | {"stages": absent | measured_stages})
+
+
+PROFILES = {"cpu": example_profile, "gpu": gpu_profile, "hostile": hostile_profile, "sparse": sparse_profile}
+every_profile = pytest.mark.parametrize("profile", [make() for make in PROFILES.values()], ids=PROFILES)
+
+
+def printed(renderable: RenderableType, width: int) -> str:
+    """As `fastssl` prints it."""
+    console = Console(width=width, file=io.StringIO(), markup=False, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def written(tmp_path, text: str):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    return path
+
+
+# The file
+
+
+@every_profile
+def test_a_profile_comes_back_as_it_was_written(tmp_path, profile):
+    write_profile(tmp_path / "new" / "p.json", profile)
+    assert read_profile(tmp_path / "new" / "p.json") == profile
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.json"]
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_profile(tmp_path / "p.json", example_profile(seconds=float("nan")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write, name in ((write_profile, "p.json"), (write_page, "p.html")):
+        with pytest.raises(UserError, match="cannot be written"):
+            write(tmp_path / "file" / name, example_profile())
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "not readable as JSON"),
+        ("{", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"schema_version": 2, "recipe": ' + "[" * 500 + "]" * 500 + "}", "not readable as JSON"),
+        ("[]", "not a profile"),
+        ("{}", "not a profile"),
+        ('{"rows": []}', "not a profile"),
+        ('{"schema": 1, "legs": {}}', "not a profile"),
+        ('{"schema_version": 3, "stages": 0}', "was written by another version of fastssl: profile again."),
+        ('{"schema_version": true, "stages": 0}', "was written by another version of fastssl: profile again."),
+        ('{"schema_version": 2, "stages": 0}', "is a damaged profile"),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(tmp_path, text, says):
+    path = written(tmp_path, text)
+    with pytest.raises(UserError, match=re.escape(says)) as raised:
+        read_profile(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_missing_and_unreadable_files_are_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="No profile at .*: `fastssl profile RECIPE --json"):
+        read_profile(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read .*Is a directory"):
+        read_profile(tmp_path)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        read_profile(tmp_path / "bytes.json")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("stages__decode__images_per_second__median", "fast"),
+        ("stages__decode__images_per_second__median", True),
+        ("stages__decode__images_per_second__median", 0.0),
+        ("stages__decode__images_per_second__median", -1.0),
+        ("stages__decode__images_per_second__median", 1e300),
+        ("stages__decode__images_per_second__median", 10**400),
+        ("stages__decode__images_per_second__median", float("nan")),
+        ("stages__decode__images_per_second__high", 1.0),
+        ("stages__decode__images_per_second__windows", []),
+        ("stages__decode__workers", {"many": measured(1)}),
+        ("stages__decode__workers", [1]),
+        ("stages__decode__knee", "2"),
+        ("stages__step__phases", {"$x$": measured(1)}),
+        ("stages__end_to_end__wait_seconds", {"p50": 0.1}),
+        ("stages__end_to_end", None),
+        ("prediction__resource_seconds", {"disk": None}),
+        ("prediction__relative_error", "none"),
+        ("bottleneck__sentence", None),
+        ("bottleneck__sentence", "x" * 10_000),
+        ("bottleneck__twice_as_fast", {"decode": 0}),
+        ("machine__cores", 10**400),
+        ("data__resolution", "32"),
+        ("remarks", "one"),
+        ("recipe", []),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(tmp_path, key, value):
+    path = written(tmp_path, json.dumps(example_json(**{key: value})))
+    with pytest.raises(UserError, match=re.escape(key.replace("__", ".").split(".high")[0])) as raised:
+        read_profile(path)
+    assert str(raised.value).endswith(": profile again.") and "\n" not in str(raised.value)
+
+
+def everywhere(value: object, path: tuple = ()):
+    """Yield the path of every entry of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from everywhere(inner, (*path, key))
+
+
+def test_every_profile_that_is_read_can_be_shown(tmp_path):
+    """Each entry in turn is left out or replaced: the file is refused in one sentence, or all that shows it works."""
+    whole, refused, shown = gpu_json(), 0, 0
+    complete = gpu_profile()
+    alike = [path for path in everywhere(whole) if len(path) > 3 and path[1] != "decode" or "windows" in path[:-1]]
+    for path in everywhere(whole):
+        if path in alike:
+            continue
+        for value in (None, "", 1e18):
+            changed = deepcopy(whole)
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            if value == "":
+                del inner[path[-1]]
+            try:
+                profile = read_profile(written(tmp_path, json.dumps(changed)))
+            except UserError:
+                refused += 1
+                continue
+            printed(profile_table(profile, 80), 80)
+            printed(compare_table("a", "b", complete, profile), 80)
+            shown += 1
+    assert refused > 100 and shown > 100
+
+
+# Thresholds
+
+
+def test_values_below_their_thresholds_are_named():
+    profile = gpu_profile()
+    above = ["accelerator_utilization=0.9", "images_per_second=11000", "mfu=.1", "gpu_utilization=0"]
+    assert failed_thresholds(profile, parse_thresholds([*above, "decode.images_per_second=1e4"])) == []
+    below = ["accelerator_utilization=0.99", "images_per_second=12000", "mfu=0.5", "decode.images_per_second=1e6"]
+    sentences = failed_thresholds(profile, parse_thresholds([*above, *below]))
+    assert sentences[:3] == [
+        "accelerator_utilization is 0.983, below 0.99.", "images_per_second is 11400, below 12000.",
+        "mfu is 0.159, below 0.5.",
+    ]  # fmt: skip
+    assert len(sentences) == 4 and sentences[3].startswith("decode.images_per_second is 1647")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("accelerator_utilisation=0.9", "did you mean accelerator_utilization?"),
+        ("decod.images_per_second=3", "did you mean decode.images_per_second?"),
+        ("zzz=1", "the keys are images_per_second, accelerator_utilization, mfu"),
+        ("images_per_second", "write KEY=VALUE with a number, such as images_per_second=1000"),
+        ("images_per_second=fast", "write KEY=VALUE with a number"),
+        ("images_per_second=nan", "write KEY=VALUE with a number"),
+        ("images_per_second=1e999", "write KEY=VALUE with a number"),
+        ("mfu=40", "mfu is a share from 0 to 1"),
+        ("", "the keys are"),
+        ("mfu=0.4", "--fail-under mfu: it is not in this profile: it was not measured."),
+        ("gpu_utilization=0.4", "it is not in this profile: there was no GPU."),
+        ("launch.images_per_second=4", "it is not in this profile: there is no GPU."),
+        ("replay.images_per_second=0.4", "it is not in this profile: it was too hot."),
+    ],
+)
+def test_a_threshold_that_cannot_be_checked_is_one_sentence(text, says):
+    profile = example_profile(stages__step__mfu=None, stages__replay=stage(None, missing="it was too hot."))
+    with pytest.raises(UserError, match=re.escape(says)):
+        failed_thresholds(profile, parse_thresholds([text]))
+
+
+# Two profiles
+
+
+def test_a_change_is_beyond_noise_where_windows_are_apart_and_medians_differ_by_2_percent():
+    def judged(a: float, b: float, spread: float = 0.01, unit: str = "images/s") -> str:
+        return change(a, b, spread, unit).word
+
+    def change(a: float, b: float, spread: float = 0.01, unit: str = "images/s") -> Change:
+        return Change("x", unit, *(Measurement(**measured(x, spread)) for x in (a, b)))
+
+    assert judged(100, 103) == "better" and judged(103, 100) == "worse"
+    assert judged(100, 103, 0.02) == "no"  # the windows overlap
+    assert judged(100, 101.5, 0.001) == "no"  # they do not, but differ by less than 2 %
+    assert Change("x", "images/s", Measurement(**measured(100)), None).word == "not in B"
+    assert judged(1, 2, unit="ms per image") == "worse" and change(1, 2, unit="ms per image").ratio == 2
+    assert change(0, 2, unit="%").ratio is None
+
+
+def test_the_rule_errs_in_one_case_of_ten():
+    """The probability that the caption states, simulated: three windows each, from one distribution."""
+    windows = np.random.default_rng(0).normal(100, 20, (20_000, 2, 3))
+    apart = (windows[:, 0].max(1) < windows[:, 1].min(1)) | (windows[:, 1].max(1) < windows[:, 0].min(1))
+    assert apart.mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_all_rates_are_compared():
+    a = example_profile()
+    b = example_profile(
+        stages__step__phases__forward=measured(9e-4), stages__transfer=stage(None),
+        stages__decode__workers={"1": measured(1000, 0.03), "2": measured(3000)},
+    )  # fmt: skip
+    changes = {change.name: change for change in compare(a, b)}
+    assert {name for name, x in changes.items() if x.word in ("better", "worse")} == {
+        "decode, 2 workers",
+        "step, forward",
+    }
+    assert changes["decode, 2 workers"].ratio == pytest.approx(3000 / 1980)
+    assert changes["transfer"].word == "not in B" and changes["step, forward"].word == "worse"
+    assert {"accelerator utilization", "storage, from the page cache", "end_to_end, waits for data"} <= changes.keys()
+    assert "launch" not in changes  # neither has it
+
+
+def test_differences_that_may_be_the_cause_are_named():
+    a = example_profile()
+    b = example_profile(
+        environment__packages={"torch": "2.16.0", "ffcv": "1.0.2"}, recipe__train={"batch_size": 128, "compile": True},
+        machine__peak_flops=2e11, data__in_page_cache=0.31, run__batch_size=128,
+    )  # fmt: skip
+    assert differences(a, b) == [
+        ("environment.packages.torch", "2.15.0", "2.16.0"),
+        ("run.batch_size", "256", "128"),
+        ("recipe.train.batch_size", "256", "128"),
+        ("data.in_page_cache", "about 100 %", "about 30 %"),
+        ("recipe.train.compile", "-", "true"),
+    ]
+    assert differences(a, deepcopy(a)) == []
+    text = printed(compare_table("a.json", "b.json", a, b), 80)
+    assert "environment.packages.torch" in text and "The bottleneck is the same: decode." in text
+
+
+def test_the_comparison_states_its_rule_and_how_often_it_errs():
+    text = " ".join(printed(compare_table("a.json", "[b].json", example_profile(), gpu_profile()), 80).split())
+    assert "A a.json" in text and "B [b].json" in text and "…" not in text
+    assert "The bottleneck changed: decode in A, step in B." in text
+    assert "do not overlap, and their medians differ by more than 2.0 %" in text
+    assert "With three windows each, equal rates do not overlap in one case of ten" in text
+    assert "launch is not in A: there is no GPU" in text
+
+
+# What a person sees
+
+
+def test_the_time_of_the_device_adds_up():
+    parts = device_time(example_profile())
+    assert list(parts)[:3] == ["wait for data", "views", "forward"]
+    assert parts["wait for data"] == pytest.approx(0.43 / 1150) and parts["views"] == pytest.approx(1 / 9100)
+    assert "rest of the step" not in parts  # the phases are all of it, but for 2 %
+    without_draws = example_json()
+    del without_draws["stages"]["step"]["phases"]["draws"]
+    rest = device_time(Profile.model_validate(without_draws))["rest of the step"]
+    assert rest == pytest.approx(1 / 3800 - (8.1e-5 + 1.4e-5 + 3e-6 + 1.3e-4 + 9e-6))
+    assert device_time(example_profile(stages__step__phases={}))["step"] == pytest.approx(1 / 3800)
+    assert device_time(sparse_profile()) == {"views": 0.01, "step": 0.01}
+
+
+def test_the_table_shows_the_details_of_each_stage():
+    rows = {row.stage: row for row in stage_rows(gpu_profile())}
+    assert rows["decode"].details == "16 workers, 13.18x of one, knee at 16"
+    assert rows["transfer"].details == "36.2 GB/s of 55.0 GB/s"
+    assert rows["step"].details == "the bottleneck, 157 TFLOP/s, 16 % of the peak (MFU), 41.2 GB of memory"
+    assert rows["end_to_end"].details.startswith(
+        "waits 1.2 % of the time, p50/p95/p99 0.10/0.20/9.3 ms, cores 61 % busy"
+    )
+    assert rows["end_to_end"].details.endswith("GPU 97 % busy, 1,755 of 1,980 MHz, 512 W")
+    assert rows["step"][1:4] == ("14,250", "± 1.0 %", "0.00400") and rows["step"].is_bottleneck
+    assert "communication" not in rows
+
+
+@every_profile
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_fits_and_cuts_nothing_off(profile, width):
+    text = printed(profile_table(profile, width), width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text and "\x1b" not in text
+    words = " ".join(text.replace("┃", " ").split())
+    assert profile.bottleneck.sentence in words
+    for row in stage_rows(profile):
+        for cell in [row.stage, row.rate, row.spread, row.cpu, *row.details.split()]:
+            assert cell in words
+    for name, one in profile.stages.by_name().items():
+        if one.images_per_second is None:
+            assert name in words.split("Not measured")[1]
+
+
+def test_hostile_words_are_shown_as_they_are():
+    text = printed(profile_table(hostile_profile(), 160), 160)
+    assert "[bold]x[/] <script>" in text and ":cat:" in text and r"\x1b[31m \ud800 \u202e" in text
+
+
+def test_the_bottleneck_comes_first_and_then_the_accelerator():
+    text = printed(profile_table(example_profile(), 160), 160)
+    order = ["Decode-bound", "43 % (healthy from 90 %)", "1,150 images/s measured", "1,163 images/s (+1.1 %)"]
+    order += [
+        "2,700 images/s, then limited by step",
+        "decode +41 %, step +20 %, views +3 %",
+        "the bottleneck, 2 workers",
+    ]
+    order += ["the device's time", "Not measured", "another program may be running"]
+    positions = [text.index(words) for words in order]
+    assert positions == sorted(positions)
+
+
+def test_numbers_are_short_and_never_in_exponents():
+    assert [significant(x) for x in (0, 1e-5, 0.0123, 1.5, 99.96, 1234.5)] == [
+        "0", "0.0000100", "0.0123", "1.50", "100.0", "1,234",
+    ]  # fmt: skip
+    assert [si(x, "B/s") for x in (0, 12, 1.21e10, 3e20)] == ["0 B/s", "12.0 B/s", "12.1 GB/s", "300,000 PB/s"]
+    assert [percent(x) for x in (0.003, 0.0996, 0.9)] == ["0.3 %", "10 %", "90 %"]
+
+
+@pytest.mark.filterwarnings("error")
+@every_profile
+def test_the_figure_is_drawn(tmp_path, profile):
+    save_figure(tmp_path / "p.png", draw_profile(profile))
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (1400, 1000)
+        panels = np.asarray(image.convert("L")).reshape(2, 500, 2, 700).std(axis=(1, 3))
+    assert panels.min() > 5  # none of them is blank
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("replay, shown", [(2_680, ""), (60_000, ""), (3e9, " (far above)"), (1e-3, " (far below)")])
+def test_the_rate_that_the_device_needs_is_shown_with_decoding(replay, shown):
+    figure = draw_profile(example_profile(stages__replay=stage(replay)))
+    scaling = figure.axes[1]
+    labels = [text.get_text() for text in scaling.get_legend().get_texts()]
+    assert f"views and step need {significant(replay)}{shown}" in labels
+    assert "knee: 2 threads" in labels
+    assert scaling.get_yscale() == ("log" if replay == 60_000 else "linear")
+
+
+class Words(HTMLParser):
+    """The tags of a page, with their attributes, and the text between them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, text):
+        self.text += text
+
+
+@every_profile
+def test_the_page_is_self_contained_and_runs_no_foreign_code(tmp_path, profile):
+    write_page(tmp_path / "p.html", profile)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    found = Words(page)
+    assert "script" not in found.tags and "link" not in found.tags and found.tags.count("img") == 1
+    assert {name for name, _ in found.attributes} <= {
+        "lang", "charset", "http-equiv", "content", "name", "alt", "src", "style",
+    }  # fmt: skip
+    assert dict(found.attributes)["src"].startswith("data:image/png;base64,")
+    assert "http://" not in page and "https://" not in page and "\x1b" not in page
+    assert ("<script>" in found.text) == ("<script>" in profile.name)  # shown, not run
+    for words in ("ui.perfetto.dev", "Not measured", "Machine, data, versions and recipe"):
+        assert words in found.text
+
+
+def test_the_page_shows_what_the_table_shows(tmp_path):
+    profile = gpu_profile(trace="[x].trace.json.gz")
+    write_page(tmp_path / "p.html", profile)
+    text = Words((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    for row in stage_rows(profile):
+        assert row.stage in text and row.rate in text
+    for words in (profile.bottleneck.sentence, "[x].trace.json.gz", "there is one process", "2.15.0", "157 TFLOP/s"):
+        assert words in text
+    assert "NVIDIA H200 datasheet" in text and profile.remarks[0] in text and "timed apart" in text
