@@ -1,8 +1,8 @@
-"""The chain of paired.py for images on a CPU: one view after the other, each while it is in the cache.
+"""The fast kernel of the views on a CPU: one view after the other, each while it is in the cache.
 
-Compiled by numba instead of torch: torch.compile's kernel runs every operation on every sample and comes to
-a fifth of the speed. Here an operation runs only on the views that drew it. The parameters are those of
-parameters.py, and the pixels equal the portable chain's but for rounding, which a test holds.
+It is compiled by numba, because torch.compile's kernel for the CPU runs every operation on every sample and reaches a
+twentieth of the speed. Here an operation runs only on the views that drew it. Parameters come from parameters.py; the
+pixels equal those of paired.torch_views, the oracle, up to rounding.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +19,18 @@ from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
 _pool: ThreadPoolExecutor | None = None
+_kernel = compiled(fastmath={"contract"})  # a product and a sum may be rounded once, as one instruction
+_inlined = compiled(inline="always")
 
 
 def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
-    """(N, 3, size, size) float32, normalised: one view each, or both (N = 2 B, the first ones first).
+    """(N, 3, size, size) float32, normalized: N = count * B views of a batch, all first ones before all second ones.
 
-    image uint8: (B, H, W, 3) with boxes in its pixels, or (B, N / B, size, size, 3), already cropped.
+    Args:
+        image: uint8, (B, H, W, 3), or (B, count, size, size, 3), already cropped.
+        box_N4: top, left, height, width of the crops in pixels of `image`; None if it is cropped.
+        drawn: the parameters of the N views.
+        views: the recipe's section.
     """
     if box_N4 is None:
         source = image.transpose(0, 1).flatten(0, 1).contiguous().numpy()
@@ -32,31 +38,37 @@ def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Vi
     else:
         source = image.contiguous().numpy()
     out = torch.empty(len(box_N4), 3, views.size, views.size)
-    counter = np.zeros(1, np.int64)
-    work = (
-        _make_views, source, box_N4.double().contiguous().numpy(), *(p.contiguous().numpy() for p in drawn),
-        np.array(views.mean, np.float32), np.array(views.std, np.float32), out.numpy(), counter,
+    arguments = (
+        source, box_N4.double().contiguous().numpy(), *(parameter.contiguous().numpy() for parameter in drawn),
+        np.array(views.mean, np.float32), np.array(views.std, np.float32), out.numpy(), np.zeros(1, np.int64),
     )  # fmt: skip
-    for thread in [_threads().submit(*work) for _ in range(torch.get_num_threads())]:
+    # As many threads as torch may use, while the caller waits: never more busy threads than with torch alone.
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-views")
+    for thread in [_pool.submit(_make_views, *arguments) for _ in range(torch.get_num_threads())]:
         thread.result()
     return out
 
 
-def _threads() -> ThreadPoolExecutor:
-    """As many as torch may use, which the caller waits for: never more busy threads than with torch alone."""
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-views")
-    return _pool
-
-
-_kernel = compiled(fastmath={"contract"})
-
-
 @_kernel
 def _make_views(
-    source, box_N4, flip_N, jitter_N, order_N4, factor_N4, gray_N, blur_N, sigma_N, solarize_N, mean, std, out, counter
-):
+    source: np.ndarray,
+    box_N4: np.ndarray,
+    flip_N: np.ndarray,
+    jitter_N: np.ndarray,
+    order_N4: np.ndarray,
+    factor_N4: np.ndarray,
+    gray_N: np.ndarray,
+    blur_N: np.ndarray,
+    sigma_N: np.ndarray,
+    solarize_N: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    out: np.ndarray,
+    counter: np.ndarray,
+) -> None:
+    """Make views until none is left to take; several threads run this at the same time."""
     size = out.shape[2]
     line = np.empty(3 * source.shape[2], np.float32)
     scratch = np.empty((size, size), np.float32)
@@ -87,7 +99,9 @@ def _make_views(
 
 
 @_kernel
-def _resize_to_planes(pixels_HWC, box, flip, out_CSS, line):
+def _resize_to_planes(
+    pixels_HWC: np.ndarray, box: np.ndarray, flip: bool, out_CSS: np.ndarray, line: np.ndarray
+) -> None:
     """Like beton.resize.resize_box, but to planes of floats in [0, 1], mirrored where `flip`."""
     size = out_CSS.shape[1]
     top, left, height, width = box
@@ -98,27 +112,27 @@ def _resize_to_planes(pixels_HWC, box, flip, out_CSS, line):
     for y in range(size):
         resize_line(pixels_HWC, first_Y[y], weight_YK[y], first_X, weight_XK, line, resized)
         for x in range(size):
-            place = size - 1 - x if flip else x
+            column = size - 1 - x if flip else x
             for channel in range(3):
-                out_CSS[channel, y, place] = resized[3 * x + channel]
+                out_CSS[channel, y, column] = resized[3 * x + channel]
 
 
-@compiled(inline="always")
-def _luma(red, green, blue):
+@_inlined
+def _luma(red: np.float32, green: np.float32, blue: np.float32) -> np.float32:
     return np.float32(LUMA[0]) * red + np.float32(LUMA[1]) * green + np.float32(LUMA[2]) * blue
 
 
-@compiled(inline="always")
-def _clamp(value):
+@_inlined
+def _clamp(value: np.float32) -> np.float32:
     return min(max(value, np.float32(0)), np.float32(1))
 
 
 @_kernel
-def _blend(red, green, blue, operation, factor):
-    """Brightness, contrast, saturation: a blend with black, with the mean grey, with the grey image."""
+def _blend(red: np.ndarray, green: np.ndarray, blue: np.ndarray, operation: int, factor: float) -> None:
+    """Brightness, contrast, saturation: a blend with black, with the mean gray value, with the gray image."""
     mean = np.float32(0)
     if operation == CONTRAST:
-        total = 0.0
+        total: float | np.floating = 0.0
         for i in range(len(red)):
             total += _luma(red[i], green[i], blue[i])
         mean = np.float32(total / len(red))
@@ -136,8 +150,8 @@ def _blend(red, green, blue, operation, factor):
 
 
 @_kernel
-def _shift_hue(red, green, blue, turn):
-    """operations.shift_hue."""
+def _shift_hue(red: np.ndarray, green: np.ndarray, blue: np.ndarray, turn: float) -> None:
+    """See operations.shift_hue."""
     zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
@@ -152,22 +166,22 @@ def _shift_hue(red, green, blue, turn):
         blue[i] = _channel(one + start, value, chroma)
 
 
-@compiled(inline="always")
-def _channel(k, value, chroma):
+@_inlined
+def _channel(k: np.float32, value: np.float32, chroma: np.float32) -> np.float32:
     k -= np.float32(6) * np.floor(k * np.float32(1 / 6))
     return _clamp(value - chroma * _clamp(min(k, np.float32(4) - k)))
 
 
 @_kernel
-def _gaussian(sigma):
+def _gaussian(sigma: float) -> np.ndarray:
     offset = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1).astype(np.float32)
     kernel_K = np.exp(np.float32(-0.5) * (offset / sigma) ** 2)
     return kernel_K / kernel_K.sum()
 
 
 @_kernel
-def _blur(plane, kernel_K, scratch, padded):
-    """Down the columns into `scratch`, then along the rows back into `plane`; borders reflected."""
+def _blur(plane: np.ndarray, kernel_K: np.ndarray, scratch: np.ndarray, padded: np.ndarray) -> None:
+    """Blur the columns into `scratch`, then the rows of that back into `plane`; borders are reflected."""
     size = len(plane)
     for y in range(size):
         out = scratch[y]
@@ -191,15 +205,15 @@ def _blur(plane, kernel_K, scratch, padded):
                     out[x] += weight * part[x]
 
 
-@compiled(inline="always")
-def _reflected(position, size):
+@_inlined
+def _reflected(position: int, size: int) -> int:
     position = abs(position)
     return position if position < size else 2 * size - 2 - position
 
 
 @_kernel
-def _finish(plane, solarize, mean, scale):
-    """Solarize where it was drawn, then normalise."""
+def _finish(plane: np.ndarray, solarize: bool, mean: float, scale: float) -> None:
+    """Solarize if drawn, then normalize."""
     threshold = np.float32(SOLARIZE_THRESHOLD) if solarize else np.float32(2)
     for i in range(len(plane)):
         value = plane[i]
