@@ -1,4 +1,4 @@
-"""The doctor finds what is there, and names what is not with the line that mends it."""
+"""The doctor reports what is installed, and what is missing with the command that fixes it."""
 
 import ast
 import subprocess
@@ -14,47 +14,47 @@ SOURCE = Path(doctor.__file__)
 
 @pytest.fixture(scope="module")
 def checks():
-    return {check.name: check for check in doctor.doctor()}
+    return {check.name: check for check in doctor.run_checks()}
 
 
-def test_everything_required_is_here(checks):
-    lacking = [check for check in checks.values() if check.required and not check.ok]
+def test_everything_required_is_installed_here(checks):
+    lacking = [check for check in checks.values() if check.required and not check.answer.ok]
     assert not lacking
 
 
-def test_what_was_found_is_said(checks):
-    assert "decodes and resizes a JPEG" in checks["ffcv"].found
-    assert checks["numba"].found.endswith("compiles")
-    assert "built for" in checks["torch"].found
-    assert all(check.found for check in checks.values())
+def test_every_check_reports_what_it_found(checks):
+    assert "decodes and resizes a JPEG" in checks["ffcv"].answer.found
+    assert checks["numba"].answer.found.endswith("compiles")
+    assert "built for" in checks["torch"].answer.found
+    assert all(check.answer.found for check in checks.values())
 
 
-def test_what_is_optional_is_not_required(checks):
+def test_the_optional_checks(checks):
     optional = {check.name for check in checks.values() if not check.required}
     assert optional == {"GPU", "torch.compile", "CPU cores", "memory", "/dev/shm", "disk"}
 
 
-def only(monkeypatch, **looks):
-    monkeypatch.setattr(doctor, "LOOKS", looks)
+def only(monkeypatch, **checks):
+    monkeypatch.setattr(doctor, "CHECKS", checks)
 
 
-def test_all_well_ends_in_0(monkeypatch, capsys):
-    only(monkeypatch, linux=doctor.linux, python=doctor.python)
+def test_met_requirements_end_in_0(monkeypatch, capsys):
+    only(monkeypatch, linux=doctor.check_platform, python=doctor.check_python)
     assert doctor.main() == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Ready."
 
 
-def test_a_missing_package_ends_in_2_and_shows_the_mend(monkeypatch, capsys):
-    only(monkeypatch, python=doctor.python, nonesuch=doctor.imports("nonesuch", "nonesuch"))
+def test_a_missing_package_ends_in_2_and_shows_the_fix(monkeypatch, capsys):
+    only(monkeypatch, python=doctor.check_python, nonesuch=doctor.imports("nonesuch", "nonesuch"))
     assert doctor.main() == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["MISSING", "nonesuch"]
-    assert lines[2].split()[:2] == ["mend:", "make"]
+    assert lines[2].split()[:2] == ["fix:", "make"]
     assert lines[-1] == "Not ready: nonesuch."
 
 
-def test_an_optional_lack_is_a_note(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "LOOKS", {"disk": lambda: (False, "1 GB", "make room")})
+def test_a_fault_of_something_optional_is_a_note(monkeypatch, capsys):
+    only(monkeypatch, disk=lambda: doctor.Answer(False, "1 GB", "free some space"))
     assert doctor.main() == 0
     assert capsys.readouterr().out.split()[0] == "note"
 
@@ -64,30 +64,30 @@ def test_a_package_that_breaks_at_import_is_reported(monkeypatch):
         raise OSError("libGL.so.1: cannot open shared object file\nand more")
 
     only(monkeypatch, opencv=broken)
-    (check,) = doctor.doctor()
-    assert not check.ok
-    assert check.found == "OSError: libGL.so.1: cannot open shared object file"
+    (check,) = doctor.run_checks()
+    assert not check.answer.ok
+    assert check.answer.found == "OSError: libGL.so.1: cannot open shared object file"
 
 
 def test_an_ffcv_that_does_not_decode_is_refused(monkeypatch):
     import ffcv.libffcv
 
     monkeypatch.setattr(ffcv.libffcv, "imdecode", lambda *arguments: 0)
-    ok, found, _ = doctor.ffcv()
-    assert not ok
-    assert "wrongly" in found
+    answer = doctor.check_ffcv()
+    assert not answer.ok
+    assert "wrongly" in answer.found
 
 
-def test_it_works_where_nothing_is_installed():
+def test_it_runs_where_nothing_is_installed():
     # -S: without site-packages
     answer = subprocess.run([sys.executable, "-S", "-P", SOURCE], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 2
     assert answer.stderr == ""
     assert "No module named 'torch'" in answer.stdout
-    assert answer.stdout.count("mend: make") >= 14
+    assert answer.stdout.count("fix: make") >= 14
 
 
-def test_its_top_imports_the_standard_library_alone():
+def test_its_top_imports_only_the_standard_library():
     imported = set()
     for node in ast.parse(SOURCE.read_text()).body:
         if isinstance(node, ast.Import):
