@@ -11,16 +11,15 @@ code does, with the gradient of z.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastssl.loading import BetonLoader, SampleSelection
-from fastssl.models import DiagonalGaussian, Draws, SSLModel, View
+from fastssl.models import DiagonalGaussian, Draws, ModelInput, SSLModel, ViewOutput
 from fastssl.models.checkpoint import newest_checkpoint
-from fastssl.objectives import total_loss
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.views import PairedViews
 
@@ -39,46 +38,47 @@ CHOICES = {  # by objective, then what every stochastic run has
 }
 
 
-def batches_of(recipe: Recipe) -> list[tuple[Tensor, ...]]:
+def batches_of(recipe: Recipe) -> list[ModelInput]:
     loader = BetonLoader(recipe.data.train, BATCH, seed=1, selection=SampleSelection(limit=BATCH * BATCHES))
     views, made = PairedViews(recipe.views, seed=recipe.seed), []
     for batch in loader:
-        v1, v2 = views(batch.image, batch.index, 0, batch.height, batch.width)
-        made.append((v1.clone(), v2.clone(), batch.index.clone(), torch.tensor(len(made))))
+        both = tuple(v.clone() for v in views(batch.image, batch.index, 0, batch.height, batch.width))
+        made.append(ModelInput(both, batch.label.clone(), batch.index.clone(), torch.tensor(len(made))))
     return made
 
 
-def rows_of(view: View, rows: slice) -> View:
-    """What a process sees of a view whose batch it shares with others."""
+def rows_of(view: ViewOutput, rows: slice) -> ViewOutput:
+    """One process's part of a view whose batch several processes share."""
     draws = {
         space: Draws(DiagonalGaussian(q.mu[rows], q.log_var[rows]), x[:, rows]) for space, (q, x) in view.draws.items()
     }
-    return View(view.h[rows], view.z[..., rows, :], draws, None)
+    return ViewOutput(view.h[rows], view.z[..., rows, :], draws, None)
 
 
-def in_parts(loss_terms: Callable, parts: int) -> Callable[[View, View, SSLModel], Tensor]:
-    def loss(first: View, second: View, model: SSLModel) -> Tensor:
-        size = BATCH // parts
-        slices = [slice(start, start + size) for start in range(0, BATCH, size)]
-        return sum(loss_terms(rows_of(first, s), rows_of(second, s), model.priors, 0)["loss"] for s in slices) / parts
+def loss_in_parts(recipe: Recipe, model: SSLModel, inputs: ModelInput, parts: int) -> Tensor:
+    """The mean loss of `parts` equal parts of the batch, whose batch norms see the whole batch."""
+    views, total_loss, size = model(inputs), TotalLoss(recipe), BATCH // parts
+    slices = [slice(start, start + size) for start in range(0, BATCH, size)]
+    losses = [total_loss(tuple(rows_of(v, s) for v in views), model.priors, inputs.step)["loss"] for s in slices]
+    return sum(losses) / parts
 
-    return loss
 
-
-def losses_and_gradients(run: Path, overrides: list[str], batches: list, parts: int = 1) -> list[tuple[float, Tensor]]:
+def losses_and_gradients(
+    run: Path, overrides: list[str], batches: list[ModelInput], parts: int = 1
+) -> list[tuple[float, Tensor]]:
     recipe = load_recipe(run / "recipe.yaml", overrides)
     model = SSLModel(recipe)
     model.load_state_dict(newest_checkpoint(run).saved["model"])
-    loss, found = in_parts(total_loss(recipe), parts), []
-    for v1, v2, index, step in batches:
+    found = []
+    for inputs in batches:
         model.train()
-        value = loss(*model(v1, v2, index, step), model)
+        value = loss_in_parts(recipe, model, inputs, parts)
         gradient = torch.autograd.grad(value, list(model.encoder.parameters()))
         found.append((value.item(), torch.cat([g.flatten() for g in gradient])))
     return found
 
 
-def half_precision(run: Path, batches: list) -> tuple[list, list]:
+def half_precision(run: Path, batches: list[ModelInput]) -> tuple[list, list]:
     """The objective in fp32 and under fp16 autocast, the published form, with the gradient of the first view's z."""
     from objectives import NAIVE
 
@@ -86,9 +86,9 @@ def half_precision(run: Path, batches: list) -> tuple[list, list]:
     model, naive = SSLModel(recipe), NAIVE[recipe.objective.name]
     model.load_state_dict(newest_checkpoint(run).saved["model"])
     found = [], []
-    for v1, v2, index, step in batches:
+    for inputs in batches:
         with torch.no_grad():
-            first, second = (view.z if view.z.ndim == 2 else view.z[0] for view in model(v1, v2, index, step))
+            first, second = (view.z if view.z.ndim == 2 else view.z[0] for view in model(inputs))
         for half, results in zip((False, True), found):
             z1 = first.clone().requires_grad_()
             with torch.autocast("cpu", torch.float16, enabled=half):

@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastssl.models import SSLModel
-from fastssl.objectives import total_loss
+from fastssl.models import ModelInput, SSLModel
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe
 
 SPACES = {"none": "deterministic", "z": "Z-prob", "h": "H-prob", "hz": "HZ-prob"}
@@ -58,8 +58,8 @@ def recipe_of(objective: str, space: str, samples: int, chunk: int | None, size:
 
 
 def ours(model: SSLModel, recipe: Recipe) -> Callable[..., Tensor]:
-    loss_terms = total_loss(recipe)
-    return lambda v1, v2, index, step: loss_terms(*model(v1, v2, index, step), model.priors, step)["loss"]
+    total_loss = TotalLoss(recipe)
+    return lambda inputs: total_loss(model(inputs), model.priors, inputs.step)["loss"]
 
 
 def naive_loop(model: SSLModel, recipe: Recipe) -> Callable[..., Tensor]:
@@ -78,8 +78,8 @@ def naive_loop(model: SSLModel, recipe: Recipe) -> Callable[..., Tensor]:
             kl = kl + sum(q.kl_to(model.priors["z"]).mean() for q in qs) / len(qs)
         return draws, kl
 
-    def total(v1, v2, index, step) -> Tensor:
-        (first, kl1), (second, kl2) = draws_and_kl(v1), draws_and_kl(v2)
+    def total(inputs: ModelInput) -> Tensor:
+        (first, kl1), (second, kl2) = (draws_and_kl(v) for v in inputs.views)
         losses = [loss(a.float(), b.float()) for a, b in zip(first, second, strict=True)]
         return sum(losses) / len(losses) + recipe.embedding.beta * (kl1 + kl2) / 2
 
@@ -90,15 +90,15 @@ class Step:
     """One way to make a step, timed and weighed."""
 
     def __init__(self, loss: Callable[..., Tensor], model: SSLModel, views: tuple[Tensor, Tensor], precision: str):
-        self.loss, self.model, self.views, self.precision = loss, model, views, precision
-        self.index = torch.arange(len(views[0]), device=views[0].device)
-        self.step = torch.tensor(STEP, device=views[0].device)
+        self.loss, self.model, self.precision = loss, model, precision
+        index = torch.arange(len(views[0]), device=views[0].device)
+        self.inputs = ModelInput(views, torch.full_like(index, -1), index, torch.tensor(STEP, device=index.device))
         self.milliseconds: list[float] = []
 
     def __call__(self) -> None:
-        device = self.views[0].device.type
+        device = self.inputs.index.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = self.loss(*self.views, self.index, self.step)
+            loss = self.loss(self.inputs)
         loss.backward()
         self.model.zero_grad()
         if device == "cuda":
@@ -110,7 +110,7 @@ class Step:
         self.milliseconds.append(1e3 * (time.perf_counter() - start))
 
     def peak_megabytes(self) -> float:
-        if self.views[0].is_cuda:
+        if self.inputs.index.is_cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             self()
@@ -142,7 +142,8 @@ def measure(options, objective: str, space: str, samples: int, whole: bool) -> d
             views = torch.randn(2, options.batch, 3, options.size, options.size, device=options.device)
             views = tuple(v.contiguous(memory_format=torch.channels_last) for v in views)
         else:
-            views = torch.randn(2, options.batch, model.encoder.num_features, device=options.device, requires_grad=True)
+            h = torch.randn(2, options.batch, model.encoder.num_features, device=options.device, requires_grad=True)
+            views = tuple(h)
             model.encoder = nn.Identity()
         make = naive_loop if name == "naive loop" else ours
         ways[name] = Step(make(model, recipe), model, views, options.precision)

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastssl.models import SSLModel, convert_batch_norms
-from fastssl.objectives import total_loss
+from fastssl.models import ModelInput, SSLModel, convert_batch_norms
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, load_recipe
 
 RECIPES = [
@@ -87,7 +87,7 @@ def parameters(recipe: Recipe) -> int:
 
 def saved_per_image(recipe: Recipe, batches: tuple[int, int] = (4, 8)) -> float:
     """Bytes that autograd keeps for an image (both its views), from the difference between two batch sizes."""
-    model, loss_terms = SSLModel(recipe), total_loss(recipe)
+    model, total_loss = SSLModel(recipe), TotalLoss(recipe)
     saved = []
     for batch in batches:
         kept: dict[int, int] = {}
@@ -97,14 +97,19 @@ def saved_per_image(recipe: Recipe, batches: tuple[int, int] = (4, 8)) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        v1, v2 = torch.randn(2, batch, 3, recipe.views.size, recipe.views.size)
+        inputs = random_input(batch, recipe.views.size)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
-                pair = model(v1, v2, torch.arange(batch), torch.tensor(0))
-            terms = loss_terms(*pair, model.priors, torch.tensor(0))
+                views = model(inputs)
+            terms = total_loss(views, model.priors, inputs.step)
         saved.append(sum(kept.values()))
-        del pair, terms
+        del views, terms
     return (saved[1] - saved[0]) / (batches[1] - batches[0])
+
+
+def random_input(batch: int, size: int) -> ModelInput:
+    views = tuple(torch.randn(2, batch, 3, size, size))
+    return ModelInput(views, torch.full((batch,), -1), torch.arange(batch), torch.tensor(0))
 
 
 def sent(recipe: Recipe, world: int, batch: int) -> tuple[Counter, Counter]:
@@ -127,10 +132,8 @@ def sent(recipe: Recipe, world: int, batch: int) -> tuple[Counter, Counter]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         with mock.patch.object(dist, "all_reduce", all_reduce), mock.patch.object(dist, "all_gather", all_gather):
-            model, loss_terms = convert_batch_norms(SSLModel(recipe)), total_loss(recipe)
-            v1, v2 = torch.randn(2, batch, 3, 32, 32)
-            pair = model(v1, v2, torch.arange(batch), torch.tensor(0))
-            loss_terms(*pair, model.priors, torch.tensor(0))["loss"].backward()
+            model, inputs = convert_batch_norms(SSLModel(recipe)), random_input(batch, 32)
+            TotalLoss(recipe)(model(inputs), model.priors, inputs.step)["loss"].backward()
     finally:
         dist.destroy_process_group()
     return of_loss, of_norms

@@ -9,7 +9,7 @@ This file imports only common.errors of ours, so every other one may import it.
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fastssl.common.errors import UserError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
 
@@ -45,9 +47,9 @@ class DataConfig(Section):
 
 class JitterConfig(Section):
     p: Probability = 0.8
-    brightness: Annotated[float, Field(ge=0)] = 0.4
-    contrast: Annotated[float, Field(ge=0)] = 0.4
-    saturation: Annotated[float, Field(ge=0)] = 0.2
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     order: Literal["random", "fixed"] = "random"
 
@@ -63,7 +65,7 @@ class ProgressiveResizeConfig(Section):
     """Training views that start small: FFCV's progressive resizing. Evaluation always has views.size."""
 
     size: Annotated[int, Field(ge=8)]  # of the first epochs
-    epochs: tuple[Annotated[float, Field(ge=0)], float]  # from which to which it grows, in steps of 32 px
+    epochs: tuple[NonNegative, float]  # from which to which it grows, in steps of 32 px
 
 
 class ViewsConfig(Section):
@@ -120,9 +122,9 @@ class EmbeddingConfig(Section):
     stochastic: Literal["none", "z", "h", "hz"] = "none"
     samples: Count = 12  # Monte Carlo draws S
     chunk: Count | None = None  # draws at a time, computed again in the backward pass; null: all at once
-    beta: Annotated[float, Field(ge=0)] = 1e-3  # weight of the KL term
-    beta_warmup_epochs: Annotated[float, Field(ge=0)] = 0  # beta grows linearly from 0
-    free_bits: Annotated[float, Field(ge=0)] = 0  # nats a dimension: floor of an image's KL, below which it is free
+    beta: NonNegative = 1e-3  # weight of the KL term
+    beta_warmup_epochs: NonNegative = 0  # beta grows linearly from 0
+    free_bits: NonNegative = 0  # nats a dimension: floor of an image's KL, below which it is free
     prior: Literal["standard_normal", "mixture", "vamp"] = "standard_normal"
     mixture_components: Count = 10  # of a mixture or vamp prior
     mixture_mode: Literal["joint", "per_dim", "reference"] = "joint"
@@ -144,61 +146,87 @@ class EmbeddingConfig(Section):
         return self
 
 
-class BarlowTwinsConfig(Section):
+class ObjectiveConfig(Section):
+    """The keys of one objective, and what it needs from data and model. objectives/__init__.py says how to add one."""
+
+    num_views: ClassVar[Literal[1, 2]] = 2  # augmented views of each image
+    needs_labels: ClassVar[bool] = False  # every training image must have one
+    has_projector: ClassVar[bool] = True  # False: a linear classifier in its place, so z are logits
+
+    name: str
+    gather: bool = True  # statistics over the batches of all processes; false: each process has its own
+
+    @property
+    def is_mean_over_draws(self) -> bool:
+        """Whether the loss of S draws is the mean of S losses, so that embedding.chunk may split them."""
+        return True
+
+
+class BarlowTwinsConfig(ObjectiveConfig):
     name: Literal["barlow_twins"] = "barlow_twins"
-    lambd: Annotated[float, Field(ge=0)] = 5e-3
-    unbiased: bool = False
-    eps: Annotated[float, Field(ge=0)] = 1e-5
-    gather: bool = True  # statistics over all processes' batches; false: each process for itself
+    lambd: NonNegative = 5e-3  # weight of the off-diagonal terms
+    unbiased: bool = False  # divide the variance by B - 1, not by B
+    eps: NonNegative = 1e-5  # added to the variance
 
 
-class VICRegConfig(Section):
+class VICRegConfig(ObjectiveConfig):
     name: Literal["vicreg"] = "vicreg"
-    inv: Annotated[float, Field(ge=0)] = 25.0
-    var: Annotated[float, Field(ge=0)] = 25.0
-    cov: Annotated[float, Field(ge=0)] = 1.0
-    gamma: Annotated[float, Field(gt=0)] = 1.0
-    eps: Annotated[float, Field(ge=0)] = 1e-4
-    center: bool = False
-    gather: bool = True
+    inv: NonNegative = 25.0  # weights of the invariance, variance and covariance terms
+    var: NonNegative = 25.0
+    cov: NonNegative = 1.0
+    gamma: Positive = 1.0  # the standard deviation that the hinge asks for
+    eps: NonNegative = 1e-4  # added to the variance
+    center: bool = False  # subtract each view's mean before the invariance term
 
 
-class SimCLRConfig(Section):
+class SimCLRConfig(ObjectiveConfig):
     name: Literal["simclr"] = "simclr"
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: Positive = 0.1
     over_draws: Literal["mean", "log_mean_exp"] = "mean"  # log_mean_exp: MCInfoNCE
-    gather: bool = True
+
+    @property
+    def is_mean_over_draws(self) -> bool:
+        return self.over_draws == "mean"
 
 
-class BYOLConfig(Section):
+class BYOLConfig(ObjectiveConfig):
+    """The only objective with a target network: SSLModel adds it and a predictor, the training loop moves it."""
+
     name: Literal["byol"] = "byol"
-    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996  # of the target at the start; 1 at the end
-    predictor_hidden: Count = 4096
+    momentum: Probability = 0.996  # of the target network at the first step; it grows to 1 at the last
+    predictor_hidden: Count = 4096  # width of the predictor's hidden layer
 
 
-class SupervisedConfig(Section):
-    """Cross-entropy on labels, from the first view alone."""
+class SupervisedConfig(ObjectiveConfig):
+    """Cross-entropy on labels."""
+
+    num_views: ClassVar[Literal[1, 2]] = 1
+    needs_labels: ClassVar[bool] = True
+    has_projector: ClassVar[bool] = False
 
     name: Literal["supervised"] = "supervised"
     classes: Annotated[int, Field(ge=2)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    @property
+    def is_mean_over_draws(self) -> bool:
+        return False  # the logits of the draws are averaged before the loss
 
-ObjectiveConfig = BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SupervisedConfig
-OBJECTIVES = {
-    kind.model_fields["name"].default: kind
-    for kind in (BarlowTwinsConfig, VICRegConfig, SimCLRConfig, BYOLConfig, SupervisedConfig)
+
+AnyObjective = BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SupervisedConfig
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    kind.model_fields["name"].default: kind for kind in get_args(AnyObjective)
 }
 
 
 class OptimConfig(Section):
     name: str = "adamw"  # of a class of torch.optim or torch_optimizer, such as sgd, lars, lamb, radam
-    lr: Annotated[float, Field(gt=0)] = 1e-3  # at global batch 256; the used one is lr x batch / 256
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    head_lr_factor: Annotated[float, Field(gt=0)] = 1.0  # rate of a supervised run's classifier, over the others'
-    warmup_epochs: Annotated[float, Field(ge=0)] = 4
-    final_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.5  # cosine ends at this share of lr
-    clip: Annotated[float, Field(gt=0)] | None = 0.5  # gradient norm; null: no clipping
+    lr: Positive = 1e-3  # at global batch 256; the used one is lr x batch / 256
+    weight_decay: NonNegative = 1e-4
+    head_lr_factor: Positive = 1.0  # rate of a supervised run's classifier, over the others'
+    warmup_epochs: NonNegative = 4
+    final_lr_factor: Probability = 0.5  # cosine ends at this share of lr
+    clip: Positive | None = 0.5  # gradient norm; null: no clipping
     exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")  # no decay, no trust ratio
     options: dict[str, bool | int | float | tuple[float, ...]] = {}  # the class's other arguments
 
@@ -242,7 +270,7 @@ class Recipe(Section):
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
-    objective: Annotated[ObjectiveConfig, Field(discriminator="name")] = BarlowTwinsConfig()
+    objective: Annotated[AnyObjective, Field(discriminator="name")] = BarlowTwinsConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -251,31 +279,26 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
-        if getattr(self.objective, "over_draws", "mean") == "log_mean_exp":
-            if self.embedding.stochastic == "none":
-                raise ValueError(
-                    "objective.over_draws=log_mean_exp needs draws to average over: "
-                    "set embedding.stochastic to z, h or hz"
-                )
-            if self.embedding.chunk is not None:
-                raise ValueError(
-                    "embedding.chunk cannot split the mean inside the logarithm of objective.over_draws=log_mean_exp: "
-                    "leave one of the two out"
-                )
-        if self.objective.name == "supervised" and "z" in self.embedding.stochastic:
+        objective, embedding = self.objective, self.embedding
+        if not objective.has_projector and "z" in embedding.stochastic:
             raise ValueError(
-                f"embedding.stochastic={self.embedding.stochastic} needs a projector's z, which "
-                "objective.name=supervised does not have: set embedding.stochastic to none or h"
+                f"embedding.stochastic={embedding.stochastic} needs a projector's z, which "
+                f"objective.name={objective.name} does not have: set embedding.stochastic to none or h"
             )
-        if self.objective.name == "supervised" and self.embedding.chunk is not None:
+        averages_inside = isinstance(objective, SimCLRConfig) and objective.over_draws == "log_mean_exp"
+        if averages_inside and embedding.stochastic == "none":
             raise ValueError(
-                "embedding.chunk cannot split the mean of the draws' logits, of which objective.name=supervised "
-                "learns: leave it out"
+                "objective.over_draws=log_mean_exp needs draws to average over: set embedding.stochastic to z, h or hz"
             )
-        if self.objective.name != "supervised" and self.optim.head_lr_factor != 1:
+        if embedding.chunk is not None and not objective.is_mean_over_draws:
             raise ValueError(
-                "optim.head_lr_factor is the rate of a classifier, which "
-                f"objective.name={self.objective.name} does not have: leave it out"
+                f"embedding.chunk cannot split the draws of objective.name={objective.name}, which averages over them "
+                "before the logarithm: leave out embedding.chunk"
+            )
+        if objective.has_projector and self.optim.head_lr_factor != 1:
+            raise ValueError(
+                "optim.head_lr_factor is the learning rate of a classifier, which "
+                f"objective.name={objective.name} does not have: leave it out"
             )
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
@@ -288,11 +311,6 @@ class Recipe(Section):
         if self.probe.split == "rest" and self.data.limit is None:
             raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
         return self
-
-    @property
-    def view_count(self) -> Literal[1, 2]:
-        """How many augmented views of an image the objective takes."""
-        return 1 if self.objective.name == "supervised" else 2
 
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""

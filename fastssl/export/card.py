@@ -33,7 +33,7 @@ def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard
     """
     recipe = source.recipe
     objective = recipe.objective.name
-    supervised = objective == "supervised"
+    supervised = recipe.objective.needs_labels
     tags = ["image-feature-extraction", "fastssl"]
     tags += ["supervised-learning"] if supervised else ["self-supervised-learning", objective]
     tags += ["uncertainty"] if sigma else []

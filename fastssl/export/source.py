@@ -9,7 +9,7 @@ from pathlib import Path
 from fastssl.common.errors import UserError
 from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model
-from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, recipe_in, run_dir_of
+from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, run_dir_of
 from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe
 from fastssl.training.tracking import readable_lines
@@ -81,7 +81,7 @@ def read_run(run: str | Path) -> Source:
     loader = saved.get("loader")
     source = Source(
         model,
-        recipe_in(path, saved),
+        checkpoint.recipe,
         path,
         checkpoint.sha256,
         _count(saved["step"]),

@@ -1,4 +1,4 @@
-"""From a recipe to its model, untrained."""
+"""Build the untrained model of a recipe."""
 
 from fastssl.models.classifier import Classifier
 from fastssl.models.ssl_model import SSLModel
@@ -8,5 +8,5 @@ Model = SSLModel | Classifier
 
 
 def build_model(recipe: Recipe) -> Model:
-    """A Classifier for objective.name=supervised, else an SSLModel; weights from torch's global generator."""
-    return Classifier(recipe) if recipe.objective.name == "supervised" else SSLModel(recipe)
+    """An SSLModel, or a Classifier for an objective without a projector. Weights are drawn from torch's generator."""
+    return SSLModel(recipe) if recipe.objective.has_projector else Classifier(recipe)

@@ -1,78 +1,97 @@
-"""Checkpoints and run directories back into models. Files from strangers run no code."""
+"""The checkpoint file of a training run, written and read, and the models in it. Untrusted files run no code."""
 
 import hashlib
 import io
 import warnings
 import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
+from fastssl.common.files import write_atomically
 from fastssl.models.build import Model, build_model
 from fastssl.models.exported import load_exported_encoder, load_exported_model
 from fastssl.recipe import Recipe
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
+StateDict = dict[str, Any]
 
 
-class Checkpoint(NamedTuple):
+class SavedState(TypedDict):
+    """The contents of a checkpoint file, as torch.save writes them."""
+
+    recipe: dict[str, Any]  # Recipe.model_dump(mode="json")
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None  # the moving average of the model, with train.ema
+    optimizer: StateDict
+    scaler: StateDict  # of the gradients, for fp16
+    loader: StateDict
+    skipped: Tensor  # int64 (): steps skipped because they were not finite
+    step: int  # optimizer steps, skipped ones included
+    epochs_probed: int
+    best: dict[str, float]
+    seconds: float  # of training
+    torch_threads: int
+    rng: Tensor  # of torch's CPU generator
+    cuda_rng: Tensor | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file that has been read."""
+
     path: Path
-    saved: dict[str, Any]  # what training saved; tensors on the CPU
+    saved: SavedState  # tensors on the CPU
     sha256: str  # of the file
-    warning: str | None = None  # where the newest file was damaged and this is the one before
+    warning: str | None = None  # where the newest file is damaged and this is the one before it
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The model's weights: their moving average where the run has one."""
+        return self.saved["model"] if self.saved.get("ema") is None else self.saved["ema"]
 
-def find_checkpoints(run_or_checkpoint: str | Path) -> list[Path]:
-    """The checkpoint files that a run directory, or the path itself, stands for: the newest first."""
-    path = Path(run_or_checkpoint)
-    files = [path / "checkpoints" / name for name in (LAST, PREVIOUS)] if path.is_dir() else [path]
-    return [file for file in files if file.is_file()]
-
-
-def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
-    """The last checkpoint of a run, or where that one is damaged the one before it.
-
-    Raises UserError where there is none that can be read.
-    """
-    files = find_checkpoints(run_or_checkpoint)
-    if not files:
-        raise UserError(
-            f"{run_or_checkpoint} holds no checkpoint: name a run directory of fastssl train or a .pt file."
-        )
-    damaged = None
-    for path in files:
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe. Keys that are newer than the checkpoint have their defaults."""
         try:
-            found = read_checkpoint(path)
-        except UserError as error:
-            damaged = damaged or error
-            continue
-        return found._replace(warning=damaged and f"{damaged} Taking {path}, of step {found.saved['step']}.")
-    raise damaged
+            return Recipe.model_validate(self.saved["recipe"])
+        except ValidationError as error:
+            raise UserError(
+                f"{self.path} holds a recipe that this version of fastssl does not know: {_in_short(error)}"
+            ) from None
 
 
-def run_dir_of(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint file lies in, if it does."""
-    inside = checkpoint.resolve().parent
-    return inside.parent if inside.name == "checkpoints" and (inside.parent / "recipe.yaml").is_file() else None
+def write_checkpoint(run_dir: Path, name: str, saved: SavedState) -> None:
+    """Write RUN/checkpoints/NAME; the last.pt before it becomes previous.pt.
+
+    A reader sees the old file or the new one, whole. Raises OSError if the disk is full; the old files then stay.
+    """
+    # Into memory first: torch.save on a full disk raises errors that depend on the part of the archive it was in.
+    data = io.BytesIO()
+    torch.save(saved, data)
+    folder = run_dir / "checkpoints"
+    keep = folder / PREVIOUS if name == LAST else None
+    write_atomically(folder / name, lambda path: path.write_bytes(data.getbuffer()), keep=keep)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """What training saved in this file. Raises UserError for a damaged or foreign one."""
+    """Read one file. Raises UserError if it is damaged, or no checkpoint of fastssl."""
     try:
         data = path.read_bytes()
-        # torch leaves out the check of the archive's checksums; a flipped bit would become a weight.
+        # torch does not verify the archive's checksums; a flipped bit would become a weight.
         damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         missing = {"recipe", "model", "step"} - (saved.keys() if isinstance(saved, dict) else set())
-    except Exception as error:  # a damaged file raises whatever its bytes happen to lead to
+    except Exception as error:  # damaged bytes raise errors of many types
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
     if missing:
@@ -80,19 +99,46 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, saved, hashlib.sha256(data).hexdigest())
 
 
-def recipe_in(path: Path, saved: dict[str, Any]) -> Recipe:
-    """The recipe that a checkpoint holds. Keys that are newer than it have their defaults."""
-    try:
-        return Recipe.model_validate(saved["recipe"])
-    except ValidationError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} holds a recipe that this version of fastssl does not know: {reason}") from None
+def find_checkpoints(run_or_checkpoint: str | Path) -> list[Path]:
+    """The last.pt and previous.pt of a run directory, those that exist, or the path itself if it is a file."""
+    path = Path(run_or_checkpoint)
+    files = [path / "checkpoints" / name for name in (LAST, PREVIOUS)] if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]
+
+
+def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
+    """Read the last checkpoint of a run, or the one before it if the last is damaged.
+
+    Raises UserError if no checkpoint can be read.
+    """
+    files = find_checkpoints(run_or_checkpoint)
+    if not files:
+        raise UserError(
+            f"{run_or_checkpoint} holds no checkpoint: name a run directory of fastssl train or a .pt file."
+        )
+    first_error: UserError | None = None
+    for path in files:
+        try:
+            found = read_checkpoint(path)
+        except UserError as error:
+            first_error = first_error or error
+            continue
+        if first_error is None:
+            return found
+        return replace(found, warning=f"{first_error} Taking {path}, of step {found.saved['step']}.")
+    raise first_error
+
+
+def run_dir_of(checkpoint: Path) -> Path | None:
+    """The run directory that contains a checkpoint file, or None."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file() else None
 
 
 def load_model(run_or_checkpoint: str | Path) -> Model:
     """The trained model of a run directory, a checkpoint or an exported .safetensors, in eval mode, on the CPU.
 
-    Its weights are their running average where the run kept one (train.ema).
+    Its weights are their moving average if the run has one (train.ema).
     """
     if Path(run_or_checkpoint).suffix == ".safetensors":
         return load_exported_model(Path(run_or_checkpoint))
@@ -103,15 +149,13 @@ def load_model(run_or_checkpoint: str | Path) -> Model:
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> Model:
-    """What `load_model` gives, of a checkpoint that has been read."""
-    path, saved = checkpoint.path, checkpoint.saved
-    recipe = recipe_in(path, saved)
+    """The model of a checkpoint, as `load_model` returns it."""
+    recipe = checkpoint.recipe
     try:
         model = build_model(recipe)
-        model.load_state_dict(saved["model"] if saved.get("ema") is None else saved["ema"])
+        model.load_state_dict(checkpoint.weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its weights do not fit its own recipe: {reason}") from None
+        raise UserError(f"{checkpoint.path}: its weights do not fit its own recipe: {_in_short(error)}") from None
     return model.eval()
 
 
@@ -123,44 +167,49 @@ def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
 
 
 def load_pretrained(model: Model, source: str) -> str:
-    """Fill a new model with the weights of `source`, as `model.init` says; returns a line on what came and what not.
+    """Fill a new model with the weights of `source`, for `model.init`. Returns a line that says what was loaded.
 
-    source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm's for this backbone. All of the
-    encoder must come from there; projector, classifier, heads and priors come where names and shapes agree.
+    All of the encoder must be in `source`; projector, classifier, heads and priors are loaded if names and shapes
+    agree.
+
+    Args:
+        source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm for this backbone.
     """
+    warning = ""
     if Path(source).suffix == ".safetensors":
-        weights, warning = _read_safetensors(Path(source)), None
+        try:
+            weights = load_file(source)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.init: {source} is not a readable safetensors file: {error}.") from None
         if not any(name.startswith("encoder.") for name in weights):  # timm's names; our exports have ours
             weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     else:
-        path, saved, _, warning = newest_checkpoint(source)
-        weights = saved["model"] if saved.get("ema") is None else saved["ema"]
-        if not isinstance(weights, dict) or not all(map(_is_dense, weights.values())):
-            raise UserError(f"model.init: {path} holds no weights that this version of fastssl knows.")
+        checkpoint = newest_checkpoint(source)
+        weights = checkpoint.weights
+        if not isinstance(weights, dict) or not all(_is_dense(value) for value in weights.values()):
+            raise UserError(f"model.init: {checkpoint.path} holds no weights that this version of fastssl knows.")
+        if checkpoint.warning:
+            warning = f"{checkpoint.warning} "
     own = model.state_dict()
-    # BYOL's target starts as a copy of the online network, wherever that comes from.
+    # BYOL's target starts as a copy of the online network, where the source has no target of its own.
     online = {name: weights.get(name.removeprefix("target.")) for name in own if name.startswith("target.")}
-    weights = {name: t for name, t in online.items() if t is not None} | weights
-    fitting = {name: t for name, t in weights.items() if name in own and own[name].shape == t.shape}
+    weights = {name: tensor for name, tensor in online.items() if tensor is not None} | weights
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     lacking = [name for name in own if name not in fitting]
     of_encoder = [name for name in lacking if name.startswith("encoder.")]
     if of_encoder:
         raise UserError(
             f"model.init: {source} lacks {len(of_encoder)} tensors of this encoder or has them in other shapes, such "
-            f"as {of_encoder[0]}: set model.backbone and model.stem as they were there."
+            f"as {of_encoder[0]}: set model.backbone and model.stem to the values of that run."
         )
     model.load_state_dict(fitting, strict=False)
-    warning = f"{warning} " if warning else ""
-    rest = f"; {len(lacking)} others start anew, such as {lacking[0]}" if lacking else ""
+    rest = f"; {len(lacking)} others start at random, such as {lacking[0]}" if lacking else ""
     return f"{warning}Starting from {source}: {len(fitting)} tensors{rest}."
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.init: {path} is not a readable safetensors file: {error}.") from None
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,4 +1,6 @@
-"""The supervised baseline: the same encoder and h head, with a linear classifier where the projector would be."""
+"""The supervised baseline: the same encoder and h head, with a linear classifier in place of the projector."""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -6,14 +8,16 @@ from torch import Tensor, nn
 from fastssl.common.randomness import NOISE_H, normals
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import GaussianHead
-from fastssl.models.ssl_model import Draws, Embedding, View, evaluating, make_prior
-from fastssl.recipe import Recipe
+from fastssl.models.interface import Draws, Embedding, ModelInput, ViewOutput
+from fastssl.models.priors import make_prior
+from fastssl.models.ssl_model import evaluating
+from fastssl.recipe import Recipe, SupervisedConfig
 
 
 class Classifier(nn.Module):
-    """encoder -> [h head] -> linear classifier, as the recipe's `model`, `embedding` and `objective.classes` say.
+    """encoder -> [h head] -> linear classifier, built from the recipe's `model`, `embedding` and `objective.classes`.
 
-    What SSLModel has under these names means the same here, z being the logits; there is no target network.
+    It has the methods of SSLModel; its z are logits. There is no target network.
     """
 
     target = None
@@ -26,25 +30,27 @@ class Classifier(nn.Module):
         spaces = [] if recipe.embedding.stochastic == "none" else ["h"]
         self.heads = nn.ModuleDict({space: GaussianHead(width, width) for space in spaces})
         self.priors = nn.ModuleDict({space: make_prior(recipe.embedding, self.heads[space]) for space in spaces})
-        self.classifier = nn.Linear(width, recipe.objective.classes)
+        self.classifier = nn.Linear(width, cast(SupervisedConfig, recipe.objective).classes)
 
-    def forward(self, v: Tensor, label: Tensor, index: Tensor, step: Tensor) -> tuple[View]:
-        """v (B, 3, size, size): the only view. label (B,). index (B,), step (): what the noise is a function of."""
+    def forward(self, inputs: ModelInput) -> tuple[ViewOutput, ...]:
+        """One ViewOutput, of the only view; its z are logits (B, C) or (S, B, C), its target the label (B,)."""
+        (v,) = inputs.views
         h = self.encoder(v)
         if "h" not in self.heads:
-            return (View(h, self.classifier(h), {}, label),)
+            return (ViewOutput(h, self.classifier(h), {}, inputs.label),)
         q = self.heads["h"](h)
-        h_SBD = q.rsample(self.samples, normals(self.seed, step, index, 0, self.samples, q.mu.shape[-1], NOISE_H))
-        return (View(q.mu, self.classifier(h_SBD), {"h": Draws(q, h_SBD)}, label),)
+        noise_SBD = normals(self.seed, inputs.step, inputs.index, 0, self.samples, q.mu.shape[-1], NOISE_H)
+        h_SBD = q.rsample(self.samples, noise_SBD)
+        return (ViewOutput(q.mu, self.classifier(h_SBD), {"h": Draws(q, h_SBD)}, inputs.label),)
 
     @torch.no_grad()
     def mean_z(self, h: Tensor) -> Tensor:
-        """h (B, D), a mean where it is stochastic -> logits (B, C): of mu, and their mean over the draws."""
+        """h (B, D), its mean where it is stochastic -> logits (B, C), which are also the mean of the draws' logits."""
         return self.classifier(h.to(self.classifier.weight.dtype))
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Embedding:
-        """images (B, 3, size, size): clean views. Runs in eval mode; batch statistics stay as they are."""
+        """Embed images (B, 3, size, size) after `fastssl.views.eval_transform`. Runs in eval mode, as SSLModel's."""
         with evaluating(self):
             h = self.encoder(images)
             if "h" not in self.heads:
@@ -53,5 +59,5 @@ class Classifier(nn.Module):
             return Embedding(q.mu, q.mu, q.sigma, "h")
 
     def logits(self, images: Tensor) -> Tensor:
-        """images (B, 3, size, size): clean views -> (B, C), without noise. Runs in eval mode, as `embed`."""
+        """Images (B, 3, size, size) as for `embed` -> logits (B, C), without noise."""
         return self.mean_z(self.embed(images).h)

@@ -1,4 +1,4 @@
-"""The stochastic embedding q(x | image) = N(mu, diag sigma^2) and the layer that makes it."""
+"""The stochastic embedding q(x | image) = N(mu, diag sigma^2), the layer that computes it, and the standard normal."""
 
 import math
 from typing import Literal
@@ -6,18 +6,30 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.priors import LOG_2PI, StandardNormal, at_least_fp32
-
 # The published code's ranges. As torch.clamp does, no gradient reaches a parameter outside of them.
 MU_MAX = 20.0
 SIGMA_MIN, SIGMA_MAX = 0.01, 5.0
+LOG_2PI = math.log(2 * math.pi)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class StandardNormal(nn.Module):
+    """The prior N(0, I), without parameters."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """x (..., D) -> log p(x) (...), summed over D."""
+        return -0.5 * (at_least_fp32(x).square() + LOG_2PI).sum(-1)
 
 
 class DiagonalGaussian:
-    """A batch of Gaussians over D dimensions with diagonal covariance.
+    """A batch of Gaussians over D dimensions with diagonal covariance, in fp32 (fp64 stays fp64).
 
-    mu, log_var: raw parameters (B, D), clamped here to mu in [-20, 20] and sigma in [0.01, 5], and
-    kept in fp32 (fp64 stays).
+    Args:
+        mu, log_var: raw parameters (B, D), clamped to mu in [-20, 20] and sigma in [0.01, 5].
     """
 
     def __init__(self, mu: Tensor, log_var: Tensor):
@@ -30,7 +42,7 @@ class DiagonalGaussian:
         return (0.5 * self.log_var).exp()
 
     def rsample(self, S: int, noise: Tensor | None = None) -> Tensor:
-        """S reparametrised draws (S, B, D). noise: standard normal (S, B, D), or torch.randn."""
+        """S reparametrized draws (S, B, D). noise: standard normal (S, B, D); None: torch.randn."""
         shape = (S, *self.mu.shape)
         if noise is None:
             noise = torch.randn(shape, dtype=self.mu.dtype, device=self.mu.device)
@@ -44,34 +56,33 @@ class DiagonalGaussian:
         return -0.5 * (squares + self.log_var + LOG_2PI).sum(-1)
 
     def kl_to(
-        self,
-        prior: nn.Module,
-        method: Literal["closed", "mc"] = "closed",
-        samples: Tensor | None = None,
+        self, prior: nn.Module, method: Literal["closed", "mc"] = "closed", samples: Tensor | None = None
     ) -> Tensor:
-        """KL(q || prior) (B,), summed over D.
+        """KL(q || prior) (B,) in nats, summed over D.
 
-        closed: exact, for StandardNormal only. mc: mean over S of log q(x) - log p(x) at
-        samples x_SBD, the draws from q that the objective used.
+        Args:
+            prior: a module with `log_prob`.
+            method: "closed" is exact, for StandardNormal only; "mc" is the mean over S of log q(x) - log p(x).
+            samples: x_SBD, the draws from q that the objective used, for "mc".
         """
         if method == "closed":
             if not isinstance(prior, StandardNormal):
                 raise ValueError(f"KL to {type(prior).__name__} has no closed form: use method='mc', samples=x.")
             return 0.5 * (self.mu.square() + self.log_var.exp() - 1 - self.log_var).sum(-1)
         if method != "mc":
-            raise ValueError(f"KL's method is 'closed' or 'mc', not {method!r}.")
+            raise ValueError(f"method must be 'closed' or 'mc', not {method!r}.")
         if samples is None or samples.shape[1:] != self.mu.shape:
             given = None if samples is None else tuple(samples.shape)
-            raise ValueError(f"KL's method 'mc' needs samples (S, B, D) from q, not {given}.")
+            raise ValueError(f"method='mc' needs samples (S, B, D) from q, not {given}.")
         # A mixture in mode "reference" has averaged over S already: its (B,) broadcasts over S.
         return (self.log_prob(samples) - prior.log_prob(samples)).mean(0)
 
 
 class GaussianHead(nn.Module):
-    """Two linear heads: features (B, in_dim) -> DiagonalGaussian over out_dim.
+    """Two linear layers: features (B, in_dim) -> DiagonalGaussian over out_dim.
 
-    The heads run in their parameters' precision even under autocast: bf16 would round the
-    log-variance to steps of 1/64 to 1/16, and these two products are small beside the encoder.
+    They run in their parameters' precision even under autocast: bf16 would round the log-variance to steps of 1/64 to
+    1/16, and these two products are small compared with the encoder.
     """
 
     def __init__(self, in_dim: int, out_dim: int):

@@ -1,26 +1,23 @@
-"""Priors p(x) that the KL term pulls the embedding's distribution towards (arXiv 2310.18080, 3)."""
+"""Learned priors p(x), to which the KL term draws the embedding's distribution (arXiv 2310.18080, section 3)."""
 
-import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-LOG_2PI = math.log(2 * math.pi)
+from fastssl.models.gaussian import LOG_2PI, GaussianHead, StandardNormal, at_least_fp32
+from fastssl.recipe import EmbeddingConfig
+
 MixtureMode = Literal["joint", "per_dim", "reference"]
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precisions become fp32, fp64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class StandardNormal(nn.Module):
-    """N(0, I); no parameters."""
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """x (..., D) -> log p(x) (...), summed over D."""
-        return -0.5 * (at_least_fp32(x).square() + LOG_2PI).sum(-1)
+def make_prior(embedding: EmbeddingConfig, head: GaussianHead) -> nn.Module:
+    """The recipe's prior for the embedding that `head` computes."""
+    if embedding.prior == "standard_normal":
+        return StandardNormal()
+    if embedding.prior == "vamp":
+        return VampPrior(embedding.mixture_components, head)
+    return MixtureOfGaussians(embedding.mixture_components, head.mu.out_features, embedding.mixture_mode)
 
 
 class MixtureOfGaussians(nn.Module):
@@ -28,19 +25,19 @@ class MixtureOfGaussians(nn.Module):
 
     Parameters `means` (K, D) and `log_vars` (K, D) start as N(0, 1) draws, `logits` (K,) as zeros.
 
-    mode:
-    - "joint": the density of a mixture over whole vectors, log sum_k w_k N(x; mu_k, var_k).
-    - "per_dim": one mixture in every dimension, sum_d log sum_k w_k N(x_d; mu_kd, var_kd). It has
-      K^D modes where joint has K. Needs (S, B, K, D) of memory.
-    - "reference": as the published code: component log-densities are first averaged over the S
-      draws, then mixed in every dimension. Not a density; by Jensen's inequality never above the
-      draws' mean of per_dim. Needs (B, K, D) of memory.
+    Args:
+        mode: "joint": the density of a mixture over whole vectors, log sum_k w_k N(x; mu_k, var_k).
+            "per_dim": one mixture in every dimension, sum_d log sum_k w_k N(x_d; mu_kd, var_kd), which has K^D modes
+            where joint has K. Needs a tensor (S, B, K, D).
+            "reference": as the published code, the log-densities of the components are averaged over the S draws and
+            then mixed in every dimension. Not a density: by Jensen's inequality it is never above the mean of per_dim
+            over the draws. Needs a tensor (B, K, D).
     """
 
     def __init__(self, components: int, dim: int, mode: MixtureMode = "joint"):
         super().__init__()
         if mode not in get_args(MixtureMode):
-            raise ValueError(f"A mixture's mode is one of {get_args(MixtureMode)}, not {mode!r}.")
+            raise ValueError(f"mode must be one of {get_args(MixtureMode)}, not {mode!r}.")
         self.mode = mode
         self.means = nn.Parameter(torch.randn(components, dim))
         self.log_vars = nn.Parameter(torch.randn(components, dim))
@@ -67,16 +64,17 @@ class MixtureOfGaussians(nn.Module):
 
 
 class VampPrior(nn.Module):
-    """A mixture whose K components are what the Gaussian head makes of K learned pseudo-features.
+    """A mixture whose K components are the Gaussian head's outputs for K learned pseudo-features.
 
-    As the VampPrior (arXiv 1705.07120, equation 9, there with learned pseudo-images), with learned weights, and with
-    the pseudo-inputs at the head's input: q's own family, so the prior moves with the embedding.
+    It is the VampPrior (arXiv 1705.07120, equation 9) with learned weights, and with pseudo-inputs of the head in place
+    of pseudo-images. The components belong to the family of q, so the prior moves with the embedding.
 
-    head: the GaussianHead of the embedding, in_dim -> D. Parameters `pseudo` (K, in_dim) start as N(0, 1) draws,
-    `logits` (K,) as zeros; the head's parameters are shared, and get this prior's gradients too.
+    Args:
+        head: the GaussianHead of the embedding, in_dim -> D. Its parameters are shared and get this prior's gradients
+            too. Parameters `pseudo` (K, in_dim) start as N(0, 1) draws, `logits` (K,) as zeros.
     """
 
-    def __init__(self, components: int, head: nn.Module):
+    def __init__(self, components: int, head: GaussianHead):
         super().__init__()
         self.head = head
         self.pseudo = nn.Parameter(torch.randn(components, head.mu.in_features))
@@ -91,10 +89,10 @@ class VampPrior(nn.Module):
 def joint_mixture_log_prob(x: Tensor, logits_K: Tensor, means_KD: Tensor, log_vars_KD: Tensor) -> Tensor:
     """log sum_k w_k N(x; mu_k, var_k) over whole vectors, x (..., D) -> (...).
 
-    The square is multiplied out so that only matrix products with K columns remain, and nothing of size (..., K, D).
-    Its parts reach 1e7 and cancel to about D, too much for fp32; in fp64 the products are still negligible beside the
-    encoder, as K is small.
+    The square is multiplied out into matrix products with K columns, so that no tensor (..., K, D) is needed.
     """
+    # The parts of the square reach 1e7 and cancel to about D, too much for fp32. In fp64 the products are still
+    # negligible compared with the encoder, as K is small.
     exact, means_KD, log_vars_KD = x.double(), means_KD.double(), log_vars_KD.double()
     precisions_KD = (-log_vars_KD).exp()
     squares = (

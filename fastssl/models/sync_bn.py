@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.common.distributed import all_reduce_sum, world_size
-from fastssl.models.priors import at_least_fp32
+from fastssl.models.gaussian import at_least_fp32
 
 
 class GlobalBatchNorm(_BatchNorm):

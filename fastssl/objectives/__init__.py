@@ -1,20 +1,24 @@
-"""Objectives: pure functions of the views' embeddings, (B, D) or (S, B, D), computed in fp32."""
+"""Objectives: pure functions of the views' embeddings z, (B, D) or (S, B, D), computed in fp32.
 
-from fastssl.objectives.barlow_twins import barlow_twins_loss, barlow_twins_terms
-from fastssl.objectives.byol import byol_loss, momentum_at
+barlow_twins.py, vicreg.py, simclr.py, byol.py, supervised.py    one objective each
+total.py      TotalLoss: the recipe's objective plus beta times the KL to the prior
+metrics.py    what training logs next to the loss: accuracy, sigma and KL, RankMe
+batch.py      what several objectives share: stacking the views, products over the batch
+
+To add an objective:
+
+1. recipe.py: a subclass of ObjectiveConfig with its `name`, its keys and their defaults, and the values of num_views,
+   needs_labels and has_projector that differ. Add it to AnyObjective.
+2. objectives/NAME.py: the loss as a pure function of tensors, and NAME_terms(views, config), which returns the weighted
+   terms by the names under which they are logged; they sum to the loss.
+3. objectives/total.py: one line in TERMS.
+"""
+
+from fastssl.objectives.barlow_twins import barlow_twins_loss
+from fastssl.objectives.byol import byol_loss
 from fastssl.objectives.simclr import simclr_loss
 from fastssl.objectives.supervised import cross_entropy_loss
-from fastssl.objectives.total import total_loss
-from fastssl.objectives.vicreg import vicreg_loss, vicreg_terms
+from fastssl.objectives.total import TotalLoss
+from fastssl.objectives.vicreg import vicreg_loss
 
-__all__ = [
-    "barlow_twins_loss",
-    "barlow_twins_terms",
-    "byol_loss",
-    "cross_entropy_loss",
-    "momentum_at",
-    "simclr_loss",
-    "total_loss",
-    "vicreg_loss",
-    "vicreg_terms",
-]
+__all__ = ["TotalLoss", "barlow_twins_loss", "byol_loss", "cross_entropy_loss", "simclr_loss", "vicreg_loss"]

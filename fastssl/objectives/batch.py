@@ -1,14 +1,14 @@
-"""What the objectives share: the two views as one tensor, lengths, and products over the batch."""
+"""What several objectives share: the two views as one tensor, unit vectors, and products over the batch."""
 
 import torch
 from torch import Tensor
 
 from fastssl.common.distributed import gather_rows, sum_over_ranks
-from fastssl.models.priors import at_least_fp32
+from fastssl.models.gaussian import at_least_fp32
 
 
 def stack_views(z1: Tensor, z2: Tensor) -> Tensor:
-    """(B, D) or (S, B, D) twice -> z_VBD or z_VSBD, in fp32 (fp64 stays)."""
+    """(B, D) or (S, B, D) twice -> z_VBD or z_VSBD, in fp32 (fp64 stays). Raises ValueError for other shapes."""
     if z1.shape != z2.shape or z1.ndim not in (2, 3):
         raise ValueError(
             "Both views' embeddings must have one shape, (B, D) or (S, B, D), "
@@ -18,22 +18,22 @@ def stack_views(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def require_two(rows: int) -> int:
-    """The number of samples that statistics are taken over, refused below 2."""
+    """`rows`, the number of samples of a statistic. Raises ValueError for fewer than 2."""
     if rows < 2:
         raise ValueError(f"Batch statistics need a batch of at least 2 samples, not {rows}.")
     return rows
 
 
 def unit(z: Tensor) -> Tensor:
-    """z (..., D) over its length. The length's floor of 1e-6 keeps the gradient of a zero vector finite."""
+    """z (..., D) divided by its length. The length's floor of 1e-6 keeps the gradient of a zero vector finite."""
     return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
 def sum_of_squared_products(x: Tensor, y: Tensor, n: int, gather: bool | None) -> Tensor:
     """The squared Frobenius norm of x'y over the n rows of all processes: x, y (..., B, D) -> (...).
 
-    Where that takes fewer multiplications, it is the sum of (xx') * (yy'): two matrices of n x n, or one where y is x,
-    and none of D x D. At n = 128 and D = 1024 that is a quarter of them, or an eighth.
+    ||x'y||^2 is also the sum of (xx') * (yy'), elementwise: two matrices of n x n (one if y is x) and none of D x D.
+    That form is taken where it needs fewer multiplications: at n = 128 and D = 1024 a quarter of them, or an eighth.
     """
     products = 1 if y is x else 2
     if products * n >= x.shape[-1]:

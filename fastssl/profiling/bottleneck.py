@@ -20,7 +20,7 @@ from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.spans import Total
 from fastssl.recipe import Recipe
 from fastssl.training.meters import LongWait, Observed
-from fastssl.training.setup import Run
+from fastssl.training.setup import TrainingRun
 
 RESOURCES = {
     "disk": ("storage",),
@@ -240,7 +240,7 @@ def _phase(name: str) -> str:
     return PHASES.get(name, f"the {name}")
 
 
-def explain_data_wait(run: Run, observed: Observed) -> str:
+def explain_data_wait(run: TrainingRun, observed: Observed) -> str:
     """Return the sentence for a training run that waits for data, from what its own meters have observed."""
     if observed.waited < LongWait.SHARE * observed.seconds:
         return "Another process waits longer than this one: `torchrun ... -m fastssl profile` says why."

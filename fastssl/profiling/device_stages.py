@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.common.distributed import world_size
 from fastssl.loading import Batch
-from fastssl.objectives.total import in_chunks, objective_terms
+from fastssl.models import ModelInput
 from fastssl.profiling.profile import Measurement, Stages
 from fastssl.profiling.timing import StageTimer, Window, difference_result, stage_result, synchronize
-from fastssl.training.loop import network_inputs, optimise, train_step
+from fastssl.training.loop import optimize, train_step
 from fastssl.training.optim import skips_on_device
-from fastssl.training.setup import Network, Run
+from fastssl.training.setup import Network, TrainingRun
 
 Result = TypeVar("Result")
 PHASES = ("forward", "draws", "objective", "kl", "backward", "optimizer")
@@ -30,7 +30,7 @@ PHASES = ("forward", "draws", "objective", "kl", "backward", "optimizer")
 class DeviceStages:
     """Timers of views, step, communication and replay, on batches that stay on the device."""
 
-    def __init__(self, run: Run, batches: list[Batch], epoch: int, short_seconds: float, step_seconds: float):
+    def __init__(self, run: TrainingRun, batches: list[Batch], epoch: int, short_seconds: float, step_seconds: float):
         self.run = run
         accumulate = run.recipe.train.accumulate
         groups = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
@@ -105,20 +105,21 @@ class DeviceStages:
         stages.replay = self.replay.result()
 
 
-def take_step(run: Run, batches: list[Batch], epoch: int) -> int:
+def take_step(run: TrainingRun, batches: list[Batch], epoch: int) -> int:
     """Take one optimizer step and return its number of images, of this process."""
     run.state.step = 0  # else the schedule of a short recipe would come to its end
     train_step(run, batches, epoch, run.schedule.rate(0))
     return sum(len(batch.index) for batch in batches)
 
 
-def with_fixed_views(run: Run, views: tuple[Tensor, ...]) -> Run:
+def with_fixed_views(run: TrainingRun, views: tuple[Tensor, ...]) -> TrainingRun:
     """Return the run with these views for every batch."""
     return replace(run, views=lambda batch, epoch: views)
 
 
-def first_step(run: Run) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=run.device)
+def first_input(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> ModelInput:
+    """Return the network's input at step 0."""
+    return ModelInput(views, batch.label, batch.index, torch.zeros((), dtype=torch.int64, device=run.device))
 
 
 class PhaseTimer:
@@ -129,17 +130,17 @@ class PhaseTimer:
     sigma. backward. optimizer: gradient clipping, the guard against non-finite values, the step, and averaging.
     """
 
-    def __init__(self, run: Run, batch: Batch, views: tuple[Tensor, ...]):
+    def __init__(self, run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]):
         self.run, self.batch = run, batch
-        self.inputs = network_inputs(run.recipe, batch, views, first_step(run))
+        self.inputs = first_input(run, batch, views)
         self.network = plain_network(run)
         self.windows: dict[str, list[float]] = {}
 
     def measure(self) -> None:
         run = self.run
-        (terms, _), forward = self._timed(lambda: run.network(*self.inputs))
+        (terms, _), forward = self._timed(lambda: run.network(self.inputs))
         _, backward = self._timed(lambda: run.state.scaler.scale(terms["loss"]).backward())
-        _, optimizer = self._timed(lambda: optimise(run, terms))
+        _, optimizer = self._timed(lambda: optimize(run, terms))
         seconds = {"forward": forward, "backward": backward, "optimizer": optimizer}
         if not run.compiled:
             parts = self._parts_of_forward()
@@ -155,12 +156,11 @@ class PhaseTimer:
         """Return the seconds of what the forward pass does in addition to encoder and projector."""
         recipe, model = self.run.recipe, self.run.state.model
         with torch.autocast(**self.network.autocast), self._timed_modules(model) as module_seconds:
-            views, in_model = self._timed(lambda: model(*self.inputs))
-        _, whole_loss = self._timed(lambda: self.network.loss_terms(*views, model.priors, self.inputs[-1]))
+            views, in_model = self._timed(lambda: model(self.inputs))
+        _, whole_loss = self._timed(lambda: self.network.total_loss(views, model.priors, self.inputs.step))
         if recipe.embedding.stochastic == "none":
             return {"objective": whole_loss}
-        terms_of = in_chunks(objective_terms(recipe.objective), recipe.embedding.chunk)
-        _, objective = self._timed(lambda: terms_of(*views))
+        _, objective = self._timed(lambda: self.network.total_loss.objective_terms(views))
         draws = in_model - sum(module_seconds)
         return {"draws": draws, "objective": objective, "kl": max(0.0, whole_loss - objective)}
 
@@ -197,22 +197,22 @@ class PhaseTimer:
         return result, time.perf_counter() - start
 
 
-def plain_network(run: Run) -> Network:
+def plain_network(run: TrainingRun) -> Network:
     """Return the network without the wrappers of torch.compile and DistributedDataParallel."""
     network = getattr(run.network, "_orig_mod", run.network)
     return getattr(network, "module", network)
 
 
-def count_flops(run: Run, batch: Batch, views: tuple[Tensor, ...]) -> float:
+def count_flops(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> float:
     """Count the floating-point operations of the forward and backward pass, per image.
 
     Two per multiplication in all convolutions and matrix products, as torch counts them. Pointwise operations do not
     count, as in the definition of MFU (arXiv 2204.02311, appendix B).
     """
     network = copy.deepcopy(plain_network(run))  # leaves the run's hooks, statistics and gradients alone
-    inputs = network_inputs(run.recipe, batch, views, first_step(run))
+    inputs = first_input(run, batch, views)
     with FlopCounterMode(display=False) as counter:
-        terms, _ = network(*inputs)
+        terms, _ = network(inputs)
         terms["loss"].backward()
     return counter.get_total_flops() / len(batch.index)
 

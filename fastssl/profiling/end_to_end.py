@@ -13,13 +13,13 @@ from fastssl.profiling.loader_stages import AHEAD, endless
 from fastssl.profiling.profile import GpuCounters, Measurement, Percentiles, StageResult
 from fastssl.profiling.timing import StageTimer, synchronize
 from fastssl.training.meters import Meter
-from fastssl.training.setup import Run
+from fastssl.training.setup import TrainingRun
 
 
 class Training:
     """Takes steps of training with its data."""
 
-    def __init__(self, run: Run, epoch: int):
+    def __init__(self, run: TrainingRun, epoch: int):
         self.run, self.epoch = run, epoch
         self.meter = _WaitMeter(run.device)
         self.start()
@@ -59,7 +59,7 @@ class _WaitMeter(Meter):
 class EndToEndStage:
     """Times training, with the waits for data and the load of cores and GPU in each window."""
 
-    def __init__(self, run: Run, epoch: int, cores: int, seconds: float):
+    def __init__(self, run: TrainingRun, epoch: int, cores: int, seconds: float):
         self.training = Training(run, epoch)
         self.cores = cores
         self.timer = StageTimer(

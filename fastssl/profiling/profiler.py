@@ -45,7 +45,7 @@ from fastssl.profiling.trace import write_trace
 from fastssl.recipe import Recipe
 from fastssl.training.run_dir import describe_machine
 from fastssl.training.schedule import image_size
-from fastssl.training.setup import Run, choose_device, prepare
+from fastssl.training.setup import TrainingRun, choose_device, prepare
 
 WINDOW = {"short": 0.3, "step": 1.0, "end_to_end": 1.5}  # seconds, by the kind of stage
 REPLAYED = 3  # batches that stay on the device
@@ -139,7 +139,7 @@ def write_files(path: Path, profile: Profile) -> None:
 class Profiler:
     """Measures all stages of a run in turns, and puts them together."""
 
-    def __init__(self, run: Run, stack: ExitStack):
+    def __init__(self, run: TrainingRun, stack: ExitStack):
         self.run, self.recipe, self.loader = run, run.recipe, run.state.loader
         self.cores = available_cores()
         self.epoch = self.recipe.train.epochs - 1  # views.progressive_resize has reached its full size
@@ -197,7 +197,7 @@ class Profiler:
             self.loader_stages.add_results(stages, copy_peak(self.run.device))
         self.device_stages.add_results(stages, peak)
         # What has to move at least for an image's views: the pixels in, the floats out.
-        stages.views.bytes_per_image = self.loader.image_bytes + self.recipe.view_count * 3 * self.size**2 * 4
+        stages.views.bytes_per_image = self.loader.image_bytes + self.recipe.objective.num_views * 3 * self.size**2 * 4
         stages.step.peak_memory_bytes = self.peak_memory
         stages.end_to_end = self.end_to_end.result()
         return stages
@@ -241,7 +241,7 @@ class Profiler:
             precision=self.run.precision,
             compiled=self.run.compiled,
             parameters=sum(p.numel() for p in self.run.state.model.parameters() if p.requires_grad),
-            views=self.recipe.view_count,
+            views=self.recipe.objective.num_views,
             size=self.size,
         )
 

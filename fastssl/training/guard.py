@@ -78,13 +78,3 @@ class FiniteGuard:
             f"Step {int(self.first_bad_step)} was not finite ({shown}): the weights in "
             f"{run_dir / 'checkpoints' / LAST}, of step {self.state.step}, are untouched by it; {mend}"
         )
-
-
-def clip_gradients(state: TrainState, limit: float | None) -> Tensor:
-    """Scale the gradients to a norm of at most `limit`; returns their norm before, a device tensor."""
-    if state.scaler.is_enabled():
-        state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    if limit is None:
-        return nn.utils.get_total_norm([p.grad for p in parameters])
-    return nn.utils.clip_grad_norm_(parameters, limit)

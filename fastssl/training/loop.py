@@ -1,4 +1,4 @@
-"""Train a recipe:
+"""Train a recipe.
 
 fastssl train recipes/zprob_barlow.yaml
 fastssl train recipes/zprob_barlow.yaml train.epochs=1 data.train=x.beton
@@ -28,20 +28,20 @@ from fastssl.common.distributed import (
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch
 from fastssl.loading.spans import span
-from fastssl.models import Model
+from fastssl.models import Model, ModelInput, SSLModel
 from fastssl.models.checkpoint import newest_checkpoint
-from fastssl.objectives import momentum_at
-from fastssl.recipe import Recipe
-from fastssl.training.guard import clip_gradients
-from fastssl.training.meters import LongWait, Meter, Observed, compile_counts, rankme
+from fastssl.objectives.metrics import rankme
+from fastssl.recipe import BYOLConfig, Recipe
+from fastssl.training.meters import LongWait, Meter, Observed, compile_counts
+from fastssl.training.optim import clip_gradients
 from fastssl.training.output import Output
 from fastssl.training.run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
-from fastssl.training.schedule import image_size
-from fastssl.training.setup import Run, choose_device, prepare
+from fastssl.training.schedule import image_size, target_momentum
+from fastssl.training.setup import StepOutput, TrainingRun, choose_device, prepare
 from fastssl.training.signals import ProbeInterrupted, StopRequest
 
 Probe = Callable[[Model], dict[str, float]]
-Diagnose = Callable[[Run, Observed], str]
+Diagnose = Callable[[TrainingRun, Observed], str]
 
 
 def train(
@@ -53,13 +53,15 @@ def train(
 ) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
-    resume: a run directory to continue, or "auto": continue the recipe's own where there is one. probe: called with
-    the model, in the first process, every `probe.every` epochs and at the end; what it returns is logged, and the
-    checkpoint with the highest first figure stays as best.pt. diagnose: gives the sentence that a run hears when it has
-    waited for data for long.
+    Args:
+        resume: a run directory to continue, or "auto": continue the recipe's own run if there is one.
+        probe: a function of the model, called in the main process every `probe.every` epochs and at the end. The
+            metrics that it returns are logged, and the checkpoint with the best first metric is kept as best.pt.
+        diagnose: returns the sentence that a warning about long waits for data ends with.
 
-    Raises UserError for everything that the user can mend, and Stopped (a SystemExit) after SIGTERM, SIGUSR1 or Ctrl-C,
-    with a checkpoint of the step before.
+    Raises:
+        UserError: for everything that the user can fix.
+        Stopped: (a SystemExit) after SIGTERM, SIGUSR1 or Ctrl-C, with a checkpoint of the last step.
     """
     with ExitStack() as stack:
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
@@ -67,11 +69,11 @@ def train(
         restarted = any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = broadcast_from_main(lambda: choose_run_dir(recipe, resume, restarted))
         open_run_dir = partial(stack.enter_context, opened_run_dir(run_dir))
-        if resumes:  # before anything is read that another process might still write
+        if resumes:  # lock the directory before reading what another process might still write
             broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint)
-        if not resumes:  # now that nothing is wrong with the recipe
+        if not resumes:  # create the directory only now, when nothing is wrong with the recipe
             broadcast_from_main(open_run_dir)
         if checkpoint and is_main_process():
             set_damaged_aside(checkpoint)
@@ -82,18 +84,21 @@ def train(
     return run_dir
 
 
-def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
-    """Every step from the state's to the last. Nothing in it waits for the device but a log step."""
-    recipe, state, loader, model = run.recipe, run.state, run.state.loader, run.state.model
-    epochs, total_steps = recipe.train.epochs, run.schedule.total_steps
+def fit(run: TrainingRun, output: Output, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
+    """Train from the state's step to the last one.
+
+    On a GPU the CPU only queues work and runs ahead of the device. It waits for the device in `log_step` and nowhere
+    else (with an optimizer that cannot skip a step on the device, at every step: see FiniteGuard).
+    """
+    recipe, state, loader, total_steps = run.recipe, run.state, run.state.loader, run.schedule.total_steps
     meter, long_wait = Meter(run.device), LongWait(partial(diagnose, run))
     while True:
-        # Behind an epoch: state.epochs_probed tells a resumed run whether this is done.
-        ends_epoch = loader.position == 0 and state.epochs_probed < loader.epoch
-        if probe and ends_epoch and is_probe_epoch(recipe, loader.epoch):
+        # Between two epochs. The state says whether the probe of the last epoch was done before a resume.
+        at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
+        if probe and at_epoch_end and is_probe_epoch(recipe, loader.epoch):
             run_probe(run, output, stop, probe)
-            meter.restart()  # the probe's time is not the training's
-        if loader.epoch == epochs:
+            meter.restart()  # leaves the probe's time out of the training's
+        if loader.epoch == recipe.train.epochs:
             break
 
         epoch = loader.epoch
@@ -102,120 +107,134 @@ def fit(run: Run, output: Output, stop: StopRequest, probe: Probe | None, diagno
             if state.step == 0:
                 output.save_view_sheet(run.views(batches[0], epoch))
             rate = run.schedule.rate(state.step)
-            terms, h = train_step(run, batches, epoch, rate)
+            step_output = train_step(run, batches, epoch, rate)
             meter.images += recipe.train.batch_size
             output.step(state.step)
 
             logs = state.step % recipe.log.every == 0 or state.step == total_steps
             if logs:
-                # The host waits for the device here, and with most optimisers (FiniteGuard) nowhere else.
-                figures = run.guard.read(terms)
-                if figures["skipped_steps"] > recipe.train.max_skipped_steps:
-                    output.save()
-                    raise UserError(run.guard.sentence(output.run_dir))
-                h = gather_rows(h, None)
-                ranks = {"rankme_h": rankme(h), "rankme_z": rankme(model.mean_z(h))}
-                compiled = compile_counts() if run.compiled else {}
-                speed, observed = meter.read(loader)
-                time = {"seconds": state.count_seconds()}
-                output.log({"epoch": epoch, **figures, **ranks, "lr": rate, **speed, **compiled, **time})
-                if warning := long_wait.look(speed["data_wait"], observed):
-                    output.say(warning)
+                log_step(run, output, meter, long_wait, step_output, {"epoch": epoch, "lr": rate})
+            # The processes agree on whether one of them was asked to stop, on the CPU.
             stops = any_rank(stop.received is not None)
             if stops or state.step % recipe.checkpoint.every == 0 or (logs and output.save_failed):
                 output.save()
             if stops:
                 output.stopped(stop)
-        kept = recipe.checkpoint.keep
-        if kept and loader.epoch % kept == 0:
+        if recipe.checkpoint.keep and loader.epoch % recipe.checkpoint.keep == 0:
             output.save(f"epoch-{loader.epoch:04}.pt")
     output.finish()
 
 
-def train_step(run: Run, batches: list[Batch], epoch: int, rate: float) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step of learning rate `rate` on its micro-batches. Returns the terms and the last one's h."""
+def train_step(run: TrainingRun, batches: list[Batch], epoch: int, rate: float) -> StepOutput:
+    """One optimizer step with learning rate `rate` on its micro-batches."""
     for group in run.state.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_factor", 1.0)
     run.guard.remember()
-    terms, h = forward_and_backward(run, batches, epoch)
+    step_output = forward_and_backward(run, batches, epoch)
     with span("optimiser"):
-        optimise(run, terms)
+        optimize(run, step_output.terms)
     run.state.step += 1
-    return terms, h
+    return step_output
 
 
-def optimise(run: Run, terms: dict[str, Tensor]) -> None:
-    """What follows the backward pass; adds the norm of the gradient to the terms."""
-    state, model = run.state, run.state.model
-    terms["grad_norm"] = clip_gradients(state, run.recipe.optim.clip)
+def forward_and_backward(run: TrainingRun, batches: list[Batch], epoch: int) -> StepOutput:
+    """Add the gradients of the micro-batches' mean loss. Returns the terms over all of them, and the h of the last."""
+    # A tensor, not a number: torch.compile would compile the network again for each number.
+    step = torch.full((), run.state.step, device=run.device)
+    per_microbatch = []
+    for number, batch in enumerate(batches, 1):
+        with span("views"):
+            inputs = ModelInput(run.views(batch, epoch), batch.label, batch.index, step)
+        if run.recipe.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Under DDP the processes exchange gradients in the last backward pass only.
+        with run.no_sync() if number < len(batches) else nullcontext():
+            with span("forward"):
+                terms, h = run.network(inputs)
+            with span("backward"):
+                run.state.scaler.scale(terms["loss"] / len(batches)).backward()
+        per_microbatch.append(torch.stack([term.detach() for term in terms.values()]))
+    values = combine([*terms], torch.stack(per_microbatch))
+    return StepOutput(dict(zip(terms, values)), h)
+
+
+def optimize(run: TrainingRun, terms: dict[str, Tensor]) -> None:
+    """Everything after the backward pass. Adds `grad_norm`, the norm of the gradient before clipping, to the terms."""
+    state, model, objective = run.state, run.state.model, run.recipe.objective
+    terms["grad_norm"] = clip_gradients(model, state.optimizer, state.scaler, run.recipe.optim.clip)
+    # `skipped` is a flag on the device: the CPU does not learn here whether the step was finite.
     skipped = run.guard.step(terms)
     state.optimizer.zero_grad()
-    if model.target is not None:
-        momentum = momentum_at(state.step, run.schedule.total_steps, run.recipe.objective.momentum)
+    if isinstance(model, SSLModel) and isinstance(objective, BYOLConfig):
+        momentum = target_momentum(state.step, run.schedule.total_steps, objective.momentum)
         model.update_target(momentum, skip=skipped)
     if state.average:
         state.average.update(state.step, skip=skipped)
 
 
-def forward_and_backward(run: Run, batches: list[Batch], epoch: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of the mean loss of the micro-batches. Returns its terms, and the last one's h."""
-    # A tensor, not a number: a compiled graph would be made anew for each number.
-    step = torch.full((), run.state.step, device=run.device)
-    per_microbatch = []
-    for number, batch in enumerate(batches, 1):
-        with span("views"):
-            inputs = network_inputs(run.recipe, batch, run.views(batch, epoch), step)
-        if run.recipe.train.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        with run.no_sync() if number < len(batches) else nullcontext():
-            with span("forward"):
-                terms, h = run.network(*inputs)
-            with span("backward"):
-                run.state.scaler.scale(terms["loss"] / len(batches)).backward()
-        per_microbatch.append([term.detach() for term in terms.values()])
-    values = combine([*terms], torch.stack([torch.stack(values) for values in per_microbatch]))
-    return dict(zip(terms, values)), h
+def log_step(
+    run: TrainingRun,
+    output: Output,
+    meter: Meter,
+    long_wait: LongWait,
+    step_output: StepOutput,
+    more: dict[str, float],
+) -> None:
+    """Log the metrics of the last step and the speed since the last log step. The CPU waits for the device here.
 
-
-def network_inputs(recipe: Recipe, batch: Batch, views: tuple[Tensor, ...], step: Tensor) -> tuple[Tensor, ...]:
-    """What the network takes: (v1, v2, index, step), or of a supervised recipe (v, label, index, step)."""
-    labels = (batch.label,) if recipe.objective.name == "supervised" else ()
-    return *views, *labels, batch.index, step
+    Raises UserError if more steps were skipped than train.max_skipped_steps allows.
+    """
+    state = run.state
+    metrics = run.guard.read(step_output.terms)
+    if metrics["skipped_steps"] > run.recipe.train.max_skipped_steps:
+        output.save()
+        raise UserError(run.guard.sentence(output.run_dir))
+    h = gather_rows(step_output.h, None)
+    ranks = {"rankme_h": rankme(h), "rankme_z": rankme(state.model.mean_z(h))}
+    speed, observed = meter.read(state.loader)
+    compiled = compile_counts() if run.compiled else {}
+    output.log({**more, **metrics, **ranks, **speed, **compiled, "seconds": state.count_seconds()})
+    if warning := long_wait.look(speed["data_wait"], observed):
+        output.say(warning)
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """The batches in lists of `size`; an incomplete last one is left out."""
+    """The batches in lists of `size`; an incomplete last list is left out."""
     batches = iter(batches)
     while len(group := list(islice(batches, size))) == size:
         yield group
 
 
-def run_probe(run: Run, output: Output, stop: StopRequest, probe: Probe) -> None:
-    """Measure the model in the first process, while the others wait. A signal cuts it short: a resume probes again."""
+def run_probe(run: TrainingRun, output: Output, stop: StopRequest, probe: Probe) -> None:
+    """Call the probe in the main process, while the others wait, and save a checkpoint; best.pt too if it is better.
+
+    A signal interrupts the probe; a resumed run then repeats it.
+    """
     state, epochs_done = run.state, run.state.loader.epoch
-    figures = {}
+    metrics: dict[str, float] = {}
     if is_main_process():
         try:
             with stop.at_once():
-                figures = probe(state.average.model if state.average else state.model)
+                metrics = probe(state.average.model if state.average else state.model)
         except ProbeInterrupted:
             pass
     if any_rank(stop.received is not None):
         output.save()
         output.stopped(stop)
-    figures = broadcast_from_main(lambda: figures)
+    metrics = broadcast_from_main(lambda: metrics)
     state.epochs_probed = epochs_done
-    output.log({"epoch": epochs_done - 1, **figures})
-    name, value = next(iter(figures.items()), (None, None))
+    output.log({"epoch": epochs_done - 1, **metrics})
+    name, value = next(iter(metrics.items()), ("", float("-inf")))
     if name and value > state.best.get(name, float("-inf")):
         before, state.best = state.best, {name: value, "step": state.step}
-        if not output.save("best.pt"):  # before the checkpoint that says so
+        # Written before last.pt, whose `best` must not name a file that the disk did not take.
+        if not output.save("best.pt"):
             state.best = before
-    output.save()  # a resume from before would have to probe again
+    output.save()  # a resume from an earlier checkpoint would have to probe again
 
 
 def is_probe_epoch(recipe: Recipe, epochs_done: int) -> bool:
-    """Whether the probe runs behind this many epochs: every probe.every, and behind the last one whatever that is."""
+    """Whether the probe runs after this many epochs: after every probe.every-th, and always after the last one."""
     if epochs_done == recipe.train.epochs:
         return True
     return recipe.probe.every > 0 and epochs_done % recipe.probe.every == 0

@@ -1,4 +1,4 @@
-"""What training measures of itself: its speed, and the rank of what it makes."""
+"""What training measures of itself: its speed, its waiting for data, its compilations."""
 
 import time
 from collections import deque
@@ -6,29 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastssl.common.distributed import all_gather_values, world_size
 from fastssl.loading import BetonLoader
 from fastssl.loading.spans import Total, span, take_totals
-
-
-@torch.no_grad()
-def rankme(z_BD: Tensor) -> float:
-    """RankMe (arXiv 2210.02885, equation 1): the effective rank of embeddings, from 1 to min(B, D).
-
-    exp of the entropy of the singular values as shares of their sum. Collapsed embeddings have few; all zeros have 1. A
-    training batch bounds it by B, so it compares runs of one batch size; the paper takes 25,600 samples. NaN for
-    embeddings that are not finite.
-    """
-    z_BD = z_BD.detach().double()
-    if not z_BD.isfinite().all():
-        return float("nan")
-    # The roots of the smaller Gram matrix's eigenvalues: at 1024 x 4048 a fifth of svdvals' time, equal to 1e-6.
-    gram = z_BD @ z_BD.T if len(z_BD) < z_BD.shape[1] else z_BD.T @ z_BD
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    shares = singular / singular.sum().clamp_min(1e-300) + 1e-7
-    return max(1.0, (-shares * shares.log()).sum().exp().item())
 
 
 class Observed(NamedTuple):

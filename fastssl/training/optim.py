@@ -236,3 +236,13 @@ class LAMB(ForeachStep, torch_optimizer.Lamb):
             rates = rates * torch.where((p_norm == 0) | (u_norm == 0), 1.0, p_norm / u_norm)
         torch._foreach_mul_(updates, list(self.unless_flagged(rates, 0.0).unbind()))
         torch._foreach_sub_(params, updates)
+
+
+def clip_gradients(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, limit: float | None) -> Tensor:
+    """Scale the gradients to a norm of at most `limit`. Returns their norm before that, a tensor () on the device."""
+    if scaler.is_enabled():
+        scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if limit is None:
+        return nn.utils.get_total_norm([p.grad for p in parameters])
+    return nn.utils.clip_grad_norm_(parameters, limit)

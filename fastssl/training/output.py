@@ -12,7 +12,7 @@ from fastssl.common.files import write_atomically
 from fastssl.models.checkpoint import LAST
 from fastssl.training.display import Display
 from fastssl.training.run_dir import describe_run, save_view_sheet
-from fastssl.training.setup import Run
+from fastssl.training.setup import TrainingRun
 from fastssl.training.signals import StopRequest
 from fastssl.training.tracking import Trackers
 
@@ -23,7 +23,7 @@ class Output:
     A disk that takes no checkpoint costs a warning, not the run: the next log step tries again.
     """
 
-    def __init__(self, run: Run, run_dir: Path):
+    def __init__(self, run: TrainingRun, run_dir: Path):
         self.run, self.run_dir = run, run_dir
         self.save_failed = False  # of last.pt
         recipe, state, device = run.recipe, run.state, run.device

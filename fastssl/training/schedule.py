@@ -1,4 +1,4 @@
-"""What changes with the step or the epoch, as functions of it: nothing here has to be saved."""
+"""Everything that is a function of the step or the epoch: learning rate, warm-ups, momentum, size of the views."""
 
 import math
 from dataclasses import dataclass
@@ -8,60 +8,60 @@ from fastssl.recipe import Recipe, ViewsConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run's length, and what is known of every step beforehand."""
+    """The length of a run, and the learning rate of each step."""
 
-    steps_per_epoch: int
     total_steps: int
-    warmup_steps: int
-    beta_warmup_steps: int
+    warmup_steps: int  # of the learning rate
+    beta_warmup_steps: int  # of the KL's weight
     peak_rate: float
-    final_factor: float
+    final_factor: float  # the last rate divided by the peak
 
     def rate(self, step: int) -> float:
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_rate, self.final_factor)
+        """The learning rate of step 0, 1, ...: linear up to `peak_rate`, then half a cosine down to the final rate.
+
+        The first warm-up step has peak_rate / warmup_steps, the last step of the run nearly the final rate.
+        """
+        if step < self.warmup_steps:
+            return self.peak_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        factor = self.final_factor + (1 - self.final_factor) * (1 + math.cos(math.pi * progress)) / 2
+        return self.peak_rate * factor
 
 
 def plan(recipe: Recipe, steps_per_epoch: int) -> tuple[Schedule, list[str]]:
     """The schedule of a recipe, and warnings. The peak rate is optim.lr x global batch / 256."""
-    total_steps, warnings = recipe.train.epochs * steps_per_epoch, []
-    length = steps_per_epoch, total_steps, warnings
+    total_steps = recipe.train.epochs * steps_per_epoch
+    warnings = []
+
+    def count_warmup(key: str, epochs: float) -> int:
+        steps = round(epochs * steps_per_epoch)
+        if steps < total_steps:
+            return steps
+        warnings.append(f"{key}={epochs:g} is the whole run or more: shortened to 10% of its steps.")
+        return total_steps // 10
+
     schedule = Schedule(
-        steps_per_epoch,
-        total_steps,
-        count_warmup("optim.warmup_epochs", recipe.optim.warmup_epochs, *length),
-        count_warmup("embedding.beta_warmup_epochs", recipe.embedding.beta_warmup_epochs, *length),
-        recipe.optim.lr * recipe.train.batch_size / 256,
-        recipe.optim.final_lr_factor,
+        total_steps=total_steps,
+        warmup_steps=count_warmup("optim.warmup_epochs", recipe.optim.warmup_epochs),
+        beta_warmup_steps=count_warmup("embedding.beta_warmup_epochs", recipe.embedding.beta_warmup_epochs),
+        peak_rate=recipe.optim.lr * recipe.train.batch_size / 256,
+        final_factor=recipe.optim.final_lr_factor,
     )
     return schedule, warnings
 
 
-def count_warmup(key: str, epochs: float, steps_per_epoch: int, total_steps: int, warnings: list[str]) -> int:
-    """The steps of a warm-up; one that is not shorter than the run becomes a tenth of it, with a warning."""
-    steps = round(epochs * steps_per_epoch)
-    if steps < total_steps:
-        return steps
-    warnings.append(f"{key}={epochs:g} is the whole run or more: shortened to 10% of its steps.")
-    return total_steps // 10
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final_factor: float) -> float:
-    """The rate of step 0, 1, ...: linear from 0 to `peak`, then half a cosine down to peak * final_factor.
-
-    The first warm-up step has peak / warmup_steps, the last step of all nearly the final rate.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2)
+def target_momentum(step: int, total_steps: int, start: float) -> float:
+    """The momentum of BYOL's target, from `start` along half a cosine to 1 (arXiv 2006.07733, section 3.3)."""
+    return 1 - (1 - start) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
 def image_size(views: ViewsConfig, epoch: int) -> int:
-    """The side of the training views in an epoch, in px: views.size, or what views.progressive_resize makes of it."""
-    if views.progressive_resize is None:
+    """The side of the training views in an epoch, in px: views.size, or smaller under views.progressive_resize."""
+    resize = views.progressive_resize
+    if resize is None:
         return views.size
-    (begin, end), start = views.progressive_resize.epochs, views.progressive_resize.size
+    begin, end = resize.epochs
     if epoch >= end:
         return views.size
     share = max(0.0, (epoch - begin) / (end - begin))
-    return start + int(share * (views.size - start)) // 32 * 32
+    return resize.size + int(share * (views.size - resize.size)) // 32 * 32

@@ -1,10 +1,11 @@
-"""From a recipe to everything that the loop works with."""
+"""From a recipe to everything that the training loop works with."""
 
 import ctypes
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from fastssl.beton import read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, SampleSelection
-from fastssl.models import Model, WeightAverage, build_model, convert_batch_norms
+from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint, load_pretrained
 from fastssl.models.encoder import has_fixed_size
-from fastssl.objectives import total_loss
-from fastssl.recipe import Recipe
+from fastssl.objectives import TotalLoss
+from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import make_optimizer
 from fastssl.training.schedule import Schedule, image_size, plan
@@ -31,85 +32,81 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
-class Run:
-    """What one training needs. `network` maps what the model's forward takes to the loss's terms and the first h."""
+class StepOutput(NamedTuple):
+    """The outputs of one forward pass."""
 
-    recipe: Recipe
-    device: torch.device
-    precision: str
-    compiled: bool
-    schedule: Schedule
-    state: TrainState
-    network: Callable[..., tuple[dict[str, Tensor], Tensor]]
-    no_sync: Callable[[], AbstractContextManager]  # inside, processes leave their gradients unexchanged
-    views: "TrainingViews"
-    guard: FiniteGuard
+    terms: dict[str, Tensor]  # scalars: the loss, its weighted terms and metrics, as TotalLoss returns them
+    h: Tensor  # (B, D) representation of the first view, without gradient
 
 
 class Network(nn.Module):
-    """Model and loss in one: what is compiled, and what DistributedDataParallel wraps."""
+    """Model and loss in one module, so that DistributedDataParallel and torch.compile wrap both."""
 
-    def __init__(self, model: Model, loss_terms: Callable, device: torch.device, precision: str):
+    def __init__(self, model: Model, total_loss: TotalLoss, device: torch.device, precision: str):
         super().__init__()
-        self.model, self.loss_terms = model, loss_terms
-        self.autocast = dict(device_type=device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES)
+        self.model, self.total_loss = model, total_loss
+        # Arguments of torch.autocast for the model.
+        self.autocast = {"device_type": device.type, "dtype": DTYPES.get(precision), "enabled": precision in DTYPES}
 
-    def forward(self, *inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """(v1, v2, index, step), or (v, label, index, step): the loss's terms, and the first view's h, to look at."""
+    def forward(self, inputs: ModelInput) -> StepOutput:
         with torch.autocast(**self.autocast):
-            views = self.model(*inputs)
-        return self.loss_terms(*views, self.model.priors, inputs[-1]), views[0].h.detach()
+            views = self.model(inputs)
+        # Outside of autocast: losses, KL and log-variances are computed in fp32.
+        terms = self.total_loss(views, self.model.priors, inputs.step)
+        return StepOutput(terms, views[0].h.detach())
 
 
 class TrainingViews:
-    """The views of a batch that the objective takes, at the size that the recipe has for the epoch."""
+    """The augmented views of a batch, as many as the objective takes, at the size of the epoch."""
 
     def __init__(self, recipe: Recipe, compiled: bool):
         self.recipe, self.compiled = recipe, compiled
         self.layout = memory_format(recipe)
-        self._by_size: dict[int, Callable] = {}
+        self._by_size: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
     def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
         size = image_size(self.recipe.views, epoch)
         if size not in self._by_size:
             views = self.recipe.views.model_copy(update={"size": size})
-            make = PairedViews(views, self.recipe.seed, self.recipe.view_count)
-            self._by_size[size] = torch.compile(make, dynamic=False) if self.compiled else make
-        # A tensor, not a number: a compiled graph would be made anew for each number.
-        epoch = torch.full((), epoch, device=batch.image.device)
-        made = self._by_size[size](batch.image, batch.index, epoch, batch.height, batch.width)
-        return tuple(v.contiguous(memory_format=self.layout) for v in made)
+            make_views = PairedViews(views, self.recipe.seed, self.recipe.objective.num_views)
+            self._by_size[size] = torch.compile(make_views, dynamic=False) if self.compiled else make_views
+        # A tensor, not a number: torch.compile would compile the views again for each number.
+        epoch_tensor = torch.full((), epoch, device=batch.image.device)
+        views = self._by_size[size](batch.image, batch.index, epoch_tensor, batch.height, batch.width)
+        return tuple(v.contiguous(memory_format=self.layout) for v in views)
 
 
-def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None) -> tuple[Run, list[str]]:
-    """Build the run, from its checkpoint where there is one. Returns it with remarks to show.
+@dataclass
+class TrainingRun:
+    """Everything that the training of one recipe needs."""
 
-    Raises UserError for everything that the user can mend.
+    recipe: Recipe
+    device: torch.device
+    precision: str  # train.precision without "auto": fp32, tf32, bf16 or fp16
+    compiled: bool
+    schedule: Schedule
+    state: TrainState
+    network: Network  # inside DistributedDataParallel and torch.compile, if the run has them
+    no_sync: Callable[[], AbstractContextManager[None]]  # a context in which processes do not exchange gradients
+    views: Callable[[Batch, int], tuple[Tensor, ...]]  # batch and epoch -> views, each (B, 3, size, size)
+    guard: FiniteGuard
+
+
+def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None) -> tuple[TrainingRun, list[str]]:
+    """Build the run, from its checkpoint if there is one. Returns it with remarks to show.
+
+    Raises UserError for everything that the user can fix, before any training.
     """
     require_trackers(recipe)
     if device.type == "cpu":
         keep_freed_memory()
-    if recipe.train.cuda_graphs and world_size() > 1:
-        raise UserError("train.cuda_graphs is for a single process: leave it out.")
     precision = choose_precision(recipe.train.precision, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device)
-    if recipe.objective.name == "supervised":
-        check_labels(loader, recipe.objective.classes)
+    check_combinations(recipe, loader)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
 
-    if recipe.views.progressive_resize and has_fixed_size(recipe.model.backbone):
-        raise UserError(
-            f"views.progressive_resize: {recipe.model.backbone} takes images of one size only, so leave it out."
-        )
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe).to(device=device, memory_format=memory_format(recipe))
-    if recipe.model.init and not checkpoint:
-        remarks.append(load_pretrained(model, recipe.model.init))
-    if recipe.train.sync_bn and world_size() > 1:
-        convert_batch_norms(model)
-    model.train()
+    model, loaded = make_model(recipe, device, None if checkpoint else recipe.model.init)
     state = TrainState(
         recipe,
         model,
@@ -119,44 +116,89 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         skipped=torch.zeros((), dtype=torch.int64, device=device),
         average=WeightAverage(model, recipe.train.ema) if recipe.train.ema else None,
     )
-    if checkpoint:
-        remarks += state.load(checkpoint)
+    remarks += [*loaded, *resume_state(state, checkpoint)]
+
+    network = Network(model, TotalLoss(recipe, schedule.beta_warmup_steps), device, precision)
+    wrapped, no_sync = wrap_network(network, recipe, compiled)
+    views, guard = TrainingViews(recipe, compiled), FiniteGuard(model, state)
+    run = TrainingRun(recipe, device, precision, compiled, schedule, state, wrapped, no_sync, views, guard)
+    return run, remarks
+
+
+def check_combinations(recipe: Recipe, loader: BetonLoader) -> None:
+    """Raises UserError for keys that do not go together with the machine, the backbone or the data."""
+    if recipe.train.cuda_graphs and world_size() > 1:
+        raise UserError("train.cuda_graphs is for a single process: leave it out.")
+    if recipe.views.progressive_resize and has_fixed_size(recipe.model.backbone):
+        raise UserError(
+            f"views.progressive_resize: {recipe.model.backbone} takes images of one size only, so leave it out."
+        )
+    if isinstance(recipe.objective, SupervisedConfig):
+        check_labels(loader, recipe.objective.classes)
+
+
+def make_model(recipe: Recipe, device: torch.device, pretrained: str | None) -> tuple[Model, list[str]]:
+    """The model in training mode with its first weights, and a remark on those that come from `pretrained`."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe).to(device=device, memory_format=memory_format(recipe))
+    remarks = [load_pretrained(model, pretrained)] if pretrained else []
+    if recipe.train.sync_bn and world_size() > 1:
+        convert_batch_norms(model)
+    return model.train(), remarks
+
+
+def resume_state(state: TrainState, checkpoint: Checkpoint | None) -> list[str]:
+    """Load the checkpoint, if there is one, in all processes. Returns warnings."""
+    warnings = state.load(checkpoint) if checkpoint else []
     if broadcast_from_main(lambda: state.step) != state.step:
         raise UserError("The processes found different checkpoints: let all hosts see one run directory.")
-    if not is_main_process():  # dropout masks of its own; the first process's generator is part of the state
-        torch.manual_seed(recipe.seed + 1_000_003 * (state.step + 1) + rank())
+    if not is_main_process():
+        # Each process draws its own dropout masks. The main process's generator is part of the state.
+        torch.manual_seed(state.recipe.seed + 1_000_003 * (state.step + 1) + rank())
+    return warnings
 
-    network = Network(model, total_loss(recipe, schedule.beta_warmup_steps), device, precision)
+
+def wrap_network(
+    network: Network, recipe: Recipe, compiled: bool
+) -> tuple[Network, Callable[[], AbstractContextManager[None]]]:
+    """The network inside DistributedDataParallel and torch.compile, with DDP's `no_sync`.
+
+    torch.compile comes last, so that DDP's buckets of gradients travel while the compiled backward pass goes on.
+    """
+    wrapped: nn.Module = network
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     if world_size() > 1:
-        # Batch norms' buffers need no broadcast: they are the same everywhere, or with sync_bn=false the first one's.
         with warnings.catch_warnings():
             # torch 2.15 wants the name forward_sync_buffers instead, which older ones that we allow may not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # Batch norms' buffers need no broadcast: they are equal in all processes, or with sync_bn=false those of
+            # the main process are saved.
+            parallel = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
         if recipe.train.compress_gradients:
-            network.register_comm_hook(None, bf16_compress_hook)
-    no_sync = getattr(network, "no_sync", nullcontext)
+            parallel.register_comm_hook(None, bf16_compress_hook)
+        wrapped, no_sync = parallel, parallel.no_sync
     if compiled:
-        network = torch.compile(network, dynamic=False, mode="reduce-overhead" if recipe.train.cuda_graphs else None)
-    views, guard = TrainingViews(recipe, compiled), FiniteGuard(model, state)
-    return Run(recipe, device, precision, compiled, schedule, state, network, no_sync, views, guard), remarks
+        mode = "reduce-overhead" if recipe.train.cuda_graphs else None
+        wrapped = cast(nn.Module, torch.compile(wrapped, dynamic=False, mode=mode))
+    return cast(Network, wrapped), no_sync
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step.
+    """Let glibc reuse the memory that a step frees for the next step.
 
-    It gives large pieces back to the system, which hands out zeroed pages again: on two cores 35,000 page faults a step
-    at 32 px, 130,000 at 224 px. Keeping them makes training a tenth faster (records/profiling.md). Another C library
-    is left alone.
+    By default it returns large pieces to the system, which hands out zeroed pages again: on two cores 35,000 page
+    faults per step at 32 px, 130,000 at 224 px. Without them training is a tenth faster (records/profiling.md). Does
+    nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # A single piece of a GB, no tensor of a step, is still given back. Older ones refuse more than 32 MB here, and what
-    # they would do with the second call alone is to map and unmap every tensor: 3.5 times as slow as before.
+    # Pieces above 1 GB, larger than any tensor of a step, are still returned. Older versions refuse more than 32 MB
+    # here. The second call alone would make them map and unmap every tensor: 3.5 times as slow as the default.
     if mallopt and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_device(asked: str) -> torch.device:
+    """Resolve train.device. Raises UserError for "cuda" without a GPU."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no GPU here: run `fastssl doctor`, or set train.device=cpu.")
     if asked == "auto":
@@ -165,14 +207,14 @@ def choose_device(asked: str) -> torch.device:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """Resolve "auto" and set torch's precision of fp32 products: TF32 with tf32, else whole.
+    """Resolve train.precision, and let torch compute fp32 products in TF32 with tf32 and in full fp32 else.
 
-    Under bf16 and fp16 the products that are left in fp32 are the loss's own, and stay exact.
+    Under bf16 and fp16, the only products left in fp32 are those of the loss, which stay exact.
     """
     if asked == "auto":
         asked = "bf16" if device.type == "cuda" else "fp32"
     if asked == "tf32" and device.type != "cuda":
-        raise UserError("train.precision=tf32 is a GPU's: set train.precision=fp32 for a run without one.")
+        raise UserError("train.precision=tf32 needs a GPU: set train.precision=fp32 for a run without one.")
     torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = asked == "tf32"
     return asked
@@ -183,14 +225,14 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 
 def crop_of(recipe: Recipe) -> str:
-    """Where crops are cut: on the device for a canvas file, on the CPU for a full one, unless data.crop says."""
+    """Resolve data.crop: crops are cut on the device for a canvas file, on the CPU for a file in the full layout."""
     if recipe.data.crop != "auto":
         return recipe.data.crop
     return "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
 
 
 def is_resident(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the run keeps all of its images on the device."""
+    """Resolve data.resident: whether the run keeps all of its images on the device."""
     if recipe.data.resident != "auto":
         return recipe.data.resident
     if device.type != "cuda" or crop_of(recipe) != "gpu":
@@ -202,7 +244,7 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
 
 
 def check_labels(loader: BetonLoader, classes: int) -> None:
-    """Raises UserError where an image of the run has a label that the classifier has no output for."""
+    """Raises UserError if an image has no label, or one that the classifier has no output for."""
     label_N = loader.samples.label_N[loader.rows]
     lowest, highest = int(label_N.min()), int(label_N.max())
     if lowest < 0:
@@ -235,7 +277,7 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
         seed=recipe.seed,
         crop=crop_of(recipe),
         views=recipe.views,
-        crops=recipe.view_count,
+        crops=recipe.objective.num_views,
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,

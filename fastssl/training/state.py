@@ -1,23 +1,22 @@
-"""All that a resume needs, and how it is saved: a checkpoint is there whole or not at all."""
+"""The state of a training run: everything that a resume needs, to and from a checkpoint."""
 
-import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
-from fastssl.models.checkpoint import LAST, PREVIOUS, Checkpoint, recipe_in
+from fastssl.models.checkpoint import LAST, Checkpoint, SavedState, write_checkpoint
 from fastssl.recipe import Recipe
 
-# A resumed run may change these; any other key would make it another run. The data may have moved: that they are the
-# same images, the loader checks.
+# A resumed run may change these keys; another value of any other key would make it another run. The data may have
+# moved; the loader checks that the images are the same.
 FREE_KEYS = (
     "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "views.eval",
     "embedding.chunk", "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps", "probe", "log",
@@ -27,33 +26,30 @@ FREE_KEYS = (
 
 @dataclass
 class TrainState:
-    """What changes during training. `step` counts optimiser steps, skipped ones included.
+    """What changes during training.
 
     Learning rate, momentum of the target, size of the views and all noise are functions of the step or epoch, of the
-    recipe and of its seed: they need no state.
+    recipe and of its seed, so they are not part of it.
     """
 
     recipe: Recipe
     model: Model
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    loader: BetonLoader
-    skipped: Tensor  # int64 () on the device: steps left out because they were not finite
+    scaler: torch.amp.GradScaler  # of the gradients; disabled unless the precision is fp16
+    loader: BetonLoader  # knows the epoch and the position in it
+    skipped: Tensor  # int64 () on the device: steps skipped because they were not finite
     average: WeightAverage | None = None
-    step: int = 0
-    epochs_probed: int = 0  # the epoch behind which the last probe ran
-    best: dict[str, float] = field(default_factory=dict)  # the probe's best figure, and its step
-    seconds: float = 0.0  # of training, over all resumes
+    step: int = 0  # optimizer steps, skipped ones included
+    epochs_probed: int = 0  # epochs that were done at the last probe
+    best: dict[str, float] = field(default_factory=dict)  # the probe's best metric by name, and its "step"
+    seconds: float = 0.0  # of training, over all resumes, at `started`
     started: float = field(default_factory=time.monotonic)
 
     def save(self, run_dir: Path, name: str = LAST) -> None:
-        """Write checkpoints/NAME, in the first process. The last checkpoint before it stays as previous.pt.
-
-        Raises OSError where the disk does not take it; then the old files are still there.
-        """
+        """Write RUN/checkpoints/NAME in the main process. Raises OSError if the disk is full."""
         if not is_main_process():
             return
-        saved = {
+        saved: SavedState = {
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
             "ema": self.average.model.state_dict() if self.average else None,
@@ -69,35 +65,34 @@ class TrainState:
             "rng": torch.get_rng_state(),  # for backbones with dropout
             "cuda_rng": torch.cuda.get_rng_state() if self.skipped.is_cuda else None,
         }
-        # Into memory first: torch.save on a full disk raises whatever its archive happens to meet there.
-        data = io.BytesIO()
-        torch.save(saved, data)
-        folder = run_dir / "checkpoints"
-        keep = folder / PREVIOUS if name == LAST else None
-        write_atomically(folder / name, lambda path: path.write_bytes(data.getbuffer()), keep=keep)
+        write_checkpoint(run_dir, name, saved)
 
     def count_seconds(self) -> float:
-        """Of training so far, over all resumes."""
+        """Seconds of training so far, over all resumes."""
         now = time.monotonic()
         self.seconds, self.started = self.seconds + now - self.started, now
         return self.seconds
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
-        """Go on from a checkpoint. Returns warnings. Raises UserError for another run's recipe or a file's damage."""
-        path, saved, _, warning = checkpoint
-        changed = changed_keys(recipe_in(path, saved).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
+        """Continue from a checkpoint. Returns warnings.
+
+        Raises UserError if the checkpoint belongs to another recipe or does not fit its own.
+        """
+        changed = changed_keys(checkpoint.recipe.model_dump(mode="json"), self.recipe.model_dump(mode="json"))
         if changed:
             raise UserError(
-                f"{path} is of a run with other values of {', '.join(changed)}: resume with that run's own "
-                f"recipe.yaml, or start a new run (model.init={path} starts it from these weights)."
+                f"{checkpoint.path} is of a run with other values of {', '.join(changed)}: resume with that run's own "
+                f"recipe.yaml, or start a new run (model.init={checkpoint.path} starts it from these weights)."
             )
         try:
-            self._fill_from(saved)
+            self._fill_from(checkpoint.saved)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} does not fit its own recipe, so no run goes on from it: {reason}.") from None
-        threads = saved["torch_threads"]
-        warnings = [warning] if warning else []
+            raise UserError(
+                f"{checkpoint.path} does not fit its own recipe, so no run goes on from it: {reason}."
+            ) from None
+        warnings = [checkpoint.warning] if checkpoint.warning else []
+        threads = checkpoint.saved["torch_threads"]
         if threads != torch.get_num_threads():
             warnings.append(
                 f"torch ran with {threads} threads before and has {torch.get_num_threads()} now, so results agree to "
@@ -105,7 +100,7 @@ class TrainState:
             )
         return warnings
 
-    def _fill_from(self, saved: dict) -> None:
+    def _fill_from(self, saved: SavedState) -> None:
         self.model.load_state_dict(saved["model"])
         if self.average:
             self.average.model.load_state_dict(saved["ema"])
@@ -121,8 +116,8 @@ class TrainState:
                 torch.cuda.set_rng_state(saved["cuda_rng"])
 
 
-def changed_keys(before: dict, after: dict, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, the free ones left out."""
+def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys whose values differ between two dumped recipes, without those that a resume may change."""
     changed = []
     for key in {**before, **after}:
         dotted, old, new = prefix + key, before.get(key), after.get(key)

@@ -19,8 +19,8 @@ from fastssl.evaluation import probe as probe_module
 from fastssl.evaluation.runs import find_evaluation_data, load_run_encoder
 from fastssl.export import export_run
 from fastssl.loading import BetonLoader
-from fastssl.models import Classifier, SSLModel, build_model
-from fastssl.objectives import cross_entropy_loss, total_loss
+from fastssl.models import Classifier, ModelInput, SSLModel, build_model
+from fastssl.objectives import TotalLoss, cross_entropy_loss
 from fastssl.recipe import load_recipe
 from fastssl.training import loop, setup, train
 
@@ -37,17 +37,18 @@ def classifier_of(embedding):
 
 def inputs():
     v = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return v, torch.arange(B) % C, torch.arange(50, 50 + B), torch.tensor(4)
+    return ModelInput((v,), torch.arange(B) % C, torch.arange(50, 50 + B), torch.tensor(4))
 
 
 # --- Model and loss --------------------------------------------------------------------------------------------------
 
 
 def test_a_deterministic_loss_is_torch_s_cross_entropy():
-    model, (v, label, *rest) = classifier_of({"stochastic": "none"}), inputs()
+    model, batch = classifier_of({"stochastic": "none"}), inputs()
+    (v,), label = batch.views, batch.label
     reference = copy.deepcopy(model)
-    (view,) = model(v, label, *rest)
-    terms = total_loss(recipe_of(SUPERVISED, {}))(view, model.priors, 0)
+    (view,) = views = model(batch)
+    terms = TotalLoss(recipe_of(SUPERVISED, {}))(views, model.priors, 0)
     h = reference.encoder(v)
     logits = h @ reference.classifier.weight.T + reference.classifier.bias
     torch.testing.assert_close(view.h, h)
@@ -58,14 +59,14 @@ def test_a_deterministic_loss_is_torch_s_cross_entropy():
 
 def test_a_stochastic_loss_averages_the_logits_of_the_draws_and_pays_for_one_view_s_kl():
     embedding = {"stochastic": "h"}
-    model, (v, label, index, step) = classifier_of(embedding), inputs()
-    (view,) = model(v, label, index, step)
+    model, batch = classifier_of(embedding), inputs()
+    (view,) = views = model(batch)
     q, h_SBD = view.draws["h"]
-    assert torch.equal(h_SBD, q.mu + q.sigma * normals(0, step, index, 0, S, q.mu.shape[1], NOISE_H))
+    assert torch.equal(h_SBD, q.mu + q.sigma * normals(0, batch.step, batch.index, 0, S, q.mu.shape[1], NOISE_H))
     logits = torch.stack([model.classifier(h) for h in h_SBD]).mean(0)
     kl = 0.5 * (q.mu**2 + q.sigma**2 - 1 - 2 * q.sigma.log()).sum(-1).mean()
-    terms = total_loss(recipe_of(SUPERVISED, embedding))(view, model.priors, 0)
-    torch.testing.assert_close(terms["loss"], F.cross_entropy(logits, label, label_smoothing=0.1) + 0.1 * kl)
+    terms = TotalLoss(recipe_of(SUPERVISED, embedding))(views, model.priors, 0)
+    torch.testing.assert_close(terms["loss"], F.cross_entropy(logits, batch.label, label_smoothing=0.1) + 0.1 * kl)
     torch.testing.assert_close(terms["kl_h"], kl.detach())
     terms["loss"].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
@@ -81,7 +82,7 @@ def test_the_loss_is_fp32_whatever_surrounds_it():
 
 @pytest.mark.parametrize("stochastic", ["none", "h"])
 def test_logits_are_of_the_embedding_and_leave_the_model_alone(stochastic):
-    model, (v, *_) = classifier_of({"stochastic": stochastic}), inputs()
+    model, (v,) = classifier_of({"stochastic": stochastic}), inputs().views
     before = copy.deepcopy(model.state_dict())
     logits, embedding = model.logits(v), model.embed(v)
     assert model.training and not logits.requires_grad and logits.shape == (B, C)
@@ -98,21 +99,17 @@ def test_logits_are_of_the_embedding_and_leave_the_model_alone(stochastic):
 def test_a_step_never_asks_the_device():
     model, recipe = classifier_of({"stochastic": "h"}), recipe_of(SUPERVISED, {"stochastic": "h"})
     with NoHost():
-        views = model(*inputs())
-        total_loss(recipe, 3)(*views, model.priors, torch.tensor(4))["loss"].backward()
+        views = model(inputs())
+        TotalLoss(recipe, 3)(views, model.priors, torch.tensor(4))["loss"].backward()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stochastic", ["none", "h"])
 def test_model_and_loss_compile_in_one_graph(stochastic):
     recipe = recipe_of(SUPERVISED, {"stochastic": stochastic})
-    model, loss_terms = Classifier(recipe).double(), total_loss(recipe)
-
-    def forward(v, label, index, step):
-        return loss_terms(*model(v, label, index, step), model.priors, step)["loss"]
-
-    want = forward(*inputs())
-    loss = torch.compile(forward, fullgraph=True, dynamic=False)(*inputs())
+    network = setup.Network(Classifier(recipe).double(), TotalLoss(recipe), torch.device("cpu"), "fp32")
+    want = network(inputs()).terms["loss"]
+    loss = torch.compile(network, fullgraph=True, dynamic=False)(inputs()).terms["loss"]
     loss.backward()
     torch.testing.assert_close(loss, want)
 
@@ -186,7 +183,7 @@ def test_a_fine_tune_starts_from_an_ssl_run_with_a_new_classifier(canvas, tmp_pa
     assert come == {name for name in before if not name.startswith("projector.")}
     assert all(torch.equal(before[name], after[name]) for name in come)
     assert after.keys() - come == {"classifier.weight", "classifier.bias"}
-    assert "2 others start anew, such as classifier.weight" in " ".join(remarks)
+    assert "2 others start at random, such as classifier.weight" in " ".join(remarks)
     train(recipe)
     assert losses_of(tmp_path / "fine")
 
@@ -308,7 +305,7 @@ def test_weight_decay_leaves_out_the_classifier_s_bias():
         ("objective={name: supervised, classes: 9, lambd: 1}", "objective.lambd belongs to barlow_twins"),
         ("embedding.stochastic=z", "set embedding.stochastic to none or h"),
         ("embedding.stochastic=hz", "set embedding.stochastic to none or h"),
-        ("embedding={stochastic: h, chunk: 2}", "embedding.chunk cannot split .* leave it out"),
+        ("embedding={stochastic: h, chunk: 2}", "embedding.chunk cannot split .* leave out embedding.chunk"),
         ("optim.head_lr_factor=0", "optim.head_lr_factor"),
     ],
 )
@@ -319,7 +316,7 @@ def test_what_makes_no_sense_is_refused(override, says):
 
 
 def test_a_rate_for_a_head_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="optim.head_lr_factor is the rate of a classifier, .* leave it out"):
+    with pytest.raises(UserError, match="optim.head_lr_factor is the learning rate of a classifier, .* leave it out"):
         load_recipe("recipes/barlow.yaml", ["optim.head_lr_factor=10"])
     assert isinstance(build_model(recipe_of({"name": "barlow_twins"}, {})), SSLModel)
 

@@ -7,8 +7,8 @@ import torch
 from small_models import recipe_of
 
 from fastssl.common.randomness import NOISE_H, NOISE_Z, normals
-from fastssl.models import SSLModel, VampPrior
-from fastssl.objectives import total_loss
+from fastssl.models import ModelInput, SSLModel, VampPrior
+from fastssl.objectives import TotalLoss
 
 BARLOW = {"name": "barlow_twins"}
 BYOL = {"name": "byol", "predictor_hidden": 16}
@@ -18,9 +18,10 @@ B, S = 6, 3
 
 
 def inputs(batch=B, dtype=torch.float64):
-    """Two views of `batch` images, whose first rows are the same for every batch size, and the images' numbers."""
+    """Two views of `batch` images; their first rows are the same for every batch size."""
     first, noise = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=dtype)[:, :batch]
-    return first, first + 0.3 * noise, torch.arange(50, 50 + batch), torch.tensor(4)
+    label = torch.full((batch,), -1)
+    return ModelInput((first, first + 0.3 * noise), label, torch.arange(50, 50 + batch), torch.tensor(4))
 
 
 def model_of(objective, embedding):
@@ -33,12 +34,12 @@ def model_of(objective, embedding):
 def test_every_objective_with_every_embedding_learns_in_all_its_parameters(objective, stochastic):
     embedding = {"stochastic": stochastic, "prior": "mixture"}
     model = model_of(objective, embedding)
-    first, second = views = model(*inputs())
+    views = model(inputs())
     for view in views:
         assert view.h.shape == (B, model.encoder.num_features) and model.mean_z(view.h).shape == (B, 8)
         assert view.z.shape == ((B, 8) if stochastic == "none" else (S, B, 8))
         assert list(view.draws) == [space for space in "hz" if space in stochastic and stochastic != "none"]
-    terms = total_loss(recipe_of(objective, embedding))(first, second, model.priors, 0)
+    terms = TotalLoss(recipe_of(objective, embedding))(views, model.priors, 0)
     terms["loss"].backward()
     learns = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     still = {name for name, _ in model.named_parameters()} - learns
@@ -47,11 +48,11 @@ def test_every_objective_with_every_embedding_learns_in_all_its_parameters(objec
 
 def test_draws_are_the_counter_s_noise_on_mu_and_sigma():
     """H-prob: each draw of h through the projector by itself, with its own batch statistics."""
-    model, (v1, v2, index, step) = model_of(BARLOW, {"stochastic": "h"}), inputs()
+    model, batch = model_of(BARLOW, {"stochastic": "h"}), inputs()
     loop = copy.deepcopy(model)
-    view, _ = model(v1, v2, index, step)
+    view, _ = model(batch)
     q, h_SBD = view.draws["h"]
-    assert torch.equal(h_SBD, q.mu + q.sigma * normals(0, step, index, 0, S, q.mu.shape[1], NOISE_H))
+    assert torch.equal(h_SBD, q.mu + q.sigma * normals(0, batch.step, batch.index, 0, S, q.mu.shape[1], NOISE_H))
     torch.testing.assert_close(view.z, torch.stack([loop.projector(h) for h in h_SBD]))
     assert torch.equal(view.h, q.mu)
 
@@ -60,14 +61,14 @@ def test_each_draw_of_h_leads_to_one_draw_of_z():
     """hz: z_s ~ q(z | h_s), so z's Gaussian stands over S * B images' draws, in the order of the draws."""
     model = model_of(BARLOW, {"stochastic": "hz"})
     plain = copy.deepcopy(model)
-    view, _ = model(*inputs())
+    view, _ = model(inputs())
     (_, h_SBD), (q_z, z) = view.draws["h"], view.draws["z"]
     assert q_z.mu.shape == (S * B, 8) and z.shape == (1, S * B, 8)
     for s in range(S):
         of_draw = plain.heads["z"](plain.projector(h_SBD[s]))
         torch.testing.assert_close(q_z.mu.view(S, B, 8)[s], of_draw.mu)
     assert torch.equal(view.z, z.view(S, B, 8))
-    *_, index, step = inputs()
+    _, _, index, step = inputs()
     noise = normals(0, step, index, 0, S, 8, NOISE_Z)
     torch.testing.assert_close(((z - q_z.mu) / q_z.sigma).view(S, B, 8), noise.double())
     assert not torch.equal(noise, normals(0, step, index, 0, S, 8, NOISE_H))
@@ -80,7 +81,7 @@ def test_noise_is_that_of_the_image_whatever_else_is_in_the_batch(stochastic):
     for batch, compiled in ((6, False), (4, False), (4, True)):
         model = model_of(BARLOW, {"stochastic": stochastic})
         forward = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else model
-        view, _ = forward(*inputs(batch))
+        view, _ = forward(inputs(batch))
         (q, x) = view.draws[stochastic[0]]
         got.append(((x - q.mu) / q.sigma)[:, :4])
     torch.testing.assert_close(got[0], got[1], rtol=0, atol=1e-12)
@@ -95,7 +96,7 @@ def test_chunks_change_nothing_but_memory(objective, stochastic):
     for chunk in (None, 2):
         embedding = {"stochastic": stochastic, "chunk": chunk}
         model = model_of(objective, embedding)
-        terms = total_loss(recipe_of(objective, embedding))(*model(*inputs()), model.priors, 0)
+        terms = TotalLoss(recipe_of(objective, embedding))(model(inputs()), model.priors, 0)
         terms["loss"].backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((terms, gradients, dict(model.named_buffers())))
@@ -114,7 +115,7 @@ def test_chunks_keep_fewer_numbers_for_the_backward_pass():
         model = SSLModel(recipe).double()
         model.encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.AdaptiveAvgPool1d(model.encoder.num_features))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            total_loss(recipe)(*model(*inputs()), model.priors, 0)
+            TotalLoss(recipe)(model(inputs()), model.priors, 0)
         return sum(sizes)
 
     assert kept(1) < kept(None) / 3
@@ -142,10 +143,10 @@ def test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly():
 
 @pytest.mark.parametrize("stochastic", SPACES)
 def test_byol_predicts_the_target_s_mean_of_the_other_view(stochastic):
-    model, (v1, v2, index, step) = model_of(BYOL, {"stochastic": stochastic}), inputs()
+    model, batch = model_of(BYOL, {"stochastic": stochastic}), inputs()
     reference = copy.deepcopy(model.target)
-    view, other = model(v1, v2, index, step)
-    h = reference["encoder"](v1)
+    view, other = model(batch)
+    h = reference["encoder"](batch.views[0])
     h = reference["heads"]["h"](h).mu if "h" in stochastic else h
     z = reference["projector"](h)
     z = reference["heads"]["z"](z).mu if "z" in stochastic else z
@@ -158,7 +159,7 @@ def test_byol_predicts_the_target_s_mean_of_the_other_view(stochastic):
 def test_mean_z_shows_a_collapse_behind_any_noise(objective, stochastic):
     """The same h for every image and sigma 1: draws have full rank, z without noise has one row."""
     model = model_of(objective, {"stochastic": stochastic})
-    model(*inputs())  # running statistics
+    model(inputs())  # running statistics
     h = torch.randn(1, model.encoder.num_features, dtype=torch.float64).expand(B, -1)
     before = copy.deepcopy(model.state_dict())
     z = model.mean_z(h)
@@ -175,8 +176,7 @@ def test_mean_z_shows_a_collapse_behind_any_noise(objective, stochastic):
 def test_embed_gives_the_mean_and_leaves_the_batch_statistics(stochastic):
     model = model_of(BYOL if stochastic == "hz" else BARLOW, {"stochastic": stochastic})
     before = copy.deepcopy(model.state_dict())
-    v1, *_ = inputs()
-    embedding = model.embed(v1)
+    embedding = model.embed(inputs().views[0])
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     assert model.training and embedding.h.shape == (B, model.encoder.num_features)
     assert embedding.space == {"none": None, "z": "z", "h": "h", "hz": "h"}[stochastic]

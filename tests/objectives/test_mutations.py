@@ -19,7 +19,9 @@ import test_total_loss
 import torch
 
 from fastssl.models import DiagonalGaussian, MixtureOfGaussians, SSLModel, StandardNormal, projector, sync_bn
-from fastssl.objectives import barlow_twins_terms, byol_loss, simclr_loss, total, vicreg_terms
+from fastssl.objectives import byol_loss, metrics, simclr_loss
+from fastssl.objectives.barlow_twins import correlation_errors
+from fastssl.objectives.vicreg import unweighted_terms
 from fastssl.training.optim import LAMB, LARS
 
 BARLOW = lambda unbiased: lambda: test_objectives.test_barlow_twins_is_its_formula(5e-3, unbiased, 1e-5, (7, 4))  # noqa: E731
@@ -37,17 +39,17 @@ def lamb():
 
 MUTATIONS = [  # function, what it says, the mistake, the test that must fail
     # Variance conventions.
-    (barlow_twins_terms, "(n - int(unbiased))", "(n - 1)", BARLOW(False)),
-    (barlow_twins_terms, "(n - int(unbiased))", "n", BARLOW(True)),
-    (barlow_twins_terms, "zn2, n, gather) / n**2", "zn2, n, gather) / (n * (n - 1))", BARLOW(False)),
-    (barlow_twins_terms, "(zn1 * zn2).sum(-2), gather) / n", "(zn1 * zn2).sum(-2), gather) / (n - 1)", BARLOW(False)),
-    (barlow_twins_terms, "(var + eps).sqrt()", "(var.sqrt() + eps)", BARLOW(False)),
-    (vicreg_terms, "zc.square().sum(-2), gather) / (n - 1)", "zc.square().sum(-2), gather) / n", VICREG(False)),
-    (vicreg_terms, "zc, n, gather) / (n - 1) ** 2", "zc, n, gather) / n**2", VICREG(False)),
-    (vicreg_terms, "var * hinge.mean()", "var * hinge.sum(0).mean()", VICREG(False)),
-    (vicreg_terms, "off.sum(0).mean()", "off.mean()", VICREG(False)),
-    (vicreg_terms, "zc if center else z", "zc", VICREG(False)),
-    (vicreg_terms, "zc if center else z", "z", VICREG(True)),
+    (correlation_errors, "(n - int(unbiased))", "(n - 1)", BARLOW(False)),
+    (correlation_errors, "(n - int(unbiased))", "n", BARLOW(True)),
+    (correlation_errors, "zn2, n, gather) / n**2", "zn2, n, gather) / (n * (n - 1))", BARLOW(False)),
+    (correlation_errors, "(zn1 * zn2).sum(-2), gather) / n", "(zn1 * zn2).sum(-2), gather) / (n - 1)", BARLOW(False)),
+    (correlation_errors, "(var + eps).sqrt()", "(var.sqrt() + eps)", BARLOW(False)),
+    (unweighted_terms, "zc.square().sum(-2), gather) / (n - 1)", "zc.square().sum(-2), gather) / n", VICREG(False)),
+    (unweighted_terms, "zc, n, gather) / (n - 1) ** 2", "zc, n, gather) / n**2", VICREG(False)),
+    (unweighted_terms, "hinge.mean()", "hinge.sum(0).mean()", VICREG(False)),
+    (unweighted_terms, "off_diagonal.sum(0).mean()", "off_diagonal.mean()", VICREG(False)),
+    (unweighted_terms, "zc if center else z", "zc", VICREG(False)),
+    (unweighted_terms, "zc if center else z", "z", VICREG(True)),
     # The other objectives.
     (simclr_loss, "one_hot, -torch.inf", "one_hot, 0.0", lambda: test_objectives.test_simclr_is_its_formula(0.7)),
     (simclr_loss, "log_p.logsumexp(0) - math.log(len(log_p))", "log_p.mean(0)",
@@ -64,7 +66,7 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
     (DiagonalGaussian.rsample, "self.sigma * noise", "self.log_var.exp() * noise",
      test_gaussian.test_rsample_is_mu_plus_sigma_noise),
     (StandardNormal.log_prob, "LOG_2PI).sum(-1)", "LOG_2PI).mean(-1)", test_gaussian.test_standard_normal),
-    (total.spread, "kl / sigma.shape[-1]", "kl / sigma.shape[-2]",
+    (metrics.uncertainty_metrics, "kl / sigma.shape[-1]", "kl / sigma.shape[-2]",
      test_total_loss.test_loss_is_objective_plus_beta_times_the_mean_kl),
     # The priors' modes.
     (MixtureOfGaussians.log_prob, 'self.mode == "joint"', 'self.mode == "per_dim"',
@@ -82,7 +84,7 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
      DRAWS),
     (SSLModel._draw_z, "noise_SBD.flatten(0, 1)[None]", "noise_SBD.transpose(0, 1).flatten(0, 1)[None]",
      test_ssl_model.test_each_draw_of_h_leads_to_one_draw_of_z),
-    (SSLModel.update_target, "1 - momentum, unless", "momentum, unless",
+    (SSLModel.update_target, "1 - momentum, skip", "momentum, skip",
      test_ssl_model.test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly),
     # Optimisers.
     (LARS.step_group, "torch.where(scaled, trust, 1.0)", "trust", lars),

@@ -7,10 +7,10 @@ import torch
 from no_host import NoHost
 from small_models import recipe_of
 
-from fastssl.models import SSLModel
-from fastssl.objectives import total_loss
-from fastssl.training.guard import FiniteGuard, clip_gradients
-from fastssl.training.optim import make_optimizer
+from fastssl.models import ModelInput, SSLModel
+from fastssl.objectives import TotalLoss
+from fastssl.training.guard import FiniteGuard
+from fastssl.training.optim import clip_gradients, make_optimizer
 
 BYOL = {"name": "byol", "predictor_hidden": 16}
 OBJECTIVES = [{"name": "barlow_twins"}, {"name": "vicreg"}, {"name": "simclr"}, BYOL]
@@ -28,11 +28,12 @@ COMBINATIONS = pytest.mark.parametrize(
 
 def step(recipe, model, batch=8, images=None, dtype=None, scale=1.0):
     """The terms, after a backward pass; under autocast where a dtype is given."""
-    v1, v2 = torch.randn(2, batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)) if images is None else images
+    if images is None:
+        images = torch.randn(2, batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = ModelInput(tuple(images), torch.full((batch,), -1), torch.arange(batch), torch.tensor(0))
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        views = model(v1, v2, torch.arange(batch), torch.tensor(0))
-        # The loss too: whoever leaves it under autocast gets the same.
-        terms = total_loss(recipe)(*views, model.priors, 0)
+        # The loss too: under autocast it must give the same.
+        terms = TotalLoss(recipe)(model(inputs), model.priors, inputs.step)
     (scale * terms["loss"]).backward()
     return terms
 
@@ -99,20 +100,21 @@ def test_a_batch_of_two_is_enough_and_one_is_refused_in_a_sentence(objective, em
 def training_step(objective, embedding, device):
     """A function that makes one whole step of the loop: loss, gradients, clipping, optimiser, BYOL's target."""
     recipe, model = build(objective, {**embedding, "chunk": 2})
-    model, loss_terms = model.to(device), total_loss(recipe, beta_warmup_steps=10)
+    model, total_loss = model.to(device), TotalLoss(recipe, beta_warmup_steps=10)
     state = SimpleNamespace(
         model=model, optimizer=make_optimizer(model, recipe.optim), step=0,
         scaler=torch.amp.GradScaler(device, enabled=False), skipped=torch.zeros((), dtype=torch.int64, device=device),
     )  # fmt: skip
     guard = FiniteGuard(model, state)
-    v1, v2 = torch.randn(2, 8, 3, 32, 32, device=device)
+    views = tuple(torch.randn(2, 8, 3, 32, 32, device=device))
     index, step = torch.arange(8, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    inputs = ModelInput(views, torch.full_like(index, -1), index, step)
 
     def take_step():
         guard.remember()
-        terms = loss_terms(*model(v1, v2, index, step), model.priors, step)
+        terms = total_loss(model(inputs), model.priors, step)
         terms["loss"].backward()
-        terms["grad_norm"] = clip_gradients(state, 0.5)
+        terms["grad_norm"] = clip_gradients(model, state.optimizer, state.scaler, 0.5)
         skipped = guard.step(terms)
         state.optimizer.zero_grad()
         if model.target is not None:

@@ -1,20 +1,17 @@
 """The objectives against their formulas written out in NumPy, in float64, one index at a time."""
 
+import inspect
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from fastssl.objectives import (
-    barlow_twins_loss,
-    barlow_twins_terms,
-    byol_loss,
-    momentum_at,
-    simclr_loss,
-    vicreg_loss,
-    vicreg_terms,
-)
+from fastssl.models import ViewOutput
+from fastssl.objectives import barlow_twins_loss, byol_loss, cross_entropy_loss, simclr_loss, vicreg_loss
+from fastssl.objectives.total import TERMS
+from fastssl.recipe import OBJECTIVES, BarlowTwinsConfig, VICRegConfig
+from fastssl.training.schedule import target_momentum
 
 LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss]
 # float64 on both sides, a few hundred additions in another order: 1e-12 is 10^4 roundings.
@@ -59,6 +56,11 @@ def vicreg_by_hand(z1, z2, inv, var, cov, gamma, eps, center):
         variance += sum(max(0.0, gamma - np.sqrt(C[d, d] + eps)) for d in range(D)) / D / 2
         covariance += sum(C[i, j] ** 2 for i in range(D) for j in range(D) if i != j) / D
     return inv * invariance + var * variance + cov * covariance
+
+
+def terms_of(config, *zs):
+    """The weighted terms of an objective, from embeddings alone."""
+    return TERMS[config.name](tuple(ViewOutput(z, z, {}, None) for z in zs), config)
 
 
 SHAPES = [(7, 4), (3, 7)]  # many samples for the dimensions and few: products of D x D or of B x B
@@ -134,9 +136,9 @@ def test_byol_gradients_against_finite_differences_and_only_into_predictions():
 
 
 def test_byol_momentum_grows_from_its_start_to_one():
-    assert momentum_at(0, 100, 0.99) == pytest.approx(0.99)
-    assert momentum_at(50, 100, 0.99) == pytest.approx(0.995)
-    assert momentum_at(100, 100, 0.99) == 1
+    assert target_momentum(0, 100, 0.99) == pytest.approx(0.99)
+    assert target_momentum(50, 100, 0.99) == pytest.approx(0.995)
+    assert target_momentum(100, 100, 0.99) == 1
 
 
 def test_defaults_are_the_published_values():
@@ -157,24 +159,42 @@ def test_perfect_embeddings_cost_nothing():
 
 
 @pytest.mark.parametrize(
-    "loss, terms, names",
+    "loss, config, names",
     [
-        (barlow_twins_loss, barlow_twins_terms, {"on_diagonal", "off_diagonal"}),
-        (vicreg_loss, vicreg_terms, {"invariance", "variance", "covariance"}),
+        (barlow_twins_loss, BarlowTwinsConfig(), {"on_diagonal", "off_diagonal"}),
+        (vicreg_loss, VICRegConfig(), {"invariance", "variance", "covariance"}),
     ],
 )
-def test_terms_are_weighted_and_sum_to_the_loss(loss, terms, names):
+def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
     z1, z2 = two_views(3, 7, 4)
-    parts = terms(z1, z2)
+    parts = terms_of(config, z1, z2)
     assert set(parts) == names
     torch.testing.assert_close(sum(parts.values()), loss(z1, z2), **CLOSE)
-    if terms is vicreg_terms:
-        doubled = vicreg_terms(z1, z2, inv=50.0, var=50.0, cov=2.0)
+    if config.name == "vicreg":
+        doubled = terms_of(VICRegConfig(inv=50.0, var=50.0, cov=2.0), z1, z2)
         assert all(doubled[name].item() == 2 * parts[name].item() for name in names)
     else:
-        doubled = barlow_twins_terms(z1, z2, lambd=1e-2)
+        doubled = terms_of(BarlowTwinsConfig(lambd=1e-2), z1, z2)
         assert doubled["off_diagonal"].item() == 2 * parts["off_diagonal"].item()
         assert doubled["on_diagonal"].item() == parts["on_diagonal"].item()
+
+
+FUNCTIONS = {
+    "barlow_twins": barlow_twins_loss, "vicreg": vicreg_loss, "simclr": simclr_loss, "byol": byol_loss,
+    "supervised": cross_entropy_loss,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_defaults_of_the_recipe_and_of_the_function_are_equal(name):
+    """The function's gather is None, which means the same as True: over all processes."""
+    assert TERMS.keys() == OBJECTIVES.keys() == FUNCTIONS.keys()
+    fields = {key: field.default for key, field in OBJECTIVES[name].model_fields.items() if key != "name"}
+    arguments = inspect.signature(FUNCTIONS[name]).parameters.values()
+    defaults = {p.name: p.default for p in arguments if p.kind is p.KEYWORD_ONLY}
+    assert fields.pop("gather") is True and defaults.pop("gather") is None
+    of_the_model = {"momentum", "predictor_hidden", "classes"}
+    assert {key: value for key, value in fields.items() if key not in of_the_model} == defaults
 
 
 @pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
@@ -217,13 +237,14 @@ def test_fp32_under_autocast_and_for_half_inputs(loss):
 
 
 @pytest.mark.parametrize("B, D", [(64, 256), (1024, 32)])
-@pytest.mark.parametrize("terms", [barlow_twins_terms, vicreg_terms])
-def test_fp32_is_precise_enough(terms, B, D):
+@pytest.mark.parametrize("config", [BarlowTwinsConfig(), VICRegConfig()], ids=lambda config: config.name)
+def test_fp32_is_precise_enough(config, B, D):
     z1, z2 = two_views(B, D)
-    for name, term in terms(z1.float(), z2.float()).items():
+    exact = terms_of(config, z1, z2)
+    for name, term in terms_of(config, z1.float(), z2.float()).items():
         # Measured at most 1e-5: the on-diagonal loses digits in C_ii - 1, the off-diagonal in
         # subtracting the diagonal.
-        assert term.item() == pytest.approx(terms(z1, z2)[name].item(), rel=1e-4)
+        assert term.item() == pytest.approx(exact[name].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

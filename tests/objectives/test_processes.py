@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.common import distributed
 from fastssl.common.distributed import gather_rows, sum_over_ranks
-from fastssl.models import GlobalBatchNorm, SSLModel, build_model, convert_batch_norms, sync_bn
+from fastssl.models import GlobalBatchNorm, ModelInput, SSLModel, build_model, convert_batch_norms, sync_bn
 from fastssl.objectives import (
+    TotalLoss,
     barlow_twins_loss,
     byol_loss,
     cross_entropy_loss,
     simclr_loss,
-    total_loss,
     vicreg_loss,
 )
 from fastssl.training.guard import FiniteGuard
@@ -178,19 +178,18 @@ class Loss(torch.nn.Module):
     def __init__(self, recipe):
         super().__init__()
         torch.manual_seed(0)
-        self.model, self.loss_terms = build_model(recipe).double(), total_loss(recipe)
+        self.model, self.total_loss = build_model(recipe).double(), TotalLoss(recipe)
 
-    def forward(self, *inputs):
-        return self.loss_terms(*self.model(*inputs), self.model.priors, inputs[-1])
+    def forward(self, inputs):
+        return self.total_loss(self.model(inputs), self.model.priors, inputs.step)
 
 
-def train_steps(module, *images, steps=3):
-    """images: (v1, v2, index), or (v, label, index)."""
+def train_steps(module, inputs, steps=3):
     core = getattr(module, "module", module)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05)
     values = []
     for step in range(steps):
-        terms = module(*images, torch.tensor(step))
+        terms = module(inputs._replace(step=torch.tensor(step)))
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
@@ -206,14 +205,15 @@ def check_training(rank, world):
     v1, v2 = views(BATCH, 3, 32, 32)
     index = torch.arange(100, 100 + BATCH)
     for objective, embedding in MODELS:
-        no_gather = objective["name"] in ("byol", "supervised")
-        alone = {} if no_gather else {"gather": False}  # one process in the midst of several
-        images = (v1, index % 5, index) if objective["name"] == "supervised" else (v1, v2, index)
-        whole, mine = Loss(recipe_of(objective | alone, embedding)), Loss(recipe_of(objective, embedding))
+        both = (v1,) if objective["name"] == "supervised" else (v1, v2)
+        # The whole batch in this process alone, although several processes run.
+        whole, mine = Loss(recipe_of(objective | {"gather": False}, embedding)), Loss(recipe_of(objective, embedding))
         convert_batch_norms(mine)
         parallel = DistributedDataParallel(mine)
-        want = train_steps(whole, *images)
-        got = train_steps(parallel, *(t.chunk(world)[rank] for t in images))
+        want = train_steps(whole, ModelInput(both, index % 5, index, torch.tensor(0)))
+        my_views = tuple(v.chunk(world)[rank] for v in both)
+        my_label, my_index = (index % 5).chunk(world)[rank], index.chunk(world)[rank]
+        got = train_steps(parallel, ModelInput(my_views, my_label, my_index, torch.tensor(0)))
         for of_whole, of_rank in zip(want, got, strict=True):
             assert of_rank == pytest.approx(of_whole, rel=1e-7), (objective, embedding)
         torch.testing.assert_close(mine.state_dict(), whole.state_dict(), **CLOSE_WEIGHTS)

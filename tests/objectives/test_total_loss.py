@@ -5,8 +5,8 @@ import torch
 from small_models import recipe_of
 
 from fastssl.common.errors import UserError
-from fastssl.models import DiagonalGaussian, Draws, StandardNormal, View
-from fastssl.objectives import barlow_twins_loss, total_loss
+from fastssl.models import DiagonalGaussian, Draws, StandardNormal, ViewOutput
+from fastssl.objectives import TotalLoss, barlow_twins_loss
 from fastssl.recipe import Recipe, load_recipe
 
 B, D, S = 5, 4, 3
@@ -20,13 +20,13 @@ def view(seed, spaces="z", log_var=None):
         q = DiagonalGaussian(mu, raw if log_var is None else torch.full_like(raw, log_var))
         draws[space] = Draws(q, q.rsample(S, torch.randn(S, B, D, generator=generator, dtype=torch.float64)))
     z = draws[spaces[-1]].x_SBD
-    return View(h=z.mean(0), z=z, draws=draws, target=None)
+    return ViewOutput(h=z.mean(0), z=z, draws=draws, target=None)
 
 
 def terms_of(first, second, step=0, beta_warmup_steps=0, **embedding) -> dict:
     recipe = recipe_of({"name": "barlow_twins"}, {"stochastic": "z", **embedding})
     priors = {space: StandardNormal() for space in first.draws}
-    return total_loss(recipe, beta_warmup_steps)(first, second, priors, step)
+    return TotalLoss(recipe, beta_warmup_steps)((first, second), priors, step)
 
 
 def kl_by_hand(v, space="z"):
@@ -118,7 +118,7 @@ def test_what_makes_no_sense_is_refused(override, says):
 
 
 def test_an_average_inside_the_logarithm_cannot_be_chunked():
-    with pytest.raises(UserError, match="leave one of the two out"):
+    with pytest.raises(UserError, match="embedding.chunk cannot split the draws of objective.name=simclr"):
         mcinfonce = "objective={name: simclr, over_draws: log_mean_exp}"
         load_recipe("recipes/zprob_barlow.yaml", [mcinfonce, "embedding.chunk=4"])
 

@@ -91,7 +91,9 @@ def test_the_bottleneck_is_the_part_that_was_made_twice_as_slow(photos_640, monk
 
     The network only sleeps here: how fast a real one is depends on whatever else runs on this machine.
     """
-    monkeypatch.setattr(Network, "forward", lambda self, *inputs: ({"loss": a_weight(self).square().sum()}, inputs[0]))
+    monkeypatch.setattr(
+        Network, "forward", lambda self, inputs: ({"loss": a_weight(self).square().sum()}, inputs.views[0])
+    )
     recipe, unit = recipe_of(photos_640), 0.040
     base = dict(decode=0.75 * unit, transfer=0.75 * unit, views=unit / 2, step=unit / 2)
     with monkeypatch.context() as patch:

@@ -22,7 +22,7 @@ from fastssl.training.optim import (
     skips_on_device,
     split_parameters,
 )
-from fastssl.training.schedule import learning_rate
+from fastssl.training.schedule import Schedule
 
 PAIRS = [
     pytest.param(LARS, torch_optimizer.LARS, options, id=f"lars-{number}")
@@ -389,7 +389,8 @@ def test_what_cannot_train_is_refused_in_one_sentence(keys, says):
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
-    rates = [learning_rate(step, 100, 10, 2.0, 0.5) for step in range(101)]
+    schedule = Schedule(total_steps=100, warmup_steps=10, beta_warmup_steps=0, peak_rate=2.0, final_factor=0.5)
+    rates = [schedule.rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.5) and rates[100] == pytest.approx(1.0)
     assert all(a <= b for a, b in zip(rates[:10], rates[1:10]))

@@ -26,8 +26,9 @@ from training_runs import (
 
 import fastssl
 from fastssl.common.errors import UserError
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
-from fastssl.training import output, run_dir, setup, signals, state, train
+from fastssl.training import output, run_dir, signals, state, train
 
 # Every objective, every space, both priors that learn, EMA, micro-batches, growing views, other optimisers. Six steps
 # an epoch and a checkpoint every four: it lies in the middle of an epoch, behind a probe or before one.
@@ -46,6 +47,7 @@ VARIANTS = {
 TRAIN_ALL = """
 import json, sys
 from fastssl.evaluation.probe import knn_probe
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
 from fastssl.training import train
 for recipe, overrides in json.loads(sys.argv[1]):
@@ -102,17 +104,14 @@ def at_step(monkeypatch):
     """at_step(n, action): let `action` run inside the loss of step n (from 0)."""
 
     def arrange(n, action):
-        real, steps = setup.total_loss, iter(range(1000))
+        real, steps = TotalLoss.forward, iter(range(1000))
 
-        def watched(*arguments):
-            def loss_terms(*views):
-                if next(steps) == n:
-                    action()
-                return real(*arguments)(*views)
+        def watched(self, *inputs):
+            if next(steps) == n:
+                action()
+            return real(self, *inputs)
 
-            return loss_terms
-
-        monkeypatch.setattr(setup, "total_loss", watched)
+        monkeypatch.setattr(TotalLoss, "forward", watched)
 
     return arrange
 

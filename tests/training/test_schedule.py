@@ -10,8 +10,8 @@ import fastssl
 from fastssl.common.distributed import combine
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader
-from fastssl.models import SSLModel
-from fastssl.objectives import total_loss
+from fastssl.models import ModelInput, SSLModel
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import ViewsConfig, load_recipe
 from fastssl.training import setup, train
 from fastssl.training.schedule import image_size, plan
@@ -46,9 +46,10 @@ def test_the_encoder_sees_the_sizes_that_the_recipe_names(canvas, full, tmp_path
     recipe = load_recipe("recipes/barlow.yaml", small(data, tmp_path / "run", *keys))
     seen, real = [], SSLModel.forward
 
-    def watched(self, v1, v2, index, step):
-        seen.append((int(step), v1.shape[-1], v2.shape[-1]))
-        return real(self, v1, v2, index, step)
+    def watched(self, inputs):
+        v1, v2 = inputs.views
+        seen.append((int(inputs.step), v1.shape[-1], v2.shape[-1]))
+        return real(self, inputs)
 
     monkeypatch.setattr(SSLModel, "forward", watched)
     train(recipe)
@@ -65,11 +66,11 @@ def test_micro_batches_share_one_step(canvas, tmp_path):
 
     torch.manual_seed(recipe.seed)
     model = SSLModel(recipe)
-    loss_terms, views, losses = total_loss(recipe), PairedViews(recipe.views, recipe.seed), []
+    total_loss, views, losses, step = TotalLoss(recipe), PairedViews(recipe.views, recipe.seed), [], torch.tensor(0)
     for batch, _ in zip(BetonLoader(recipe.data.train, 16, seed=recipe.seed), range(2)):
-        v1, v2 = views(batch.image, batch.index, 0, batch.height, batch.width)
-        pair = model(v1, v2, batch.index, torch.tensor(0))
-        losses.append(loss_terms(*pair, model.priors, torch.tensor(0))["loss"])
+        both = views(batch.image, batch.index, 0, batch.height, batch.width)
+        outputs = model(ModelInput(both, batch.label, batch.index, step))
+        losses.append(total_loss(outputs, model.priors, step)["loss"])
     mean = sum(losses) / 2
     mean.backward()
     assert losses_of(run)[0][1] == pytest.approx(mean.item(), rel=1e-5)

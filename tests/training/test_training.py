@@ -1,5 +1,6 @@
 """Training: the run directory, every objective, precision, steps that are not finite."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,14 +18,23 @@ from training_runs import small as small_run
 import fastssl
 from fastssl.common.errors import UserError
 from fastssl.evaluation import probe as probe_module
+from fastssl.models import ModelInput
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
 from fastssl.training import setup, train
+from fastssl.training.schedule import target_momentum
 
 
 @pytest.fixture
 def small(canvas, tmp_path):
     """Overrides of a recipe that trains 3 steps an epoch, in seconds."""
     return small_run(canvas, tmp_path / "run")
+
+
+def change_terms(monkeypatch, change):
+    """Replace the terms of every loss by change(terms, number of the call)."""
+    real, calls = TotalLoss.forward, itertools.count()
+    monkeypatch.setattr(TotalLoss, "forward", lambda self, *inputs: change(real(self, *inputs), next(calls)))
 
 
 def test_run_directory_holds_what_other_tools_rely_on(small, capsys):
@@ -152,26 +162,18 @@ def test_a_resume_restores_target_pseudo_features_momentum_and_warm_up(small, tm
 
 
 def test_byol_s_target_is_told_of_a_step_that_is_left_out(small, monkeypatch):
-    steps, told = iter(range(100)), []
-    real, real_update = setup.total_loss, fastssl.models.SSLModel.update_target
-
-    def poisoned(*arguments):
-        def loss_terms(*views):
-            terms = real(*arguments)(*views)
-            return {**terms, "loss": terms["loss"] / (next(steps) != 2)}
-
-        return loss_terms
+    told, real_update = [], fastssl.models.SSLModel.update_target
 
     def watched(model, momentum, skip):
         told.append((momentum, bool(skip)))
         real_update(model, momentum, skip)
 
-    monkeypatch.setattr(setup, "total_loss", poisoned)
+    change_terms(monkeypatch, lambda terms, step: {**terms, "loss": terms["loss"] / (step != 2)})
     monkeypatch.setattr(fastssl.models.SSLModel, "update_target", watched)
     keys = ["objective={name: byol, predictor_hidden: 32, momentum: 0.9}", "train.max_skipped_steps=1"]
     run = train(load_recipe("recipes/barlow.yaml", [*small, *keys]))
-    assert [unless for _, unless in told] == [step == 2 for step in range(6)]
-    assert [momentum for momentum, _ in told] == [fastssl.objectives.momentum_at(step, 6, 0.9) for step in range(6)]
+    assert [skip for _, skip in told] == [step == 2 for step in range(6)]
+    assert [momentum for momentum, _ in told] == [target_momentum(step, 6, 0.9) for step in range(6)]
     assert all(t.isfinite().all() for t in weights_of(run).values())
 
 
@@ -208,13 +210,11 @@ def test_half_precision_trains_with_weights_and_losses_in_fp32(small, precision)
 def test_model_and_loss_compile_in_one_graph(small, name):
     base = "barlow" if name in BEYOND else name
     recipe = load_recipe(f"recipes/{base}.yaml", [*small, *BEYOND.get(name, [])])
-    model, loss_terms = fastssl.models.SSLModel(recipe), setup.total_loss(recipe)
-
-    def forward(v1, v2, index, step):
-        return loss_terms(*model(v1, v2, index, step), model.priors, step)["loss"]
-
-    v1, v2 = torch.randn(2, 8, 3, 32, 32)
-    loss = torch.compile(forward, fullgraph=True, dynamic=False)(v1, v2, torch.arange(8), torch.tensor(0))
+    model = fastssl.models.SSLModel(recipe)
+    network = setup.Network(model, TotalLoss(recipe), torch.device("cpu"), "fp32")
+    views = tuple(torch.randn(2, 8, 3, 32, 32))
+    inputs = ModelInput(views, torch.zeros(8, dtype=torch.int64), torch.arange(8), torch.tensor(0))
+    loss = torch.compile(network, fullgraph=True, dynamic=False)(inputs).terms["loss"]
     loss.backward()
     assert loss.isfinite()
 
@@ -298,17 +298,8 @@ def test_a_checkpoint_that_is_none_is_one_sentence_and_runs_no_code(small, tmp_p
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, monkeypatch):
     """The loss becomes NaN at step 3; the checkpoint that is left has finite weights and statistics."""
-    steps = iter(range(100))
-    real = setup.total_loss
-
-    def poisoned(*arguments):
-        def loss_terms(*views):
-            terms = real(*arguments)(*views)
-            return {key: value * float("nan") for key, value in terms.items()} if next(steps) >= 3 else terms
-
-        return loss_terms
-
-    monkeypatch.setattr(setup, "total_loss", poisoned)
+    nan = float("nan")
+    change_terms(monkeypatch, lambda terms, step: {key: t * nan for key, t in terms.items()} if step >= 3 else terms)
     with pytest.raises(UserError, match=r"Step 3 was not finite \(loss=nan, .*untouched"):
         train(load_recipe("recipes/barlow.yaml", small))
     model = fastssl.load_model(tmp_path / "run")
@@ -321,17 +312,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_terms(small, tmp_path, mo
 
 
 def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkeypatch):
-    steps = iter(range(100))
-    real = setup.total_loss
-
-    def poisoned(*arguments):
-        def loss_terms(*views):
-            terms = real(*arguments)(*views)
-            return {**terms, "loss": terms["loss"] / (next(steps) != 2)}
-
-        return loss_terms
-
-    monkeypatch.setattr(setup, "total_loss", poisoned)
+    change_terms(monkeypatch, lambda terms, step: {**terms, "loss": terms["loss"] / (step != 2)})
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.max_skipped_steps=1"]))
     assert [line["skipped_steps"] for line in metrics_of(run)] == [0, 0, 1, 1, 1, 1]
     assert [line["loss"] is None for line in metrics_of(run)] == [step == 2 for step in range(6)]  # JSON has no NaN

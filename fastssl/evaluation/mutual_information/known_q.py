@@ -18,8 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from fastssl.evaluation.arrays import as_tensor
-from fastssl.models.gaussian import DiagonalGaussian
-from fastssl.models.priors import LOG_2PI, StandardNormal
+from fastssl.models.gaussian import LOG_2PI, DiagonalGaussian, StandardNormal
 
 BATCH = 10_000  # K by default: 10,000 x 1,024 dimensions take 0.4 TFLOP of float64
 CHUNK_ROWS = 512  # draws that are compared at a time: 40 MB of float64 at K = 10,000
