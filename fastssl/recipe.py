@@ -8,6 +8,7 @@ This file imports only common.errors of ours, so every other one may import it.
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -317,7 +318,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key=value` overrides (values in YAML syntax) and check every key.
 
     `recipes/x.yaml` means the file at that path, else the copy that ships with the package.
@@ -333,7 +334,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise UserError(f"{path}: {sentence(error, Recipe)}") from None
 
 
-def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with `key=value` overrides. Raises UserError as `load_recipe` does."""
     values = recipe.model_dump(mode="json")
     for override in overrides:
@@ -379,7 +380,7 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader: builds plain values only
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, 1e-3 read as a number. Raises UserError where there are none."""
     try:
         values = _parse(path.read_text())
@@ -391,7 +392,7 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
-def _apply(values: dict, override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"'{override}' is not an override: write key=value, such as train.epochs=1.")

@@ -1,9 +1,12 @@
 """Moving averages of a network's weights: BYOL's target network, and the average of train.ema."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -14,14 +17,14 @@ def move_towards(targets: list[Tensor], sources: list[Tensor], share: float, ski
     torch._foreach_add_(targets, steps)
 
 
-class WeightAverage:
+class WeightAverage(Generic[ModelT]):
     """An exponential moving average of a model's weights and running statistics, itself a model in eval mode.
 
     The decay grows as min(decay, (1 + step) / (10 + step)), TensorFlow's rule, so that the first steps' weights do not
     stay in the average of a short run. (torch's AveragedModel would read its count from the device at every step.)
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: ModelT, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
         # Not from the state dictionaries: they list a tensor that two modules share (VampPrior and its head) twice.

@@ -55,7 +55,8 @@ class Checkpoint:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The model's weights: their moving average where the run has one."""
-        return self.saved["model"] if self.saved.get("ema") is None else self.saved["ema"]
+        average = self.saved.get("ema")
+        return self.saved["model"] if average is None else average
 
     @property
     def recipe(self) -> Recipe:
@@ -116,17 +117,16 @@ def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
         raise UserError(
             f"{run_or_checkpoint} holds no checkpoint: name a run directory of fastssl train or a .pt file."
         )
-    first_error: UserError | None = None
+    errors: list[UserError] = []
     for path in files:
         try:
             found = read_checkpoint(path)
         except UserError as error:
-            first_error = first_error or error
+            errors.append(error)
             continue
-        if first_error is None:
-            return found
-        return replace(found, warning=f"{first_error} Taking {path}, of step {found.saved['step']}.")
-    raise first_error
+        warning = f"{errors[0]} Taking {path}, of step {found.saved['step']}." if errors else None
+        return replace(found, warning=warning)
+    raise errors[0]
 
 
 def run_dir_of(checkpoint: Path) -> Path | None:

@@ -26,10 +26,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.seed, self.samples = recipe.seed, recipe.embedding.samples
         self.encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
-        width = self.encoder.num_features
-        spaces = [] if recipe.embedding.stochastic == "none" else ["h"]
-        self.heads = nn.ModuleDict({space: GaussianHead(width, width) for space in spaces})
-        self.priors = nn.ModuleDict({space: make_prior(recipe.embedding, self.heads[space]) for space in spaces})
+        width = cast(int, self.encoder.num_features)
+        self.heads = nn.ModuleDict()
+        self.priors = nn.ModuleDict()
+        if recipe.embedding.stochastic != "none":
+            head = GaussianHead(width, width)
+            self.heads["h"] = head
+            self.priors["h"] = make_prior(recipe.embedding, head)
         self.classifier = nn.Linear(width, cast(SupervisedConfig, recipe.objective).classes)
 
     def forward(self, inputs: ModelInput) -> tuple[ViewOutput, ...]:

@@ -1,7 +1,7 @@
 """The encoder h = encoder(v): any timm backbone by name, untrained, without its classifier."""
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 from timm.models import is_model_in_modules
@@ -14,9 +14,15 @@ from fastssl.common.errors import UserError
 def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> nn.Module:
     """A timm model that maps views (B, 3, image_size, image_size) to h (B, encoder.num_features).
 
-    stem: "imagenet" leaves the model as timm makes it; "small" is the usual change of a ResNet for
-    images of 32 to 64 px, a 3x3 convolution with stride 1 and no max-pool. Parameters keep timm's
-    names. Weights are drawn from torch's global generator; nothing is ever downloaded.
+    Parameters keep timm's names. Weights are drawn from torch's global generator; nothing is ever downloaded.
+
+    Args:
+        backbone: an architecture of timm.list_models().
+        stem: "imagenet" leaves the model as timm builds it; "small" is the usual change of a ResNet for images of 32 to
+            64 px: a 3x3 convolution with stride 1 and no max-pool.
+
+    Raises:
+        UserError: for an unknown backbone, or a small stem on another family.
     """
     names = timm.list_models()
     if backbone not in names:  # also refuses hf-hub: and local-dir: names, which may download
@@ -25,32 +31,31 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             f"model.backbone: timm {timm.__version__} has no architecture {backbone!r}; "
             f"the nearest are {', '.join(nearest)}."
         )
-    # Where timm fixes the input size (transformers), the position embedding must fit ours.
-    options = {"img_size": image_size} if has_fixed_size(backbone) else {}
-    # timm starts each block's last batch norm at zero. At 32 px with the ImageNet stem, that leaves only
-    # strided 1x1 shortcuts: an untrained encoder sees a corner of the image, and learns late. torchvision
-    # starts at one, and so did the published runs.
+    options: dict[str, Any] = {}
+    if has_fixed_size(backbone):  # a transformer, whose position embedding must fit our image size
+        options["img_size"] = image_size
+    # timm initializes the last batch norm of each block to zero. At 32 px with the ImageNet stem, that leaves only
+    # strided 1x1 shortcuts: an untrained encoder sees a corner of the image, and learns late. torchvision initializes
+    # it to one, and so did the published runs.
     if is_model_in_modules(backbone, ["resnet"]):
         options["zero_init_last"] = False
-    encoder = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
-    # Some families (MobileNetV3, VGG) pool into a wider layer before the classifier, and that is h.
+    encoder: Any = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
+    # Some families (MobileNetV3, VGG) pool into a wider layer before the classifier: that layer's output is h.
     encoder.num_features = getattr(encoder, "head_hidden_size", encoder.num_features)
     if stem == "small":
-        _use_small_stem(encoder, backbone)
+        is_resnet = isinstance(encoder, ResNet)
+        if not is_resnet:
+            raise UserError(
+                f"model.stem=small is defined for timm's ResNets only, not for {backbone}: set model.stem=imagenet."
+            )
+        conv = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm initializes convolutions
+        encoder.conv1 = conv
+        encoder.maxpool = nn.Identity()
     return encoder
 
 
 def has_fixed_size(backbone: str) -> bool:
     """Whether a backbone takes images of one size only, the one that it was built for."""
-    return timm.get_pretrained_cfg(backbone).fixed_input_size
-
-
-def _use_small_stem(encoder: nn.Module, backbone: str) -> None:
-    if not isinstance(encoder, ResNet):
-        raise UserError(
-            f"model.stem=small is defined for timm's ResNets only, not for {backbone}: set model.stem=imagenet."
-        )
-    channels = encoder.bn1.num_features
-    encoder.conv1 = nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm
-    encoder.maxpool = nn.Identity()
+    config = timm.get_pretrained_cfg(backbone)
+    return config is not None and config.fixed_input_size

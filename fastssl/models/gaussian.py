@@ -17,11 +17,18 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class StandardNormal(nn.Module):
-    """The prior N(0, I), without parameters."""
+class Prior(nn.Module):
+    """A density p(x) over embeddings."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """x (..., D) -> log p(x) (...), summed over D."""
+        raise NotImplementedError
+
+
+class StandardNormal(Prior):
+    """The prior N(0, I), without parameters."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
         return -0.5 * (at_least_fp32(x).square() + LOG_2PI).sum(-1)
 
 
@@ -55,13 +62,10 @@ class DiagonalGaussian:
         squares = (at_least_fp32(x) - self.mu).square() * (-self.log_var).exp()
         return -0.5 * (squares + self.log_var + LOG_2PI).sum(-1)
 
-    def kl_to(
-        self, prior: nn.Module, method: Literal["closed", "mc"] = "closed", samples: Tensor | None = None
-    ) -> Tensor:
+    def kl_to(self, prior: Prior, method: Literal["closed", "mc"] = "closed", samples: Tensor | None = None) -> Tensor:
         """KL(q || prior) (B,) in nats, summed over D.
 
         Args:
-            prior: a module with `log_prob`.
             method: "closed" is exact, for StandardNormal only; "mc" is the mean over S of log q(x) - log p(x).
             samples: x_SBD, the draws from q that the objective used, for "mc".
         """

@@ -12,7 +12,7 @@ class ModelInput(NamedTuple):
 
     views: tuple[Tensor, ...]  # each (B, 3, size, size), normalized; as many as the objective takes (num_views)
     label: Tensor  # (B,) class, -1 where an image has none; only a Classifier reads it
-    index: Tensor  # (B,) sample ids, from which the noise of an image is derived
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index; (B,) sample ids, from which the noise of an image is derived
     step: Tensor  # () int64, the optimizer step, from which the noise is derived too; a tensor, as torch.compile
     # would compile the model once for every Python number
 

@@ -5,13 +5,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.gaussian import LOG_2PI, GaussianHead, StandardNormal, at_least_fp32
+from fastssl.models.gaussian import LOG_2PI, GaussianHead, Prior, StandardNormal, at_least_fp32
 from fastssl.recipe import EmbeddingConfig
 
 MixtureMode = Literal["joint", "per_dim", "reference"]
 
 
-def make_prior(embedding: EmbeddingConfig, head: GaussianHead) -> nn.Module:
+def make_prior(embedding: EmbeddingConfig, head: GaussianHead) -> Prior:
     """The recipe's prior for the embedding that `head` computes."""
     if embedding.prior == "standard_normal":
         return StandardNormal()
@@ -20,7 +20,7 @@ def make_prior(embedding: EmbeddingConfig, head: GaussianHead) -> nn.Module:
     return MixtureOfGaussians(embedding.mixture_components, head.mu.out_features, embedding.mixture_mode)
 
 
-class MixtureOfGaussians(nn.Module):
+class MixtureOfGaussians(Prior):
     """A learned mixture of K Gaussians with diagonal covariances.
 
     Parameters `means` (K, D) and `log_vars` (K, D) start as N(0, 1) draws, `logits` (K,) as zeros.
@@ -63,7 +63,7 @@ class MixtureOfGaussians(nn.Module):
         return (log_probs + log_w_K[:, None]).logsumexp(-2).sum(-1)
 
 
-class VampPrior(nn.Module):
+class VampPrior(Prior):
     """A mixture whose K components are the Gaussian head's outputs for K learned pseudo-features.
 
     It is the VampPrior (arXiv 1705.07120, equation 9) with learned weights, and with pseudo-inputs of the head in place

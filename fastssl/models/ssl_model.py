@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,25 @@ from fastssl.models.projector import Projector, project_draws
 from fastssl.recipe import BYOLConfig, Recipe
 
 
+class TargetNetwork(nn.Module):
+    """BYOL's target: a copy of encoder, projector and heads without gradient, which follows them slowly."""
+
+    def __init__(self, encoder: nn.Module, projector: Projector, heads: nn.ModuleDict):
+        super().__init__()
+        self.encoder, self.projector, self.heads = copy.deepcopy((encoder, projector, heads))
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, v: Tensor) -> Tensor:
+        """View (B, 3, size, size) -> z (B, D), computed from the means where an embedding is stochastic."""
+        h = self.encoder(v)
+        return mean_embedding(self.projector, self.heads, self.heads["h"](h).mu if "h" in self.heads else h)
+
+
 class SSLModel(nn.Module):
     """encoder -> [h head] -> projector -> [z head] [-> predictor], built from the recipe's `model` and `embedding`.
 
-    `target` is BYOL's target network, a copy of encoder, projector and heads that follows them slowly; else None.
+    For BYOL, `target` is the target network; else None.
     """
 
     def __init__(self, recipe: Recipe):
@@ -29,18 +45,17 @@ class SSLModel(nn.Module):
         self.seed = recipe.seed
         self.samples, self.chunk = embedding.samples, embedding.chunk
         self.encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
-        width = self.encoder.num_features
-        self.projector = Projector(width, sizes.hidden, sizes.out, sizes.layers)
-        widths = {"h": width, "z": sizes.out}
+        widths = {"h": cast(int, self.encoder.num_features), "z": sizes.out}
+        self.projector = Projector(widths["h"], sizes.hidden, sizes.out, sizes.layers)
         spaces = [] if embedding.stochastic == "none" else list(embedding.stochastic)
-        self.heads = nn.ModuleDict({space: GaussianHead(widths[space], widths[space]) for space in spaces})
-        self.priors = nn.ModuleDict({space: make_prior(embedding, self.heads[space]) for space in spaces})
-        self.target: nn.ModuleDict | None = None
+        heads = {space: GaussianHead(widths[space], widths[space]) for space in spaces}
+        self.heads = nn.ModuleDict(heads)
+        self.priors = nn.ModuleDict({space: make_prior(embedding, head) for space, head in heads.items()})
         self.predictor: Projector | None = None
+        self.target: TargetNetwork | None = None
         if isinstance(recipe.objective, BYOLConfig):
             self.predictor = Projector(sizes.out, recipe.objective.predictor_hidden, sizes.out, layers=2)
-            online = {"encoder": self.encoder, "projector": self.projector, "heads": self.heads}
-            self.target = copy.deepcopy(nn.ModuleDict(online)).requires_grad_(False)
+            self.target = TargetNetwork(self.encoder, self.projector, self.heads)
 
     def forward(self, inputs: ModelInput) -> tuple[ViewOutput, ...]:
         """One ViewOutput for each view.
@@ -53,7 +68,7 @@ class SSLModel(nn.Module):
         def noise(purpose: int, width: int) -> Tensor:  # (S, B, width)
             return normals(self.seed, inputs.step, inputs.index, view, self.samples, width, purpose)
 
-        h, draws = self.encoder(v), {}
+        h, draws = self.encoder(v), dict[str, Draws]()
         if "h" in self.heads:
             q = self.heads["h"](h)
             h, h_SBD = q.mu, q.rsample(self.samples, noise(NOISE_H, q.mu.shape[-1]))
@@ -62,12 +77,12 @@ class SSLModel(nn.Module):
         else:
             z = self.projector(h)
         if "z" in self.heads:
-            draws["z"] = self._draw_z(z, noise(NOISE_Z, self.heads["z"].mu.out_features))
+            draws["z"] = self._draw_z(z, noise(NOISE_Z, z.shape[-1]))
             # Where h is stochastic too, the draws of z are stored as one draw of S * B rows.
             z = draws["z"].x_SBD.view(self.samples, len(v), -1)
         if self.predictor is not None:
             z = project_draws(self.predictor, z, self.chunk) if z.ndim == 3 else self.predictor(z)
-        return ViewOutput(h, z, draws, self._target_of(v))
+        return ViewOutput(h, z, draws, None if self.target is None else self.target(v))
 
     def _draw_z(self, features: Tensor, noise_SBD: Tensor) -> Draws:
         """S draws of z from features (B, D); from features (S, B, D), one for each draw of h, one draw for each."""
@@ -76,20 +91,14 @@ class SSLModel(nn.Module):
             return Draws(q, q.rsample(self.samples, noise_SBD))
         return Draws(q, q.rsample(1, noise_SBD.flatten(0, 1)[None]))
 
-    @torch.no_grad()
-    def _target_of(self, v: Tensor) -> Tensor | None:
-        """The target network's z, computed from the means where an embedding is stochastic; None without one."""
-        if self.target is None:
-            return None
-        heads, h = self.target["heads"], self.target["encoder"](v)
-        return mean_embedding(self.target["projector"], heads, heads["h"](h).mu if "h" in heads else h)
-
     def update_target(self, momentum: float, skip: Tensor) -> None:
         """target <- momentum * target + (1 - momentum) * online, for every parameter (BYOL, equation 1).
 
-        skip: bool () on the device; where it is true, nothing changes.
+        skip: bool () on the device; where it is true, nothing changes. Without a target, this does nothing.
         """
-        online = [p for part in (self.encoder, self.projector, self.heads) for p in part.parameters()]
+        if self.target is None:
+            return
+        online: list[Tensor] = [p for part in (self.encoder, self.projector, self.heads) for p in part.parameters()]
         move_towards(list(self.target.parameters()), online, 1 - momentum, skip)
 
     @torch.no_grad()

@@ -1,8 +1,10 @@
-"""Batch norm whose statistics are those of all processes' batches (`train.sync_bn`), on GPUs and CPUs alike.
+"""Batch norm over the batches of all processes (`train.sync_bn`), on GPUs and CPUs alike.
 
-torch's own SyncBatchNorm refuses CPU tensors, so a run of two processes could not be compared with a run of one where
-there is no GPU.
+torch's own SyncBatchNorm refuses CPU tensors, so without a GPU a run of two processes could not be compared with a run
+of one.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,10 @@ from fastssl.models.gaussian import at_least_fp32
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Takes the place of a batch norm of any dimension: same parameters, buffers and names in the state dictionary.
+    """Replaces a batch norm of any dimension, with the same parameters, buffers and names in the state dictionary.
 
-    timm's BatchNormAct2d carries its drop and activation along. In eval mode, and in a single process, it computes what
-    the norm computed that it replaces.
+    It keeps the dropout and the activation of timm's BatchNormAct2d. In eval mode, and in a single process, it computes
+    the same as the norm that it replaces.
     """
 
     def __init__(self, norm: _BatchNorm):
@@ -33,13 +35,12 @@ class GlobalBatchNorm(_BatchNorm):
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         else:
             y, mean, var = batch_norm_over_ranks(x, self.weight, self.bias, self.eps)
-            if self.running_mean is not None:
-                update_running_statistics(self, mean[None], var[None])
+            update_running_statistics(self, mean[None], var[None])
         return self.act(self.drop(y))
 
 
 def convert_batch_norms(model: nn.Module) -> nn.Module:
-    """Replace every batch norm inside `model` (in place; a norm that is the model itself is returned as new)."""
+    """Replace every batch norm inside `model` in place, and return it (a new module if it is itself a batch norm)."""
     if isinstance(model, _BatchNorm):
         return GlobalBatchNorm(model)
     for name, child in model.named_children():
@@ -50,10 +51,10 @@ def convert_batch_norms(model: nn.Module) -> nn.Module:
 def batch_norm_over_ranks(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, C, ...) normalised by the statistics over all processes.
+    """x (N, C, ...) normalized by the statistics over all processes.
 
-    Returns y like x, and without gradient mean (C,) and unbiased variance (C,), both fp32 (fp64 for fp64). Raises
-    ValueError where a channel has a single value over all processes.
+    Returns y like x, and without gradient the mean (C,) and the unbiased variance (C,), both fp32 (fp64 for fp64).
+    Raises ValueError if a channel has a single value over all processes.
     """
     if world_size() * x.numel() // x.shape[1] < 2:
         raise ValueError(f"Batch statistics need more than 1 value per channel, not an input of {tuple(x.shape)}.")
@@ -63,29 +64,38 @@ def batch_norm_over_ranks(
 
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean_SC: Tensor, var_SC: Tensor) -> None:
-    """S sequential updates of the running mean and (unbiased) variance in closed form: later draws weigh more."""
-    S, like_means = len(mean_SC), dict(dtype=mean_SC.dtype, device=mean_SC.device)
+    """S sequential updates of the running mean and (unbiased) variance in closed form; later draws weigh more.
+
+    Does nothing for a norm without running statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    S = len(mean_SC)
     if norm.momentum is None:  # cumulative average over all batches seen
-        seen = (norm.num_batches_tracked + S).to(**like_means)
-        keep, weights_S1 = (seen - S) / seen, 1 / seen
+        seen = (norm.num_batches_tracked + S).to(device=mean_SC.device, dtype=mean_SC.dtype)
+        kept_share: Tensor | float = (seen - S) / seen
+        weights_S1 = 1 / seen
     else:
-        age_S1 = torch.arange(S - 1, -1, -1, **like_means)[:, None]
-        keep, weights_S1 = (1 - norm.momentum) ** S, norm.momentum * (1 - norm.momentum) ** age_S1
-    norm.running_mean.mul_(keep).add_((weights_S1 * mean_SC).sum(0))
-    norm.running_var.mul_(keep).add_((weights_S1 * var_SC).sum(0))
+        age_S1 = torch.arange(S - 1, -1, -1, device=mean_SC.device, dtype=mean_SC.dtype)[:, None]
+        kept_share = (1 - norm.momentum) ** S
+        weights_S1 = norm.momentum * (1 - norm.momentum) ** age_S1
+    norm.running_mean.mul_(kept_share).add_((weights_S1 * mean_SC).sum(0))
+    norm.running_var.mul_(kept_share).add_((weights_S1 * var_SC).sum(0))
     norm.num_batches_tracked.add_(S)
 
 
 class _BatchNormOverRanks(torch.autograd.Function):
-    """One all-reduce of (sum, square sum, count) forwards, one of (sum dy, sum dy * xhat) backwards.
+    """One all-reduce of (sum, square sum, count) in the forward pass, one of (sum dy, sum dy * xhat) in the backward.
 
-    Only x, the statistics and the weight are kept for the backward pass. The variance is a mean square minus a squared
-    mean: in fp32 its relative error is about 1e-7 * (1 + mean^2 / var), of no matter to features that a convolution or
-    a linear layer makes.
+    Only x, the statistics and the weight are saved for the backward pass. The variance is a mean square minus a squared
+    mean: in fp32 its relative error is about 1e-7 * (1 + mean^2 / var), which does not matter for features that a
+    convolution or a linear layer computes.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         exact = at_least_fp32(x)
         over = [d for d in range(x.ndim) if d != 1]
         sums = torch.stack([exact.sum(over), exact.square().sum(over)])
@@ -102,13 +112,14 @@ class _BatchNormOverRanks(torch.autograd.Function):
         return (y if bias is None else y + _channels(bias, x)).to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx, dy: Tensor, *_):
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std, count = ctx.saved_tensors
         over = [d for d in range(x.ndim) if d != 1]
         dy = dy.to(mean.dtype)
         xhat = (x.to(mean.dtype) - _channels(mean, x)) * _channels(inverse_std, x)
         sums = torch.stack([dy.sum(over), (dy * xhat).sum(over)])
-        d_bias, d_weight = sums.clone()  # this rank's part; DDP sums them, as every other weight's gradient
+        # This process's part: DDP sums it over processes, as every other weight's gradient.
+        d_bias, d_weight = sums.clone()
         all_reduce_sum(sums)
         mean_dy, mean_dy_xhat = sums / count
         scale = inverse_std if weight is None else inverse_std * weight
@@ -122,5 +133,5 @@ class _BatchNormOverRanks(torch.autograd.Function):
 
 
 def _channels(values_C: Tensor, like: Tensor) -> Tensor:
-    """(C,) so that it broadcasts along dimension 1 of `like`."""
+    """(C,), reshaped to broadcast along dimension 1 of `like`."""
     return values_C.view(-1, *[1] * (like.ndim - 2))

@@ -33,4 +33,5 @@ def byol_loss(p1: Tensor, p2: Tensor, t1: Tensor, t2: Tensor, *, gather: bool | 
 def byol_terms(views: tuple[ViewOutput, ...], config: BYOLConfig) -> dict[str, Tensor]:
     """The loss's only term for training."""
     first, second = views
+    assert first.target is not None and second.target is not None  # the model of a BYOLConfig has a target network
     return {"prediction": byol_loss(first.z, second.z, first.target, second.target, gather=config.gather)}

@@ -32,6 +32,7 @@ def cross_entropy_loss(
 def supervised_terms(views: tuple[ViewOutput, ...], config: SupervisedConfig) -> dict[str, Tensor]:
     """The loss's only term for training."""
     (view,) = views
+    assert view.target is not None  # a Classifier's is the label
     loss = cross_entropy_loss(view.z, view.target, label_smoothing=config.label_smoothing, gather=config.gather)
     return {"cross_entropy": loss}
 

@@ -1,7 +1,9 @@
 """The whole loss of arXiv 2310.18080: an objective on the draws plus beta times the KL to the prior."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+import operator
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastssl.common.distributed import mean_over_ranks
 from fastssl.models import Draws, ViewOutput
+from fastssl.models.gaussian import Prior
 from fastssl.objectives.barlow_twins import barlow_twins_terms
 from fastssl.objectives.byol import byol_terms
 from fastssl.objectives.metrics import accuracy, uncertainty_metrics
@@ -58,21 +61,21 @@ class TotalLoss(nn.Module):
         """
         terms = self.objective_terms(views)
         metrics: dict[str, Tensor] = {}
-        if self.objective.needs_labels:
+        if self.objective.needs_labels and views[0].target is not None:
             metrics["accuracy"] = accuracy(views[0].z, views[0].target, gather=self.objective.gather)
 
         spaces = list(views[0].draws)
         kl_penalties = []
         for space in spaces:
             draws_of_views = [view.draws[space] for view in views]
-            kl_of_views = [self.kl_to_prior(draws, priors[space]) for draws in draws_of_views]
-            kl, penalty = mean_over_ranks(sum(kl_of_views) / len(views), self.objective.gather)
+            kl_of_views = [self.kl_to_prior(draws, cast(Prior, priors[space])) for draws in draws_of_views]
+            kl, penalty = mean_over_ranks(add(kl_of_views) / len(views), self.objective.gather)
             kl_penalties.append(penalty)
             for name, value in uncertainty_metrics(kl.detach(), draws_of_views).items():
                 metrics[f"{name}_{space}"] = value
         if spaces:
-            terms["beta_kl"] = self.beta_at(step) * sum(kl_penalties)
-        return {"loss": sum(terms.values()), **terms, **metrics}
+            terms["beta_kl"] = self.beta_at(step) * add(kl_penalties)
+        return {"loss": add(terms.values()), **terms, **metrics}
 
     def objective_terms(self, views: tuple[ViewOutput, ...]) -> dict[str, Tensor]:
         """The objective's weighted terms, embedding.chunk draws at a time, computed again in the backward pass.
@@ -92,7 +95,7 @@ class TotalLoss(nn.Module):
                 total[name] = total.get(name, 0.0) + share * value
         return total
 
-    def kl_to_prior(self, draws: Draws, prior: nn.Module) -> Tensor:
+    def kl_to_prior(self, draws: Draws, prior: Prior) -> Tensor:
         """(2,): KL(q || p) summed over dimensions, averaged over the batch (equation 5), to log and to minimize."""
         kl_B = draws.q.kl_to(prior, method=self.kl_method, samples=draws.x_SBD)
         # Free bits (arXiv 1606.04934, appendix C.8) with all dimensions of an image as one group: a mixture over whole
@@ -106,3 +109,8 @@ class TotalLoss(nn.Module):
         if not self.beta_warmup_steps:
             return self.embedding.beta
         return self.embedding.beta * torch.as_tensor((step + 1) / self.beta_warmup_steps).clamp_max(1.0)
+
+
+def add(values: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return reduce(operator.add, values)

@@ -1,4 +1,4 @@
-"""Optimisers by name."""
+"""Optimizers by name, LARS and LAMB that never wait for the device, and gradient clipping."""
 
 import difflib
 import inspect
@@ -16,25 +16,30 @@ MOMENTUM = 0.9  # of SGD and LARS, as in SimCLR, BYOL and Barlow Twins
 TRUST = 1e-3  # of LARS, as in Barlow Twins
 DEFAULTS = {"sgd": {"momentum": MOMENTUM}, "lars": {"momentum": MOMENTUM, "trust_coefficient": TRUST}}
 
-REFUSED = {
+ParamGroup = dict[str, Any]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+REFUSED = {  # names, and why they do not work here
     "a2gradexp": "follows no learning rate",
     "a2gradinc": "follows no learning rate",
     "a2graduni": "follows no learning rate",
     "adahessian": "needs second derivatives",
     "apollo": "warms up by itself and keeps the graph of every step",
-    "lbfgs": "needs the loss several times a step",
-    "lookahead": "needs another optimiser to wrap",
+    "lbfgs": "needs the loss several times per step",
+    "lookahead": "needs another optimizer to wrap",
     "sparseadam": "takes sparse gradients only",
 }
 NOT_OPTIONS = ("params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
-    """The recipe's optimiser over all of the model's parameters.
+    """The recipe's optimizer over all of the model's parameters.
 
-    What `optim.exclude` names has no weight decay, and LARS and LAMB do not adapt its rate to its norm. The
-    classifier's rate over the others' is its groups' `lr_factor`.
-    Raises UserError for a name or options that no optimiser here has, or with which it cannot train.
+    Parameters that `optim.exclude` names have no weight decay, and LARS and LAMB do not adapt their learning rate to
+    their norm. The groups of a classifier have `lr_factor`, their learning rate divided by that of the others.
+
+    Raises:
+        UserError: for an unknown name or option, or one with which the optimizer cannot train.
     """
     name = optim.name.lower()
     kind = optimizer_class(name)
@@ -52,19 +57,20 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     try:
         step_once(kind, options)
-        optimizer = kind(groups, lr=optim.lr, **options)
-    except Exception as error:  # other people's constructors and steps raise whatever they like
+        constructor: Any = kind
+        optimizer: Optimizer = constructor(groups, lr=optim.lr, **options)
+    except Exception as error:  # constructors and steps of other packages raise errors of many types
         given = f" with optim.options={optim.options}" if optim.options else ""
         raise UserError(f"optim.name: {name}{given} does not train here: {' '.join(str(error).split())}") from error
     if kind is torch.optim.SGD and options["momentum"]:
-        # The fused step makes these without filling them, and leaves them so where the first step is flagged.
+        # The fused step creates these uninitialized, and leaves them so if the first step is skipped.
         for p in (*decay, *plain):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class with this name in small letters: ours, else torch.optim's, else torch_optimizer's."""
+    """The class with this lowercase name: ours, else torch.optim's, else torch_optimizer's."""
     known = {
         key.lower(): value
         for module in (torch_optimizer, torch.optim)  # of two with one name the last stays
@@ -76,13 +82,13 @@ def optimizer_class(name: str) -> type[Optimizer]:
         raise UserError(f"optim.name: {name} does not work here: it {REFUSED[name]}.")
     if name not in known:
         near = difflib.get_close_matches(name, known.keys() - REFUSED.keys(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "adamw, sgd, lars and lamb are some of those there."
-        raise UserError(f"optim.name: no optimiser {name} in torch.optim or torch_optimizer; {hint}")
+        hint = f"did you mean {near[0]}?" if near else "adamw, sgd, lars and lamb are some of those that it has."
+        raise UserError(f"optim.name: no optimizer {name} in torch.optim or torch_optimizer; {hint}")
     return known[name]
 
 
 def check_options(name: str, kind: type[Optimizer], optim: OptimConfig) -> dict[str, Any]:
-    """Keyword arguments of the optimiser beside `lr`: our defaults, the recipe's options and the fused step."""
+    """The optimizer's keyword arguments without `lr`: our defaults, the recipe's options and the fused step."""
     arguments = inspect.signature(kind).parameters
     for key, instead in (("lr", "optim.lr"), ("weight_decay", "optim.weight_decay")):
         if key in optim.options:
@@ -94,8 +100,8 @@ def check_options(name: str, kind: type[Optimizer], optim: OptimConfig) -> dict[
         if key not in allowed:
             raise UserError(f"optim.options.{key}: {name} has no such option; its options are {', '.join(allowed)}.")
     if optim.options.get("dampening"):
-        # It treats the first step apart, and which one that is only the device knows: it may be left out.
-        raise UserError("optim.options.dampening: not with steps that may be left out on the device, so leave it out.")
+        # Dampening treats the first step differently, and only the device knows whether that step was skipped.
+        raise UserError("optim.options.dampening: not with steps that may be skipped on the device, so leave it out.")
     if optim.weight_decay and "weight_decay" not in arguments:
         raise UserError(f"optim.weight_decay: {name} has no weight decay, so set optim.weight_decay=0.")
     fused = {"fused": True} if "fused" in arguments else {}
@@ -103,29 +109,31 @@ def check_options(name: str, kind: type[Optimizer], optim: OptimConfig) -> dict[
 
 
 def step_once(kind: type[Optimizer], options: dict[str, Any]) -> None:
-    """A step with a bias, a matrix and a convolution: what an optimiser cannot do shows before the first epoch."""
+    """A step with a bias, a matrix and a convolution, so that the optimizer fails here if it cannot train them."""
     params = [nn.Parameter(torch.ones(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
     for p in params:
         p.grad = torch.ones_like(p)
-    kind(params, lr=1e-3, **options).step()
+    constructor: Any = kind
+    constructor(params, lr=1e-3, **options).step()
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether `optimizer.found_inf`, a float tensor of 1, makes its next step change nothing.
+    """Whether the optimizer skips a step where `optimizer.found_inf`, a float tensor on the device, is 1.
 
-    The host need not know then. It is torch's protocol for fused optimisers (GradScaler uses it), which our
-    LARS and LAMB follow too.
+    The CPU then need not wait for the flag. This is torch's protocol for fused optimizers, which GradScaler uses too;
+    our LARS and LAMB follow it.
     """
     return isinstance(optimizer, ForeachStep) or optimizer.defaults.get("fused") is True
 
 
 def split_parameters(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters that learn, with and without weight decay and adaptation.
+    """Trainable parameters with, and those without weight decay and adaptation.
 
-    "norm" is every vector that is neither bias nor prior: the scales of whatever norm a backbone has, and of its
-    layers. A transformer's position embedding and class token are no vectors, and decay.
+    "norm" is every vector that is neither bias nor prior: the scales of norms of any kind, and of layers. A
+    transformer's position embedding and class token are no vectors: they decay.
     """
-    decay, plain = [], []
+    decay: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -141,38 +149,50 @@ def split_parameters(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[T
 
 
 class ForeachStep:
-    """A step over all tensors of a group at once, which never asks the device for a number.
+    """A step over all tensors of a group in foreach kernels, which never waits for the device.
 
-    torch-optimizer's own steps ask about every tensor's norm and so stop the host once a tensor.
+    The steps of torch-optimizer read the norm of every tensor, so the CPU waits once per tensor.
     """
 
-    found_inf: Tensor | None = None
+    param_groups: list[ParamGroup]  # of the Optimizer that a subclass also derives from
+    found_inf: Tensor | None = None  # set by the caller: 1 to skip the step
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                # Zeros for a flagged step's gradients: a product would keep the NaN.
-                self.step_group(group, params, [self.unless_flagged(p.grad, 0.0) for p in params])
+                # Gradients of a skipped step become zeros; multiplying by 0 would keep a NaN.
+                self.step_group(group, params, [self.unless_skipped(p.grad, 0.0) for p in params])
 
-    def unless_flagged(self, value: float | Tensor, otherwise: float) -> float | Tensor:
+    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors) -> None:
+        raise NotImplementedError
+
+    def unless_skipped(self, value: Any, otherwise: float) -> Any:
+        """`value`, a number or a tensor, or `otherwise` in a skipped step."""
         return value if self.found_inf is None else torch.where(self.found_inf.bool(), otherwise, value)
 
 
-class LARS(ForeachStep, torch_optimizer.LARS):
-    """torch-optimizer's LARS in foreach kernels, without dampening.
+class LARS(ForeachStep, torch_optimizer.LARS):  # type: ignore[misc]  # its step takes no closure
+    """torch-optimizer's LARS in foreach kernels, without dampening (see `check_options`).
 
-    As there, a group without weight decay is not adapted. Nor is one with `adapt` False.
+    As in torch-optimizer, a group without weight decay is not adapted; nor is one with `adapt` False.
     """
 
     def __init__(
-        self, params, lr=1e-2, *, momentum=0.0, weight_decay=0.0, nesterov=False, trust_coefficient=0.01, eps=1e-8
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 0.01,
+        eps: float = 1e-8,
     ):
-        # Dampening treats the first step apart, and which one that is only the device knows: it may be flagged.
         super().__init__(params, lr, momentum, 0.0, weight_decay, nesterov, trust_coefficient, eps)
 
-    def step_group(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors) -> None:
         decay = group["weight_decay"]
         if decay != 0:
             p_norm = torch.stack(torch._foreach_norm(params))
@@ -188,23 +208,23 @@ class LARS(ForeachStep, torch_optimizer.LARS):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        momentum = self.unless_flagged(group["momentum"], 1.0)
+        momentum = self.unless_skipped(group["momentum"], 1.0)
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
-        updates = buffers
+        updates: Tensors = buffers
         if group["nesterov"]:
             updates = torch._foreach_add(grads, torch._foreach_mul(buffers, momentum))
-        torch._foreach_sub_(params, torch._foreach_mul(updates, self.unless_flagged(group["lr"], 0.0)))
+        torch._foreach_sub_(params, torch._foreach_mul(updates, self.unless_skipped(group["lr"], 0.0)))
 
 
-class LAMB(ForeachStep, torch_optimizer.Lamb):
-    """torch-optimizer's Lamb in foreach kernels. A group with `adapt` False has trust ratio 1: it is Adam."""
+class LAMB(ForeachStep, torch_optimizer.Lamb):  # type: ignore[misc]  # its step takes no closure
+    """torch-optimizer's Lamb in foreach kernels. A group with `adapt` False has trust ratio 1, as in Adam."""
 
-    def add_param_group(self, param_group: dict) -> None:
-        # By this key load_state_dict puts "step" on the parameters' device, where it counts.
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        # This key makes load_state_dict put "step" on the parameters' device.
         super().add_param_group({**param_group, "capturable": True})
 
-    def step_group(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
+    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors) -> None:
         for p in params:
             if not self.state[p]:
                 count = torch.zeros((), device=p.device)
@@ -213,11 +233,11 @@ class LAMB(ForeachStep, torch_optimizer.Lamb):
         counts, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
 
         beta1, beta2 = group["betas"]
-        # One number for each: a single tensor that is added reaches torch by its value, read by the host.
-        torch._foreach_add_(counts, [self.unless_flagged(1.0, 0.0)] * len(counts))
-        torch._foreach_mul_(means, self.unless_flagged(beta1, 1.0))
+        # A list of numbers or tensors: for a single tensor, the CPU would read its value.
+        torch._foreach_add_(counts, [self.unless_skipped(1.0, 0.0)] * len(counts))
+        torch._foreach_mul_(means, self.unless_skipped(beta1, 1.0))
         torch._foreach_add_(means, grads, alpha=1 - beta1)
-        torch._foreach_mul_(squares, self.unless_flagged(beta2, 1.0))
+        torch._foreach_mul_(squares, self.unless_skipped(beta2, 1.0))
         torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
 
         roots = torch._foreach_sqrt(squares)
@@ -234,7 +254,7 @@ class LAMB(ForeachStep, torch_optimizer.Lamb):
             p_norm = torch.stack(torch._foreach_norm(params)).clamp(max=self.clamp_value)
             u_norm = torch.stack(torch._foreach_norm(updates))
             rates = rates * torch.where((p_norm == 0) | (u_norm == 0), 1.0, p_norm / u_norm)
-        torch._foreach_mul_(updates, list(self.unless_flagged(rates, 0.0).unbind()))
+        torch._foreach_mul_(updates, list(self.unless_skipped(rates, 0.0).unbind()))
         torch._foreach_sub_(params, updates)
 
 
@@ -242,7 +262,6 @@ def clip_gradients(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.Gra
     """Scale the gradients to a norm of at most `limit`. Returns their norm before that, a tensor () on the device."""
     if scaler.is_enabled():
         scaler.unscale_(optimizer)
-    parameters = [p for p in model.parameters() if p.grad is not None]
     if limit is None:
-        return nn.utils.get_total_norm([p.grad for p in parameters])
-    return nn.utils.clip_grad_norm_(parameters, limit)
+        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,9 @@ class Network(nn.Module):
     def __init__(self, model: Model, total_loss: TotalLoss, device: torch.device, precision: str):
         super().__init__()
         self.model, self.total_loss = model, total_loss
-        # Arguments of torch.autocast for the model.
-        self.autocast = {"device_type": device.type, "dtype": DTYPES.get(precision), "enabled": precision in DTYPES}
+        dtype = DTYPES.get(precision)
+        # The arguments of torch.autocast for the model.
+        self.autocast: dict[str, Any] = {"device_type": device.type, "dtype": dtype, "enabled": dtype is not None}
 
     def forward(self, inputs: ModelInput) -> StepOutput:
         with torch.autocast(**self.autocast):
@@ -67,8 +68,8 @@ class TrainingViews:
     def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
         size = image_size(self.recipe.views, epoch)
         if size not in self._by_size:
-            views = self.recipe.views.model_copy(update={"size": size})
-            make_views = PairedViews(views, self.recipe.seed, self.recipe.objective.num_views)
+            views_config = self.recipe.views.model_copy(update={"size": size})
+            make_views = PairedViews(views_config, self.recipe.seed, self.recipe.objective.num_views)
             self._by_size[size] = torch.compile(make_views, dynamic=False) if self.compiled else make_views
         # A tensor, not a number: torch.compile would compile the views again for each number.
         epoch_tensor = torch.full((), epoch, device=batch.image.device)
@@ -140,7 +141,7 @@ def check_combinations(recipe: Recipe, loader: BetonLoader) -> None:
 def make_model(recipe: Recipe, device: torch.device, pretrained: str | None) -> tuple[Model, list[str]]:
     """The model in training mode with its first weights, and a remark on those that come from `pretrained`."""
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe).to(device=device, memory_format=memory_format(recipe))
+    model = build_model(recipe).to(device).to(memory_format=memory_format(recipe))
     remarks = [load_pretrained(model, pretrained)] if pretrained else []
     if recipe.train.sync_bn and world_size() > 1:
         convert_batch_norms(model)
@@ -224,7 +225,7 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
-def crop_of(recipe: Recipe) -> str:
+def crop_of(recipe: Recipe) -> Literal["gpu", "cpu"]:
     """Resolve data.crop: crops are cut on the device for a canvas file, on the CPU for a file in the full layout."""
     if recipe.data.crop != "auto":
         return recipe.data.crop

@@ -38,7 +38,7 @@ class TrainState:
     scaler: torch.amp.GradScaler  # of the gradients; disabled unless the precision is fp16
     loader: BetonLoader  # knows the epoch and the position in it
     skipped: Tensor  # int64 () on the device: steps skipped because they were not finite
-    average: WeightAverage | None = None
+    average: WeightAverage[Model] | None = None
     step: int = 0  # optimizer steps, skipped ones included
     epochs_probed: int = 0  # epochs that were done at the last probe
     best: dict[str, float] = field(default_factory=dict)  # the probe's best metric by name, and its "step"
@@ -103,7 +103,7 @@ class TrainState:
     def _fill_from(self, saved: SavedState) -> None:
         self.model.load_state_dict(saved["model"])
         if self.average:
-            self.average.model.load_state_dict(saved["ema"])
+            self.average.model.load_state_dict(saved["ema"] or {})
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.loader.load_state_dict(saved["loader"])
@@ -118,11 +118,13 @@ class TrainState:
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     """The dotted keys whose values differ between two dumped recipes, without those that a resume may change."""
-    changed = []
+    changed: list[str] = []
     for key in {**before, **after}:
         dotted, old, new = prefix + key, before.get(key), after.get(key)
         if old == new or dotted in FREE_KEYS:
             continue
-        both = isinstance(old, dict) and isinstance(new, dict)
-        changed += changed_keys(old, new, dotted + ".") if both else [dotted]
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += changed_keys(old, new, dotted + ".")
+        else:
+            changed.append(dotted)
     return changed

@@ -146,10 +146,10 @@ def test_byol_predicts_the_target_s_mean_of_the_other_view(stochastic):
     model, batch = model_of(BYOL, {"stochastic": stochastic}), inputs()
     reference = copy.deepcopy(model.target)
     view, other = model(batch)
-    h = reference["encoder"](batch.views[0])
-    h = reference["heads"]["h"](h).mu if "h" in stochastic else h
-    z = reference["projector"](h)
-    z = reference["heads"]["z"](z).mu if "z" in stochastic else z
+    h = reference.encoder(batch.views[0])
+    h = reference.heads["h"](h).mu if "h" in stochastic else h
+    z = reference.projector(h)
+    z = reference.heads["z"](z).mu if "z" in stochastic else z
     torch.testing.assert_close(view.target, z)
     assert not view.target.requires_grad and not torch.allclose(view.target, other.target)
 

@@ -80,7 +80,7 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
     # Batched draws.
     (projector._project, "h_SBD.transpose(0, 1).contiguous()", "h_SBD.contiguous()", DRAWS),
     (projector._batch_norm_draws, "p.repeat(S)", "p.repeat_interleave(S)", DRAWS),
-    (sync_bn.update_running_statistics, "torch.arange(S - 1, -1, -1, **like_means)", "torch.arange(S, **like_means)",
+    (sync_bn.update_running_statistics, "torch.arange(S - 1, -1, -1, ", "torch.arange(S, ",
      DRAWS),
     (SSLModel._draw_z, "noise_SBD.flatten(0, 1)[None]", "noise_SBD.transpose(0, 1).flatten(0, 1)[None]",
      test_ssl_model.test_each_draw_of_h_leads_to_one_draw_of_z),

@@ -1,4 +1,4 @@
-"""Optimisers: ours against torch-optimizer's, flagged steps, names and options, what is left out, the rate."""
+"""Optimizers: ours against torch-optimizer's, flagged steps, names and options, what is left out, the rate."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ RATES = {"sgd": 0.1, "lars": 0.1, "adadelta": 10.0, "pid": 0.1, "qhm": 0.1}
 
 
 def weights(seed=0):
-    """Tensors of several shapes; the last is zero, where neither optimiser adapts."""
+    """Tensors of several shapes; the last is zero, where neither optimizer adapts."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(6, 5), (4, 3, 2, 2), (7,), (), (3, 4)]
     *tensors, last = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -122,7 +122,7 @@ def test_flagged_steps_leave_ours_equal_to_torch_optimizer_without_them(kind, re
 
 
 def training(name, lr=None, **keys):
-    """A model with convolution, norm and biases, its optimiser, and a function that makes a loss."""
+    """A model with convolution, norm and biases, its optimizer, and a function that makes a loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 4))
     nn.init.normal_(model[1].weight)  # away from one, so that a decayed norm would show
@@ -139,7 +139,7 @@ def step(optimizer, loss):
 
 
 def everything(model, optimizer):
-    """All tensors and numbers of the model and of the optimiser's state, copied."""
+    """All tensors and numbers of the model and of the optimizer's state, copied."""
     return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
 
 
@@ -332,7 +332,7 @@ def test_names_are_found_in_any_case_and_torch_comes_first():
     assert type(make_optimizer(model, OptimConfig())) is torch.optim.AdamW
 
 
-def test_options_reach_the_optimiser(tmp_path):
+def test_options_reach_the_optimizer(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\ndata: {train: x.beton}\noptim: {name: adamw, options: {betas: [0.8, 0.95]}}\n")
     recipe = load_recipe(path, ["optim.options.amsgrad=true", "optim.options.eps=1e-6"])
@@ -357,10 +357,10 @@ def test_options_reach_the_optimiser(tmp_path):
 @pytest.mark.parametrize(
     "keys, says",
     [
-        (dict(name="adamww"), r"no optimiser adamww in torch.optim or torch_optimizer; did you mean adamw\?"),
+        (dict(name="adamww"), r"no optimizer adamww in torch.optim or torch_optimizer; did you mean adamw\?"),
         (dict(name="lasr"), "did you mean lars"),
-        (dict(name="optimizer"), "no optimiser optimizer"),
-        (dict(name="xyz"), "no optimiser xyz in torch.optim or torch_optimizer; adamw, sgd"),
+        (dict(name="optimizer"), "no optimizer optimizer"),
+        (dict(name="xyz"), "no optimizer xyz in torch.optim or torch_optimizer; adamw, sgd"),
         (dict(name="LBFGS"), "lbfgs does not work here: it needs the loss several times"),
         (dict(name="lookahead"), "lookahead does not work here"),
         (dict(name="adahessian"), "second derivatives"),
