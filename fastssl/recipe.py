@@ -1,9 +1,9 @@
-"""The typed recipe: every setting of a run, loaded from YAML, overridden, checked, dumped.
+"""The typed recipe: every setting of a run, loaded from YAML, overridden, checked and dumped.
 
     recipe = load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1", "data.train=x.beton"])
 
-A key that does not exist is refused with the nearest one that does; nothing is ignored silently.
-This file imports only common.errors of ours, so every other one may import it.
+This file is the one place for keys, defaults, limits and forbidden combinations. An unknown key is an error that names
+the nearest known one. Of our own modules it imports only common.errors, so that every other file may import it.
 """
 
 import difflib
@@ -31,51 +31,53 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str | None = None  # None: runs/NAME, or runs/NAME-2 and so on where that is taken
+    dir: str | None = None  # null: runs/NAME, or runs/NAME-2 and so on if that exists
 
 
 class DataConfig(Section):
-    train: str
-    val: str | None = None  # the probe and the evaluation need it, the training does not
-    subset: str | None = None  # a file that lists images, by name or index: train on these alone
-    limit: Count | None = None  # train on a fixed random part of this many images (of the subset)
-    crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for a full one
+    train: str  # a .beton, or a pattern of its shards
+    val: str | None = None  # for the probe and the evaluation; training does not need it
+    subset: str | None = None  # a file that lists images by name or index: train on these only
+    limit: Count | None = None  # train on this many images (of the subset), a fixed random choice
+    crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for the full layout
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
-    resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: where they take 1/8 of it
-    on_bad_sample: Literal["error", "skip"] = "error"  # skip: the next sample of the batch takes its place
-    workers: Count | None = None  # decoding threads; None: all cores this process may use
+    resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: if they take at most 1/8 of a GPU
+    on_bad_sample: Literal["error", "skip"] = "error"  # skip: replace it by the next sample of the batch
+    workers: Count | None = None  # decoding threads; null: all cores that this process may use
 
 
 class JitterConfig(Section):
+    """Random brightness, contrast, saturation and hue, in random order, with torchvision's strengths."""
+
     p: Probability = 0.8
     brightness: NonNegative = 0.4
     contrast: NonNegative = 0.4
     saturation: NonNegative = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    order: Literal["random", "fixed"] = "random"
 
 
 class PerViewConfig(Section):
-    """What the two views do not share (BYOL, arXiv 2006.07733, table 6)."""
+    """Operations whose probability differs between the two views (BYOL, arXiv 2006.07733, table 6)."""
 
     blur: Probability = 0.0
     solarize: Probability = 0.0
 
 
 class ProgressiveResizeConfig(Section):
-    """Training views that start small: FFCV's progressive resizing. Evaluation always has views.size."""
+    """Training views that start small, as FFCV's progressive resizing. Evaluation always uses views.size."""
 
-    size: Annotated[int, Field(ge=8)]  # of the first epochs
-    epochs: tuple[NonNegative, float]  # from which to which it grows, in steps of 32 px
+    size: Annotated[int, Field(ge=8)]  # of the first epochs, in px
+    epochs: tuple[NonNegative, float]  # the views grow from the first of these epochs to the second, in steps of 32 px
 
 
 class ViewsConfig(Section):
-    size: Annotated[int, Field(ge=8)] = 224
+    size: Annotated[int, Field(ge=8)] = 224  # side in px
     progressive_resize: ProgressiveResizeConfig | None = None
-    scale: Range = (0.08, 1.0)  # share of the source's area
-    ratio: Range = (3 / 4, 4 / 3)  # width / height
+    scale: Range = (0.08, 1.0)  # area of the crop / area of the source image
+    ratio: Range = (3 / 4, 4 / 3)  # width / height of the crop
     flip: Probability = 0.5
-    eval: Literal["squash", "center"] = "squash"  # what evaluation sees: all as a square, or the centre as it is
+    # The evaluation transform: the whole image squashed to a square, or resize and center crop.
+    eval: Literal["squash", "center"] = "squash"
     jitter: JitterConfig = JitterConfig()
     gray: Probability = 0.2
     first: PerViewConfig = PerViewConfig(blur=1.0)
@@ -91,17 +93,15 @@ class ViewsConfig(Section):
             raise ValueError(f"views.ratio must be 0 < low <= high, not {list(self.ratio)}")
         if min(self.std) <= 0:
             raise ValueError(f"views.std must be above 0, not {list(self.std)}")
-        if self.progressive_resize and not (
-            self.progressive_resize.size < self.size
-            and self.progressive_resize.epochs[0] < self.progressive_resize.epochs[1]
-        ):
+        resize = self.progressive_resize
+        if resize and not (resize.size < self.size and resize.epochs[0] < resize.epochs[1]):
             raise ValueError(
                 f"views.progressive_resize must have a size below views.size={self.size} and epochs that rise, "
-                f"not {self.progressive_resize.size} and {list(self.progressive_resize.epochs)}"
+                f"not {resize.size} and {list(resize.epochs)}"
             )
-        if self.progressive_resize and self.size - self.progressive_resize.size > 7 * 32:
+        if resize and self.size - resize.size > 7 * 32:
             raise ValueError(
-                "views.progressive_resize has more than 8 sizes, and each is compiled: start from a larger one"
+                "views.progressive_resize has more than 8 sizes, and each is compiled: start from a larger size"
             )
         return self
 
@@ -116,20 +116,20 @@ class ModelConfig(Section):
     backbone: str = "resnet18"
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
     projector: ProjectorConfig = ProjectorConfig()
-    init: str | None = None  # a run, a checkpoint or timm's .safetensors: a new run that starts from its weights
+    init: str | None = None  # start from the weights of a run, a checkpoint or a .safetensors of timm
 
 
 class EmbeddingConfig(Section):
-    stochastic: Literal["none", "z", "h", "hz"] = "none"
+    stochastic: Literal["none", "z", "h", "hz"] = "none"  # the space (or spaces) of the Gaussian embedding
     samples: Count = 12  # Monte Carlo draws S
-    chunk: Count | None = None  # draws at a time, computed again in the backward pass; null: all at once
+    chunk: Count | None = None  # draws per pass, computed again in the backward pass; null: all in one pass
     beta: NonNegative = 1e-3  # weight of the KL term
     beta_warmup_epochs: NonNegative = 0  # beta grows linearly from 0
-    free_bits: NonNegative = 0  # nats a dimension: floor of an image's KL, below which it is free
+    free_bits: NonNegative = 0  # nats per dimension below which the KL of an image costs nothing
     prior: Literal["standard_normal", "mixture", "vamp"] = "standard_normal"
     mixture_components: Count = 10  # of a mixture or vamp prior
     mixture_mode: Literal["joint", "per_dim", "reference"] = "joint"
-    kl: Literal["auto", "closed", "mc"] = "auto"  # auto: closed where a closed form exists
+    kl: Literal["auto", "closed", "mc"] = "auto"  # auto: the closed form for a standard normal, else Monte Carlo
 
     @model_validator(mode="after")
     def check(self) -> "EmbeddingConfig":
@@ -221,46 +221,47 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 
 
 class OptimConfig(Section):
-    name: str = "adamw"  # of a class of torch.optim or torch_optimizer, such as sgd, lars, lamb, radam
-    lr: Positive = 1e-3  # at global batch 256; the used one is lr x batch / 256
+    name: str = "adamw"  # a class of torch.optim or torch_optimizer in lowercase, such as sgd, lars, lamb, radam
+    lr: Positive = 1e-3  # at global batch 256; the run uses lr x train.batch_size / 256
     weight_decay: NonNegative = 1e-4
-    head_lr_factor: Positive = 1.0  # rate of a supervised run's classifier, over the others'
+    head_lr_factor: Positive = 1.0  # learning rate of a supervised run's classifier / that of all other layers
     warmup_epochs: NonNegative = 4
-    final_lr_factor: Probability = 0.5  # cosine ends at this share of lr
-    clip: Positive | None = 0.5  # gradient norm; null: no clipping
-    exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")  # no decay, no trust ratio
-    options: dict[str, bool | int | float | tuple[float, ...]] = {}  # the class's other arguments
+    final_lr_factor: Probability = 0.5  # the cosine ends at this share of lr
+    clip: Positive | None = 0.5  # largest norm of the gradient; null: no clipping
+    # Parameters without weight decay, and without trust ratio in LARS and LAMB.
+    exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")
+    options: dict[str, bool | int | float | tuple[float, ...]] = {}  # other arguments of the class
 
 
 class TrainConfig(Section):
     epochs: Count = 100
     batch_size: Annotated[int, Field(ge=2)] = 256  # over all processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    accumulate: Count = 1  # micro-batches a step; the loss's and the batch norms' statistics are those of one
+    accumulate: Count = 1  # micro-batches per step; loss and batch norms have the statistics of one micro-batch
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: Literal["auto"] | bool = "auto"  # auto: on for a GPU, off for a CPU
-    cuda_graphs: bool = False  # replay the compiled step's kernels as one; experimental
+    cuda_graphs: bool = False  # replay the kernels of the compiled step as one CUDA graph; experimental
     channels_last: bool = True
     sync_bn: bool = True  # batch-norm statistics over all processes
-    compress_gradients: bool = False  # processes exchange them in bf16
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the average of the weights that the run gives
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # non-finite steps to skip before stopping
+    compress_gradients: bool = False  # processes exchange gradients in bf16
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights; null: none
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # non-finite steps to skip before the run stops
 
 
 class ProbeConfig(Section):
     every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
     split: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
-    k: Count = 20
+    k: Count = 20  # nearest neighbors
 
 
 class LogConfig(Section):
     every: Count = 50  # steps
-    to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # in addition to metrics.jsonl
 
 
 class CheckpointConfig(Section):
     every: Count = 1000  # steps
-    keep: Annotated[int, Field(ge=0)] = 0  # epochs between checkpoints that stay; 0: none do
+    keep: Annotated[int, Field(ge=0)] = 0  # epochs between checkpoints that are never deleted; 0: none
 
 
 class Recipe(Section):
@@ -306,53 +307,58 @@ class Recipe(Section):
                 f"train.accumulate={self.train.accumulate} does not divide train.batch_size={self.train.batch_size}"
             )
         if self.train.cuda_graphs and self.train.compile is False:
-            raise ValueError("train.cuda_graphs replays compiled steps: leave out train.compile=false")
+            raise ValueError("train.cuda_graphs needs compiled steps: leave out train.compile=false")
         if self.train.cuda_graphs and self.train.accumulate > 1:
             raise ValueError("train.cuda_graphs keeps no gradients between micro-batches: leave out train.accumulate")
         if self.probe.split == "rest" and self.data.limit is None:
-            raise ValueError("probe.split=rest means the images that data.limit leaves out: set data.limit")
+            raise ValueError("probe.split=rest uses the images that data.limit leaves out: set data.limit")
         return self
 
     def to_yaml(self) -> str:
-        """Every key with its value, defaults included; `load_recipe` reads it back unchanged."""
+        """Every key with its value, including defaults; `load_recipe` reads it back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `key=value` overrides (values in YAML syntax) and check every key.
+    """Read a recipe, apply overrides and check every key. Data files are not touched.
 
-    `recipes/x.yaml` means the file at that path, else the copy that ships with the package.
-    Data files are not touched. Raises UserError with one sentence for anything wrong.
+    Args:
+        path: a YAML file; for `recipes/x.yaml`, if there is no such file, the copy that ships with the package.
+        overrides: `key=value` with dotted keys and values in YAML syntax, such as "optim.lr=1e-3".
+
+    Raises:
+        UserError: with one sentence that names the file and the key.
     """
     path = find_recipe(Path(path))
-    values = read_yaml(path)
-    for override in overrides:
-        _apply(values, override)
     try:
-        return Recipe.model_validate(values)
+        return _validate(read_yaml(path), overrides)
     except ValidationError as error:
         raise UserError(f"{path}: {sentence(error, Recipe)}") from None
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with `key=value` overrides. Raises UserError as `load_recipe` does."""
-    values = recipe.model_dump(mode="json")
-    for override in overrides:
-        _apply(values, override)
     try:
-        return Recipe.model_validate(values)
+        return _validate(recipe.model_dump(mode="json"), overrides)
     except ValidationError as error:
         raise UserError(sentence(error, Recipe)) from None
 
 
+def _validate(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    for override in overrides:
+        _apply(values, override)
+    return Recipe.model_validate(values)
+
+
 def shipped_recipes() -> Path:
-    """The folder of recipes that comes with the package (the checkout's own, where there is one)."""
+    """The folder of the recipes that ship with the package: inside an installed wheel, else in the checkout."""
     package = Path(__file__).parent
     inside_wheel = package / "recipes"
     return inside_wheel if inside_wheel.is_dir() else package.parent / "recipes"
 
 
 def find_recipe(path: Path) -> Path:
+    """The file at `path`, else the shipped recipe of that name. Raises UserError if there is neither."""
     if path.is_file():
         return path
     if path.parts[:1] == ("recipes",):
@@ -366,7 +372,7 @@ def find_recipe(path: Path) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 read as a number; YAML 1.1 wants 1.0e-3 and takes the short form for a word."""
+    """YAML 1.2's floats: 1e-3 is a number, where YAML 1.1 reads a string and wants 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(
@@ -377,11 +383,11 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader: builds plain values only
+    return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader, which builds plain values only
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, 1e-3 read as a number. Raises UserError where there are none."""
+    """The keys and values of a YAML file. Raises UserError if it is not YAML, or holds no keys."""
     try:
         values = _parse(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -411,10 +417,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def sentence(error: ValidationError, section: type[BaseModel]) -> str:
-    """The first of pydantic's complaints about a `section` as one sentence that names the dotted key and the mend."""
+    """The first of pydantic's errors about a `section` as one sentence that names the dotted key and the fix."""
     first = error.errors()[0]
-    # Inside the objective, pydantic adds the chosen class's tag to the location; inside options, what it tried.
     parts, objective = [str(part) for part in first["loc"]], None
+    # Inside the objective, pydantic adds the name of the chosen class to the location; inside options, each type that
+    # it tried.
     if len(parts) > 1 and parts[0] == "objective":
         objective = parts.pop(1)
     if parts[:2] == ["optim", "options"] and len(parts) > 2:
@@ -440,12 +447,13 @@ def sentence(error: ValidationError, section: type[BaseModel]) -> str:
         return f"the key objective.name is missing: {', '.join(list(OBJECTIVES)[:-1])} or {list(OBJECTIVES)[-1]}."
     if first["type"] == "value_error":  # from our own validators: already a sentence
         return f"{first['ctx']['error']}."
+    # pydantic's own messages, such as "Input should be greater than 0".
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message}, not {first['input']!r}."
 
 
 def _nearest(parts: list[str], keys: list[str]) -> str | None:
-    """The real key most like a mistyped one: same section first, then the same last word anywhere."""
+    """The known key most like a mistyped one: in the same section, else with the same last word, else anywhere."""
     siblings = [key for key in keys if key.split(".")[:-1] == parts[:-1]]
     close = difflib.get_close_matches(".".join(parts), siblings, n=1, cutoff=0.6)
     close = close or sorted((key for key in keys if key.split(".")[-1] == parts[-1]), key=lambda key: key.count("."))
@@ -454,7 +462,7 @@ def _nearest(parts: list[str], keys: list[str]) -> str | None:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys below a section, sections themselves included."""
+    """All dotted keys of a section and of the sections in it, which are included themselves."""
     found = []
     for name, field in section.model_fields.items():
         found.append(prefix + name)

@@ -83,11 +83,11 @@ def test_overrides_reach_every_kind_of_value(minimal):
     recipe = load_recipe(
         minimal,
         ["train.epochs=3", "optim.lr=1e-2", "views.scale=[0.2,1]", "objective.name=vicreg", "optim.clip=null",
-         "views.jitter.order=fixed", "model.projector.out=64", "train.compile=false", "optim.exclude=[]"],
+         "views.eval=center", "model.projector.out=64", "train.compile=false", "optim.exclude=[]"],
     )  # fmt: skip
     assert recipe.train.epochs == 3 and recipe.optim.lr == 1e-2 and recipe.views.scale == (0.2, 1)
     assert recipe.objective.name == "vicreg" and recipe.objective.inv == 25 and recipe.optim.clip is None
-    assert recipe.views.jitter.order == "fixed" and recipe.model.projector.out == 64
+    assert recipe.views.eval == "center" and recipe.model.projector.out == 64
     assert recipe.train.compile is False and recipe.optim.exclude == ()
 
 

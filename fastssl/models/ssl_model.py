@@ -68,7 +68,8 @@ class SSLModel(nn.Module):
         def noise(purpose: int, width: int) -> Tensor:  # (S, B, width)
             return normals(self.seed, inputs.step, inputs.index, view, self.samples, width, purpose)
 
-        h, draws = self.encoder(v), dict[str, Draws]()
+        h = self.encoder(v)
+        draws: dict[str, Draws] = {}
         if "h" in self.heads:
             q = self.heads["h"](h)
             h, h_SBD = q.mu, q.rsample(self.samples, noise(NOISE_H, q.mu.shape[-1]))

@@ -49,11 +49,8 @@ def draw_boxes(u_NU: Tensor, views: ViewsConfig, height_N: Tensor, width_N: Tens
 def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) -> Parameters:
     """Map uniform numbers to the parameters of everything but the crop."""
     jitter = views.jitter
-    if jitter.order == "random":
-        orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
-        order_N4 = orders[(u_NU[:, _ORDER] * len(orders)).long()]
-    else:
-        order_N4 = torch.arange(4, device=u_NU.device).expand(len(u_NU), 4)
+    orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
+    order_N4 = orders[(u_NU[:, _ORDER] * len(orders)).long()]
     ranges = [(max(0.0, 1 - s), 1 + s) for s in (jitter.brightness, jitter.contrast, jitter.saturation)]
     ranges.append((-jitter.hue, jitter.hue))
     factors = [low + u_NU[:, _FACTORS + i] * (high - low) for i, (low, high) in enumerate(ranges)]
