@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
+from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
 from fastssl.models.exported import load_exported_encoder, load_exported_model
 from fastssl.recipe import Recipe
@@ -32,7 +33,7 @@ class SavedState(TypedDict):
     ema: dict[str, Tensor] | None  # the moving average of the model, with train.ema
     optimizer: StateDict
     scaler: StateDict  # of the gradients, for fp16
-    loader: StateDict
+    loader: LoaderState
     skipped: Tensor  # int64 (): steps skipped because they were not finite
     step: int  # optimizer steps, skipped ones included
     epochs_probed: int
