@@ -1,11 +1,12 @@
 """`fastssl profile`: how fast each stage of training is, which one is the bottleneck, and how to fix it.
 
-profiler.py      the order in which a run is measured, and the profile that it makes
+profiler.py      measures all stages of a run and makes the profile
 timing.py        how a stage is timed; storage.py, loader_stages.py, device_stages.py, end_to_end.py: the stages
-machine.py       measured peaks of this machine; peaks.py: peaks from data sheets
-resources.py     the cost model: which resource sets the pace; bottleneck.py: the sentence
-planner.py       predicts another machine
-result.py        profile.json; compare.py: two of them; tables.py, plots.py, page.py, trace.py: renderings
+peaks.py         peak rates of GPUs and storage, from data sheets or measured
+bottleneck.py    the cost model, and the sentence that names the bottleneck and its fixes
+planner.py       predicts training on another machine
+profile.py       the typed profile and profile.json; compare.py: two of them; thresholds.py: --fail-under
+tables.py, plots.py, page.py, trace.py    the profile on a terminal, as a figure, as an HTML page; a trace of steps
 """
 
 from fastssl.profiling.compare import compare_table

@@ -71,63 +71,51 @@ class TrainingPlan:
     assumptions: list[str]
 
 
+PATTERNS = {  # of the parts of a machine's description, in lower case
+    "cores": r"(\d+) *(?:v?cpus?|(?:cpu )?cores?|threads?)",
+    "memory": r"(\d+(?:\.\d+)?) *([gt])i?b(?: (?:of )?(?:ram|memory))?",
+    "storage": f"({'|'.join(STORAGE_NAMES)})",
+    "GPUs": r"(?:(\d+)(?: *[x×*] *| +))?(.*)",
+}
+
+
 def parse_machine(text: str) -> PlannedMachine:
     """Parse the description of a machine, its parts in any order. The default storage is nvme.
 
     Raises UserError for a part that is unknown or missing.
     """
-    found: dict[str, str] = {}
+    found: dict[str, re.Match[str]] = {}
     for part in filter(None, (part.strip() for part in text.lower().split(","))):
-        kind = _kind_of(part)
+        kind, match = next((k, m) for k, pattern in PATTERNS.items() if (m := re.fullmatch(pattern, part)))
+        if kind == "GPUs" and not find_device(match[2]):
+            raise UserError(_unknown_part(part, match[2]))
         if kind in found:
             raise UserError(f"--plan names the {kind} twice: describe one machine, such as {EXAMPLE}.")
-        found[kind] = part
-    for kind in ("GPU", "cores"):
+        found[kind] = match
+    for kind in ("GPUs", "cores"):
         if kind not in found:
             raise UserError(f"--plan does not name the {kind} of the machine: write it like {EXAMPLE}.")
-    number, name = _split_count(found["GPU"])
-    device = find_device(name)
+    device, gpus, cores = find_device(found["GPUs"][2]), int(found["GPUs"][1] or 1), int(found["cores"][1])
     assert device
-    gpus, cores = int(number or 1), _first_number(found["cores"])
     if not 1 <= gpus <= cores:
-        raise UserError(f"--plan has {gpus} GPUs and {cores:.0f} cores: each GPU needs a core, as in {EXAMPLE}.")
+        raise UserError(f"--plan has {gpus} GPUs and {cores} cores: each GPU needs a core, as in {EXAMPLE}.")
+    storage = STORAGE_NAMES[found["storage"][1]] if "storage" in found else "nvme"
     memory = None
     if "memory" in found:
-        memory = _first_number(found["memory"]) * (1e12 if re.search(r"\dt| t", found["memory"]) else 1e9)
-    return PlannedMachine(gpus, device, int(cores), STORAGE_NAMES[found.get("storage", "nvme")], memory)
+        memory = float(found["memory"][1]) * {"g": 1e9, "t": 1e12}[found["memory"][2]]
+    return PlannedMachine(gpus, device, cores, storage, memory)
 
 
-def _kind_of(part: str) -> str:
-    """Return what a part in lower case describes."""
-    if re.fullmatch(r"\d+ *(v?cpus?|(cpu )?cores?|threads?)", part):
-        return "cores"
-    if re.fullmatch(r"\d+(\.\d+)? *[gt]i?b( (of )?(ram|memory))?", part):
-        return "memory"
-    if part in STORAGE_NAMES:
-        return "storage"
-    number, name = _split_count(part)
-    if find_device(name):
-        return "GPU"
+def _unknown_part(part: str, name: str) -> str:
+    """Return the message for a part of the description that is no known GPU, with the nearest known name."""
     if "cpu" in name.split():
-        raise UserError(f"--plan {part}: a plan is for GPUs, and a CPU can be measured: name a GPU, as in {EXAMPLE}.")
+        return f"--plan {part}: a plan is for GPUs, and a CPU can be measured: name a GPU, as in {EXAMPLE}."
     names = [*(device.name.lower() for device in DEVICES.values()), *DEVICES, *STORAGE_NAMES, "cores", "gb"]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    known = ", ".join(device.name for device in DEVICES.values())
-    count = part.removesuffix(name)
-    hint = f"did you mean {count}{near[0]}?" if near else f"GPUs are {known}; storage is {', '.join(STORAGE)}."
-    raise UserError(f"--plan: {part!r} is not a GPU, a number of cores, a storage or a memory size: {hint}")
-
-
-def _split_count(part: str) -> tuple[str, str]:
-    """Split "8xa100" or "8 a100" into "8" and "a100"; a name such as "4090" has no count."""
-    match = re.fullmatch(r"(\d+)(?: *[x×*] *| +)(.*)", part)
-    return (match[1], match[2]) if match else ("", part)
-
-
-def _first_number(part: str) -> float:
-    match = re.match(r"[\d.]+", part)
-    assert match
-    return float(match[0])
+    hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; storage is {', '.join(STORAGE)}."
+    if near:
+        hint = f"did you mean {part.removesuffix(name)}{near[0]}?"
+    return f"--plan: {part!r} is not a GPU, a number of cores, a storage or a memory size: {hint}"
 
 
 def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) -> None:

@@ -1,4 +1,4 @@
-"""A profile as one figure of four panels."""
+"""A profile as one figure: the device's time above, the stages and the resources below."""
 
 from collections.abc import Callable
 from textwrap import wrap
@@ -22,21 +22,18 @@ PART_COLORS = {
     "backward": GREEN, "optimizer": AMBER, "communication": "0.25", "step": BLUE, "rest of the step": LIGHT,
 }  # fmt: skip
 COMBINED = ("loader", "replay", "end_to_end")  # stages that consist of others
-FAR = 20  # ratio of rates above which the axes are logarithmic
-TOO_FAR = 1000  # ratio above which a line would squeeze everything else
 
 
 def draw_profile(profile: Profile) -> "Figure":
-    """Return a figure of 1400 x 1000 px at its own dpi; save it with `savefig(file, dpi="figure")`."""
+    """Return a figure of 1400 x 900 px at its own dpi; save it with `savefig(file, dpi="figure")`."""
     # Imported here, as it takes half a second; without pyplot, no display is needed.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 10), dpi=100, layout="constrained")
-    parts, scaling, stages, resources = figure.subplots(2, 2).flat
-    _draw_device_time(parts, profile)
-    _draw_scaling(scaling, profile)
-    _draw_stages(stages, profile)
-    _draw_resources(resources, profile)
+    figure = Figure(figsize=(14, 9), dpi=100, layout="constrained")
+    panels = figure.subplot_mosaic([["time", "time"], ["stages", "resources"]], height_ratios=[1, 2])
+    _draw_device_time(panels["time"], profile)
+    _draw_stages(panels["stages"], profile)
+    _draw_resources(panels["resources"], profile)
     sentence = _wrapped(profile.bottleneck.sentence, width=120, lines=4)
     title = _wrapped(f"{profile.name} on {profile.machine.device}", width=120, lines=1)
     figure.suptitle(f"{sentence}\n{title}", fontsize=14, parse_math=False)
@@ -61,56 +58,8 @@ def _draw_device_time(axes: "Axes", profile: Profile) -> None:
     label = f"training, end to end: {significant(training)} ms"
     axes.plot([training] * 2, [-0.55, 0.55], color="black", ls="--", label=label)
     axes.set_xlim(0, 1.04 * max(total, training))
-    axes.set_ylim(-2.1, 0.8)  # leaves room for the legend below the bar
-    axes.legend(loc="lower center", ncols=2, frameon=False)
-
-
-def _draw_scaling(axes: "Axes", profile: Profile) -> None:
-    """Draw the rate of decoding by the number of threads, with the rate that the device needs."""
-    axes.set_title("Decoding by number of threads", fontsize=12)
-    axes.set_xlabel("decoding threads")
-    axes.set_ylabel("images/s (median, lowest and highest)")
-    decode = profile.stages.decode
-    if not decode.workers:
-        axes.text(0.5, 0.5, "not measured", ha="center", color=GRAY, transform=axes.transAxes)
-        return
-    workers = dict(sorted(decode.workers.items()))
-    counts, rates = list(workers), [rate.median for rate in workers.values()]
-    shown = list(rates)
-    if 1 in workers:
-        linear = [rates[0] * count for count in counts]
-        axes.plot(counts, linear, color=GRAY, ls="--", label="linear scaling")
-        shown += linear
-    errors = [[r.median - r.low for r in workers.values()], [r.high - r.median for r in workers.values()]]
-    axes.errorbar(counts, rates, yerr=errors, color=BLUE, marker="o", lw=2, capsize=5, label="measured")
-    for count, rate in zip(counts, rates):
-        axes.annotate(
-            significant(rate), (count, rate), xytext=(8, -4), textcoords="offset points", va="top", fontsize=9
-        )
-    if decode.knee in workers:
-        label = f"knee: {decode.knee} threads" + ("" if decode.knee == counts[-1] else ", more give little")
-        axes.plot(decode.knee, workers[decode.knee].median, "o", ms=16, mfc="none", mec=ORANGE, mew=2, label=label)
-    if needed := profile.stages.replay.rate:
-        label = f"views and step need {significant(needed)}"
-        if min(rates) / TOO_FAR < needed < TOO_FAR * max(rates):
-            axes.axhline(needed, color=GREEN, ls=":", lw=2, label=label)
-            shown.append(needed)
-        else:
-            label += " (far above)" if needed > max(rates) else " (far below)"
-            axes.plot([], [], color=GREEN, ls=":", lw=2, label=label)
-    if max(shown) > FAR * min(shown):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(min(counts) / 1.4, max(counts) * 2)
-        axes.set_ylim(min(shown) / 2, max(shown) * 2)
-    else:
-        axes.set_ylim(0, 1.15 * max(shown))
-        axes.yaxis.set_major_formatter(lambda rate, _: significant(rate))
-        axes.margins(x=0.15)
-    axes.minorticks_off()
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.set_ylim(-0.55, 0.8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4, frameon=False)
 
 
 def _draw_stages(axes: "Axes", profile: Profile) -> None:
@@ -159,7 +108,7 @@ def _draw_bars(
     for position, value in enumerate(values):
         inside = is_inside(value)
         axes.annotate(
-            significant(value), (value, position), xytext=(-5 if inside else 5, 0), textcoords="offset points",
+            significant(value), (value, position), xytext=(-12 if inside else 5, 0), textcoords="offset points",
             va="center", ha="right" if inside else "left", color="white" if inside else "black", fontsize=9,
             bbox=None if inside else {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )  # fmt: skip

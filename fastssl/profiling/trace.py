@@ -1,4 +1,4 @@
-"""A timeline of some steps, for ui.perfetto.dev or chrome://tracing: loader threads, copies, views, step, kernels."""
+"""A trace of a few steps, for ui.perfetto.dev or chrome://tracing: loader threads, copies, views, steps, kernels."""
 
 import gzip
 import json
@@ -15,23 +15,23 @@ from fastssl.profiling.end_to_end import Training
 from fastssl.profiling.timing import synchronize
 
 STEPS = 3
-CLOCK = "fastssl clock"  # the name of marks whose time is known on both clocks
-PROCESS = 0  # number of the process that our threads are shown as; torch's own have the system's numbers
+CLOCK = "fastssl clock"  # name of the marks that align our clock with the profiler's
+PROCESS = 0  # the process id under which our spans are shown; torch's events have the system's ids
 
 
 def write_trace(path: Path, training: Training, device: torch.device) -> None:
-    """Chrome's trace format, gzipped: torch's operations and kernels, and above them our named stretches by thread.
+    """Write a gzipped Chrome trace: torch's operations and kernels, and above them our named spans by thread.
 
-    All processes take part in the steps, and the first one writes.
+    All processes take part in the steps, and the main process writes.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     training.start()
-    training()  # whatever the loader had decoded ahead is not what a step in the middle finds
+    training()  # so that the loader is not further ahead than in the middle of an epoch
     synchronize(device)
-    with recorded() as spans, torch.profiler.profile(activities=activities) as profile:
-        marks = [marked(f"{CLOCK} {number}") for number in range(5)]
+    with recorded() as spans, torch.profiler.profile(activities=activities) as profiler:
+        marks = [_mark(f"{CLOCK} {number}") for number in range(5)]
         for _ in range(STEPS):
             training()
         synchronize(device)
@@ -39,34 +39,38 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(exported))
+        profiler.export_chrome_trace(str(exported))
         trace = json.loads(exported.read_text())
     events = trace["traceEvents"]
-    _, start, name = min(marks)  # the shortest: between its two clocks nothing came
+    # In the shortest mark, the thread was not interrupted between the two clocks.
+    _, start, name = min(marks)
     offset = next(event["ts"] for event in events if event.get("name") == name) - start * 1e6
-    events += events_of(spans, offset)
+    events += _events(spans, offset)
     data = gzip.compress(json.dumps(trace).encode(), compresslevel=6)
     with explain_write_errors(path):
-        write_atomically(path, lambda beside: beside.write_bytes(data))
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def marked(name: str) -> tuple[float, float, str]:
-    """A mark in the trace: how long it took, and when it began, in seconds of time.perf_counter()."""
+def _mark(name: str) -> tuple[float, float, str]:
+    """Put a mark into the trace. Returns how long it took, when it began (time.perf_counter()), and its name."""
     start = time.perf_counter()
     with torch.profiler.record_function(name):
         pass
     return time.perf_counter() - start, start, name
 
 
-def events_of(spans: list[Span], offset: float) -> list[dict]:
-    """The stretches as events of one process with a track for each thread. offset: from perf_counter, microseconds."""
-    threads = {name: number for number, name in enumerate(sorted({s.thread for s in spans}, key=_place), 1)}
+def _events(spans: list[Span], offset: float) -> list[dict[str, object]]:
+    """Return spans as trace events of one process, with a track for each thread.
 
-    def named(kind: str, number: int, value: str) -> dict:
-        return {"ph": "M", "pid": PROCESS, "tid": number, "name": kind, "args": {"name": value}}
-
-    events = [named("process_name", 0, "fastssl"), *(named("thread_name", n, name) for name, n in threads.items())]
-    events.append({"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}})
+    offset: microseconds from time.perf_counter() to the trace's clock.
+    """
+    threads = {name: track for track, name in enumerate(sorted({s.thread for s in spans}, key=_thread_order), 1)}
+    events: list[dict[str, object]] = [
+        {"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_name", "args": {"name": "fastssl"}},
+        {"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}},
+    ]
+    for name, track in threads.items():
+        events.append({"ph": "M", "pid": PROCESS, "tid": track, "name": "thread_name", "args": {"name": name}})
     for s in spans:
         events.append({
             "ph": "X", "cat": "fastssl", "pid": PROCESS, "tid": threads[s.thread], "name": s.name,
@@ -75,6 +79,8 @@ def events_of(spans: list[Span], offset: float) -> list[dict]:
     return events
 
 
-def _place(thread: str) -> tuple[int, str]:
-    """The main thread first, then the reader, then those that decode."""
-    return (0 if thread == "MainThread" else 1 if "reader" in thread else 2), thread
+def _thread_order(name: str) -> tuple[int, str]:
+    """Sort the main thread first, then the reader, then the decoding threads."""
+    if name == "MainThread":
+        return 0, name
+    return (1, name) if "reader" in name else (2, name)
