@@ -8,10 +8,10 @@ store a JPEG's bytes as they are, nor resume after it was stopped.
 The same source and options give the same bytes, whatever the number of workers and however often the build was stopped.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastssl.beton.format import Manifest, manifest_path, names_path
-from fastssl.beton.images import Case, StoragePlan
+from fastssl.beton.format import ALLOCATION, Manifest, data_start, manifest_path, names_path
+from fastssl.beton.images import Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
-from fastssl.beton.pool import Pool, worker_pool
+from fastssl.beton.pool import Pool, in_chunks, worker_pool
 from fastssl.beton.source import (
     ORDER_SEED,
     Order,
@@ -38,7 +38,7 @@ from fastssl.beton.source import (
 )
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.common.system import resolve_workers
+from fastssl.common.system import free_memory, resolve_workers
 from fastssl.common.terminal import progress
 
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
@@ -85,8 +85,6 @@ class SplitReport(NamedTuple):
     classes: int
     bytes: int
     bad: int  # images that were skipped
-    passed_through: int  # JPEGs that are stored with their own bytes
-    seconds: float
     up_to_date: bool  # nothing was done: the file had been built from the same images with the same options
 
 
@@ -146,7 +144,6 @@ def _build_split(
     split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool, options: dict[str, Any], strict: bool
 ) -> SplitReport:
     """Build one split, unless it is up to date. `options` are those that the manifest records."""
-    start = time.monotonic()
     path = out / f"{split.name}.beton"
     key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
     up_to_date = _read_if_up_to_date(path, key, split.samples)
@@ -158,8 +155,6 @@ def _build_split(
         classes=len(split.classes),
         bytes=path.stat().st_size,
         bad=manifest["counts"]["bad"],
-        passed_through=manifest["counts"]["passed_through"],
-        seconds=time.monotonic() - start,
         up_to_date=up_to_date is not None,
     )
 
@@ -262,3 +257,63 @@ def _list_bad_images(path: Path, split: str, bad: list[BadImage]) -> None:
         write_atomically(path, "".join(entry.to_json() for entry in entries))
     else:
         path.unlink(missing_ok=True)
+
+
+# --- estimate -----------------------------------------------------------------------------------
+
+SAMPLED = 512  # images of each split that are encoded
+SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
+
+
+class SplitEstimate(NamedTuple):
+    """The expected result of building one split."""
+
+    split: str
+    path: Path
+    images: int
+    classes: int
+    bytes: int
+    bad: float  # share of the sampled images that cannot be read
+    seconds: float
+
+
+class BuildEstimate(NamedTuple):
+    splits: list[SplitEstimate]
+    free_disk: int  # bytes, where the files would be
+    free_memory: int  # bytes, for the page cache
+
+
+def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
+    """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
+    plan = options.plan(load_builder(builder).CANVAS)
+    splits = list_splits(builder, source, options.order, options.limit)
+    with worker_pool(resolve_workers(options.workers)) as pool:
+        # Wait until the workers have started, so that their start does not count.
+        for _ in pool.in_order(os.getpid, [()] * pool.workers):
+            pass
+        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
+    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return BuildEstimate(estimates, shutil.disk_usage(folder).free, free_memory())
+
+
+def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool) -> SplitEstimate:
+    start = time.monotonic()
+    images = len(split.order)
+    # Every n-th image, because with order "source" the first ones are not a fair sample.
+    step = max(1, images // SAMPLED)
+    sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
+    tasks = ((chunk, plan) for chunk in in_chunks(sampled, SAMPLED_PER_TASK))
+    results = [result for chunk in pool.in_order(encode_all, tasks) for result in chunk]
+    seconds = time.monotonic() - start
+    good = [result for result in results if not isinstance(result, str)]
+    bytes_per_image = sum(len(result.payload) for result in good) / len(results)
+    return SplitEstimate(
+        split=split.name,
+        path=out / f"{split.name}.beton",
+        images=images,
+        classes=len(split.classes),
+        # The allocation table comes after the images, all other tables before them.
+        bytes=data_start(images) + round((bytes_per_image + ALLOCATION.itemsize) * images),
+        bad=1 - len(good) / len(results),
+        seconds=seconds * images / len(results),
+    )

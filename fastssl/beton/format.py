@@ -6,8 +6,6 @@ The dtypes repeat `ffcv.types` and `ffcv.fields`, because importing ffcv imports
 every worker process. A test compares them with ffcv's own.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

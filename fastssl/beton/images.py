@@ -12,8 +12,6 @@ All other images are converted in this order:
 4. Rotated according to the EXIF orientation.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from enum import IntEnum

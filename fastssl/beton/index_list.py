@@ -9,8 +9,6 @@ names several images is an error.
 Names are bytes here: a million take half of the memory that strings take, and they need not be UTF-8.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

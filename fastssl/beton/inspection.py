@@ -3,8 +3,6 @@
 Files of stock FFCV have neither manifest nor names: their tables show what the file itself tells.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ Importing ffcv imports torch and numba: seconds and hundreds of megabytes for ev
 images.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -26,26 +24,25 @@ class DecodedJpeg(NamedTuple):
     warning: str  # the decoder's warning, "" without one
 
 
-class Decompressor(NamedTuple):
-    library: ctypes.CDLL
-    handle: c_void_p
-
-
 def read_size(content: bytes) -> tuple[int, int]:
     """Return the (height, width) that the header states. Raises ValueError if turbojpeg cannot read it."""
-    with _decompressor() as decompressor:
-        return _read_size(content, decompressor)
+    height, width, subsampling, colorspace = c_int(), c_int(), c_int(), c_int()
+    results = byref(width), byref(height), byref(subsampling), byref(colorspace)
+    with _decompressor() as handle:
+        if turbojpeg().tjDecompressHeader3(handle, content, len(content), *results):
+            _warning(handle)
+    return height.value, width.value
 
 
 def decode(content: bytes, shrink: int = 1) -> DecodedJpeg:
     """Decode to RGB at 1/shrink of the size, shrink 1, 2, 4 or 8. Raises ValueError if that fails."""
-    with _decompressor() as decompressor:
-        height, width = (-(-side // shrink) for side in _read_size(content, decompressor))
-        pixels = np.empty((height, width, 3), np.uint8)
-        failed = decompressor.library.tjDecompress2(
-            decompressor.handle, content, len(content), pixels.ctypes.data, width, 0, height, TJPF_RGB, 0
+    height, width = (-(-side // shrink) for side in read_size(content))
+    pixels = np.empty((height, width, 3), np.uint8)
+    with _decompressor() as handle:
+        failed = turbojpeg().tjDecompress2(
+            handle, content, len(content), pixels.ctypes.data, width, 0, height, TJPF_RGB, 0
         )
-        return DecodedJpeg(pixels, _warning(decompressor) if failed else "")
+        return DecodedJpeg(pixels, _warning(handle) if failed else "")
 
 
 def check(content: bytes) -> str:
@@ -57,31 +54,22 @@ def check(content: bytes) -> str:
     return decode(content, shrink=8).warning
 
 
-def _read_size(content: bytes, decompressor: Decompressor) -> tuple[int, int]:
-    height, width, subsampling, colorspace = c_int(), c_int(), c_int(), c_int()
-    results = byref(width), byref(height), byref(subsampling), byref(colorspace)
-    if decompressor.library.tjDecompressHeader3(decompressor.handle, content, len(content), *results):
-        _warning(decompressor)
-    return height.value, width.value
-
-
-def _warning(decompressor: Decompressor) -> str:
+def _warning(handle: c_void_p) -> str:
     """Return the message of the last warning. Raises ValueError if the last call failed."""
-    message: str = decompressor.library.tjGetErrorStr2(decompressor.handle).decode("utf-8", "replace")
-    if decompressor.library.tjGetErrorCode(decompressor.handle) != TJERR_WARNING:
+    message: str = turbojpeg().tjGetErrorStr2(handle).decode("utf-8", "replace")
+    if turbojpeg().tjGetErrorCode(handle) != TJERR_WARNING:
         raise ValueError(message)
     return message
 
 
 @contextlib.contextmanager
-def _decompressor() -> Iterator[Decompressor]:
+def _decompressor() -> Iterator[c_void_p]:
     """Make a decompressor for one image, in 5 us: one that has read a damaged header fails on all later images."""
-    library = turbojpeg()
-    handle = c_void_p(library.tjInitDecompress())
+    handle = c_void_p(turbojpeg().tjInitDecompress())
     try:
-        yield Decompressor(library, handle)
+        yield handle
     finally:
-        library.tjDestroy(handle)
+        turbojpeg().tjDestroy(handle)
 
 
 @functools.cache

@@ -9,8 +9,6 @@ A row is written after the pages of its image are on the disk, so whatever stops
 To start a build from the beginning, delete the folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -21,7 +19,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -72,7 +70,7 @@ class PartialBuild:
         self._rows = np.zeros(capacity, ROW)
         self._processed = self._rows_saved = 0
 
-    def __enter__(self) -> PartialBuild:
+    def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")
         try:

@@ -5,8 +5,6 @@ passes the turn on and only then writes. So the file does not depend on the numb
 through another process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing
@@ -44,20 +42,37 @@ class WrittenChunk(NamedTuple):
     reasons: list[str]  # why images are bad, one for each row with Case.BAD
 
 
-@contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[Pool]:
-    """Start worker processes that end with the block. A worker that dies raises UserError."""
-    pool = Pool(workers)
-    try:
-        yield pool
-    except (BrokenProcessPool, MemoryError) as error:
-        raise UserError(
-            "A worker process died or ran out of memory (dmesg names what the kernel killed): try again "
-            f"with {f'fewer than {workers} --workers' if workers > 1 else 'more memory'}. A build resumes where "
-            "it stopped. (In a script of your own, call it under `if __name__ == '__main__':`.)"
-        ) from error
-    finally:
-        pool.shutdown()
+class Turns:
+    """Lets the workers reserve ranges of the file in the order of the chunks. Shared memory of all processes."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self._changed = context.Condition()
+        self._turn = context.Value("q", 0, lock=False)
+        self._position = context.Value("q", 0, lock=False)
+        self._failed = context.Value("b", False, lock=False)
+
+    def restart(self, position: int) -> None:
+        """Begin again with chunk 0, at byte `position` of the file. No worker may be waiting."""
+        self._turn.value = 0
+        self._position.value = position
+
+    def reserve(self, turn: int, sizes: list[int]) -> list[int]:
+        """Wait for chunk `turn` to be the next one. Return the positions in the file for samples of these sizes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn.value == turn or self._failed.value)
+            # If a later chunk has failed already, this one is still written: the user gets the first error in order.
+            if self._turn.value != turn:
+                raise RuntimeError("an earlier chunk failed")
+            pointers, self._position.value = allocate(sizes, self._position.value)
+            self._turn.value += 1
+            self._changed.notify_all()
+        return pointers
+
+    def fail(self) -> None:
+        """Wake all workers that wait for a turn which will never be taken."""
+        with self._changed:
+            self._failed.value = True
+            self._changed.notify_all()
 
 
 class Pool:
@@ -98,44 +113,27 @@ class Pool:
         self._executor.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[Pool]:
+    """Start worker processes that end with the block. A worker that dies raises UserError."""
+    pool = Pool(workers)
+    try:
+        yield pool
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError(
+            "A worker process died or ran out of memory (dmesg names what the kernel killed): try again "
+            f"with {f'fewer than {workers} --workers' if workers > 1 else 'more memory'}. A build resumes where "
+            "it stopped. (In a script of your own, call it under `if __name__ == '__main__':`.)"
+        ) from error
+    finally:
+        pool.shutdown()
+
+
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield lists of `size` items, the last one perhaps shorter."""
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
-
-
-class Turns:
-    """Lets the workers reserve ranges of the file in the order of the chunks. Shared memory of all processes."""
-
-    def __init__(self, context: SpawnContext) -> None:
-        self._changed = context.Condition()
-        self._turn = context.Value("q", 0, lock=False)
-        self._position = context.Value("q", 0, lock=False)
-        self._failed = context.Value("b", False, lock=False)
-
-    def restart(self, position: int) -> None:
-        """Begin again with chunk 0, at byte `position` of the file. No worker may be waiting."""
-        self._turn.value = 0
-        self._position.value = position
-
-    def reserve(self, turn: int, sizes: list[int]) -> list[int]:
-        """Wait for chunk `turn` to be the next one. Return the positions in the file for samples of these sizes."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn.value == turn or self._failed.value)
-            # If a later chunk has failed already, this one is still written: the user gets the first error in order.
-            if self._turn.value != turn:
-                raise RuntimeError("an earlier chunk failed")
-            pointers, self._position.value = allocate(sizes, self._position.value)
-            self._turn.value += 1
-            self._changed.notify_all()
-        return pointers
-
-    def fail(self) -> None:
-        """Wake all workers that wait for a turn which will never be taken."""
-        with self._changed:
-            self._failed.value = True
-            self._changed.notify_all()
 
 
 # --- in the worker processes --------------------------------------------------------------------

@@ -5,8 +5,6 @@ with numpy, in a fraction of a second per million samples: a truncated, damaged 
 Files of stock FFCV are read too. Images are not decoded here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

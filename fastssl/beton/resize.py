@@ -6,8 +6,6 @@ arithmetic in a fixed order gives the same bytes everywhere. Importing this impo
 resize do.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Draw samples of a .beton into one PNG."""
 
-from __future__ import annotations
-
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence

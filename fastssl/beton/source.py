@@ -3,8 +3,6 @@
 A builder is a module of the package beton_builders. It knows where the images and labels of one data set are.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """Verify a .beton: decode every image and compare it with the checksum that its build recorded."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Iterator

@@ -6,11 +6,12 @@ import sys
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from pictures import photo
 from PIL import Image
 
-from fastssl.beton.resize import resize, resize_box
+from fastssl.beton.resize import resize, resize_box, resize_line, resize_weights
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box
 
 
@@ -50,6 +51,13 @@ def test_crops_are_closer_to_pillow_than_those_of_opencv_area():
     assert max(ours) < 0.5 and np.mean(ours) < np.mean(opencv)  # 0.5: a PSNR of 51 dB
 
 
+@pytest.mark.parametrize("function", [resize, resize_box, resize_line, resize_weights])
+def test_fastmath_is_set(function):
+    """Otherwise numba compiles a function with the fastmath of its first caller: see the next test."""
+    assert function.targetoptions["fastmath"] is False
+
+
+@pytest.mark.slow  # compiles the resize twice
 def test_the_pixels_do_not_depend_on_which_caller_compiled_the_resize_first(tmp_path):
     """numba lets a function inherit fastmath from its first caller, and caches the result: a build after the views had
     run gave other bytes."""
