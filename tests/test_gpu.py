@@ -230,10 +230,10 @@ def test_the_meter_counts_what_the_device_waits_and_not_what_the_host_does():
         meter.restart()
         for batch in meter.watch(loader(0.05)):
             work(batch)
-        slow = meter.observe()
+        slow = meter.read()
     for batch in meter.watch(loader(0.0)):
         work(batch)
-    fast = meter.observe()
+    fast = meter.read()
     assert 0.2 < slow.waited / slow.seconds < 1
     assert fast.waited / fast.seconds < 0.1
 
@@ -248,7 +248,7 @@ def test_the_meter_never_waits_for_the_device():
                 batch @ a
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert meter.observe().seconds > 0
+    assert meter.read().seconds > 0
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -12,7 +12,7 @@ from fastssl.models import Model
 from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, run_dir_of
 from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe
-from fastssl.training.tracking import readable_lines
+from fastssl.training.tracking import parse_metrics
 from fastssl.views import describe_eval_transform
 
 
@@ -130,7 +130,7 @@ def last_probe(path: Path, last_step: int | None) -> dict[str, float] | None:
     if not path.is_file():
         return None
     last = None
-    for entry in readable_lines(path.read_text(errors="replace").splitlines()):
+    for entry in parse_metrics(path.read_text(errors="replace").splitlines()):
         metrics = _numbers(entry)
         is_probe = "loss" not in entry and metrics.keys() - {"step", "epoch"}
         if is_probe and (last_step is None or metrics["step"] <= last_step):

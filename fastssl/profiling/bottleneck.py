@@ -19,7 +19,7 @@ from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.spans import Total
 from fastssl.recipe import Recipe
-from fastssl.training.meters import LongWait, Observed
+from fastssl.training.meters import DataWaitWarning, MeterReading
 from fastssl.training.setup import TrainingRun
 
 RESOURCES = {
@@ -240,22 +240,22 @@ def _phase(name: str) -> str:
     return PHASES.get(name, f"the {name}")
 
 
-def explain_data_wait(run: TrainingRun, observed: Observed) -> str:
-    """Return the sentence for a training run that waits for data, from what its own meters have observed."""
-    if observed.waited < LongWait.SHARE * observed.seconds:
+def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
+    """Return the sentence for a training run that waits for data, from the reading of its meter."""
+    if reading.waited < DataWaitWarning.SHARE * reading.seconds:
         return "Another process waits longer than this one: `torchrun ... -m fastssl profile` says why."
     loader = run.state.loader
 
     def per_image(*spans: str, threads: int = 1) -> Cost:
-        totals = [observed.spans.get(name, Total()) for name in spans]
+        totals = [reading.spans.get(name, Total()) for name in spans]
         seconds, cpu_seconds = sum(t.seconds for t in totals), sum(t.cpu_seconds for t in totals)
-        return Cost(seconds / threads / observed.images, cpu_seconds / observed.images)
+        return Cost(seconds / threads / reading.images, cpu_seconds / reading.images)
 
     decode, reader = per_image("decode", threads=loader.workers), per_image("start", "copy")
     if loader.decodes_in_reader:  # decoding is then a part of "start"
         decode = per_image("decode")
         reader = Cost(reader.seconds - decode.seconds, reader.cpu_seconds - decode.cpu_seconds)
-    step = Cost((observed.seconds - observed.waited) / observed.images)
+    step = Cost((reading.seconds - reading.waited) / reading.images)
     stages = {"decode": decode, "transfer": reader, "step": step}
     # Threads that sleep for most of the time are blocked by the disk, unless all cores are busy.
     blocked = decode.seconds - decode.cpu_seconds / loader.workers

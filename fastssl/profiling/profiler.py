@@ -15,6 +15,7 @@ import torch
 
 from fastssl.beton import read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, joined_processes, world_size
+from fastssl.common.environment import describe_environment, device_name
 from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
 from fastssl.common.system import available_cores, free_memory
@@ -43,7 +44,6 @@ from fastssl.profiling.profile import (
 from fastssl.profiling.storage import StorageStage
 from fastssl.profiling.trace import write_trace
 from fastssl.recipe import Recipe
-from fastssl.training.run_dir import describe_machine
 from fastssl.training.schedule import image_size
 from fastssl.training.setup import TrainingRun, choose_device, prepare
 
@@ -95,7 +95,7 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
             name=recipe.name,
             recipe=recipe.model_dump(mode="json"),
             overrides=overrides or [],
-            environment=describe_machine(device),
+            environment=describe_environment(device),
             machine=machine,
             data=data,
             run=profiler.run_description(),
@@ -206,7 +206,7 @@ class Profiler:
         device = self.run.device
         peak, source = peak_flops(device, self.run.precision)
         return MachineDescription(
-            device=describe_machine(device)["device"],
+            device=device_name(device),
             kind=device.type,
             cores=self.cores,
             processes=world_size(),

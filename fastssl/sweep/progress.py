@@ -12,7 +12,7 @@ from fastssl.loading import SampleSelection
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.sweep.grid import SweepRun
 from fastssl.training.state import changed_keys
-from fastssl.training.tracking import readable_lines
+from fastssl.training.tracking import parse_metrics
 
 TAIL = 8192  # bytes, about ten lines of metrics.jsonl
 
@@ -98,7 +98,7 @@ def _images_in(path: str, subset: str | None) -> int:
 
 def read_progress(run: SweepRun) -> RunProgress:
     progress = RunProgress()
-    for entry in readable_lines(_tail(run.dir / "metrics.jsonl")):
+    for entry in parse_metrics(_tail(run.dir / "metrics.jsonl")):
         for key in ("step", "loss", "images_per_second", "knn"):
             if entry.get(key) is not None:
                 setattr(progress, key, entry[key])
@@ -109,7 +109,7 @@ def last_knn(run: SweepRun) -> float | None:
     """Accuracy of the last kNN probe, from 0 to 1, however long ago it was; None if there was no probe."""
     path = run.dir / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    probes = [entry["knn"] for entry in readable_lines(line for line in lines if '"knn"' in line) if "knn" in entry]
+    probes = [entry["knn"] for entry in parse_metrics(line for line in lines if '"knn"' in line) if "knn" in entry]
     return probes[-1] if probes else None
 
 

@@ -1,62 +1,62 @@
-"""What a person sees during training: a live panel on a terminal, plain lines elsewhere."""
+"""What training shows on the terminal: a live panel, or plain lines where the output is a file or a pipe."""
 
 import time
+from collections.abc import Mapping
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastssl.common.terminal import console, print_line
+
 
 class Display:
-    """Shows the log steps of one run. Use as a context manager."""
+    """Shows the progress and the latest metrics of one run. Use as a context manager."""
 
     def __init__(self, title: str, first_step: int, total_steps: int):
-        self.console = Console()
-        self.live = None
-        self.title, self.total_steps = title, total_steps
-        self.first_step, self.began = first_step, time.monotonic()
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(),
-                TextColumn("ETA {task.fields[eta]}"),
-            )  # fmt: skip
-            self.task = self.bar.add_task("", total=total_steps, completed=first_step, eta="?")
-            self.latest: dict = {}
-            self.live = Live(self._panel(), console=self.console, refresh_per_second=4)
+        self.console = console()
+        self.title = title
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self.began = time.monotonic()
+        self.latest: dict[str, float] = {}
+        self.bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total_steps, completed=first_step, eta="?")
+        self.live = Live(self._panel(), console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "Display":
-        if self.live:
+        if self.console.is_terminal:
             self.live.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.live:
-            self.live.stop()
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
 
     def step(self, step: int) -> None:
-        """Move the bar; a log step brings the figures."""
-        if self.live:
+        """Move the progress bar."""
+        if self.live.is_started:
             self.bar.update(self.task, completed=step, eta=self._eta(step))
 
-    def log(self, metrics: dict) -> None:
-        if self.live:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step: in the panel, or as one line."""
+        if self.live.is_started:
             self.latest |= metrics
             self.live.update(self._panel())
         else:
-            figures = "  ".join(f"{key} {_short(value)}" for key, value in metrics.items() if key != "step")
-            step = metrics["step"]
-            self.say(f"step {step}/{self.total_steps}  {figures}  eta {self._eta(step)}")
+            values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+            self.print(f"step {step}/{self.total_steps}  {values}  eta {self._eta(step)}")
 
-    def say(self, message: str) -> None:
-        try:
-            self.console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        except OSError:
-            pass  # the output is a file on a disk that is full, or its reader is gone: no reason to stop
+    def print(self, message: str) -> None:
+        print_line(self.console, message)
 
     def _eta(self, step: int) -> str:
+        """Return the time left as H:MM:SS, "?" before the first step."""
         done = step - self.first_step
         if done <= 0:
             return "?"
@@ -65,9 +65,8 @@ class Display:
 
     def _panel(self) -> Panel:
         table = Table.grid(padding=(0, 2))
-        for key, value in self.latest.items():
-            if key != "step":
-                table.add_row(key.replace("_", " "), _short(value))
+        for name, value in self.latest.items():
+            table.add_row(name.replace("_", " "), _short(value))
         return Panel(Group(table, self.bar), title=Text(self.title))
 
 

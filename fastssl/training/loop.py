@@ -32,16 +32,16 @@ from fastssl.models import Model, ModelInput, SSLModel
 from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.objectives.metrics import rankme
 from fastssl.recipe import BYOLConfig, Recipe
-from fastssl.training.meters import LongWait, Meter, Observed, compile_counts
+from fastssl.training.meters import DataWaitWarning, Meter, MeterReading, compile_counts, speed_metrics
 from fastssl.training.optim import clip_gradients
-from fastssl.training.output import Output
-from fastssl.training.run_dir import choose_run_dir, opened_run_dir, set_damaged_aside
+from fastssl.training.run_dir import choose_run_dir, locked_run_dir, rename_damaged
+from fastssl.training.run_writer import RunWriter
 from fastssl.training.schedule import image_size, target_momentum
 from fastssl.training.setup import StepOutput, TrainingRun, choose_device, prepare
 from fastssl.training.signals import ProbeInterrupted, StopRequest
 
 Probe = Callable[[Model], dict[str, float]]
-Diagnose = Callable[[TrainingRun, Observed], str]
+Diagnose = Callable[[TrainingRun, MeterReading], str]
 
 
 def train(
@@ -49,7 +49,7 @@ def train(
     *,
     resume: Path | Literal["auto"] | None = None,
     probe: Probe | None = None,
-    diagnose: Diagnose = lambda run, observed: "`fastssl profile` says why.",
+    diagnose: Diagnose = lambda run, reading: "`fastssl profile` says why.",
 ) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
@@ -68,7 +68,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         restarted = any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = broadcast_from_main(lambda: choose_run_dir(recipe, resume, restarted))
-        open_run_dir = partial(stack.enter_context, opened_run_dir(run_dir))
+        open_run_dir = partial(stack.enter_context, locked_run_dir(run_dir))
         if resumes:  # lock the directory before reading what another process might still write
             broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
@@ -76,27 +76,27 @@ def train(
         if not resumes:  # create the directory only now, when nothing is wrong with the recipe
             broadcast_from_main(open_run_dir)
         if checkpoint and is_main_process():
-            set_damaged_aside(checkpoint)
-        output = stack.enter_context(Output(run, run_dir))
+            rename_damaged(checkpoint)
+        writer = stack.enter_context(RunWriter(run, run_dir))
         for remark in remarks:
-            output.say(remark)
-        fit(run, output, stop, probe, diagnose)
+            writer.print(remark)
+        fit(run, writer, stop, probe, diagnose)
     return run_dir
 
 
-def fit(run: TrainingRun, output: Output, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
+def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
     """Train from the state's step to the last one.
 
     On a GPU the CPU only queues work and runs ahead of the device. It waits for the device in `log_step` and nowhere
     else (with an optimizer that cannot skip a step on the device, at every step: see FiniteGuard).
     """
     recipe, state, loader, total_steps = run.recipe, run.state, run.state.loader, run.schedule.total_steps
-    meter, long_wait = Meter(run.device), LongWait(partial(diagnose, run))
+    meter, data_wait_warning = Meter(run.device), DataWaitWarning(partial(diagnose, run))
     while True:
         # Between two epochs. The state says whether the probe of the last epoch was done before a resume.
         at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
         if probe and at_epoch_end and is_probe_epoch(recipe, loader.epoch):
-            run_probe(run, output, stop, probe)
+            run_probe(run, writer, stop, probe)
             meter.restart()  # leaves the probe's time out of the training's
         if loader.epoch == recipe.train.epochs:
             break
@@ -105,24 +105,24 @@ def fit(run: TrainingRun, output: Output, stop: StopRequest, probe: Probe | None
         loader.views = recipe.views.model_copy(update={"size": image_size(recipe.views, epoch)})
         for batches in in_groups(meter.watch(loader), recipe.train.accumulate):
             if state.step == 0:
-                output.save_view_sheet(run.views(batches[0], epoch))
+                writer.save_views(run.views(batches[0], epoch))
             rate = run.schedule.rate(state.step)
             step_output = train_step(run, batches, epoch, rate)
             meter.images += recipe.train.batch_size
-            output.step(state.step)
+            writer.show_step(state.step)
 
             logs = state.step % recipe.log.every == 0 or state.step == total_steps
             if logs:
-                log_step(run, output, meter, long_wait, step_output, {"epoch": epoch, "lr": rate})
+                log_step(run, writer, meter, data_wait_warning, step_output, {"epoch": epoch, "lr": rate})
             # The processes agree on whether one of them was asked to stop, on the CPU.
             stops = any_rank(stop.received is not None)
-            if stops or state.step % recipe.checkpoint.every == 0 or (logs and output.save_failed):
-                output.save()
+            if stops or state.step % recipe.checkpoint.every == 0 or (logs and writer.save_failed):
+                writer.save()
             if stops:
-                output.stopped(stop)
+                writer.stop(stop)
         if recipe.checkpoint.keep and loader.epoch % recipe.checkpoint.keep == 0:
-            output.save(f"epoch-{loader.epoch:04}.pt")
-    output.finish()
+            writer.save(f"epoch-{loader.epoch:04}.pt")
+    writer.finish()
 
 
 def train_step(run: TrainingRun, batches: list[Batch], epoch: int, rate: float) -> StepOutput:
@@ -174,9 +174,9 @@ def optimize(run: TrainingRun, terms: dict[str, Tensor]) -> None:
 
 def log_step(
     run: TrainingRun,
-    output: Output,
+    writer: RunWriter,
     meter: Meter,
-    long_wait: LongWait,
+    data_wait_warning: DataWaitWarning,
     step_output: StepOutput,
     more: dict[str, float],
 ) -> None:
@@ -187,15 +187,16 @@ def log_step(
     state = run.state
     metrics = run.guard.read(step_output.terms)
     if metrics["skipped_steps"] > run.recipe.train.max_skipped_steps:
-        output.save()
-        raise UserError(run.guard.sentence(output.run_dir))
+        writer.save()
+        raise UserError(run.guard.sentence(writer.run_dir))
     h = gather_rows(step_output.h, None)
     ranks = {"rankme_h": rankme(h), "rankme_z": rankme(state.model.mean_z(h))}
-    speed, observed = meter.read(state.loader)
+    reading = meter.read()
+    speed = speed_metrics(reading, state.loader)
     compiled = compile_counts() if run.compiled else {}
-    output.log({**more, **metrics, **ranks, **speed, **compiled, "seconds": state.count_seconds()})
-    if warning := long_wait.look(speed["data_wait"], observed):
-        output.say(warning)
+    writer.log({**more, **metrics, **ranks, **speed, **compiled, "seconds": state.count_seconds()})
+    if warning := data_wait_warning.check(speed["data_wait"], reading):
+        writer.print(warning)
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -205,7 +206,7 @@ def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def run_probe(run: TrainingRun, output: Output, stop: StopRequest, probe: Probe) -> None:
+def run_probe(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe) -> None:
     """Call the probe in the main process, while the others wait, and save a checkpoint; best.pt too if it is better.
 
     A signal interrupts the probe; a resumed run then repeats it.
@@ -214,23 +215,23 @@ def run_probe(run: TrainingRun, output: Output, stop: StopRequest, probe: Probe)
     metrics: dict[str, float] = {}
     if is_main_process():
         try:
-            with stop.at_once():
+            with stop.interruptible():
                 metrics = probe(state.average.model if state.average else state.model)
         except ProbeInterrupted:
             pass
     if any_rank(stop.received is not None):
-        output.save()
-        output.stopped(stop)
+        writer.save()
+        writer.stop(stop)
     metrics = broadcast_from_main(lambda: metrics)
     state.epochs_probed = epochs_done
-    output.log({"epoch": epochs_done - 1, **metrics})
+    writer.log({"epoch": epochs_done - 1, **metrics})
     name, value = next(iter(metrics.items()), ("", float("-inf")))
     if name and value > state.best.get(name, float("-inf")):
         before, state.best = state.best, {name: value, "step": state.step}
         # Written before last.pt, whose `best` must not name a file that the disk did not take.
-        if not output.save("best.pt"):
+        if not writer.save("best.pt"):
             state.best = before
-    output.save()  # a resume from an earlier checkpoint would have to probe again
+    writer.save()  # a resume from an earlier checkpoint would have to probe again
 
 
 def is_probe_epoch(recipe: Recipe, epochs_done: int) -> bool:

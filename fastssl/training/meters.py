@@ -1,4 +1,4 @@
-"""What training measures of itself: its speed, its waiting for data, its compilations."""
+"""What training measures of itself: its speed, its waits for data, its compilations."""
 
 import time
 from collections import deque
@@ -8,24 +8,27 @@ from typing import NamedTuple
 import torch
 
 from fastssl.common.distributed import all_gather_values, world_size
-from fastssl.loading import BetonLoader
+from fastssl.loading import Batch, BetonLoader
 from fastssl.loading.spans import Total, span, take_totals
 
+Moment = float | torch.cuda.Event  # seconds of time.perf_counter(); on a GPU, an event in its stream
 
-class Observed(NamedTuple):
-    """What one process has seen of its own loading and training since the last reading."""
+
+class MeterReading(NamedTuple):
+    """What one process has measured of its loading and training since its last reading."""
 
     images: int  # of this process
     seconds: float
-    waited: float  # seconds of them in which the device had nothing to do, or without one the loop
-    spans: dict[str, Total]  # of the loader's threads and the loop's parts, by name
+    waited: float  # seconds in which the GPU had nothing to do; without a GPU, in which the loop waited for the loader
+    spans: dict[str, Total]  # time of the loader's threads and of the loop's parts, by name
 
 
 class Meter:
-    """Images per second and the share of time spent waiting for the loader, since the last reading.
+    """Measures images per second and the time spent waiting for the loader, since the last reading.
 
-    On a GPU the loop is ahead of the device, so its own waiting says nothing; there two events stand in the stream
-    around each wait, and the device was idle for the time between them. Nothing is waited for, but for `read`.
+    On a GPU the loop runs ahead of the device, so the time that the loop waits means nothing. There, two events are
+    recorded in the stream around each wait, and the device was idle for the time between them. Only `read` waits for
+    the device.
     """
 
     def __init__(self, device: torch.device):
@@ -33,12 +36,14 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
-        self._waits: deque = deque()  # pairs of events that the device may not have reached
+        self.images = 0  # of all processes: the loop adds a global batch per step
+        self.waited = 0.0
+        self.since = time.perf_counter()
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet reached by the device
         take_totals()
 
-    def watch(self, loader: Iterable) -> Iterator:
-        """The loader's batches; the time inside the loader counts as waiting."""
+    def watch(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the loader's batches. The time spent in the loader counts as waiting."""
         batches = iter(loader)
         while True:
             with span("wait for data"):
@@ -50,68 +55,74 @@ class Meter:
                 self._count_wait(asked, self._now())
             yield batch
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Moment:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _count_wait(self, asked, received) -> None:
-        if self.device.type != "cuda":
+    def _count_wait(self, asked: Moment, received: Moment) -> None:
+        if isinstance(asked, torch.cuda.Event) and isinstance(received, torch.cuda.Event):
+            self._waits.append((asked, received))
+            while self._waits and self._waits[0][1].query():  # the device has passed both events
+                first, second = self._waits.popleft()
+                self.waited += first.elapsed_time(second) / 1000
+        elif isinstance(asked, float) and isinstance(received, float):
             self.waited += received - asked
-            return
-        self._waits.append((asked, received))
-        while self._waits and self._waits[0][1].query():  # the device is behind it
-            asked, received = self._waits.popleft()
-            self.waited += asked.elapsed_time(received) / 1000
 
-    def observe(self) -> Observed:
-        """Of this process, since the last reading. Waits for the device."""
+    def read(self) -> MeterReading:
+        """Return the reading of this process, and restart. Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.waited += sum(asked.elapsed_time(received) for asked, received in self._waits) / 1000
         seconds = time.perf_counter() - self.since
-        observed = Observed(self.images // world_size(), seconds, self.waited, take_totals())
+        reading = MeterReading(self.images // world_size(), seconds, self.waited, take_totals())
         self.restart()
-        return observed
-
-    def read(self, loader: BetonLoader) -> tuple[dict[str, float], Observed]:
-        """The figures over all processes, the one that waits most for all; and what this one has observed."""
-        observed = self.observe()
-        mine = torch.tensor([observed.waited / observed.seconds, loader.bad_samples], dtype=torch.float64)
-        per_microbatch = all_gather_values(mine)
-        speed = observed.images * world_size() / observed.seconds
-        figures = {"images_per_second": speed, "data_wait": per_microbatch[:, 0].max().item()}
-        bad = per_microbatch[:, 1]
-        if bad_samples := int(bad.max() if loader.resident else bad.sum()):  # resident: each decodes the whole file
-            figures["bad_samples"] = bad_samples
-        return figures, observed
+        return reading
 
 
-class LongWait:
-    """Says once that training waits for data, and why: when it has for several readings and some time."""
+def speed_metrics(reading: MeterReading, loader: BetonLoader) -> dict[str, float]:
+    """Return the metrics of all processes from the reading of each: data_wait is that of the one that waits most."""
+    own = torch.tensor([reading.waited / reading.seconds, loader.bad_samples], dtype=torch.float64)
+    data_wait_R, bad_samples_R = all_gather_values(own).unbind(1)
+    speed = reading.images * world_size() / reading.seconds
+    metrics = {"images_per_second": speed, "data_wait": data_wait_R.max().item()}
+    # With resident data every process decodes the whole file.
+    bad_samples = int(bad_samples_R.max() if loader.resident else bad_samples_R.sum())
+    return metrics | ({"bad_samples": bad_samples} if bad_samples else {})
 
-    SHARE, READINGS, SECONDS = 0.1, 3, 20.0
 
-    def __init__(self, diagnose: Callable[[Observed], str]):
-        self.diagnose = diagnose
-        self.readings, self.seconds, self.said = 0, 0.0, False  # in a row with a long wait
+class DataWaitWarning:
+    """Warns once per run that training waits for data, after several readings in a row with a long wait."""
 
-    def look(self, data_wait: float, observed: Observed) -> str | None:
-        """data_wait: over all processes, since the last reading."""
+    SHARE = 0.1  # of the time: what counts as a long wait
+    READINGS = 3
+    SECONDS = 20.0  # of these readings together, so that the start of a run gives no warning
+
+    def __init__(self, explain: Callable[[MeterReading], str]):
+        """explain: returns the sentence with the cause, from the reading of this process."""
+        self.explain = explain
+        self.readings = 0
+        self.seconds = 0.0
+        self.given = False
+
+    def check(self, data_wait: float, reading: MeterReading) -> str | None:
+        """Return the warning if it is due now. data_wait: the share of the time since the last reading."""
         if data_wait <= self.SHARE:
-            self.readings, self.seconds = 0, 0.0
+            self.readings = 0
+            self.seconds = 0.0
             return None
-        self.readings, self.seconds = self.readings + 1, self.seconds + observed.seconds
-        if self.said or self.readings < self.READINGS or self.seconds < self.SECONDS:
+        self.readings += 1
+        self.seconds += reading.seconds
+        if self.given or self.readings < self.READINGS or self.seconds < self.SECONDS:
             return None
-        self.said = True
-        return f"Warning: {data_wait:.0%} of the time is spent waiting for data. {self.diagnose(observed)}"
+        self.given = True
+        return f"Warning: {data_wait:.0%} of the time is spent waiting for data. {self.explain(reading)}"
 
 
 def compile_counts() -> dict[str, int]:
-    """What torch.compile has made in this process: each graph beyond the expected ones cost a compilation."""
+    """Return what torch.compile did in this process. Each graph beyond the expected ones has cost a compilation."""
     from torch._dynamo.utils import counters, get_compilation_metrics
 
     breaks = sum(sum(counters[cause].values()) for cause in ("graph_break", "unimplemented"))

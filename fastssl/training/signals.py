@@ -1,12 +1,13 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 (a scheduler takes the machine back), SIGHUP (the terminal goes) and Ctrl-C.
+"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler needs the machine), SIGHUP (the terminal closes) and Ctrl-C.
 
-Training ends at the next step, with a checkpoint behind it, so that the same run can go on later.
+Training then finishes its step, saves a checkpoint and ends, so that the same run can continue later.
 """
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
@@ -14,35 +15,35 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class ProbeInterrupted(BaseException):
-    """Raised where a signal arrives inside `StopRequest.at_once`; no handler of ordinary errors takes it."""
+    """Raised by a signal inside `StopRequest.interruptible`. Not an Exception, so that no error handler catches it."""
 
 
 class StopRequest:
-    """Notes a signal while the context is open; a second Ctrl-C interrupts at once, as usual.
+    """Records a signal that arrives inside the context. A second Ctrl-C raises KeyboardInterrupt.
 
-    A signal that the process was started to ignore (nohup does so) stays ignored. Outside the main thread, where Python
-    allows no handlers, it notes nothing.
+    A signal that the process was started to ignore (as nohup does with SIGHUP) stays ignored. Outside the main thread,
+    where Python allows no signal handlers, nothing is recorded.
     """
 
-    def __init__(self):
-        self.received: int | None = None
-        self._at_once = False
+    def __init__(self) -> None:
+        self.received: int | None = None  # the signal's number
+        self._raises = False
 
     def __enter__(self) -> "StopRequest":
-        main = threading.current_thread() is threading.main_thread()
-        heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heard}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handled = [number for number in SIGNALS if in_main_thread and signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._record) for number in handled}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if self._at_once:
+        if self._raises:
             raise ProbeInterrupted
 
     @property
@@ -50,12 +51,12 @@ class StopRequest:
         return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_REQUEUE
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises CutShort there and then: for what may take long and can be done again."""
-        self._at_once = True
+    def interruptible(self) -> Iterator[None]:
+        """A context in which a signal raises ProbeInterrupted: for work that takes long and can be repeated."""
+        self._raises = True
         try:
             if self.received is not None:
                 raise ProbeInterrupted
             yield
         finally:
-            self._at_once = False
+            self._raises = False

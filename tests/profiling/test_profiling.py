@@ -26,7 +26,7 @@ from fastssl.profiling.storage import StorageStage, share_in_page_cache
 from fastssl.profiling.trace import STEPS, write_trace
 from fastssl.recipe import load_recipe
 from fastssl.training import train
-from fastssl.training.meters import LongWait
+from fastssl.training.meters import DataWaitWarning
 from fastssl.training.setup import Network, TrainingViews, prepare
 
 BATCH = 4
@@ -378,7 +378,7 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(fastssl, tmp_path
 def test_a_run_that_waits_for_long_says_why(photos_640, tmp_path, monkeypatch, capsys):
     from fastssl.profiling.bottleneck import explain_data_wait
 
-    monkeypatch.setattr(LongWait, "SECONDS", 0.0)
+    monkeypatch.setattr(DataWaitWarning, "SECONDS", 0.0)
     slow_down(monkeypatch, dict(decode=0.2, transfer=0.0, views=0.0, step=0.0))
     recipe = recipe_of(photos_640, "data.limit=40", "train.epochs=1", f"run.dir={tmp_path / 'run'}")
     train(recipe, diagnose=explain_data_wait)

@@ -273,10 +273,10 @@ def test_a_killed_run_is_resumed_and_one_with_a_user_error_is_not(write_sweep, t
 
     assert code == 1 and [is_finished(run) for run in runs] == [True, True, False]
     assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
-    assert "Stopped by SIGHUP behind step" in log_path(other).read_text()
+    assert "Stopped by SIGHUP after step" in log_path(other).read_text()
     assert "seed=1  waiting to be tried again: killed by SIGKILL" in out and "2 of 3 runs are finished" in out
     assert "Failed: wrong: " in out and "resnet19" in out.split("Failed: wrong: ")[1]
-    assert "Going on with barlow behind step" in log_path(killed).read_text()
+    assert "Resuming barlow after step" in log_path(killed).read_text()
     assert same_weights(killed.dir, uninterrupted(killed, tmp_path))
     assert all(is_gone(pid) for run in runs for pid in pids_of(run))
 
@@ -310,7 +310,7 @@ def test_a_sweep_resumes_after_a_kill_and_a_stop_and_leaves_no_process(write_swe
     assert not is_locked(run) and not is_finished(run)
 
     assert run_locally(sweep, [run]) == 0 and len(pids_of(run)) == 2
-    assert f"Going on with barlow behind step {reached}" in log_path(run).read_text()
+    assert f"Resuming barlow after step {reached}" in log_path(run).read_text()
     assert same_weights(run.dir, uninterrupted(run, tmp_path))
 
     with pytest.raises(UserError, match="out/barlow/seed=5 holds a run with other values of optim.lr"):
@@ -358,7 +358,7 @@ def test_a_requeued_job_resumes_from_the_checkpoints(write_sweep, tmp_path):
         os.kill(pid, signal.SIGUSR2)
     assert job.result() is None
     assert is_finished(runs[0]) and len(pids_of(runs[0])) == 2
-    assert "Going on with barlow behind step" in log_path(runs[0]).read_text()
+    assert "Resuming barlow after step" in log_path(runs[0]).read_text()
     assert same_weights(runs[0].dir, uninterrupted(runs[0], tmp_path))
 
 

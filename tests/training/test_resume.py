@@ -25,10 +25,10 @@ from training_runs import (
 )
 
 import fastssl
-from fastssl.common.errors import UserError
+from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
-from fastssl.training import output, run_dir, signals, state, train
+from fastssl.training import run_dir, run_writer, state, train
 
 # Every objective, every space, both priors that learn, EMA, micro-batches, growing views, other optimisers. Six steps
 # an epoch and a checkpoint every four: it lies in the middle of an epoch, behind a probe or before one.
@@ -93,10 +93,10 @@ def test_sigterm_ends_a_real_process_with_its_step_saved(canvas, tmp_path):
     asked = time.time()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == signals.EXIT_REQUEUE and time.time() - asked < 30
+    assert process.returncode == EXIT_REQUEUE and time.time() - asked < 30
     step = checkpoint_in(tmp_path / "run")["step"]
     assert metrics_of(tmp_path / "run")[-1]["step"] == step >= 4
-    assert f"Stopped by SIGTERM behind step {step}" in output and "--resume" in output
+    assert f"Stopped by SIGTERM after step {step}" in output and "--resume" in output
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(
         signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
     at_step(1, lambda: signal.raise_signal(number))
-    with pytest.raises(signals.Stopped) as stopped:
+    with pytest.raises(Stopped) as stopped:
         train(recipe)
     assert stopped.value.code == code and checkpoint_in(tmp_path / "run")["step"] == 2
     assert signal.getsignal(number) == handler
@@ -192,7 +192,7 @@ def test_a_signal_cuts_a_probe_short_and_the_resumed_run_probes_again(canvas, tm
             raise AssertionError("the signal does not wait for the probe's end")
         return {"knn": 0.1 * len(calls)}
 
-    with pytest.raises(signals.Stopped):
+    with pytest.raises(Stopped):
         train(recipe, probe=probe)
     assert checkpoint_in(tmp_path / "run")["step"] == 3
     train(recipe, resume="auto", probe=probe)
@@ -222,7 +222,7 @@ def test_a_full_disk_costs_one_warning_and_no_line(canvas, tmp_path, at_step, fu
     recipe = load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *arguments))
     saved_while_full = []
     at_step(2, lambda: full_disk(True))
-    real_save = output.Output.save
+    real_save = run_writer.RunWriter.save
 
     def save(self, *arguments):
         real_save(self, *arguments)
@@ -232,9 +232,9 @@ def test_a_full_disk_costs_one_warning_and_no_line(canvas, tmp_path, at_step, fu
 
     said = []
     # Nothing to the terminal meanwhile: pytest keeps it in a file, which could not grow either.
-    monkeypatch.setattr(output.Output, "save", save)
-    monkeypatch.setattr(output.Output, "say", lambda self, line: said.append(line))
-    monkeypatch.setattr(output.Display, "log", lambda self, figures: None)
+    monkeypatch.setattr(run_writer.RunWriter, "save", save)
+    monkeypatch.setattr(run_writer.RunWriter, "print", lambda self, line: said.append(line))
+    monkeypatch.setattr(run_writer.Display, "log", lambda *_: None)
     train(recipe)
     assert_same_run(straight, tmp_path / "run")
     assert (4, True) in saved_while_full and (10, False) in saved_while_full
@@ -250,7 +250,7 @@ def test_a_waiting_line_is_written_before_the_checkpoint_behind_it(canvas, tmp_p
     at_step(1, lambda: full_disk(True))
     at_step(2, lambda: full_disk(False))
     at_step(3, lambda: seen.extend([checkpoint_in(run)["step"], *(line["step"] for line in metrics_of(run))]))
-    monkeypatch.setattr(output.Display, "say", lambda self, line: None)
+    monkeypatch.setattr(run_writer.Display, "print", lambda self, line: None)
     train(load_recipe("recipes/barlow.yaml", small(canvas, run, "log.every=2", "checkpoint.every=3")))
     assert seen == [3, 2]
 
@@ -318,7 +318,7 @@ def test_auto_starts_goes_on_and_returns_at_once(canvas, tmp_path, capsys):
         assert train(recipe, resume="auto") == tmp_path / "run"
     assert len(metrics_of(tmp_path / "run")) == 3
     said = capsys.readouterr().out
-    assert "Training barlow" in said and "Going on with barlow behind step 3" in said
+    assert "Training barlow" in said and "Resuming barlow after step 3" in said
 
 
 def test_auto_without_a_name_means_the_recipe_s_first_directory(canvas, tmp_path, monkeypatch):
@@ -363,14 +363,14 @@ def test_kept_epochs_and_the_average_of_the_weights(canvas, tmp_path):
     arguments += ["embedding.prior=vamp", "embedding.mixture_components=3"]  # it shares its head's tensors
     recipe = load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *arguments))
     seen = []
-    real = output.Output.save
+    real = run_writer.RunWriter.save
 
     def save(self, *arguments):
         real(self, *arguments)
         seen.append((self.run.state.step, {k: v.clone() for k, v in self.run.state.model.state_dict().items()}))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output.Output, "save", save)
+        patch.setattr(run_writer.RunWriter, "save", save)
         run = train(recipe)
     by_step = dict(seen)
     average = {k: v.double() for k, v in by_step[0].items()}
@@ -447,7 +447,7 @@ def test_a_restart_takes_over_its_own_run_only(canvas, tmp_path, monkeypatch):
 def test_a_probe_that_is_switched_on_later_waits_for_the_epoch_s_end(canvas, tmp_path, at_step):
     keys = small(canvas, tmp_path / "run", "train.epochs=3")
     at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(signals.Stopped):
+    with pytest.raises(Stopped):
         train(load_recipe("recipes/barlow.yaml", keys))
     assert checkpoint_in(tmp_path / "run")["step"] == 5  # in the middle of the second epoch
     train(load_recipe("recipes/barlow.yaml", [*keys, "probe.every=1"]), resume="auto", probe=lambda model: {"knn": 0.5})
@@ -461,8 +461,8 @@ def test_an_encoder_that_the_disk_does_not_take_is_one_sentence(canvas, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "write_atomically", no_space)
-        with pytest.raises(UserError, match="is trained, but the disk does not take the result"):
+        patch.setattr(run_writer, "write_atomically", no_space)
+        with pytest.raises(UserError, match="is trained, but the result cannot be written"):
             train(recipe)
     train(recipe, resume="auto")
     assert (tmp_path / "run" / "encoder.safetensors").exists()

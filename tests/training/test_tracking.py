@@ -13,7 +13,7 @@ from training_runs import metrics_of, small
 from fastssl.common.errors import Stopped, UserError
 from fastssl.recipe import load_recipe
 from fastssl.training import tracking, train
-from fastssl.training.tracking import MetricsLog
+from fastssl.training.tracking import MetricsFile, parse_metrics
 
 
 def no_warning(line):
@@ -30,13 +30,13 @@ def test_a_resume_keeps_what_belongs_before_its_checkpoint_and_drops_torn_lines(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     for resumed_at, epochs_probed, kept in ((0, 0, []), (2, 0, [0, 1]), (2, 1, [0, 1, 2]), (4, 1, [0, 1, 2, 3, 4])):
         path.write_text(text + '{"step": 5, "lo')
-        log = MetricsLog(path, resumed_at, epochs_probed, no_warning)
-        log.write({"step": 9, "loss": float("nan")})
+        log = MetricsFile(path, resumed_at, epochs_probed, no_warning)
+        log.write(9, {"loss": float("nan")})
         log.close()
         assert metrics_of(tmp_path) == [*(lines[i] for i in kept), {"step": 9, "loss": None}]
     odd = b'\xff\xfe\n[1]\n7\n{"step": "x", "loss": 1}\n{"step": 1, "epoch": null}\n'
     path.write_bytes(odd + b"[" * 100_000)  # so deep that the parser gives up
-    MetricsLog(path, 5, 0, no_warning).close()
+    MetricsFile(path, 5, 0, no_warning).close()
     assert path.read_text() == ""
 
 
@@ -113,14 +113,14 @@ def test_the_environment_of_every_start_is_kept(canvas, tmp_path):
 def test_lines_that_wait_for_room_are_written_when_there_is_some(tmp_path):
     """The line fails; room comes back; the next save, or the end, writes it without a line behind it."""
     warnings = []
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0, 0, warnings.append)
+    log = MetricsFile(tmp_path / "metrics.jsonl", 0, 0, warnings.append)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        log.write({"step": 1, "loss": 1.0})
+        log.write(1, {"loss": 1.0})
         resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
-        log.write({"step": 2, "loss": 2.0})
-        log.write({"step": 3, "loss": 3.0})
+        log.write(2, {"loss": 2.0})
+        log.write(3, {"loss": 3.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -131,7 +131,7 @@ def test_lines_that_wait_for_room_are_written_when_there_is_some(tmp_path):
 
 
 def test_a_tracker_whose_disk_is_full_is_left_out_and_training_goes_on(canvas, tmp_path, monkeypatch, capsys):
-    def no_space(self, metrics):
+    def no_space(self, step, metrics):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tracking.TensorBoard, "write", no_space)
@@ -143,4 +143,4 @@ def test_a_tracker_whose_disk_is_full_is_left_out_and_training_goes_on(canvas, t
 
 def test_readers_pass_over_what_is_no_line():
     lines = ["null", "[1]", '{"step": "x"}', '{"step": 1, "loss": null, "note": "x"}', "[" * 100000, '{"step": 2, "l']
-    assert list(tracking.readable_lines(lines)) == [{"step": 1, "loss": None}]
+    assert list(parse_metrics(lines)) == [{"step": 1, "loss": None}]
