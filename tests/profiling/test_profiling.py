@@ -46,10 +46,10 @@ def photos_640(photos, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch):
-    monkeypatch.setattr(profiler, "WINDOW", {"short": 0.1, "step": 0.2, "end_to_end": 0.4})
-    monkeypatch.setattr(profiler, "ROUNDS", (3, 3))
-    monkeypatch.setattr(loader_stages, "PREPARED", 16)
-    monkeypatch.setattr(peaks, "TRIALS", 1)
+    monkeypatch.setattr(profiler, "WINDOW", {"short": 0.05, "step": 0.1, "end_to_end": 0.3})
+    monkeypatch.setattr(profiler, "ROUNDS", (2, 2))
+    monkeypatch.setattr(loader_stages, "PREPARED", 8)
+    monkeypatch.setattr(profiler, "peak_flops", lambda device, precision: (1e11, "not measured in tests"))
     monkeypatch.setattr(profiler, "OTHERS_SECONDS", 0.05)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,12 +89,14 @@ def test_the_bottleneck_is_the_part_that_was_made_twice_as_slow(photos_640, monk
     """The device works for a unit of time per batch, half of it on views; threads and reader for three quarters. Then
     one part takes twice as long. The gain that the profile predicts for fixing it is that of the undamaged run.
 
-    The network only sleeps here: how fast a real one is depends on whatever else runs on this machine.
+    Network and views only sleep here: how fast real ones are depends on whatever else runs on this machine.
     """
     monkeypatch.setattr(
         Network, "forward", lambda self, inputs: ({"loss": a_weight(self).square().sum()}, inputs.views[0])
     )
-    recipe, unit = recipe_of(photos_640), 0.040
+    views = (torch.zeros(BATCH, 3, 8, 8),) * 2
+    monkeypatch.setattr(TrainingViews, "__call__", lambda self, batch, epoch: views)
+    recipe, unit = recipe_of(photos_640), 0.030
     base = dict(decode=0.75 * unit, transfer=0.75 * unit, views=unit / 2, step=unit / 2)
     with monkeypatch.context() as patch:
         slow_down(patch, base)
@@ -278,6 +280,12 @@ def test_draws_cost_what_was_made_slow_of_them(canvas, monkeypatch):
     assert timed.results()["draws"].low * 16 == pytest.approx(0.1, rel=0.5)  # one draw per view
 
 
+def test_the_peak_of_a_cpu_is_measured(monkeypatch):
+    monkeypatch.setattr(peaks, "TRIALS", 1)
+    flops, source = peaks.peak_flops(torch.device("cpu"), "fp32")
+    assert 1e9 < flops < 1e14 and source.startswith("measured")
+
+
 def test_worker_counts_end_with_the_cores():
     assert worker_counts(2, 2) == [1, 2] and worker_counts(6, 6) == [1, 2, 4, 6]
     assert worker_counts(3, 8) == [1, 2, 3, 4, 8] and worker_counts(4, 1) == [1, 4]
@@ -297,16 +305,6 @@ def test_storage_reads_what_it_has_evicted(photos_640, tmp_path):
         pytest.skip("this file system keeps its pages")
     assert len(storage.cold) == len(storage.warm) == 3 and max(storage.cold) < max(storage.warm)
     assert share_in_page_cache(storage.samples.file) > 0.9  # read back
-
-
-def test_full_files_decode_and_crop_on_the_cpu(full):
-    measured = profile_recipe(recipe_of(full))
-    stages = measured.stages
-    assert stages.cpu_augment.rate > 0 and set(stages.decode.workers) >= {1, 2}
-    assert "One process" in stages.communication.missing and "No GPU" in stages.launch.missing
-    assert any("An epoch has only 12 batches" in remark for remark in measured.remarks)
-    assert 0 < measured.bottleneck.accelerator_utilization <= 1
-    assert measured.trace is None
 
 
 def test_the_trace_has_every_thread_and_torchs_operations(photos_640, tmp_path):
@@ -335,23 +333,30 @@ def test_resident_images_have_no_loader_to_measure(canvas):
     stages = measured.stages
     for stage in (stages.storage, stages.decode, stages.cpu_augment, stages.transfer, stages.loader):
         assert "stay on the device" in stage.missing
+    assert measured.trace is None
     assert measured.bottleneck.stage in ("step", "views")
 
 
-def test_the_command_writes_all_files_and_fails_below_a_threshold(fastssl, canvas, tmp_path, monkeypatch):
+def test_the_command_measures_full_files_writes_all_files_and_fails_below_a_threshold(
+    fastssl, full, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_of(canvas, "name=small")
+    recipe = recipe_of(full, "name=small")
     (tmp_path / "small.yaml").write_text(recipe.to_yaml())
     options = ["--plan", "2xA100, 16 cores, nvme", "--fail-under", "images_per_second=1e9"]
     code, out, err = fastssl("profile", "small.yaml", *options)
     assert code == 1 and "images_per_second is" in err and "below" in err
-    assert read_profile(tmp_path / "profiles/small.json").bottleneck.sentence.split(":")[0] in out
-    assert "PREDICTION" in out
+    measured = read_profile(tmp_path / "profiles/small.json")
+    assert measured.bottleneck.sentence.split(":")[0] in out and "PREDICTION" in out
     for suffix in ("json", "html", "trace.json.gz"):
         assert (tmp_path / f"profiles/small.{suffix}").stat().st_size > 1000
     assert not (tmp_path / "runs").exists()  # `fastssl train` would take another name
-    measured = read_profile(tmp_path / "profiles/small.json")
     assert measured.recipe == recipe.model_dump(mode="json")
+    stages = measured.stages
+    assert stages.cpu_augment.rate > 0 and set(stages.decode.workers) >= {1, 2}
+    assert "One process" in stages.communication.missing and "No GPU" in stages.launch.missing
+    assert any("An epoch has only 12 batches" in remark for remark in measured.remarks)
+    assert 0 < measured.bottleneck.accelerator_utilization <= 1
     code, out, _ = fastssl("profile", "--compare", "profiles/small.json", "profiles/small.json")
     assert code == 0 and "end_to_end" in out
 
