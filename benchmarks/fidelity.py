@@ -1,13 +1,13 @@
-"""How much each choice of the published code changes loss and gradient, on real images and a trained model.
+"""The effect of each choice of the published code on loss and gradient, for real images and a trained model.
 
     python benchmarks/fidelity.py runs/zprob_barlow runs/zprob_vicreg runs/zprob_barlow_mixture
 
-For every run directory: the run's own recipe and weights, a few training batches of its data, in training mode. Then
-the same weights, batches and noise with one choice of the published code at a time. Printed are the loss's relative
-change and, for the gradient of the encoder's weights, the relative distance |g' - g| / |g| and the cosine, averaged
-over the batches. Local statistics: the batch in parts of equal size, one a process, whose losses are averaged, behind
-batch norms over the whole batch. Half precision: the objective alone, computed under fp16 autocast as the published
-code does, with the gradient of z.
+For every run directory, it computes loss and gradient with the run's own recipe and weights on a few training batches,
+in training mode, and then with one choice of the published code at a time, for the same weights, batches and noise. It
+prints the relative change of the loss and, for the gradient of the encoder's weights, the relative distance |g' - g| /
+|g| and the cosine, averaged over the batches. Local statistics: the batch in equal parts, one per process, whose losses
+are averaged, after batch norms over the whole batch. Half precision: the objective alone under fp16 autocast, as in the
+published code, with the gradient of z.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from fastssl.recipe import Recipe, load_recipe
 from fastssl.views import PairedViews
 
 BATCH, BATCHES = 256, 3
-CHOICES = {  # by objective, then what every stochastic run has
+CHOICES = {  # by objective, then by the prior of stochastic runs
     "barlow_twins": {"unbiased deviation, no eps": ["objective.unbiased=true", "objective.eps=0"]},
     "vicreg": {
         "variance eps 1e-6": ["objective.eps=1e-6"],
-        "views centred before the invariance": ["objective.center=true"],
+        "views centered before the invariance": ["objective.center=true"],
     },
     "standard_normal": {"Monte Carlo KL": ["embedding.kl=mc"]},
     "mixture": {

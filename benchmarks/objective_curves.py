@@ -1,10 +1,10 @@
-"""Do the objectives behave as the theory says? Short runs on CIFAR-10 and a picture of their curves.
+"""Do the objectives behave as the theory predicts? Short runs on CIFAR-10 and a plot of their curves.
 
     python benchmarks/objective_curves.py run data/cifar10 runs/curves --steps 300
     python benchmarks/objective_curves.py draw runs/curves curves.png
 
 Each variant trains for `steps` steps of batch 128 with the ImageNet stem at 32 px (for CPUs), its other keys as in
-recipes/cifar10. The picture shows, for every run, its loss, sigma, KL a dimension and RankMe of h and z.
+recipes/cifar10. The plot shows the loss, sigma, KL per dimension and RankMe of h and z of every run.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from fastssl import load_recipe
 from fastssl.recipe import Recipe
 from fastssl.training import train
 
-REFERENCE = ["train.precision=fp32", "seed=0", "probe.split=val"]  # as the others, to be compared with them
+REFERENCE = ["train.precision=fp32", "seed=0", "probe.split=val"]  # as in the other variants, for comparison
 SIMCLR = ["objective={name: simclr, temperature: 0.5}"]
-VARIANTS = {  # recipe, and what differs from it
+VARIANTS = {  # recipe and overrides
     "barlow": ("cifar10/barlow", []),
     "zprob_barlow": ("cifar10/zprob_barlow", []),
     "hprob_barlow": ("cifar10/hprob_barlow", []),
@@ -55,7 +55,7 @@ def run(data: Path, out: Path, steps: int, names: list[str]) -> None:
         train(recipe_of(name, data, out, steps))
 
 
-def draw(out: Path, picture: Path) -> None:
+def draw(out: Path, plot_path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,16 +69,16 @@ def draw(out: Path, picture: Path) -> None:
         row[0].set_yscale("log")
         plot(row[1], lines, [f"sigma{what}_{space}" for space in "hz" for what in ("", "_min", "_max")], "sigma")
         row[1].set_yscale("log")
-        plot(row[2], lines, [f"kl_per_dim_{space}" for space in "hz"], "KL, nats a dimension")
+        plot(row[2], lines, [f"kl_per_dim_{space}" for space in "hz"], "KL, nats per dimension")
         plot(row[3], lines, ["rankme_h", "rankme_z"], f"RankMe (batch of {BATCH})")
         row[0].set_ylabel(name, fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.savefig(picture, dpi=70)
+    figure.savefig(plot_path, dpi=70)
 
 
 def plot(axis, lines: list[dict], keys: list[str], title: str) -> None:
-    """Those of the keys that the run has logged, over its steps."""
+    """Plot those of the keys that the run has logged over its steps."""
     for key in keys:
         if key in lines[0]:
             axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=key)
@@ -100,12 +100,12 @@ def main() -> None:
     running.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     drawing = commands.add_parser("draw")
     drawing.add_argument("out", type=Path)
-    drawing.add_argument("picture", type=Path)
+    drawing.add_argument("plot", type=Path)
     options = parser.parse_args()
     if options.command == "run":
         run(options.data, options.out, options.steps, options.variants)
     else:
-        draw(options.out, options.picture)
+        draw(options.out, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What Monte Carlo draws cost: time and memory of a training step, beside the naive loop over draws, in one run.
+"""The cost of Monte Carlo draws: time and memory of a training step, compared with the naive loop over draws.
 
     python benchmarks/objectives.py                                  # on a CPU: 32 px, batch 128
     python benchmarks/objectives.py --device cuda                    # 224 px, batch 256, bf16, ours compiled too
 
-A step is forward pass, objective, KL and backward pass of two views, without the optimiser; ResNet-18 with the ImageNet
-stem and the projector of the ImageNet recipes, 512-1024-1024-1024. "behind the encoder" leaves the encoder out: h is
-given. The naive loop does what the published code does: torch.randn for the noise; for each draw the projector once,
-and the objective once with its matrix of D x D. Both take the closed KL. Ways take turns in rounds, of which the median
-counts; a first call of each, which warms up or compiles, is not timed. Memory is the peak above what the process held
-before the step: of the process on a CPU, of torch's allocator on a GPU.
+A step is forward pass, objective, KL and backward pass of two views, without the optimizer, for a ResNet-18 with the
+ImageNet stem and the projector of the ImageNet recipes, 512-1024-1024-1024. "After the encoder" leaves the encoder out:
+h is given. The naive loop follows the published code: torch.randn for the noise; for each draw the projector once, and
+the objective once with its matrix of D x D. Both use the closed KL. The implementations alternate in rounds, and the
+median counts; the first calls, which warm up or compile, are not timed. Memory is the peak minus the memory before the
+step: of the process on a CPU, of torch's allocator on a GPU.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def naive_loop(model: SSLModel, recipe: Recipe) -> Callable[..., Tensor]:
 
 
 class Step:
-    """One way to make a step, timed and weighed."""
+    """One implementation of a step, with its time and memory."""
 
     def __init__(self, loss: Callable[..., Tensor], model: SSLModel, views: tuple[Tensor, Tensor], precision: str):
         self.loss, self.model, self.precision = loss, model, precision
@@ -117,7 +117,7 @@ class Step:
             return (torch.cuda.max_memory_allocated() - before) / 1e6
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the kernel forgets the process's peak
+            file.write("5")  # resets the process's peak
         before = own_memory("VmRSS")
         self()
         return own_memory("VmHWM") - before
@@ -129,7 +129,7 @@ def own_memory(which: str) -> float:
 
 
 def measure(options, objective: str, space: str, samples: int, whole: bool) -> dict[str, tuple[float, float]]:
-    """Milliseconds and megabytes of each way."""
+    """Milliseconds and megabytes of each implementation."""
     cuda = options.device == "cuda"
     ways = {}
     for name, chunk in {"ours": None, "ours, in chunks of 4": 4, "naive loop": None}.items():
@@ -175,8 +175,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"{machine}, torch {torch.__version__}, {options.precision}, batch {options.batch}, {options.size} px")
     for whole in (False, True):
-        print(f"\n{'whole step' if whole else 'behind the encoder'}")
-        print("| objective | embedding | S | way | ms | of deterministic | of the naive loop | peak MB |")
+        print(f"\n{'the whole step' if whole else 'after the encoder'}")
+        print("| objective | embedding | S | implementation | ms | / deterministic | / naive loop | peak MB |")
         print("|---|---|---|---|---|---|---|---|")
         for objective in options.objectives:
             deterministic: dict[str, float] = {}

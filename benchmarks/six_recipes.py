@@ -1,9 +1,9 @@
-"""Does training help? The six CIFAR-10 recipes in short form, each beside its own untrained encoder.
+"""Does training help? The six CIFAR-10 recipes in short form, each compared with its own untrained encoder.
 
     python benchmarks/six_recipes.py data/cifar10 runs/six --images 5000 --epochs 20
 
-Prints a Markdown table: kNN accuracy (k = 20, T = 0.07) on all of val.beton with the training images as the
-bank, and the run's images/s. Made for CPUs: ImageNet stem, batch 128.
+Prints a Markdown table with the kNN accuracy (k = 20, T = 0.07) on all of val.beton with the training images as the
+bank, and the images/s of the run. For CPUs: ImageNet stem, batch 128.
 """
 
 import argparse
