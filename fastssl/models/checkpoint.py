@@ -18,7 +18,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
 from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
-from fastssl.models.exported import load_exported_encoder, load_exported_model
+from fastssl.models.exported import in_short, load_exported_encoder, load_exported_model, misfit
 from fastssl.recipe import Recipe
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
@@ -66,7 +66,7 @@ class Checkpoint:
             return Recipe.model_validate(self.saved["recipe"])
         except ValidationError as error:
             raise UserError(
-                f"{self.path} holds a recipe that this version of fastssl does not know: {_in_short(error)}"
+                f"{self.path} holds a recipe that this version of fastssl does not know: {in_short(error)}"
             ) from None
 
 
@@ -156,7 +156,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> Model:
         model = build_model(recipe)
         model.load_state_dict(checkpoint.weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint.path}: its weights do not fit its own recipe: {_in_short(error)}") from None
+        raise misfit(checkpoint.path, error) from None
     return model.eval()
 
 
@@ -210,7 +210,3 @@ def load_pretrained(model: Model, source: str) -> str:
 
 def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

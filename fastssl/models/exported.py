@@ -1,6 +1,6 @@
-"""The safetensors file of `fastssl export`: weights under the model's names, the recipe as JSON in the header.
+"""The safetensors file of `fastssl export`, written and read: weights under our names, the recipe in its header.
 
-Reading one runs no code: a header, numbers, and a recipe that is checked like any other.
+Reading one runs no code: it holds numbers, and a recipe in JSON that is checked like any other.
 """
 
 from pathlib import Path
@@ -17,26 +17,28 @@ from fastssl.models.encoder import build_encoder
 from fastssl.recipe import Recipe
 
 ENCODER = "encoder."
-TRAINING_ONLY = ("predictor.", "target.")  # of BYOL; no file that was exported holds them
+TRAINING_ONLY = ("predictor.", "target.")  # of BYOL; they are not exported
 
 
 def write_exported(path: Path, model: Model, recipe: Recipe, header: dict[str, str], whole: bool) -> None:
-    """The encoder alone, or `whole`: projector or classifier, heads and priors too, all but what training alone needs.
+    """Write a model.
 
-    header: further entries, for people and other programs. The recipe is kept without the folders of this machine.
+    Args:
+        header: metadata for people and other programs, added to the recipe, which is written without folders.
+        whole: False for the encoder only; True for projector or classifier, heads and priors too.
     """
     wanted = {
         name: weight
         for name, weight in model.state_dict().items()
         if name.startswith(ENCODER) or (whole and not name.startswith(TRAINING_ONLY))
     }
-    # A VampPrior shares its head's tensors, and safetensors refuses to keep one storage twice.
+    # Copies, because a VampPrior shares the tensors of its head, and safetensors refuses to store a tensor twice.
     weights = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in wanted.items()}
     save_file(weights, path, metadata={**header, "recipe": without_folders(recipe).model_dump_json()})
 
 
 def load_exported_model(path: Path) -> Model:
-    """The model in eval mode, on the CPU. BYOL's predictor and target, which only training needs, are not there."""
+    """The model in eval mode, on the CPU, without BYOL's predictor and target, which only training needs."""
     recipe, weights = _read(path)
     try:
         model = build_model(recipe)
@@ -44,33 +46,33 @@ def load_exported_model(path: Path) -> Model:
             model.target = model.predictor = None
         missing, unknown = model.load_state_dict(weights, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise _misfit(path, error) from None
+        raise misfit(path, error) from None
     if all(name.startswith(ENCODER) for name in weights) and missing:
         raise UserError(
-            f"{path} holds the encoder alone: fastssl.load_encoder reads it; load_model needs a file that "
-            "fastssl export made with --sigma, or the run."
+            f"{path} holds the encoder only: read it with fastssl.load_encoder, or export the run with --sigma for "
+            "load_model."
         )
     if missing or unknown:
-        raise _misfit(path, f"missing {missing[:3]}, unknown {unknown[:3]}")
+        raise misfit(path, f"missing {missing[:3]}, unknown {unknown[:3]}")
     return model.eval()
 
 
 def load_exported_encoder(path: Path) -> nn.Module:
-    """The timm backbone in eval mode, on the CPU, out of a file with or without the rest of the model."""
+    """The timm backbone in eval mode, on the CPU, from a file with or without the rest of the model."""
     recipe, weights = _read(path)
     own = {name.removeprefix(ENCODER): weight for name, weight in weights.items() if name.startswith(ENCODER)}
     try:
         encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
         encoder.load_state_dict(own)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise _misfit(path, error) from None
+        raise misfit(path, error) from None
     return encoder.eval()
 
 
 def without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with the last two parts of its paths, such as imagenet/train.beton, and no run.dir.
+    """The recipe with only the last two parts of its paths, such as imagenet/train.beton, and without run.dir.
 
-    What is published should not tell where its maker keeps files.
+    A published file should not reveal the folders of its author.
     """
     keys = ("train", "val", "subset")
     data = {key: short_path(path) for key in keys if (path := getattr(recipe.data, key)) is not None}
@@ -85,6 +87,7 @@ def without_folders(recipe: Recipe) -> Recipe:
 
 
 def short_path(path: str) -> str:
+    """The last two parts of a path."""
     return "/".join(part for part in Path(path).parts[-2:] if part != "/")
 
 
@@ -94,20 +97,24 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
             header = file.metadata() or {}
             if "recipe" not in header:
                 raise UserError(
-                    f"{path} is not a file of fastssl export --format safetensors: if it holds a timm backbone, "
-                    "timm.create_model(..., checkpoint_path=...) reads it."
+                    f"{path} is not a file of fastssl export --format safetensors: if it holds a timm backbone, read "
+                    "it with timm.create_model(..., checkpoint_path=...)."
                 )
             recipe = Recipe.model_validate_json(header["recipe"])
             return recipe, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {_short(error)}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {in_short(error)}") from None
     except ValidationError as error:
-        raise UserError(f"{path} holds a recipe that this version of fastssl does not know: {_short(error)}") from None
+        raise UserError(
+            f"{path} holds a recipe that this version of fastssl does not know: {in_short(error)}"
+        ) from None
 
 
-def _misfit(path: Path, reason: object) -> UserError:
-    return UserError(f"{path}: its weights do not fit its own recipe: {_short(reason)}")
+def misfit(path: Path, reason: object) -> UserError:
+    """The error for a file whose weights do not match its recipe."""
+    return UserError(f"{path}: its weights do not fit its own recipe: {in_short(reason)}")
 
 
-def _short(reason: object) -> str:
+def in_short(reason: object) -> str:
+    """An error's text on one line, cut after 200 characters."""
     return " ".join(str(reason).split())[:200]

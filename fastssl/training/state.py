@@ -13,6 +13,7 @@ from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
 from fastssl.models.checkpoint import LAST, Checkpoint, SavedState, write_checkpoint
+from fastssl.models.exported import in_short
 from fastssl.recipe import Recipe
 
 # A resumed run may change these keys; another value of any other key would make it another run. The data may have
@@ -87,9 +88,8 @@ class TrainState:
         try:
             self._fill_from(checkpoint.saved)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{checkpoint.path} does not fit its own recipe, so no run goes on from it: {reason}."
+                f"{checkpoint.path} does not fit its own recipe, so no run goes on from it: {in_short(error)}."
             ) from None
         warnings = [checkpoint.warning] if checkpoint.warning else []
         threads = checkpoint.saved["torch_threads"]

@@ -173,7 +173,7 @@ def test_sigma_is_refused_for_deterministic_runs_and_needed_for_a_whole_model(ch
         export_run(checkpoint("z"), "timm", path, sigma=True)
     assert not list(tmp_path.iterdir())
     export_run(checkpoint("z"), "safetensors", path)
-    with pytest.raises(UserError, match="holds the encoder alone: fastssl.load_encoder reads it"):
+    with pytest.raises(UserError, match="holds the encoder only: read it with fastssl.load_encoder"):
         fastssl.load_model(path)
 
 
