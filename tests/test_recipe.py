@@ -1,4 +1,4 @@
-"""Recipes: what ships loads, what is mistyped is refused with one sentence that names the mend."""
+"""Recipes: the shipped ones load, and mistakes are refused with one sentence that names the fix."""
 
 import pytest
 import yaml
@@ -9,7 +9,7 @@ from fastssl.recipe import Recipe, _keys, load_recipe, shipped_recipes
 SHIPPED = sorted(
     str(path.relative_to(shipped_recipes()))
     for path in shipped_recipes().rglob("*.yaml")
-    if path.parent.name != "sweeps"  # test_sweep.py looks at these
+    if path.parent.name != "sweeps"  # tested in test_sweep.py
 )
 
 
@@ -48,7 +48,7 @@ def test_the_published_values_are_in_the_recipes():
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("reference/")])
 def test_reference_recipes_are_the_plain_ones_with_the_published_choices(name):
-    """docs/fidelity.md lists them; whatever else differs would be a slip."""
+    """docs/fidelity.md lists the choices; nothing else may differ."""
     ours = name.removeprefix("reference/").replace("cifar10_", "cifar10/")
     reference, plain = load_recipe(f"recipes/{name}"), load_recipe(f"recipes/{ours}")
     want = plain.model_dump()
@@ -68,7 +68,7 @@ def test_reference_recipes_are_the_plain_ones_with_the_published_choices(name):
     assert reference.model_dump() == want
 
 
-def test_keys_are_not_words_that_yaml_reads_otherwise():
+def test_no_key_is_a_boolean_in_yaml():
     """`on`, `off`, `yes` and `no` are booleans in YAML 1.1: a key of that name cannot be written in a file."""
     for key in _keys(Recipe):
         assert yaml.safe_load(f"{key}: 1") == {key: 1}, key
@@ -96,7 +96,7 @@ def test_loading_does_not_touch_data(minimal):
 
 
 @pytest.mark.parametrize(
-    "override, says",
+    "override, message",
     [
         ("train.epoch=3", "did you mean train.epochs?"),
         ("epochs=3", "did you mean train.epochs?"),
@@ -117,15 +117,15 @@ def test_loading_does_not_touch_data(minimal):
         ("embedding={prior: mixture, kl: closed}", "embedding.kl=mc"),
     ],
 )
-def test_a_wrong_override_is_one_sentence_that_names_the_key(minimal, override, says):
+def test_error_for_a_wrong_override_names_the_key(minimal, override, message):
     with pytest.raises(UserError) as error:
         load_recipe(minimal, ["seed=0", "objective.name=barlow_twins", override])
     sentence = str(error.value)
-    assert says in sentence and "\n" not in sentence
+    assert message in sentence and "\n" not in sentence
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, message",
     [
         ("name: x\n", "data is missing"),
         ("- a\n- b\n", "not a recipe"),
@@ -133,15 +133,15 @@ def test_a_wrong_override_is_one_sentence_that_names_the_key(minimal, override, 
         ("name: !!python/object/apply:os.system ['touch /tmp/owned']\ndata: {train: x}\n", "not readable as YAML"),
     ],
 )
-def test_a_wrong_file_is_one_sentence(tmp_path, text, says):
+def test_error_for_a_wrong_file_names_it(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_recipe(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_recipe_names_the_nearest():
+def test_error_for_a_missing_recipe_names_the_nearest():
     with pytest.raises(UserError, match="did you mean recipes/zprob_barlow.yaml"):
         load_recipe("recipes/zprob_barlo.yaml")
 

@@ -1,4 +1,4 @@
-"""The supervised baseline and what fine-tuning needs: one view, labels, a subset, a rate for the new layer."""
+"""The supervised baseline and fine-tuning: one view, labels, a subset, a learning rate for the new layer."""
 
 import copy
 
@@ -43,7 +43,7 @@ def inputs():
 # --- Model and loss --------------------------------------------------------------------------------------------------
 
 
-def test_a_deterministic_loss_is_torch_s_cross_entropy():
+def test_deterministic_loss_equals_torch_cross_entropy():
     model, batch = classifier_of({"stochastic": "none"}), inputs()
     (v,), label = batch.views, batch.label
     reference = copy.deepcopy(model)
@@ -57,7 +57,7 @@ def test_a_deterministic_loss_is_torch_s_cross_entropy():
     assert terms.keys() == {"loss", "cross_entropy", "accuracy"} and terms["loss"] == terms["cross_entropy"]
 
 
-def test_a_stochastic_loss_averages_the_logits_of_the_draws_and_pays_for_one_view_s_kl():
+def test_stochastic_loss_averages_logits_over_draws_and_adds_the_kl_of_the_view():
     embedding = {"stochastic": "h"}
     model, batch = classifier_of(embedding), inputs()
     (view,) = views = model(batch)
@@ -72,7 +72,7 @@ def test_a_stochastic_loss_averages_the_logits_of_the_draws_and_pays_for_one_vie
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_the_loss_is_fp32_whatever_surrounds_it():
+def test_loss_is_fp32_under_autocast():
     logits, label = torch.randn(S, B, C, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.arange(B) % C
     with torch.autocast("cpu", torch.bfloat16):
         loss = cross_entropy_loss(logits, label)
@@ -81,7 +81,7 @@ def test_the_loss_is_fp32_whatever_surrounds_it():
 
 
 @pytest.mark.parametrize("stochastic", ["none", "h"])
-def test_logits_are_of_the_embedding_and_leave_the_model_alone(stochastic):
+def test_logits_come_from_the_embedding_and_do_not_change_the_model(stochastic):
     model, (v,) = classifier_of({"stochastic": stochastic}), inputs().views
     before = copy.deepcopy(model.state_dict())
     logits, embedding = model.logits(v), model.embed(v)
@@ -96,7 +96,7 @@ def test_logits_are_of_the_embedding_and_leave_the_model_alone(stochastic):
     assert (embedding.sigma is None) == (stochastic == "none")
 
 
-def test_a_step_never_asks_the_device():
+def test_step_reads_no_tensor_value():
     model, recipe = classifier_of({"stochastic": "h"}), recipe_of(SUPERVISED, {"stochastic": "h"})
     with NoHost():
         views = model(inputs())
@@ -129,7 +129,7 @@ def runs(canvas, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["none", "h"])
-def test_a_run_learns_its_labels(runs, kind):
+def test_run_learns_its_labels(runs, kind):
     lines = metrics_of(runs / kind)
     assert len(lines) == 24 and sum(line["accuracy"] for line in lines[-6:]) / 6 > 0.8  # chance is 1/3
     terms = ["cross_entropy", "beta_kl"] if kind == "h" else ["cross_entropy"]
@@ -141,14 +141,14 @@ def test_a_run_learns_its_labels(runs, kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "h"])
-def test_a_run_reloads_as_a_classifier(runs, canvas, kind):
+def test_run_reloads_as_a_classifier(runs, canvas, kind):
     model = fastssl.load_model(runs / kind)
     assert isinstance(model, Classifier) and not model.training
-    clean = fastssl.views.eval_transform(load_recipe(runs / kind / "recipe.yaml").views)
+    transform = fastssl.views.eval_transform(load_recipe(runs / kind / "recipe.yaml").views)
     batch = next(iter(BetonLoader(canvas / "val.beton", 12, shuffle=False)))
-    logits = model.logits(clean(batch.image))
+    logits = model.logits(transform(batch.image))
     own = {name.removeprefix("classifier."): weight for name, weight in weights_of(runs / kind).items()}
-    torch.testing.assert_close(logits, F.linear(model.embed(clean(batch.image)).h, own["weight"], own["bias"]))
+    torch.testing.assert_close(logits, F.linear(model.embed(transform(batch.image)).h, own["weight"], own["bias"]))
     assert (logits.argmax(1) == batch.label).float().mean() > 0.6
     images = torch.rand(2, 3, 32, 32)
     if kind == "none":
@@ -156,7 +156,7 @@ def test_a_run_reloads_as_a_classifier(runs, canvas, kind):
             torch.testing.assert_close(fastssl.load_encoder(runs / kind)(images), model.embed(images).h)
 
 
-def test_a_run_is_exported_with_its_card(runs, tmp_path):
+def test_run_is_exported_with_its_card(runs, tmp_path):
     images = torch.rand(2, 3, 32, 32)
     whole = export_run(runs / "h", "safetensors", tmp_path / "whole" / "x.safetensors", sigma=True)
     exported, trained = (fastssl.load_model(path).logits(images) for path in (whole.path, runs / "h"))
@@ -170,7 +170,7 @@ def test_a_run_is_exported_with_its_card(runs, tmp_path):
     assert "self-supervised" not in encoder.card.read_text()
 
 
-def test_a_fine_tune_starts_from_an_ssl_run_with_a_new_classifier(canvas, tmp_path):
+def test_fine_tuning_starts_from_an_ssl_run_with_a_new_classifier(canvas, tmp_path):
     """model.init: all of the encoder and the h head come, before the first step."""
     ssl = train(load_recipe("recipes/hprob_barlow.yaml", small(canvas, tmp_path / "ssl", "train.epochs=1")))
     embedding = "embedding={stochastic: h, samples: 3}"
@@ -204,7 +204,7 @@ def twenty(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["canvas", "full"])
-def test_a_subset_is_all_that_a_run_sees(request, tmp_path, twenty, monkeypatch, layout):
+def test_run_sees_only_its_subset(request, tmp_path, twenty, monkeypatch, layout):
     """Crops on the device from a canvas, one crop on the CPU from whole images."""
     data, seen, real = request.getfixturevalue(layout), [], loop.forward_and_backward
 
@@ -221,7 +221,7 @@ def test_a_subset_is_all_that_a_run_sees(request, tmp_path, twenty, monkeypatch,
         assert sorted(torch.cat([batch.index for batch in epoch]).tolist()) == list(range(5, 45, 2))
 
 
-def test_probe_and_evaluation_take_the_subset_too(canvas, tmp_path, twenty, monkeypatch):
+def test_probe_and_evaluation_use_the_subset_too(canvas, tmp_path, twenty, monkeypatch):
     keys = [THREE, f"data.subset={twenty}", "train.epochs=1", "train.batch_size=5", "probe={every: 1, k: 3}"]
     recipe = load_recipe("recipes/supervised.yaml", small(canvas, tmp_path / "run", *keys))
     rest = load_recipe("recipes/supervised.yaml", small(canvas, tmp_path / "rest", *keys, "data.limit=8",
@@ -248,7 +248,7 @@ def test_probe_and_evaluation_take_the_subset_too(canvas, tmp_path, twenty, monk
         probe_module.knn_probe(rest.model_copy(update={"data": rest.data.model_copy(update={"limit": 20})}))
 
 
-def test_a_set_that_is_larger_than_the_device_may_be_resident_in_part(canvas, twenty, monkeypatch):
+def test_part_of_a_set_larger_than_the_device_may_be_resident(canvas, twenty, monkeypatch):
     room = 8 * 20 * 32 * 32 * 3
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": room}))
     gpu = torch.device("cuda")
@@ -265,7 +265,7 @@ def test_a_set_that_is_larger_than_the_device_may_be_resident_in_part(canvas, tw
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "lamb"])
-def test_the_head_s_rate_is_its_factor_times_the_others(canvas, tmp_path, optimizer):
+def test_head_learning_rate_is_its_factor_times_the_others(canvas, tmp_path, optimizer):
     """One step from the same weights: the classifier moves ten times as far, every other weight as far."""
     moved = []
     for factor in (1, 10):
@@ -281,7 +281,7 @@ def test_the_head_s_rate_is_its_factor_times_the_others(canvas, tmp_path, optimi
         torch.testing.assert_close(moved[1][name], times * step, atol=1e-6, rtol=1e-3)
 
 
-def test_weight_decay_leaves_out_the_classifier_s_bias():
+def test_weight_decay_excludes_the_classifier_bias():
     recipe = recipe_of(SUPERVISED, {"stochastic": "h"})
     model = build_model(recipe)
     optim = recipe.optim.model_copy(update={"weight_decay": 0.1, "head_lr_factor": 3.0})
@@ -298,7 +298,7 @@ def test_weight_decay_leaves_out_the_classifier_s_bias():
 
 
 @pytest.mark.parametrize(
-    "override, says",
+    "override, message",
     [
         ("objective={name: supervised}", "the key objective.classes is missing."),
         ("objective={name: supervised, classes: 1}", "objective.classes: .* greater than or equal to 2, not 1"),
@@ -309,13 +309,13 @@ def test_weight_decay_leaves_out_the_classifier_s_bias():
         ("optim.head_lr_factor=0", "optim.head_lr_factor"),
     ],
 )
-def test_what_makes_no_sense_is_refused(override, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_contradictory_keys_are_refused(override, message):
+    with pytest.raises(UserError, match=message) as error:
         load_recipe("recipes/supervised.yaml", [override])
     assert "\n" not in str(error.value)
 
 
-def test_a_rate_for_a_head_that_is_not_there_is_refused():
+def test_head_lr_factor_without_a_classifier_is_refused():
     with pytest.raises(UserError, match="optim.head_lr_factor is the learning rate of a classifier, .* leave it out"):
         load_recipe("recipes/barlow.yaml", ["optim.head_lr_factor=10"])
     assert isinstance(build_model(recipe_of({"name": "barlow_twins"}, {})), SSLModel)
@@ -338,7 +338,7 @@ def test_labels_without_an_output_are_refused_before_training(canvas, tmp_path, 
         setup.check_labels(loader, 3)
 
 
-def test_a_missing_list_is_one_sentence(canvas, tmp_path):
+def test_missing_subset_file_is_refused(canvas, tmp_path):
     keys = small(canvas, tmp_path / "run", THREE, "data.subset=/no/list.txt")
     with pytest.raises(UserError, match="No file /no/list.txt: name a list of images"):
         train(load_recipe("recipes/supervised.yaml", keys))

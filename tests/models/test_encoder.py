@@ -1,4 +1,4 @@
-"""Backbones by name: shapes, timm's parameter names, and the sentences for what cannot be."""
+"""Backbones by name: shapes, timm's parameter names, and error messages."""
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ def test_resnet18(stem, kernel, map_size):
     assert list(encoder.state_dict()) == list(of_timm.state_dict())
 
 
-def test_small_stem_starts_as_timm_s_convolutions_do():
+def test_small_stem_is_initialized_as_in_timm():
     weight = build_encoder("resnet18", "small", 32).conv1.weight
     # He initialisation by fan-out, 64 channels x 9 weights; 1,728 numbers, 5 standard errors.
     want = (2 / (64 * 9)) ** 0.5

@@ -51,7 +51,7 @@ def test_no_gradient_outside_of_the_clamps():
 
 
 def test_fields_are_fp32_unless_fp64():
-    for given, kept in [
+    for given, expected in [
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float32),
         (torch.float64, torch.float64),
@@ -59,7 +59,7 @@ def test_fields_are_fp32_unless_fp64():
         q = gaussian(dtype=given)
         draws = q.rsample(2)
         kl = q.kl_to(StandardNormal())
-        assert {q.mu.dtype, q.log_var.dtype, q.sigma.dtype, draws.dtype, kl.dtype} == {kept}
+        assert {q.mu.dtype, q.log_var.dtype, q.sigma.dtype, draws.dtype, kl.dtype} == {expected}
 
 
 def test_rsample_is_mu_plus_sigma_noise():
@@ -264,14 +264,14 @@ def vamp(components=3, in_dim=6, width=4):
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4)])
-def test_vamp_is_a_mixture_of_what_the_head_makes_of_its_pseudo_features(shape):
+def test_vamp_is_a_mixture_of_head_outputs_for_its_pseudo_features(shape):
     prior, x = vamp(), torch.randn(shape).double()
     components = D.Independent(D.Normal(prior.head.mu(prior.pseudo), (0.5 * prior.head.log_var(prior.pseudo)).exp()), 1)
     want = D.MixtureSameFamily(D.Categorical(logits=prior.logits), components)
     torch.testing.assert_close(prior.log_prob(x), want.log_prob(x), **CLOSE)
 
 
-def test_vamp_with_the_batch_s_own_features_is_the_aggregate_posterior():
+def test_vamp_with_the_features_of_the_batch_is_the_aggregate_posterior():
     """The best prior for a batch is the mixture of its own q; then KL(q || p) is at most log B."""
     prior, features = vamp(components=5), torch.randn(5, 6).double()
     torch.nn.init.zeros_(prior.logits)

@@ -1,4 +1,4 @@
-"""The projector, and S draws at once against the loop over draws."""
+"""The projector, and S draws in one pass against the loop over draws."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_draws_do_not_share_statistics():
     assert (project_draws(made, h) - pooled).abs().max() > 0.1
 
 
-def test_eval_mode_uses_running_statistics_and_leaves_them():
+def test_eval_mode_uses_running_statistics_and_does_not_change_them():
     made = projector().eval()
     before = copy.deepcopy(made.state_dict())
     batched, loop = both_ways(made, torch.randn(4, 7, 6).double())
@@ -98,7 +98,7 @@ def test_one_frozen_batch_norm():
     torch.testing.assert_close(batched, loop, **CLOSE)
 
 
-def test_autocast_keeps_the_loop_s_dtypes():
+def test_autocast_gives_the_dtypes_of_the_loop():
     made = projector().float()
     h = torch.randn(4, 32, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -118,7 +118,7 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_twelve_draws_take_no_more_products_than_two():
+def test_twelve_draws_need_as_many_products_as_two():
     counts = []
     for S in (2, 12):
         with CountProducts() as products:

@@ -1,4 +1,4 @@
-"""The assembled model: where the draws come from, what is compared, BYOL's target, chunks, embeddings."""
+"""The self-supervised model: draws and their noise, chunks, BYOL's target, embeddings."""
 
 import copy
 
@@ -31,7 +31,7 @@ def model_of(objective, embedding):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["name"])
 @pytest.mark.parametrize("stochastic", SPACES)
-def test_every_objective_with_every_embedding_learns_in_all_its_parameters(objective, stochastic):
+def test_every_objective_and_embedding_gives_all_parameters_gradients(objective, stochastic):
     embedding = {"stochastic": stochastic, "prior": "mixture"}
     model = model_of(objective, embedding)
     views = model(inputs())
@@ -46,7 +46,7 @@ def test_every_objective_with_every_embedding_learns_in_all_its_parameters(objec
     assert still == {name for name, _ in model.named_parameters() if name.startswith("target.")}
 
 
-def test_draws_are_the_counter_s_noise_on_mu_and_sigma():
+def test_draws_are_mu_plus_sigma_times_counter_based_noise():
     """H-prob: each draw of h through the projector by itself, with its own batch statistics."""
     model, batch = model_of(BARLOW, {"stochastic": "h"}), inputs()
     loop = copy.deepcopy(model)
@@ -58,7 +58,7 @@ def test_draws_are_the_counter_s_noise_on_mu_and_sigma():
 
 
 def test_each_draw_of_h_leads_to_one_draw_of_z():
-    """hz: z_s ~ q(z | h_s), so z's Gaussian stands over S * B images' draws, in the order of the draws."""
+    """hz: z_s ~ q(z | h_s), so the Gaussian of z has S * B rows, in the order of the draws."""
     model = model_of(BARLOW, {"stochastic": "hz"})
     plain = copy.deepcopy(model)
     view, _ = model(inputs())
@@ -75,8 +75,8 @@ def test_each_draw_of_h_leads_to_one_draw_of_z():
 
 
 @pytest.mark.parametrize("stochastic", ["z", "h", "hz"])
-def test_noise_is_that_of_the_image_whatever_else_is_in_the_batch(stochastic):
-    """Standardised draws of the first four images, in a batch of four and of six, eager and compiled."""
+def test_noise_of_an_image_does_not_depend_on_the_batch(stochastic):
+    """Standardized draws of the first four images, in a batch of four and of six, eager and compiled."""
     got = []
     for batch, compiled in ((6, False), (4, False), (4, True)):
         model = model_of(BARLOW, {"stochastic": stochastic})
@@ -90,7 +90,7 @@ def test_noise_is_that_of_the_image_whatever_else_is_in_the_batch(stochastic):
 
 @pytest.mark.parametrize("stochastic", ["z", "h", "hz"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["name"])
-def test_chunks_change_nothing_but_memory(objective, stochastic):
+def test_chunks_change_only_memory(objective, stochastic):
     """Loss, gradients and running statistics; three draws in chunks of two."""
     results = []
     for chunk in (None, 2):
@@ -103,13 +103,13 @@ def test_chunks_change_nothing_but_memory(objective, stochastic):
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-10)
 
 
-def test_chunks_keep_fewer_numbers_for_the_backward_pass():
-    """Twelve draws one at a time keep less than a third of what they keep at once, the encoder's share left out.
+def test_chunks_save_fewer_numbers_for_the_backward_pass():
+    """Twelve draws in chunks of one save less than a third of the numbers of twelve in one pass, without the encoder.
 
-    What stays with each draw is h and z; what goes is the inside of the projector and of the objective.
+    h and z of each draw are saved; the activations of projector and objective are not.
     """
 
-    def kept(chunk):
+    def count_saved(chunk):
         recipe, sizes = recipe_of(BARLOW, {"stochastic": "h", "samples": 12, "chunk": chunk}, hidden=64, out=64), []
         torch.manual_seed(0)
         model = SSLModel(recipe).double()
@@ -118,13 +118,13 @@ def test_chunks_keep_fewer_numbers_for_the_backward_pass():
             TotalLoss(recipe)(model(inputs()), model.priors, 0)
         return sum(sizes)
 
-    assert kept(1) < kept(None) / 3
+    assert count_saved(1) < count_saved(None) / 3
 
 
 # --- BYOL ------------------------------------------------------------------------------------------
 
 
-def test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly():
+def test_byol_target_starts_as_the_online_network_and_follows_it_slowly():
     model = model_of(BYOL, {"stochastic": "z"})
     online = [p for part in (model.encoder, model.projector, model.heads) for p in part.parameters()]
     target = list(model.target.parameters())
@@ -142,7 +142,7 @@ def test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly():
 
 
 @pytest.mark.parametrize("stochastic", SPACES)
-def test_byol_predicts_the_target_s_mean_of_the_other_view(stochastic):
+def test_byol_target_is_the_mean_embedding_of_each_view(stochastic):
     model, batch = model_of(BYOL, {"stochastic": stochastic}), inputs()
     reference = copy.deepcopy(model.target)
     view, other = model(batch)
@@ -156,7 +156,7 @@ def test_byol_predicts_the_target_s_mean_of_the_other_view(stochastic):
 
 @pytest.mark.parametrize("stochastic", SPACES)
 @pytest.mark.parametrize("objective", [BARLOW, BYOL], ids=lambda o: o["name"])
-def test_mean_z_shows_a_collapse_behind_any_noise(objective, stochastic):
+def test_mean_z_shows_a_collapse_that_noise_hides(objective, stochastic):
     """The same h for every image and sigma 1: draws have full rank, z without noise has one row."""
     model = model_of(objective, {"stochastic": stochastic})
     model(inputs())  # running statistics
@@ -173,7 +173,7 @@ def test_mean_z_shows_a_collapse_behind_any_noise(objective, stochastic):
 
 
 @pytest.mark.parametrize("stochastic", SPACES)
-def test_embed_gives_the_mean_and_leaves_the_batch_statistics(stochastic):
+def test_embed_returns_the_mean_and_does_not_change_batch_statistics(stochastic):
     model = model_of(BYOL if stochastic == "hz" else BARLOW, {"stochastic": stochastic})
     before = copy.deepcopy(model.state_dict())
     embedding = model.embed(inputs().views[0])

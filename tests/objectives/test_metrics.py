@@ -9,7 +9,7 @@ import torch
 from fastssl.objectives.metrics import rankme
 
 
-def test_rankme_is_its_definition():
+def test_rankme_equals_its_definition():
     z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     singular = np.linalg.svd(z.double().numpy(), compute_uv=False)
     shares = singular / singular.sum() + 1e-7
@@ -27,7 +27,7 @@ def test_rankme_counts_dimensions():
     assert 1 < rankme(collapsed + 0.01 * torch.randn(20, 6, generator=generator)) < 1.5
 
 
-def test_rankme_of_what_has_no_rank():
+def test_rankme_of_degenerate_embeddings():
     assert math.isnan(rankme(torch.full((4, 3), float("nan"))))
     assert math.isnan(rankme(torch.tensor([[float("inf"), 0.0], [1.0, 2.0]])))
     assert rankme(torch.zeros(4, 3)) == pytest.approx(1, abs=1e-3)  # total collapse

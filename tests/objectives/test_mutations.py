@@ -1,7 +1,7 @@
-"""Would the tests notice? Each mistake is put into the source, and the test named beside it must fail.
+"""Do the tests detect mistakes? Each mistake is patched into the source, and the test named with it must then fail.
 
-The mistakes are those that this field makes: the other variance convention, a mean where a sum belongs, prior modes
-swapped, gradients of collectives without their factor.
+The mistakes are typical of this field: the other variance convention, a mean in place of a sum, swapped modes of a
+prior, gradients of collectives without their factor.
 """
 
 import inspect
@@ -24,20 +24,20 @@ from fastssl.objectives.barlow_twins import correlation_errors
 from fastssl.objectives.vicreg import unweighted_terms
 from fastssl.training.optim import LAMB, LARS
 
-BARLOW = lambda unbiased: lambda: test_objectives.test_barlow_twins_is_its_formula(5e-3, unbiased, 1e-5, (7, 4))  # noqa: E731
-VICREG = lambda center: lambda: test_objectives.test_vicreg_is_its_formula(2.0, 3.0, 5.0, 1.5, 0.0, center, (3, 7))  # noqa: E731
+BARLOW = lambda unbiased: lambda: test_objectives.test_barlow_twins_equals_its_formula(5e-3, unbiased, 1e-5, (7, 4))  # noqa: E731
+VICREG = lambda center: lambda: test_objectives.test_vicreg_equals_its_formula(2.0, 3.0, 5.0, 1.5, 0.0, center, (3, 7))  # noqa: E731
 DRAWS = lambda: test_projector.test_draws_equal_the_loop({}, 4)  # noqa: E731
 
 
 def lars():
-    test_optim.test_ours_equal_torch_optimizer(LARS, test_optim.torch_optimizer.LARS, dict(momentum=0.9), 0.05)
+    test_optim.test_lars_and_lamb_equal_torch_optimizer(LARS, test_optim.torch_optimizer.LARS, dict(momentum=0.9), 0.05)
 
 
 def lamb():
-    test_optim.test_ours_equal_torch_optimizer(LAMB, test_optim.torch_optimizer.Lamb, dict(debias=True), 0.05)
+    test_optim.test_lars_and_lamb_equal_torch_optimizer(LAMB, test_optim.torch_optimizer.Lamb, dict(debias=True), 0.05)
 
 
-MUTATIONS = [  # function, what it says, the mistake, the test that must fail
+MUTATIONS = [  # function, a part of its source, the mistake that replaces it, the test that must fail
     # Variance conventions.
     (correlation_errors, "(n - int(unbiased))", "(n - 1)", BARLOW(False)),
     (correlation_errors, "(n - int(unbiased))", "n", BARLOW(True)),
@@ -51,10 +51,10 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
     (unweighted_terms, "zc if center else z", "zc", VICREG(False)),
     (unweighted_terms, "zc if center else z", "z", VICREG(True)),
     # The other objectives.
-    (simclr_loss, "one_hot, -torch.inf", "one_hot, 0.0", lambda: test_objectives.test_simclr_is_its_formula(0.7)),
+    (simclr_loss, "one_hot, -torch.inf", "one_hot, 0.0", lambda: test_objectives.test_simclr_equals_its_formula(0.7)),
     (simclr_loss, "log_p.logsumexp(0) - math.log(len(log_p))", "log_p.mean(0)",
      test_objectives.test_mcinfonce_averages_probabilities_over_draws),
-    (byol_loss, "stack_views(t2, t1)", "stack_views(t1, t2)", test_objectives.test_byol_is_its_formula),
+    (byol_loss, "stack_views(t2, t1)", "stack_views(t1, t2)", test_objectives.test_byol_equals_its_formula),
     # KL: a sum over dimensions, a mean over images, over the draws that the objective saw.
     (DiagonalGaussian.kl_to, "self.log_var).sum(-1)", "self.log_var).mean(-1)",
      test_gaussian.test_closed_kl_is_exact_and_summed),
@@ -85,7 +85,7 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
     (SSLModel._draw_z, "noise_SBD.flatten(0, 1)[None]", "noise_SBD.transpose(0, 1).flatten(0, 1)[None]",
      test_ssl_model.test_each_draw_of_h_leads_to_one_draw_of_z),
     (SSLModel.update_target, "1 - momentum, skip", "momentum, skip",
-     test_ssl_model.test_byol_s_target_starts_as_the_online_network_and_follows_it_slowly),
+     test_ssl_model.test_byol_target_starts_as_the_online_network_and_follows_it_slowly),
     # Optimisers.
     (LARS.step_group, "torch.where(scaled, trust, 1.0)", "trust", lars),
     (LAMB.step_group, "beta2**count", "beta1**count", lamb),
@@ -93,36 +93,37 @@ MUTATIONS = [  # function, what it says, the mistake, the test that must fail
 
 
 @contextmanager
-def mutated(function, says: str, mistake: str):
-    """The function with the mistake, wherever it has been imported."""
+def mutated(function, part: str, mistake: str):
+    """A context in which the function has the mistake, in every module that imported it."""
     function = inspect.unwrap(function)  # from under torch.no_grad
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(says) == 1, f"{function.__qualname__} no longer says {says!r} once: write the mutation anew."
+    if source.count(part) != 1:
+        raise LookupError(f"{function.__qualname__} does not contain {part!r} once: update the mutation.")
     namespace = dict(function.__globals__)
-    exec(compile(source.replace(says, mistake), "mutated", "exec"), namespace)
-    healthy, sick = function.__code__, inspect.unwrap(namespace[function.__name__]).__code__
-    function.__code__ = sick
+    exec(compile(source.replace(part, mistake), "mutated", "exec"), namespace)
+    correct, mistaken = function.__code__, inspect.unwrap(namespace[function.__name__]).__code__
+    function.__code__ = mistaken
     try:
         yield
     finally:
-        function.__code__ = healthy
+        function.__code__ = correct
 
 
 def names():
-    return [f"{function.__qualname__}: {mistake or 'no ' + says}" for function, says, mistake, _ in MUTATIONS]
+    return [f"{function.__qualname__}: {mistake or 'no ' + part}" for function, part, mistake, _ in MUTATIONS]
 
 
-@pytest.mark.parametrize("function, says, mistake, test", MUTATIONS, ids=names())
-def test_the_mistake_is_noticed(function, says, mistake, test):
+@pytest.mark.parametrize("function, part, mistake, test", MUTATIONS, ids=names())
+def test_the_mistake_is_detected(function, part, mistake, test):
     torch.manual_seed(0)
-    test()  # healthy
+    test()  # passes without the mistake
     torch.manual_seed(0)
-    with mutated(function, says, mistake), pytest.raises(AssertionError):
+    with mutated(function, part, mistake), pytest.raises(AssertionError):
         test()
 
 
 @pytest.mark.parametrize("check", [test_processes.check_losses, test_processes.check_batch_norm])
-def test_gradients_of_collectives_without_their_sum_are_noticed(tmp_path, check):
-    """As in the official Barlow Twins: all-reduced forwards, not backwards."""
+def test_collectives_without_gradient_sums_are_detected(tmp_path, check):
+    """As in the official Barlow Twins code: an all-reduce in the forward pass only."""
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="AssertionError"):
         test_processes.spawn(test_processes.without_gradient_sums, 2, tmp_path, check)

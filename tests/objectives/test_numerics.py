@@ -1,4 +1,4 @@
-"""Whole models where numbers get extreme: half precisions, both limits of sigma, collapse, tiny batches."""
+"""Whole models with extreme numbers: half precisions, both limits of sigma, collapse, tiny batches."""
 
 from types import SimpleNamespace
 
@@ -66,7 +66,7 @@ def test_half_precision_gives_fp32_losses_and_finite_gradients(objective, embedd
 
 @pytest.mark.parametrize("raw", [-99.0, 99.0])
 @COMBINATIONS
-def test_gradients_are_finite_where_every_sigma_is_at_a_limit(objective, embedding, raw):
+def test_gradients_are_finite_if_every_sigma_is_at_a_limit(objective, embedding, raw):
     recipe, model = build(objective, embedding)
     for head in model.heads.values():
         torch.nn.init.constant_(head.log_var.bias, raw)
@@ -90,7 +90,7 @@ def test_gradients_are_finite_when_all_features_collapse(objective, embedding):
 
 
 @COMBINATIONS
-def test_a_batch_of_two_is_enough_and_one_is_refused_in_a_sentence(objective, embedding):
+def test_batch_of_two_works_and_batch_of_one_is_refused(objective, embedding):
     recipe, model = build(objective, embedding)
     assert_finite(step(recipe, model, batch=2), model)
     with pytest.raises(ValueError, match="at least 2 samples|more than 1 value per channel"):
@@ -98,7 +98,7 @@ def test_a_batch_of_two_is_enough_and_one_is_refused_in_a_sentence(objective, em
 
 
 def training_step(objective, embedding, device):
-    """A function that makes one whole step of the loop: loss, gradients, clipping, optimiser, BYOL's target."""
+    """A function that takes one whole training step: loss, gradients, clipping, optimizer, BYOL's target."""
     recipe, model = build(objective, {**embedding, "chunk": 2})
     model, total_loss = model.to(device), TotalLoss(recipe, beta_warmup_steps=10)
     state = SimpleNamespace(
@@ -125,9 +125,9 @@ def training_step(objective, embedding, device):
 
 
 @COMBINATIONS
-def test_a_step_asks_no_tensor_for_its_value(objective, embedding):
+def test_step_reads_no_tensor_value(objective, embedding):
     take_step = training_step(objective, embedding, "cpu")
-    take_step()  # makes the optimiser's state
+    take_step()  # creates the optimizer's state
     with NoHost():
         skipped = take_step()
     assert not skipped
@@ -136,7 +136,7 @@ def test_a_step_asks_no_tensor_for_its_value(objective, embedding):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @COMBINATIONS
-def test_a_step_never_waits_for_the_gpu(objective, embedding):
+def test_step_never_waits_for_the_gpu(objective, embedding):
     take_step = training_step(objective, embedding, "cuda")
     take_step()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""The objectives against their formulas written out in NumPy, in float64, one index at a time."""
+"""The objectives against their formulas in NumPy loops, in float64."""
 
 import inspect
 import itertools
@@ -19,14 +19,14 @@ CLOSE = dict(rtol=1e-12, atol=1e-12)
 
 
 def two_views(*shape, seed=0, dtype=torch.float64):
-    """Correlated views with unequal means and scales, so that no convention can hide."""
+    """Correlated views with unequal means and scales, so that every convention matters."""
     generator = torch.Generator().manual_seed(seed)
     first, noise = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
     scale = torch.linspace(0.3, 2.0, shape[-1], dtype=torch.float64)
     return (scale * first + 1).to(dtype), (scale * (first + 0.5 * noise) - 2).to(dtype)
 
 
-def barlow_twins_by_hand(z1, z2, lambd, unbiased, eps):
+def barlow_twins_reference(z1, z2, lambd, unbiased, eps):
     B, D = z1.shape
 
     def normalised(z):
@@ -45,7 +45,7 @@ def barlow_twins_by_hand(z1, z2, lambd, unbiased, eps):
     return loss
 
 
-def vicreg_by_hand(z1, z2, inv, var, cov, gamma, eps, center):
+def vicreg_reference(z1, z2, inv, var, cov, gamma, eps, center):
     B, D = z1.shape
     c1, c2 = z1 - z1.mean(0), z2 - z2.mean(0)
     first, second = (c1, c2) if center else (z1, z2)
@@ -70,10 +70,10 @@ SHAPES = [(7, 4), (3, 7)]  # many samples for the dimensions and few: products o
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
 @pytest.mark.parametrize("lambd", [5e-3, 0.7])
-def test_barlow_twins_is_its_formula(lambd, unbiased, eps, shape):
+def test_barlow_twins_equals_its_formula(lambd, unbiased, eps, shape):
     z1, z2 = two_views(*shape)
     got = barlow_twins_loss(z1, z2, lambd=lambd, unbiased=unbiased, eps=eps)
-    want = barlow_twins_by_hand(z1.numpy(), z2.numpy(), lambd, unbiased, eps)
+    want = barlow_twins_reference(z1.numpy(), z2.numpy(), lambd, unbiased, eps)
     np.testing.assert_allclose(got.item(), want, **CLOSE)
 
 
@@ -81,14 +81,14 @@ def test_barlow_twins_is_its_formula(lambd, unbiased, eps, shape):
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("gamma, eps", [(1.0, 1e-4), (1.5, 0.0), (0.7, 0.2)])
 @pytest.mark.parametrize("inv, var, cov", [(25.0, 25.0, 1.0), (2.0, 3.0, 5.0), (0, 1, 0)])
-def test_vicreg_is_its_formula(inv, var, cov, gamma, eps, center, shape):
+def test_vicreg_equals_its_formula(inv, var, cov, gamma, eps, center, shape):
     z1, z2 = two_views(*shape)
     weights = dict(inv=inv, var=var, cov=cov, gamma=gamma, eps=eps, center=center)
     got = vicreg_loss(z1, z2, **weights)
-    np.testing.assert_allclose(got.item(), vicreg_by_hand(z1.numpy(), z2.numpy(), **weights), **CLOSE)
+    np.testing.assert_allclose(got.item(), vicreg_reference(z1.numpy(), z2.numpy(), **weights), **CLOSE)
 
 
-def simclr_by_hand(z1, z2, temperature):
+def simclr_reference(z1, z2, temperature):
     """(2B,): -log p of every anchor."""
     z = np.concatenate((z1, z2))
     B, losses = len(z1), []
@@ -100,22 +100,22 @@ def simclr_by_hand(z1, z2, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7])
-def test_simclr_is_its_formula(temperature):
+def test_simclr_equals_its_formula(temperature):
     z1, z2 = two_views(7, 4)
-    want = simclr_by_hand(z1.numpy(), z2.numpy(), temperature).mean()
-    # The length's floor of 1e-12 under the root, beside squares of about 1.
+    want = simclr_reference(z1.numpy(), z2.numpy(), temperature).mean()
+    # The length has a floor of 1e-12 under the root, compared with squares of about 1.
     assert simclr_loss(z1, z2, temperature=temperature).item() == pytest.approx(want, rel=1e-10)
 
 
 def test_mcinfonce_averages_probabilities_over_draws():
     z1, z2 = two_views(5, 7, 4)
-    p = np.exp([-simclr_by_hand(a.numpy(), b.numpy(), 0.5) for a, b in zip(z1, z2, strict=True)])  # (S, 2B)
+    p = np.exp([-simclr_reference(a.numpy(), b.numpy(), 0.5) for a, b in zip(z1, z2, strict=True)])  # (S, 2B)
     got = simclr_loss(z1, z2, temperature=0.5, over_draws="log_mean_exp").item()
     assert got == pytest.approx(-np.log(p.mean(0)).mean(), rel=1e-10)
     assert got < simclr_loss(z1, z2, temperature=0.5).item() - 0.01  # Jensen
 
 
-def test_byol_is_its_formula():
+def test_byol_equals_its_formula():
     (p1, p2), (t1, t2) = two_views(7, 4), two_views(7, 4, seed=1)
 
     def one_way(p, t):
@@ -144,14 +144,14 @@ def test_byol_momentum_grows_from_its_start_to_one():
 def test_defaults_are_the_published_values():
     z1, z2 = two_views(7, 4)
     a, b = z1.numpy(), z2.numpy()
-    want = barlow_twins_by_hand(a, b, 5e-3, False, 1e-5)
+    want = barlow_twins_reference(a, b, 5e-3, False, 1e-5)
     np.testing.assert_allclose(barlow_twins_loss(z1, z2).item(), want, **CLOSE)
-    want = vicreg_by_hand(a, b, 25, 25, 1, 1, 1e-4, False)
+    want = vicreg_reference(a, b, 25, 25, 1, 1, 1e-4, False)
     np.testing.assert_allclose(vicreg_loss(z1, z2).item(), want, **CLOSE)
-    assert simclr_loss(z1, z2).item() == pytest.approx(simclr_by_hand(a, b, 0.1).mean(), rel=1e-10)
+    assert simclr_loss(z1, z2).item() == pytest.approx(simclr_reference(a, b, 0.1).mean(), rel=1e-10)
 
 
-def test_perfect_embeddings_cost_nothing():
+def test_perfect_embeddings_have_loss_zero():
     # Orthogonal columns of mean 0 and biased variance 4, the same in both views.
     z = 2 * torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
     assert barlow_twins_loss(z, z, eps=0).item() == pytest.approx(0, abs=1e-15)
@@ -198,7 +198,7 @@ def test_defaults_of_the_recipe_and_of_the_function_are_equal(name):
 
 
 @pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
-def test_fewer_samples_than_dimensions_make_no_matrix_of_dimensions(loss):
+def test_no_matrix_of_dimensions_for_fewer_samples_than_dimensions(loss):
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         loss(*(z.requires_grad_() for z in two_views(3, 8, 64)))
@@ -256,7 +256,7 @@ def test_gradients_are_finite_at_collapse_and_batch_of_two(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bad_shapes_get_a_sentence(loss):
+def test_wrong_shapes_are_refused(loss):
     with pytest.raises(ValueError, match="at least 2 samples"):
         loss(torch.randn(1, 4), torch.randn(1, 4))
     with pytest.raises(ValueError, match="at least 2 samples"):

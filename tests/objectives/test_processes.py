@@ -1,4 +1,4 @@
-"""Two and four processes against one: losses, batch norm, and whole training steps, with every gradient."""
+"""Two and four processes against one: losses, batch norm, and whole training steps, with all gradients."""
 
 import copy
 import itertools
@@ -43,7 +43,7 @@ def join_group(rank, world, address, check, *arguments):
 
 
 def views(*shape):
-    """(2, ...) correlated views with unequal means and scales, so that no convention can hide."""
+    """(2, ...) correlated views with unequal means and scales, so that every convention matters."""
     first, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.stack((2 * first + 1, first + 0.5 * noise - 2))
 
@@ -69,7 +69,7 @@ LOSSES = [
 
 
 def without_gradient_sums(rank, world, check):
-    """A check on collectives that sum forwards alone: test_mutations wants it to fail."""
+    """Run a check with collectives that sum in the forward pass only: test_mutations expects it to fail."""
     distributed._AllReduceSum.backward = staticmethod(lambda ctx, grad: grad)
     healthy = sync_bn._BatchNormOverRanks.backward
 
@@ -220,7 +220,7 @@ def check_training(rank, world):
 
 
 def check_guard(rank, world):
-    """A loss of its own batch alone that overflows in the last process: all leave the step out, and count it once."""
+    """A local loss that is infinite in the last process only: all processes skip the step and count it once."""
     recipe = recipe_of({"name": "barlow_twins", "gather": False}, {"stochastic": "none"})
     model = SSLModel(recipe).double()
     optimizer = make_optimizer(model, recipe.optim)

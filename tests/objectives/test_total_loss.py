@@ -1,4 +1,4 @@
-"""Objective plus beta times KL: warm-up, free bits, both spaces, and what is logged."""
+"""Objective plus beta times KL: warm-up, free bits, both spaces, and logged metrics."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def terms_of(first, second, step=0, beta_warmup_steps=0, **embedding) -> dict:
     return TotalLoss(recipe, beta_warmup_steps)((first, second), priors, step)
 
 
-def kl_by_hand(v, space="z"):
+def kl_reference(v, space="z"):
     q = v.draws[space].q
     return 0.5 * (q.mu**2 + q.sigma**2 - 1 - 2 * q.sigma.log()).sum(-1)
 
@@ -37,7 +37,7 @@ def kl_by_hand(v, space="z"):
 def test_loss_is_objective_plus_beta_times_the_mean_kl():
     first, second = view(0), view(1)
     terms = terms_of(first, second, beta=0.3)
-    kl = (kl_by_hand(first).mean() + kl_by_hand(second).mean()) / 2
+    kl = (kl_reference(first).mean() + kl_reference(second).mean()) / 2
     want = barlow_twins_loss(first.z, second.z) + 0.3 * kl
     torch.testing.assert_close(terms["loss"], want)
     torch.testing.assert_close(terms["kl_z"], kl)
@@ -45,15 +45,15 @@ def test_loss_is_objective_plus_beta_times_the_mean_kl():
     torch.testing.assert_close(terms["loss"], terms["on_diagonal"] + terms["off_diagonal"] + terms["beta_kl"])
 
 
-def test_both_spaces_pay_for_their_kl():
+def test_kl_of_both_spaces_is_added():
     first, second = view(0, "hz"), view(1, "hz")
     terms = terms_of(first, second, stochastic="hz", beta=0.3)
-    kls = [sum(kl_by_hand(v, space).mean() for v in (first, second)) / 2 for space in "hz"]
+    kls = [sum(kl_reference(v, space).mean() for v in (first, second)) / 2 for space in "hz"]
     torch.testing.assert_close(terms["beta_kl"], 0.3 * sum(kls))
     torch.testing.assert_close(torch.stack([terms["kl_h"], terms["kl_z"]]), torch.stack(kls))
 
 
-def test_monte_carlo_kl_uses_the_objective_s_draws():
+def test_monte_carlo_kl_uses_the_draws_of_the_objective():
     first, second = view(0), view(1)
     terms = terms_of(first, second, kl="mc")
     want = 0.0
@@ -67,27 +67,29 @@ def test_monte_carlo_kl_uses_the_objective_s_draws():
 @pytest.mark.parametrize("step, share", [(0, 0.05), (9, 0.5), (19, 1.0), (500, 1.0)])
 def test_beta_grows_linearly_over_its_warm_up(step, share):
     first, second = view(0), view(1)
-    at_once = terms_of(first, second)["beta_kl"]
+    full = terms_of(first, second)["beta_kl"]
     grown = terms_of(first, second, step=step, beta_warmup_steps=20)["beta_kl"]
-    torch.testing.assert_close(grown, share * at_once)
+    torch.testing.assert_close(grown, share * full)
     as_tensor = terms_of(first, second, step=torch.tensor(step), beta_warmup_steps=20)["beta_kl"]
     torch.testing.assert_close(as_tensor, grown)
 
 
-def test_free_bits_leave_an_image_s_kl_below_the_floor_alone():
+def test_kl_of_an_image_below_free_bits_has_no_gradient():
     first, second = view(0), view(1)
-    floor = kl_by_hand(first).median().item()  # one of the five images is at it, two are below
+    floor = kl_reference(first).median().item()  # one of the five images is at it, two are below
     mu = [v.draws["z"].q.mu.requires_grad_() for v in (first, second)]
     terms = terms_of(first, second, beta=1.0, free_bits=floor / D)
-    want = sum(kl_by_hand(v).clamp_min(floor).mean() for v in (first, second)) / 2
+    want = sum(kl_reference(v).clamp_min(floor).mean() for v in (first, second)) / 2
     torch.testing.assert_close(terms["beta_kl"], want)
-    torch.testing.assert_close(terms["kl_z"], sum(kl_by_hand(v).mean() for v in (first, second)).detach() / 2)
+    torch.testing.assert_close(terms["kl_z"], sum(kl_reference(v).mean() for v in (first, second)).detach() / 2)
     (gradient,) = torch.autograd.grad(terms["beta_kl"], mu[:1])
-    below = kl_by_hand(first) < floor - 1e-9
-    assert below.sum() == 2 and (gradient[below] == 0).all() and (gradient[kl_by_hand(first) > floor + 1e-9] != 0).all()
+    below = kl_reference(first) < floor - 1e-9
+    assert (
+        below.sum() == 2 and (gradient[below] == 0).all() and (gradient[kl_reference(first) > floor + 1e-9] != 0).all()
+    )
 
 
-def test_what_is_logged_of_sigma():
+def test_sigma_metrics():
     first, second = view(0, log_var=-99.0), view(1, log_var=0.0)
     terms = terms_of(first, second)
     logged = {name: terms[f"{name}_z"].item() for name in ("sigma", "sigma_min", "sigma_max", "sigma_clamped")}
@@ -97,7 +99,7 @@ def test_what_is_logged_of_sigma():
 
 
 @pytest.mark.parametrize(
-    "override, says",
+    "override, message",
     [
         ("objective={name: simclr, over_draws: log_mean_exp}", "needs draws"),
         ("embedding={stochastic: z, prior: vamp, kl: closed}", "set embedding.kl=mc"),
@@ -112,8 +114,8 @@ def test_what_is_logged_of_sigma():
         ("objective={lambd: 1}", "barlow_twins, vicreg, simclr, byol or supervised"),
     ],
 )
-def test_what_makes_no_sense_is_refused(override, says):
-    with pytest.raises(UserError, match=says):
+def test_contradictory_keys_are_refused(override, message):
+    with pytest.raises(UserError, match=message):
         load_recipe("recipes/barlow.yaml", [override])
 
 

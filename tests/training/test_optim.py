@@ -1,4 +1,4 @@
-"""Optimizers: ours against torch-optimizer's, flagged steps, names and options, what is left out, the rate."""
+"""Optimizers: ours against torch-optimizer's, skipped steps, names and options, exclusions, the learning rate."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ ON_HOST = [
     "accsgd", "adabelief", "adabound", "adamod", "adamp", "aggmo", "diffgrad", "madgrad", "novograd", "pid",
     "qhadam", "qhm", "ranger", "rangerqh", "rangerva", "sgdp", "sgdw", "shampoo", "swats", "yogi",
 ]  # fmt: skip
-# Adam and its kin move a weight by about the rate, whatever the gradient; these move it by the gradient's share.
+# Adam and similar ones move a weight by about the learning rate for any gradient; these move it in proportion to it.
 RATES = {"sgd": 0.1, "lars": 0.1, "adadelta": 10.0, "pid": 0.1, "qhm": 0.1}
 
 
@@ -84,7 +84,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("kind, reference, options", PAIRS)
-def test_ours_equal_torch_optimizer(kind, reference, options, weight_decay):
+def test_lars_and_lamb_equal_torch_optimizer(kind, reference, options, weight_decay):
     """A group without the key `adapt`, through a state_dict half way, at a rate that changes."""
     ours, theirs = weights(), weights()
     optimizer = kind(groups_of(ours, weight_decay), lr=0.01, **options)
@@ -104,7 +104,7 @@ def test_ours_equal_torch_optimizer(kind, reference, options, weight_decay):
 
 
 @pytest.mark.parametrize("kind, reference, options", PAIRS)
-def test_flagged_steps_leave_ours_equal_to_torch_optimizer_without_them(kind, reference, options):
+def test_skipped_steps_equal_torch_optimizer_without_them(kind, reference, options):
     ours, theirs = weights(), weights()
     optimizer, expected = kind(groups_of(ours, 0.05), **options), reference(groups_of(theirs, 0.05), **options)
     for group in (*optimizer.param_groups, *expected.param_groups):
@@ -190,7 +190,9 @@ def test_a_quadratic_goes_down(name):
 def test_a_step_that_is_not_finite_changes_nothing(name, bad_step):
     """Through the guard, the first step too: weights, statistics and state stay, and later steps are as without it."""
     options = {"debias": True} if name == "lamb" else {}
-    (model, optimizer, loss), (clean, expected, clean_loss) = (training(name, options=options) for _ in range(2))
+    (model, optimizer, loss), (model_without, expected, loss_without) = (
+        training(name, options=options) for _ in range(2)
+    )
     state = SimpleNamespace(
         optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), step=0, skipped=torch.tensor(0)
     )
@@ -204,17 +206,17 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad_step):
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         guard.step({"loss": term.detach(), "grad_norm": norm})
         if number != bad_step:
-            step(expected, clean_loss())
+            step(expected, loss_without())
         elif number > 0:
             assert equal(before, everything(model, optimizer))
     assert state.skipped == 1
     # Where the flag becomes a float32 factor, lr and momentum are rounded once: 6e-8 a step.
-    for a, b in zip(model.state_dict().values(), clean.state_dict().values()):
+    for a, b in zip(model.state_dict().values(), model_without.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, options", [("lars", {}), ("lars", {"nesterov": True}), ("lamb", {"debias": True})])
-def test_ours_never_ask_the_device(name, options):
+def test_lars_and_lamb_read_no_tensor_value(name, options):
     """Tensors without values (device meta) refuse what the mode does not see: reads inside a kernel."""
     model, optimizer, loss = training(name, options=options)
     loss().backward()
@@ -232,7 +234,7 @@ def test_ours_never_ask_the_device(name, options):
         optimizer.step()
 
 
-def test_the_check_for_reads_finds_them():
+def test_no_host_detects_reads():
     params = weights()
     set_gradients(params, seed=1)
     with NoHost(), pytest.raises(AssertionError):
@@ -242,7 +244,7 @@ def test_the_check_for_reads_finds_them():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["lars", "lamb"])
-def test_ours_never_ask_the_gpu(name):
+def test_lars_and_lamb_never_wait_for_the_gpu(name):
     model, _, _ = training(name)
     model.cuda()
     optimizer = make_optimizer(model, OptimConfig(name=name, options={"debias": True} if name == "lamb" else {}))
@@ -276,13 +278,13 @@ def test_biases_and_norms_are_neither_decayed_nor_adapted(name):
         if p.ndim == 1:  # biases, and the batch norm's weight; a decay of 0.05 would show in the second digit
             expected = lr * (p.grad if name == "lars" else p.grad.sign() * 0.1 / 0.001**0.5)
             torch.testing.assert_close(move, expected, rtol=1e-3, atol=0)
-        else:  # 0.05 |w| beside |g|: in LARS the decay turns the update a little
+        else:  # 0.05 |w| compared with |g|: in LARS the decay turns the update a little
             expected = lr * old.norm() * (1e-3 if name == "lars" else 1)
             torch.testing.assert_close(move.norm(), expected, rtol=0.1 if name == "lars" else 1e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
-def test_the_key_adapt_turns_adaptation_off_and_leaves_the_decay(kind):
+def test_adapt_false_turns_off_adaptation_but_not_decay(kind):
     (ours, *_), (theirs, *_) = weights(), weights()
     optimizer = kind([{"params": [ours], "adapt": False}], lr=0.01, weight_decay=0.05)
     if kind is LAMB:
@@ -295,7 +297,7 @@ def test_the_key_adapt_turns_adaptation_off_and_leaves_the_decay(kind):
     assert_same([ours], [theirs])
 
 
-def test_what_is_excluded_has_no_decay():
+def test_excluded_parameters_have_no_decay():
     recipe = load_recipe("recipes/zprob_barlow.yaml", ["embedding.prior=mixture", "model.projector.hidden=64"])
     model = SSLModel(recipe)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -316,7 +318,7 @@ def test_what_is_excluded_has_no_decay():
 
 
 @pytest.mark.parametrize("backbone", ["test_vit4", "test_convnext", "test_resnet"])
-def test_a_backbone_s_own_norms_and_scales_are_excluded(backbone):
+def test_norms_and_scales_of_any_backbone_are_excluded(backbone):
     """timm's norms are not all torch's, and layer scales are no norms at all."""
     recipe = load_recipe("recipes/barlow.yaml", [f"model.backbone={backbone}", "views.size=160"])
     decay, plain = split_parameters(SSLModel(recipe), ("bias", "norm", "prior"))
@@ -355,7 +357,7 @@ def test_options_reach_the_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys, says",
+    "keys, message",
     [
         (dict(name="adamww"), r"no optimizer adamww in torch.optim or torch_optimizer; did you mean adamw\?"),
         (dict(name="lasr"), "did you mean lars"),
@@ -382,8 +384,8 @@ def test_options_reach_the_optimizer(tmp_path):
         (dict(name="lamb", options={"betas": 0.9}), "lamb with optim.options={'betas': 0.9} does not train here"),
     ],
 )
-def test_what_cannot_train_is_refused_in_one_sentence(keys, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_optimizers_that_cannot_train_are_refused(keys, message):
+    with pytest.raises(UserError, match=message) as error:
         make_optimizer(nn.Linear(2, 2), OptimConfig(**keys))
     assert "\n" not in str(error.value) and str(error.value).startswith("optim.")
 

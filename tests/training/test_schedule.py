@@ -1,4 +1,4 @@
-"""What changes with step and epoch: rates (test_optim.py), warm-ups, sizes; and what sets up a run from a recipe."""
+"""Functions of step and epoch: learning rates (see also test_optim.py), warm-ups, sizes; and setting up a run."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_views_grow_in_steps_of_32_pixels_between_the_two_epochs():
     assert [image_size(odd, epoch) for epoch in range(3)] == [50, 50, 100]
 
 
-def test_the_rate_follows_the_global_batch_and_short_warm_ups_stay():
+def test_learning_rate_follows_the_global_batch_and_short_warm_ups_stay():
     recipe = load_recipe("recipes/barlow.yaml", ["train.batch_size=64", "optim.lr=0.4", "train.epochs=10"])
     schedule, warnings = plan(recipe, steps_per_epoch=5)
     assert (schedule.total_steps, schedule.warmup_steps, schedule.peak_rate, warnings) == (50, 20, 0.1, [])
@@ -35,7 +35,7 @@ def test_the_rate_follows_the_global_batch_and_short_warm_ups_stay():
 
 @pytest.mark.parametrize("crop", ["gpu", "cpu"])
 def test_the_encoder_sees_the_sizes_that_the_recipe_names(canvas, full, tmp_path, monkeypatch, crop):
-    """Crops of either path, every epoch its size; the picture of the views shows the first one."""
+    """Crops on either device have the size of the epoch."""
     data = canvas if crop == "gpu" else full
     keys = [
         "views.size=96",
@@ -57,7 +57,7 @@ def test_the_encoder_sees_the_sizes_that_the_recipe_names(canvas, full, tmp_path
 
 
 def test_micro_batches_share_one_step(canvas, tmp_path):
-    """One step of two micro-batches, by hand: the mean of their losses, SGD on the mean gradient."""
+    """One step of two micro-batches: the mean of their losses, and SGD on the mean gradient."""
     keys = ["train.accumulate=2", "optim={name: sgd, lr: 0.1, warmup_epochs: 0, clip: null, weight_decay: 0}"]
     keys += ["train.epochs=1", "train.batch_size=32"]
     recipe = load_recipe("recipes/vicreg.yaml", small(canvas, tmp_path / "run", *keys))
@@ -80,14 +80,14 @@ def test_micro_batches_share_one_step(canvas, tmp_path):
         torch.testing.assert_close(trained[name], parameter.data - rate * parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_copies_of_figures_become_one():
+def test_combine_takes_means_minima_and_maxima():
     values = torch.tensor([[1.0, 0.2, 3.0], [2.0, 0.1, 4.0]])
     assert combine(["loss", "sigma_min_z", "sigma_max"], values).tolist() == pytest.approx([1.5, 0.1, 4.0])
     assert combine(["rankme", "minimum", "maxed"], values).tolist() == pytest.approx([1.5, 0.15, 3.5])
 
 
 @pytest.mark.parametrize(
-    "keys, says",
+    "keys, message",
     [
         (["train.precision=tf32"], "train.precision=tf32"),
         (
@@ -97,14 +97,14 @@ def test_copies_of_figures_become_one():
         (["train.batch_size=24", "train.accumulate=24", "data.limit=20"], "fewer than one batch of 24"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_any_work(canvas, tmp_path, keys, says):
-    with pytest.raises(UserError, match=says):
+def test_wrong_combinations_are_refused_before_training(canvas, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
         train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys)))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "key, says",
+    "key, message",
     [
         ("train.accumulate=3", "train.accumulate=3 does not divide train.batch_size=256"),
         ("train={cuda_graphs: true, compile: false}", "leave out train.compile=false"),
@@ -114,8 +114,8 @@ def test_what_does_not_go_together_is_said_before_any_work(canvas, tmp_path, key
         ("log.to=[tensorbord]", "tensorboard"),
     ],
 )
-def test_keys_that_contradict_each_other_are_one_sentence(key, says):
-    with pytest.raises(UserError, match=says):
+def test_contradictory_keys_are_refused(key, message):
+    with pytest.raises(UserError, match=message):
         load_recipe("recipes/barlow.yaml", [key])
 
 
@@ -148,14 +148,14 @@ def test_compilations_are_counted_and_logged(canvas, tmp_path):
     assert json.loads((run / "environment.json").read_text())["device"]
 
 
-def test_processes_that_found_different_checkpoints_do_not_train(canvas, tmp_path, monkeypatch):
+def test_processes_with_different_checkpoints_do_not_train(canvas, tmp_path, monkeypatch):
     """A network file system may show one host an older file: here, the first process stands a step further."""
     monkeypatch.setattr(setup, "broadcast_from_main", lambda make: make() + 1)
     with pytest.raises(UserError, match="found different checkpoints"):
         train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run")))
 
 
-def test_set_up_gives_the_precision_that_was_asked_for():
+def test_choose_precision():
     assert setup.choose_precision("auto", torch.device("cpu")) == "fp32"
     assert setup.choose_precision("bf16", torch.device("cpu")) == "bf16"
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32

@@ -37,7 +37,7 @@ def change_terms(monkeypatch, change):
     monkeypatch.setattr(TotalLoss, "forward", lambda self, *inputs: change(real(self, *inputs), next(calls)))
 
 
-def test_run_directory_holds_what_other_tools_rely_on(small, capsys):
+def test_contents_of_the_run_directory(small, capsys):
     recipe = load_recipe("recipes/zprob_barlow.yaml", [*small, "model.backbone=resnet18"])
     run = train(recipe, probe=lambda model: {"knn": 0.5})
     lines = metrics_of(run)
@@ -81,7 +81,7 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_what_goes_beyond_the_paper_trains_logs_and_reloads(small, name):
+def test_objectives_beyond_the_paper_train_log_and_reload(small, name):
     run = train(load_recipe("recipes/barlow.yaml", [*small, *BEYOND[name], "train.epochs=1"]))
     lines = metrics_of(run)
     for line in lines:
@@ -138,7 +138,7 @@ EVERYTHING = [
 
 
 def test_a_resume_restores_target_pseudo_features_momentum_and_warm_up(small, tmp_path):
-    """Stopped behind step 6 of 12, continued from the checkpoint of step 4: the same bits as without a stop."""
+    """Stopped after step 6 of 12, continued from the checkpoint of step 4: the same bits as without a stop."""
     straight = train(load_recipe("recipes/barlow.yaml", [*small, *EVERYTHING]))
 
     class Stop(Exception):
@@ -161,7 +161,7 @@ def test_a_resume_restores_target_pseudo_features_momentum_and_warm_up(small, tm
     assert weights == pytest.approx([1e-3 * min(1, (step + 1) / 6) for step in range(12)], rel=1e-4)
 
 
-def test_byol_s_target_is_told_of_a_step_that_is_left_out(small, monkeypatch):
+def test_byol_target_skips_a_skipped_step(small, monkeypatch):
     told, real_update = [], fastssl.models.SSLModel.update_target
 
     def watched(model, momentum, skip):
@@ -177,7 +177,7 @@ def test_byol_s_target_is_told_of_a_step_that_is_left_out(small, monkeypatch):
     assert all(t.isfinite().all() for t in weights_of(run).values())
 
 
-def test_a_beta_warm_up_longer_than_the_run_is_shortened_and_said(small, capsys):
+def test_beta_warm_up_longer_than_the_run_is_shortened_with_a_warning(small, capsys):
     keys = ["embedding.beta_warmup_epochs=100", "train.epochs=4"]
     run = train(load_recipe("recipes/zprob_barlow.yaml", [*small, *keys]))
     assert "embedding.beta_warmup_epochs=100 is the whole run or more" in capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_a_beta_warm_up_longer_than_the_run_is_shortened_and_said(small, capsys)
     assert last["beta_kl"] == pytest.approx(1e-2 * last["kl_z"], rel=1e-4)
 
 
-def test_a_run_from_before_a_key_existed_resumes_with_its_default(small):
+def test_run_older_than_a_key_resumes_with_its_default(small):
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
     path = run / "checkpoints" / "last.pt"
     saved = torch.load(path, weights_only=True)
@@ -230,7 +230,7 @@ def test_a_compiled_step_trains_as_the_plain_one(small, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_half_of_torchrun_s_variables_are_refused(small, monkeypatch):
+def test_incomplete_torchrun_variables_are_refused(small, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun"):
         train(load_recipe("recipes/barlow.yaml", small))
@@ -280,7 +280,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("kind", ["half", "foreign", "payload", "empty"])
-def test_a_checkpoint_that_is_none_is_one_sentence_and_runs_no_code(small, tmp_path, monkeypatch, kind):
+def test_foreign_checkpoint_is_refused_and_runs_no_code(small, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
     path = run / "checkpoints" / "last.pt"
@@ -320,7 +320,7 @@ def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkey
 
 
 @pytest.mark.parametrize(
-    "override, says",
+    "override, message",
     [
         ("train.device=cuda", "no GPU"),
         ("model.backbone=resnet19", "resnet1"),
@@ -329,17 +329,17 @@ def test_allowed_steps_that_are_not_finite_are_skipped_and_counted(small, monkey
         ("run.dir=/proc/nowhere", "run.dir"),
     ],
 )
-def test_what_the_user_can_mend_is_one_sentence(small, override, says):
+def test_user_errors_are_one_sentence(small, override, message):
     if override.endswith("cuda") and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         train(load_recipe("recipes/barlow.yaml", [*small, override]))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("written, resident", [("no", False), ("yes", True), ("auto", False)])
 def test_recipe_keys_reach_the_loader(canvas, written, resident):
-    """YAML reads yes and no as booleans; auto keeps a set resident on a GPU only."""
+    """YAML reads yes and no as booleans; auto makes a set resident on a GPU only."""
     recipe = load_recipe(
         "recipes/cifar10/barlow.yaml",
         [f"data.train={canvas}/train.beton", "train.batch_size=8", f"data.resident={written}",
@@ -349,17 +349,17 @@ def test_recipe_keys_reach_the_loader(canvas, written, resident):
     assert (loader.resident, loader.order, loader.on_bad_sample) == (resident, "quasi_random", "skip")
 
 
-def test_memory_that_a_step_frees_is_kept_for_the_next():
-    """Ten rounds of tensors as large as activations: page faults in the first one alone."""
+def test_memory_that_a_step_frees_is_reused():
+    """Ten rounds of tensors as large as activations cause page faults in the first round only."""
     script = """
 import resource, sys, torch
 from fastssl.training.setup import keep_freed_memory
-if sys.argv[1] == "kept":
+if sys.argv[1] == "reuse":
     keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def a_round():
-    kept = [torch.ones(size << 18) for size in (8, 51, 20, 40, 3)]
+    tensors = [torch.ones(size << 18) for size in (8, 51, 20, 40, 3)]
 a_round()
 before = faults()
 for _ in range(10):
@@ -368,6 +368,6 @@ print(faults() - before)
 """
     counts = [
         int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("kept", "as it is")
+        for how in ("reuse", "default")
     ]
     assert counts[0] < 10_000 < 100_000 < counts[1]
