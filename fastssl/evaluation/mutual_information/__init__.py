@@ -1,22 +1,25 @@
-"""Mutual information of what a network computes, in nats: lower bounds by critics, and bounds from a known q(z|x).
+"""Mutual information between an image, h and z, in nats: estimates by critics, and bounds for stochastic embeddings.
 
-`estimators.py` has the five estimators, of the critic in `critic.py`; `known_q.py` the bounds of a stochastic
-embedding. `command.py` is `fastssl eval mi`, `table.py` and `pictures.py` what it shows.
+estimators.py       the estimators js and mine
+critic.py           the critic that they train
+gaussian_bounds.py  bounds for a stochastic embedding, whose q(z|x) is known
+evaluate.py         `fastssl eval mi`: the evaluation of a run, and its self-checks
+plots.py, table.py  its figure and its tables
 """
 
 from fastssl.evaluation.mutual_information.estimators import ESTIMATORS, Estimate, estimate
 from fastssl.evaluation.mutual_information.evaluate import evaluate_mi
-from fastssl.evaluation.mutual_information.known_q import Sandwich, rate, sandwich
+from fastssl.evaluation.mutual_information.gaussian_bounds import PosteriorBounds, posterior_bounds, rate
 from fastssl.evaluation.mutual_information.table import mi_summary_table, mi_table
 
 __all__ = [
     "ESTIMATORS",
     "Estimate",
-    "Sandwich",
+    "PosteriorBounds",
     "estimate",
     "evaluate_mi",
     "mi_summary_table",
     "mi_table",
+    "posterior_bounds",
     "rate",
-    "sandwich",
 ]

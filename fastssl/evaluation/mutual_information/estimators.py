@@ -1,22 +1,17 @@
-"""Estimates of the mutual information of two variables, from samples, by a critic that tells pairs apart.
+"""Estimates of the mutual information of two variables from samples, by a critic that is trained to tell pairs apart.
 
-Every estimator trains the critic of `critic.py` on most of the samples and evaluates a bound on others:
+Both estimators train the critic f of `critic.py` on most of the samples, and evaluate the Donsker-Varadhan lower bound
+I >= E_joint f - log E_marginal e^f on others. They differ in the training loss:
 
-| name    | trained by                                       | evaluated by                         | ceiling, nats    |
-|---------|--------------------------------------------------|--------------------------------------|------------------|
-| js      | softplus loss (Nowozin et al., arXiv 1606.00709) | Donsker-Varadhan                     | log pairs        |
-| mine    | Donsker-Varadhan (Belghazi et al., 1801.04062)   | Donsker-Varadhan                     | log pairs        |
-| infonce | InfoNCE (van den Oord et al., 1807.03748)        | InfoNCE                              | log candidates   |
-| nwj     | NWJ (Nguyen et al., 0809.0853)                   | NWJ                                  | log pairs        |
-| smile   | softplus loss                                    | Donsker-Varadhan, clipped (1910.06222) | the clip       |
+    js    softplus loss of the Jensen-Shannon divergence (Nowozin et al., arXiv 1606.00709)
+    mine  Donsker-Varadhan bound itself (Belghazi et al., arXiv 1801.04062)
 
-All but SMILE, whose clipped term may be too small, are lower bounds.
-Donsker-Varadhan: I >= E_joint f - log E_marginal e^f. Pairs are those of one sample's x and another's y, all of them:
-the B - 1 cyclic shifts of a batch are B - 1 derangements, so no joint pair is ever taken for a marginal one.
+Joint pairs are (x, y) of one sample, marginal pairs x of one sample and y of another. All marginal pairs of a batch are
+used, and a joint pair never counts as a marginal one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,242 +22,196 @@ from torch import Tensor
 from fastssl.evaluation.arrays import as_tensor
 from fastssl.evaluation.mutual_information.critic import Inputs, canonical_inputs, initial_critic, scores
 
-Name = Literal["mine", "js", "infonce", "nwj", "smile"]
+EstimatorName = Literal["js", "mine"]
+ESTIMATORS: tuple[EstimatorName, ...] = ("js", "mine")
 
 FOLDS = 5
-VALIDATION_SHARE, MOST_VALIDATED = 0.1, 1000  # of a fold's training samples, for stopping
+# Of the training samples of a fold, these stop the training.
+VALIDATION_SHARE = 0.1
+MAX_VALIDATION = 1000
 BATCH_SIZE = 256
-STEPS, CHECK_EVERY, PATIENCE = 300, 10, 60
-GAUSSIAN_STEPS = 50  # for the Gaussian part alone
-GAUSSIAN_LR, NETWORK_LR, WEIGHT_DECAY = 0.1, 3e-3, 1e-2
-AVERAGING = 0.9  # of the weights that are checked and kept, as of MINE's mean of e^f
-CAP_ABOVE_PAIRS = 1.0  # nats above the log of the pairs tested at which f is capped
-TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of which each fold takes the best where it was stopped
-CLIP = 10.0  # SMILE's tau
-ANCHOR = 0.1  # of ReMINE's regulariser
-FEWEST = 40  # samples; of fewer nothing is estimated
-MARGIN = 1.0  # nats below the ceiling that are not trusted
-MOST_UNSEEN = 0.5  # see Estimate.saturated
-TEST_ROWS = 1024  # scored at a time
+STEPS = 300
+CHECK_EVERY = 10  # steps
+PATIENCE = 60  # steps without improvement
+GAUSSIAN_STEPS = 50  # first steps, which train the Gaussian part of the critic only
+GAUSSIAN_LR = 0.1
+NETWORK_LR = 3e-3
+WEIGHT_DECAY = 1e-2
+AVERAGING = 0.9  # decay of the moving averages of the weights and of MINE's E e^f
+CAP_ABOVE_PAIRS = 1.0  # f is capped this many nats above the log of the number of tested pairs
+TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # factors of f, of which each fold chooses the best
+ANCHOR = 0.1  # weight of ReMINE's regularizer
+MIN_SAMPLES = 40
+MARGIN = 1.0  # nats below the ceiling from which on an estimate counts as saturated
+MAX_UNSEEN = 0.5  # see Estimate.saturated
+TEST_ROWS = 1024  # rows of the matrix of pairs that are scored at a time
 
 
 class Estimate(NamedTuple):
-    """A lower bound on held-out samples, in nats."""
+    """A lower bound of the mutual information on held-out samples."""
 
-    nats: float  # never above the ceiling; may be slightly below 0
-    # Standard error of the mean of f over the joint pairs. The mean of e^f over the marginal ones has an error of its
-    # own: with the true f of 20 dimensions and 400 samples the sd was 0.11 at 4 nats, as this says, but 0.28 at 8,
-    # where this said 0.17.
+    nats: float  # at most the ceiling; may be slightly below 0
+    # Standard error of the mean of f over the joint pairs. The marginal pairs add an error of their own: with the true
+    # f of 20 dimensions and 400 samples, the standard deviation was 0.11 at 4 nats, equal to this error, but 0.28 at 8
+    # nats, where this error was 0.17.
     error: float
-    ceiling: float  # what this estimator can show at most with so many samples
-    saturated: bool  # do not read `nats` as the mutual information: that is as large, or larger
-    unseen: float  # share of joint pairs with a larger f than every marginal pair, or one that was capped
-    curve: list[tuple[int, float]]  # (step, estimate on the samples that stop the training, mean over folds)
+    ceiling: float  # the largest estimate that so many samples allow, in nats
+    saturated: bool  # the mutual information is at least `nats`, and may be much larger
+    unseen: float  # share of joint pairs whose f is capped or exceeds that of every marginal pair
+    curve: list[tuple[int, float]]  # (step, estimate in nats on the validation samples, mean over folds)
 
 
-def softplus_loss(f_FBB: Tensor, average_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regression of joint against marginal pairs, each of a sample's B - 1 marginal pairs with full weight.
+class Folds(NamedTuple):
+    """Rows of the samples for cross-fitting."""
 
-    That is Jensen-Shannon's softplus loss with the classes' odds in place of 1:1 (noise contrastive estimation with
-    B - 1 noise samples, Gutmann and Hyvarinen 2012); f is still the log density ratio at its optimum.
-    """
-    odds = math.log(f_FBB.shape[1] - 1)
-    joint_FB = f_FBB.diagonal(dim1=1, dim2=2)
-    noise_FBB = F.softplus(f_FBB - odds)
-    noise_FB = noise_FBB.sum(dim=2) - noise_FBB.diagonal(dim1=1, dim2=2)
-    return (F.softplus(odds - joint_FB) + noise_FB).mean(dim=1), average_F
+    train_FM: Tensor  # the critic of a fold is trained on these,
+    validation_FV: Tensor  # stopped by these
+    test_FT: Tensor  # and tested on these
 
 
-def mine_loss(f_FBB: Tensor, average_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Minus Donsker-Varadhan, its gradient's denominator a moving average of E e^f over the steps.
+class PairScores(NamedTuple):
+    """What the bound needs of the scores f of all pairs of N samples, float64."""
 
-    MINE, section 3.2: the gradient of log of a batch's mean is biased. The average is kept as a logarithm, so that
-    no e^f overflows. ReMINE's term (Choi and Lee, arXiv 2011.07932) holds the constant that the bound leaves free at
-    E e^f = 1, so that f can be capped.
-    """
-    log_mean_F = log_mean_marginal(f_FBB)
-    average_F = torch.logaddexp(average_F + math.log(AVERAGING), log_mean_F.detach() + math.log(1 - AVERAGING))
-    anchored_F = ANCHOR * log_mean_F.square()
-    return (log_mean_F - average_F).exp() - joint(f_FBB).mean(dim=1) + anchored_F, average_F
+    joint_FN: Tensor  # f of the joint pairs
+    log_mean_F: Tensor  # log of the mean of e^f over the marginal pairs
+    largest_F: Tensor  # largest f of a marginal pair
 
-
-def infonce_loss(f_FBB: Tensor, average_F: Tensor) -> tuple[Tensor, Tensor]:
-    return -infonce_bound(f_FBB), average_F
-
-
-def nwj_loss(f_FBB: Tensor, average_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Minus NWJ of f + 1, so that f = 0 is 0 nats. Beyond e^10 the mean grows linearly, not exponentially."""
-    log_mean_F = log_mean_marginal(f_FBB)
-    capped_F = log_mean_F.clamp_max(10)
-    return capped_F.exp() * (1 + log_mean_F - capped_F) - 1 - joint(f_FBB).mean(dim=1), average_F
-
-
-def joint(f_FBB: Tensor) -> Tensor:
-    return f_FBB.diagonal(dim1=1, dim2=2)
-
-
-def log_mean_marginal(f_FBB: Tensor) -> Tensor:
-    """(F,): log of the mean of e^f over the pairs of different samples."""
-    count = f_FBB.shape[1]
-    same = torch.eye(count, dtype=torch.bool, device=f_FBB.device)
-    return f_FBB.masked_fill(same, -math.inf).flatten(1).logsumexp(dim=1) - math.log(count * (count - 1))
-
-
-def infonce_bound(f_FBB: Tensor) -> Tensor:
-    """(F,): log B + log softmax of the joint pair, among a sample's B candidates y and B candidates x, the mean."""
-    both_FB = 0.5 * (f_FBB.logsumexp(dim=1) + f_FBB.logsumexp(dim=2))
-    return math.log(f_FBB.shape[1]) + (joint(f_FBB) - both_FB).mean(dim=1)
-
-
-class Estimator(NamedTuple):
-    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (f_FBB, state_F) -> (loss_F, state_F)
-    bound: Callable[["Scored"], Tensor]  # -> nats (F,)
-    ceiling: Callable[[int], float]  # of the number of samples that are scored together
-
-
-class Scored(NamedTuple):
-    """What the bounds need of the scores of all pairs of n samples, float64."""
-
-    joint_FN: Tensor
-    log_mean_F: Tensor  # log of the mean over marginal pairs of e^f
-    log_mean_clipped_F: Tensor  # the same of f clipped to [-CLIP, CLIP]
-    log_row_FN: Tensor  # log of the mean over all n candidates y of e^f
-    log_column_FN: Tensor  # over all n candidates x
-    largest_F: Tensor  # f of a marginal pair
-
-
-def donsker_varadhan(scored: Scored) -> Tensor:
-    return scored.joint_FN.mean(dim=1) - scored.log_mean_F
-
-
-def nwj(scored: Scored) -> Tensor:
-    return scored.joint_FN.mean(dim=1) + 1 - scored.log_mean_F.clamp_max(50).exp()
-
-
-def smile(scored: Scored) -> Tensor:
-    return scored.joint_FN.mean(dim=1) - scored.log_mean_clipped_F
-
-
-def infonce(scored: Scored) -> Tensor:
-    return (scored.joint_FN - 0.5 * (scored.log_row_FN + scored.log_column_FN)).mean(dim=1)
-
-
-def log_pairs(count: int) -> float:
-    """A mean over M pairs says nothing of what is rarer than 1 / M: of density ratios above M."""
-    return math.log(count * (count - 1))
-
-
-ESTIMATORS = {
-    "js": Estimator(softplus_loss, donsker_varadhan, log_pairs),
-    "mine": Estimator(mine_loss, donsker_varadhan, log_pairs),
-    "infonce": Estimator(infonce_loss, infonce, math.log),
-    "nwj": Estimator(nwj_loss, nwj, log_pairs),
-    "smile": Estimator(softplus_loss, smile, lambda count: CLIP),
-}
+    def donsker_varadhan(self) -> Tensor:
+        """Return the Donsker-Varadhan bounds (F,) in nats."""
+        return self.joint_FN.mean(dim=1) - self.log_mean_F
 
 
 def estimate(
     x: ArrayLike | Tensor,
     y: ArrayLike | Tensor,
-    estimator: Name = "js",
+    estimator: EstimatorName = "js",
     seed: int = 0,
     *,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda steps: None,
 ) -> Estimate:
-    """I(X; Y) in nats, from below (SMILE: about), from N pairs x (N, D), y (N, E) (or (N,)) of any float type.
+    """Estimate I(X; Y) in nats, from below, from N pairs.
 
-    Cross-fitted: of five folds each is tested once, by a critic that was trained on nine tenths of the other four and
-    stopped where it is best on the last tenth. Up to four samples that five does not divide are left out; of fewer
-    than 40 nothing is estimated (0 nats under a ceiling of 0). A function of the seed, for a given number of threads.
-    `advance` is told of training steps.
+    The estimate is cross-fitted: each of five folds is tested once, by a critic that was trained on nine tenths of the
+    other four and stopped where it is best on their last tenth. If N is not divisible by five, up to four samples are
+    ignored. The result is a function of the data and the seed, for a given number of threads.
 
-    Raises ValueError where shapes do not fit or numbers are not finite; no finite input gives anything but a number.
+        x = torch.randn(5000, 4)
+        estimate(x, x + torch.randn(5000, 4)).nats  # about 2 log 2 = 1.39
+
+    Args:
+        x: samples (N, D) or (N,) of any numeric type.
+        y: samples (N, E) or (N,).
+        estimator: "js" or "mine".
+        seed: of folds, batches and initial weights.
+        device: where the critics are trained.
+        advance: called with numbers of finished training steps, `STEPS` in total.
+
+    Returns:
+        The estimate, finite for any finite input; with fewer than 40 samples 0 nats and a ceiling of 0.
+
+    Raises:
+        ValueError: if shapes do not match or values are not finite.
     """
     if estimator not in ESTIMATORS:
-        raise ValueError(f"The estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
-    x_ND, y_NE = as_samples(x, device), as_samples(y, device)
+        raise ValueError(f"The estimator must be one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
+    x_ND = as_samples(x, device)
+    y_NE = as_samples(y, device)
     if len(x_ND) != len(y_NE):
-        raise ValueError(f"x and y hold {len(x_ND)} and {len(y_NE)} samples: they come in pairs.")
-    if len(x_ND) < FEWEST:
-        return Estimate(0.0, 0.0, 0.0, True, 1.0, [(0, 0.0)])
-    method = ESTIMATORS[estimator]
+        raise ValueError(f"x and y have {len(x_ND)} and {len(y_NE)} samples: they must be pairs.")
+    if len(x_ND) < MIN_SAMPLES:
+        return Estimate(nats=0.0, error=0.0, ceiling=0.0, saturated=True, unseen=1.0, curve=[(0, 0.0)])
     generator = torch.Generator().manual_seed(seed)
-    train_FM, stop_FV, test_FT = (rows.to(x_ND.device) for rows in cross_fitting(len(x_ND), generator))
-    inputs = canonical_inputs(x_ND, y_NE, train_FM)
-    # What no tested pair can confirm is not claimed. Uncapped, few pairs of CIFAR-10's test images sent the held-out
-    # I(H;Z) of MINE's critic to -122; capped it is at its ceiling, and I(V;H) 5.8 where it was 5.5.
-    cap = log_pairs(test_FT.shape[1]) + CAP_ABOVE_PAIRS
-    critic, curve = train(method, inputs, train_FM, stop_FV, cap, generator, advance)
+    folds = Folds(*(rows.to(x_ND.device) for rows in cross_fitting(len(x_ND), generator)))
+    inputs = canonical_inputs(x_ND, y_NE, folds.train_FM)
+    # A mean over M pairs cannot show density ratios above M.
+    ceiling = log_pairs(folds.test_FT.shape[1])
+    # Larger scores could not be confirmed by any tested pair. Without the cap, a few pairs of CIFAR-10's test images
+    # moved MINE's held-out I(H;Z) to -122; with it, I(H;Z) is at its ceiling, and I(V;H) 5.8 instead of 5.5.
+    cap = ceiling + CAP_ABOVE_PAIRS
+    critic, curve = train(estimator, inputs, folds, cap, generator, advance)
     with torch.inference_mode():
-        scored = score(critic, inputs, test_FT, cap)
-    ceiling = method.ceiling(test_FT.shape[1])
-    nats = min(method.bound(scored).mean().item(), ceiling)
-    # A pair at the cap counts too: where two images are nearly the same, their marginal pair is as large.
-    beyond_FN = (scored.joint_FN > scored.largest_F[:, None]) | (scored.joint_FN >= cap)
-    unseen = beyond_FN.double().mean().item()
+        tested = score_pairs(critic, inputs, folds.test_FT, cap)
+    nats = min(tested.donsker_varadhan().mean().item(), ceiling)
+    # Capped pairs count as unseen, because two nearly equal images have a marginal pair with a score as large.
+    unseen_FN = (tested.joint_FN > tested.largest_F[:, None]) | (tested.joint_FN >= cap)
+    unseen = unseen_FN.double().mean().item()
     return Estimate(
         nats=nats,
-        error=scored.joint_FN.var(dim=1).mean().sqrt().item() / math.sqrt(scored.joint_FN.numel()),
+        error=tested.joint_FN.var(dim=1).mean().sqrt().item() / math.sqrt(tested.joint_FN.numel()),
         ceiling=ceiling,
-        # Measured with the true density ratio of 20 dimensions with 10 nats: 1,000 samples a fold leave 0.4 of the
-        # joint pairs unseen, and Donsker-Varadhan is 5 % too high; 1,700 leave 0.28, and it is 1 % too high.
-        saturated=nats > ceiling - MARGIN or unseen > MOST_UNSEEN,
+        # Measured with the true density ratio of 20 dimensions with 10 nats: with 1,000 samples per fold, 40 % of the
+        # joint pairs are unseen and the bound is 5 % too high; with 1,700 samples, 28 % and 1 %.
+        saturated=nats > ceiling - MARGIN or unseen > MAX_UNSEEN,
         unseen=unseen,
         curve=curve,
     )
 
 
 def as_samples(x: ArrayLike | Tensor, device: torch.device | str) -> Tensor:
-    x = as_tensor(x).detach().to(device)
-    if x.ndim not in (1, 2) or x.numel() == 0:
-        raise ValueError(f"Samples have shape (N, D) or (N,), not {tuple(x.shape)}.")
-    if not x.isfinite().all():
-        raise ValueError("Samples hold numbers that are not finite.")
-    return x.reshape(len(x), -1)
+    """Return x as (N, D) on the device."""
+    tensor = as_tensor(x).detach().to(device)
+    if tensor.ndim not in (1, 2) or tensor.numel() == 0:
+        raise ValueError(f"Samples must have shape (N, D) or (N,), not {tuple(tensor.shape)}.")
+    if not tensor.isfinite().all():
+        raise ValueError("Samples contain values that are not finite.")
+    return tensor.reshape(len(tensor), -1)
 
 
-def cross_fitting(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that each fold trains on, stops by, and is tested on."""
+def cross_fitting(count: int, generator: torch.Generator) -> Folds:
+    """Divide `count` samples at random into five test sets, each with training and validation rows from the others."""
     order_FT = torch.randperm(count, generator=generator)[: count // FOLDS * FOLDS].view(FOLDS, -1)
     others = [torch.cat([order_FT[:fold], order_FT[fold + 1 :]]).flatten() for fold in range(FOLDS)]
-    # Shuffled: else what stops one fold would be one other fold's samples.
+    # Shuffled, because otherwise the validation rows of a fold would all come from one other fold.
     rest_FR = torch.stack([rest[torch.randperm(len(rest), generator=generator)] for rest in others])
-    stop = min(max(int(VALIDATION_SHARE * rest_FR.shape[1]), 2), MOST_VALIDATED)
-    return rest_FR[:, stop:], rest_FR[:, :stop], order_FT
+    validation = min(max(int(VALIDATION_SHARE * rest_FR.shape[1]), 2), MAX_VALIDATION)
+    return Folds(rest_FR[:, validation:], rest_FR[:, :validation], order_FT)
+
+
+def log_pairs(count: int) -> float:
+    """Return the log of the number of marginal pairs of `count` samples."""
+    return math.log(count * (count - 1))
 
 
 def train(
-    method: Estimator,
+    estimator: EstimatorName,
     inputs: Inputs,
-    train_FM: Tensor,
-    stop_FV: Tensor,
+    folds: Folds,
     cap: float,
     generator: torch.Generator,
     advance: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
-    """Each fold's critic where it was best on the samples that stop it, f = 0 among the candidates; and the curve."""
+    """Train the critics of all folds in parallel.
+
+    Returns:
+        The critics, each from the step at which its validation bound was largest (the initial f = 0 included), and the
+        learning curve.
+    """
     gaussian, networks = initial_critic(inputs, generator)
-    device = train_FM.device
+    device = folds.train_FM.device
     critic = {name: weight.to(device).requires_grad_() for name, weight in {**gaussian, **networks}.items()}
     groups = [
         {"params": [critic[name] for name in gaussian], "weight_decay": 0.0},
         {"params": [critic[name] for name in networks], "weight_decay": WEIGHT_DECAY},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    # The moving average of the weights is what is validated and returned.
     average = {name: weight.detach().clone() for name, weight in critic.items()}
     best = {name: weight.clone() for name, weight in average.items()}
     best_F = torch.full((FOLDS,), -math.inf, dtype=torch.float64, device=device)
-    state_F, best_step, curve = torch.zeros(FOLDS, device=device), 0, []
-    batches = shuffled_batches(train_FM, generator)
+    best_step = 0
+    curve = []
+    log_average_F = torch.zeros(FOLDS, device=device)
+    batches = shuffled_batches(folds.train_FM, generator)
     fold_F1 = torch.arange(FOLDS, device=device)[:, None]
     for step in range(STEPS + 1):
         if step % CHECK_EVERY == 0:
             with torch.inference_mode():
-                nats_F = method.bound(score(average, inputs, stop_FV, cap))
-            better_F = nats_F > best_F  # not where it is not a number
+                nats_F = score_pairs(average, inputs, folds.validation_FV, cap).donsker_varadhan()
+            better_F = nats_F > best_F  # False for NaN
             if better_F.any():
-                best_F, best_step = torch.where(better_F, nats_F, best_F), step
+                best_F = torch.where(better_F, nats_F, best_F)
+                best_step = step
                 for name, weight in best.items():
                     weight[better_F] = average[name][better_F]
             curve.append((step, nats_F.mean().item()))
@@ -271,12 +220,15 @@ def train(
                 break
 
         cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        groups_lr = (GAUSSIAN_LR * cosine, NETWORK_LR * cosine * min(1, max(0, step - GAUSSIAN_STEPS) / 50))
-        for group, lr in zip(optimizer.param_groups, groups_lr, strict=True):
-            group["lr"] = lr
+        gaussian_group, network_group = optimizer.param_groups
+        gaussian_group["lr"] = GAUSSIAN_LR * cosine
+        network_group["lr"] = NETWORK_LR * cosine * min(1, max(0, step - GAUSSIAN_STEPS) / 50)
         rows_FB = next(batches)
         f_FBB = scores(critic, inputs.x_FNP[fold_F1, rows_FB], inputs.y_FNQ[fold_F1, rows_FB], inputs.r2_FK)
-        loss_F, state_F = method.loss(f_FBB, state_F)
+        if estimator == "mine":
+            loss_F, log_average_F = mine_loss(f_FBB, log_average_F)
+        else:
+            loss_F = softplus_loss(f_FBB)
         optimizer.zero_grad()
         loss_F.sum().backward()
         optimizer.step()
@@ -284,22 +236,11 @@ def train(
             for name, weight in average.items():
                 weight.lerp_(critic[name], 1 - AVERAGING)
         advance(1)
-    return temperature_scaled(method, best, inputs, stop_FV, cap), curve
+    return temperature_scaled(best, inputs, folds.validation_FV, cap), curve
 
 
-@torch.inference_mode()
-def temperature_scaled(
-    method: Estimator, critic: dict[str, Tensor], inputs: Inputs, stop_FV: Tensor, cap: float
-) -> dict[str, Tensor]:
-    """Each fold's critic times the factor that is best on the samples that stopped it: overfit, f is too steep."""
-    factors = [torch.full_like(critic["c"], factor) for factor in TEMPERATURES]
-    nats_TF = [method.bound(score({**critic, "factor": factor}, inputs, stop_FV, cap)) for factor in factors]
-    best_F = torch.stack(nats_TF).argmax(dim=0)
-    return {**critic, "factor": torch.tensor(TEMPERATURES).to(critic["c"])[best_F].view(-1, 1, 1)}
-
-
-def shuffled_batches(train_FM: Tensor, generator: torch.Generator):
-    """(F, B) rows for ever, each epoch in a new order."""
+def shuffled_batches(train_FM: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield batches of training rows (F, B) without end, each epoch in a new order."""
     size = min(BATCH_SIZE, train_FM.shape[1])
     while True:
         order_M = torch.randperm(train_FM.shape[1], generator=generator).to(train_FM.device)
@@ -307,30 +248,68 @@ def shuffled_batches(train_FM: Tensor, generator: torch.Generator):
             yield train_FM[:, order_M[first : first + size]]
 
 
-def score(critic: dict[str, Tensor], inputs: Inputs, rows_FN: Tensor, cap: float) -> Scored:
-    """All pairs of each fold's rows, a part at a time, f within `cap` of 0."""
+def softplus_loss(f_FBB: Tensor) -> Tensor:
+    """Return the losses (F,) of a logistic regression of joint against marginal pairs.
+
+    This is the softplus loss of Jensen-Shannon, except that each of the B - 1 marginal pairs of a sample has full
+    weight, and the odds of the two classes are taken into account (noise contrastive estimation with B - 1 noise
+    samples, Gutmann and Hyvarinen 2012). Its optimal f is the log density ratio as well.
+    """
+    odds = math.log(f_FBB.shape[1] - 1)
+    joint_FB = f_FBB.diagonal(dim1=1, dim2=2)
+    noise_FBB = F.softplus(f_FBB - odds)
+    noise_FB = noise_FBB.sum(dim=2) - noise_FBB.diagonal(dim1=1, dim2=2)
+    return (F.softplus(odds - joint_FB) + noise_FB).mean(dim=1)
+
+
+def mine_loss(f_FBB: Tensor, log_average_F: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses (F,) whose gradient is that of minus the Donsker-Varadhan bound, and the new moving average.
+
+    As in MINE, section 3.2, the denominator of the gradient is a moving average of E e^f, because the gradient of the
+    log of a batch's mean is biased. The average is stored as a logarithm, so that e^f cannot overflow. The term of
+    ReMINE (Choi and Lee, arXiv 2011.07932) fixes the constant that the bound leaves free at E e^f = 1, so that f can be
+    capped.
+    """
+    count = f_FBB.shape[1]
+    joint_FB = f_FBB.diagonal(dim1=1, dim2=2)
+    same_BB = torch.eye(count, dtype=torch.bool, device=f_FBB.device)
+    log_mean_F = f_FBB.masked_fill(same_BB, -math.inf).flatten(1).logsumexp(dim=1) - log_pairs(count)
+    log_average_F = torch.logaddexp(log_average_F + math.log(AVERAGING), log_mean_F.detach() + math.log(1 - AVERAGING))
+    loss_F = (log_mean_F - log_average_F).exp() - joint_FB.mean(dim=1) + ANCHOR * log_mean_F.square()
+    return loss_F, log_average_F
+
+
+@torch.inference_mode()
+def temperature_scaled(
+    critic: dict[str, Tensor], inputs: Inputs, validation_FV: Tensor, cap: float
+) -> dict[str, Tensor]:
+    """Scale the f of each fold by the factor that is best on the validation samples: overfitted f are too steep."""
+    factors = [torch.full_like(critic["c"], factor) for factor in TEMPERATURES]
+    nats_TF = [
+        score_pairs({**critic, "factor": factor}, inputs, validation_FV, cap).donsker_varadhan() for factor in factors
+    ]
+    best_F = torch.stack(nats_TF).argmax(dim=0)
+    return {**critic, "factor": torch.tensor(TEMPERATURES).to(critic["c"])[best_F].view(-1, 1, 1)}
+
+
+def score_pairs(critic: dict[str, Tensor], inputs: Inputs, rows_FN: Tensor, cap: float) -> PairScores:
+    """Score all pairs of the given rows of each fold, with f clamped to [-cap, cap]."""
     folds, count = rows_FN.shape
-    parts = []
+    joint, log_mean, largest = [], [], []
     for fold in range(folds):
-        one = {name: weight[fold : fold + 1] for name, weight in critic.items()}
-        x_1NP, y_1NQ = inputs.x_FNP[fold, rows_FN[fold]][None], inputs.y_FNQ[fold, rows_FN[fold]][None]
-        joint, rows, off, clipped, largest = [], [], [], [], []
-        column_N = torch.full((count,), -math.inf, dtype=torch.float64, device=rows_FN.device)
+        fold_critic = {name: weight[fold : fold + 1] for name, weight in critic.items()}
+        x_1NP = inputs.x_FNP[fold, rows_FN[fold]][None]
+        y_1NQ = inputs.y_FNQ[fold, rows_FN[fold]][None]
+        fold_joint, fold_marginal, fold_largest = [], [], []
         for first in range(0, count, TEST_ROWS):
-            f_RN = scores(one, x_1NP[:, first : first + TEST_ROWS], y_1NQ, inputs.r2_FK[fold : fold + 1])[0].double()
-            place_R = torch.arange(len(f_RN), device=f_RN.device)
-            f_RN.clamp_(-cap, cap)
-            joint.append(f_RN[place_R, first + place_R].clone())
-            rows.append(f_RN.logsumexp(dim=1) - math.log(count))
-            column_N = torch.logaddexp(column_N, f_RN.logsumexp(dim=0))
-            f_RN[place_R, first + place_R] = -math.inf
-            off.append(f_RN.logsumexp(dim=1))
-            largest.append(f_RN.amax())
-            f_RN.clamp_(-CLIP, CLIP)[place_R, first + place_R] = -math.inf
-            clipped.append(f_RN.logsumexp(dim=1))
-        log_pairs = math.log(count * (count - 1))
-        parts.append((
-            torch.cat(joint), torch.cat(off).logsumexp(0) - log_pairs, torch.cat(clipped).logsumexp(0) - log_pairs,
-            torch.cat(rows), column_N - math.log(count), torch.stack(largest).amax(),
-        ))  # fmt: skip
-    return Scored(*(torch.stack(column) for column in zip(*parts, strict=True)))
+            x_1RP = x_1NP[:, first : first + TEST_ROWS]
+            f_RN = scores(fold_critic, x_1RP, y_1NQ, inputs.r2_FK[fold : fold + 1])[0].double().clamp_(-cap, cap)
+            row_R = torch.arange(len(f_RN), device=f_RN.device)
+            fold_joint.append(f_RN[row_R, first + row_R].clone())
+            f_RN[row_R, first + row_R] = -math.inf
+            fold_marginal.append(f_RN.logsumexp(dim=1))
+            fold_largest.append(f_RN.amax())
+        joint.append(torch.cat(fold_joint))
+        log_mean.append(torch.cat(fold_marginal).logsumexp(0) - log_pairs(count))
+        largest.append(torch.stack(fold_largest).amax())
+    return PairScores(torch.stack(joint), torch.stack(log_mean), torch.stack(largest))

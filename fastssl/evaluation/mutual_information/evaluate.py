@@ -24,7 +24,7 @@ from fastssl.evaluation.features import (
 from fastssl.evaluation.mutual_information import critic, estimators
 from fastssl.evaluation.mutual_information.critic import principal_components
 from fastssl.evaluation.mutual_information.estimators import Estimate, estimate
-from fastssl.evaluation.mutual_information.known_q import BATCH, rate, sandwich
+from fastssl.evaluation.mutual_information.gaussian_bounds import BATCH, posterior_bounds, rate
 from fastssl.evaluation.mutual_information.plots import draw_curves
 from fastssl.evaluation.results import load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
@@ -45,22 +45,22 @@ CONSTANTS = {
     "components": COMPONENTS,
     "directions": critic.DIRECTIONS,
     "critic": [critic.HIDDEN, critic.WIDTH],
-    "squashed_beyond": critic.SQUASHED_BEYOND,
+    "soft_clip_beyond": critic.SOFT_CLIP_BEYOND,
     "largest_r2": critic.LARGEST_R2,
-    "rows_a_direction": critic.ROWS_A_DIRECTION,
+    "rows_per_direction": critic.ROWS_PER_DIRECTION,
     "folds": estimators.FOLDS,
-    "validated": [estimators.VALIDATION_SHARE, estimators.MOST_VALIDATED],
+    "validation": [estimators.VALIDATION_SHARE, estimators.MAX_VALIDATION],
     "steps": [estimators.STEPS, estimators.GAUSSIAN_STEPS, estimators.CHECK_EVERY, estimators.PATIENCE],
     "averaging": estimators.AVERAGING,
     "cap_above_pairs": estimators.CAP_ABOVE_PAIRS,
     "temperatures": estimators.TEMPERATURES,
     "anchor": estimators.ANCHOR,
-    "saturated": [estimators.MARGIN, estimators.MOST_UNSEEN],
+    "saturated": [estimators.MARGIN, estimators.MAX_UNSEEN],
     "checks": [ADDED_NATS, ADDED_DIMS, INDEPENDENT_WITHIN, ADDITIVE_WITHIN],
     "batch_size": estimators.BATCH_SIZE,
     "lrs": [estimators.GAUSSIAN_LR, estimators.NETWORK_LR],
     "weight_decay": estimators.WEIGHT_DECAY,
-    "sandwich_batch": BATCH,
+    "bounds_batch": BATCH,
     "features": CACHE_VERSION,
 }
 
@@ -84,7 +84,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
     """
     images = images_of(encoder, data)
     about = images.describe()
-    if about["images"] < estimators.FEWEST:
+    if about["images"] < estimators.MIN_SAMPLES:
         raise UserError(f"{images.path} holds {about['images']} images, too few for mutual information: name another.")
     other = f"-data-{Path(data).resolve().parent.name}-{Path(data).stem}" if data else ""
     name = f"mi{'' if seed == 0 else f'-seed{seed}'}{encoder.suffix}{other}"
@@ -109,7 +109,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
             # A continuous z that is a function of h shares infinitely many nats with it.
             "infinite": ["I(H;Z)"] if variables.z_NE is not None and variables.z_given_h is None else [],
             "quantities": quantities,
-            "sandwich": known,
+            "bounds": known,
             "checks": checks,
             "failed": [check["check"] for check in checks if check["passed"] is False],
             "plot": path.name,
@@ -244,7 +244,7 @@ def known_bounds(model: Model, variables: Variables, seed: int, device) -> dict[
     known = {}
     for space, (of, q, drawn) in spaces.items():
         if q is not None:
-            bounds = sandwich(q.mu, q.sigma, drawn, seed=seed, device=device)
+            bounds = posterior_bounds(q.mu, q.sigma, drawn, seed=seed, device=device)
             known[of] = {**bounds._asdict(), "rate": rate(q.mu, q.sigma, model.priors[space], drawn)}
     return known
 
@@ -274,7 +274,7 @@ def checks_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> 
 
     for pair, of in found.items():
         nats = of["independent"].nats
-        check(f"{pair}, partners exchanged: 0", f"{nats:.3f}", abs(nats) <= INDEPENDENT_WITHIN)
+        check(f"{pair}, shuffled pairs: 0", f"{nats:.3f}", abs(nats) <= INDEPENDENT_WITHIN)
     for pair, of in found.items():
         expected, nats = of["js"].nats + ADDED_NATS, of["added"].nats
         passed = abs(nats - expected) <= ADDITIVE_WITHIN

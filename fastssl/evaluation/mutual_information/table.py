@@ -7,7 +7,7 @@ from rich.table import Table
 
 from fastssl.evaluation.tables import SummaryRow, result_title
 
-VERDICTS = {True: "holds", False: "FAILS", None: "says nothing: saturated"}
+VERDICTS = {True: "holds", False: "FAILS", None: "inconclusive: saturated"}
 
 
 def mi_table(result: dict) -> Group:
@@ -33,11 +33,11 @@ def mi_table(result: dict) -> Group:
         said = ", ".join(filter(None, [said, "infinite in theory" if pair in result["infinite"] else ""]))
         table.add_row(pair, *cells, f"{js['ceiling']:.2f}", said)
     parts = [table]
-    if result["sandwich"]:
-        bounds = Table("nats", title="from the known q: nothing trained", min_width=width)
+    if result["bounds"]:
+        bounds = Table("nats", title="from the known q, without training", min_width=width)
         for heading in ("lower", "upper", "ceiling of lower", "rate E KL(q||p)"):
             bounds.add_column(heading, justify="right")
-        for of, each in result["sandwich"].items():
+        for of, each in result["bounds"].items():
             lower = f"{each['lower']:.2f}" + (" saturated" if each["saturated"] else "")
             row = (lower, f"{each['upper']:.2f}", f"{each['ceiling']:.2f}", f"{each['rate']:.2f}")
             bounds.add_row(of, *row)

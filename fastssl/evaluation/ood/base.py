@@ -7,9 +7,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.evaluation.arrays import as_tensor
+from fastssl.models.gaussian import Prior
 
 
 class LinearHead(NamedTuple):
@@ -39,7 +40,7 @@ class Detector:
 
     def __init__(
         self,
-        prior: nn.Module | None = None,
+        prior: Prior | None = None,
         classifier: LinearHead | None = None,
         device: torch.device | str = "cpu",
     ):

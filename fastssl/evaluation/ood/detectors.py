@@ -1,10 +1,10 @@
 """The table of detectors by name."""
 
 import torch
-from torch import nn
 
 from fastssl.evaluation.ood import label_based, label_free
 from fastssl.evaluation.ood.base import Detector, LinearHead
+from fastssl.models.gaussian import Prior
 
 LABEL_FREE: dict[str, type[Detector]] = {
     "sigma_mean": label_free.SigmaMean,
@@ -42,7 +42,7 @@ DETECTORS = LABEL_FREE | LABEL_BASED
 def detector(
     name: str,
     *,
-    prior: nn.Module | None = None,
+    prior: Prior | None = None,
     classifier: LinearHead | None = None,
     device: torch.device | str = "cpu",
 ) -> Detector:

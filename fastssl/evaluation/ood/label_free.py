@@ -8,12 +8,12 @@ import math
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.evaluation.ood.base import Detector
 from fastssl.evaluation.ood.distances import fit_gaussian, kth_smallest
-from fastssl.models import StandardNormal
+from fastssl.models.gaussian import Prior, StandardNormal
 
 K = 50  # nearest training image of the kNN detectors: the value of Sun et al. (arXiv 2204.06507) for CIFAR-10
 # Training posteriors are sampled: the 5th nearest of 1,000 is about as near as the 50th of 10,000.
@@ -238,8 +238,8 @@ def chunk_rows(draws: int, mu_ME: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // (draws * mu_ME.shape[1]))
 
 
-def mean_log_density(prior: nn.Module, x_SBE: Tensor) -> Tensor:
+def mean_log_density(prior: Prior, x_SBE: Tensor) -> Tensor:
     """Return the mean over draws of log p(x), (B,)."""
-    log_p: Tensor = prior.log_prob(x_SBE)  # type: ignore[operator]
+    log_p = prior.log_prob(x_SBE)
     # In the mixture's mode "reference", log_prob returns (B,): it averages over the draws itself.
     return log_p.mean(dim=0) if log_p.ndim == 2 else log_p
