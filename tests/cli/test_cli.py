@@ -1,4 +1,4 @@
-"""The command line: what a person types, and what they get when it is wrong."""
+"""The command line: the commands of the README, and the messages and exit codes after mistakes."""
 
 import json
 import shutil
@@ -13,11 +13,13 @@ from fastssl import cli
 def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
     """Build, train, evaluate: the commands of the README on small files."""
     monkeypatch.chdir(tmp_path)
-    code, out, _ = fastssl("build-beton", "imagefolder", "--source", photos, "--out", "data", "--canvas", 32)
+    code, out, _ = fastssl(
+        "build-beton", "imagefolder", "--source", photos, "--out", "data", "--canvas", 32, "--workers", 1
+    )
     assert code == 0 and "data/train.beton holds 48 images of 3 classes" in out
     code, out, _ = fastssl(
         "train", "recipes/zprob_barlow.yaml", "data.train=data/train.beton", "data.val=data/val.beton",
-        "views.size=32", "train.batch_size=16", "train.epochs=1", "model.projector={layers: 2, hidden: 32, out: 32}",
+        "views.size=32", "train.batch_size=16", "train.epochs=1", "model={backbone: test_resnet, projector: {layers: 2, hidden: 32, out: 32}}",
         "run.dir=run", "train.device=cpu", "log.every=1",
     )  # fmt: skip
     assert code == 0 and "step 3/3" in out and "knn" in out
@@ -41,7 +43,7 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "arguments, message",
     [
         (["train", "recipes/zprob_barlo.yaml"], "did you mean recipes/zprob_barlow.yaml"),
         (["train", "recipes/barlow.yaml", "train.epoch=1"], "did you mean train.epochs"),
@@ -62,10 +64,10 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         (["recipes", "show", "recipes/nothing.yaml"], "recipes/"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(fastssl, arguments, says, tmp_path, monkeypatch):
+def test_a_mistake_is_reported_in_one_sentence_with_exit_code_2(fastssl, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = fastssl(*arguments)
-    assert code == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err
+    assert code == 2 and message in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 ABLATION = "recipes/sweeps/ablation_cifar10.yaml"
 TINY = {
     "views.size": 32, "model.backbone": "test_resnet", "model.projector": {"layers": 2, "hidden": 32, "out": 32},
-    "train.batch_size": 16, "train.epochs": 20, "train.device": "cpu", "log.every": 1, "checkpoint.every": 2,
+    "train.batch_size": 16, "train.epochs": 14, "train.device": "cpu", "log.every": 1, "checkpoint.every": 3,
     "probe.every": 0, "optim.warmup_epochs": 1,
 }  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_a_killed_run_is_resumed_and_one_with_a_user_error_is_not(write_sweep, t
 
     for run, accuracies in ((killed, (0.1, 0.5)), (other, (0.3, 0.7))):
         with open(run.dir / "metrics.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": 60, "knn": accuracy}) + "\n" for accuracy in accuracies)
+            file.writelines(json.dumps({"step": 42, "knn": accuracy}) + "\n" for accuracy in accuracies)
     assert run_locally(sweep, runs[:2]) == 0  # nothing is left to do
     assert "60.0 ± 14.1" in next(line for line in capsys.readouterr().out.splitlines() if "2 of 2" in line)
     assert [len(pids_of(run)) for run in runs] == [2, 2, 1]
@@ -348,7 +348,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(write_sweep):
 def test_a_requeued_job_resumes_from_the_checkpoints(write_sweep, tmp_path):
     """With submitit's local executor. All processes of the job get the requeue signal, as under SLURM."""
     submitit = pytest.importorskip("submitit")
-    _, runs = loaded(write_sweep(barlow(seed=[8]), **{"train.epochs": 40}))
+    _, runs = loaded(write_sweep(barlow(seed=[8]), **{"train.epochs": 24}))
     executor = submitit.AutoExecutor(tmp_path / "jobs" / "%j", cluster="local")
     executor.update_parameters(timeout_min=10)
     job = executor.submit(SlurmJob("tiny", runs, 1, 0))
