@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import load_recipe, shipped_recipes
-from fastssl.sweep import dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm
-from fastssl.sweep.child import EXIT_BUSY, run_child
+from fastssl.sweep import child, dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm
 from fastssl.sweep.local import SPAWN
 from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
 from fastssl.sweep.slurm import SlurmJob
@@ -317,16 +316,16 @@ def test_a_sweep_resumes_after_a_kill_and_a_stop_and_leaves_no_process(write_swe
         run_locally(*loaded(path, "optim.lr=0.5"))
 
 
-def test_a_run_that_another_process_trains_is_left_to_it(write_sweep):
+def test_a_run_that_another_process_trains_is_left_to_it(write_sweep, monkeypatch):
     """The lock on the log keeps a second process out. A sweep waits until the other process has finished the run."""
     sweep, (run,) = loaded(write_sweep(barlow()))
     run.dir.mkdir(parents=True)
     with open(log_path(run), "w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        process = SPAWN.Process(target=run_child, args=(run.recipe, os.getpid()))
-        process.start()
-        process.join(120)
-        assert process.exitcode == EXIT_BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
+        monkeypatch.setattr(child, "stop_with_parent", lambda parent: None)  # would change signals of this process
+        with pytest.raises(SystemExit) as end:
+            child.run_child(run.recipe, os.getpid())
+        assert end.value.code == child.EXIT_BUSY and [path.name for path in run.dir.iterdir()] == ["output.log"]
 
         def finish():
             (run.dir / "metrics.jsonl").write_text("")
