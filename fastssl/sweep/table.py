@@ -1,12 +1,10 @@
-"""Progress of a sweep, live on a terminal and as plain lines elsewhere, and the table of its results."""
+"""Progress of a sweep, as live bars on a terminal and as lines elsewhere, and the table of its results."""
 
 import statistics
 import time
 from collections import Counter
 
-from rich.console import Group
-from rich.live import Live
-from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -14,33 +12,39 @@ from fastssl.common.terminal import console, print_line
 from fastssl.sweep.grid import SweepRun, short_names
 from fastssl.sweep.progress import Task, images_per_epoch, is_finished, last_knn, read_progress
 
-FAILURES_SHOWN = 10
-
 
 class SweepDisplay:
-    """Shows the tasks of one sweep. Use as a context manager."""
+    """Shows the tasks of one sweep. Use as a context manager.
+
+    Every change of a task's state is printed as a line. A terminal also shows a bar for the steps of the whole sweep,
+    with the time left, and one for each running run.
+    """
 
     def __init__(self, title: str, tasks: list[Task]):
-        self.title = title
         self.console = console()
-        self.live = Live(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
-        self.total_steps = {
-            task.run.name: task.run.recipe.train.epochs
-            * images_per_epoch(task.run.recipe)
-            // task.run.recipe.train.batch_size
-            for task in tasks
-        }
-        self.start_time = time.monotonic()
-        self.start_steps = self._steps_done(tasks)
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            speed_estimate_period=600,  # seconds; the speed changes when runs start and end
+        )
+        self.sweep_bar = self.bars.add_task(title, status="")
+        self.run_bars: dict[str, TaskID] = {}
+        self.total_steps: dict[str, int] = {}
+        for task in tasks:
+            train = task.run.recipe.train
+            self.total_steps[task.run.name] = train.epochs * images_per_epoch(task.run.recipe) // train.batch_size
 
     def __enter__(self) -> "SweepDisplay":
-        if self.live:
-            self.live.start()
+        self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
+        self.bars.stop()
 
     def print_state(self, task: Task) -> None:
         """Print one line for a task that has just changed its state."""
@@ -55,62 +59,38 @@ class SweepDisplay:
         print_line(self.console, f"{time.strftime('%H:%M:%S')}  {task.run.name}  {state}")
 
     def show(self, tasks: list[Task]) -> None:
-        """Refresh the panel."""
-        if self.live:
-            parts = Group(self._counts(tasks), self._running(tasks), failures(tasks))
-            self.live.update(Panel(parts, title=Text(self.title)))
-
-    def _counts(self, tasks: list[Task]) -> Text:
-        counts = Counter(task.state for task in tasks)
-        locked = sum(task.locked for task in tasks if task.state == "waiting")
-        parts = [
-            f"{counts['waiting']} waiting" + (f" ({locked} locked by another process)" if locked else ""),
-            f"{counts['running']} running",
-            f"{counts['finished']} finished",
-            f"{counts['failed']} failed",
-            f"ETA {self._eta(tasks)}",
-        ]
-        return Text("   ".join(parts))
-
-    def _running(self, tasks: list[Task]) -> Table:
-        table = Table("run", "on", "step", "loss", "kNN %", "images/s", box=None, pad_edge=False)
-        for column in table.columns[2:]:
-            column.justify = "right"
+        """Update the bars."""
+        if not self.console.is_terminal:
+            return
+        steps_done = 0
         for task in tasks:
+            if task.state == "finished":
+                steps_done += self.total_steps[task.run.name]
+            elif task.state != "failed":
+                steps_done += read_progress(task.run).step
             if task.state == "running":
-                progress = read_progress(task.run)
-                table.add_row(
-                    task.run.name,
-                    task.device,
-                    f"{progress.step}/{self.total_steps[task.run.name]}",
-                    "" if progress.loss is None else f"{progress.loss:.4g}",
-                    "" if progress.knn is None else f"{100 * progress.knn:.1f}",
-                    "" if progress.images_per_second is None else f"{progress.images_per_second:,.0f}",
-                )
-        return table
+                self._show_run(task)
+            elif task.run.name in self.run_bars:
+                self.bars.remove_task(self.run_bars.pop(task.run.name))
+        # Steps of failed runs will not be made.
+        total = sum(self.total_steps[task.run.name] for task in tasks if task.state != "failed")
+        counts = Counter("locked by another process" if task.locked else task.state for task in tasks)
+        status = "steps, runs: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+        self.bars.update(self.sweep_bar, total=total, completed=steps_done, status=status)
 
-    def _steps_done(self, tasks: list[Task]) -> int:
-        """Steps of all tasks but the failed ones."""
-        finished = sum(self.total_steps[task.run.name] for task in tasks if task.state == "finished")
-        return finished + sum(read_progress(task.run).step for task in tasks if task.state in ("waiting", "running"))
-
-    def _eta(self, tasks: list[Task]) -> str:
-        """Time until all steps but those of failed runs are done, at the average speed so far."""
-        done = self._steps_done(tasks)
-        if done <= self.start_steps:
-            return "?"
-        left = sum(self.total_steps[task.run.name] for task in tasks if task.state != "failed") - done
-        seconds = int((time.monotonic() - self.start_time) / (done - self.start_steps) * left)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def failures(tasks: list[Task]) -> Text:
-    """The failed runs, each with its error."""
-    failed = [task for task in tasks if task.state == "failed"]
-    lines = [f"{task.run.name}: {task.error}" for task in failed[:FAILURES_SHOWN]]
-    if len(failed) > FAILURES_SHOWN:
-        lines.append(f"and {len(failed) - FAILURES_SHOWN} more")
-    return Text("\n".join(lines), style="red")
+    def _show_run(self, task: Task) -> None:
+        name = task.run.name
+        if name not in self.run_bars:
+            self.run_bars[name] = self.bars.add_task(name, total=self.total_steps[name], status="")
+        progress = read_progress(task.run)
+        status = f"on {task.device}"
+        if progress.loss is not None:
+            status += f", loss {progress.loss:.4g}"
+        if progress.knn is not None:
+            status += f", kNN {100 * progress.knn:.1f} %"
+        if progress.images_per_second is not None:
+            status += f", {progress.images_per_second:,.0f} images/s"
+        self.bars.update(self.run_bars[name], completed=progress.step, status=status)
 
 
 def results_table(runs: list[SweepRun]) -> Table:

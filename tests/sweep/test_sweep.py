@@ -1,6 +1,7 @@
 """Sweeps: from a file to runs, and real processes that are killed, stopped and resumed."""
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -14,15 +15,14 @@ import psutil
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import load_recipe, shipped_recipes
-from fastssl.sweep import child, dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm
-from fastssl.sweep.local import SPAWN
-from fastssl.sweep.progress import is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
+from fastssl.sweep import child, dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm, table
+from fastssl.sweep.progress import Task, is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
 from fastssl.sweep.slurm import SlurmJob
-from fastssl.sweep.table import mean_and_deviation
 from fastssl.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,31 @@ def test_a_run_with_less_than_a_batch_stops_the_sweep_before_it_starts(write_swe
 
 
 def test_mean_and_deviation_over_seeds():
-    assert [mean_and_deviation(values) for values in ([], [50.0], [50.0, 52.0])] == ["", "50.0", "51.0 ± 1.4"]
+    assert [table.mean_and_deviation(values) for values in ([], [50.0], [50.0, 52.0])] == ["", "50.0", "51.0 ± 1.4"]
+
+
+def test_a_terminal_shows_the_steps_of_the_sweep_and_of_its_running_runs(write_sweep, monkeypatch):
+    _, runs = loaded(write_sweep(barlow(seed=[1, 2, 3])))
+    screen = Console(force_terminal=True, width=160, file=io.StringIO())
+    monkeypatch.setattr(table, "console", lambda: screen)
+    tasks = [
+        Task(runs[0], "finished"),
+        Task(runs[1], "running", device="cpu"),
+        Task(runs[2], "failed", error="no room"),
+    ]
+    runs[1].dir.mkdir(parents=True)
+    (runs[1].dir / "metrics.jsonl").write_text('{"step": 7, "loss": 1.5, "images_per_second": 2000, "knn": 0.25}\n')
+    with table.SweepDisplay("out", tasks) as display:
+        display.print_state(tasks[2])
+        display.show(tasks)
+        sweep_bar, run_bar = display.bars.tasks
+        assert (sweep_bar.completed, sweep_bar.total) == (42 + 7, 84)
+        assert sweep_bar.fields["status"] == "steps, runs: 1 finished, 1 running, 1 failed"
+        assert run_bar.fields["status"] == "on cpu, loss 1.5, kNN 25.0 %, 2,000 images/s"
+        tasks[1].state = "waiting"
+        display.show(tasks)
+        assert len(display.bars.tasks) == 1
+    assert "barlow/seed=3  failed: no room" in screen.file.getvalue()
 
 
 # Dry runs
