@@ -1,7 +1,7 @@
 """model_card.md: what a run tells about its model, and what it does not tell. Every value comes from the run."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
@@ -31,7 +31,7 @@ def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard
         file: name of the exported file, which is in the folder of the card.
         sigma: whether the file gives mu and sigma too.
     """
-    recipe = source.recipe
+    recipe, model, views = source.recipe, source.model, source.recipe.views
     objective = recipe.objective.name
     supervised = recipe.objective.needs_labels
     tags = ["image-feature-extraction", "fastssl"]
@@ -39,6 +39,13 @@ def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard
     tags += ["uncertainty"] if sigma else []
     tags += [LIBRARY[format]]
     data = ModelCardData(library_name=LIBRARY[format], pipeline_tag="image-feature-extraction", tags=tags)
+    area = "the whole image, whatever its aspect ratio"
+    if views.eval == "center":
+        area = f"the central square of {CENTER} of the shorter side"
+    epochs = "unknown number" if source.epochs_done is None else source.epochs_done
+    rate, batch_size = recipe.optim.lr, recipe.train.batch_size
+    packages = source.environment.get("packages")
+    packages = packages if isinstance(packages, dict) else {}
     known_limits = "\n".join(f"- {limit}" for limit in limits(source, format, sigma))
     return ModelCard(f"""\
 ---
@@ -58,15 +65,33 @@ A {recipe.model.backbone} image encoder that was trained {"with" if supervised e
 
 ## Input
 
-{table(input_rows(source))}
+| | |
+|---|---|
+| image | RGB; `views.eval: {views.eval}`: {area}, resized to a square |
+| size | {views.size} x {views.size}, bilinear, antialiased where it shrinks |
+| range | [0, 1], then minus mean, divided by std |
+| mean | {list(views.mean)} |
+| std | {list(views.std)} |
 
 ## Model
 
-{table(model_rows(source, sigma))}
-
+| | |
+|---|---|
+| backbone | {recipe.model.backbone} (timm) |
+| stem | {"3x3 convolution, no max-pool" if recipe.model.stem == "small" else "as in timm"} |
+| width of h | {model.encoder.num_features} |
+| parameters of the backbone | {count_parameters(model.encoder):,} |
+| stochastic | {" and ".join(source.spaces) or "no"} |
+{sigma_rows(source) if sigma else ""}
 ## Training
 
-{table(training_rows(source))}
+| | |
+|---|---|
+| images | {UNKNOWN if source.train_images is None else f"{source.train_images:,}"} |
+| epochs | {epochs} of {recipe.train.epochs} |
+| steps | {UNKNOWN if source.step is None else f"{source.step:,}"} |
+| batch size | {batch_size} |
+| peak learning rate | {rate * batch_size / 256:.4g} ({rate:g} at batch size 256) |
 
 The recipe, with shortened paths:
 
@@ -79,7 +104,15 @@ The recipe, with shortened paths:
 
 ## Made with
 
-{table(environment_rows(source))}
+| | |
+|---|---|
+| fastssl | {escape(packages.get("fastssl-trainer") or UNKNOWN)} |
+| torch | {escape(packages.get("torch") or UNKNOWN)} |
+| timm | {escape(packages.get("timm") or UNKNOWN)} |
+| git state | {escape(source.environment.get("git") or UNKNOWN)} |
+| device | {escape(source.environment.get("device") or UNKNOWN)} |
+| checkpoint | {escape(source.checkpoint.name)} |
+| sha256 of the checkpoint | {source.checkpoint_sha256} |
 
 ## Known limits
 
@@ -156,75 +189,33 @@ def loading_code(source: Source, file: str, format: str, sigma: bool) -> str:
     return f"fastssl.load_model({name})" if sigma else f"fastssl.load_encoder({name})"
 
 
-def input_rows(source: Source) -> list[tuple[str, object]]:
-    views = source.recipe.views
-    area = "the whole image, whatever its aspect ratio"
-    if views.eval == "center":
-        area = f"the central square of {CENTER} of the shorter side"
-    return [
-        ("image", f"RGB; `views.eval: {views.eval}`: {area}, resized to a square"),
-        ("size", f"{views.size} x {views.size}, bilinear, antialiased where it shrinks"),
-        ("range", "[0, 1], then minus mean, divided by std"),
-        ("mean", list(views.mean)),
-        ("std", list(views.std)),
-    ]
-
-
-def model_rows(source: Source, sigma: bool) -> Iterator[tuple[str, object]]:
-    model, config = source.model, source.recipe.model
-    yield "backbone", f"{config.backbone} (timm)"
-    yield "stem", "3x3 convolution, no max-pool" if config.stem == "small" else "as in timm"
-    yield "width of h", model.encoder.num_features
-    yield "parameters of the backbone", f"{count_parameters(model.encoder):,}"
-    yield "stochastic", " and ".join(source.spaces) or "no"
-    if sigma:
-        head = model.heads[sigma_space(source)]
-        assert isinstance(head, GaussianHead)
-        yield "width of mu and sigma", head.mu.out_features
-        if isinstance(model, Classifier):
-            yield "parameters of classifier and heads", f"{count_parameters(model.classifier, model.heads):,}"
-        else:
-            yield "parameters of projector and heads", f"{count_parameters(model.projector, model.heads):,}"
-
-
-def training_rows(source: Source) -> list[tuple[str, object]]:
-    recipe = source.recipe
-    batch_size, rate = recipe.train.batch_size, recipe.optim.lr
-    return [
-        ("images", UNKNOWN if source.train_images is None else f"{source.train_images:,}"),
-        (
-            "epochs",
-            f"{'unknown number' if source.epochs_done is None else source.epochs_done} of {recipe.train.epochs}",
-        ),
-        ("steps", UNKNOWN if source.step is None else f"{source.step:,}"),
-        ("batch size", batch_size),
-        ("peak learning rate", f"{rate * batch_size / 256:.4g} ({rate:g} at batch size 256)"),
-    ]
+def sigma_rows(source: Source) -> str:
+    """Table rows about what gives mu and sigma."""
+    model = source.model
+    head = model.heads[sigma_space(source)]
+    assert isinstance(head, GaussianHead)
+    if isinstance(model, Classifier):
+        name, count = "classifier", count_parameters(model.classifier, model.heads)
+    else:
+        name, count = "projector", count_parameters(model.projector, model.heads)
+    return f"| width of mu and sigma | {head.mu.out_features} |\n| parameters of {name} and heads | {count:,} |\n"
 
 
 def results_section(source: Source) -> str:
-    rows = []
-    for result in source.results:
-        data = [short_path(result.data)] if result.data else []
-        images = [f"{result.images:,} images"] if result.images else []
-        for name, value in result.metrics.items():
-            rows.append((result.name, name, f"{value:.4g}", ", ".join(data + images)))
-    parts = [table(rows, ("evaluation", "metric", "value", "measured on"))] if rows else []
+    parts = []
+    if source.results:
+        lines = ["| evaluation | metric | value | measured on |", "|---|---|---|---|"]
+        for result in source.results:
+            data = [short_path(result.data)] if result.data else []
+            images = [f"{result.images:,} images"] if result.images else []
+            for name, value in result.metrics.items():
+                cells = [result.name, name, f"{value:.4g}", ", ".join(data + images)]
+                lines.append(f"| {' | '.join(map(escape, cells))} |")
+        parts.append("\n".join(lines))
     if source.probe:
         metrics = [f"{escape(key)} {value:.4g}" for key, value in source.probe.items() if key not in ("step", "epoch")]
         parts.append(f"The last probe during training, at step {source.probe['step']:.0f}: {', '.join(metrics)}.")
     return "\n\n".join(parts) or "The run holds no results."
-
-
-def environment_rows(source: Source) -> Iterator[tuple[str, object]]:
-    environment = source.environment
-    packages = environment.get("packages")
-    for name in ("fastssl-trainer", "torch", "timm"):
-        yield name, (packages.get(name) if isinstance(packages, dict) else None) or UNKNOWN
-    yield "git state", environment.get("git") or UNKNOWN
-    yield "device", environment.get("device") or UNKNOWN
-    yield "checkpoint", source.checkpoint.name
-    yield "sha256 of the checkpoint", source.checkpoint_sha256
 
 
 def limits(source: Source, format: str, sigma: bool) -> Iterator[str]:
@@ -262,11 +253,6 @@ def limits(source: Source, format: str, sigma: bool) -> Iterator[str]:
 
 def count_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def table(rows: Iterable[tuple[object, ...]], head: tuple[str, ...] = ("", "")) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines)
 
 
 def escape(value: object) -> str:
