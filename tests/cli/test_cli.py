@@ -19,8 +19,9 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
     assert code == 0 and "data/train.beton holds 48 images of 3 classes" in out
     code, out, _ = fastssl(
         "train", "recipes/zprob_barlow.yaml", "data.train=data/train.beton", "data.val=data/val.beton",
-        "views.size=32", "train.batch_size=16", "train.epochs=1", "model={backbone: test_resnet, projector: {layers: 2, hidden: 32, out: 32}}",
-        "run.dir=run", "train.device=cpu", "log.every=1",
+        "views.size=32", "train.batch_size=16", "train.epochs=1", "run.dir=run",
+        "model={backbone: test_resnet, projector: {layers: 2, hidden: 32, out: 32}}",
+        "train.device=cpu", "log.every=1",
     )  # fmt: skip
     assert code == 0 and "step 3/3" in out and "knn" in out
     code, out, _ = fastssl("eval", "knn", "run", "--k", "5")
