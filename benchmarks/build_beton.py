@@ -1,15 +1,15 @@
-"""How fast JPEGs become a .beton: build-beton beside stock FFCV's DatasetWriter, in one run.
+"""Speed of build-beton and of stock FFCV's DatasetWriter, measured in one run.
 
     python benchmarks/build_beton.py PHOTOS [--copies 10] [--repeats 2]
 
-PHOTOS is a folder of JPEGs. Both writers get the same files (hard links, so that a thousand
-photographs make a longer run), the same options and the same number of workers, and take turns;
-whole processes are timed, start included. Stock FFCV is used as its documentation shows: an
-indexed dataset that opens each file with Pillow, RGBImageField(write_mode="jpg", jpeg_quality=90).
+PHOTOS is a folder of JPEGs. Both writers get the same files (hard links, so that a thousand photographs make a longer
+run), the same options and the same number of workers, and alternate. Whole processes are timed, including their start.
+Stock FFCV is used as in its documentation: an indexed dataset that opens each file with Pillow, and
+RGBImageField(write_mode="jpg", jpeg_quality=90).
 
     canvas      ours --canvas 256; stock resizes to 256 x 256 with the same Pillow filter
     full        ours --max-side 500; stock max_resolution=500
-    fits        the same on those files alone that fit, so that all of ours are passed through
+    fits        the same with only the files that fit, so ours are all stored unchanged
 """
 
 import argparse
@@ -59,7 +59,7 @@ def command(writer: str, workload: str, source: Path, out: str, workers: int) ->
     return [sys.executable, "-c", OURS, *build, *OPTIONS[workload], "--workers", str(workers)]
 
 
-def images_a_second(writer: str, workload: str, source: Path, workers: int) -> float:
+def images_per_second(writer: str, workload: str, source: Path, workers: int) -> float:
     images = sum(1 for _ in source.glob("*/*"))
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
         start = time.monotonic()
@@ -69,7 +69,7 @@ def images_a_second(writer: str, workload: str, source: Path, workers: int) -> f
 
 
 def link_photos(photos: Path, folder: Path, copies: int, largest: int | None) -> Path:
-    """Hard links to the JPEGs, or to those that are RGB and at most `largest` px wide and high."""
+    """Make hard links to the JPEGs, or only to those that are RGB and at most `largest` px wide and high."""
     (folder / "photos").mkdir(parents=True)
     for path in sorted(photos.rglob("*.[jJ]*")):
         with Image.open(path) as image:
@@ -95,7 +95,7 @@ def main() -> None:
                 for workers in (1, 2):
                     for writer in ("stock FFCV", "ours"):
                         source = fitting if workload == "fits" else everything
-                        rate = images_a_second(writer, workload, source, workers)
+                        rate = images_per_second(writer, workload, source, workers)
                         rates.setdefault((writer, workers), []).append(rate)
             median = {key: statistics.median(values) for key, values in rates.items()}
             for workers in (1, 2):

@@ -1,10 +1,10 @@
-"""Does build-beton start soon and stay small, whatever the number of files?
+"""Memory of build-beton, and the time until it writes its first image, for many files.
 
     python benchmarks/build_beton_memory.py /tmp/tiny --images 1000000 [--seconds 120]
 
-Makes that many small JPEGs (32 px, 800 bytes) in a thousand class folders, builds them and prints
-when the first image was written, and the peak memory of the whole process tree: the sum of the
-processes' PSS, in which memory that several share counts once. --seconds stops the build early.
+Makes small JPEGs (32 px, 800 bytes) in a thousand class folders, builds them, and prints when the first image was
+written and the peak memory of the whole process tree: the sum of the processes' PSS, which counts shared memory once.
+--seconds stops the build early.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def make_tree(folder: Path, images: int) -> None:
 
 
 def tree_memory(process: psutil.Process) -> int:
+    """Return the PSS of a process and its descendants, in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
         try:
