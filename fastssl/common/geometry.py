@@ -24,7 +24,7 @@ def crop_box(
     the largest centered box whose aspect ratio is within `ratio`.
 
     Args:
-        u_BN: (B, UNIFORMS_PER_BOX) float64, uniform in [0, 1).
+        u_BN: (B, N) float64, uniform in [0, 1); the first UNIFORMS_PER_BOX columns are used.
         height_B, width_B: (B,) size of the source images in pixels.
         scale: range of the box's area, as a fraction of the image's.
         ratio: range of the box's width / height; its logarithm is uniform.
@@ -44,8 +44,8 @@ def crop_box(
 
     first = fits.int().argmax(dim=1, keepdim=True)  # argmax returns the first of equal values
     w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(dim=1)
-    top = torch.floor(u_BN[:, -2] * (height_B - h + 1))
-    left = torch.floor(u_BN[:, -1] * (width_B - w + 1))
+    top = torch.floor(u_BN[:, 2 * PROPOSALS] * (height_B - h + 1))
+    left = torch.floor(u_BN[:, 2 * PROPOSALS + 1] * (width_B - w + 1))
 
     whole = width_B / height_B
     w_fallback = torch.where(whole > ratio[1], torch.round(height_B * ratio[1]), width_B)

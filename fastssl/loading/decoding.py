@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastssl.beton.format import RAW
 from fastssl.loading import kernels
+from fastssl.loading.kernels import DecodeArrays
 from fastssl.loading.samples import Cropping, Samples
 from fastssl.loading.spans import span
 
@@ -18,16 +19,10 @@ SMALL_BATCH = 1 << 20  # bytes; copying that many stored pixels takes as long as
 
 
 class DecodeTask(NamedTuple):
-    """A batch to decode. Several threads work on it at the same time; each takes the next sample from `counter`."""
+    """A batch to decode."""
 
-    start_B: np.ndarray  # int64: byte of the file at which each image starts
-    size_B: np.ndarray  # stored bytes of each image
-    mode_B: np.ndarray  # RAW or JPG of beton.format
-    shape_B2: np.ndarray  # int64: stored height and width in px
-    box_BV4: np.ndarray | None  # float64: boxes to cut out, in stored px; None: whole images
-    image: Tensor  # uint8, filled by the threads: (B, H, W, 3), or (B, V, size, size, 3) with boxes
-    status_B: np.ndarray  # int8, filled too: DECODED, WARNED or FAILED; a failed sample's pixels are undefined
-    counter: np.ndarray  # int64 (1,): the next sample that no thread has taken
+    image: Tensor  # uint8 (B, H, W, 3), or (B, V, size, size, 3); the memory of arrays.out
+    arrays: DecodeArrays
 
 
 class PendingBatch(NamedTuple):
@@ -37,13 +32,13 @@ class PendingBatch(NamedTuple):
     threads: list[Future[None]]  # empty if the batch was decoded in the calling thread
 
     def wait(self) -> None:
-        """Wait until task.image and task.status_B are filled. Raises what a thread raised."""
+        """Wait until the image and the statuses are filled. Raises what a thread raised."""
         for thread in self.threads:
             thread.result()
 
     def cancel(self) -> None:
         """Let the threads stop at their next sample."""
-        self.task.counter[0] = kernels.ALL_TAKEN
+        self.task.arrays.counter[0] = kernels.ALL_TAKEN
 
 
 class ThreadDecoder:
@@ -60,38 +55,37 @@ class ThreadDecoder:
     def prepare(self, row_B: np.ndarray, epoch: int) -> DecodeTask:
         """Collect what the threads need, and get memory for the pixels."""
         samples = self.samples
-        return DecodeTask(
+        image = self.buffers.take((len(row_B), *self.cropping.image_shape(samples)))
+        arrays = DecodeArrays(
+            file=samples.file,
             start_B=samples.start_N[row_B],
             size_B=samples.size_N[row_B],
             mode_B=samples.mode_N[row_B],
             shape_B2=samples.shape_N2[row_B],
             box_BV4=self.cropping.boxes(samples, row_B, epoch),
-            image=self.buffers.take((len(row_B), *self.cropping.image_shape(samples))),
+            out=image.numpy(),
             status_B=np.full(len(row_B), kernels.FAILED, np.int8),
             counter=np.zeros(1, np.int64),
         )
+        return DecodeTask(image, arrays)
 
     def begin(self, task: DecodeTask) -> PendingBatch:
-        """Start decoding; a batch that is smaller than it is worth waking threads for is decoded here."""
-        if is_small(task.image.nbytes, task.mode_B):
-            self._decode(task)
+        """Start decoding. A batch so small that waking threads would take longer is decoded here."""
+        if is_small(task.image.nbytes, task.arrays.mode_B):
+            self._decode(task.arrays)
             return PendingBatch(task, [])
-        threads = min(self.workers, len(task.status_B))
-        return PendingBatch(task, [self._pool.submit(self._decode, task) for _ in range(threads)])
+        threads = min(self.workers, len(task.image))
+        return PendingBatch(task, [self._pool.submit(self._decode, task.arrays) for _ in range(threads)])
 
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _decode(self, task: DecodeTask) -> None:
-        file, out = self.samples.file, task.image.numpy()
+    def _decode(self, arrays: DecodeArrays) -> None:
         with span("decode"):
-            if task.box_BV4 is None:
-                kernels.decode_images(file, task.start_B, task.size_B, task.mode_B, out, task.status_B, task.counter)
+            if self.cropping.mode == "gpu":
+                kernels.decode_images(arrays)
             else:
-                kernels.decode_crops(
-                    file, task.start_B, task.size_B, task.mode_B, task.shape_B2, task.box_BV4, out, task.status_B,
-                    task.counter, *self._scratch_arrays(),
-                )  # fmt: skip
+                kernels.decode_crops(arrays, *self._scratch_arrays())
 
     def _scratch_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """This thread's memory for the file's largest image (uint8) and for a row of its widest (float32)."""

@@ -4,13 +4,11 @@ Several threads decode a batch: each one runs the same function, without the GIL
 counter until none is left. FFCV's loader is not used, because an exception in it blocks forever, and after a failed
 decode it returns the pixels of the previous batch. Here every sample has a status from the decoder, which is turbojpeg,
 as in build-beton.
-
-Arguments come in one order: stored bytes, what to do with them, outputs, counter, scratch memory.
 """
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import llvmlite.binding
 import numpy as np
@@ -33,64 +31,58 @@ def _external(name: str, result: types.Type, *arguments: types.Type) -> Callable
     return cast("Callable[..., int]", types.ExternalFunction(symbol, result(*arguments)))
 
 
-_POINTER, _INT = types.uintp, types.int32
+_POINTER = types.uintp
+_INT = types.int32
 _new_decoder = _external("tjInitDecompress", _POINTER)
 _free_decoder = _external("tjDestroy", _INT, _POINTER)
 _read_size = _external("tjDecompressHeader3", _INT, _POINTER, _POINTER, types.uint64, *[_POINTER] * 4)
 _decompress = _external("tjDecompress2", _INT, _POINTER, _POINTER, types.uint64, _POINTER, *[_INT] * 5)
 _error_code = _external("tjGetErrorCode", _INT, _POINTER)
-_TJPF_RGB, _TJERR_WARNING = jpeg.TJPF_RGB, jpeg.TJERR_WARNING
+
+
+class DecodeArrays(NamedTuple):
+    """What the threads that decode a batch read, and what they fill."""
+
+    file: np.ndarray  # uint8: the mapped .beton
+    start_B: np.ndarray  # int64: byte of the file at which each image starts
+    size_B: np.ndarray  # stored bytes of each image
+    mode_B: np.ndarray  # RAW or JPG of beton.format
+    shape_B2: np.ndarray  # int64: stored height and width in px
+    box_BV4: np.ndarray  # float64: boxes to cut out (top, left, height, width), in stored px; V = 0 for whole images
+    out: np.ndarray  # uint8, filled by the threads: (B, H, W, 3), or (B, V, size, size, 3) for crops
+    status_B: np.ndarray  # int8, filled too: DECODED, WARNED or FAILED; a failed sample's pixels are undefined
+    counter: np.ndarray  # int64 (1,): the next sample that no thread has taken
 
 
 @compiled()
-def decode_images(
-    file: np.ndarray,
-    start_B: np.ndarray,
-    size_B: np.ndarray,
-    mode_B: np.ndarray,
-    out_BHWC: np.ndarray,
-    status_B: np.ndarray,
-    counter: np.ndarray,
-) -> None:
-    """Decode samples of one size into `out_BHWC`, until none is left to take. Arguments as in `DecodeTask`."""
+def decode_images(arrays: DecodeArrays) -> None:
+    """Decode whole images of one size, until no sample is left to take."""
     decoder = _new_decoder()
-    b = take(counter)
-    while b < len(start_B):
-        source = file[start_B[b] : start_B[b] + size_B[b]]
-        status_B[b], decoder = _decode(decoder, source, mode_B[b], out_BHWC[b])
-        b = take(counter)
+    b = take(arrays.counter)
+    while b < len(arrays.start_B):
+        source = arrays.file[arrays.start_B[b] : arrays.start_B[b] + arrays.size_B[b]]
+        arrays.status_B[b], decoder = _decode(decoder, source, arrays.mode_B[b], arrays.out[b])
+        b = take(arrays.counter)
     _free_decoder(decoder)
 
 
 @compiled()
-def decode_crops(
-    file: np.ndarray,
-    start_B: np.ndarray,
-    size_B: np.ndarray,
-    mode_B: np.ndarray,
-    shape_B2: np.ndarray,
-    box_BV4: np.ndarray,
-    out_BVSSC: np.ndarray,
-    status_B: np.ndarray,
-    counter: np.ndarray,
-    scratch: np.ndarray,
-    line: np.ndarray,
-) -> None:
-    """Decode each sample once, and cut V resized crops out of it, until none is left to take.
+def decode_crops(arrays: DecodeArrays, scratch: np.ndarray, line: np.ndarray) -> None:
+    """Decode each image once and cut its resized crops out of it, until no sample is left to take.
 
     scratch, line: this thread's own memory, uint8 for the largest image and float32 for its longest row.
     """
     decoder = _new_decoder()
-    b = take(counter)
-    while b < len(start_B):
-        source = file[start_B[b] : start_B[b] + size_B[b]]
-        height, width = shape_B2[b]
+    b = take(arrays.counter)
+    while b < len(arrays.start_B):
+        source = arrays.file[arrays.start_B[b] : arrays.start_B[b] + arrays.size_B[b]]
+        height, width = arrays.shape_B2[b]
         image = scratch[: height * width * 3].reshape((height, width, 3))
-        status_B[b], decoder = _decode(decoder, source, mode_B[b], image)
-        if status_B[b] != FAILED:
-            for v in range(box_BV4.shape[1]):
-                resize_box(image, box_BV4[b, v], out_BVSSC[b, v], line)
-        b = take(counter)
+        arrays.status_B[b], decoder = _decode(decoder, source, arrays.mode_B[b], image)
+        if arrays.status_B[b] != FAILED:
+            for v in range(arrays.box_BV4.shape[1]):
+                resize_box(image, arrays.box_BV4[b, v], arrays.out[b, v], line)
+        b = take(arrays.counter)
     _free_decoder(decoder)
 
 
@@ -123,11 +115,11 @@ def _decode(decoder: int, source: np.ndarray, mode: int, out_HWC: np.ndarray) ->
     if header[0] == width and header[1] == height:
         failed = _decompress(
             decoder, data, size, out_HWC.ctypes.data,
-            np.int32(width), np.int32(0), np.int32(height), np.int32(_TJPF_RGB), np.int32(0),
+            np.int32(width), np.int32(0), np.int32(height), np.int32(jpeg.TJPF_RGB), np.int32(0),
         )  # fmt: skip
         if not failed:
             return DECODED, decoder
-        if _error_code(decoder) == _TJERR_WARNING:
+        if _error_code(decoder) == jpeg.TJERR_WARNING:
             return WARNED, decoder
     _free_decoder(decoder)  # after a damaged header a decoder fails for every image
     return FAILED, _new_decoder()

@@ -75,32 +75,23 @@ class BetonLoader:
     early ends all threads. Iterate over a loader from one place at a time.
 
     Args:
-        path: the file.
         batch_size: samples per process.
         seed: of the order, and of the crops that are cut here.
-        crop: "gpu" gives whole stored images, all of one size; the crops are then cut on the device. "cpu" decodes
-            each image once and cuts the crops that `fastssl.views` would draw. "eval" cuts the box of the evaluation
-            transform out of images of any size.
-        views: the recipe's section; crop="cpu" and crop="eval" need it.
-        crops: 1 cuts the crop of the first view only.
+        crop: "gpu": whole stored images, all of one size; the views cut their crops on the device. "cpu": the crops
+            that `fastssl.views` would cut, from one decode of each image. "eval": the box of the evaluation transform,
+            from images of any size.
+        views: the recipe's section; "cpu" and "eval" need it. crops=1: the crop of the first view only.
         workers: decoding threads; None: all cores that this process may use.
         shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see `epoch_order`).
-        drop_last: False fills up the last batch with repeated samples that `valid` marks False.
-        device: of the batches.
-        resident: True decodes the whole file once, keeps it on the device, and makes the same batches from there.
+        drop_last: False fills up the last batch with repeated samples, which `valid` marks.
+        resident: True keeps all images on the device after one decode, and makes the same batches from there.
         on_bad_sample: "error" raises a UserError that names a sample that cannot be decoded. "skip" uses the next
-            sample of the same batch instead, with its label and index, and counts it in `bad_samples`.
-            `decoder_warnings` counts samples that decode with a warning.
+            sample of its batch instead, with its label and index, and counts it in `bad_samples`.
         selection: the samples of the file that are used.
-        shard: False gives every sample to this process, no matter how many processes there are.
+        shard: False gives every sample to this process, even if there are others.
 
     Raises:
         UserError: the file cannot be used, or has fewer samples than a batch.
-
-    Example:
-        >>> loader = BetonLoader("train.beton", 256, seed=0, device="cuda")
-        >>> for batch in loader:
-        ...     train_on(batch.image, batch.label)
     """
 
     decoder_type = ThreadDecoder  # the profiler replaces it to measure a loader without decoding
@@ -154,8 +145,8 @@ class BetonLoader:
         self.rows = selection.rows(self.samples)
         self.epoch = 0
         self.position = 0  # samples handed out in this epoch, over all processes
-        self.bad_samples = 0
-        self.decoder_warnings = 0
+        self.bad_samples = 0  # samples that were replaced
+        self.decoder_warnings = 0  # samples that decoded, with a warning
         self._buffers = Buffers(pinned=self.device.type == "cuda")
         self._whole_file: Batch | None = None  # on the device, if resident
 
@@ -164,8 +155,15 @@ class BetonLoader:
                 f"{self.path} gives {len(self.rows)} images, fewer than one batch of "
                 f"{batch_size * self.world}: lower train.batch_size or add images."
             )
-        if self.order == "random" and not resident:
-            _warn_if_larger_than_memory(self.path)
+        size = self.path.stat().st_size
+        memory = free_memory()
+        if self.order == "random" and not resident and size > memory:
+            warnings.warn(
+                f"{self.path} has {size / 1e9:.3g} GB, but {memory / 1e9:.3g} GB of memory are free, and a random "
+                "order reads single images from the disk: set data.order=quasi_random, which reads large pieces, or "
+                "build a file that fits with a smaller --canvas or --max-side.",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -198,13 +196,9 @@ class BetonLoader:
 
     def state_dict(self) -> LoaderState:
         """The position after the last batch that was handed out."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "seed": self.seed,
-            "order": self.order,
-            "samples": self._samples_hash,
-        }
+        return LoaderState(
+            epoch=self.epoch, position=self.position, seed=self.seed, order=self.order, samples=self._samples_hash
+        )
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Continue at a saved position; the number of processes may be another one."""
@@ -296,7 +290,7 @@ class BetonLoader:
     def _assemble(self, started: StartedBatch) -> Batch:
         """Add labels, ids and sizes to the decoded images. Undecodable samples are replaced, or raise a UserError."""
         image = started.decoding.task.image
-        status_B = started.decoding.task.status_B
+        status_B = started.decoding.task.arrays.status_B
         row_B = started.row_B
         self.decoder_warnings += int((status_B == kernels.WARNED).sum())
         good = np.flatnonzero(status_B != kernels.FAILED)
@@ -306,7 +300,7 @@ class BetonLoader:
                     f"{self.samples.describe(row_B[b])} cannot be decoded: build the file again with "
                     "fastssl build-beton, or set data.on_bad_sample=skip."
                 )
-            replacement = good[np.searchsorted(good, b) % len(good)]
+            replacement = good[np.searchsorted(good, b) % len(good)]  # the next good one, or else the first
             image[b] = image[replacement]
             row_B[b] = row_B[replacement]
             self.bad_samples += 1
@@ -375,14 +369,3 @@ def estimate_memory(loader: BetonLoader) -> dict[str, int]:
         used["all images, device"] = len(loader.rows) * image
     used["file, if all of it is to stay in the page cache"] = len(samples.file)
     return used
-
-
-def _warn_if_larger_than_memory(path: Path) -> None:
-    size, memory = path.stat().st_size, free_memory()
-    if size > memory:
-        warnings.warn(
-            f"{path} has {size / 1e9:.3g} GB, but {memory / 1e9:.3g} GB of memory are free: a random order reads "
-            "single images from the disk; data.order=quasi_random reads it in large pieces, a smaller --canvas or "
-            "--max-side makes it fit.",
-            stacklevel=3,
-        )

@@ -87,10 +87,10 @@ class Cropping(NamedTuple):
             return height, width, 3
         return self.crops if self.mode == "cpu" else 1, self.views.size, self.views.size, 3
 
-    def boxes(self, samples: Samples, row_B: np.ndarray, epoch: int) -> np.ndarray | None:
-        """(B, crops, 4) float64: the boxes in stored pixels, the same as in fastssl.views; None with mode "gpu"."""
+    def boxes(self, samples: Samples, row_B: np.ndarray, epoch: int) -> np.ndarray:
+        """(B, crops, 4) float64: the boxes in stored pixels, the same as in fastssl.views; 0 crops with mode "gpu"."""
         if self.mode == "gpu":
-            return None
+            return np.empty((len(row_B), 0, 4))
         index_B, height_B, width_B = (
             torch.from_numpy(column[row_B]) for column in (samples.index_N, samples.height_N, samples.width_N)
         )

@@ -107,11 +107,11 @@ class Decoding:
     def __call__(self) -> int:
         task = self.prepared[self.turn % len(self.prepared)]
         self.turn += 1
-        task.counter[0] = 0
+        task.arrays.counter[0] = 0
         self.pending.append(self.decoder.begin(task))
         if len(self.pending) == PENDING_BATCHES:
             self.pending.pop(0).wait()
-        return len(task.status_B)
+        return len(task.image)
 
     def finish_pending(self) -> None:
         """Finish what is pending, as other decoders take the same batches."""
@@ -126,7 +126,7 @@ class Decoding:
 
 class _NoDecoder(ThreadDecoder):
     def begin(self, task: DecodeTask) -> PendingBatch:
-        task.status_B[:] = kernels.DECODED
+        task.arrays.status_B[:] = kernels.DECODED
         return PendingBatch(task, [])
 
 

@@ -23,14 +23,11 @@ _kernel = compiled(fastmath={"contract"})  # a product and a sum may be rounded 
 _inlined = compiled(inline="always")
 
 
-def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
+def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
     """(N, 3, size, size) float32, normalized: N = count * B views of a batch, all first ones before all second ones.
 
-    Args:
-        image: uint8, (B, H, W, 3), or (B, count, size, size, 3), already cropped.
-        box_N4: top, left, height, width of the crops in pixels of `image`; None if it is cropped.
-        drawn: the parameters of the N views.
-        views: the recipe's section.
+    image: uint8, (B, H, W, 3), with the crops' boxes (top, left, height, width) in its pixels, or already cropped, (B,
+    count, size, size, 3). drawn: the parameters of the N views.
     """
     if box_N4 is None:
         source = image.transpose(0, 1).flatten(0, 1).contiguous().numpy()
@@ -38,8 +35,9 @@ def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Vi
     else:
         source = image.contiguous().numpy()
     out = torch.empty(len(box_N4), 3, views.size, views.size)
+    arrays: Parameters[np.ndarray] = Parameters(*[parameter.contiguous().numpy() for parameter in drawn])
     arguments = (
-        source, box_N4.double().contiguous().numpy(), *(parameter.contiguous().numpy() for parameter in drawn),
+        source, box_N4.double().contiguous().numpy(), arrays,
         np.array(views.mean, np.float32), np.array(views.std, np.float32), out.numpy(), np.zeros(1, np.int64),
     )  # fmt: skip
     # As many threads as torch may use, while the caller waits: never more busy threads than with torch alone.
@@ -55,14 +53,7 @@ def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: Vi
 def _make_views(
     source: np.ndarray,
     box_N4: np.ndarray,
-    flip_N: np.ndarray,
-    jitter_N: np.ndarray,
-    order_N4: np.ndarray,
-    factor_N4: np.ndarray,
-    gray_N: np.ndarray,
-    blur_N: np.ndarray,
-    sigma_N: np.ndarray,
-    solarize_N: np.ndarray,
+    drawn: Parameters[np.ndarray],
     mean: np.ndarray,
     std: np.ndarray,
     out: np.ndarray,
@@ -76,25 +67,25 @@ def _make_views(
     n = take(counter)
     while n < len(out):
         x = out[n]
-        _resize_to_planes(source[n % len(source)], box_N4[n], flip_N[n], x, line)
+        _resize_to_planes(source[n % len(source)], box_N4[n], drawn.flip_N[n], x, line)
         red, green, blue = x[0].reshape(-1), x[1].reshape(-1), x[2].reshape(-1)
-        if jitter_N[n]:
+        if drawn.jitter_N[n]:
             for stage in range(4):
-                operation = order_N4[n, stage]
-                factor = factor_N4[n, operation]
+                operation = drawn.order_N4[n, stage]
+                factor = drawn.factor_N4[n, operation]
                 if operation == HUE and factor != 0:
                     _shift_hue(red, green, blue, factor)
                 elif operation != HUE:
                     _blend(red, green, blue, operation, factor)
-        if gray_N[n]:
+        if drawn.gray_N[n]:
             for i in range(len(red)):
                 red[i] = green[i] = blue[i] = _luma(red[i], green[i], blue[i])
-        if blur_N[n]:
-            kernel_K = _gaussian(sigma_N[n])
+        if drawn.blur_N[n]:
+            kernel_K = _gaussian(drawn.sigma_N[n])
             for channel in range(3):
                 _blur(x[channel], kernel_K, scratch, padded)
         for channel in range(3):
-            _finish(x[channel].reshape(-1), solarize_N[n], mean[channel], np.float32(1) / std[channel])
+            _finish(x[channel].reshape(-1), drawn.solarize_N[n], mean[channel], np.float32(1) / std[channel])
         n = take(counter)
 
 

@@ -27,14 +27,9 @@ def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_
     at the box and normalized, which is the antialiased filter of Pillow and torchvision after a crop. Along each axis
     the same number of pixels is gathered for every output position, some with weight 0.
 
-    Args:
-        image_BHWC: (B, H, W, 3), any number type.
-        image_index_N: the image that each box belongs to.
-        box_N4: top, left, height, width in pixels of the image; may be fractional. Pixels that a box touches count.
-        flip_N: bool, True mirrors the result left to right.
-
-    Returns:
-        (N, 3, size, size) float32 in the range of the images.
+    image_index_N: the image that each box belongs to. box_N4: top, left, height, width in pixels of the image, which
+    may be fractional; pixels that a box touches count. flip_N: bool, True mirrors the result left to right.
+    Returns (N, 3, size, size) float32 in the range of the images.
     """
     top_N, left_N, height_N, width_N = box_N4.float().unbind(1)
     y_NSK, weight_y_NSK = _taps(top_N, height_N, torch.zeros_like(flip_N), image_BHWC.shape[1], size)
@@ -83,11 +78,8 @@ def color_jitter(x: Tensor, apply_N: Tensor, order_N4: Tensor, factor_N4: Tensor
     Only contrast depends on more than one pixel: on the mean gray value of the image. So the operations before it are
     one pointwise pass that ends in a mean, and contrast and the operations after it are another one.
 
-    Args:
-        apply_N: bool; the other samples are returned unchanged.
-        order_N4: the operations, first to last, as numbers BRIGHTNESS to HUE.
-        factor_N4: the factors of brightness, contrast and saturation; the hue shift in turns of the color circle.
-        with_hue: False leaves out the arithmetic of the hue, where its strength is 0.
+    order_N4, factor_N4: see `Parameters`. Samples where apply_N is False stay as they are. with_hue=False leaves out
+    the arithmetic of the hue, for a strength of 0.
     """
     contrast_at_N = (order_N4 == CONTRAST).int().argmax(dim=1)
 

@@ -9,24 +9,20 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.common.geometry import CENTER, eval_box
+from fastssl.common.geometry import CENTER, crop_box, eval_box
 from fastssl.recipe import ViewsConfig
 from fastssl.views import operations
 from fastssl.views.cpu import cpu_views
 from fastssl.views.operations import crop_resize, normalize, to_unit_range
-from fastssl.views.parameters import Parameters, draw_boxes, draw_parameters, draw_uniforms, no_augmentation
+from fastssl.views.parameters import Parameters, draw_parameters, draw_uniforms, no_augmentation
 
 
 class PairedViews(nn.Module):
     """Two independent augmentations: crop, resize, flip, color jitter, grayscale, blur, solarize, normalize.
 
     Every parameter is a function of (seed, epoch, sample index, view), so a view does not depend on the batch that it
-    is in. The module holds no weights. It is not compiled unless the caller does: torch.compile(views).
-
-    Args:
-        views: the recipe's section.
-        seed: of all random parameters.
-        count: 1 makes the first view only, bit for bit the same as with 2.
+    is in. count=1 makes the first view only, bit for bit the same as with 2. The module holds no weights. It is not
+    compiled unless the caller does: torch.compile(views).
     """
 
     def __init__(self, views: ViewsConfig, seed: int = 0, count: Literal[1, 2] = 2):
@@ -44,16 +40,11 @@ class PairedViews(nn.Module):
         height: Tensor | None = None,
         width: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Make the views of a batch.
+        """Make the views of a batch: `count` tensors (B, 3, size, size), float32, on the device of `image`.
 
-        Args:
-            image: uint8, (B, H, W, 3), or (B, count, size, size, 3) with the crops that the loader has cut.
-            index: (B,) sample ids.
-            epoch: of the training.
-            height, width: (B,) sizes of the source images, in whose pixels the crop is drawn; None: those of `image`.
-
-        Returns:
-            `count` tensors (B, 3, size, size), float32, normalized, on the device of `image`.
+        image: uint8, (B, H, W, 3), or (B, count, size, size, 3) with the crops that the loader has cut. index: (B,)
+        sample ids. height, width: (B,) sizes of the source images, in whose pixels the crop is drawn; None: those of
+        `image`.
         """
         if image.ndim == 5 and image.shape[1] != self.count:
             raise ValueError(f"The loader cut {image.shape[1]} crops from each image for {self.count} views.")
@@ -70,11 +61,11 @@ class PairedViews(nn.Module):
         ones = torch.ones(len(u_NU), dtype=torch.int64, device=image.device)
         height_N = ones * stored_h if height is None else height.repeat(self.count)
         width_N = ones * stored_w if width is None else width.repeat(self.count)
-        box_N4 = draw_boxes(u_NU, self.views, height_N, width_N)
+        box_N4 = crop_box(u_NU, height_N, width_N, self.views.scale, self.views.ratio)
         return box_N4 * _stored_per_source(image, height_N, width_N)
 
 
-def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters, views: ViewsConfig) -> Tensor:
+def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
     """The chain in torch operations, for any device and for torch.compile. Same arguments as `cpu.cpu_views`."""
     count = len(drawn.flip_N) // len(image)
     per_view = (views.first, views.second)[:count]
@@ -154,5 +145,6 @@ def describe_eval_transform(views: ViewsConfig) -> dict[str, str | int | float |
 
 def _stored_per_source(image: Tensor, height_N: Tensor, width_N: Tensor) -> Tensor:
     """(N, 4) float32 that scale a box in source pixels to pixels of the stored image, a scaled copy of the source."""
-    scale_y_N, scale_x_N = image.shape[1] / height_N, image.shape[2] / width_N
+    scale_y_N = image.shape[1] / height_N
+    scale_x_N = image.shape[2] / width_N
     return torch.stack([scale_y_N, scale_x_N, scale_y_N, scale_x_N], dim=1)

@@ -1,17 +1,20 @@
-"""Every random parameter of the augmentation, drawn by counter (see fastssl/common/randomness.py).
+"""The random parameters of the augmentation, drawn by counter (see fastssl/common/randomness.py).
 
 N images stand for the views of a batch: N = count * B, all first views before all second ones.
 """
 
 import itertools
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box
+from fastssl.common.geometry import UNIFORMS_PER_BOX
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
+
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 BLUR_SIGMA = (0.1, 2.0)  # in output pixels (BYOL, appendix B)
@@ -22,17 +25,17 @@ _FLIP, _JITTER, _ORDER, _FACTORS, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _COUNT = (
 )
 
 
-class Parameters(NamedTuple):
-    """The parameters of N images for everything but the crop."""
+class Parameters(NamedTuple, Generic[Array]):
+    """The parameters of N images for everything but the crop: tensors, or arrays for the CPU kernel."""
 
-    flip_N: Tensor  # bool: mirror left to right
-    jitter_N: Tensor  # bool: apply the color jitter
-    order_N4: Tensor  # int64: the jitter's operations BRIGHTNESS to HUE, first to last
-    factor_N4: Tensor  # float32: factors of brightness, contrast, saturation; hue shift in turns
-    gray_N: Tensor  # bool
-    blur_N: Tensor  # bool
-    sigma_N: Tensor  # float32: of the blur, in output pixels
-    solarize_N: Tensor  # bool
+    flip_N: Array  # bool: mirror left to right
+    jitter_N: Array  # bool: apply the color jitter
+    order_N4: Array  # int64: the jitter's operations BRIGHTNESS to HUE, first to last
+    factor_N4: Array  # float32: factors of brightness, contrast, saturation; hue shift in turns
+    gray_N: Array  # bool
+    blur_N: Array  # bool
+    sigma_N: Array  # float32: of the blur, in output pixels
+    solarize_N: Array  # bool
 
 
 def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor, count: Literal[1, 2] = 2) -> Tensor:
@@ -41,12 +44,7 @@ def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor, count: Litera
     return uniforms(seed, epoch, index_B.repeat(count), view_N, _COUNT, AUGMENTATION)
 
 
-def draw_boxes(u_NU: Tensor, views: ViewsConfig, height_N: Tensor, width_N: Tensor) -> Tensor:
-    """(N, 4) int64 crop boxes (top, left, height, width) in source pixels."""
-    return crop_box(u_NU[:, :UNIFORMS_PER_BOX], height_N, width_N, views.scale, views.ratio)
-
-
-def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) -> Parameters:
+def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) -> Parameters[Tensor]:
     """Map uniform numbers to the parameters of everything but the crop."""
     jitter = views.jitter
     orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
@@ -68,7 +66,7 @@ def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) 
     )
 
 
-def no_augmentation(count: int) -> Parameters:
+def no_augmentation(count: int) -> Parameters[Tensor]:
     """Parameters, on the CPU, under which no operation applies."""
     no = torch.zeros(count, dtype=torch.bool)
     order_N4 = torch.arange(4).expand(count, 4)

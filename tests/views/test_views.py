@@ -8,13 +8,13 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from scipy import stats
 
-from fastssl.common.geometry import eval_box
+from fastssl.common.geometry import crop_box, eval_box
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform, operations, paired
 from fastssl.views.cpu import cpu_views
 from fastssl.views.operations import crop_resize
 from fastssl.views.paired import torch_views
-from fastssl.views.parameters import draw_boxes, draw_parameters, draw_uniforms
+from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 # torchvision works on the same float pixels, so only the order of float32 sums differs; 1e-4 is
 # 0.03 of a gray level. torchvision's antialiased resize rounds differently: there 2/255 is allowed.
@@ -152,7 +152,7 @@ def test_the_whole_chain_equals_torchvision(images):
     index, height, width = torch.arange(6), 40, 52
     u = draw_uniforms(3, 1, index)
     p = draw_parameters(u, EVERYTHING)
-    boxes = draw_boxes(u, EVERYTHING, torch.full((12,), height), torch.full((12,), width))
+    boxes = crop_box(u, torch.full((12,), height), torch.full((12,), width), EVERYTHING.scale, EVERYTHING.ratio)
     ours = torch.cat(PairedViews(EVERYTHING, seed=3)(uint8(images), index, 1))
     jitter = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue]
     for n in range(12):
