@@ -21,10 +21,10 @@ from sklearn.metrics import log_loss
 from torch import nn
 
 from fastssl.evaluation import classification_metrics, fit_lbfgs, fit_sweep
+from fastssl.evaluation.arrays import ShuffledBatches
 from fastssl.evaluation.features import read_features
-from fastssl.evaluation.linear.batches import Batches
-from fastssl.evaluation.linear.lbfgs import Objective
-from fastssl.evaluation.linear.sweep import LEARNING_RATES, Candidate, train_heads
+from fastssl.evaluation.linear import lbfgs
+from fastssl.evaluation.linear.sweep import LEARNING_RATES, SgdSettings, train_stacked
 
 IMAGENET = 1_281_167
 
@@ -67,20 +67,20 @@ def compare(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
     logits, classes = swept.classifier.logits(x_test), swept.classifier.class_C
     scores, test_seconds = timed(lambda: classification_metrics(logits, y_test, classes))
     yield (
-        f"* sweep: {len(swept.selection)} pairs of rate and decay, 100 epochs, and the chosen one again on all: "
+        f"* sweep: {len(swept.candidates)} pairs of rate and decay, 100 epochs, and the chosen one again on all: "
         f"**{seconds:.1f} s**; the 13 rates alone: **{alone:.1f} s**; figures and intervals of {len(x_test):,} test "
         f"samples {test_seconds:.1f} s (accuracy {100 * scores.metrics['accuracy']:.2f} %)."
     )
     epochs, rows = 3, np.arange(len(x))
-    candidates = [Candidate(lr, 0.0) for lr in LEARNING_RATES]
-    _, together = timed(lambda: train_heads(x, y, rows, candidates, epochs=epochs, batch_size=1024, seed=0))
+    candidates = [SgdSettings(lr, 0.0) for lr in LEARNING_RATES]
+    _, together = timed(lambda: train_stacked(x, y, rows, candidates, epochs=epochs, batch_size=1024, seed=0))
     _, apart = timed(lambda: one_by_one(x, y, LEARNING_RATES, epochs, 1024))
     yield (
         f"* the 13 side by side, {epochs} epochs: {together:.2f} s; one after another by torch.optim.SGD {apart:.2f} "
         f"s: {apart / together:.1f} times as long."
     )
     fitted, seconds = timed(lambda: fit_lbfgs(x, y))
-    yield f"* lbfgs: the path of {len(fitted.selection)} penalties, and the chosen one on all: {seconds:.1f} s."
+    yield f"* lbfgs: the path of {len(fitted.candidates)} penalties, and the chosen one on all: {seconds:.1f} s."
     ours, our_seconds = timed(lambda: fit_lbfgs(x, y, penalties=(penalty,)))
     std = x.std(0, dtype=np.float64)
     scaled = (x - x.mean(0, dtype=np.float64)) / np.where(std > 1e-6 * std.max(), std, 1)
@@ -95,7 +95,7 @@ def compare(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
     )
 
 
-class WithoutAxes(Objective):
+class WithoutAxes(lbfgs.LogisticRegression):
     """Plain L-BFGS on standardised features, to compare with."""
 
     def __init__(self, *arguments):
@@ -106,7 +106,7 @@ class WithoutAxes(Objective):
         return torch.ones_like(self.variance_E)
 
 
-def evaluations(kind: type[Objective], x: np.ndarray, y: np.ndarray, penalty: float) -> int:
+def evaluations(kind: type[lbfgs.LogisticRegression], x: np.ndarray, y: np.ndarray, penalty: float) -> int:
     """How often the loss is evaluated on the way from zero weights to the optimum."""
     calls = []
 
@@ -124,7 +124,7 @@ def evaluations(kind: type[Objective], x: np.ndarray, y: np.ndarray, penalty: fl
 
 def axes(x: np.ndarray, y: np.ndarray) -> Iterator[str]:
     for penalty in (1e-1, 1e-3, 1e-5):
-        along, without = (evaluations(kind, x, y, penalty) for kind in (Objective, WithoutAxes))
+        along, without = (evaluations(kind, x, y, penalty) for kind in (lbfgs.LogisticRegression, WithoutAxes))
         yield f"* lbfgs on {len(x):,} images at penalty {penalty:g}: {along} evaluations, {without} without the axes."
 
 
@@ -167,12 +167,14 @@ def stream(folder: Path) -> Iterator[str]:
     try:
         with PeakMegabytes() as reading:
             start = time.perf_counter()
-            for _ in Batches(mapped, np.arange(IMAGENET), 1024, 0, "cpu").epoch():
+            for _ in ShuffledBatches(mapped, np.arange(IMAGENET), 1024, 0, "cpu").epoch():
                 pass
             read_seconds = time.perf_counter() - start
         train = dict(epochs=1, batch_size=1024, seed=0)
         with PeakMegabytes() as training:
-            _, seconds = timed(lambda: train_heads(mapped, label, np.arange(IMAGENET), [Candidate(0.1, 0.0)], **train))
+            _, seconds = timed(
+                lambda: train_stacked(mapped, label, np.arange(IMAGENET), [SgdSettings(0.1, 0.0)], **train)
+            )
     finally:
         path.unlink()
     yield (

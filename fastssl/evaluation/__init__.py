@@ -7,8 +7,8 @@ Functions take numpy arrays or torch tensors; accuracies are shares from 0 to 1.
 """
 
 from fastssl.evaluation.features import Features, cached_features, compute_features, mean_of_draws
-from fastssl.evaluation.knn import evaluate_knn, few_label_knn, knn_accuracy, knn_predictions
-from fastssl.evaluation.linear import evaluate_linear, few_label_linear, fit_lbfgs, fit_reference, fit_sweep
+from fastssl.evaluation.knn import evaluate_knn, knn_accuracy, knn_predictions
+from fastssl.evaluation.linear import evaluate_linear, fit_lbfgs, fit_reference, fit_sweep
 from fastssl.evaluation.metrics import ClassificationResult, classification_metrics
 from fastssl.evaluation.results import EvaluationResult
 from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, find_evaluation_data, load_run_encoder
@@ -33,8 +33,6 @@ __all__ = [
     "evaluate_semisup",
     "evaluate_transfer",
     "evaluate_uncertainty",
-    "few_label_knn",
-    "few_label_linear",
     "load_run_encoder",
     "find_evaluation_data",
     "find_target",

@@ -1,53 +1,50 @@
-"""Which training samples are used for what: functions of (labels, seed) alone.
+"""Which samples are fitted on, and which are held out: functions of labels and seed alone.
 
-So every encoder evaluated on the same data with the same seed gets the same samples.
+So all encoders that are evaluated on the same data with the same seed get the same samples.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike
-from torch import Tensor
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.arrays import as_numpy
+from fastssl.evaluation.arrays import Array, as_numpy
 
-HOLDOUT_SHARE = 0.1  # share of the training set that hyperparameters are chosen on
+HOLDOUT_SHARE = 0.1  # of the training set, to choose hyperparameters on
 
 
-def balanced_draws(labels: ArrayLike | Tensor, labels_per_class: int, draws: int, seed: int) -> list[np.ndarray]:
-    """`draws` independent samples of `labels_per_class` rows of every class, each ascending."""
+def balanced_subsets(labels: Array, labels_per_class: int, count: int, seed: int) -> list[np.ndarray]:
+    """Draw `count` independent subsets with `labels_per_class` rows of every class, each sorted."""
     label_N = as_numpy(labels)
     class_C, count_C = np.unique(label_N, return_counts=True)
     if count_C.min() < labels_per_class:
-        scarce = class_C[count_C.argmin()]
         raise UserError(
-            f"Class {scarce} has {count_C.min()} training samples, fewer than the "
-            f"{labels_per_class} labels a class asked for: ask for fewer, or give more data."
+            f"Class {class_C[count_C.argmin()]} has {count_C.min()} training samples, fewer than the "
+            f"{labels_per_class} labels per class that are needed: use fewer, or give more data."
         )
-    picked = []
-    for draw in range(draws):
+    subsets = []
+    for draw in range(count):
         rng = np.random.default_rng([seed, draw])
         rows = [rng.choice(np.flatnonzero(label_N == c), labels_per_class, replace=False) for c in class_C]
-        picked.append(np.sort(np.concatenate(rows)))
-    return picked
+        subsets.append(np.sort(np.concatenate(rows)))
+    return subsets
 
 
-def stratified_holdout(labels: ArrayLike | Tensor, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to fit on, rows held out), both sorted: `share` of every class is held out.
+def stratified_holdout(labels: Array, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to fit on, held-out rows), both sorted: `share` of every class is held out.
 
-    At least one sample of a class is held out and at least one is kept; a class of one is kept.
+    At least one sample of a class is held out and at least one is not. The only sample of a class is not held out.
     """
     label_N = as_numpy(labels)
-    held = _some_of_every_class(label_N, share, seed, leave=1)
-    return np.setdiff1d(np.arange(len(label_N)), held), held
+    held_rows = _stratified_rows(label_N, share, seed, leave=1)
+    return np.setdiff1d(np.arange(len(label_N)), held_rows), held_rows
 
 
-def stratified_share(labels: ArrayLike | Tensor, share: float, seed: int) -> np.ndarray:
-    """The rows, sorted, of `share` of every class: at least one sample of each."""
-    return _some_of_every_class(as_numpy(labels), share, seed, leave=0)
+def stratified_share(labels: Array, share: float, seed: int) -> np.ndarray:
+    """The sorted rows of `share` of every class, at least one sample of each."""
+    return _stratified_rows(as_numpy(labels), share, seed, leave=0)
 
 
-def _some_of_every_class(label_N: np.ndarray, share: float, seed: int, leave: int) -> np.ndarray:
-    """Rows, sorted: a share of each class, one sample or more, but so many that `leave` of them are left."""
+def _stratified_rows(label_N: np.ndarray, share: float, seed: int, leave: int) -> np.ndarray:
+    """Sorted rows of a share of every class: at least one, unless that would leave fewer than `leave`."""
     rng = np.random.default_rng(seed)
     picked = []
     for c in np.unique(label_N):
@@ -57,7 +54,7 @@ def _some_of_every_class(label_N: np.ndarray, share: float, seed: int, leave: in
 
 
 def holdout_split(label_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to fit on, rows to choose on): what linear classifiers are chosen by. UserError where there are none."""
+    """`stratified_holdout` of a tenth, on which linear classifiers are chosen. UserError if nothing can be held out."""
     fit_rows, held_rows = stratified_holdout(label_N, HOLDOUT_SHARE, seed)
     if len(held_rows) == 0:
         raise UserError("A linear classifier is chosen on held-out images, but no class has two: name more images.")

@@ -9,7 +9,7 @@ import numpy as np
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import FinetuneData, finetune, write_sample_list
-from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_score, linear_settings
+from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import (
     BetonSubset,
@@ -97,7 +97,7 @@ def evaluate_transfer(
         of_train, of_test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
         if target.train_rows is not None:
             of_train, of_test = of_train.select(target.train_rows), of_test.select(target.test_rows)
-        fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
+        fitted, scores = fit_and_test(encoder, of_train, of_test, protocol, settings, seed)
         return {**save_classification(encoder.run_dir, name, scores, target.test), **fitted}
 
     request = {**about, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}

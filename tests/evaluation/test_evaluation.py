@@ -87,7 +87,7 @@ def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
     expected = fit_sweep(train.h, train.label, epochs=3, seed=4)
     guess = expected.classifier.logits(val.h).argmax(1).numpy()  # labels are 0, 1, 2
     assert swept["metrics"]["accuracy"] == (guess == val.label).mean() and swept["seed"] == 4
-    assert swept["chosen"] == expected.chosen and swept["candidates"] == expected.selection
+    assert swept["chosen"] == expected.chosen and swept["candidates"] == expected.candidates
     names = {"knn": knn, "linear-sweep-seed4": swept, "linear-reference": reference, "linear-lbfgs": lbfgs}
     for name, result in names.items():
         kept = json.loads((folder / "eval" / f"{name}.json").read_text())
@@ -115,7 +115,7 @@ def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypa
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear.evaluate, "fit_and_score", never)
+        patch.setattr(linear.evaluate, "fit_and_test", never)
         assert evaluate_linear(*opened(folder)) == first
         again = evaluate_linear(*opened(moved))  # the same weights and data in another place
         assert again["metrics"] == first["metrics"] and again["run"] == str(moved)

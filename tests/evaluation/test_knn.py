@@ -7,8 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.evaluation import few_label_knn, knn, knn_accuracy, knn_predictions
-from fastssl.evaluation.splits import balanced_draws
+from fastssl.evaluation import knn, knn_accuracy, knn_predictions
 
 LABELS = np.array([2, 3, 7, 11])  # neither from zero nor without gaps
 
@@ -134,12 +133,3 @@ def test_an_unseen_class_is_an_error_and_a_tiny_temperature_does_not_overflow():
     assert knn_accuracy(train_x, train_y, train_x, np.full(200, 99)) == 0.0
     # Here exp(similarity / T) itself is infinite in float32; the nearest sample decides alone.
     assert knn_accuracy(train_x, train_y, train_x, train_y, temperature=1e-3) == 1.0
-
-
-def test_few_labels_use_the_drawn_samples_alone():
-    train_x, train_y = blobs(400, seed=12)
-    test_x, test_y = blobs(100, seed=13)
-    draws = balanced_draws(train_y, 10, 3, 5)
-    expected = [knn_accuracy(train_x[rows], train_y[rows], test_x, test_y) for rows in draws]
-    assert few_label_knn(train_x, train_y, test_x, test_y, draws=3, seed=5) == expected
-    assert len(set(expected)) > 1

@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation import few_label_linear, fit_lbfgs, fit_reference, fit_sweep
-from fastssl.evaluation.linear import SCHEDULES, batches, lbfgs, sweep
-from fastssl.evaluation.linear.batches import Batches, mean_and_std
-from fastssl.evaluation.linear.sweep import Candidate, train_heads
-from fastssl.evaluation.splits import balanced_draws, stratified_holdout
+from fastssl.evaluation import arrays, fit_lbfgs, fit_reference, fit_sweep
+from fastssl.evaluation.arrays import ShuffledBatches, mean_and_std
+from fastssl.evaluation.linear import SCHEDULES, lbfgs, sweep
+from fastssl.evaluation.linear.sweep import SgdSettings, train_stacked
+from fastssl.evaluation.splits import balanced_subsets, stratified_holdout
 
 LABELS = np.array([1, 4, 6])
 
@@ -44,14 +44,14 @@ def weights(fitted):
 @pytest.fixture
 def small_groups(monkeypatch):
     """Groups of 64 rows of 8 float32 numbers, read in blocks of 8."""
-    monkeypatch.setattr(batches, "GROUP_BYTES", {"cpu": 64 * 8 * 4})
-    monkeypatch.setattr(batches, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(arrays, "GROUP_BYTES", {"cpu": 64 * 8 * 4})
+    monkeypatch.setattr(arrays, "BLOCK_ROWS", 8)
 
 
 def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
     x = np.arange(300 * 8, dtype=np.float32).reshape(300, 8)
     rows = np.flatnonzero(np.arange(300) % 7)
-    made = Batches(x, rows, 16, seed=1, device="cpu")
+    made = ShuffledBatches(x, rows, 16, seed=1, device="cpu")
     epochs = [list(made.epoch()) for _ in range(2)]
     for epoch in epochs:
         assert len(epoch) == len(made) and [len(r) for r, _ in epoch[:-1]] == [16] * (len(made) - 1)
@@ -60,7 +60,7 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
         for r, x_BD in epoch:
             np.testing.assert_array_equal(x_BD, x[r.numpy()])
     assert not np.array_equal(epochs[0][0][0], epochs[1][0][0])
-    again = list(Batches(x, rows, 16, seed=1, device="cpu").epoch())
+    again = list(ShuffledBatches(x, rows, 16, seed=1, device="cpu").epoch())
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, epochs[0], strict=True))
 
 
@@ -94,15 +94,15 @@ def test_a_map_of_a_file_streams_and_gives_the_same_numbers(protocol, small_grou
     np.save(tmp_path / "x.npy", x)
     mapped = Watched(np.load(tmp_path / "x.npy", mmap_mode="r"))
     ours, theirs = FITS[protocol](mapped, y), FITS[protocol](x, y)
-    assert torch.equal(weights(ours), weights(theirs)) and ours.selection == theirs.selection
+    assert torch.equal(weights(ours), weights(theirs)) and ours.candidates == theirs.candidates
     assert torch.equal(ours.classifier.logits(mapped), theirs.classifier.logits(x))
     assert 0 < mapped.largest <= 128  # a group of 64 rows of float32 are 128 of float16
 
 
 def test_many_classes_make_parts_smaller(small_groups):
     x = np.zeros((300, 8), np.float32)
-    assert [len(part) for part in batches.in_order(x, np.arange(60), "cpu")] == [32, 28]
-    assert {len(part) for part in batches.in_order(x, np.arange(60), "cpu", classes=64)} == {4}
+    assert [len(part) for part in arrays.read_in_chunks(x, np.arange(60), "cpu")] == [32, 28]
+    assert {len(part) for part in arrays.read_in_chunks(x, np.arange(60), "cpu", classes=64)} == {4}
 
 
 @pytest.mark.parametrize("protocol", FITS)
@@ -119,9 +119,10 @@ LIMITED = """
 import resource, sys
 import numpy as np
 from fastssl.evaluation import fit_lbfgs, fit_sweep
-from fastssl.evaluation.linear import batches, sweep
+from fastssl.evaluation import arrays
+from fastssl.evaluation.linear import sweep
 
-batches.GROUP_BYTES, sweep.CHUNK_ELEMENTS = {"cpu": 1 << 24}, 1 << 22
+arrays.GROUP_BYTES, sweep.CHUNK_ELEMENTS = {"cpu": 1 << 24}, 1 << 22
 mapped, label = np.load(sys.argv[1], mmap_mode="r"), np.arange(1 << 19) % 2
 fit_sweep(np.ones((256, 8), np.float32), label[:256], epochs=1)  # what the first call allocates for good
 fit_lbfgs(np.ones((256, 8), np.float32), label[:256], penalties=(1.0,))
@@ -161,9 +162,9 @@ def test_mean_and_deviation_in_parts_are_numpy_s(small_groups):
 
 def test_side_by_side_training_equals_torch_one_by_one():
     x, y = gaussians(70, seed=1)
-    candidates = [Candidate(0.01, 0.0), Candidate(0.3, 0.0), Candidate(0.3, 0.05)]
+    candidates = [SgdSettings(0.01, 0.0), SgdSettings(0.3, 0.0), SgdSettings(0.3, 0.05)]
     rows, epochs = np.arange(5, 70), 4
-    heads = train_heads(x, y, rows, candidates, epochs=epochs, batch_size=16, seed=3)
+    heads = train_stacked(x, y, rows, candidates, epochs=epochs, batch_size=16, seed=3)
     inputs = torch.from_numpy((x - x[rows].mean(0)) / x[rows].std(0))
     target = torch.from_numpy(np.searchsorted(LABELS, y))
     for h, (lr, weight_decay) in enumerate(candidates):
@@ -172,7 +173,7 @@ def test_side_by_side_training_equals_torch_one_by_one():
         groups = [{"params": [model.weight], "weight_decay": weight_decay}, {"params": [model.bias]}]
         optimizer = torch.optim.SGD(groups, lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 5)  # 65 / 16: 5 batches
-        same_order = Batches(x, rows, 16, seed=3, device="cpu")
+        same_order = ShuffledBatches(x, rows, 16, seed=3, device="cpu")
         for _ in range(epochs):
             for batch, _ in same_order.epoch():
                 optimizer.zero_grad()
@@ -201,18 +202,18 @@ def test_the_choice_is_made_on_samples_that_were_not_fitted():
     for fitted in (fit_sweep(x, y, epochs=30, lrs=(0.1, 0.5)), fit_lbfgs(x, y, penalties=(1e-2, 1e-3))):
         assert accuracy(fitted, x, y) > 0.99  # more dimensions than samples: random labels can be learnt by heart
         # 40 held-out coin tosses: 0.5 within three standard deviations of 0.079
-        best = max(fitted.selection, key=lambda one: (one["accuracy"], -one["nll"]))
-        assert best["accuracy"] < 0.5 + 3 * 0.079 and fitted.settings["held_out"] == 40
+        best = max(fitted.candidates, key=lambda one: (one["accuracy"], -one["nll"]))
+        assert best["accuracy"] < 0.5 + 3 * 0.079 and fitted.hyperparameters["held_out"] == 40
         assert all(best[key] == value for key, value in fitted.chosen.items() if key != "converged")
 
 
 def test_of_equal_candidates_the_lower_cross_entropy_wins():
     train = gaussians(600, seed=6, distance=20.0)
     swept = fit_sweep(*train, epochs=2, lrs=(1e-3, 1e-2, 1e-1), weight_decays=(0.0, 1e-3))
-    assert {one["accuracy"] for one in swept.selection} == {1.0} and len(swept.selection) == 6
+    assert {one["accuracy"] for one in swept.candidates} == {1.0} and len(swept.candidates) == 6
     assert swept.chosen == {"lr": 1e-1, "weight_decay": 0.0}  # with classes so far apart, the largest margin
     regression = fit_lbfgs(*train, penalties=(1.0, 1e-2))
-    assert {one["accuracy"] for one in regression.selection} == {1.0} and regression.chosen["penalty"] == 1e-2
+    assert {one["accuracy"] for one in regression.candidates} == {1.0} and regression.chosen["penalty"] == 1e-2
 
 
 def test_scale_and_dead_features_do_not_matter():
@@ -233,14 +234,14 @@ def test_an_unseen_class_is_an_error_and_tensors_are_taken():
 
 def test_evaluating_in_chunks_changes_nothing(monkeypatch):
     x, y = gaussians(401, seed=12)
-    heads = train_heads(
-        x, y, np.arange(300), [Candidate(0.01, 0.0), Candidate(0.1, 0.0)], epochs=2, batch_size=64, seed=0
+    heads = train_stacked(
+        x, y, np.arange(300), [SgdSettings(0.01, 0.0), SgdSettings(0.1, 0.0)], epochs=2, batch_size=64, seed=0
     )
-    whole = heads.evaluate(x, y, np.arange(300, 401))
+    whole = heads.test(x, y, np.arange(300, 401))
     monkeypatch.setattr(sweep, "CHUNK_ELEMENTS", 21 * 10)
-    chunked = heads.evaluate(x, y, np.arange(300, 401))
+    chunked = heads.test(x, y, np.arange(300, 401))
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
-    guess = torch.stack([heads.one(h).logits(x[300:]).argmax(1) for h in (0, 1)]).numpy()
+    guess = torch.stack([heads.select(h).logits(x[300:]).argmax(1) for h in (0, 1)]).numpy()
     np.testing.assert_allclose([a for a, _ in whole], (LABELS[guess] == y[300:]).mean(1))
 
 
@@ -272,7 +273,7 @@ def test_the_reference_protocol_equals_a_plain_loop(normalize, monkeypatch):
         torch.nn.functional.cross_entropy(layer(inputs), target).backward()
         optimizer.step()
     torch.testing.assert_close(found.classifier.logits(x), layer(inputs).detach(), rtol=1e-3, atol=1e-4)
-    assert found.chosen == {} and found.selection == [] and found.settings["batch_size"] == 90
+    assert found.chosen == {} and found.candidates == [] and found.hyperparameters["batch_size"] == 90
 
 
 def test_the_reference_schedules_are_the_published_ones():
@@ -317,9 +318,9 @@ def test_few_evaluations_suffice_for_features_that_all_but_repeat_each_other(mon
     rng = np.random.default_rng(0)
     y = rng.integers(5, size=600)
     x = rng.normal(size=(600, 40)) @ (rng.normal(size=(40, 40)) * np.geomspace(1e-4, 1, 40)[:, None]) + np.eye(5, 40)[y]
-    calls, evaluate = [], lbfgs.Objective.__call__
-    monkeypatch.setattr(lbfgs.Objective, "__call__", lambda *args: (calls.append(1), evaluate(*args))[1])
-    part = lbfgs.Objective(x, y, 5, np.arange(600), "cpu")
+    calls, evaluate = [], lbfgs.LogisticRegression.__call__
+    monkeypatch.setattr(lbfgs.LogisticRegression, "__call__", lambda *args: (calls.append(1), evaluate(*args))[1])
+    part = lbfgs.LogisticRegression(x, y, 5, np.arange(600), "cpu")
     _, converged = part.minimize(torch.zeros(5, 41, dtype=torch.float64), 1e-4)
     assert converged and len(calls) < 150
 
@@ -331,7 +332,7 @@ def test_where_the_steps_end_the_loss_is_the_least(classes, monkeypatch):
     target = np.searchsorted(LABELS, y) if classes == 3 else np.arange(900) % classes
 
     def least(gradient):
-        monkeypatch.setattr(lbfgs, "GRADIENT", gradient)
+        monkeypatch.setattr(lbfgs, "MAX_GRADIENT", gradient)
         fitted = fit_lbfgs(x, target, penalties=(1e-2,))
         return penalised_loss(fitted.classifier, x, target, 1e-2)
 
@@ -340,7 +341,7 @@ def test_where_the_steps_end_the_loss_is_the_least(classes, monkeypatch):
 
 def test_the_gradient_is_the_loss_s():
     x, y = gaussians(50, seed=22, dim=6)
-    part = lbfgs.Objective(x, np.searchsorted(LABELS, y), 3, np.arange(5, 50), "cpu")
+    part = lbfgs.LogisticRegression(x, np.searchsorted(LABELS, y), 3, np.arange(5, 50), "cpu")
     flat = np.random.default_rng(0).normal(size=21)
     _, gradient = part(flat, 0.3)
     for place in (0, 10, 20):
@@ -352,7 +353,7 @@ def test_the_gradient_is_the_loss_s():
 def test_lbfgs_in_parts_reaches_the_optimum_of_the_whole(monkeypatch):
     x, y = gaussians(400, seed=23)
     whole = fit_lbfgs(x, y, penalties=(1e-2,))
-    monkeypatch.setattr(batches, "GROUP_BYTES", {"cpu": 64 * 20 * 8})
+    monkeypatch.setattr(arrays, "GROUP_BYTES", {"cpu": 64 * 20 * 8})
     parts = fit_lbfgs(x, y, penalties=(1e-2,))
     # Both stop where the whitened gradient is below 1e-5: by then the weights move in the fifth digit.
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-4)
@@ -361,15 +362,15 @@ def test_lbfgs_in_parts_reaches_the_optimum_of_the_whole(monkeypatch):
 def test_a_warm_start_leads_to_the_optimum_of_a_cold_one():
     x, y = gaussians(400, seed=21)
     path, alone = fit_lbfgs(x, y, penalties=(1.0, 1e-1, 1e-2)), fit_lbfgs(x, y, penalties=(1e-2,))
-    assert path.selection[-1]["nll"] == pytest.approx(alone.selection[0]["nll"], abs=1e-5)
-    assert [one["penalty"] for one in path.selection] == [1.0, 1e-1, 1e-2]
+    assert path.candidates[-1]["nll"] == pytest.approx(alone.candidates[0]["nll"], abs=1e-5)
+    assert [one["penalty"] for one in path.candidates] == [1.0, 1e-1, 1e-2]
     assert list(lbfgs.PENALTIES) == sorted(lbfgs.PENALTIES, reverse=True)
 
 
 def test_what_did_not_converge_says_so(monkeypatch):
-    monkeypatch.setattr(lbfgs, "MOST_STEPS", 2)
+    monkeypatch.setattr(lbfgs, "MAX_STEPS", 2)
     fitted = fit_lbfgs(*gaussians(400, seed=21), penalties=(1e-3,))
-    assert fitted.chosen["converged"] is False and fitted.selection[0]["converged"] is False
+    assert fitted.chosen["converged"] is False and fitted.candidates[0]["converged"] is False
 
 
 # --- splits and few labels ------------------------------------------------------------------------
@@ -387,24 +388,13 @@ def test_the_holdout_takes_a_tenth_of_every_class():
 
 def test_draws_are_balanced_reproducible_and_different():
     labels = np.random.default_rng(0).choice(LABELS, 300)
-    draws = balanced_draws(labels, 10, 5, 0)
+    draws = balanced_subsets(labels, 10, 5, 0)
     for rows in draws:
         assert len(set(rows)) == 30
         assert [(labels[rows] == c).sum() for c in LABELS] == [10, 10, 10]
     assert len({rows.tobytes() for rows in draws}) == 5
-    again = balanced_draws(torch.from_numpy(labels), 10, 3, 0)  # fewer draws: the same first ones
+    again = balanced_subsets(torch.from_numpy(labels), 10, 3, 0)  # fewer draws: the same first ones
     assert all(np.array_equal(a, b) for a, b in zip(draws[:3], again, strict=True))
-    assert not np.array_equal(draws[0], balanced_draws(labels, 10, 1, 1)[0])
+    assert not np.array_equal(draws[0], balanced_subsets(labels, 10, 1, 1)[0])
     with pytest.raises(UserError, match="fewer than the 500 labels"):
-        balanced_draws(labels, 500, 1, 0)
-
-
-def test_few_labels_is_scikit_learn_on_the_drawn_samples():
-    train, test = gaussians(500, seed=14), gaussians(200, seed=15)
-    found = few_label_linear(*train, *test, labels_per_class=10, draws=3, seed=2)
-    scale = lambda x: (x - train[0].mean(0)) / train[0].std(0)  # noqa: E731
-    for rows, accuracy in zip(balanced_draws(train[1], 10, 3, 2), found, strict=True):
-        reference = LogisticRegression(C=1.0, max_iter=1000).fit(scale(train[0])[rows], train[1][rows])
-        # float32 features scaled twice: one of 200 test samples may sit on the border
-        assert accuracy == pytest.approx(reference.score(scale(test[0]), test[1]), abs=0.005)
-    assert found == few_label_linear(*map(torch.from_numpy, (*train, *test)), draws=3, seed=2)
+        balanced_subsets(labels, 500, 1, 0)

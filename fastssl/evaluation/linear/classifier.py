@@ -1,36 +1,40 @@
-"""What the three protocols give: one linear classifier, and how it came about."""
+"""The result of the three protocols: a linear classifier, and how it was chosen."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.linear.batches import in_order
+from fastssl.evaluation.arrays import Array, read_in_chunks
+
+# Hyperparameters of a candidate, with its `accuracy` (share) and `nll` (nats) on the held-out samples.
+Candidate: TypeAlias = dict[str, float]
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """logits = weight @ ((features - mean) / std) + bias, or, with `normalize`, of features of length 1."""
+    """logits = weight @ ((features - mean) / std) + bias, or with `normalize` of features divided by their length."""
 
-    class_C: Tensor  # the labels that the columns stand for, ascending
+    class_C: Tensor  # the label of each column, ascending
     weight_CD: Tensor
     bias_C: Tensor
-    mean_D: Tensor | None = None  # None: as they are
+    mean_D: Tensor | None = None  # None: features are not standardized
     std_D: Tensor | None = None
     normalize: bool = False
 
     @torch.inference_mode()
-    def logits(self, features_MD: ArrayLike | Tensor) -> Tensor:
-        """(M, C) float32 on the CPU; the work happens on the classifier's device, in parts that fit."""
+    def logits(self, features_MD: Array) -> Tensor:
+        """(M, C) float32 on the CPU, computed in chunks on the device of the classifier."""
         rows, device = np.arange(len(features_MD)), self.weight_CD.device
-        parts = in_order(features_MD, rows, device, len(self.class_C))
-        return torch.cat([self._logits(part.float()).cpu() for part in parts])
+        chunks = read_in_chunks(features_MD, rows, device, len(self.class_C))
+        return torch.cat([self._logits(chunk_BD.float()).cpu() for chunk_BD in chunks])
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        if self.mean_D is not None:
+        if self.mean_D is not None and self.std_D is not None:
             x_BD = (x_BD - self.mean_D) / self.std_D
         if self.normalize:
             x_BD = F.normalize(x_BD, dim=1)
@@ -39,9 +43,14 @@ class LinearClassifier:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """A classifier, and what its protocol did."""
+    """A fitted classifier, and how its protocol came to it."""
 
     classifier: LinearClassifier
-    settings: dict  # what followed from the data: batch_size, held_out (samples)
-    chosen: dict  # what was chosen on held-out training samples; empty where nothing was
-    selection: list[dict]  # each candidate with its held-out accuracy (share) and nll (nats)
+    hyperparameters: dict[str, int]  # those that follow from the data: batch_size, held_out (samples)
+    chosen: dict[str, float] = field(default_factory=dict)  # of the best candidate; empty if nothing is chosen
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+def best_candidate(candidates: Sequence[Candidate]) -> int:
+    """The position of the highest accuracy; of equal ones, of the lowest cross-entropy."""
+    return max(range(len(candidates)), key=lambda i: (candidates[i]["accuracy"], -candidates[i]["nll"]))

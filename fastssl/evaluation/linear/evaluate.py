@@ -1,10 +1,13 @@
-"""`fastssl eval linear`: one of the protocols on the features of a run."""
+"""`fastssl eval linear`: one of the three protocols on the features of a run."""
 
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, mean_of_draws
 from fastssl.evaluation.linear import lbfgs, reference, sweep
+from fastssl.evaluation.linear.classifier import LinearFit
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
@@ -13,11 +16,11 @@ from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_c
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
 Protocol = Literal["sweep", "reference", "lbfgs"]
-PROTOCOLS: dict[str, str] = {
-    "sweep": "softmax classifiers on standardised h, SGD with cosine, rate and decay chosen on held-out training "
-    "images, trained again on all of them",
-    "reference": "linear layer on h of length 1, AdamW with step decay, the last epoch's weights",
-    "lbfgs": "logistic regression on standardised h, penalty chosen on held-out training images, fitted again on all "
+PROTOCOLS: dict[Protocol, str] = {
+    "sweep": "softmax classifiers on standardized h, SGD with cosine decay, learning rate and weight decay chosen on "
+    "held-out training images, trained again on all of them",
+    "reference": "linear layer on h of length 1, AdamW with step decay, the weights of the last epoch",
+    "lbfgs": "logistic regression on standardized h, penalty chosen on held-out training images, fitted again on all "
     "of them",
 }
 
@@ -32,24 +35,32 @@ def evaluate_linear(
     dtype: DType = "float32",
     seed: int = 0,
 ) -> EvaluationResult:
-    """A classifier trained on data.train and tested on data.val, kept in RUN/eval/linear-PROTOCOL.json; returns what
-    that file holds.
+    """Fit a linear classifier on data.train and test it on data.val. Cached in RUN/eval/linear-PROTOCOL.json.
 
-    schedule: the reference protocol's. draws: see `linear_settings`.
+    Args:
+        encoder: of the run.
+        data: the images.
+        protocol: how to fit, see PROTOCOLS.
+        schedule: of the reference protocol.
+        draws: as in `linear_settings`.
+        dtype: of the cached features.
+        seed: of the classifier and of the held-out images.
     """
     settings = linear_settings(encoder, protocol, draws, dtype, schedule)
     evaluation = f"linear-{protocol}"
-    parts = [
-        f"-{schedule}" if protocol == "reference" and schedule != "imagenet" else "",
-        "" if draws is None else f"-draws{draws}",
-        "" if seed == 0 else f"-seed{seed}",
-    ]
-    name = evaluation + "".join(parts) + encoder.suffix + data.suffix
+    name = evaluation
+    if protocol == "reference" and schedule != "imagenet":
+        name += f"-{schedule}"
+    if draws is not None:
+        name += f"-draws{draws}"
+    if seed != 0:
+        name += f"-seed{seed}"
+    name += encoder.suffix + data.suffix
 
-    def measure() -> dict:
-        of_train, of_test = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
-        fitted, scores = fit_and_score(encoder, of_train, of_test, protocol, settings, seed)
-        return {**save_classification(encoder.run_dir, name, scores, data.val.path), **fitted}
+    def compute() -> dict[str, Any]:
+        train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
+        fit, result = fit_and_test(encoder, train, val, protocol, settings, seed)
+        return save_classification(encoder.run_dir, name, result, data.val.path) | describe_fit(fit)
 
     request = {
         "evaluation": evaluation,
@@ -59,22 +70,26 @@ def evaluate_linear(
         **encoder.describe(),
         **data.describe(),
     }
-    return load_or_compute(encoder.run_dir, name, request, measure)
+    return load_or_compute(encoder.run_dir, name, request, compute)
 
 
 def linear_settings(
     encoder: RunEncoder, protocol: Protocol, draws: int | None, dtype: DType, schedule: str = "imagenet"
-) -> dict:
-    """What a result depends on beside encoder and data: a kept one with other settings is measured again.
+) -> dict[str, Any]:
+    """The constants of a protocol with the options of the caller: the `settings` of a result.
 
-    draws: average the logits over so many draws of a stochastic h, in training and in testing; 0: classify mu. None: as
-    published, embedding.samples draws for the reference protocol, mu for the others. schedule: of the reference
-    protocol; a name that has none of its own means ImageNet's.
+    Args:
+        encoder: of the run.
+        protocol: how to fit.
+        draws: average the logits over this many draws of a stochastic h, in training and in testing; 0: classify mu.
+            None: as published, embedding.samples draws for the reference protocol and mu for the others.
+        dtype: of the cached features.
+        schedule: of the reference protocol; a name that is no key of SCHEDULES means ImageNet's.
     """
     check_draws(encoder, draws)
-    stochastic = "h" in encoder.recipe.embedding.stochastic
     if draws is None:
-        draws = encoder.recipe.embedding.samples if stochastic and protocol == "reference" else 0
+        published = protocol == "reference" and "h" in encoder.recipe.embedding.stochastic
+        draws = encoder.recipe.embedding.samples if published else 0
     settings = {"draws": draws, "dtype": dtype, "features": CACHE_VERSION}
     if protocol == "reference":
         name = schedule if schedule in SCHEDULES else "imagenet"
@@ -82,33 +97,36 @@ def linear_settings(
     return {**settings, **(sweep.CONSTANTS if protocol == "sweep" else lbfgs.CONSTANTS)}
 
 
-def fit_and_score(
-    encoder: RunEncoder, of_train: Features, of_test: Features, protocol: Protocol, settings: dict, seed: int
-) -> tuple[dict, ClassificationResult]:
-    """Fit on the one, test on the other: what the protocol did, for the result, and the scores."""
+def fit_and_test(
+    encoder: RunEncoder, train: Features, test: Features, protocol: Protocol, settings: dict[str, Any], seed: int
+) -> tuple[LinearFit, ClassificationResult]:
+    """Fit on `train` with the settings of `linear_settings`, and test on `test`."""
     draws = settings["draws"]
 
-    def representation(features: Features):
-        if draws:
-            unit = protocol == "reference"
-            return mean_of_draws(features, draws, encoder.recipe.seed, normalize=unit, device=encoder.device)
-        return features.h
+    def representation(features: Features) -> np.ndarray:
+        if not draws:
+            return features.h
+        unit_length = protocol == "reference"
+        return mean_of_draws(features, draws, encoder.recipe.seed, normalize=unit_length, device=encoder.device)
 
-    x_ND, label_N = representation(of_train), of_train.label
-    common = {"seed": seed, "device": encoder.device}
+    x_ND, label_N, device = representation(train), train.label, encoder.device
     if protocol == "reference":
         with progress("Linear classifier", settings["epochs"], "epochs") as advance:
-            # Of draws, each one has been brought to length 1.
-            fitted = fit_reference(
-                x_ND, label_N, schedule=settings["schedule"], normalize=not draws, advance=advance, **common
-            )
+            # Draws have length 1 already. Their mean is shorter, and stays so.
+            fit = fit_reference(
+                x_ND, label_N, schedule=settings["schedule"], normalize=not draws, seed=seed, device=device,
+                advance=advance,
+            )  # fmt: skip
     elif protocol == "sweep":
         with progress("Linear classifiers", 2 * settings["epochs"], "epochs") as advance:
-            fitted = fit_sweep(x_ND, label_N, epochs=settings["epochs"], advance=advance, **common)
+            fit = fit_sweep(x_ND, label_N, epochs=settings["epochs"], seed=seed, device=device, advance=advance)
     else:
         with progress("Logistic regressions", len(settings["penalties"]) + 1, "fits") as advance:
-            fitted = fit_lbfgs(x_ND, label_N, advance=advance, **common)
+            fit = fit_lbfgs(x_ND, label_N, seed=seed, device=device, advance=advance)
+    logits_MC = fit.classifier.logits(representation(test))
+    return fit, classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)
 
-    logits_MC, class_C = fitted.classifier.logits(representation(of_test)), fitted.classifier.class_C
-    scores = classification_metrics(logits_MC, of_test.label, class_C, seed=seed)
-    return {"hyperparameters": fitted.settings, "chosen": fitted.chosen, "candidates": fitted.selection}, scores
+
+def describe_fit(fit: LinearFit) -> dict[str, Any]:
+    """The fields of an EvaluationResult that say how a classifier was chosen."""
+    return {"hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}

@@ -1,71 +1,77 @@
 """Multinomial logistic regression to its optimum, for a path of penalties, the best chosen on held-out samples.
 
-What CLIP (arXiv 2103.00020, appendix A.3) and DINOv2 report beside or in place of SGD: convex, so no rate and no
-schedule; only the penalty is chosen, on a held-out tenth of the training set. Each penalty starts from the optimum of
-the stronger one before it. scikit-learn's LogisticRegression finds the same optimum (C = 1 / (penalty * N)); it wants
-all features in float64 in memory, and no GPU.
+CLIP (arXiv 2103.00020, appendix A.3) and DINOv2 report it next to SGD or in place of it. The problem is convex, so
+there is no learning rate and no schedule; only the penalty is chosen, on a held-out tenth of the training set. Each
+penalty starts from the optimum of the stronger one before it. scikit-learn's LogisticRegression finds the same optimum
+(C = 1 / (penalty * N)), but needs all features in memory in float64 and does not run on a GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.arrays import as_numpy
-from fastssl.evaluation.linear.batches import fits, in_order, mean_and_std, take
-from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
+from fastssl.evaluation.arrays import Array, Device, as_numpy, fits_on_device, mean_and_std, read_in_chunks, read_rows
+from fastssl.evaluation.linear.classifier import Candidate, LinearClassifier, LinearFit, best_candidate
 from fastssl.evaluation.metrics import CHUNK_ROWS
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 
 PENALTIES = tuple(10.0**power for power in np.arange(0, -6.5, -0.5).tolist())  # from strong to weak
-MOST_STEPS = 1000  # of a penalty, as CLIP
+MAX_STEPS = 1000  # per penalty, as in CLIP
 # The optimum is where no derivative is larger. In coordinates of curvature 1, the loss is then within half of their sum
-# of squares of its least value: 3e-7 with 5,000 weights.
-GRADIENT = 1e-5
-# For records:
-CONSTANTS = {"penalties": PENALTIES, "most_steps": MOST_STEPS, "gradient": GRADIENT, "held_out_share": HOLDOUT_SHARE}
+# of squares of its minimum: 3e-7 with 5,000 weights.
+MAX_GRADIENT = 1e-5
+CONSTANTS = {  # recorded in results
+    "penalties": PENALTIES, "max_steps": MAX_STEPS, "max_gradient": MAX_GRADIENT, "held_out_share": HOLDOUT_SHARE,
+}  # fmt: skip
 
 
-class Objective:
-    """Mean cross-entropy of some rows on standardised features, as a function of the flat weights, with its gradient.
+class LogisticRegression:
+    """Mean cross-entropy of some rows on standardized features, its gradient, and its minimum.
 
-    In float64: with float32 products the line search stops at noise of 1e-6 to 1e-5, which is what the result should
-    agree to.
+    Computed in float64: with float32 products the line search stops at noise of 1e-6 to 1e-5, the precision that the
+    result should have.
 
-    Features of a network are strongly correlated. So L-BFGS moves in coordinates in which the loss is about as curved
-    in every direction: along the principal axes of the features, each scaled by 1 / sqrt(its variance / C + penalty).
-    1 / C is the curvature of cross-entropy where C classes are equally likely. The optimum is the same: on the
-    features of 10,000 images it takes 21, 53 and 374 evaluations at penalties 1e-1, 1e-3 and 1e-5, without the axes 79,
-    337 and 1,040 (records/linear.md).
+    The features of a network are strongly correlated. So L-BFGS moves in coordinates in which the loss has about the
+    same curvature in every direction: along the principal axes of the features, each scaled by
+    1 / sqrt(variance / C + penalty), where 1 / C is the curvature of cross-entropy for C equally likely classes. The
+    optimum is the same. On the features of 10,000 images it takes 21, 53 and 374 evaluations at penalties 1e-1, 1e-3
+    and 1e-5, and 79, 337 and 1,040 without the axes (records/linear.md).
+
+    Args:
+        features_ND: the feature matrix.
+        target_N: class numbers, 0 to classes - 1.
+        classes: their number.
+        rows: those that are fitted on.
+        device: where to compute.
     """
 
-    def __init__(
-        self, features_ND: ArrayLike | Tensor, target_N: np.ndarray, classes: int, rows: np.ndarray,
-        device: torch.device | str,
-    ):  # fmt: skip
-        self.classes, self.device = classes, torch.device(device)
+    def __init__(self, features_ND: Array, target_N: np.ndarray, classes: int, rows: np.ndarray, device: Device):
+        self.classes = classes
+        self.device = torch.device(device)
         self.target_N = torch.from_numpy(target_N[rows]).to(device)
-        if fits(features_ND, rows, self.device):
-            # Read from the disk, and sent to a GPU, once: an optimum takes hundreds of evaluations.
-            features_ND, rows = take(features_ND, rows, device), np.arange(len(rows))
-        self.features_ND, self.rows = features_ND, rows
+        # Read from the disk and copied to a GPU only once, if they fit: an optimum takes hundreds of evaluations.
+        if fits_on_device(features_ND, rows, self.device):
+            features_ND = read_rows(features_ND, rows, device)
+            rows = np.arange(len(rows))
+        self.features_ND = features_ND
+        self.rows = rows
         self.mean_D, self.std_D = mean_and_std(features_ND, rows, device)
-        self._kept: list[Tensor] | None = None
-        second_EE = sum(x_RE.T @ x_RE for x_RE in self.parts()) / len(rows)
-        self.variance_E, self.axes_EE = torch.linalg.eigh(second_EE)
+        self._only_chunk: Tensor | None = None  # of inputs, if all rows fit into one
+        second_moment_EE = sum(x_RE.T @ x_RE for x_RE in self.inputs()) / len(rows)
+        self.variance_E, self.axes_EE = torch.linalg.eigh(second_moment_EE)
 
-    def parts(self):
-        """The standardised features, with a one that the bias multiplies; those that fit into one part are kept."""
-        if self._kept is not None:
-            yield from self._kept
+    def inputs(self) -> Iterator[Tensor]:
+        """Yield chunks of the standardized features, with a 1 that the bias multiplies: (R, E), E = D + 1."""
+        if self._only_chunk is not None:
+            yield self._only_chunk
             return
-        for part_RD in in_order(self.features_ND, self.rows, self.device, self.classes):
-            x_RE = F.pad(part_RD.double().sub_(self.mean_D).div_(self.std_D), (0, 1), value=1.0)
+        for chunk_RD in read_in_chunks(self.features_ND, self.rows, self.device, self.classes):
+            x_RE = F.pad(chunk_RD.double().sub_(self.mean_D).div_(self.std_D), (0, 1), value=1.0)
             if len(x_RE) == len(self.rows):
-                self._kept = [x_RE]
+                self._only_chunk = x_RE
             yield x_RE
 
     def scale_E(self, penalty: float) -> Tensor:
@@ -73,17 +79,22 @@ class Objective:
 
     @torch.inference_mode()
     def __call__(self, flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
-        """Mean cross-entropy + penalty / 2 * sum of squared weights, the bias not among them; and its gradient."""
+        """Mean cross-entropy + penalty / 2 * sum of squared weights (without the bias), and its gradient.
+
+        flat: (C * E,) weights in the scaled coordinates; the gradient is in the same ones.
+        """
         axes_EE = self.axes_EE * self.scale_E(penalty)
         weight_CE = torch.from_numpy(flat.reshape(self.classes, -1)).to(self.device) @ axes_EE.T
-        loss, gradient_CE, first = 0.0, torch.zeros_like(weight_CE), 0
-        for x_RE in self.parts():
+        loss: float | Tensor = 0.0
+        gradient_CE, first = torch.zeros_like(weight_CE), 0
+        for x_RE in self.inputs():
             target_R = self.target_N[first : first + len(x_RE)]
             residual_RC = (x_RE @ weight_CE.T).log_softmax(dim=1)
-            each = torch.arange(len(x_RE), device=self.device)
-            loss -= residual_RC[each, target_R].sum()
+            row_R = torch.arange(len(x_RE), device=self.device)
+            loss -= residual_RC[row_R, target_R].sum()
+            # From log-probabilities to probabilities - one_hot(target), in place.
             residual_RC.exp_()
-            residual_RC[each, target_R] -= 1
+            residual_RC[row_R, target_R] -= 1
             gradient_CE.addmm_(residual_RC.T, x_RE)
             first += len(x_RE)
         decayed_CE = weight_CE * penalty
@@ -92,22 +103,21 @@ class Objective:
         return float(loss), ((gradient_CE / first + decayed_CE) @ axes_EE).flatten().cpu().numpy()
 
     def minimize(self, weight_CE: Tensor, penalty: float) -> tuple[Tensor, bool]:
-        """The optimum from a start, (C, E) each, and whether it was reached in the steps that it is given."""
-        # Here, as it takes half a second: training's probe needs nothing of it.
+        """The optimum (C, E), starting from weight_CE, and whether it was reached within MAX_STEPS."""
+        # Imported here as they take half a second, and the probe of training does not need them.
         from scipy.optimize import minimize
         from threadpoolctl import threadpool_limits
 
         axes_EE, scale_E = self.axes_EE, self.scale_E(penalty)
         start = ((weight_CE @ axes_EE) / scale_E).flatten().cpu().numpy()
-        # scipy's threads and torch's wait for each other in busy loops: 600 x 20 features took 7.8 s, and 0.25 s so.
+        # Otherwise the threads of scipy's BLAS and of torch wait for each other in busy loops: 600 x 20 features took
+        # 7.8 s in place of 0.25 s.
         with threadpool_limits(1, user_api="blas"):
-            found = minimize(
-                self, start, (penalty,), method="L-BFGS-B", jac=True,
-                options={"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "gtol": GRADIENT, "ftol": 0.0, "maxcor": 10},
-            )  # fmt: skip
+            options = {"maxiter": MAX_STEPS, "maxfun": 2 * MAX_STEPS, "gtol": MAX_GRADIENT, "ftol": 0.0, "maxcor": 10}
+            found = minimize(self, start, (penalty,), method="L-BFGS-B", jac=True, options=options)
         optimum_CE = torch.from_numpy(found.x.reshape(self.classes, -1)).to(self.device) * scale_E @ axes_EE.T
-        # At the optimum a line search may fail on the last bits; that is no failure.
-        return optimum_CE, bool(np.abs(found.jac).max() <= 10 * GRADIENT)
+        # found.success is not used: at the optimum a line search may fail on the last bits.
+        return optimum_CE, bool(np.abs(found.jac).max() <= 10 * MAX_GRADIENT)
 
     def classifier(self, weight_CE: Tensor, class_C: np.ndarray) -> LinearClassifier:
         weight_CE, mean_D, std_D = weight_CE.float(), self.mean_D.float(), self.std_D.float()
@@ -115,49 +125,57 @@ class Objective:
 
 
 def fit_lbfgs(
-    features: ArrayLike | Tensor,
-    labels: ArrayLike | Tensor,
+    features: Array,
+    labels: Array,
     *,
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     advance: Callable[[int], object] = lambda fits: None,
 ) -> LinearFit:
-    """Fit every penalty on nine tenths of the samples, choose the one that is best on the last tenth (stratified,
-    seeded; of equal ones, the lower cross-entropy), and fit that one again on all, from where it was.
+    """Fit every penalty on nine tenths of the samples, and the best one again on all, starting from its optimum.
 
-    Features are (N, D), an array, a map of a file or a tensor, labels (N,) integers. penalties: from strong to weak.
-    `advance(1)` is called len(penalties) + 1 times.
+    The best penalty is that of the highest accuracy on the last tenth (stratified, seeded); of equal ones, of the
+    lowest cross-entropy.
+
+    Args:
+        features: (N, D).
+        labels: (N,) integers.
+        penalties: from strong to weak.
+        seed: of the held-out tenth.
+        device: where to compute.
+        advance: called with 1 after each fit, len(penalties) + 1 times.
     """
     label_N = as_numpy(labels)
     fit_rows, held_rows = holdout_split(label_N, seed)
     class_C, target_N = np.unique(label_N, return_inverse=True)
-    part = Objective(features, target_N, len(class_C), fit_rows, device)
+    regression = LogisticRegression(features, target_N, len(class_C), fit_rows, device)
     weight_CE = torch.zeros(len(class_C), features.shape[1] + 1, dtype=torch.float64, device=device)
-    optima, selection = [], []
+    optima: list[Tensor] = []
+    candidates: list[Candidate] = []
     for penalty in penalties:
-        weight_CE, converged = part.minimize(weight_CE, penalty)
-        accuracy, nll = held_out_figures(part.classifier(weight_CE, class_C), features, target_N, held_rows)
+        weight_CE, converged = regression.minimize(weight_CE, penalty)
+        accuracy, nll = _test(regression.classifier(weight_CE, class_C), features, target_N, held_rows)
         optima.append(weight_CE)
-        selection.append({"penalty": penalty, "accuracy": accuracy, "nll": nll, "converged": converged})
+        candidates.append({"penalty": penalty, "accuracy": accuracy, "nll": nll, "converged": converged})
         advance(1)
-    best = max(range(len(penalties)), key=lambda i: (selection[i]["accuracy"], -selection[i]["nll"]))
+    best = best_candidate(candidates)
 
-    whole = Objective(features, target_N, len(class_C), np.arange(len(label_N)), device)
-    weight_CE, converged = whole.minimize(optima[best], penalties[best])
+    final = LogisticRegression(features, target_N, len(class_C), np.arange(len(label_N)), device)
+    weight_CE, converged = final.minimize(optima[best], penalties[best])
     advance(1)
-    chosen = {"penalty": penalties[best], "converged": converged}
-    return LinearFit(whole.classifier(weight_CE, class_C), {"held_out": len(held_rows)}, chosen, selection)
+    chosen: dict[str, float] = {"penalty": penalties[best], "converged": converged}
+    return LinearFit(final.classifier(weight_CE, class_C), {"held_out": len(held_rows)}, chosen, candidates)
 
 
-def held_out_figures(
-    classifier: LinearClassifier, features_ND: ArrayLike | Tensor, target_N: np.ndarray, rows: np.ndarray
+def _test(
+    classifier: LinearClassifier, features_ND: Array, target_N: np.ndarray, rows: np.ndarray
 ) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) on some rows."""
-    right, loss = 0, 0.0
+    """Accuracy and mean cross-entropy on some rows."""
+    correct, loss = 0, 0.0
     for first in range(0, len(rows), CHUNK_ROWS):
         part = rows[first : first + CHUNK_ROWS]
         logits_RC, target_R = classifier.logits(features_ND[part]), torch.from_numpy(target_N[part])
-        right += int((logits_RC.argmax(dim=1) == target_R).sum())
+        correct += int((logits_RC.argmax(dim=1) == target_R).sum())
         loss += float(F.cross_entropy(logits_RC.double(), target_R, reduction="sum"))
-    return right / len(rows), loss / len(rows)
+    return correct / len(rows), loss / len(rows)

@@ -1,7 +1,7 @@
-"""The linear protocol of the published code (arXiv 2310.18080; its conf/linear_probing, after VISSL's for SUN397).
+"""The linear protocol of the published code of arXiv 2310.18080 (its conf/linear_probing, after VISSL's for SUN397).
 
-Features of length 1, one linear layer, AdamW at 1e-2 with weight decay 5e-4, the rate divided by ten at three epochs.
-Nothing is chosen: the last epoch's weights are tested.
+Features of length 1, one linear layer, AdamW with learning rate 1e-2 and weight decay 5e-4. The rate is divided by ten
+after three of the epochs. Nothing is chosen: the weights of the last epoch are tested.
 """
 
 from collections.abc import Callable
@@ -10,57 +10,62 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import nn
 
-from fastssl.evaluation.arrays import as_numpy
-from fastssl.evaluation.linear.batches import Batches
+from fastssl.evaluation.arrays import Array, Device, ShuffledBatches, as_numpy
 from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
 
 LR, WEIGHT_DECAY, GAMMA = 1e-2, 5e-4, 0.1
-CONSTANTS = {"optimizer": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "gamma": GAMMA}  # for records
+CONSTANTS = {"optimizer": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "gamma": GAMMA}  # recorded in results
 
 ScheduleName = Literal["imagenet", "sun397", "flowers102"]
 
 
-class Schedule(NamedTuple):
+class ReferenceSchedule(NamedTuple):
     epochs: int
-    steps: tuple[int, ...]  # epochs behind which the rate is divided by ten
+    steps: tuple[int, ...]  # epochs after which the learning rate is divided by ten
     batch_size: int
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "imagenet": Schedule(100, (30, 60, 90), 512),
-    "sun397": Schedule(50, (16, 32, 48), 256),
-    "flowers102": Schedule(80, (25, 50, 75), 128),
+SCHEDULES: dict[str, ReferenceSchedule] = {
+    "imagenet": ReferenceSchedule(100, (30, 60, 90), 512),
+    "sun397": ReferenceSchedule(50, (16, 32, 48), 256),
+    "flowers102": ReferenceSchedule(80, (25, 50, 75), 128),
 }
 
 
 def fit_reference(
-    features: ArrayLike | Tensor,
-    labels: ArrayLike | Tensor,
+    features: Array,
+    labels: Array,
     *,
     schedule: ScheduleName = "imagenet",
     normalize: bool = True,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     advance: Callable[[int], object] = lambda epochs: None,
 ) -> LinearFit:
-    """Train on features (N, D), an array, a map of a file or a tensor, and labels (N,).
+    """Train a linear classifier by the reference protocol.
 
-    normalize: False for features that are means of draws of length 1 each. `advance(1)` is called once an epoch.
+    Args:
+        features: (N, D).
+        labels: (N,) integers.
+        schedule: a key of SCHEDULES.
+        normalize: divide features by their length. False for means of draws of length 1.
+        seed: of the initial weights and of the order of the samples.
+        device: where to train.
+        advance: called with 1 after each epoch.
     """
     label_N = as_numpy(labels)
     epochs, steps, batch_size = SCHEDULES[schedule]
-    class_C, target_N = np.unique(label_N, return_inverse=True)
-    target_N = torch.from_numpy(target_N).to(device)
-    # Drawn on the CPU from a generator of its own: the caller's random state stays as it is.
+    class_C, class_index_N = np.unique(label_N, return_inverse=True)
+    target_N = torch.from_numpy(class_index_N).to(device)
+    # The weights are drawn from a forked generator, so the random state of the caller does not change.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layer = nn.Linear(features.shape[1], len(class_C)).to(device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(steps), GAMMA)
-    batches = Batches(features, np.arange(len(label_N)), min(batch_size, len(label_N)), seed, device)
+    batches = ShuffledBatches(features, np.arange(len(label_N)), min(batch_size, len(label_N)), seed, device)
     for _ in range(epochs):
         for row_B, x_BD in batches.epoch():
             logits_BC = layer(F.normalize(x_BD, dim=1) if normalize else x_BD)
@@ -71,4 +76,4 @@ def fit_reference(
         advance(1)
     weight_CD, bias_C = layer.weight.detach(), layer.bias.detach()
     classifier = LinearClassifier(torch.from_numpy(class_C), weight_CD, bias_C, normalize=normalize)
-    return LinearFit(classifier, {"batch_size": batches.batch_size}, {}, [])
+    return LinearFit(classifier, {"batch_size": batches.batch_size})

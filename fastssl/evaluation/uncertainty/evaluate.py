@@ -181,10 +181,10 @@ def guess_figures(
     kept = {"coverage": (count_P / len(wrong_M)).tolist()}
     kept |= {key: risk_coverage(order_M, wrong_M)[count_P - 1].tolist() for key, order_M in curves.items()}
     chosen = {**fitted.chosen, "temperature": temperature}
-    hyperparameters = {**fitted.settings, "held_out_for_temperature": len(held_rows)}
+    hyperparameters = {**fitted.hyperparameters, "held_out_for_temperature": len(held_rows)}
     return Measured(
         figures, intervals,
-        {"chosen": chosen, "candidates": fitted.selection, "hyperparameters": hyperparameters, "risk_coverage": kept},
+        {"chosen": chosen, "candidates": fitted.candidates, "hyperparameters": hyperparameters, "risk_coverage": kept},
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastssl.evaluation.arrays import as_numpy, as_tensor
-from fastssl.evaluation.knn import nearest_neighbours
+from fastssl.evaluation.knn import nearest_neighbors
 
 LARGEST_TEMPERATURE = 100.0  # and 1 / this the smallest that is looked at
 TEMPERATURE_TOLERANCE = 1e-6  # of its logarithm
@@ -27,7 +27,7 @@ def nearest_is_wrong(
     label_M = as_numpy(labels)
     if len(label_M) < 2:
         raise ValueError("One image alone has no neighbour.")
-    _, row_MK = nearest_neighbours(features, features, 2, device=device)
+    _, row_MK = nearest_neighbors(features, features, 2, device=device)
     row_MK = row_MK.cpu().numpy()
     # An image's nearest is itself, but of exact copies another may come first.
     itself_M = row_MK[:, 0] == np.arange(len(label_M))
@@ -108,7 +108,7 @@ def neighbour_distance(
 
     The deep nearest neighbours of Sun et al. (arXiv 2204.06507). A k above N is shortened to it.
     """
-    near_MK, _ = nearest_neighbours(bank, query, k, device=device, advance=advance)
+    near_MK, _ = nearest_neighbors(bank, query, k, device=device, advance=advance)
     return 1 - near_MK[:, -1].cpu().numpy()
 
 
