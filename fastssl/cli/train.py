@@ -23,13 +23,16 @@ def train(
 ) -> None:
     """Train a recipe; on several GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
-    from fastssl.evaluation.probe import probe_of
+    from fastssl.evaluation.probe import probe_from_recipe
     from fastssl.profiling.bottleneck import explain_data_wait
     from fastssl.training import train
 
     run_dir = Path(resume) if resume and resume != "auto" else None
     train(
-        settings, resume="auto" if resume == "auto" else run_dir, probe=probe_of(settings), diagnose=explain_data_wait
+        settings,
+        resume="auto" if resume == "auto" else run_dir,
+        probe=probe_from_recipe(settings),
+        diagnose=explain_data_wait,
     )
 
 

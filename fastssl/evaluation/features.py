@@ -13,8 +13,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import as_tensor
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader, SampleSelection
-from fastssl.models.ssl_model import evaluating
+from fastssl.models.ssl_model import Embedding, evaluating
 from fastssl.recipe import ViewsConfig
 from fastssl.views import PairedViews, describe_eval_transform, eval_transform
 
@@ -42,10 +43,10 @@ ABANDONED_AFTER = 86_400  # seconds after which an unfinished cache folder is th
 DType = Literal["float32", "float16"]
 # From a batch to the input of `embed`: (B, 3, size, size), or (B, V, 3, size, size) for V views of each image.
 MakeInput = Callable[[Batch], Tensor]
-Advance = Callable[[int], object]  # is told how many images, samples or epochs are done since the last call
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True)
+class Features:
     """The embeddings of N images, in the order of the file. Cached ones are read-only memory maps.
 
     Of two augmented views of each image, h is (N, 2, D), mu and sigma are (N, 2, E).
@@ -60,8 +61,12 @@ class Features(NamedTuple):
 
     def select(self, rows: np.ndarray) -> "Features":
         """Some of the rows, copied into memory."""
-        mu, sigma = (None if x is None else x[rows] for x in (self.mu, self.sigma))
-        return Features(self.h[rows], self.label[rows], self.index[rows], mu, sigma, self.space)
+        return Features(**{name: x[rows] for name, x in self.arrays().items()}, space=self.space)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields that are arrays, by name."""
+        arrays = {"h": self.h, "label": self.label, "index": self.index, "mu": self.mu, "sigma": self.sigma}
+        return {name: x for name, x in arrays.items() if x is not None}
 
 
 def cached_features(
@@ -83,12 +88,12 @@ def cached_features(
     """
     views = encoder.recipe.views
     make_input = augmented_input(views) if augmented else eval_input(views)
-    depends_on = {
+    depends_on: dict[str, Any] = {
         "view": views.model_dump(mode="json") if augmented else describe_eval_transform(views),
         "dtype": dtype,
     }
 
-    def compute(loader: BetonLoader, advance: Advance) -> Iterator[Features]:
+    def compute(loader: BetonLoader, advance: Callable[[int], object]) -> Iterator[Features]:
         return check_finite(embed_batches(encoder.model, loader, make_input, advance), data.path, dtype)
 
     title = f"Features of {data.path}" + (", two views" if augmented else "")
@@ -98,9 +103,9 @@ def cached_features(
 def load_or_compute_features(
     encoder: RunEncoder,
     data: BetonSubset,
-    depends_on: dict[str, object],
+    depends_on: dict[str, Any],
     title: str,
-    compute: Callable[[BetonLoader, Advance], Iterable[Features]],
+    compute: Callable[[BetonLoader, Callable[[int], object]], Iterable[Features]],
     dtype: DType = "float32",
     *,
     augmented: bool = False,
@@ -152,34 +157,36 @@ def compute_features(model: nn.Module, data: BetonSubset, views: ViewsConfig, *,
 
 
 def concatenate(batches: list[Features]) -> Features:
-    def column(name: str) -> np.ndarray | None:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else np.concatenate(parts)
-
-    return Features(*map(column, Features._fields[:-1]), batches[0].space)  # type: ignore[arg-type]
+    columns = {name: np.concatenate([batch.arrays()[name] for batch in batches]) for name in batches[0].arrays()}
+    return Features(**columns, space=batches[0].space)
 
 
 @torch.inference_mode()
 def embed_batches(
-    model: nn.Module, loader: Iterable[Batch], make_input: MakeInput, advance: Advance = lambda images: None
+    model: nn.Module,
+    loader: Iterable[Batch],
+    make_input: MakeInput,
+    advance: Callable[[int], object] = lambda images: None,
 ) -> Iterator[Features]:
     """Yield the features of the valid samples of each batch.
 
     The model runs in eval mode, so batch norm uses and keeps its running statistics, and gets its former mode back.
     Autocast and TF32 are off. With V views per image in the input, h, mu and sigma are (B, V, D).
     """
+    embed = cast(Callable[[Tensor], Embedding], model.embed)
     with evaluating(model):
         for batch in loader:
             with in_fp32(batch.image.device):
                 images = make_input(batch)
-                embedding = model.embed(images.flatten(0, -4))
-            h, mu, sigma = (
-                None if x is None else valid_rows(x.unflatten(0, images.shape[:-3]), batch)
-                for x in (embedding.h, embedding.mu, embedding.sigma)
-            )
-            label, index = valid_rows(batch.label, batch), valid_rows(batch.index, batch)
-            yield Features(h, label, index, mu, sigma, embedding.space)
-            advance(len(label))
+                embedding = embed(images.flatten(0, -4))
+            arrays = {"label": batch.label, "index": batch.index}
+            for name in ("h", "mu", "sigma"):
+                x = getattr(embedding, name)
+                if x is not None:
+                    arrays[name] = x.unflatten(0, images.shape[:-3])
+            features = Features(**{name: valid_rows(x, batch) for name, x in arrays.items()}, space=embedding.space)
+            yield features
+            advance(len(features.label))
 
 
 def eval_loader(
@@ -187,7 +194,7 @@ def eval_loader(
 ) -> BetonLoader:
     """Load each image once, in the order of the file, for `eval_input`, or for `augmented_input` if `augmented`."""
     # Images of one size go to the device as they are. Of images of several sizes, the CPU crops the view.
-    crop = "gpu" if read_header(data.path).resolution else "cpu" if augmented else "eval"
+    crop: Literal["gpu", "cpu", "eval"] = "gpu" if read_header(data.path).resolution else "cpu" if augmented else "eval"
     return BetonLoader(
         data.path, BATCH_SIZE, crop=crop, views=views, shuffle=False, drop_last=False, device=device,
         selection=SampleSelection(data.subset, data.limit, skip), shard=False,
@@ -248,16 +255,16 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
         checksums: dict[str, int] = {}
         space, done = None, 0
         for batch in batches:
-            *arrays, space = batch
-            for name, x in zip(Features._fields, arrays, strict=False):
-                if x is None or (name == "mu" and space == "h"):  # mu is h there: it is stored once
+            space = batch.space
+            for name, array in batch.arrays().items():
+                if name == "mu" and space == "h":  # mu is h there: it is stored once
                     continue
-                x = np.ascontiguousarray(x, dtype if x.dtype.kind == "f" else None)
+                x = np.ascontiguousarray(array, dtype if array.dtype.kind == "f" else None)
                 if name not in maps:
                     with explain_write_errors(folder):
                         maps[name] = _new_map(temporary / f"{name}.npy", x.dtype, (count, *x.shape[1:]))
                 maps[name][done : done + len(x)] = x
-                checksums[name] = zlib.crc32(x, checksums.get(name, 0))
+                checksums[name] = zlib.crc32(x.data, checksums.get(name, 0))
             done += len(batch.label)
         assert done == count, f"{done} samples where {count} were expected"
         with explain_write_errors(folder):
@@ -304,7 +311,7 @@ def read_features(folder: Path) -> Features | None:
 def _crc32(array: np.ndarray) -> int:
     crc, rows = 0, max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
     for first in range(0, len(array), rows):
-        crc = zlib.crc32(np.ascontiguousarray(array[first : first + rows]), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array[first : first + rows]).data, crc)
     return crc
 
 
@@ -326,13 +333,15 @@ def mean_of_draws(
     """
     if features.space != "h" or features.mu is None or features.sigma is None:
         raise ValueError("Only a stochastic h has draws to average over.")
-    mean_ND = np.empty(features.mu.shape, np.float32)
-    rows = max(1, CHUNK_BYTES // (4 * draws * mean_ND.shape[1]))
-    for first in range(0, len(mean_ND), rows):
+    count, width = features.mu.shape
+    mean_ND = np.empty((count, width), np.float32)
+    rows = max(1, CHUNK_BYTES // (4 * draws * width))
+    for first in range(0, count, rows):
         part = slice(first, first + rows)
-        mu_BD, sigma_BD = (as_tensor(x[part]).to(device).float() for x in (features.mu, features.sigma))
+        mu_BD = as_tensor(features.mu[part]).to(device).float()
+        sigma_BD = as_tensor(features.sigma[part]).to(device).float()
         index_B = as_tensor(features.index[part]).to(device)
-        noise_SBD = normals(seed, 0, index_B, 0, draws, mu_BD.shape[1], NOISE_EVALUATION)
+        noise_SBD = normals(seed, 0, index_B, 0, draws, width, NOISE_EVALUATION)
         h_SBD = mu_BD + sigma_BD * noise_SBD
         mean_ND[part] = (F.normalize(h_SBD, dim=-1) if normalize else h_SBD).mean(dim=0).cpu().numpy()
     return mean_ND

@@ -1,4 +1,4 @@
-"""The online probe: kNN accuracy of the encoder as it stands, in eval mode; no label touches its weights."""
+"""The online probe: kNN accuracy of the encoder during training, in eval mode. No label changes its weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,44 +13,45 @@ from fastssl.loading import SampleSelection
 from fastssl.models import Model
 from fastssl.recipe import Recipe
 
-BANK = 50_000  # images: all of CIFAR-10, and 4% of ImageNet, whose whole would cost a pass over 1.28 million
+MAX_IMAGES = 50_000  # of either side: all of CIFAR-10, and 4 % of ImageNet, where all would be a pass over 1.28 million
+
+Probe = Callable[[Model], dict[str, float]]
 
 
-def probe_of(recipe: Recipe) -> Callable[[Model], dict[str, float]] | None:
-    """The probe that a recipe asks for: none without probe.every, or without images to look at."""
-    wanted = recipe.probe.every and (recipe.data.val or recipe.probe.split == "rest")
-    return knn_probe(recipe) if wanted else None
+def probe_from_recipe(recipe: Recipe) -> Probe | None:
+    """The probe of a recipe; None without probe.every, or without images to test on."""
+    enabled = recipe.probe.every and (recipe.data.val or recipe.probe.split == "rest")
+    return knn_probe(recipe) if enabled else None
 
 
-def knn_probe(recipe: Recipe) -> Callable[[Model], dict[str, float]]:
-    """A function of the model: kNN accuracy on data.val, with up to 50,000 training images as the bank.
+def knn_probe(recipe: Recipe) -> Probe:
+    """A function that returns {"knn": accuracy} of a model, with up to 50,000 training images as the bank.
 
-    The bank's are images that the run trains on. With probe.split=rest, on the images of data.train (of data.subset)
-    that data.limit leaves out, as the published CIFAR-10 runs choose their checkpoint on 10,000 training images: the
-    test set stays unseen.
+    It is tested on data.val. With probe.split=rest it is tested on those images of data.train that data.limit leaves
+    out, as the published CIFAR-10 runs choose their checkpoint on 10,000 training images: the test set stays unseen.
+
+    Raises:
+        UserError: there are no such images.
     """
-    data, rest = recipe.data, recipe.probe.split == "rest"
-    probed = data.train if rest else data.val
-    subset = data.subset if rest else None
-    images = SampleSelection(subset).count(probed)  # a file that is not there is said now, not after hours
-    if rest and images <= data.limit:
+    config = recipe.data
+    bank = BetonSubset(Path(config.train), config.subset, min(MAX_IMAGES, config.limit or MAX_IMAGES))
+    if recipe.probe.split == "rest":
+        tested, skip = BetonSubset(bank.path, config.subset, MAX_IMAGES), config.limit or 0
+    else:
+        tested, skip = BetonSubset(Path(config.val or ""), limit=MAX_IMAGES), 0
+    # Counted now, so that a missing file is reported before the training, not hours later.
+    images = SampleSelection(tested.subset).count(tested.path)
+    if recipe.probe.split == "rest" and images <= skip:
         raise UserError(
-            f"probe.split=rest has nothing to look at: data.limit={data.limit} leaves out none of the {images} images "
-            f"of {probed}; lower it, or set probe.split=val."
+            f"probe.split=rest finds no images: data.limit={skip} leaves out none of the {images} images of "
+            f"{tested.path}; lower it, or set probe.split=val."
         )
-    bank, skip = min(BANK, data.limit or BANK), data.limit if rest else 0
 
     def probe(model: Model) -> dict[str, float]:
-        train = compute_features(model, BetonSubset(Path(data.train), data.subset, bank), recipe.views)
-        val = compute_features(model, BetonSubset(Path(probed), subset, BANK), recipe.views, skip=skip)
-        device = next(model.parameters()).device
-        accuracy = knn_accuracy(
-            torch.as_tensor(train.h, device=device),
-            train.label,
-            val.h,
-            val.label,
-            k=min(recipe.probe.k, len(train.h)),
-        )
-        return {"knn": accuracy}
+        train = compute_features(model, bank, recipe.views)
+        test = compute_features(model, tested, recipe.views, skip=skip)
+        bank_ND = torch.as_tensor(train.h, device=next(model.parameters()).device)
+        k = min(recipe.probe.k, len(train.h))
+        return {"knn": knn_accuracy(bank_ND, train.label, test.h, test.label, k=k)}
 
     return probe

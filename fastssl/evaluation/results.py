@@ -85,14 +85,14 @@ def load_or_compute(
         compute: returns the other fields of the result.
     """
     request = {**request, "fastssl": importlib.metadata.version("fastssl-trainer")}
-    request = json.loads(json.dumps(request))  # tuples become lists, as in the file
+    fields: dict[str, Any] = json.loads(json.dumps(request))  # tuples become lists, as in the file
     path = run_dir / "eval" / f"{name}.json"
     cached = _read_json_object(path)
-    if cached and without_paths({key: cached.get(key) for key in request}) == without_paths(request):
-        return cast(EvaluationResult, cached | request)
+    if cached and without_paths({key: cached.get(key) for key in fields}) == without_paths(fields):
+        return cast(EvaluationResult, cached | fields)
     with explain_write_errors(path):  # before the work: a folder that cannot be written to is refused at once
         path.parent.mkdir(exist_ok=True)
-    result = {**request, **compute(), "measured_at": datetime.now().astimezone().isoformat(timespec="seconds")}
+    result = {**fields, **compute(), "measured_at": datetime.now().astimezone().isoformat(timespec="seconds")}
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     with explain_write_errors(path):
         write_atomically(path, text)

@@ -203,7 +203,7 @@ def check_draws(encoder: RunEncoder, draws: int | None) -> None:
 def read_sample_ids(path: Path) -> np.ndarray:
     """(N,) sample ids in the order of the file."""
     metadata = read_metadata(path)
-    if "index" not in metadata.dtype.names:
+    if "index" not in (metadata.dtype.names or ()):
         raise UserError(
             f"{path} has no field 'index', so no part of it can be fine-tuned on: build it with fastssl build-beton."
         )

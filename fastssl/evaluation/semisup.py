@@ -1,5 +1,6 @@
-"""Semi-supervised evaluation: all of the encoder fine-tuned on 1 % or 10 % of the labels (SimCLR, arXiv 2002.05709)."""
+"""Semi-supervised evaluation: fine-tune the whole encoder on 1 % or 10 % of the labels (SimCLR, arXiv 2002.05709)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastssl.beton import read_index_list
@@ -17,29 +18,36 @@ def evaluate_semisup(
     list_file: Path | None = None,
     seed: int = 0,
     view: str | None = None,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
 ) -> EvaluationResult:
-    """`fastssl eval semisup`: kept in RUN/eval/semisup-1percent-seed0.json; returns what that file holds.
+    """Fine-tune on some images of data.train and test on data.val. Cached in RUN/eval/semisup-1percent-seed0.json.
 
-    The images are those of list_file, one name or index a line, such as SimCLR's lists for ImageNet; without one, the
-    same share of every class, drawn by `seed` alone, so all encoders get the same. They are drawn from all of the
-    training file: data.limit does not apply. The list lies beside the result.
+    The list of the images is written next to the result.
+
+    Args:
+        encoder: to start from.
+        data: the images. The subset and limit of data.train do not apply.
+        percent: of the images of every class, drawn from `seed`: the same ones for every encoder.
+        list_file: the images instead, one name or sample id per line, such as SimCLR's lists for ImageNet.
+        seed: of the drawn images and of the training.
+        view: evaluation transform of the test; None: the published one.
+        overrides: KEY=VALUE of the fine-tuning recipe.
     """
-    share = f"semisup-{list_file.stem}" if list_file else f"semisup-{percent:g}percent"
-    name = f"{share}-seed{seed}{encoder.suffix}{f'-{view}' if view else ''}{data.suffix}"
+    evaluation = f"semisup-{list_file.stem}" if list_file else f"semisup-{percent:g}percent"
+    name = f"{evaluation}-seed{seed}{encoder.suffix}{f'-{view}' if view else ''}{data.suffix}"
+    train, val = data.train.path, data.val.path
     if list_file:
-        index, what = read_index_list(data.train.path, list_file), "a list"
+        index_N, part = read_index_list(train, list_file), "a list"
     else:
-        rows = stratified_share(read_required_labels(data.train.path), percent / 100, seed)
-        index = read_sample_ids(data.train.path)[rows]
-        what = f"{percent:g} % of every class, drawn with seed {seed}"
-    labelled = FinetuneData(
-        data.train.path, write_sample_list(encoder.run_dir, name, index, what), len(index), data.val.path
-    )
-    about = data.describe()
-    about["train"] |= {
-        "images": len(index), "subset": None, "subset_sha256": None, "limit": None, "part": what,
-        "list": list_file and str(list_file), "list_sha256": ids_sha256(index),
+        rows = stratified_share(read_required_labels(train), percent / 100, seed)
+        index_N, part = read_sample_ids(train)[rows], f"{percent:g} % of every class, drawn with seed {seed}"
+    description = data.describe()
+    description["train"] |= {
+        "images": len(index_N), "subset": None, "subset_sha256": None, "limit": None, "part": part,
+        "list": str(list_file) if list_file else None, "list_sha256": ids_sha256(index_N),
     }  # fmt: skip
-    about = {"evaluation": share, **about}
-    return finetune(encoder, name, labelled, seed=seed, view=view, overrides=list(overrides), about=about)
+    sample_list = write_sample_list(encoder.run_dir, name, index_N, part)
+    return finetune(
+        encoder, name, FinetuneData(train, sample_list, len(index_N), val), seed=seed, view=view, overrides=overrides,
+        request={"evaluation": evaluation, **description},
+    )  # fmt: skip

@@ -144,8 +144,8 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
         table.add_column()
         for _ in rows:
             table.add_column(justify="right", overflow="fold")
-        for line in zip([*headings, *map(metric_label, names)], *cells, strict=True):
-            table.add_row(*line)
+        for column in zip([*headings, *map(metric_label, names)], *cells, strict=True):
+            table.add_row(*column)
     return table
 
 

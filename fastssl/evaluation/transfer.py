@@ -1,15 +1,16 @@
 """Transfer: the encoder of one data set on the classes of another, by a linear classifier or by fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import FinetuneData, finetune, write_sample_list
-from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
+from fastssl.evaluation.linear import PROTOCOLS, Protocol, describe_fit, fit_and_test, linear_settings
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import (
     BetonSubset,
@@ -23,7 +24,7 @@ from fastssl.evaluation.runs import (
 from fastssl.evaluation.splits import stratified_holdout
 
 Method = Literal["linear", "finetune"]
-HOLDOUT_SHARE, SEED = 0.5, 0  # of a data set without a test file: the same half for every encoder and seed
+TEST_SHARE, TEST_SEED = 0.5, 0  # of a data set without a test file: the same half for every encoder and seed
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,25 @@ class TransferTarget:
     name: str
     train: Path
     test: Path
-    train_rows: np.ndarray | None = None  # None: all; else both are parts of one file
+    train_rows: np.ndarray | None = None  # rows of one file that both parts come from; None: all
     test_rows: np.ndarray | None = None
 
     def describe(self) -> EvaluationDataDescription:
-        about = EvaluationData(BetonSubset(self.train), BetonSubset(self.test)).describe()
-        if self.train_rows is not None:
-            about["train"] |= {"images": len(self.train_rows), "part": "a half of every class"}
-            about["val"] |= {"images": len(self.test_rows), "part": "the other half"}
-        return about
+        description = EvaluationData(BetonSubset(self.train), BetonSubset(self.test)).describe()
+        if self.train_rows is not None and self.test_rows is not None:
+            description["train"] |= {"images": len(self.train_rows), "part": "a half of every class"}
+            description["val"] |= {"images": len(self.test_rows), "part": "the other half"}
+        return description
 
 
 def find_target(name: str, path: str | Path) -> TransferTarget:
-    """A folder that build-beton made, or one .beton.
+    """The training and test images in a folder made by build-beton, or in one .beton.
 
-    Of a folder, train.beton is fitted on, and test.beton, else val.beton, is tested on. A single file is split: half of
-    every class is tested on. Raises UserError where there is neither, or no labels.
+    In a folder, train.beton is fitted on, and test.beton is tested on, or val.beton if there is no test.beton. A single
+    file is split: half of every class is tested on.
+
+    Raises:
+        UserError: there is neither, or no labels.
     """
     path = Path(path)
     train = path / "train.beton" if path.is_dir() else path
@@ -58,13 +62,13 @@ def find_target(name: str, path: str | Path) -> TransferTarget:
         check_labels(train, test)
         return TransferTarget(name, train, test)
     label_N = read_required_labels(train)
-    rows, held = stratified_holdout(label_N, HOLDOUT_SHARE, SEED)
-    if len(np.unique(label_N[rows])) < 2 or len(held) == 0:
+    train_rows, test_rows = stratified_holdout(label_N, TEST_SHARE, TEST_SEED)
+    if len(np.unique(label_N[train_rows])) < 2 or len(test_rows) == 0:
         raise UserError(
             f"{train} cannot be split into halves to fit and to test on: name data of two classes or more, with two "
             f"images or more each, for {name}."
         )
-    return TransferTarget(name, train, train, rows, held)
+    return TransferTarget(name, train, train, train_rows, test_rows)
 
 
 def evaluate_transfer(
@@ -77,37 +81,44 @@ def evaluate_transfer(
     dtype: DType = "float32",
     seed: int = 0,
     view: str | None = None,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
 ) -> EvaluationResult:
-    """`fastssl eval transfer` for one data set and method, kept in RUN/eval/; returns what that file holds.
+    """Evaluate on one data set by one method. Cached in RUN/eval/.
 
-    Linear: as `fastssl eval linear` with that protocol; the reference protocol has schedules of its own for SUN397 and
-    Flowers-102, taken where the target has such a name. Fine-tuning: as `fastssl eval semisup`, with all labels.
+    Args:
+        encoder: of the run.
+        target: the data set.
+        method: "linear", a linear classifier on frozen features, or "finetune", as `evaluate_semisup` on all labels.
+        protocol: of the linear classifier. The reference protocol uses the schedule that has the name of the target
+            (sun397, flowers102), else that of ImageNet.
+        draws: of the linear classifier, as in `linear_settings`.
+        dtype: of the cached features.
+        seed: of the classifier or of the training.
+        view: of fine-tuning: evaluation transform of the test.
+        overrides: of fine-tuning: KEY=VALUE of its recipe.
     """
     what = f"linear-{protocol}" if method == "linear" else "finetune"
     evaluation = f"transfer-{target.name}-{what}"
     name = f"{evaluation}-seed{seed}{'' if draws is None else f'-draws{draws}'}{encoder.suffix}"
-    about = {"evaluation": evaluation, "data": target.name, "method": what, **target.describe()}
+    description = target.describe()
+    request = {"evaluation": evaluation, "data": target.name, "method": what, **description}
     if method == "finetune":
-        return _finetune(encoder, target, name, about, seed, view, list(overrides))
+        train_list = None
+        if target.train_rows is not None:
+            index_N = read_sample_ids(target.train)[target.train_rows]
+            train_list = write_sample_list(encoder.run_dir, name, index_N, f"Half of every class of {target.train}")
+        images = description["train"]["images"]
+        data = FinetuneData(target.train, train_list, images, target.test, target.test_rows)
+        return finetune(encoder, name, data, seed=seed, view=view, overrides=overrides, request=request)
 
     settings = linear_settings(encoder, protocol, draws, dtype, schedule=target.name)
 
-    def measure() -> dict:
-        of_train, of_test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
-        if target.train_rows is not None:
-            of_train, of_test = of_train.select(target.train_rows), of_test.select(target.test_rows)
-        fitted, scores = fit_and_test(encoder, of_train, of_test, protocol, settings, seed)
-        return {**save_classification(encoder.run_dir, name, scores, target.test), **fitted}
+    def compute() -> dict[str, Any]:
+        train, test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
+        if target.train_rows is not None and target.test_rows is not None:
+            train, test = train.select(target.train_rows), test.select(target.test_rows)
+        fit, result = fit_and_test(encoder, train, test, protocol, settings, seed)
+        return save_classification(encoder.run_dir, name, result, target.test) | describe_fit(fit)
 
-    request = {**about, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}
-    return load_or_compute(encoder.run_dir, name, request, measure)
-
-
-def _finetune(encoder, target, name, about, seed, view, overrides) -> EvaluationResult:
-    train_list, images = None, about["train"]["images"]
-    if target.train_rows is not None:
-        index = read_sample_ids(target.train)[target.train_rows]
-        train_list = write_sample_list(encoder.run_dir, name, index, f"Half of every class of {target.train}")
-    labelled = FinetuneData(target.train, train_list, images, target.test, target.test_rows)
-    return finetune(encoder, name, labelled, seed=seed, view=view, overrides=overrides, about=about)
+    request |= {"protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}
+    return load_or_compute(encoder.run_dir, name, request, compute)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from fastssl.common.errors import EXIT_REQUEUE, UserError
-from fastssl.evaluation.probe import probe_of
+from fastssl.evaluation.probe import probe_from_recipe
 from fastssl.recipe import Recipe
 from fastssl.training import train
 from fastssl.training.run_dir import RunDirBusy
@@ -46,7 +46,7 @@ def run_child(recipe: Recipe, parent: int) -> None:
             stream.reconfigure(line_buffering=True)
     print(f"--- process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
     try:
-        train(recipe, resume="auto", probe=probe_of(recipe))
+        train(recipe, resume="auto", probe=probe_from_recipe(recipe))
     except UserError as error:
         print(f"fastssl: {error}", file=sys.stderr)
         sys.exit(EXIT_BUSY if isinstance(error, RunDirBusy) else EXIT_USER_ERROR)

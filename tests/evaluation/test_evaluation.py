@@ -420,7 +420,7 @@ def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
 
     def poisoned(*args, **kwargs):
         found = cached_features(*args, **kwargs)
-        return found._replace(label=poisoned_labels)
+        return dataclasses.replace(found, label=poisoned_labels)
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:

@@ -208,7 +208,7 @@ def test_calibration_is_measured_at_the_temperature_and_equals_torchmetrics():
 
 def test_the_test_images_choose_nothing():
     of_train, of_test = overconfident(0, 120), overconfident(1, 200)
-    poisoned = of_test._replace(label=(of_test.label + 1) % 4)
+    poisoned = dataclasses.replace(of_test, label=(of_test.label + 1) % 4)
     chosen = []
     for test in (of_test, poisoned):
         measured = evaluate.guess_figures(of_train, test, test.sigma.mean(axis=1), torch.device("cpu"), seed=3)

@@ -8,7 +8,14 @@ evaluate.py    `fastssl eval linear`: one protocol on the features of a run
 """
 
 from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
-from fastssl.evaluation.linear.evaluate import PROTOCOLS, Protocol, evaluate_linear, fit_and_test, linear_settings
+from fastssl.evaluation.linear.evaluate import (
+    PROTOCOLS,
+    Protocol,
+    describe_fit,
+    evaluate_linear,
+    fit_and_test,
+    linear_settings,
+)
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
@@ -19,6 +26,7 @@ __all__ = [
     "LinearClassifier",
     "LinearFit",
     "Protocol",
+    "describe_fit",
     "evaluate_linear",
     "fit_and_test",
     "fit_lbfgs",
