@@ -1,25 +1,26 @@
-"""How many source images a second reach the device, beside stock FFCV and torchvision, in one run.
+"""Measure how many source images per second reach the device, compared with stock FFCV and torchvision.
 
     python benchmarks/loading.py PHOTOS [--copies 8] [--rounds 3] [--workers 2]
 
-PHOTOS is a folder of JPEGs, as they come from a camera or from ImageNet. From it three files are built
-(in a temporary folder beside PHOTOS): a 256 px canvas, a full one with the original bytes up to 500 px,
-both by build-beton, and one by stock FFCV's writer, re-encoded at quality 90 and at most 500 px. Every
-line below runs in a process of its own, one after the other, in rounds; batch 256, two views of 224 px.
+PHOTOS is a folder of JPEGs, as they come from a camera or from ImageNet. Three files are built from it, in a temporary
+folder next to it: a 256 px canvas and a full file with the original bytes up to 500 px, both by build-beton, and one by
+stock FFCV's writer, encoded again at quality 90 and at most 500 px. Every line runs in its own process, one after the
+other, in rounds; batch 256, two views of 224 px.
 
-    decode only    stock FFCV's SimpleRGBImageDecoder for a canvas; for images of different sizes, which it
-                   refuses, FFCV's imdecode in a compiled parallel loop, into scratch memory
-    two pipelines  stock FFCV with RandomResizedCropRGBImageDecoder, one pipeline a view. A file of ours has
-                   one image field, so one pipeline is timed and its rate halved, which leaves out all
-                   that two at once cost; for the memory two loaders run side by side
-    torchvision    DataLoader over the JPEG files themselves, two views a sample on the CPU
-    ours           BetonLoader; for a canvas both crops are left to the device. "+ views" adds
-                   PairedViews, on the same cores. Where there is a GPU, batches and views are made there
+    decode only    stock FFCV's SimpleRGBImageDecoder for a canvas; for images of different sizes, which it refuses,
+                   FFCV's imdecode in a compiled parallel loop, into scratch memory
+    two pipelines  stock FFCV with RandomResizedCropRGBImageDecoder, one pipeline per view. Our files have one image
+                   field, so one pipeline is timed and its rate halved, which leaves out what two cost in parallel;
+                   for the memory, two loaders run in parallel
+    torchvision    DataLoader over the JPEG files themselves, two views per sample on the CPU
+    fastssl        BetonLoader; for a canvas the device cuts both crops. "+ views" adds PairedViews, on the same cores.
+                   With a GPU, batches and views are made there
 
-Memory is the peak of the process's own memory, mapped files left out.
+Memory is the peak of the process's own memory, without mapped files.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -28,13 +29,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 BATCH, SIZE = 256, 224
-MEASURED_FOR = 6.0  # seconds a line and round, behind a first epoch that compiles and warms up
+MEASURED_FOR = 6.0  # seconds per line and round, after a first epoch that compiles and warms up
 
 
 def stock_canvas(folder: Path, workers: int) -> Iterator[int]:
@@ -58,18 +59,18 @@ def stock_loader(path: Path, workers: int, decoder: str, *arguments) -> Iterator
     loader = Loader(
         str(path), BATCH, num_workers=workers, order=OrderOption.RANDOM, drop_last=True, pipelines=pipelines
     )
-    for _ in forever():
+    while True:
         for batch in loader:
             yield len(batch[0])
 
 
-def two_at_once(path: Path, workers: int) -> Iterator[int]:
+def two_in_parallel(path: Path, workers: int) -> Iterator[int]:
     for count, _ in zip(stock_crop(path, workers), stock_crop(path, workers)):
         yield count
 
 
 def imdecode_only(path: Path, workers: int) -> Iterator[int]:
-    """What decoding alone costs, in batches as a loader takes them."""
+    """Decode without anything else, in batches like a loader."""
     import numba
     import numpy as np
     from ffcv.libffcv import ctypes_imdecode
@@ -93,7 +94,7 @@ def imdecode_only(path: Path, workers: int) -> Iterator[int]:
     numba.set_num_threads(workers)
     start, height, width = (np.ascontiguousarray(image[name]) for name in ("data_ptr", "height", "width"))
     scratch_TN = np.empty((workers, 3 * int((height.astype(int) * width).max())), np.uint8)
-    for epoch in forever():
+    for epoch in itertools.count():
         order = np.random.default_rng(epoch).permutation(len(image))
         for first in range(0, len(order) - BATCH + 1, BATCH):
             rows = order[first : first + BATCH]
@@ -119,16 +120,16 @@ def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator
 
     first, second = view(1.0, 0.0), view(0.1, 0.2)
     data = datasets.ImageFolder(str(photos), lambda image: (first(image), second(image)))
-    # 64 a batch: there are only a thousand files, and a DataLoader's worker makes whole batches.
+    # Batches of 64: there are only a thousand files, and a worker of a DataLoader makes whole batches.
     loader = torch.utils.data.DataLoader(
         data, 64, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
     )
-    for _ in forever():
+    while True:
         for (image, _), _label in loader:
             yield len(image)
 
 
-def ours(path: Path, workers: int, crop: str, with_views: bool = False) -> Iterator[int]:
+def fastssl_batches(path: Path, workers: int, crop: str, with_views: bool = False) -> Iterator[int]:
     from fastssl.loading import BetonLoader
     from fastssl.recipe import PerViewConfig, ViewsConfig
     from fastssl.views import PairedViews
@@ -138,7 +139,7 @@ def ours(path: Path, workers: int, crop: str, with_views: bool = False) -> Itera
     views = torch.compile(PairedViews(recipe), dynamic=False) if on_gpu else PairedViews(recipe)
     device = "cuda" if on_gpu else "cpu"
     loader = BetonLoader(path, BATCH, crop=crop, views=recipe, workers=workers, device=device)
-    for _ in forever():
+    while True:
         for batch in loader:
             if with_views:
                 epoch = torch.full((), loader.epoch, device=device)
@@ -148,39 +149,32 @@ def ours(path: Path, workers: int, crop: str, with_views: bool = False) -> Itera
             yield len(batch.image)
 
 
-def forever() -> Iterable[int]:
-    epoch = 0
-    while True:
-        yield epoch
-        epoch += 1
-
-
 LINES = {
     "canvas": {
         "decode only": stock_canvas,
-        "ours": lambda folder, workers: ours(folder / "canvas/train.beton", workers, "gpu"),
-        "ours + views": lambda folder, workers: ours(folder / "canvas/train.beton", workers, "gpu", True),
+        "fastssl": lambda folder, workers: fastssl_batches(folder / "canvas/train.beton", workers, "gpu"),
+        "fastssl + views": lambda folder, workers: fastssl_batches(folder / "canvas/train.beton", workers, "gpu", True),
         "FFCV, two pipelines, 500 px": lambda folder, workers: stock_crop(folder / "q90.beton", workers),
         "torchvision, crop and flip": lambda folder, workers: torchvision_views(folder / "photos", workers, False),
-        "torchvision, all": lambda folder, workers: torchvision_views(folder / "photos", workers, True),
+        "torchvision, whole augmentation": lambda folder, workers: torchvision_views(folder / "photos", workers, True),
     },
     "full, original bytes": {
         "decode only": lambda folder, workers: imdecode_only(folder / "full/train.beton", workers),
-        "ours": lambda folder, workers: ours(folder / "full/train.beton", workers, "cpu"),
+        "fastssl": lambda folder, workers: fastssl_batches(folder / "full/train.beton", workers, "cpu"),
         "FFCV, two pipelines": lambda folder, workers: stock_crop(folder / "full/train.beton", workers),
     },
     "full, q90": {
         "decode only": lambda folder, workers: imdecode_only(folder / "q90.beton", workers),
-        "ours": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu"),
-        "ours + views": lambda folder, workers: ours(folder / "q90.beton", workers, "cpu", True),
+        "fastssl": lambda folder, workers: fastssl_batches(folder / "q90.beton", workers, "cpu"),
+        "fastssl + views": lambda folder, workers: fastssl_batches(folder / "q90.beton", workers, "cpu", True),
         "FFCV, two pipelines": lambda folder, workers: stock_crop(folder / "q90.beton", workers),
-        "FFCV, two at once (memory)": lambda folder, workers: two_at_once(folder / "q90.beton", workers),
+        "FFCV, two in parallel (memory)": lambda folder, workers: two_in_parallel(folder / "q90.beton", workers),
     },
 }
 
 
 def measure(batches: Iterator[int], photos: int) -> dict[str, float]:
-    """Images a second and peak memory in MB; the first epoch is not timed."""
+    """Return images per second, peak memory in MB and busy cores; the first epoch is not timed."""
     peak = Peak()
     warm = 0
     while warm < min(photos, 2000):
@@ -193,7 +187,7 @@ def measure(batches: Iterator[int], photos: int) -> dict[str, float]:
 
 
 class Peak:
-    """The largest anonymous memory of this process, in MB, looked at every 20 ms."""
+    """The largest anonymous memory of this process in MB, read every 20 ms."""
 
     def __init__(self) -> None:
         self.largest = 0
@@ -249,7 +243,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--line", nargs=2, help=argparse.SUPPRESS)  # a process of its own for one line
+    parser.add_argument("--line", nargs=2, help=argparse.SUPPRESS)  # measures one line, in its own process
     arguments = parser.parse_args()
     if arguments.line:
         table, line = arguments.line
@@ -277,10 +271,10 @@ def main() -> None:
                     results.setdefault((table, line), []).append(result)
     for (table, line), found in results.items():
         rates = [result["rate"] for result in found]
-        ours_over = [our["rate"] / result["rate"] for our, result in zip(results[table, "ours"], found)]
+        ratios = [own["rate"] / result["rate"] for own, result in zip(results[table, "fastssl"], found)]
         print(
             f"{table:<21} {line:<28} {statistics.median(rates):6.0f} images/s ({min(rates):.0f} to {max(rates):.0f}); "
-            f"ours is {statistics.median(ours_over):.2f}x; {statistics.median(r['memory'] for r in found):5.0f} MB, "
+            f"fastssl is {statistics.median(ratios):.2f}x; {statistics.median(r['memory'] for r in found):5.0f} MB, "
             f"{statistics.median(r['cores'] for r in found):.2f} cores"
         )
 

@@ -1,13 +1,13 @@
-"""Views a second: our chain beside kornia's, in one run, on a CPU or a GPU.
+"""Measure views per second, compared with kornia, on a CPU or a GPU.
 
     pip install kornia==0.9.0
     python benchmarks/views.py [--device cuda] [--batch 64] [--rounds 5]
 
-From canvases of 256 px to two views of 224 px, the chain and the strengths of the shipped recipes: crop,
-flip, colour jitter (p 0.8), grayscale (0.2), blur of radius 6 (1.0 and 0.1), solarize (0 and 0.2),
-normalise. kornia runs as its users run it, eagerly: its crop does not compile. Its order of the jitter is
-one for the batch, ours one a sample. Rounds take turns; the first call of each, which compiles, is not
-timed. On a GPU the kernels that one batch launches are counted with torch's profiler.
+From canvases of 256 px to two views of 224 px, with the chain and the strengths of the shipped recipes: crop, flip,
+color jitter (p 0.8), grayscale (0.2), blur of radius 6 (1.0 and 0.1), solarize (0 and 0.2), normalize. kornia runs
+eagerly, as its users run it: its crop does not compile. It draws the order of the jitter once per batch, fastssl once
+per sample. The chains take turns; the first call of each, which compiles, is not timed. On a GPU, torch's profiler
+counts the kernels that one batch launches.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 CANVAS, SIZE = 256, 224
 RECIPE = ViewsConfig(size=SIZE, first=PerViewConfig(blur=1.0), second=PerViewConfig(blur=0.1, solarize=0.2))
-SECONDS = 3.0  # a round
+SECONDS = 3.0  # per round
 
 
 def kornia_chain(own: PerViewConfig, device: torch.device) -> Callable:
@@ -54,21 +54,21 @@ def chains(image: Tensor) -> dict[str, Callable]:
         x = image.permute(0, 3, 1, 2).float() / 255
         return first(x), second(x)
 
-    def portable() -> Tensor:
+    def eager() -> Tensor:
         u_NU = draw_uniforms(0, epoch, index)
         return torch_views(image, views.crop_boxes(u_NU, image, height, width), draw_parameters(u_NU, RECIPE), RECIPE)
 
     table = {
-        "ours, torch operations, eager": portable,
-        "ours, torch operations, compiled": lambda: compiled(image, index, epoch, height, width),
+        "fastssl, torch chain, eager": eager,
+        "fastssl, torch chain, compiled": lambda: compiled(image, index, epoch, height, width),
         "kornia": kornia_pair,
     }
     if device.type == "cpu":
-        table = {"ours, the kernel for CPUs": lambda: views(image, index, epoch, height, width), **table}
+        table = {"fastssl, CPU kernel": lambda: views(image, index, epoch, height, width), **table}
     return table
 
 
-def views_a_second(chain: Callable, image: Tensor) -> float:
+def views_per_second(chain: Callable, image: Tensor) -> float:
     made, start = 0, time.perf_counter()
     while time.perf_counter() - start < SECONDS:
         chain()
@@ -109,10 +109,10 @@ def main() -> None:
         synchronize(device)
     for _ in range(arguments.rounds):
         for name, chain in table.items():
-            rates.setdefault(name, []).append(views_a_second(chain, image))
+            rates.setdefault(name, []).append(views_per_second(chain, image))
     for name, found in rates.items():
         ratio = statistics.median(rate / peer for rate, peer in zip(found, rates["kornia"]))
-        launched = f", {kernels(table[name])} kernels a batch" if device.type == "cuda" else ""
+        launched = f", {kernels(table[name])} kernels per batch" if device.type == "cuda" else ""
         print(
             f"{name:<34} {statistics.median(found):8.0f} views/s ({min(found):.0f} to {max(found):.0f}), "
             f"{ratio:.1f}x kornia{launched}"
