@@ -218,9 +218,27 @@ def test_images_are_encoded_again_for_each_reason(tmp_path):
     assert manifest["source_formats"] == {"JPEG": 5, "PNG": 1}
 
 
-def test_the_manifest_counts_sources_that_are_pixels(tmp_path):
-    report = build_beton("mnist5k", None, tmp_path, limit=3)[0]
+PIXELS = """
+import numpy as np
+from fastssl.beton import Sample
+
+CANVAS = 32
+
+def splits(source):
+    return {"train": (["a"], [Sample(np.zeros((8, 8, 3), np.uint8), 0, str(n)) for n in range(3)])}
+"""
+
+
+def test_the_manifest_counts_sources_that_are_pixels(tmp_path, monkeypatch):
+    add_builder(tmp_path, monkeypatch, "pixels", PIXELS)
+    report = build_beton("pixels", None, tmp_path / "out", workers=1)[0]
     assert read_header(report.path).manifest["source_formats"] == {"pixels": 3}
+
+
+def test_a_label_beyond_the_classes_is_a_user_error(tmp_path, monkeypatch):
+    add_builder(tmp_path, monkeypatch, "mislabelled", PIXELS.replace("np.uint8), 0,", "np.uint8), 1,"))
+    with pytest.raises(UserError, match="gave . the label 1, but the split 'train' has 1 classes: correct the builder"):
+        build_beton("mislabelled", None, tmp_path / "out", workers=1)
 
 
 # --- processes that die, disks that are full ----------------------------------------------------

@@ -35,7 +35,7 @@ def test_the_suffix_of_the_temporary_file_is_that_of_the_file(tmp_path):
     assert seen == [".npy"]
 
 
-def test_the_old_file_is_kept_under_another_name(tmp_path):
+def test_the_old_file_is_moved_to_another_name(tmp_path):
     path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     for text in ("1", "2", "3"):
         write_atomically(path, text, keep=previous)
