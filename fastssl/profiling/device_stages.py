@@ -54,7 +54,7 @@ class DeviceStages:
         self.own_step = StageTimer(step_without_exchange, run.device, step_seconds) if world_size() > 1 else self.step
         self.phases = PhaseTimer(run, batches[0], views)
         self.flops = count_flops(run, batches[0], views)
-        self.views_kernels = self.step_kernels = Kernels(None, None)
+        self.views_kernels = self.step_kernels = GpuKernels(None, None)
         self.launches: list[Window] = []
 
     def timers(self) -> list[StageTimer]:
@@ -66,19 +66,17 @@ class DeviceStages:
         device = self.run.device
         if device.type != "cuda":
             return
-        self.views_kernels, self.step_kernels = (
-            gpu_kernels(self.views.work, device),
-            gpu_kernels(self.own_step.work, device),
-        )
+        self.views_kernels = gpu_kernels(self.views.work, device)
+        self.step_kernels = gpu_kernels(self.own_step.work, device)
         # With other optimizers the launching thread waits for the GPU in each step.
         if skips_on_device(self.run.state.optimizer):
             self.launches = launch_windows(self.replay.work, device)
 
     def add_results(self, stages: Stages, peak_flops: float) -> None:
         """Fill in these stages. peak_flops: what the device could reach, in FLOP/s."""
-        views = self.views.result()
-        views.kernels, views.busy_seconds = self.views_kernels.count, self.views_kernels.busy_seconds
-        stages.views = views
+        stages.views = self.views.result()
+        stages.views.kernels = self.views_kernels.per_batch
+        stages.views.busy_seconds = self.views_kernels.busy_seconds
 
         step = self.step.result()
         step.phases = self.phases.results()
@@ -161,14 +159,16 @@ class PhaseTimer:
         if recipe.embedding.stochastic == "none":
             return {"objective": whole_loss}
         _, objective = self._timed(lambda: self.network.total_loss.objective_terms(views))
-        draws = in_model - sum(module_seconds)
+        draws = max(0.0, in_model - sum(module_seconds))
         return {"draws": draws, "objective": objective, "kl": max(0.0, whole_loss - objective)}
 
     @contextmanager
     def _timed_modules(self, model: nn.Module) -> Iterator[list[float]]:
         """Yield a list that collects the seconds of each pass through encoder, projector, predictor or classifier,
         those of BYOL's target network included."""
-        children = [*model.named_children(), *(model.target.named_children() if model.target is not None else [])]
+        children = list(model.named_children())
+        if isinstance(model.target, nn.Module):
+            children += model.target.named_children()
         modules = [module for name, module in children if name in ("encoder", "projector", "predictor", "classifier")]
         starts: list[float] = []
         seconds: list[float] = []
@@ -217,14 +217,14 @@ def count_flops(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> fl
     return counter.get_total_flops() / len(batch.index)
 
 
-class Kernels(NamedTuple):
+class GpuKernels(NamedTuple):
     """A GPU's kernels and copies, as torch's profiler shows them; None where it shows none."""
 
     busy_seconds: float | None  # per image, in which at least one runs
-    count: float | None  # per batch
+    per_batch: int | None
 
 
-def gpu_kernels(work: Callable[[], int], device: torch.device) -> Kernels:
+def gpu_kernels(work: Callable[[], int], device: torch.device) -> GpuKernels:
     batches = 3
     synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -233,12 +233,12 @@ def gpu_kernels(work: Callable[[], int], device: torch.device) -> Kernels:
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if not e.is_user_annotation)
     if not spans:
-        return Kernels(None, None)
+        return GpuKernels(None, None)
     busy, reached = 0.0, float("-inf")
     for start, end in spans:  # microseconds; spans of several streams overlap
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return Kernels(busy / 1e6 / images, len(spans) // batches)
+    return GpuKernels(busy / 1e6 / images, len(spans) // batches)
 
 
 def launch_windows(work: Callable[[], int], device: torch.device) -> list[Window]:

@@ -12,7 +12,7 @@ from fastssl.profiling.device_stages import take_step
 from fastssl.profiling.loader_stages import AHEAD, endless
 from fastssl.profiling.profile import GpuCounters, Measurement, Percentiles, StageResult
 from fastssl.profiling.timing import StageTimer, synchronize
-from fastssl.training.meters import Meter
+from fastssl.training.meters import Meter, Moment
 from fastssl.training.setup import TrainingRun
 
 
@@ -42,18 +42,22 @@ class _WaitMeter(Meter):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.recorded: list = []
+        self.recorded: list[tuple[Moment, Moment]] = []
 
-    def _count_wait(self, asked, received) -> None:
+    def _count_wait(self, asked: Moment, received: Moment) -> None:
         self.recorded.append((asked, received))
 
     def take_waits(self) -> list[float]:
         """Return the seconds that each batch since the last call was waited for, on a GPU by the GPU."""
         synchronize(self.device)
         recorded, self.recorded = self.recorded, []
-        if self.device.type == "cuda":
-            return [asked.elapsed_time(received) / 1000 for asked, received in recorded]
-        return [received - asked for asked, received in recorded]
+        waits = []
+        for asked, received in recorded:
+            if isinstance(asked, torch.cuda.Event) and isinstance(received, torch.cuda.Event):
+                waits.append(asked.elapsed_time(received) / 1000)
+            elif isinstance(asked, float) and isinstance(received, float):
+                waits.append(received - asked)
+        return waits
 
 
 class EndToEndStage:

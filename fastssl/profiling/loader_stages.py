@@ -1,6 +1,6 @@
 """The stages in front of the device: decoding, crops on the CPU, batch transfer, and the loader as a whole."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 
 import numpy as np
@@ -154,7 +154,7 @@ class Loading:
         self.batches.close()
 
 
-def endless(loader: BetonLoader) -> Iterator[Batch]:
+def endless(loader: BetonLoader) -> Generator[Batch, None, None]:
     """Yield the batches of epoch after epoch."""
     while True:
         yield from loader

@@ -14,7 +14,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
 
-SCHEMA_VERSION = 2  # increase it when a profile changes so that older code would misread it
+SCHEMA_VERSION: Literal[2] = 2  # increase it when a profile changes so that older code would misread it
 
 
 def _printable_text(value: object) -> str:

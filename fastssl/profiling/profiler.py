@@ -21,7 +21,7 @@ from fastssl.common.files import write_atomically
 from fastssl.common.system import available_cores, free_memory
 from fastssl.common.terminal import progress
 from fastssl.profiling.bottleneck import Cost, CostModel, Setup, cuda_graphs_of, describe_bottleneck
-from fastssl.profiling.device_stages import DeviceStages
+from fastssl.profiling.device_stages import DeviceStages, PhaseTimer
 from fastssl.profiling.end_to_end import EndToEndStage
 from fastssl.profiling.loader_stages import LoaderStages, endless
 from fastssl.profiling.page import write_page
@@ -42,6 +42,7 @@ from fastssl.profiling.profile import (
     write_profile,
 )
 from fastssl.profiling.storage import StorageStage
+from fastssl.profiling.timing import StageTimer
 from fastssl.profiling.trace import write_trace
 from fastssl.recipe import Recipe
 from fastssl.training.schedule import image_size
@@ -171,7 +172,7 @@ class Profiler:
             phases.windows.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        in_turn = [*alone, phases, self.end_to_end]
+        in_turn: list[StageTimer | PhaseTimer | EndToEndStage] = [*alone, phases, self.end_to_end]
         fewest, most = ROUNDS
         with main_progress("measuring", most * len(in_turn), "windows") as advance:
             start = time.perf_counter()

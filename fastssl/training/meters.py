@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Meter:
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet reached by the device
         take_totals()
 
-    def watch(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def watch(self, loader: Iterable[Batch]) -> Generator[Batch, None, None]:
         """Yield the loader's batches. The time spent in the loader counts as waiting."""
         batches = iter(loader)
         while True:
