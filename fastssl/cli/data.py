@@ -70,7 +70,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="decode every image and check its checksum")] = False,
     sheet: Annotated[Path | None, typer.Option(help="PNG to write, with random samples")] = None,
     subset: Annotated[
-        Path | None, typer.Option(help="count the images of a list (names or indices, one a line)")
+        Path | None, typer.Option(help="count the images of a list (names or indices, one per line)")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="show the memory that such batches take")] = None,
     workers: Annotated[int | None, typer.Option(help="number of processes for --verify (default: all cores)")] = None,

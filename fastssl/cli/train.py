@@ -113,8 +113,8 @@ def profile(
         return
     screen.print(profiling.profile_table(measured, screen.width))
     profiling.write_files(path, measured)
-    print(f"{path} holds these values; {path.with_suffix('.html')} shows them. Open {measured.trace}")
-    print("in https://ui.perfetto.dev.")
+    print(f"{path} holds these values; {path.with_suffix('.html')} shows them.")
+    print(f"Open {measured.trace} in https://ui.perfetto.dev.")
     if machine:
         screen.print(profiling.plan_table(profiling.plan_training(measured, settings, machine)))
     if below := profiling.failed_thresholds(measured, thresholds):
