@@ -1,6 +1,10 @@
-"""Training runs for tests: small, real, and in processes of their own where they have to be killed."""
+"""Training runs for tests: small, real, and in processes of their own where they have to be killed.
+
+As a program, `python -m training_runs JOBS`, it trains several runs one after the other; torchrun can start it too.
+"""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,6 +18,8 @@ SMALL = [
     "embedding.samples=3", "train.batch_size=16", "train.epochs=2", "train.device=cpu", "log.every=1", "probe.every=0",
     "optim.warmup_epochs=1",
 ]  # fmt: skip
+Jobs = list[tuple[str, list[str]]]  # recipe and overrides of each run
+FORKS = multiprocessing.get_context("forkserver")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PATIENCE = 300  # seconds; everything here takes some ten on an idle machine
 
@@ -32,6 +38,29 @@ def command(recipe: str, overrides: list[str], processes: int = 1, torchrun: tup
     return [*launcher, *train]
 
 
+def train_jobs(jobs: Jobs) -> None:
+    """Train each run, or continue it, with its kNN probe."""
+    from fastssl.evaluation.probe import knn_probe
+    from fastssl.recipe import load_recipe
+    from fastssl.training import train
+
+    torch.set_num_threads(1)
+    for name, overrides in jobs:
+        recipe = load_recipe(f"recipes/{name}.yaml", overrides)
+        train(recipe, resume="auto", probe=knn_probe(recipe) if recipe.probe.every else None)
+
+
+def train_jobs_in_processes(jobs: Jobs, processes: int) -> None:
+    """The same in several processes, which torchrun starts once for all runs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [*torchrun, "-m", "training_runs", json.dumps(jobs)],
+        env=environment, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def run_command(*arguments, **options) -> subprocess.CompletedProcess:
     done = subprocess.run(
         command(*arguments, **options), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
@@ -46,15 +75,13 @@ def start(*arguments, **options) -> subprocess.Popen:
     )
 
 
-def wait_for_line(process: subprocess.Popen, run_dir: Path, lines: int) -> None:
-    """Until the run has logged this many lines."""
-    deadline = time.time() + PATIENCE
-    while process.poll() is None and time.time() < deadline:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and path.read_text().count("\n") >= lines:
-            return
+def wait_for_line(process: subprocess.Popen | multiprocessing.Process, run_dir: Path, lines: int) -> None:
+    """Wait until the run has logged this many lines, and fail if its process ends before."""
+    path, deadline = run_dir / "metrics.jsonl", time.time() + PATIENCE
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        has_ended = (process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) is not None
+        assert not has_ended and time.time() < deadline, f"{run_dir} never logged {lines} lines"
         time.sleep(0.01)
-    raise AssertionError(f"{run_dir} never logged {lines} lines: {process.communicate()[0]}")
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
@@ -87,3 +114,7 @@ def equal(a, b) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+if __name__ == "__main__":
+    train_jobs(json.loads(sys.argv[1]))

@@ -11,7 +11,8 @@ from small_models import recipe_of
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.common import distributed
-from fastssl.common.distributed import gather_rows, sum_over_ranks
+from fastssl.common.distributed import all_gather_values, any_rank, broadcast_from_main, gather_rows, sum_over_ranks
+from fastssl.common.errors import UserError
 from fastssl.models import GlobalBatchNorm, ModelInput, SSLModel, build_model, convert_batch_norms, sync_bn
 from fastssl.objectives import (
     TotalLoss,
@@ -32,7 +33,9 @@ BATCH = 12
 
 
 def spawn(check, world, tmp_path, *arguments):
-    torch.multiprocessing.spawn(join_group, (world, str(tmp_path / "rendezvous"), check, *arguments), nprocs=world)
+    torch.multiprocessing.start_processes(
+        join_group, (world, str(tmp_path / "rendezvous"), check, *arguments), nprocs=world, start_method="forkserver"
+    )
 
 
 def join_group(rank, world, address, check, *arguments):
@@ -239,7 +242,20 @@ def check_guard(rank, world):
     assert figures == {"loss": 2 + (world - 1) / 2, "sigma_min": 1.0, "grad_norm": 1.0, "skipped_steps": 1}
 
 
-CHECKS = [check_guard, check_losses, check_collectives, check_batch_norm, check_training]
+def check_host_values(rank, world):
+    """A UserError of the main process, such as a run directory that is taken, is raised on every rank."""
+    assert broadcast_from_main(lambda: f"of rank {rank}") == "of rank 0"
+    with pytest.raises(UserError, match="taken"):
+        broadcast_from_main(refuse)
+    assert any_rank(rank == world - 1) and not any_rank(False)
+    assert all_gather_values(torch.tensor([rank, 7])).tolist() == [[r, 7] for r in range(world)]
+
+
+def refuse():
+    raise UserError("taken")
+
+
+CHECKS = [check_host_values, check_guard, check_losses, check_collectives, check_batch_norm, check_training]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -17,9 +17,9 @@ from training_runs import (
     checkpoint_in,
     losses_of,
     metrics_of,
-    run_command,
     small,
     start,
+    train_jobs_in_processes,
     wait_for_line,
     weights_of,
 )
@@ -33,27 +33,37 @@ TWENTY_STEPS = ["train.epochs=20", "train.batch_size=48", "optim.warmup_epochs=0
 SGD = "optim={name: sgd, lr: 2e-3, final_lr_factor: 1.0}"
 
 
-@pytest.mark.parametrize(
-    "recipe, more, of_losses",
-    [
-        ("vicreg", [SGD], 1e-4),
-        ("zprob_barlow", [SGD, "train.accumulate=2"], 1e-4),
-        # AdamW divides by the root of a gradient's square: where that is nearly zero, rounding decides the step.
-        ("zprob_barlow", ["optim.lr=1e-4"], 1e-3),
-        # Gradients that travel in bf16 are rounded by 0.4 %.
-        pytest.param("vicreg", ["optim.lr=1e-4", "train.compress_gradients=true"], 1e-2, marks=pytest.mark.slow),
-    ],
-)
-def test_two_processes_train_as_one(canvas, tmp_path, recipe, more, of_losses):
-    """With synchronised batch norms: the loss of every step, and with SGD the weights behind the last one."""
-    one, two = tmp_path / "1", tmp_path / "2"
+AS_ONE = {  # recipe, further overrides, tolerance of the losses
+    "sgd": ("vicreg", [SGD], 1e-4),
+    "accumulate": ("zprob_barlow", [SGD, "train.accumulate=2"], 1e-4),
+    # AdamW divides by the root of a gradient's square: where that is nearly zero, rounding decides the step.
+    "adamw": ("zprob_barlow", ["optim.lr=1e-4"], 1e-3),
+    # Gradients that are sent in bf16 are rounded by 0.4 %.
+    "bf16_gradients": ("vicreg", ["optim.lr=1e-4", "train.compress_gradients=true"], 1e-2),
+}
+RESTARTED = ["train.epochs=6", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module")
+def two_process_runs(canvas, tmp_path_factory):
+    """A folder of undisturbed runs of two processes: those of AS_ONE, and one to compare a restarted run with."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    jobs = [(recipe, small(canvas, folder / name, *TWENTY_STEPS, *more)) for name, (recipe, more, _) in AS_ONE.items()]
+    train_jobs_in_processes([*jobs, ("hprob_vicreg", small(canvas, folder / "restarted", *RESTARTED))], 2)
+    return folder
+
+
+@pytest.mark.parametrize("name", AS_ONE)
+def test_two_processes_train_as_one(canvas, tmp_path, two_process_runs, name):
+    """With synchronized batch norms: the loss of every step, and with SGD the weights after the last one."""
+    recipe, more, of_losses = AS_ONE[name]
+    one, two = tmp_path / "1", two_process_runs / name
     train(load_recipe(f"recipes/{recipe}.yaml", small(canvas, one, *TWENTY_STEPS, *more)))
-    run_command(recipe, small(canvas, two, *TWENTY_STEPS, *more), 2)
     losses = [[loss for _, loss in losses_of(run)] for run in (one, two)]
     assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=of_losses)
     for key, steps in (("rankme_h", 20), ("rankme_z", 20), ("grad_norm", 5)):  # norms drift apart before losses do
-        figures = [[line[key] for line in metrics_of(run)[:steps]] for run in (one, two)]
-        assert figures[1] == pytest.approx(figures[0], rel=1e-2)
+        values = [[line[key] for line in metrics_of(run)[:steps]] for run in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-2)
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
     if more[0] == SGD:
         torch.manual_seed(0)
@@ -92,21 +102,19 @@ def ranks_of(launcher) -> dict[int, psutil.Process]:
     return found
 
 
-def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_undisturbed(canvas, tmp_path):
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_undisturbed(canvas, tmp_path, two_process_runs):
     """The command of the first start names no checkpoint: a restarted process finds its own run."""
-    arguments = ["train.epochs=6", "checkpoint.every=2"]
-    run_command("hprob_vicreg", small(canvas, tmp_path / "straight", *arguments), 2)
-    launcher = start("hprob_vicreg", small(canvas, tmp_path / "killed", *arguments), 2, ("--max-restarts", "2"))
+    launcher = start("hprob_vicreg", small(canvas, tmp_path / "killed", *RESTARTED), 2, ("--max-restarts", "2"))
     wait_for_line(launcher, tmp_path / "killed", 5)
     ranks_of(launcher)[1].send_signal(signal.SIGKILL)
     output, _ = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 0, output
     assert "Resuming" in output
-    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    assert_same_run(two_process_runs / "restarted", tmp_path / "killed")
     assert len(json.loads((tmp_path / "killed" / "environment.json").read_text())["earlier"]) == 1
 
 
-def test_sigterm_to_torchrun_saves_the_step_and_one_process_goes_on(canvas, tmp_path):
+def test_sigterm_to_torchrun_saves_the_step_and_one_process_continues(canvas, tmp_path):
     """As a scheduler does it: all ranks stop at one step, with a checkpoint; the run ends at another world size."""
     arguments = small(canvas, tmp_path / "run", "train.epochs=30", "checkpoint.every=1000", "optim.lr=1e-4")
     launcher = start("zprob_barlow", arguments, 2)
@@ -117,7 +125,7 @@ def test_sigterm_to_torchrun_saves_the_step_and_one_process_goes_on(canvas, tmp_
     assert time.time() - asked < 30 and launcher.returncode != 0
     stopped_at = checkpoint_in(tmp_path / "run")["step"]
     assert 4 <= stopped_at < 90 and f"Stopped by SIGTERM after step {stopped_at}" in output
-    run_command("zprob_barlow", [*arguments, "--resume", "auto"])
+    train(load_recipe("recipes/zprob_barlow.yaml", arguments), resume="auto")
     assert [step for step, _ in losses_of(tmp_path / "run")] == list(range(1, 91))
 
 
@@ -129,31 +137,21 @@ def test_a_batch_that_does_not_divide_is_refused_by_every_process(canvas, tmp_pa
     assert "UserError" not in output  # one sentence; the traceback is torchrun's own
 
 
-def test_a_directory_that_is_taken_is_one_sentence_from_every_process(canvas, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("somebody's")
-    launcher = start("barlow", small(canvas, tmp_path / "run"), 2)
-    output, _ = launcher.communicate(timeout=PATIENCE)
-    for rank in (0, 1):
-        assert f"fastssl process {rank}: {tmp_path}/run already holds a run" in output
-    assert "UserError" not in output and "Connection" not in output
-
-
 @pytest.mark.slow
 def test_a_job_goes_on_with_the_host_that_is_left(canvas, tmp_path):
     """Two hosts of one process each (two torchruns); one is gone for good, the other goes on alone."""
     arguments = small(canvas, tmp_path / "run", "train.epochs=200", "checkpoint.every=2", "--resume", "auto")
     rendezvous = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test")
     endpoint = ("--rdzv-endpoint", "localhost:29417", "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1")
-    kept = start("barlow", arguments, 1, (*rendezvous, *endpoint))
+    remaining = start("barlow", arguments, 1, (*rendezvous, *endpoint))
     while socket.socket().connect_ex(("localhost", 29417)) != 0:  # the rendezvous is this host's
         time.sleep(0.1)
     gone = start("barlow", arguments, 1, (*rendezvous, *endpoint))
-    wait_for_line(kept, tmp_path / "run", 6)
+    wait_for_line(remaining, tmp_path / "run", 6)
     for process in (*psutil.Process(gone.pid).children(recursive=True), psutil.Process(gone.pid)):
         process.kill()
-    output, _ = kept.communicate(timeout=PATIENCE)
-    assert kept.returncode == 0, output
+    output, _ = remaining.communicate(timeout=PATIENCE)
+    assert remaining.returncode == 0, output
     assert [step for step, _ in losses_of(tmp_path / "run")] == list(range(1, 601))
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert starts["processes"] == 1 and starts["earlier"][0]["processes"] == 2

@@ -1,17 +1,15 @@
 """Runs that are killed, asked to stop, or meet a full disk or a damaged checkpoint: nothing is lost or differs."""
 
-import json
 import resource
 import signal
 import subprocess
-import sys
 import time
-from functools import partial
 
 import pytest
 import torch
 from training_runs import (
     ENVIRONMENT,
+    FORKS,
     PATIENCE,
     assert_same_run,
     checkpoint_in,
@@ -20,6 +18,7 @@ from training_runs import (
     metrics_of,
     small,
     start,
+    train_jobs,
     wait_for_line,
     weights_of,
 )
@@ -44,38 +43,30 @@ VARIANTS = {
     ],
     "beyond/byol": ["objective.predictor_hidden=32", "embedding={stochastic: h, samples: 3}", "optim.name=lamb"],
 }
-TRAIN_ALL = """
-import json, sys
-from fastssl.evaluation.probe import knn_probe
-from fastssl.objectives import TotalLoss
-from fastssl.recipe import load_recipe
-from fastssl.training import train
-for recipe, overrides in json.loads(sys.argv[1]):
-    recipe = load_recipe(recipe, overrides)
-    train(recipe, resume="auto", probe=knn_probe(recipe))
-"""
 
 
 def test_every_objective_killed_and_resumed_equals_undisturbed_bit_for_bit(canvas, tmp_path):
-    """One process trains them all; it is killed once in each of them, and started again with the same command."""
+    """One process trains them all; it is killed once in each of them, and started again with the same jobs."""
     shared = ["train.batch_size=8", "train.epochs=4", "checkpoint.every=4", "probe={every: 1, k: 3}", "log.every=1"]
 
-    def process(folder):
-        jobs = [
-            (f"recipes/{name}.yaml", small(canvas, tmp_path / folder / name, *shared, *more))
-            for name, more in VARIANTS.items()
-        ]
-        return subprocess.Popen([sys.executable, "-c", TRAIN_ALL, json.dumps(jobs)], env=ENVIRONMENT)
+    def start_training(folder):
+        jobs = [(name, small(canvas, tmp_path / folder / name, *shared, *more)) for name, more in VARIANTS.items()]
+        process = FORKS.Process(target=train_jobs, args=(jobs,))
+        process.start()
+        return process
 
-    straight, killed = process("straight"), process("killed")
+    straight, killed = start_training("straight"), start_training("killed")
     for number, name in enumerate(VARIANTS):
         wait_for_line(killed, tmp_path / "killed" / name, 7 + 2 * number)
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
         step = checkpoint_in(tmp_path / "killed" / name)["step"]
-        assert step % 4 == 0 or step % 6 == 0  # checkpoint.every, or behind a probe
-        killed = process("killed")
-    assert killed.wait(PATIENCE) == 0 and straight.wait(PATIENCE) == 0
+        assert step % 4 == 0 or step % 6 == 0  # checkpoint.every, or after a probe
+        killed = start_training("killed")
+    for process in (killed, straight):
+        process.join(PATIENCE)
+        assert process.exitcode == 0
     for name in VARIANTS:
         one, other = tmp_path / "straight" / name, tmp_path / "killed" / name
         assert_same_run(one, other)
@@ -99,6 +90,12 @@ def test_sigterm_ends_a_real_process_with_its_step_saved(canvas, tmp_path):
     assert f"Stopped by SIGTERM after step {step}" in output and "--resume" in output
 
 
+@pytest.fixture(scope="module")
+def undisturbed_barlow(canvas, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    return train(load_recipe("recipes/barlow.yaml", small(canvas, run_dir, "log.every=4")))
+
+
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(n, action): let `action` run inside the loss of step n (from 0)."""
@@ -116,16 +113,14 @@ def at_step(monkeypatch):
     return arrange
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 )
-def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(
-    canvas, tmp_path, at_step, number, code, request
+def test_a_signal_in_a_step_ends_the_run_after_it_and_the_rest_is_the_same(
+    canvas, tmp_path, at_step, undisturbed_barlow, number, code
 ):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "log.every=4"))
-    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup
-        request.addfinalizer(partial(signal.signal, number, signal.SIG_IGN))
-        signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
     at_step(1, lambda: signal.raise_signal(number))
     with pytest.raises(Stopped) as stopped:
@@ -134,8 +129,7 @@ def test_a_signal_in_a_step_ends_the_run_behind_it_and_the_rest_is_the_same(
     assert signal.getsignal(number) == handler
     at_step(-1, None)
     train(recipe, resume="auto")
-    straight = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "straight", "log.every=4"))
-    assert_same_run(train(straight), tmp_path / "run")
+    assert_same_run(undisturbed_barlow, tmp_path / "run")
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(canvas, tmp_path, at_step):
@@ -174,7 +168,8 @@ def test_a_best_checkpoint_that_the_disk_refused_is_not_taken_for_saved(canvas, 
     assert checkpoint_in(tmp_path / "run")["best"] == {"knn": 0.8, "step": 6}
 
 
-def test_a_second_ctrl_c_interrupts_at_once(canvas, tmp_path, at_step):
+@pytest.mark.usefixtures("default_signals")
+def test_a_second_ctrl_c_interrupts_immediately(canvas, tmp_path, at_step):
     at_step(1, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run")))
