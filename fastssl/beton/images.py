@@ -13,7 +13,6 @@ All other images are converted in this order:
 """
 
 import io
-import warnings
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -101,7 +100,7 @@ def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | s
 
 def encode_image(source: ImageSource, plan: StoragePlan) -> Encoded:
     """Decode, convert, resize and encode one image. A bad image raises, whatever the decoder raises."""
-    image, file_bytes = _open(source)
+    image, file_bytes = _open(source)  # not decoded yet
     source_format = image.format or PIXELS
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     width, height = image.size
@@ -110,6 +109,7 @@ def encode_image(source: ImageSource, plan: StoragePlan) -> Encoded:
     if case == Case.PASSED_THROUGH:
         return Encoded(file_bytes, JPG, height, width, height, width, case, source_format)
 
+    # Decode, convert to RGB and resize to the target (width, height), which is not rotated yet.
     if plan.layout == "canvas":
         target = (plan.side, plan.side)
     else:
@@ -128,6 +128,7 @@ def encode_image(source: ImageSource, plan: StoragePlan) -> Encoded:
     if orientation in TRANSPOSITIONS:
         image = image.transpose(TRANSPOSITIONS[orientation])
 
+    # Encode.
     if plan.storage == "raw":
         payload, mode = image.tobytes(), RAW
     else:
@@ -214,8 +215,3 @@ def read_image_bytes(source: ImageFile) -> bytes:
     if size > len(content):
         raise ValueError(f"{path} ends within this image, at byte {offset + len(content):,}")
     return content
-
-
-def ignore_pillow_warnings() -> None:
-    """Silence Pillow's warnings about unusual but readable files, of which a million files cause many."""
-    warnings.simplefilter("ignore")

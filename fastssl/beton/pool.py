@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from fastssl.beton.format import ROW, allocate
-from fastssl.beton.images import Case, StoragePlan, encode_all, ignore_pillow_warnings
+from fastssl.beton.images import Case, StoragePlan, encode_all
 from fastssl.beton.source import ImageSource
 from fastssl.common.errors import UserError
 
@@ -144,7 +145,8 @@ _turns: Turns  # of this process
 def _start_worker(turns: Turns) -> None:
     global _turns
     _turns = turns
-    ignore_pillow_warnings()
+    # Pillow warns about unusual but readable files, of which a million files have many.
+    warnings.simplefilter("ignore")
     # Ctrl-C reaches the whole process group; only the main process reacts to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A main process that is killed cannot end its workers, so they watch for that themselves.

@@ -74,7 +74,9 @@ def draw_samples(
                 thumbnail = _thumbnail(file, row["image"], int(image_bytes[position]))
                 # Centered, directly above the caption.
                 page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
-                note = _index_of(info, row, position) if notes is None else notes[position]
+                has_index = info.fields.get("index") == "IntField"
+                index = f"index {row['index']}" if has_index else f"sample {position}"
+                note = index if notes is None else notes[position]
                 middle = left + THUMBNAIL // 2
                 below = top + THUMBNAIL + 2
                 draw.text((middle, below), _shorten(_class_of(info, row), THUMBNAIL), "black", _font(), anchor="ma")
@@ -123,10 +125,6 @@ def _class_of(info: BetonInfo, row: np.void) -> str:
     if info.classes and 0 <= label < len(info.classes):
         return printable(str(info.classes[label]))
     return f"label {label}"
-
-
-def _index_of(info: BetonInfo, row: np.void, position: int) -> str:
-    return f"index {row['index']}" if info.fields.get("index") == "IntField" else f"sample {position}"
 
 
 def _shorten(text: str, width: float) -> str:
