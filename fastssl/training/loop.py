@@ -188,7 +188,7 @@ def log_step(
     metrics = run.guard.read(step_output.terms)
     if metrics["skipped_steps"] > run.recipe.train.max_skipped_steps:
         writer.save()
-        raise UserError(run.guard.sentence(writer.run_dir))
+        raise UserError(run.guard.error_message(writer.run_dir))
     h = gather_rows(step_output.h, None)
     ranks = {"rankme_h": rankme(h), "rankme_z": rankme(state.model.mean_z(h))}
     reading = meter.read()
