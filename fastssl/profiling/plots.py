@@ -1,4 +1,4 @@
-"""A profile as one figure: the device's time above, the stages and the resources below."""
+"""A profile as one figure: the device's time, the scaling of decoding, the stages and the resources."""
 
 from collections.abc import Callable
 from textwrap import wrap
@@ -21,19 +21,21 @@ PART_COLORS = {
     "wait for data": ORANGE, "views": SKY, "forward": BLUE, "draws": YELLOW, "objective": PINK, "kl": "#7B5EA7",
     "backward": GREEN, "optimizer": AMBER, "communication": "0.25", "step": BLUE, "rest of the step": LIGHT,
 }  # fmt: skip
+TOO_FAR = 5  # ratio of rates above which a line is not drawn
 COMBINED = ("loader", "replay", "end_to_end")  # stages that consist of others
 
 
 def draw_profile(profile: Profile) -> "Figure":
-    """Return a figure of 1400 x 900 px at its own dpi; save it with `savefig(file, dpi="figure")`."""
+    """Return a figure of 1400 x 1000 px at its own dpi; save it with `savefig(file, dpi="figure")`."""
     # Imported here, as it takes half a second; without pyplot, no display is needed.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 9), dpi=100, layout="constrained")
-    panels = figure.subplot_mosaic([["time", "time"], ["stages", "resources"]], height_ratios=[1, 2])
-    _draw_device_time(panels["time"], profile)
-    _draw_stages(panels["stages"], profile)
-    _draw_resources(panels["resources"], profile)
+    figure = Figure(figsize=(14, 10), dpi=100, layout="constrained")
+    device_time_axes, scaling_axes, stages_axes, resources_axes = figure.subplots(2, 2).flat
+    _draw_device_time(device_time_axes, profile)
+    _draw_scaling(scaling_axes, profile)
+    _draw_stages(stages_axes, profile)
+    _draw_resources(resources_axes, profile)
     sentence = _wrapped(profile.bottleneck.sentence, width=120, lines=4)
     title = _wrapped(f"{profile.name} on {profile.machine.device}", width=120, lines=1)
     figure.suptitle(f"{sentence}\n{title}", fontsize=14, parse_math=False)
@@ -58,8 +60,41 @@ def _draw_device_time(axes: "Axes", profile: Profile) -> None:
     label = f"training, end to end: {significant(training)} ms"
     axes.plot([training] * 2, [-0.55, 0.55], color="black", ls="--", label=label)
     axes.set_xlim(0, 1.04 * max(total, training))
-    axes.set_ylim(-0.55, 0.8)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4, frameon=False)
+    axes.set_ylim(-2.1, 0.8)  # leaves room for the legend below the bar
+    axes.legend(loc="lower center", ncols=2, frameon=False)
+
+
+def _draw_scaling(axes: "Axes", profile: Profile) -> None:
+    """Draw the rate of decoding by the number of threads, with the rate that the device needs."""
+    axes.set_title("Decoding by number of threads", fontsize=12)
+    axes.set_xlabel("decoding threads")
+    axes.set_ylabel("images/s (median, lowest and highest)")
+    workers = dict(sorted((profile.stages.decode.workers or {}).items()))
+    if not workers:
+        axes.text(0.5, 0.5, "not measured", ha="center", color=GRAY, transform=axes.transAxes)
+        return
+    counts, rates = list(workers), [rate.median for rate in workers.values()]
+    errors = [[r.median - r.low for r in workers.values()], [r.high - r.median for r in workers.values()]]
+    if 1 in workers:
+        axes.plot(counts, [rates[0] * count for count in counts], color=GRAY, ls="--", label="linear scaling")
+    axes.errorbar(counts, rates, yerr=errors, color=BLUE, marker="o", lw=2, capsize=5, label="measured")
+    for count, rate in workers.items():
+        axes.annotate(significant(rate.median), (count, rate.median), xytext=(8, -12), textcoords="offset points")
+    knee = profile.stages.decode.knee
+    if knee in workers:
+        label = f"knee: {knee} thread{'s' if knee > 1 else ''}"
+        axes.plot(knee, workers[knee].median, "o", ms=16, mfc="none", mec=ORANGE, mew=2, label=label)
+    if needed := profile.stages.replay.rate:
+        # A line far above the others would squeeze them.
+        is_far = needed > TOO_FAR * max(rates)
+        label = f"views and step need {significant(needed)}" + (" (far above)" if is_far else "")
+        axes.plot([counts[0], counts[-1]], [float("nan") if is_far else needed] * 2, color=GREEN, ls=":", label=label)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda rate, _: significant(rate))
+    axes.margins(x=0.15)
+    axes.set_xticks(counts)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
 
 
 def _draw_stages(axes: "Axes", profile: Profile) -> None:

@@ -372,10 +372,18 @@ def test_numbers_are_short_and_never_in_exponents():
 def test_the_figure_is_drawn(tmp_path, profile):
     save_figure(tmp_path / "p.png", draw_profile(profile))
     with Image.open(tmp_path / "p.png") as image:
-        assert image.size == (1400, 900)
-        pixels = np.asarray(image.convert("L"))
-    for panel in (pixels[100:360], pixels[360:, :700], pixels[360:, 700:]):
-        assert panel.std() > 5  # it is not blank
+        assert image.size == (1400, 1000)
+        panels = np.asarray(image.convert("L")).reshape(2, 500, 2, 700).std(axis=(1, 3))
+    assert panels.min() > 5  # none of them is blank
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("replay, shown", [(2_680, ""), (60_000, " (far above)"), (1e-3, "")])
+def test_the_rate_that_the_device_needs_is_shown_with_decoding(replay, shown):
+    figure = draw_profile(example_profile(stages__replay=stage(replay)))
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert f"views and step need {significant(replay)}{shown}" in labels
+    assert "knee: 2 threads" in labels
 
 
 class Words(HTMLParser):
