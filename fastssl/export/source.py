@@ -110,12 +110,12 @@ def read_run_dir(source: Source, run_dir: Path) -> None:
         elif result.get("weights") != "untrained":
             val = result.get("val")
             val = val if isinstance(val, dict) else {}
-            images, data = val.get("images"), val.get("path")
+            data = val.get("path")
             source.results.append(
                 EvaluationSummary(
                     str(result.get("evaluation", path.stem)),
                     _numbers(result.get("metrics")),
-                    images if type(images) is int else None,
+                    _count(val.get("images")),
                     data if isinstance(data, str) else None,
                 )
             )
@@ -153,12 +153,7 @@ def _count(value: object) -> int | None:
 
 
 def _numbers(values: object) -> dict[str, float]:
-    """The numbers in an object, and those of objects in it under dotted names."""
-    flat: dict[str, object] = {}
-    for key, value in values.items() if isinstance(values, dict) else ():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": number for inner, number in value.items()}
-        else:
-            flat[key] = value
-    # Larger integers cannot be formatted as a float.
-    return {key: x for key, x in flat.items() if type(x) is float or (type(x) is int and abs(x) < 2**63)}
+    """The numbers in an object; integers only if they can be formatted as a float."""
+    if not isinstance(values, dict):
+        return {}
+    return {key: x for key, x in values.items() if type(x) is float or (type(x) is int and abs(x) < 2**63)}
