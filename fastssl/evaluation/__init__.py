@@ -1,9 +1,15 @@
-"""From a trained encoder to numbers: features of a .beton, then classifiers that see nothing else; or fine-tuning.
+"""Evaluate a trained encoder: classifiers on frozen features, fine-tuning, OOD detection, uncertainty, MI.
 
-`runs.py` finds encoder and data of a run, `features.py` extracts and caches, `splits.py` draws samples. `knn.py` and
-`linear/` classify frozen features, `finetune.py` trains the encoder too, for `semisup.py` and `transfer.py`.
-`metrics.py` turns logits into figures, `results.py` keeps and shows them; `probe.py` looks on during training.
-Functions take numpy arrays or torch tensors; accuracies are shares from 0 to 1.
+runs.py      the encoder of a run, and the images that are fitted and tested on
+features.py  features of a .beton, cached
+knn.py, linear/          classifiers on frozen features
+finetune.py, semisup.py, transfer.py   fine-tuning, on few labels, and on other data sets
+ood/, uncertainty/, mutual_information/
+probe.py     kNN accuracy during training
+metrics.py   metrics of logits; splits.py: held-out samples; arrays.py: arrays that need not fit into memory
+results.py, tables.py, plots.py   the JSON file of a result, tables, plots
+
+Functions take numpy arrays or torch tensors. Accuracies are shares from 0 to 1.
 """
 
 from fastssl.evaluation.features import Features, cached_features, compute_features, mean_of_draws
@@ -19,12 +25,12 @@ from fastssl.evaluation.uncertainty import evaluate_uncertainty
 
 __all__ = [
     "BetonSubset",
+    "ClassificationResult",
     "EvaluationData",
     "EvaluationResult",
+    "Features",
     "RunEncoder",
     "SummaryRow",
-    "Features",
-    "ClassificationResult",
     "cached_features",
     "classification_metrics",
     "compute_features",
@@ -33,7 +39,6 @@ __all__ = [
     "evaluate_semisup",
     "evaluate_transfer",
     "evaluate_uncertainty",
-    "load_run_encoder",
     "find_evaluation_data",
     "find_target",
     "fit_lbfgs",
@@ -41,6 +46,7 @@ __all__ = [
     "fit_sweep",
     "knn_accuracy",
     "knn_predictions",
+    "load_run_encoder",
     "mean_of_draws",
     "result_table",
     "summarize_runs",

@@ -74,13 +74,6 @@ class ShuffledBatches:
     Rows that fit into one group are shuffled together and stay on the device. Otherwise blocks of neighboring rows are
     taken in random order, and the rows of each group of blocks are shuffled: so a disk reads pieces of 64 kB or more in
     ascending order, and each group is a random sample even if the file is sorted by class.
-
-    Args:
-        features_ND: the feature matrix.
-        rows: those that are used.
-        batch_size: rows per batch.
-        seed: of the order.
-        device: of the batches.
     """
 
     def __init__(self, features_ND: Array, rows: np.ndarray, batch_size: int, seed: int, device: Device):

@@ -76,11 +76,8 @@ def cached_features(
 
     They are written batch by batch and returned as memory maps, so a set of any size takes little memory.
 
-    Args:
-        encoder: of the run.
-        data: the images.
-        dtype: of the stored h, mu and sigma.
-        augmented: embed both training views of each image (`augmented_input`) in place of the evaluation transform.
+    dtype is that of the stored h, mu and sigma. With `augmented`, both training views of each image are embedded
+    (`augmented_input`) in place of the evaluation transform.
 
     Raises:
         UserError: the encoder outputs numbers that are not finite or too large for `dtype`, or the cache cannot be
@@ -113,13 +110,11 @@ def load_or_compute_features(
     """Return the cache of these inputs, or write it with what `compute` yields, in the order of the loader.
 
     Args:
-        encoder: of the run; the cache lies in its RUN/features/ and depends on its weights.
-        data: the images; the cache depends on path, size and modification time of the file, and on the chosen images.
-        depends_on: what else the numbers depend on, as JSON values.
+        depends_on: JSON values that the numbers depend on, besides the weights, the file (path, size and modification
+            time) and the chosen images.
         title: of the progress bar.
         compute: called with a loader of the images and the function that advances the progress bar by images.
         dtype: of the floats in the cache.
-        augmented: as in `eval_loader`.
     """
     path = read_header(data.path).path
     stat = path.stat()
@@ -144,13 +139,10 @@ def load_or_compute_features(
 
 
 def compute_features(model: nn.Module, data: BetonSubset, views: ViewsConfig, *, skip: int = 0) -> Features:
-    """The features of a .beton under the evaluation transform, in memory, on the device of the model.
+    """The features of a .beton under the evaluation transform, in memory.
 
-    Args:
-        model: has `embed(images) -> Embedding`.
-        data: the images.
-        views: of the recipe.
-        skip: with data.limit, leave out the first `skip` images of the random draw: the limit comes after them.
+    The model has `embed(images) -> Embedding`; its device is used. `skip` leaves out the first images of the random
+    draw that data.limit makes.
     """
     loader = eval_loader(data, views, next(model.parameters()).device, skip=skip)
     return concatenate(list(embed_batches(model, loader, eval_input(views))))
@@ -321,15 +313,8 @@ def mean_of_draws(
     """The mean over `draws` samples of h ~ N(mu, sigma^2), (N, D) float32.
 
     The logits of a linear classifier, averaged over draws, are its logits of this mean. So averaging logits in training
-    and in testing is training and testing on the mean, and the draws need not be stored. The noise is a function of
-    (seed, sample id, draw).
-
-    Args:
-        features: of a stochastic h.
-        draws: number of samples per image.
-        seed: of the noise.
-        normalize: divide each sample by its length before averaging.
-        device: where to compute.
+    and in testing is training and testing on the mean, and the draws need not be stored. With `normalize`, each draw is
+    divided by its length. The noise is a function of (seed, sample id, draw).
     """
     if features.space != "h" or features.mu is None or features.sigma is None:
         raise ValueError("Only a stochastic h has draws to average over.")

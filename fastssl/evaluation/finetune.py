@@ -75,10 +75,6 @@ def finetune(
     A training that was stopped is resumed.
 
     Args:
-        encoder: to start from.
-        name: of the result.
-        data: the images.
-        seed: of the training.
         view: evaluation transform of the test; None: the published one.
         overrides: KEY=VALUE of the fine-tuning recipe.
         request: `evaluation` and the descriptions of the data, for the result.

@@ -41,13 +41,8 @@ def evaluate_knn(
 ) -> EvaluationResult:
     """Accuracy of the kNN classifier for every k with every temperature. Cached in RUN/eval/knn.json.
 
-    Args:
-        encoder: of the run.
-        data: data.train is searched for the neighbors of data.val.
-        ks: numbers of neighbors.
-        temperatures: of the votes.
-        draws: for a stochastic h, search with the mean of this many draws of length 1, in place of mu.
-        dtype: of the cached features.
+    data.train is searched for the neighbors of data.val. For a stochastic h, draws > 0 searches with the mean of that
+    many draws, each of length 1, in place of mu. dtype is that of the cached features.
     """
     check_draws(encoder, draws)
     description = data.describe()
@@ -156,15 +151,9 @@ def nearest_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest cosine similarity to each row of `query`, the nearest first.
 
-    Args:
-        bank: (N, D), any float type.
-        query: (M, D).
-        k: number of neighbors; at most N are returned.
-        device: where to compute; None: the device of the bank.
-        advance: called with the number of rows of the bank that were searched since the last call.
-
-    Returns:
-        Similarities (M, k) float64, and rows of the bank (M, k) int64, on the device.
+    The bank is (N, D), the query (M, D), in any float type; a k above N means N. Returns similarities (M, k) float64
+    and rows of the bank (M, k) int64, on the device (None: that of the bank). `advance` is called with the number of
+    rows of the bank that were searched since the last call.
     """
     if device is None:
         device = bank.device if isinstance(bank, Tensor) else "cpu"

@@ -25,11 +25,9 @@ def evaluate_semisup(
     The list of the images is written next to the result.
 
     Args:
-        encoder: to start from.
         data: the images. The subset and limit of data.train do not apply.
         percent: of the images of every class, drawn from `seed`: the same ones for every encoder.
         list_file: the images instead, one name or sample id per line, such as SimCLR's lists for ImageNet.
-        seed: of the drawn images and of the training.
         view: evaluation transform of the test; None: the published one.
         overrides: KEY=VALUE of the fine-tuning recipe.
     """

@@ -86,14 +86,10 @@ def evaluate_transfer(
     """Evaluate on one data set by one method. Cached in RUN/eval/.
 
     Args:
-        encoder: of the run.
-        target: the data set.
         method: "linear", a linear classifier on frozen features, or "finetune", as `evaluate_semisup` on all labels.
         protocol: of the linear classifier. The reference protocol uses the schedule that has the name of the target
             (sun397, flowers102), else that of ImageNet.
         draws: of the linear classifier, as in `linear_settings`.
-        dtype: of the cached features.
-        seed: of the classifier or of the training.
         view: of fine-tuning: evaluation transform of the test.
         overrides: of fine-tuning: KEY=VALUE of its recipe.
     """

@@ -1,4 +1,4 @@
-"""Evaluations of run directories: what they keep, what they refuse, what they do not do twice, what they never see."""
+"""Evaluations of run directories: results, caches, refused input, and that the test set is never used to choose."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def opened(run_dir, train=None, val=None, **options):
     return encoder, find_evaluation_data(encoder, train, val)
 
 
-def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
+def test_knn_and_linear_write_the_result_that_they_return(run, canvas, monkeypatch):
     folder, recipe, model = run
     extracted, extract = [], features.embed_batches
     monkeypatch.setattr(features, "embed_batches", lambda *a: (extracted.append(1), extract(*a))[1])
@@ -78,7 +78,7 @@ def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
     swept = evaluate_linear(*opened(folder), seed=4)
     reference = evaluate_linear(*opened(folder), protocol="reference")
     lbfgs = evaluate_linear(*opened(folder), protocol="lbfgs")
-    assert len(extracted) == 2  # all evaluations read the cache
+    assert len(extracted) == 2  # all evaluations read the cached features
 
     data = train.h, train.label, val.h, val.label
     assert knn["metrics"] == {
@@ -105,7 +105,7 @@ def test_knn_and_linear_keep_what_they_return(run, canvas, monkeypatch):
     assert Image.open(folder / "eval" / "linear-sweep-seed4.confusion.png").size == (370, 370)
 
 
-def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypatch):
+def test_an_equal_request_is_not_measured_again(run, canvas, tmp_path, monkeypatch):
     folder, _, model = run
     first = evaluate_linear(*opened(folder))
     moved = tmp_path / "elsewhere"
@@ -143,8 +143,8 @@ def test_what_was_measured_is_not_measured_again(run, canvas, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("protocol", ["sweep", "reference", "lbfgs"])
-def test_the_choice_never_sees_the_test_set(run, photos, tmp_path, protocol):
-    """With every test label another class's, what was chosen and trained stays the same; the accuracy does not."""
+def test_hyperparameters_do_not_depend_on_test_labels(run, photos, tmp_path, protocol):
+    """With every test label changed, the same classifier is chosen and trained, but its accuracy is another."""
     folder, _, _ = run
     for label in range(3):
         shutil.copytree(photos / "val" / f"class{label}", tmp_path / "poisoned" / "val" / f"class{(label + 1) % 3}")
@@ -159,7 +159,7 @@ def test_the_choice_never_sees_the_test_set(run, photos, tmp_path, protocol):
     assert sums[0] == sums[1] and honest["metrics"]["accuracy"] != poisoned["metrics"]["accuracy"]
 
 
-def test_other_layouts_models_and_checkpoints_are_evaluated(full, canvas, tmp_path):
+def test_full_files_stochastic_models_and_other_checkpoints_are_evaluated(full, canvas, tmp_path):
     folder, recipe, model = make_run(tmp_path / "run", data_of(full), embedding={"stochastic": "z"})
     result = evaluate_knn(*opened(folder), ks=(5,))
     assert result["layout"] == "full" and result["train"]["images"] == 48
@@ -217,7 +217,7 @@ def test_a_stochastic_h_is_classified_by_mu_or_by_draws(canvas, tmp_path, monkey
             evaluate(*opened(plain), draws=3)
 
 
-def test_the_training_images_are_limited_as_in_training(canvas, tmp_path):
+def test_training_images_are_limited_as_in_training(canvas, tmp_path):
     folder, _, _ = make_run(tmp_path / "run", {**data_of(canvas), "limit": 25})
     assert evaluate_knn(*opened(folder), ks=(5,))["train"]["images"] == 25
     # A file named on the command line is used whole, and does not take the place of the run's own result.
@@ -226,7 +226,7 @@ def test_the_training_images_are_limited_as_in_training(canvas, tmp_path):
     assert json.loads((folder / "eval" / "knn.json").read_text())["train"]["images"] == 25
 
 
-def test_user_errors_are_one_sentence_with_the_mend(run, canvas, photos, tmp_path):
+def test_user_errors_name_the_cause_and_the_fix(run, canvas, photos, tmp_path):
     folder, _, _ = run
     with pytest.raises(UserError, match="not a run directory"):
         load_run_encoder(tmp_path / "nothing")
@@ -260,7 +260,7 @@ def test_user_errors_are_one_sentence_with_the_mend(run, canvas, photos, tmp_pat
         opened(folder, val=other)
 
 
-def test_an_encoder_that_gives_nan_is_refused(canvas, tmp_path):
+def test_an_encoder_that_outputs_nan_is_refused(canvas, tmp_path):
     folder, recipe, model = make_run(tmp_path / "run", data_of(canvas))
     last = [module for module in model.encoder.modules() if isinstance(module, nn.Conv2d)][-1]
     nn.init.constant_(last.weight, float("nan"))
@@ -272,7 +272,7 @@ def test_an_encoder_that_gives_nan_is_refused(canvas, tmp_path):
 
 
 @pytest.mark.parametrize("stochastic", ["none", "h"])
-def test_semisup_fine_tunes_on_the_drawn_labels_alone(canvas, tmp_path, stochastic):
+def test_semisup_fine_tunes_on_the_drawn_images_only(canvas, tmp_path, stochastic):
     folder, recipe, model = make_run(
         tmp_path / "run", data_of(canvas), embedding={"stochastic": stochastic, "samples": 2}
     )
@@ -297,7 +297,7 @@ def test_semisup_fine_tunes_on_the_drawn_labels_alone(canvas, tmp_path, stochast
     assert json.loads((folder / "eval" / "semisup-50percent-seed3.json").read_text()) == result
 
 
-def test_a_fine_tune_that_was_stopped_goes_on_and_a_finished_one_is_kept(run, monkeypatch):
+def test_a_stopped_fine_tuning_resumes_and_a_finished_one_is_cached(run, monkeypatch):
     folder, _, _ = run
     overrides = [*QUICK, "train.epochs=4", "checkpoint.every=1"]
     straight = evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
@@ -334,8 +334,8 @@ FROZEN = [*QUICK, "train.epochs=1", "optim.lr=1e-30", "optim.weight_decay=0"]
 
 
 @pytest.mark.parametrize("untrained", [False, True])
-def test_a_fine_tune_starts_from_the_evaluated_encoder(canvas, tmp_path, untrained):
-    """With a rate of nothing it stays what it was; the fine-tuning's seed is another than the run's."""
+def test_fine_tuning_starts_from_the_evaluated_encoder(canvas, tmp_path, untrained):
+    """With a learning rate of nearly 0 the weights stay equal. The seed differs from that of the run."""
     folder, _, _ = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": "h", "samples": 2})
     encoder, split = opened(folder, untrained=untrained)
     result = evaluate_semisup(encoder, split, percent=50, seed=7, overrides=FROZEN)
@@ -346,7 +346,7 @@ def test_a_fine_tune_starts_from_the_evaluated_encoder(canvas, tmp_path, untrain
     assert len(kept) > 10 and all(torch.allclose(tuned[name], start[name], atol=1e-20) for name in kept)
 
 
-def test_a_supervised_run_is_tuned_with_a_new_classifier(canvas, tmp_path):
+def test_a_supervised_run_is_fine_tuned_with_a_new_classifier(canvas, tmp_path):
     objective = {"name": "supervised", "classes": 3}
     folder, recipe, _ = make_run(tmp_path / "run", data_of(canvas))
     recipe = recipe.model_validate({**recipe.model_dump(), "objective": objective})
@@ -360,7 +360,7 @@ def test_a_supervised_run_is_tuned_with_a_new_classifier(canvas, tmp_path):
     assert tuned["classifier.weight"].abs().max() < 1
 
 
-def test_a_fine_tune_is_tested_in_its_own_view_and_keeps_its_rates(canvas, tmp_path, monkeypatch):
+def test_fine_tuning_uses_the_published_view_and_learning_rate(canvas, tmp_path, monkeypatch):
     folder, _, _ = make_run(tmp_path / "run", data_of(canvas), views={"size": 72})
     seen, test_logits = [], finetune.test_logits
     watched = lambda model, beton, views: (seen.append(views.eval), test_logits(model, beton, views))[1]  # noqa: E731
@@ -374,8 +374,8 @@ def test_a_fine_tune_is_tested_in_its_own_view_and_keeps_its_rates(canvas, tmp_p
     assert given["settings"]["optim"]["lr"] == 0.5
 
 
-def test_labels_with_gaps_make_no_phantom_classes(run, photos, tmp_path):
-    """Three classes of seven folders, two of which are empty of training images."""
+def test_classes_without_training_images_are_never_guessed(run, photos, tmp_path):
+    """Eight folders, of which three have training images."""
     folder, _, _ = run
     for split in ("train", "val"):
         for label, name in enumerate(("b", "d", "h")):
@@ -394,7 +394,7 @@ def test_labels_with_gaps_make_no_phantom_classes(run, photos, tmp_path):
     assert set(columns) <= set(labels.tolist())
 
 
-def test_percent_is_of_every_class_and_a_hundred_is_all(run):
+def test_percent_applies_to_every_class_and_100_means_all(run):
     folder, _, _ = run
     labels = np.repeat([0, 1, 2], [40, 3, 1])
     assert np.bincount(labels[stratified_share(labels, 0.1, 0)]).tolist() == [4, 1, 1]
@@ -404,8 +404,8 @@ def test_percent_is_of_every_class_and_a_hundred_is_all(run):
 
 
 @pytest.mark.parametrize("method", ["linear", "finetune"])
-def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
-    """With every label of the test half made class 0, what was learnt stays, and that half alone is what was tested."""
+def test_the_halves_of_one_file_stay_apart(run, photos, tmp_path, method):
+    """With all test labels set to class 0, the same classifier is fitted, and only the test half is counted."""
     folder, _, _ = run
     build_beton("imagefolder", photos / "train", tmp_path / "b", canvas=32, workers=1)
     (path,) = (tmp_path / "b").glob("*.beton")
@@ -439,7 +439,7 @@ def test_the_halves_of_one_file_do_not_mix(run, photos, tmp_path, method):
         assert other["candidates"] == honest["candidates"] and other["chosen"] == honest["chosen"]
 
 
-def test_an_edited_list_is_measured_again_and_a_moved_one_is_not(canvas, tmp_path):
+def test_an_edited_list_is_measured_again_but_a_moved_one_is_not(canvas, tmp_path):
     index = read_metadata(canvas / "train.beton")["index"].tolist()
     (tmp_path / "list.txt").write_text("\n".join(map(str, index[:24])))
     folder, recipe, _ = make_run(tmp_path / "run", {**data_of(canvas), "subset": str(tmp_path / "list.txt")}, seed=3)
@@ -454,7 +454,7 @@ def test_an_edited_list_is_measured_again_and_a_moved_one_is_not(canvas, tmp_pat
     assert edited["train"]["subset_sha256"] != first["train"]["subset_sha256"] and "measured_at" in edited
 
 
-def test_semisup_takes_a_list_of_names_or_indices(run, canvas, tmp_path):
+def test_semisup_reads_a_list_of_names(run, canvas, tmp_path):
     folder, _, _ = run
     names = (canvas / "train.beton.names.txt").read_text().splitlines()
     (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[::3]))
@@ -467,8 +467,7 @@ def test_semisup_takes_a_list_of_names_or_indices(run, canvas, tmp_path):
         evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=QUICK)
 
 
-def test_images_without_labels_may_lie_outside_the_list(canvas, tmp_path, monkeypatch):
-    """As training says: name a list of the labelled ones."""
+def test_images_outside_the_list_need_no_labels(canvas, tmp_path, monkeypatch):
     path, read = canvas / "train.beton", runs.read_labels
     index = read_metadata(path)["index"]
     (tmp_path / "list.txt").write_text("\n".join(map(str, index[:24])))
@@ -482,7 +481,7 @@ def test_images_without_labels_may_lie_outside_the_list(canvas, tmp_path, monkey
         opened(without_list)
 
 
-def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, tmp_path, capsys):
+def test_transfer_to_several_data_sets_makes_one_table(run, canvas, photos, tmp_path, capsys):
     folder, _, _ = run
     for split in ("train", "val"):
         shutil.copytree(photos / split, tmp_path / "mixed", dirs_exist_ok=True)
@@ -520,7 +519,7 @@ def test_transfer_makes_one_table_of_data_sets_and_methods(run, canvas, photos, 
         find_target("few", tmp_path / "few_b")
 
 
-def test_runs_that_differ_in_their_seed_share_a_row(canvas, tmp_path):
+def test_runs_that_differ_in_their_seed_only_share_a_row(canvas, tmp_path):
     made = [make_run(tmp_path / f"seed{seed}", data_of(canvas), seed=seed)[0] for seed in range(3)]
     made.append(make_run(tmp_path / "other", data_of(canvas), embedding={"stochastic": "z"})[0])
     results = [evaluate_knn(*opened(run), ks=(3, 5)) for run in made]

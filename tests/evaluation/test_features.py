@@ -1,4 +1,4 @@
-"""Feature extraction, its cache, and the mean over draws."""
+"""Features of a .beton, their cache, and the mean over draws."""
 
 import dataclasses
 import os
@@ -44,7 +44,7 @@ class FakeEmbedding(NamedTuple):
 
 
 class FakeModel(nn.Module):
-    """Batch norm and dropout, both of which betray a model that is not in eval mode."""
+    """With batch norm and dropout, whose outputs differ outside eval mode."""
 
     def __init__(self, stochastic=False):
         super().__init__()
@@ -58,7 +58,7 @@ class FakeModel(nn.Module):
 
 
 def fake_batches(count=10, batch_size=4):
-    """Batches of 4x4 images; the last one is filled up with copies that are marked as such."""
+    """Batches of 4x4 images. The last one is filled up with copies, which are not valid."""
     images = torch.randint(0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for first in range(0, count, batch_size):
         place = first + torch.arange(batch_size)
@@ -74,7 +74,7 @@ def extracted(model, make_input=fake_input, advance=lambda images: None):
     return concatenate(list(embed_batches(model, fake_batches(), make_input, advance)))
 
 
-def test_every_valid_sample_once_in_eval_mode():
+def test_every_valid_sample_is_embedded_once_in_eval_mode():
     model = FakeModel()
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -96,15 +96,15 @@ def test_every_valid_sample_once_in_eval_mode():
     np.testing.assert_allclose(found.h, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_mode_is_restored_after_an_error():
+def test_training_mode_is_restored_after_an_error():
     model = FakeModel()
     with pytest.raises(RuntimeError):
         extracted(model, lambda batch: torch.zeros(1, 3, 2, 2))
     assert model.training
 
 
-def test_cudnn_stays_as_it_was_but_for_tf32(monkeypatch):
-    """flags() of torch.backends.cudnn switches it off unless told otherwise."""
+def test_cudnn_flags_other_than_tf32_do_not_change(monkeypatch):
+    """torch.backends.cudnn.flags() disables cudnn unless told otherwise."""
     model, seen = FakeModel(), []
     embed = model.embed
     cudnn = torch.backends.cudnn
@@ -115,7 +115,7 @@ def test_cudnn_stays_as_it_was_but_for_tf32(monkeypatch):
     assert set(seen) == {(True, False)}
 
 
-def test_mu_and_sigma_are_kept_and_autocast_is_off():
+def test_mu_and_sigma_are_returned_and_autocast_is_off():
     model = FakeModel(stochastic=True)
     plain = extracted(model)
     np.testing.assert_array_equal(plain.mu, plain.h + 1)
@@ -133,7 +133,7 @@ def written(folder, stochastic=False, dtype="float32"):
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_the_cache_gives_back_what_was_extracted_as_maps(tmp_path, stochastic):
+def test_cached_features_are_equal_memory_maps(tmp_path, stochastic):
     expected = extracted(FakeModel(stochastic))
     read = read_features(written(tmp_path / "features" / "x", stochastic))
     assert read.arrays().keys() == expected.arrays().keys()
@@ -148,7 +148,7 @@ def test_the_cache_gives_back_what_was_extracted_as_maps(tmp_path, stochastic):
     np.testing.assert_allclose(half.h, expected.h, rtol=2**-11)
 
 
-def test_where_h_is_stochastic_it_is_kept_once(tmp_path):
+def test_mu_of_a_stochastic_h_is_stored_once(tmp_path):
     h = np.ones((4, 3), np.float32)
     batch = Features(h, np.arange(4), np.arange(4), h, 2 * h, "h")
     write_features(tmp_path / "x", [batch], 4)
@@ -157,7 +157,7 @@ def test_where_h_is_stochastic_it_is_kept_once(tmp_path):
     np.testing.assert_array_equal(read.sigma, 2 * h)
 
 
-def test_an_interrupted_extraction_leaves_nothing(tmp_path):
+def test_an_interrupted_extraction_leaves_no_files(tmp_path):
     def broken():
         yield from list(embed_batches(FakeModel(), fake_batches(), fake_input, lambda n: None))[:1]
         raise KeyboardInterrupt
@@ -167,8 +167,8 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "features") == []
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    """The kernel would end a process that writes to a map without a disk behind it."""
+def test_a_full_disk_is_a_user_error_and_leaves_no_files(tmp_path, monkeypatch):
+    """Writing to a memory map on a full disk would kill the process."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -179,7 +179,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+def test_leftovers_of_killed_processes_are_deleted_after_a_day(tmp_path):
     for name, age in ((".old.1.part", 2 * features.ABANDONED_AFTER), (".new.2.part", 60)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, 2 * (time.time() - age,))
@@ -187,7 +187,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".new.2.part", "x"]
 
 
-def test_of_two_processes_the_first_one_s_features_stay(tmp_path):
+def test_the_cache_of_a_faster_process_is_not_replaced(tmp_path):
     def late():
         yield from embed_batches(FakeModel(), fake_batches(), fake_input, lambda images: None)
         written(tmp_path / "x")
@@ -207,7 +207,7 @@ def test_numbers_that_are_not_finite_or_too_large_are_refused():
         list(check_finite([batch], "x.beton", "float32"))
 
 
-def test_a_damaged_cache_counts_as_none(tmp_path):
+def test_a_damaged_cache_is_not_read(tmp_path):
     folder = written(tmp_path / "x", stochastic=True)
     assert isinstance(read_features(folder), Features) and read_features(tmp_path / "none") is None
     for name in ("h.npy", "label.npy", "about.json"):
@@ -224,8 +224,8 @@ def test_a_damaged_cache_counts_as_none(tmp_path):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_logits_averaged_over_draws_are_those_of_the_mean_of_draws(normalize, monkeypatch):
-    """Any linear classifier's, with the draws written out; float32 sums in another order."""
+def test_mean_logits_over_draws_are_the_logits_of_the_mean_draw(normalize, monkeypatch):
+    """For a random linear classifier, with the draws written out; float32 sums in another order."""
     rng = np.random.default_rng(0)
     mu, sigma = rng.normal(size=(50, 6)).astype(np.float32), rng.uniform(0.1, 2, (50, 6)).astype(np.float32)
     features_h = Features(mu, np.zeros(50, np.int64), np.arange(100, 150), mu, sigma, "h")
@@ -259,7 +259,7 @@ def run(canvas, tmp_path):
 
 @pytest.fixture
 def extractions(monkeypatch):
-    """Counts how often features were really extracted."""
+    """Counts how often features are computed."""
     calls = []
 
     def counting(*args, **kwargs):
@@ -270,7 +270,7 @@ def extractions(monkeypatch):
     return calls
 
 
-def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, canvas, extractions, tmp_path):
+def test_features_are_computed_once_for_the_same_weights_data_and_view(run, canvas, extractions, tmp_path):
     folder, recipe, model = run
     beton = canvas / "val.beton"
     first = features_of(folder, beton, model=model, views=recipe.views)
@@ -303,7 +303,7 @@ def test_features_are_extracted_once_for_the_same_weights_data_and_view(run, can
     assert len(extractions) == 6
 
 
-def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, extractions, tmp_path):
+def test_a_changed_file_or_a_damaged_cache_is_computed_again(run, canvas, extractions, tmp_path):
     folder, recipe, model = run
     beton = tmp_path / "copy.beton"
     beton.write_bytes((canvas / "val.beton").read_bytes())
@@ -323,7 +323,7 @@ def test_a_changed_file_or_a_damaged_cache_means_extracting_again(run, canvas, e
 @pytest.mark.parametrize("layout", ["canvas", "full"])
 @pytest.mark.parametrize("stochastic", ["none", "z"])
 def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
-    """Each view as if it alone had been embedded, of the very views that PairedViews makes of the stored image."""
+    """Equal to embedding each view of PairedViews alone."""
     beton = request.getfixturevalue(layout) / "val.beton"
     folder, recipe, model = make_run(tmp_path / "run", {"train": str(beton)}, embedding={"stochastic": stochastic})
     both = features_of(folder, beton, model=model, views=recipe.views, augmented=True)

@@ -14,15 +14,17 @@ LABELS = np.array([2, 3, 7, 11])  # neither from zero nor without gaps
 
 def blobs(count, *, seed, dim=16, spread=1.5):
     """Overlapping classes, so that k, the weights and the temperature all change some decisions."""
-    centre = np.random.default_rng(0).normal(size=(len(LABELS), dim))
+    center = np.random.default_rng(0).normal(size=(len(LABELS), dim))
     rng = np.random.default_rng(seed)
     cls = rng.integers(len(LABELS), size=count)
-    return (centre[cls] + spread * rng.normal(size=(count, dim))).astype(np.float32), LABELS[cls]
+    return (center[cls] + spread * rng.normal(size=(count, dim))).astype(np.float32), LABELS[cls]
 
 
 def oracle(train_x, train_y, query, k, temperature):
-    """One sample's class by the protocol's words, in float64; all weights have the same factor
-    exp(-1 / temperature), which changes no decision and keeps small temperatures finite."""
+    """The class of one sample, as the protocol is written, in float64.
+
+    All weights have the factor exp(-1 / temperature), which changes no decision and keeps small temperatures finite.
+    """
 
     def cosine(a, b):
         dot = sum(float(p) * float(q) for p, q in zip(a, b, strict=True))
@@ -64,7 +66,7 @@ def test_equals_scikit_learn_with_the_same_weights(k):
     )
 
 
-def test_one_near_neighbour_outweighs_two_far_ones():
+def test_one_near_neighbor_outweighs_two_far_ones():
     angle = np.array([0.1, 0.9, 0.9])
     bank = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     query = np.array([[3.0, 0.0]])  # its length must not matter
@@ -73,7 +75,7 @@ def test_one_near_neighbour_outweighs_two_far_ones():
     assert knn_accuracy(bank, np.array([5, 8, 8]), query, [8], k=3, temperature=100.0) == 1.0
 
 
-def test_all_ks_and_temperatures_in_one_pass_equal_one_at_a_time_in_any_parts(monkeypatch):
+def test_all_ks_and_temperatures_in_one_pass_equal_one_at_a_time_in_chunks(monkeypatch):
     train_x, train_y = blobs(300, seed=5)
     test_x, _ = blobs(101, seed=6)
     ks, temperatures, told = (200, 1, 20), (0.05, 1.0), []
@@ -87,7 +89,7 @@ def test_all_ks_and_temperatures_in_one_pass_equal_one_at_a_time_in_any_parts(mo
             assert torch.equal(alone[k, temperature], together[k, temperature]), (k, temperature)
 
 
-def test_the_bank_may_be_a_map_of_a_file(tmp_path):
+def test_the_bank_may_be_a_memory_map(tmp_path):
     train_x, train_y = blobs(300, seed=5)
     test_x, test_y = blobs(101, seed=6)
     np.save(tmp_path / "bank.npy", train_x)
@@ -96,7 +98,7 @@ def test_the_bank_may_be_a_map_of_a_file(tmp_path):
 
 
 def test_nearly_parallel_features_are_told_apart():
-    """As a young encoder gives them: cosines within 1e-7 of 1, where float32 sees ties only."""
+    """Cosines within 1e-7 of 1, as early in training: in float32 all of them are ties."""
     train_x, train_y = blobs(300, seed=14)
     test_x, _ = blobs(50, seed=15)
     train_x, test_x = (np.float32(100) + np.float32(0.01) * x for x in (train_x, test_x))
@@ -104,7 +106,7 @@ def test_nearly_parallel_features_are_told_apart():
     assert found[20, 1e-7].tolist() == [oracle(train_x, train_y, query, 20, 1e-7) for query in test_x]
 
 
-def test_takes_arrays_and_tensors_of_any_float_type():
+def test_arrays_and_tensors_of_any_float_type_are_accepted():
     train_x, train_y = blobs(300, seed=7)
     test_x, test_y = blobs(100, seed=8)
     expected = knn_accuracy(train_x, train_y, test_x, test_y)
@@ -116,7 +118,7 @@ def test_takes_arrays_and_tensors_of_any_float_type():
     assert half == pytest.approx(expected, abs=0.03)
 
 
-def test_a_k_above_the_bank_lets_all_of_it_vote():
+def test_with_a_k_above_the_bank_all_samples_vote():
     (train_x, train_y), (test_x, _) = blobs(30, seed=9), blobs(100, seed=10)
     found = knn_predictions(train_x, train_y, test_x, ks=(30, 1000), temperatures=(0.07,))
     assert torch.equal(found[30, 0.07], found[1000, 0.07])

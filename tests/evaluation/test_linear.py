@@ -1,4 +1,4 @@
-"""The three linear protocols and the few-label one, against torch's optimisers and scikit-learn; and streaming."""
+"""The three linear protocols against torch.optim and scikit-learn, features in files, and splits."""
 
 import subprocess
 import sys
@@ -23,11 +23,11 @@ LABELS = np.array([1, 4, 6])
 def gaussians(count, *, seed, distance=1.0, dim=20):
     """Three classes with a common, badly scaled covariance: no classifier beats a linear one."""
     shape = np.random.default_rng(0)
-    centre = distance * shape.normal(size=(len(LABELS), dim)) / np.sqrt(2)
+    center = distance * shape.normal(size=(len(LABELS), dim)) / np.sqrt(2)
     mix = shape.normal(size=(dim, dim)) * np.geomspace(0.01, 100, dim)
     rng = np.random.default_rng(seed)
     cls = rng.integers(len(LABELS), size=count)
-    return ((centre[cls] + rng.normal(size=(count, dim))) @ mix + 3).astype(np.float32), LABELS[cls]
+    return ((center[cls] + rng.normal(size=(count, dim))) @ mix + 3).astype(np.float32), LABELS[cls]
 
 
 def accuracy(fitted, x, y):
@@ -38,7 +38,7 @@ def weights(fitted):
     return torch.cat([fitted.classifier.weight_CD, fitted.classifier.bias_C[:, None]], dim=1)
 
 
-# --- batches --------------------------------------------------------------------------------------
+# --- features in chunks and batches ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(arrays, "BLOCK_ROWS", 8)
 
 
-def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
+def test_every_row_comes_once_per_epoch_in_a_new_order(small_groups):
     x = np.arange(300 * 8, dtype=np.float32).reshape(300, 8)
     rows = np.flatnonzero(np.arange(300) % 7)
     made = ShuffledBatches(x, rows, 16, seed=1, device="cpu")
@@ -65,7 +65,7 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(small_groups):
 
 
 class Watched:
-    """A map of a file that keeps account of how many rows are asked for at a time."""
+    """A memory map that records how many rows are read at a time."""
 
     def __init__(self, mapped):
         self.mapped, self.shape, self.largest = mapped, mapped.shape, 0
@@ -87,8 +87,8 @@ FITS = {
 
 
 @pytest.mark.parametrize("protocol", FITS)
-def test_a_map_of_a_file_streams_and_gives_the_same_numbers(protocol, small_groups, tmp_path):
-    """Bit for bit the same classifiers, and never more than a group in memory."""
+def test_a_memory_map_is_read_in_groups_and_gives_the_same_numbers(protocol, small_groups, tmp_path):
+    """Bit for bit the same classifiers, with at most one group in memory."""
     x, y = gaussians(500, seed=1, dim=8)
     x = x.astype(np.float16)
     np.save(tmp_path / "x.npy", x)
@@ -99,7 +99,7 @@ def test_a_map_of_a_file_streams_and_gives_the_same_numbers(protocol, small_grou
     assert 0 < mapped.largest <= 128  # a group of 64 rows of float32 are 128 of float16
 
 
-def test_many_classes_make_parts_smaller(small_groups):
+def test_chunks_are_smaller_with_many_classes(small_groups):
     x = np.zeros((300, 8), np.float32)
     assert [len(part) for part in arrays.read_in_chunks(x, np.arange(60), "cpu")] == [32, 28]
     assert {len(part) for part in arrays.read_in_chunks(x, np.arange(60), "cpu", classes=64)} == {4}
@@ -107,8 +107,8 @@ def test_many_classes_make_parts_smaller(small_groups):
 
 @pytest.mark.parametrize("protocol", FITS)
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-def test_what_is_handed_in_stays_as_it_is(protocol, kind):
-    """Parts are worked on in place: in float64 the caller's numbers would be the first to suffer."""
+def test_the_features_of_the_caller_do_not_change(protocol, kind):
+    """Chunks are changed in place, so those of float64 features must be copies."""
     x, y = gaussians(100, seed=2)
     features = kind(x.astype(np.float64))
     FITS[protocol](features, y).classifier.logits(features)
@@ -138,8 +138,8 @@ except MemoryError:
 
 
 @pytest.mark.slow
-def test_a_file_larger_than_what_may_be_allocated_is_fitted(tmp_path):
-    """512 MiB of float16 where the kernel gives no more than 192 MiB, groups being of 16 MiB."""
+def test_a_file_larger_than_the_memory_limit_is_fitted(tmp_path):
+    """512 MiB of float16 with groups of 16 MiB, where the kernel allows 192 MiB more."""
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (1 << 19, 512)).flush()  # a hole in a file: zeros
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "x.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -147,7 +147,7 @@ def test_a_file_larger_than_what_may_be_allocated_is_fitted(tmp_path):
     assert done.stdout.splitlines() == ["[torch.Size([65536, 2]), torch.Size([65536, 2])]", "limited"]
 
 
-def test_mean_and_deviation_in_parts_are_numpy_s(small_groups):
+def test_mean_and_deviation_in_chunks_equal_numpy(small_groups):
     x = (1e4 + np.random.default_rng(0).normal(size=(1000, 8)) * np.geomspace(1e-2, 1e2, 8)).astype(np.float32)
     x[:, 3] = 5.0
     rows = np.arange(0, 1000, 3)
@@ -160,7 +160,7 @@ def test_mean_and_deviation_in_parts_are_numpy_s(small_groups):
 # --- sweep ----------------------------------------------------------------------------------------
 
 
-def test_side_by_side_training_equals_torch_one_by_one():
+def test_parallel_training_equals_torch_one_by_one():
     x, y = gaussians(70, seed=1)
     candidates = [SgdSettings(0.01, 0.0), SgdSettings(0.3, 0.0), SgdSettings(0.3, 0.05)]
     rows, epochs = np.arange(5, 70), 4
@@ -196,11 +196,11 @@ def test_sweep_and_lbfgs_reach_logistic_regression(distance, low, high):
     assert accuracy(fit_lbfgs(*train), *test) == pytest.approx(reference, abs=0.01)
 
 
-def test_the_choice_is_made_on_samples_that_were_not_fitted():
+def test_candidates_are_tested_on_samples_that_were_not_fitted():
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(400, 500)).astype(np.float32), rng.integers(2, size=400)
     for fitted in (fit_sweep(x, y, epochs=30, lrs=(0.1, 0.5)), fit_lbfgs(x, y, penalties=(1e-2, 1e-3))):
-        assert accuracy(fitted, x, y) > 0.99  # more dimensions than samples: random labels can be learnt by heart
+        assert accuracy(fitted, x, y) > 0.99  # more dimensions than samples: random labels can be memorized
         # 40 held-out coin tosses: 0.5 within three standard deviations of 0.079
         best = max(fitted.candidates, key=lambda one: (one["accuracy"], -one["nll"]))
         assert best["accuracy"] < 0.5 + 3 * 0.079 and fitted.hyperparameters["held_out"] == 40
@@ -225,14 +225,14 @@ def test_scale_and_dead_features_do_not_matter():
         assert accuracy(scaled, other[1], test[1]) == pytest.approx(accuracy(plain, *test), abs=0.004)  # one of 300
 
 
-def test_an_unseen_class_is_an_error_and_tensors_are_taken():
+def test_an_unseen_class_is_an_error_and_tensors_are_accepted():
     train, test = gaussians(300, seed=10), gaussians(100, seed=11)
     for fit in (lambda *data: fit_sweep(*data, epochs=3), fit_reference, fit_lbfgs):
         assert torch.equal(weights(fit(*train)), weights(fit(*map(torch.from_numpy, train))))
     assert accuracy(fit_sweep(*train, epochs=3), test[0], np.where(np.arange(100) < 50, 99, test[1])) <= 0.5
 
 
-def test_evaluating_in_chunks_changes_nothing(monkeypatch):
+def test_testing_in_chunks_changes_nothing(monkeypatch):
     x, y = gaussians(401, seed=12)
     heads = train_stacked(
         x, y, np.arange(300), [SgdSettings(0.01, 0.0), SgdSettings(0.1, 0.0)], epochs=2, batch_size=64, seed=0
@@ -256,7 +256,7 @@ def test_a_training_set_of_single_samples_is_refused(fit):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_reference_protocol_equals_a_plain_loop(normalize, monkeypatch):
-    """One batch holds everything, so its order is nothing but the order of float32 sums."""
+    """With one batch, its order only changes the order of float32 sums."""
     monkeypatch.setitem(SCHEDULES, "sun397", SCHEDULES["sun397"]._replace(epochs=12, steps=(4, 8, 11)))
     x, y = gaussians(90, seed=20)
     found = fit_reference(x, y, schedule="sun397", normalize=normalize, seed=5)
@@ -282,7 +282,7 @@ def test_the_reference_schedules_are_the_published_ones():
     assert SCHEDULES["flowers102"] == (80, (25, 50, 75), 128)
 
 
-def test_fitting_leaves_the_random_state_alone():
+def test_fitting_does_not_change_the_random_state():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -293,14 +293,14 @@ def test_fitting_leaves_the_random_state_alone():
 # --- lbfgs ----------------------------------------------------------------------------------------
 
 
-def penalised_loss(classifier, x, y, penalty):
+def penalized_loss(classifier, x, y, penalty):
     probability = classifier.logits(x).double().softmax(1).numpy()
     return log_loss(y, probability) + penalty / 2 * float(classifier.weight_CD.double().square().sum())
 
 
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3, 1e-5])
 def test_lbfgs_finds_scikit_learn_s_optimum(penalty):
-    """Digits, real pixels: the mean penalised loss within 1e-5, and the probabilities with it."""
+    """On digits: the mean penalized loss within 1e-5, and the probabilities."""
     x, y = load_digits(return_X_y=True)
     x = x.astype(np.float32)
     fitted = fit_lbfgs(x, y, penalties=(penalty,))
@@ -309,39 +309,39 @@ def test_lbfgs_finds_scikit_learn_s_optimum(penalty):
     oracle = LogisticRegression(C=1 / (penalty * len(x)), max_iter=20_000, tol=1e-8).fit(scaled, y)
     expected = log_loss(y, oracle.predict_proba(scaled)) + penalty / 2 * (oracle.coef_**2).sum()
     assert fitted.chosen == {"penalty": penalty, "converged": True}
-    assert penalised_loss(fitted.classifier, x, y, penalty) == pytest.approx(expected, abs=1e-5)
+    assert penalized_loss(fitted.classifier, x, y, penalty) == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(fitted.classifier.logits(x).softmax(1), oracle.predict_proba(scaled), atol=5e-3)
 
 
-def test_few_evaluations_suffice_for_features_that_all_but_repeat_each_other(monkeypatch):
-    """Principal axes of deviations from 1e-4 to 1, as an encoder's features have them: 1,000 would not do without."""
+def test_strongly_correlated_features_take_few_evaluations(monkeypatch):
+    """Principal axes with deviations from 1e-4 to 1, as in encoders: without them, 1,000 are not enough."""
     rng = np.random.default_rng(0)
     y = rng.integers(5, size=600)
     x = rng.normal(size=(600, 40)) @ (rng.normal(size=(40, 40)) * np.geomspace(1e-4, 1, 40)[:, None]) + np.eye(5, 40)[y]
-    calls, evaluate = [], lbfgs.LogisticRegression.__call__
-    monkeypatch.setattr(lbfgs.LogisticRegression, "__call__", lambda *args: (calls.append(1), evaluate(*args))[1])
-    part = lbfgs.LogisticRegression(x, y, 5, np.arange(600), "cpu")
+    calls, evaluate = [], lbfgs.LogisticLoss.__call__
+    monkeypatch.setattr(lbfgs.LogisticLoss, "__call__", lambda *args: (calls.append(1), evaluate(*args))[1])
+    part = lbfgs.LogisticLoss(x, y, 5, np.arange(600), "cpu")
     _, converged = part.minimize(torch.zeros(5, 41, dtype=torch.float64), 1e-4)
     assert converged and len(calls) < 150
 
 
 @pytest.mark.parametrize("classes", [3, 300])
-def test_where_the_steps_end_the_loss_is_the_least(classes, monkeypatch):
-    """Within 1e-6, a tenth of what is promised, whatever the number of classes."""
+def test_lbfgs_stops_near_the_minimum(classes, monkeypatch):
+    """Within 1e-6, a tenth of the documented tolerance, for few and for many classes."""
     x, y = gaussians(900, seed=24)
     target = np.searchsorted(LABELS, y) if classes == 3 else np.arange(900) % classes
 
     def least(gradient):
         monkeypatch.setattr(lbfgs, "MAX_GRADIENT", gradient)
         fitted = fit_lbfgs(x, target, penalties=(1e-2,))
-        return penalised_loss(fitted.classifier, x, target, 1e-2)
+        return penalized_loss(fitted.classifier, x, target, 1e-2)
 
     assert least(1e-5) == pytest.approx(least(1e-8), abs=1e-6)
 
 
-def test_the_gradient_is_the_loss_s():
+def test_the_gradient_equals_finite_differences():
     x, y = gaussians(50, seed=22, dim=6)
-    part = lbfgs.LogisticRegression(x, np.searchsorted(LABELS, y), 3, np.arange(5, 50), "cpu")
+    part = lbfgs.LogisticLoss(x, np.searchsorted(LABELS, y), 3, np.arange(5, 50), "cpu")
     flat = np.random.default_rng(0).normal(size=21)
     _, gradient = part(flat, 0.3)
     for place in (0, 10, 20):
@@ -350,7 +350,7 @@ def test_the_gradient_is_the_loss_s():
         assert gradient[place] == pytest.approx(slope, rel=1e-6)  # a central difference's error: 1e-9
 
 
-def test_lbfgs_in_parts_reaches_the_optimum_of_the_whole(monkeypatch):
+def test_lbfgs_in_chunks_reaches_the_same_optimum(monkeypatch):
     x, y = gaussians(400, seed=23)
     whole = fit_lbfgs(x, y, penalties=(1e-2,))
     monkeypatch.setattr(arrays, "GROUP_BYTES", {"cpu": 64 * 20 * 8})
@@ -359,7 +359,7 @@ def test_lbfgs_in_parts_reaches_the_optimum_of_the_whole(monkeypatch):
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-4)
 
 
-def test_a_warm_start_leads_to_the_optimum_of_a_cold_one():
+def test_a_warm_start_reaches_the_optimum_of_a_cold_one():
     x, y = gaussians(400, seed=21)
     path, alone = fit_lbfgs(x, y, penalties=(1.0, 1e-1, 1e-2)), fit_lbfgs(x, y, penalties=(1e-2,))
     assert path.candidates[-1]["nll"] == pytest.approx(alone.candidates[0]["nll"], abs=1e-5)
@@ -367,13 +367,13 @@ def test_a_warm_start_leads_to_the_optimum_of_a_cold_one():
     assert list(lbfgs.PENALTIES) == sorted(lbfgs.PENALTIES, reverse=True)
 
 
-def test_what_did_not_converge_says_so(monkeypatch):
+def test_a_fit_that_did_not_converge_is_marked(monkeypatch):
     monkeypatch.setattr(lbfgs, "MAX_STEPS", 2)
     fitted = fit_lbfgs(*gaussians(400, seed=21), penalties=(1e-3,))
     assert fitted.chosen["converged"] is False and fitted.candidates[0]["converged"] is False
 
 
-# --- splits and few labels ------------------------------------------------------------------------
+# --- splits ------------------------------------------------------------------------------------------
 
 
 def test_the_holdout_takes_a_tenth_of_every_class():
@@ -386,7 +386,7 @@ def test_the_holdout_takes_a_tenth_of_every_class():
     assert not np.array_equal(held, stratified_holdout(labels, 0.1, seed=1)[1])
 
 
-def test_draws_are_balanced_reproducible_and_different():
+def test_balanced_subsets_are_reproducible_and_different():
     labels = np.random.default_rng(0).choice(LABELS, 300)
     draws = balanced_subsets(labels, 10, 5, 0)
     for rows in draws:

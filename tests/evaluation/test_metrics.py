@@ -1,4 +1,4 @@
-"""Figures of logits against scikit-learn and torchmetrics, and their intervals against theory."""
+"""Classification metrics against scikit-learn and torchmetrics, and their intervals against theory."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from fastssl.evaluation.metrics import accuracy_interval, classification_metrics
 
 
 def random_data(seed, samples=700, classes=12, skew=True):
-    """Logits that are right about half the time, classes of very different sizes, none without samples."""
+    """Logits that are right about half the time; classes of very different sizes, each with samples."""
     rng = np.random.default_rng(seed)
     share = np.arange(1, classes + 1) ** 2.0 if skew else np.ones(classes)
     label = np.concatenate([np.arange(classes), rng.choice(classes, samples - classes, p=share / share.sum())])
@@ -46,7 +46,7 @@ def test_equals_scikit_learn_and_torchmetrics(seed, skew):
     np.testing.assert_array_equal(scores.confusion_KK, sk.confusion_matrix(label, guess))
 
 
-def test_columns_stand_for_any_labels_and_chunks_change_nothing(monkeypatch):
+def test_columns_may_have_any_labels_and_chunks_change_nothing(monkeypatch):
     logits, label = random_data(5)
     names = np.array([2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37])
     plain = classification_metrics(logits, label, np.arange(12))
@@ -57,7 +57,7 @@ def test_columns_stand_for_any_labels_and_chunks_change_nothing(monkeypatch):
     assert classification_metrics(logits, label, np.arange(12)).metrics == plain.metrics
 
 
-def test_a_class_without_a_column_is_an_error_but_no_infinite_loss():
+def test_a_class_without_a_column_is_an_error_but_not_in_nll():
     logits, label = random_data(6, classes=4)
     foreign = np.concatenate([label, [9, 9]])
     logits = np.concatenate([logits, logits[:2]])
@@ -71,15 +71,15 @@ def test_a_class_without_a_column_is_an_error_but_no_infinite_loss():
     assert only.metrics["accuracy"] == 0 and "nll" not in only.metrics and "nll" not in only.intervals
 
 
-def test_of_equal_logits_the_first_column_is_the_guess_at_every_k():
+def test_of_equal_logits_the_first_columns_are_guessed():
     logits = np.zeros((3, 8))
     found = classification_metrics(logits, np.array([0, 4, 5]), np.arange(8)).metrics
     assert found["accuracy"] == pytest.approx(1 / 3) and found["accuracy_top5"] == pytest.approx(2 / 3)
     assert found["nll"] == pytest.approx(np.log(8))
 
 
-def test_a_confidence_on_a_bin_s_edge_belongs_below_it():
-    """As in arXiv 1706.04599: bins (0, 1/15], (1/15, 2/15] ... Ten guesses of 3/15, three right; two of more, wrong."""
+def test_a_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_bin():
+    """As in arXiv 1706.04599: bins (0, 1/15], (1/15, 2/15], ... Ten guesses at 3/15, three right; two above, wrong."""
     share = np.array([0.2] * 10 + [0.21] * 2)
     probability = np.stack([share, *[(1 - share) / 8] * 8], axis=1)
     label = np.array([0] * 3 + [1] * 9)
@@ -87,8 +87,8 @@ def test_a_confidence_on_a_bin_s_edge_belongs_below_it():
     assert found == pytest.approx((10 * abs(0.3 - 0.2) + 2 * abs(0 - 0.21)) / 12, abs=1e-9)
 
 
-def test_a_class_that_a_draw_misses_does_not_count_in_its_macro_accuracy():
-    """One sample of class 1 in fifty, always right: draws without it are as right as their class 0."""
+def test_a_class_that_a_resample_misses_does_not_count_in_macro_accuracy():
+    """One of fifty samples has class 1. All are right, with it and without it."""
     logits = np.zeros((50, 2))
     logits[:, 0], logits[-1] = 1, (0, 1)
     label = np.array([0] * 49 + [1])
@@ -102,7 +102,7 @@ def test_huge_logits_stay_finite():
 
 
 def test_intervals_are_those_of_the_bootstrap():
-    """A share's is the binomial's; Monte Carlo error of a 2.5 % percentile over 1,000 draws: about 1.5 of its steps."""
+    """That of a share is binomial, with a Monte Carlo error of about 1.5 steps for a percentile of 1,000 resamples."""
     logits, label = random_data(7)
     scores = classification_metrics(logits, label, np.arange(12), seed=3)
     accuracy = scores.metrics["accuracy"]

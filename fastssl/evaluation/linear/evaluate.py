@@ -37,14 +37,7 @@ def evaluate_linear(
 ) -> EvaluationResult:
     """Fit a linear classifier on data.train and test it on data.val. Cached in RUN/eval/linear-PROTOCOL.json.
 
-    Args:
-        encoder: of the run.
-        data: the images.
-        protocol: how to fit, see PROTOCOLS.
-        schedule: of the reference protocol.
-        draws: as in `linear_settings`.
-        dtype: of the cached features.
-        seed: of the classifier and of the held-out images.
+    schedule is that of the reference protocol, draws as in `linear_settings`, dtype that of the cached features.
     """
     settings = linear_settings(encoder, protocol, draws, dtype, schedule)
     evaluation = f"linear-{protocol}"
@@ -79,12 +72,9 @@ def linear_settings(
     """The constants of a protocol with the options of the caller: the `settings` of a result.
 
     Args:
-        encoder: of the run.
-        protocol: how to fit.
         draws: average the logits over this many draws of a stochastic h, in training and in testing; 0: classify mu.
             None: as published, embedding.samples draws for the reference protocol and mu for the others.
-        dtype: of the cached features.
-        schedule: of the reference protocol; a name that is no key of SCHEDULES means ImageNet's.
+        schedule: of the reference protocol; a name that is no key of SCHEDULES means that of ImageNet.
     """
     check_draws(encoder, draws)
     if draws is None:

@@ -28,7 +28,7 @@ CONSTANTS = {  # recorded in results
 }  # fmt: skip
 
 
-class LogisticRegression:
+class LogisticLoss:
     """Mean cross-entropy of some rows on standardized features, its gradient, and its minimum.
 
     Computed in float64: with float32 products the line search stops at noise of 1e-6 to 1e-5, the precision that the
@@ -40,12 +40,7 @@ class LogisticRegression:
     optimum is the same. On the features of 10,000 images it takes 21, 53 and 374 evaluations at penalties 1e-1, 1e-3
     and 1e-5, and 79, 337 and 1,040 without the axes (records/linear.md).
 
-    Args:
-        features_ND: the feature matrix.
-        target_N: class numbers, 0 to classes - 1.
-        classes: their number.
-        rows: those that are fitted on.
-        device: where to compute.
+    target_N are class numbers from 0 to classes - 1; rows are those that are fitted on.
     """
 
     def __init__(self, features_ND: Array, target_N: np.ndarray, classes: int, rows: np.ndarray, device: Device):
@@ -133,23 +128,15 @@ def fit_lbfgs(
     device: Device = "cpu",
     advance: Callable[[int], object] = lambda fits: None,
 ) -> LinearFit:
-    """Fit every penalty on nine tenths of the samples, and the best one again on all, starting from its optimum.
+    """Fit every penalty to features (N, D) and labels (N,) of nine tenths of the samples, and the best one to all.
 
-    The best penalty is that of the highest accuracy on the last tenth (stratified, seeded); of equal ones, of the
-    lowest cross-entropy.
-
-    Args:
-        features: (N, D).
-        labels: (N,) integers.
-        penalties: from strong to weak.
-        seed: of the held-out tenth.
-        device: where to compute.
-        advance: called with 1 after each fit, len(penalties) + 1 times.
+    The best penalty has the highest accuracy on the last tenth (stratified, seeded) and, of equal ones, the lowest
+    cross-entropy. penalties go from strong to weak. `advance(1)` is called after each of len(penalties) + 1 fits.
     """
     label_N = as_numpy(labels)
     fit_rows, held_rows = holdout_split(label_N, seed)
     class_C, target_N = np.unique(label_N, return_inverse=True)
-    regression = LogisticRegression(features, target_N, len(class_C), fit_rows, device)
+    regression = LogisticLoss(features, target_N, len(class_C), fit_rows, device)
     weight_CE = torch.zeros(len(class_C), features.shape[1] + 1, dtype=torch.float64, device=device)
     optima: list[Tensor] = []
     candidates: list[Candidate] = []
@@ -161,7 +148,7 @@ def fit_lbfgs(
         advance(1)
     best = best_candidate(candidates)
 
-    final = LogisticRegression(features, target_N, len(class_C), np.arange(len(label_N)), device)
+    final = LogisticLoss(features, target_N, len(class_C), np.arange(len(label_N)), device)
     weight_CE, converged = final.minimize(optima[best], penalties[best])
     advance(1)
     chosen: dict[str, float] = {"penalty": penalties[best], "converged": converged}

@@ -44,16 +44,10 @@ def fit_reference(
     device: Device = "cpu",
     advance: Callable[[int], object] = lambda epochs: None,
 ) -> LinearFit:
-    """Train a linear classifier by the reference protocol.
+    """Train on features (N, D) and labels (N,) by the reference protocol.
 
-    Args:
-        features: (N, D).
-        labels: (N,) integers.
-        schedule: a key of SCHEDULES.
-        normalize: divide features by their length. False for means of draws of length 1.
-        seed: of the initial weights and of the order of the samples.
-        device: where to train.
-        advance: called with 1 after each epoch.
+    normalize divides features by their length; it is False for means of draws of length 1. The seed is that of the
+    initial weights and of the order of the samples. `advance(1)` is called after each epoch.
     """
     label_N = as_numpy(labels)
     epochs, steps, batch_size = SCHEDULES[schedule]

@@ -87,20 +87,10 @@ def fit_sweep(
     device: Device = "cpu",
     advance: Callable[[int], object] = lambda epochs: None,
 ) -> LinearFit:
-    """Train with every rate and decay on nine tenths of the samples, and train again on all with the best pair.
+    """Train on features (N, D) and labels (N,): every rate and decay on nine tenths of the samples, the best on all.
 
-    The best pair is that of the highest accuracy on the last tenth (stratified, seeded); of equal ones, of the lowest
-    cross-entropy.
-
-    Args:
-        features: (N, D).
-        labels: (N,) integers.
-        lrs: learning rates.
-        weight_decays: each is tried with every rate.
-        epochs: of both trainings.
-        seed: of the held-out tenth and of the order of the samples.
-        device: where to train.
-        advance: called with 1 after each epoch, 2 * epochs times.
+    The best pair has the highest accuracy on the last tenth (stratified, seeded) and, of equal ones, the lowest
+    cross-entropy. `advance(1)` is called after each epoch of both trainings, 2 * epochs times.
     """
     label_N = as_numpy(labels)
     fit_rows, held_rows = holdout_split(label_N, seed)
