@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
 
 class Builder(Protocol):
-    """A module of beton_builders. Its docstring explains these, and the optional constants SOURCE and DOWNLOAD."""
+    """A module of beton_builders. The docstring of that package also describes the optional SOURCE and DOWNLOAD."""
 
     CANVAS: int  # px, the side of the canvas unless --canvas sets another
 
@@ -166,7 +166,7 @@ def _with_progress(samples: Iterable[Sample], split: str) -> Iterator[Sample]:
 
 
 def as_utf8(name: str) -> str:
-    """Escape the bytes of a file name that are not UTF-8."""
+    """Escape what is not UTF-8 in a file name."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
