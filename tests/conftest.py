@@ -10,8 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 
 import numpy as np
 import pytest
-from pictures import jpeg_bytes, photo
 from PIL import Image
+from synthetic_images import jpeg_bytes, photo
 
 from fastssl import cli
 from fastssl.beton import build_beton
@@ -20,8 +20,8 @@ from fastssl.beton import build_beton
 multiprocessing.set_forkserver_preload(["fastssl.training", "fastssl.evaluation.probe"])
 
 
-def picture(seed: int, height: int, width: int, label: int) -> Image.Image:
-    """A smooth random picture with a bright square whose place tells the class."""
+def labelled_image(seed: int, height: int, width: int, label: int) -> Image.Image:
+    """A smooth random image with a bright square whose position depends on the class."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(40, 160, (4, 5, 3), dtype=np.uint8))
     pixels = np.array(coarse.resize((width, height), Image.BICUBIC))
@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
             folder = root / split / f"class{i % 3}"
             folder.mkdir(parents=True, exist_ok=True)
             height, width = 60 + 7 * (i % 5), 90 - 11 * (i % 4)
-            picture(i + 1000 * (split == "val"), height, width, i % 3).save(folder / f"{i:03}.jpg", quality=95)
+            labelled_image(i + 1000 * (split == "val"), height, width, i % 3).save(folder / f"{i:03}.jpg", quality=95)
     return root
 
 

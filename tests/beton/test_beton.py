@@ -14,8 +14,8 @@ import pytest
 from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.reader import Reader
-from pictures import jpeg_bytes, photo
 from PIL import Image
+from synthetic_images import jpeg_bytes, photo
 
 from fastssl.beton import build_beton, format, read_header, read_labels, read_metadata
 from fastssl.beton.images import Case, StoragePlan, encode_image

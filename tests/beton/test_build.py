@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ffcv.libffcv import ctypes_imdecode
-from pictures import jpeg_bytes, photo
 from PIL import Image
+from synthetic_images import jpeg_bytes, photo
 
 import beton_builders
 from fastssl.beton import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import jpeg_bytes, photo
+from synthetic_images import jpeg_bytes, photo
 
 from fastssl import cli
 from fastssl.beton import build_beton, read_index_list, read_metadata

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import jpeg_bytes, photo
 from PIL import Image
+from synthetic_images import jpeg_bytes, photo
 
 from fastssl import cli
 from fastssl.beton import build_beton, draw_sheet, format, read_samples, verify

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from pictures import photo
 from PIL import Image
+from synthetic_images import photo
 
 from fastssl.beton.resize import resize, resize_box, resize_line, resize_weights
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box

@@ -1,4 +1,4 @@
-"""Pictures for tests, made on the spot."""
+"""Small synthetic images for tests."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
-    """A smooth random picture: JPEG changes it by a few grey levels only."""
+    """Return a smooth random image, which JPEG changes by only a few grey levels."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
