@@ -137,9 +137,10 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         assumptions.append("All images stay on the GPU (data.resident): decoding them once is not counted.")
     else:
         costs, first_epoch = _with_loading(costs, profile, recipe, machine, assumptions)
+    _, precision = _precisions(profile, recipe, machine.device)
     setup = Setup(
         workers=costs.cores, layout=profile.data.layout, on_gpu=True, compiled=recipe.train.compile is not False,
-        precision="bf16", fits_into_memory=False,
+        precision=precision, fits_into_memory=False,
     )  # fmt: skip
     seconds, rate = costs.resource_seconds(), costs.images_per_second()
     slowest = max(busy for name, busy in seconds.items() if name not in ("threads", "cores"))
@@ -166,28 +167,7 @@ def _device_costs(profile: Profile, recipe: Recipe, machine: PlannedMachine, ass
     run, there, stages = profile.run, machine.device, profile.stages
     on_gpu, processes = profile.machine.kind == "cuda", profile.machine.processes
     here = find_device(profile.machine.device) if on_gpu else None
-    wanted = run.precision if on_gpu else recipe.train.precision.replace("auto", "bf16")
-    precision = wanted if there.peak(wanted) else {"bf16": "fp16", "tf32": "fp32"}[wanted]
-    if precision != wanted:
-        assumptions.append(f"{there.name} has no {wanted}: set train.precision={precision} there, as is assumed here.")
-    step = _busy_seconds(stages.step, processes)
-    if stages.step.busy_seconds is None and step and (exchange := _seconds(stages.communication, processes)):
-        step -= exchange
-    if here and here.peak(wanted) and step:
-        step *= _slowdown(here, wanted, there, precision)
-        basis = f"The step is what was measured on {here.name}"
-    elif flops := stages.step.flops:
-        words, reference_rate = REFERENCE[precision]
-        reference = DEVICES[words]
-        step = flops / (reference_rate * REFERENCE_FLOPS) * _slowdown(reference, precision, there, precision)
-        share = percent(flops / step / (there.peak(precision) or math.inf))
-        basis = (
-            f"The step reaches {share} of the {precision} peak, from ResNet-50's {reference_rate:,} images/s on "
-            f"{reference.name} (NVIDIA/DeepLearningExamples)"
-        )
-    else:
-        raise UserError("The profile lacks the step's FLOPs, which a plan needs: profile the recipe again.")
-    assumptions.append(f"{basis}, scaled half with the peak, half with the memory bandwidth.")
+    step = _step_seconds(profile, recipe, here, there, assumptions)
     views = _busy_seconds(stages.views, processes)
     if here and views:
         views *= here.bandwidth / there.bandwidth
@@ -210,6 +190,43 @@ def _device_costs(profile: Profile, recipe: Recipe, machine: PlannedMachine, ass
     else:
         assumptions.append("Launching kernels takes no time: small batches and few cores may be slower.")
     return costs
+
+
+def _precisions(profile: Profile, recipe: Recipe, there: Device) -> tuple[str, str]:
+    """Return the recipe's precision on a GPU, and the one that is used if the planned GPU lacks it."""
+    wanted = profile.run.precision
+    if profile.machine.kind != "cuda":
+        wanted = recipe.train.precision.replace("auto", "bf16")
+    return wanted, wanted if there.peak(wanted) else {"bf16": "fp16", "tf32": "fp32"}[wanted]
+
+
+def _step_seconds(
+    profile: Profile, recipe: Recipe, here: Device | None, there: Device, assumptions: list[str]
+) -> float:
+    """Return the seconds of the step per image, without the exchange of gradients."""
+    wanted, precision = _precisions(profile, recipe, there)
+    if precision != wanted:
+        assumptions.append(f"{there.name} has no {wanted}: set train.precision={precision} there, as is assumed here.")
+    result, processes = profile.stages.step, profile.machine.processes
+    seconds = _busy_seconds(result, processes)
+    if seconds and not result.busy_seconds:
+        seconds -= _seconds(profile.stages.communication, processes) or 0.0
+    if here and here.peak(wanted) and seconds:
+        seconds *= _slowdown(here, wanted, there, precision)
+        basis = f"The step is what was measured on {here.name}"
+    elif result.flops:
+        words, reference_rate = REFERENCE[precision]
+        reference = DEVICES[words]
+        seconds = result.flops / (reference_rate * REFERENCE_FLOPS) * _slowdown(reference, precision, there, precision)
+        share = percent(result.flops / seconds / (there.peak(precision) or math.inf))
+        basis = (
+            f"The step reaches {share} of the {precision} peak, from ResNet-50's {reference_rate:,} images/s on "
+            f"{reference.name} (NVIDIA/DeepLearningExamples)"
+        )
+    else:
+        raise UserError("The profile lacks the step's FLOPs, which a plan needs: profile the recipe again.")
+    assumptions.append(f"{basis}, scaled half with the peak, half with the memory bandwidth.")
+    return seconds
 
 
 def _with_loading(
