@@ -1,13 +1,13 @@
-"""Training end to end beside lightly: images/s and the share of time spent waiting for data, in one run.
+"""Training end to end, compared with lightly: images/s and the share of time spent waiting for data.
 
 pip install lightly
 python benchmarks/end_to_end.py --source CIFAR10/train --out records/end-to-end.md
 
 Both train Barlow Twins on the same 5,000 images (500 of each class of an image folder): ResNet-18 with the ImageNet
 stem, projector 1024-1024-1024, AdamW, batch 128, 32 px, two views with the same operations and probabilities. lightly
-reads the JPEG files through its dataset, its BYOL views and torch's DataLoader; fastssl its .beton of them. Each leg is
-a process of its own, in turn, --rounds times. The first steps of an epoch are left out: both start threads or workers
-then.
+reads the JPEG files through its dataset, its BYOL views and torch's DataLoader; fastssl reads a .beton of them. The two
+run alternately, each in a process of its own, --rounds times. The first steps of an epoch are left out, because both
+start threads or workers then.
 """
 
 import argparse
@@ -23,8 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
-BATCH, SIZE, IMAGES_PER_CLASS = 128, 32, 500
-LEFT_OUT = 9  # steps; of 39 an epoch
+BATCH = 128
+SIZE = 32  # px
+IMAGES_PER_CLASS = 500
+LEFT_OUT = 9  # of the 39 steps of an epoch
 
 
 def main() -> None:
@@ -34,10 +36,10 @@ def main() -> None:
     arguments.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--out", type=Path)
-    arguments.add_argument("--leg", choices=["lightly"], help=argparse.SUPPRESS)
+    arguments.add_argument("--only", choices=["lightly"], help=argparse.SUPPRESS)
     options = arguments.parse_args()
-    if options.leg:
-        print(json.dumps(lightly_leg(options.source, options.device, options.workers)))
+    if options.only:
+        print(json.dumps(measure_lightly(options.source, options.device, options.workers)))
         return
     work = Path(tempfile.mkdtemp(prefix="end-to-end-"))
     images = work / "images" / "train"
@@ -50,10 +52,10 @@ def main() -> None:
 
     rounds = []
     for number in range(options.rounds):
-        command = [sys.executable, __file__, "--source", images, "--device", options.device, "--leg", "lightly"]
+        command = [sys.executable, __file__, "--source", images, "--device", options.device, "--only", "lightly"]
         done = subprocess.run([*command, "--workers", str(options.workers)], check=True, capture_output=True, text=True)
         theirs = json.loads(done.stdout.splitlines()[-1])
-        ours = fastssl_leg(work, number, options.device, options.workers)
+        ours = measure_fastssl(work, number, options.device, options.workers)
         rounds.append((theirs, ours))
         print(f"round {number + 1}: lightly {theirs}, fastssl {ours}", flush=True)
     text = report(options, rounds)
@@ -63,7 +65,7 @@ def main() -> None:
     shutil.rmtree(work)
 
 
-def fastssl_leg(work: Path, number: int, device: str, workers: int) -> dict[str, float]:
+def measure_fastssl(work: Path, number: int, device: str, workers: int) -> dict[str, float]:
     run_dir = work / f"run{number}"
     keys = [
         f"data.train={work}/train.beton", "data.val=null", f"data.workers={workers}", f"views.size={SIZE}",
@@ -79,7 +81,7 @@ def fastssl_leg(work: Path, number: int, device: str, workers: int) -> dict[str,
     return {"images_per_second": len(timed) * 3 * BATCH / sum(seconds), "data_wait": waited / sum(seconds)}
 
 
-def lightly_leg(images: Path, device: str, workers: int) -> dict[str, float]:
+def measure_lightly(images: Path, device: str, workers: int) -> dict[str, float]:
     import timm
     import torch
     from lightly.data import LightlyDataset
@@ -88,7 +90,7 @@ def lightly_leg(images: Path, device: str, workers: int) -> dict[str, float]:
     from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
     torch.manual_seed(0)
-    # recipes/barlow.yaml's views; lightly's defaults agree in the rest: grey 0.2, blur 1.0 and 0.1, solarize 0 and 0.2.
+    # The views of recipes/barlow.yaml. lightly's other defaults agree: gray 0.2, blur 1.0 and 0.1, solarize 0 and 0.2.
     jitter = dict(input_size=SIZE, cj_prob=0.8, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1, min_scale=0.08)
     transform = BYOLTransform(BYOLView1Transform(**jitter), BYOLView2Transform(**jitter))
     loader = torch.utils.data.DataLoader(
@@ -121,19 +123,19 @@ def lightly_leg(images: Path, device: str, workers: int) -> dict[str, float]:
     return {"images_per_second": (step - LEFT_OUT) * BATCH / seconds, "data_wait": waited / seconds}
 
 
-def report(options, rounds: list[tuple[dict, dict]]) -> str:
-    def version(name):
+def report(options: argparse.Namespace, rounds: list[tuple[dict[str, float], dict[str, float]]]) -> str:
+    def version(name: str) -> str:
         return f"{name} {importlib.metadata.version(name)}"
 
-    def row(name, legs):
-        rates, waits = ([leg[key] for leg in legs] for key in ("images_per_second", "data_wait"))
+    def row(name: str, results: list[dict[str, float]]) -> str:
+        rates, waits = ([result[key] for result in results] for key in ("images_per_second", "data_wait"))
         span = f"{min(rates):,.0f} to {max(rates):,.0f}"
         return f"| {name} | {statistics.median(rates):,.0f} | {span} | {statistics.median(waits):.1%} |"
 
     ratios = [ours["images_per_second"] / theirs["images_per_second"] for theirs, ours in rounds]
     versions = ", ".join(version(name) for name in ("lightly", "torch", "timm", "torchvision"))
     return "\n".join([
-        "# End to end, beside lightly",
+        "# End to end, compared with lightly",
         "",
         f"`python benchmarks/end_to_end.py --source CIFAR10/train --device {options.device} "
         f"--workers {options.workers} --rounds {options.rounds}`; "

@@ -1,12 +1,12 @@
-"""Fault drill: a CIFAR-10 run is killed again and again at random moments, and has to end as an undisturbed one.
+"""Fault drill: a CIFAR-10 run that is killed repeatedly at random moments must end as an undisturbed one.
 
 python benchmarks/faults.py --data data/cifar10 --out records/faults.md
 
-Trains ResNet-18 (ImageNet stem, 32 px, batch 128) on 5,000 images for five epochs with a kNN probe behind each, once
-undisturbed and once under fire: SIGKILL to the whole process group, --kills times, each a random time after the start.
-A kill may strike while Python starts, in a step, in a save or in a probe.
+Trains ResNet-18 (ImageNet stem, 32 px, batch 128) on 5,000 images for five epochs with a kNN probe after each: once
+undisturbed, and once with SIGKILL sent to the whole process group --kills times, each at a random time after the start.
+A kill may hit while Python starts, in a step, in a save or in a probe.
 
-Ends with exit code 1 unless weights, optimiser and the loss of every step are equal bit for bit.
+The exit code is 1 unless weights, optimizer state and the loss of every step are equal bit for bit.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 RECIPE = "recipes/zprob_barlow.yaml"
-EPOCHS, STEPS = 5, 39  # and steps of each
+EPOCHS = 5
+STEPS = 39  # per epoch
 LATEST = 35  # seconds after the start
-EARLY = 5  # kills that strike within the first 10 seconds, while the process starts
+EARLY = 5  # kills within the first 10 seconds, while the process starts
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
     for kill, delay in enumerate(moments(options.kills, options.seed), 1):
         rows.append(kill_once(keys, work / "killed", delay))
         print(f"kill {kill}: {rows[-1]}", flush=True)
-    print("last start, left alone ...", flush=True)
+    print("last start, not killed ...", flush=True)
     if start(keys, work / "killed").wait() != 0:
         return 1
     differences = compare(work / "straight", work / "killed")
@@ -70,7 +71,7 @@ def start(keys: list[str], run_dir: Path) -> subprocess.Popen:
 
 
 def moments(kills: int, seed: int) -> list[float]:
-    """Seconds after the start at which to kill, in random order."""
+    """Return the seconds after the start at which to kill, in random order."""
     generator = random.Random(seed)
     delays = [generator.uniform(0, 10) for _ in range(EARLY)]
     delays += [generator.uniform(0, LATEST) for _ in range(kills - EARLY)]
@@ -79,8 +80,8 @@ def moments(kills: int, seed: int) -> list[float]:
 
 
 def kill_once(keys: list[str], run_dir: Path, delay: float) -> dict:
-    """Start the run, kill it, and say where it was."""
-    for part in run_dir.glob("checkpoints/.*.part*"):  # of the kill before
+    """Start the run, kill it, and return how far it was."""
+    for part in run_dir.glob("checkpoints/.*.part*"):  # of the previous kill
         part.unlink()
     process = start(keys, run_dir)
     time.sleep(delay)
@@ -113,19 +114,21 @@ def lines(run_dir: Path) -> list[dict]:
 
 
 def compare(straight: Path, killed: Path) -> list[str]:
-    """What differs between the two runs; nothing should."""
+    """Return the names of everything that differs between the two runs."""
     a, b = checkpoint(straight), checkpoint(killed)
     found = [f"weight {name}" for name, tensor in a["model"].items() if not torch.equal(tensor, b["model"][name])]
     for index, state in a["optimizer"]["state"].items():
         other = b["optimizer"]["state"][index]
-        found += [f"optimiser {index}.{key}" for key in state if not torch.equal(state[key], other[key])]
-    figures = [[(line["step"], line.get("loss"), line.get("knn")) for line in lines(run)] for run in (straight, killed)]
-    if figures[0] != figures[1]:
+        found += [f"optimizer {index}.{key}" for key in state if not torch.equal(state[key], other[key])]
+    metrics = [[(line["step"], line.get("loss"), line.get("knn")) for line in lines(run)] for run in (straight, killed)]
+    if metrics[0] != metrics[1]:
         found.append("metrics.jsonl")
     return found
 
 
-def report(options, rows: list[dict], differences: list[str], undisturbed: float, seconds: float) -> str:
+def report(
+    options: argparse.Namespace, rows: list[dict], differences: list[str], undisturbed: float, seconds: float
+) -> str:
     head = "| kill | " + " | ".join(rows[0]) + " |\n|" + "---|" * (len(rows[0]) + 1)
     cells = [" | ".join(map(str, (n, *row.values()))) for n, row in enumerate(rows, 1)]
     body = "\n".join(f"| {line} |" for line in cells)
@@ -133,13 +136,14 @@ def report(options, rows: list[dict], differences: list[str], undisturbed: float
     command = f"python benchmarks/faults.py --data CIFAR10 --kills {options.kills} --seed {options.seed}"
     return (
         f"# Fault drill\n\n`{command}`, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{os.cpu_count()} cores. The undisturbed run took {undisturbed:.0f} s, all {seconds / 60:.0f} minutes.\n\n"
-        f"{len(rows)} times SIGKILL to the process group at a random moment, then the same command again; "
-        f"weights, optimiser and every line's loss and kNN compared with the undisturbed run. **{verdict}**\n\n"
+        f"{os.cpu_count()} cores. The undisturbed run took {undisturbed:.0f} s, everything {seconds / 60:.0f} "
+        f"minutes.\n\nSIGKILL was sent to the process group {len(rows)} times at a random moment, and the same command "
+        "started again each time. Weights, optimizer state and the loss and kNN of every logged line were compared "
+        f"with the undisturbed run. **{verdict}**\n\n"
         f"{head}\n{body}\n\n"
-        "after: seconds from the start of the process. step logged, step saved: where the run stood when it was "
-        "killed. in a save: a half-written checkpoint lay beside the whole one. in a probe: the last step of an epoch "
-        "was done, and the kNN probe behind it was not.\n"
+        "after: seconds from the start of the process. step logged, step saved: the last step in metrics.jsonl and in "
+        "the checkpoint when it was killed. in a save: a partly written checkpoint was found next to the complete one. "
+        "in a probe: the last step of an epoch was done, and the kNN probe after it was not.\n"
     )
 
 

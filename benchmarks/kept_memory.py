@@ -1,10 +1,10 @@
-"""A training step on a CPU with and without `keep_freed_memory`: images/s and page faults, in one run.
+"""Speed and page faults of a training step on a CPU with and without `keep_freed_memory`.
 
     python benchmarks/kept_memory.py recipes/cifar10/barlow.yaml data.train=cifar10/train.beton data.val=null \\
         model.stem=imagenet train.batch_size=128 [--rounds 3]
 
-Each line runs in a process of its own, as the setting cannot be taken back, in turn with the other: STEPS steps on one
-batch of views, behind two that warm up.
+Each line of the result runs STEPS steps on one batch of views, after two warm-up steps. The two settings run
+alternately, each in a process of its own, because the setting cannot be undone.
 """
 
 import argparse
@@ -23,38 +23,38 @@ def main() -> None:
     arguments.add_argument("recipe")
     arguments.add_argument("overrides", nargs="*")
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--leg", choices=["kept", "given back"], help=argparse.SUPPRESS)
+    arguments.add_argument("--only", choices=["kept", "given back"], help=argparse.SUPPRESS)
     options = arguments.parse_args()
-    if options.leg:
-        print(json.dumps(leg(options)))
+    if options.only:
+        print(json.dumps(measure(options)))
         return
-    found: dict[str, list[dict]] = {"kept": [], "given back": []}
+    results: dict[str, list[dict[str, float]]] = {"kept": [], "given back": []}
     for _ in range(options.rounds):
-        for name, figures in found.items():
-            command = [sys.executable, __file__, options.recipe, *options.overrides, "--leg", name]
+        for name, rounds in results.items():
+            command = [sys.executable, __file__, options.recipe, *options.overrides, "--only", name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            figures.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| freed memory is | images/s, median (range) | page faults a step | system time a step | peak memory |")
+            rounds.append(json.loads(done.stdout.splitlines()[-1]))
+    print("| freed memory is | images/s, median (range) | page faults per step | system time per step | peak memory |")
     print("|---|---|---|---|---|")
-    for name, figures in found.items():
-        rates = [figure["images_per_second"] for figure in figures]
-        rest = [statistics.median(figure[key] for figure in figures) for key in ("faults", "system_ms", "memory_mb")]
+    for name, rounds in results.items():
+        rates = [result["images_per_second"] for result in rounds]
+        rest = [statistics.median(result[key] for result in rounds) for key in ("faults", "system_ms", "memory_mb")]
         print(
             f"| {name} | {statistics.median(rates):.4g} ({min(rates):.4g} to {max(rates):.4g}) | {rest[0]:,.0f} | "
             f"{rest[1]:.0f} ms | {rest[2]:,.0f} MB |"
         )
-    ratios = [a["images_per_second"] / b["images_per_second"] for a, b in zip(*found.values())]
+    ratios = [a["images_per_second"] / b["images_per_second"] for a, b in zip(*results.values())]
     print(f"\nkept / given back: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}).")
 
 
-def leg(options) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from fastssl import load_recipe
     from fastssl.profiling.device_stages import take_step, with_fixed_views
     from fastssl.training import setup
 
-    if options.leg == "given back":
+    if options.only == "given back":
         setup.keep_freed_memory = lambda: None
     run, _ = setup.prepare(load_recipe(options.recipe, options.overrides), torch.device("cpu"), None)
     batch = next(iter(run.state.loader))

@@ -1,11 +1,11 @@
-"""What a training step sends between GPUs and keeps in their memory, counted, not timed: for docs/scaling.md.
+"""What a training step sends between GPUs and stores in their memory, counted, not timed: for docs/scaling.md.
 
 python benchmarks/scaling.py --out records/scaling.md
 
-Sent: one real step of each recipe in a pretended process group of N ranks, where every collective call is counted with
-its bytes. Kept: the tensors that autograd saves for the backward pass of one step under bf16 autocast, at two batch
-sizes, so that a cost for each image comes out; weights, gradients and AdamW's two moments from the parameters. Eager
-mode: torch.compile keeps less.
+Sent: one real step of each recipe in a fake process group of N ranks, in which every collective call is counted with
+its bytes. Stored: the tensors that autograd saves for the backward pass of one step under bf16 autocast, at two batch
+sizes, whose difference gives the cost per image; weights, gradients and AdamW's two moments follow from the parameters.
+In eager mode: torch.compile stores less.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, help="write the tables here as Markdown")
     out = arguments.parse_args().out
     lines = [
-        "# What a step sends and keeps",
+        "# What a step sends and stores",
         "",
         f"`python benchmarks/scaling.py`, torch {torch.__version__}, {platform.machine()}: counted, not timed.",
         "",
-        "## Kept in a GPU's memory",
+        "## Stored in a GPU's memory",
         "",
-        "| recipe | parameters, millions | weights, gradients, AdamW: MB | saved for the backward pass, MB an image |",
+        "| recipe | parameters, millions | weights, gradients, AdamW: MB | saved for the backward pass, MB per image |",
         "|---|---|---|---|",
     ]
     for name in RECIPES:
@@ -52,12 +52,12 @@ def main() -> None:
         print(lines[-1], flush=True)
     lines += [
         "",
-        "## Sent by each GPU in a step, with train.sync_bn, in MB (calls)",
+        "## Sent by each GPU per step, with train.sync_bn, in MB (calls)",
         "",
-        "Gradients: 2 (N - 1) / N of their bytes, as in a ring; half of it with train.compress_gradients. Statistics: "
-        "what loss and batch norms exchange, forwards and backwards, in the same measure; their calls are small.",
+        "Gradients: 2 (N - 1) / N of their bytes, as in a ring all-reduce; half of that with train.compress_gradients. "
+        "Statistics: what loss and batch norms exchange in the forward and backward passes, counted in the same way.",
         "",
-        "| recipe | GPUs | global batch | gradients | statistics of the loss | of the batch norms |",
+        "| recipe | GPUs | global batch | gradients | loss statistics | batch-norm statistics |",
         "|---|---|---|---|---|---|",
     ]
     for name in RECIPES[:4]:
@@ -86,23 +86,23 @@ def parameters(recipe: Recipe) -> int:
 
 
 def saved_per_image(recipe: Recipe, batches: tuple[int, int] = (4, 8)) -> float:
-    """Bytes that autograd keeps for an image (both its views), from the difference between two batch sizes."""
+    """Return the bytes that autograd saves per image (both views), from the difference between two batch sizes."""
     model, total_loss = SSLModel(recipe), TotalLoss(recipe)
     saved = []
     for batch in batches:
-        kept: dict[int, int] = {}
+        bytes_of: dict[int, int] = {}  # by the storage's address
 
-        def keep(tensor, kept=kept):
+        def record(tensor: torch.Tensor, bytes_of: dict[int, int] = bytes_of) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            bytes_of[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         inputs = random_input(batch, recipe.views.size)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
                 views = model(inputs)
             terms = total_loss(views, model.priors, inputs.step)
-        saved.append(sum(kept.values()))
+        saved.append(sum(bytes_of.values()))
         del views, terms
     return (saved[1] - saved[0]) / (batches[1] - batches[0])
 
@@ -113,9 +113,9 @@ def random_input(batch: int, size: int) -> ModelInput:
 
 
 def sent(recipe: Recipe, world: int, batch: int) -> tuple[Counter, Counter]:
-    """Bytes and calls of the collectives of one step, those of the loss and those of the batch norms.
+    """Count bytes and calls of one step's collectives: those of the loss, and those of the batch norms.
 
-    Small images: the size of the statistics does not depend on theirs.
+    The images are small, because the size of the statistics does not depend on theirs.
     """
     of_loss, of_norms = Counter(), Counter()
 
@@ -124,7 +124,7 @@ def sent(recipe: Recipe, world: int, batch: int) -> tuple[Counter, Counter]:
         tensor.mul_(world)  # as if all ranks had the same batch
 
     def all_gather(parts, tensor):
-        # A ring sends each part once, where it sends what is reduced twice.
+        # A ring all-gather sends each part once, a ring all-reduce twice.
         of_loss.update(bytes=tensor.nbytes * world / 2, calls=1)
         for part in parts:
             part.copy_(tensor)
@@ -140,7 +140,6 @@ def sent(recipe: Recipe, world: int, batch: int) -> tuple[Counter, Counter]:
 
 
 def in_batch_norm() -> bool:
-
     return any(frame.function in ("forward", "backward") and "sync_bn" in frame.filename for frame in inspect.stack(0))
 
 

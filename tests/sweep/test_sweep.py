@@ -282,6 +282,7 @@ def uninterrupted(run, tmp_path):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_killed_run_is_resumed_and_one_with_a_user_error_is_not(write_sweep, tmp_path, capsys):
     """Of two parallel runs, one is killed and the other gets SIGHUP. A third run names an unknown backbone."""
     wrong = {**barlow(), "name": "wrong", "set": {"model.backbone": "resnet19"}}
