@@ -33,20 +33,25 @@ def crop_box(
         (B, 4) int64: whole pixels, inside the image.
     """
     # In float64 the rounding to pixels is the same on every device.
-    height_B, width_B = height_B.double(), width_B.double()
-    u_area, u_ratio = u_BN[:, :PROPOSALS], u_BN[:, PROPOSALS : 2 * PROPOSALS]
+    height_B = height_B.double()
+    width_B = width_B.double()
+    u_area = u_BN[:, :PROPOSALS]
+    u_ratio = u_BN[:, PROPOSALS : 2 * PROPOSALS]
     area = (height_B * width_B)[:, None] * (scale[0] + u_area * (scale[1] - scale[0]))
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    low, high = (math.log(limit) for limit in ratio)
     aspect = torch.exp(low + u_ratio * (high - low))
     w = torch.round(torch.sqrt(area * aspect))
     h = torch.round(torch.sqrt(area / aspect))
     fits = (w > 0) & (h > 0) & (w <= width_B[:, None]) & (h <= height_B[:, None])
 
     first = fits.int().argmax(dim=1, keepdim=True)  # argmax returns the first of equal values
-    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(dim=1)
+    w = w.gather(1, first)[:, 0]
+    h = h.gather(1, first)[:, 0]
+    fits = fits.any(dim=1)
     top = torch.floor(u_BN[:, 2 * PROPOSALS] * (height_B - h + 1))
     left = torch.floor(u_BN[:, 2 * PROPOSALS + 1] * (width_B - w + 1))
 
+    # torchvision's fallback, for images that are much wider or higher than `ratio` allows.
     whole = width_B / height_B
     w_fallback = torch.where(whole > ratio[1], torch.round(height_B * ratio[1]), width_B)
     h_fallback = torch.where(whole < ratio[0], torch.round(width_B / ratio[0]), height_B)
@@ -59,7 +64,8 @@ def crop_box(
 
 def eval_box(height_B: Tensor, width_B: Tensor, kind: Literal["squash", "center"]) -> Tensor:
     """(B, 4) float64: the box of the evaluation transform: the whole image, or its central square of CENTER."""
-    height_B, width_B = height_B.double(), width_B.double()
+    height_B = height_B.double()
+    width_B = width_B.double()
     if kind == "squash":
         return torch.stack([torch.zeros_like(height_B), torch.zeros_like(width_B), height_B, width_B], dim=1)
     side_B = CENTER * torch.minimum(height_B, width_B)

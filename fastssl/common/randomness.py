@@ -22,12 +22,15 @@ _Words = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 tensors of one shape tha
 def philox(counter: _Words, seed: int) -> _Words:
     """Philox4x32-10: map four counter words to four random words."""
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    k0 = seed & _MASK
+    k1 = (seed >> 32) & _MASK
     for _ in range(10):
         # These products overflow 64 bits, which leaves both of their 32-bit halves exact.
-        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        p0 = c0 * 0xD2511F53
+        p2 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p2 >> 32) & _MASK) ^ c1 ^ k0, p2 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+        k0 = (k0 + 0x9E3779B9) & _MASK
+        k1 = (k1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
 
 

@@ -117,6 +117,7 @@ class Buffers:
         """A uint8 tensor that nobody else uses, with undefined content."""
         if self.pinned:  # torch caches pinned memory, and knows which copies still read it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        # Shapes change when views.progressive_resize changes the size of the crops.
         for array in self._arrays:
             # A tensor made from an array holds a reference to it, and so do views of that tensor.
             if sys.getrefcount(array) == _REFERENCES_IF_UNUSED and array.shape == shape:

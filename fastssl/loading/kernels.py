@@ -20,7 +20,10 @@ from fastssl.beton.format import RAW
 from fastssl.beton.resize import resize_box
 from fastssl.common.compiled import compiled
 
-DECODED, WARNED, FAILED = 0, 1, 2  # status of a sample; WARNED: decoded, with a warning of the decoder
+# Status of a sample.
+DECODED = 0
+WARNED = 1  # decoded, with a warning of the decoder
+FAILED = 2
 ALL_TAKEN = 1 << 62  # a counter that is set to this makes the threads stop
 
 
@@ -107,10 +110,11 @@ def _decode(decoder: int, source: np.ndarray, mode: int, out_HWC: np.ndarray) ->
         return DECODED, decoder
     # Compare the size in the header first: turbojpeg scales an image of another size to the requested one, and leaves
     # the rest of the buffer unchanged.
-    height, width = out_HWC.shape[0], out_HWC.shape[1]
+    height, width, _ = out_HWC.shape
     header = np.zeros(4, np.int32)  # width, height, subsampling, color space
     at = header.ctypes.data
-    data, size = source.ctypes.data, np.uint64(source.size)
+    data = source.ctypes.data
+    size = np.uint64(source.size)
     failed = _read_size(decoder, data, size, at, at + 4, at + 8, at + 12)
     if header[0] == width and header[1] == height:
         failed = _decompress(

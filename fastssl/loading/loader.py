@@ -121,7 +121,8 @@ class BetonLoader:
                 f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch: "
                 "set data.crop=cpu, or build it with --canvas."
             )
-        if shuffle not in (True, False, "quasi_random"):
+        orders: dict[bool | str, Order] = {True: "random", False: "sequential", "quasi_random": "quasi_random"}
+        if shuffle not in orders:
             raise ValueError(f'shuffle must be True, False or "quasi_random", not {shuffle!r}')
         if crop != "gpu" and views is None:
             raise ValueError(f'crop="{crop}" needs views, the recipe\'s section.')
@@ -134,13 +135,14 @@ class BetonLoader:
         self.views = views or ViewsConfig()
         self.crops = crops
         self.workers = workers or available_cores()
-        self.order: Order = "quasi_random" if shuffle == "quasi_random" else "random" if shuffle else "sequential"
+        self.order = orders[shuffle]
         self.drop_last = drop_last
         self.device = torch.device(device)
         self.resident = resident
         self.on_bad_sample = on_bad_sample
         self.selection = selection
-        self.rank, self.world = (rank(), world_size()) if shard else (0, 1)
+        self.rank = rank() if shard else 0
+        self.world = world_size() if shard else 1
         self.samples = Samples.read(info)
         self.rows = selection.rows(self.samples)
         self.epoch = 0
@@ -225,7 +227,8 @@ class BetonLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch from `position` on, then go to the start of the next epoch."""
         order_N = epoch_order(self.order, self.seed, self.epoch, self.samples.page_N[self.rows])
-        for batch in self._resident_batches(order_N) if self.resident else self._streamed_batches(order_N):
+        batches = self._resident_batches(order_N) if self.resident else self._streamed_batches(order_N)
+        for batch in batches:
             self.position += self.batch_size * self.world
             yield batch
         self.set_epoch(self.epoch + 1)
@@ -293,6 +296,7 @@ class BetonLoader:
         status_B = started.decoding.task.arrays.status_B
         row_B = started.row_B
         self.decoder_warnings += int((status_B == kernels.WARNED).sum())
+        # Replacements come from the same batch, so that a damaged sample does not change any other batch.
         good = np.flatnonzero(status_B != kernels.FAILED)
         for b in np.flatnonzero(status_B == kernels.FAILED):
             if self.on_bad_sample == "error" or len(good) == 0:
@@ -330,7 +334,8 @@ class BetonLoader:
         reader.batch_size = min(self.batch_size, len(self.rows))
         reader.order = "sequential"
         reader.drop_last = False
-        reader.rank, reader.world = 0, 1
+        reader.rank = 0
+        reader.world = 1
         reader.position = 0
         reader.resident = False
         whole: Batch | None = None
@@ -353,19 +358,21 @@ class BetonLoader:
 
 def estimate_memory(loader: BetonLoader) -> dict[str, int]:
     """Estimate the memory of a loader in bytes, by use: on the host unless the name says device."""
-    samples, batch, image = loader.samples, loader.batch_size, loader.image_bytes
+    samples = loader.samples
+    batch = loader.batch_size
+    batch_bytes = batch * loader.image_bytes
     on_device = loader.device.type != "cpu"
     batches = PENDING_BATCHES + READY_BATCHES + 2  # the caller holds two while it replaces one by the next
     used = {
-        f"{batches} batches of {batch}{', pinned' if on_device else ''}": batches * batch * image,
+        f"{batches} batches of {batch}{', pinned' if on_device else ''}": batches * batch_bytes,
         "table of samples": sum(column.nbytes for column in samples[2:]),
     }
     if loader.crop != "gpu":
         largest = int(samples.shape_N2.prod(axis=1).max()) * 3 + int(samples.shape_N2[:, 1].max()) * 12
         used[f"scratch of {loader.workers} threads"] = loader.workers * largest
     if on_device:
-        used[f"{READY_BATCHES + 2} batches of {batch}, device"] = (READY_BATCHES + 2) * batch * image
+        used[f"{READY_BATCHES + 2} batches of {batch}, device"] = (READY_BATCHES + 2) * batch_bytes
     if loader.resident:
-        used["all images, device"] = len(loader.rows) * image
+        used["all images, device"] = len(loader.rows) * loader.image_bytes
     used["file, if all of it is to stay in the page cache"] = len(samples.file)
     return used

@@ -57,5 +57,6 @@ def epoch_order(order: Order, seed: int, epoch: int, page_N: np.ndarray) -> np.n
         return shuffled_N
     pages, page_N = np.unique(page_N, return_inverse=True)
     position_of_page = permutation(seed, epoch, len(pages), PAGE_ORDER).numpy()
+    # A stable sort by window keeps the random order within each window.
     window_N = position_of_page[page_N] // WINDOW_PAGES
     return shuffled_N[np.argsort(window_N[shuffled_N], kind="stable")]

@@ -67,7 +67,8 @@ def take_totals() -> dict[str, Total]:
     """Return the totals by name since the last call."""
     global _totals
     with _lock:
-        totals, _totals = _totals, {}
+        totals = _totals
+        _totals = {}
     return totals
 
 

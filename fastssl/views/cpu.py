@@ -98,6 +98,7 @@ def _resize_to_planes(
     top, left, height, width = box
     first_Y, weight_YK = resize_weights(top, height, size, pixels_HWC.shape[0])
     first_X, weight_XK = resize_weights(left, width, size, pixels_HWC.shape[1])
+    # The vertical pass scales the pixels to [0, 1].
     weight_YK /= np.float32(255)
     resized = np.empty(3 * size, np.float32)
     for y in range(size):
@@ -146,10 +147,12 @@ def _shift_hue(red: np.ndarray, green: np.ndarray, blue: np.ndarray, turn: float
     zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
-        value, low = max(r, max(g, b)), min(r, min(g, b))
-        chroma = value - low
+        value = max(r, max(g, b))
+        chroma = value - min(r, min(g, b))
         scale = one / (one if chroma == zero else chroma)
-        from_red, from_green, from_blue = (g - b) * scale, (b - r) * scale + np.float32(2), (r - g) * scale + four
+        from_red = (g - b) * scale
+        from_green = (b - r) * scale + np.float32(2)
+        from_blue = (r - g) * scale + four
         sextant = from_red if value == r else (from_green if value == g else from_blue)
         start = sextant + six * turn
         red[i] = _channel(np.float32(5) + start, value, chroma)
@@ -179,6 +182,7 @@ def _blur(plane: np.ndarray, kernel_K: np.ndarray, scratch: np.ndarray, padded: 
         out[:] = 0
         for d in range(len(kernel_K)):
             weight = kernel_K[d]
+            # The outer weights of a small sigma are 0 in float32.
             if weight > 0:
                 row = plane[_reflected(y + d - BLUR_RADIUS, size)]
                 for x in range(len(out)):

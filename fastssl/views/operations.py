@@ -50,7 +50,8 @@ def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_
 def _taps(start_N: Tensor, length_N: Tensor, flip_N: Tensor, in_size: int, out_size: int) -> tuple[Tensor, Tensor]:
     """(N, out_size, K) positions of input pixels along an axis, int64, and their weights."""
     count = math.ceil(2 * max(1, in_size / out_size))
-    start, length = start_N[:, None, None], length_N[:, None, None]
+    start = start_N[:, None, None]
+    length = length_N[:, None, None]
     out = torch.arange(out_size, device=start_N.device)[:, None]
     out = torch.where(flip_N[:, None, None], out_size - 1 - out, out)
     scale = length / out_size
@@ -87,11 +88,13 @@ def color_jitter(x: Tensor, apply_N: Tensor, order_N4: Tensor, factor_N4: Tensor
         """Brightness (a blend with black), saturation (a blend with the gray image) or hue."""
         operation_N = order_N4[:, stage]
         factor = factor_N4.gather(1, operation_N[:, None])[:, :, None, None]
+        # CONTRAST stands for "no change" here.
         operation_N = torch.where(active_N, operation_N, CONTRAST)[:, None, None, None]
         other = torch.where(operation_N == BRIGHTNESS, 0.0, luma(x))
         result = torch.where(operation_N == CONTRAST, x, (factor * x + (1 - factor) * other).clamp(0, 1))
         return torch.where(operation_N == HUE, shift_hue(x, factor), result) if with_hue else result
 
+    # Stages before contrast, in those samples where they are; then contrast; then the stages after it.
     for stage in range(3):
         x = pointwise(x, stage, apply_N & (stage < contrast_at_N))
     factor = torch.where(apply_N, factor_N4[:, CONTRAST], 1.0)[:, None, None, None]
@@ -108,8 +111,8 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     red, green, blue, which needs no branch on the sextant.
     """
     r, g, b = x.split(1, dim=1)
-    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    chroma = value - low
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
     safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
     sextant = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
     n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
@@ -127,6 +130,7 @@ def gaussian_blur(x: Tensor, apply_N: Tensor, sigma_N: Tensor) -> Tensor:
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device)
     kernel_NK = torch.exp(-0.5 * (offset / sigma_N[:, None]) ** 2)
     kernel_NK = kernel_NK / kernel_NK.sum(dim=1, keepdim=True)
+    # A kernel with a single 1 leaves the other samples as they are.
     kernel_NK = torch.where(apply_N[:, None], kernel_NK, (offset == 0).float())
     taps = kernel_NK[:, :, None, None, None].unbind(1)
     height, width = x.shape[2:]

@@ -19,10 +19,16 @@ Array = TypeVar("Array", Tensor, np.ndarray)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 BLUR_SIGMA = (0.1, 2.0)  # in output pixels (BYOL, appendix B)
 
-# Columns of the uniform numbers of a view; the first ones are the crop box's. _ORDER is one column, _FACTORS are four.
-_FLIP, _JITTER, _ORDER, _FACTORS, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _COUNT = (
-    UNIFORMS_PER_BOX + offset for offset in (0, 1, 2, 3, 7, 8, 9, 10, 11)
-)
+# Columns of the uniform numbers of a view. The first ones are the crop box's.
+_FLIP = UNIFORMS_PER_BOX
+_JITTER = UNIFORMS_PER_BOX + 1
+_ORDER = UNIFORMS_PER_BOX + 2
+_FACTORS = UNIFORMS_PER_BOX + 3  # and the next three
+_GRAY = UNIFORMS_PER_BOX + 7
+_BLUR = UNIFORMS_PER_BOX + 8
+_SIGMA = UNIFORMS_PER_BOX + 9
+_SOLARIZE = UNIFORMS_PER_BOX + 10
+_COUNT = UNIFORMS_PER_BOX + 11
 
 
 class Parameters(NamedTuple, Generic[Array]):
