@@ -148,7 +148,7 @@ class EmbeddingConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """The keys of one objective, and what it needs from data and model. objectives/__init__.py says how to add one."""
+    """The keys of one objective, and its needs. objectives/__init__.py lists the steps to add one."""
 
     num_views: ClassVar[Literal[1, 2]] = 2  # augmented views of each image
     needs_labels: ClassVar[bool] = False  # every training image must have one

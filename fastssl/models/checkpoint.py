@@ -161,14 +161,14 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> Model:
 
 
 def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
-    """The trained timm backbone alone, in eval mode: images (B, 3, H, W) to features (B, D)."""
+    """The trained timm backbone in eval mode: images (B, 3, H, W) to features (B, D)."""
     if Path(run_or_checkpoint).suffix == ".safetensors":
         return load_exported_encoder(Path(run_or_checkpoint))
     return load_model(run_or_checkpoint).encoder
 
 
 def load_pretrained(model: Model, source: str) -> str:
-    """Fill a new model with the weights of `source`, for `model.init`. Returns a line that says what was loaded.
+    """Fill a new model with the weights of `source`, for `model.init`. Returns a line about what was loaded.
 
     All of the encoder must be in `source`; projector, classifier, heads and priors are loaded if names and shapes
     agree.

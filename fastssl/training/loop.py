@@ -93,7 +93,7 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
     recipe, state, loader, total_steps = run.recipe, run.state, run.state.loader, run.schedule.total_steps
     meter, data_wait_warning = Meter(run.device), DataWaitWarning(partial(diagnose, run))
     while True:
-        # Between two epochs. The state says whether the probe of the last epoch was done before a resume.
+        # Between two epochs. A resumed run may have probed already after its last epoch: the state knows.
         at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
         if probe and at_epoch_end and is_probe_epoch(recipe, loader.epoch):
             run_probe(run, writer, stop, probe)
@@ -114,7 +114,7 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
             logs = state.step % recipe.log.every == 0 or state.step == total_steps
             if logs:
                 log_step(run, writer, meter, data_wait_warning, step_output, {"epoch": epoch, "lr": rate})
-            # The processes agree on whether one of them was asked to stop, on the CPU.
+            # All processes stop if one of them received a signal. They agree by a message between CPUs.
             stops = any_rank(stop.received is not None)
             if stops or state.step % recipe.checkpoint.every == 0 or (logs and writer.save_failed):
                 writer.save()
@@ -131,7 +131,7 @@ def train_step(run: TrainingRun, batches: list[Batch], epoch: int, rate: float) 
         group["lr"] = rate * group.get("lr_factor", 1.0)
     run.guard.remember()
     step_output = forward_and_backward(run, batches, epoch)
-    with span("optimiser"):
+    with span("optimizer"):
         optimize(run, step_output.terms)
     run.state.step += 1
     return step_output

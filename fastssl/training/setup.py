@@ -198,27 +198,27 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def choose_device(asked: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """Resolve train.device. Raises UserError for "cuda" without a GPU."""
-    if asked == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no GPU here: run `fastssl doctor`, or set train.device=cpu.")
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
-def choose_precision(asked: str, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device) -> str:
     """Resolve train.precision, and let torch compute fp32 products in TF32 with tf32 and in full fp32 else.
 
     Under bf16 and fp16, the only products left in fp32 are those of the loss, which stay exact.
     """
-    if asked == "auto":
-        asked = "bf16" if device.type == "cuda" else "fp32"
-    if asked == "tf32" and device.type != "cuda":
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "tf32" and device.type != "cuda":
         raise UserError("train.precision=tf32 needs a GPU: set train.precision=fp32 for a run without one.")
-    torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = asked == "tf32"
-    return asked
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:

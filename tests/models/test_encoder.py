@@ -25,7 +25,7 @@ def test_resnet18(stem, kernel, map_size):
 
 def test_small_stem_is_initialized_as_in_timm():
     weight = build_encoder("resnet18", "small", 32).conv1.weight
-    # He initialisation by fan-out, 64 channels x 9 weights; 1,728 numbers, 5 standard errors.
+    # He initialization by fan-out, 64 channels x 9 weights; 1,728 numbers, 5 standard errors.
     want = (2 / (64 * 9)) ** 0.5
     assert abs(weight.std().item() / want - 1) < 5 / (2 * 1728) ** 0.5
 
@@ -52,7 +52,7 @@ def test_unknown_backbone_names_the_nearest():
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp/x", "timm/resnet18"])
 def test_names_that_may_download_are_refused(name, monkeypatch):
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: pytest.fail("timm was asked"))
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: pytest.fail("timm was called"))
     with pytest.raises(UserError, match="model.backbone"):
         build_encoder(name, "imagenet", 32)
 

@@ -29,7 +29,7 @@ def two_views(*shape, seed=0, dtype=torch.float64):
 def barlow_twins_reference(z1, z2, lambd, unbiased, eps):
     B, D = z1.shape
 
-    def normalised(z):
+    def normalized(z):
         out = np.empty_like(z)
         for d in range(D):
             mean = sum(z[:, d]) / B
@@ -37,7 +37,7 @@ def barlow_twins_reference(z1, z2, lambd, unbiased, eps):
             out[:, d] = (z[:, d] - mean) / np.sqrt(var + eps)
         return out
 
-    zn1, zn2 = normalised(z1), normalised(z2)
+    zn1, zn2 = normalized(z1), normalized(z2)
     loss = 0.0
     for i, j in itertools.product(range(D), range(D)):
         c = sum(zn1[b, i] * zn2[b, j] for b in range(B)) / B
@@ -59,7 +59,7 @@ def vicreg_reference(z1, z2, inv, var, cov, gamma, eps, center):
 
 
 def terms_of(config, *zs):
-    """The weighted terms of an objective, from embeddings alone."""
+    """The weighted terms of an objective, from embeddings only."""
     return TERMS[config.name](tuple(ViewOutput(z, z, {}, None) for z in zs), config)
 
 

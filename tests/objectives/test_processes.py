@@ -116,7 +116,7 @@ def check_losses(rank, world):
 
 
 def check_collectives(rank, world):
-    # A transposed layout on one rank only: gloo adds memory to memory, whatever the strides say.
+    # A transposed layout on one rank only: gloo adds memory to memory and ignores strides.
     x = views(4, 3)[0].requires_grad_()
     laid_out = x if rank == 0 else x.T.contiguous().T
     weights = (rank + 1) * torch.arange(12, dtype=torch.float64).view(4, 3)
@@ -238,8 +238,8 @@ def check_guard(rank, world):
         left_out = guard.step(terms)
         same = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         assert bool(left_out) == same == (bad_rank is not None)
-    figures = guard.read(terms)
-    assert figures == {"loss": 2 + (world - 1) / 2, "sigma_min": 1.0, "grad_norm": 1.0, "skipped_steps": 1}
+    metrics = guard.read(terms)
+    assert metrics == {"loss": 2 + (world - 1) / 2, "sigma_min": 1.0, "grad_norm": 1.0, "skipped_steps": 1}
 
 
 def check_host_values(rank, world):

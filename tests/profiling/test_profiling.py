@@ -316,7 +316,7 @@ def test_the_trace_has_every_thread_and_torchs_operations(photos_640, tmp_path):
     threads = {e["tid"]: e["args"]["name"] for e in trace if e.get("pid") == 0 and e["name"] == "thread_name"}
     ours = [event for event in trace if event.get("cat") == "fastssl"]
     of_thread = {name: {e["name"] for e in ours if e["tid"] == tid} for tid, name in threads.items()}
-    assert {"views", "forward", "backward", "optimiser", "wait for data"} <= of_thread["MainThread"]
+    assert {"views", "forward", "backward", "optimizer", "wait for data"} <= of_thread["MainThread"]
     assert {"start", "copy"} <= of_thread["fastssl-reader"]
     assert any(name.startswith("fastssl-decode") and "decode" in spans for name, spans in of_thread.items())
     # Both clocks are aligned: torch's convolutions lie within our spans of the forward pass.

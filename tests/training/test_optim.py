@@ -307,8 +307,8 @@ def test_excluded_parameters_have_no_decay():
     assert len(decay) + len(plain) == len(names)
     assert len(split_parameters(model, ())[1]) == 0
     for kind, some in (("norm", "encoder.bn1.weight"), ("bias", "heads.z.mu.bias"), ("prior", "priors.z.logits")):
-        alone = {names[id(p)] for p in split_parameters(model, (kind,))[1]}
-        assert some in alone and alone < plain
+        of_kind = {names[id(p)] for p in split_parameters(model, (kind,))[1]}
+        assert some in of_kind and of_kind < plain
     model.encoder.requires_grad_(False)
     assert sum(map(len, split_parameters(model, ()))) < len(names) / 2
 

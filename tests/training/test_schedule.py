@@ -149,7 +149,7 @@ def test_compilations_are_counted_and_logged(canvas, tmp_path):
 
 
 def test_processes_with_different_checkpoints_do_not_train(canvas, tmp_path, monkeypatch):
-    """A network file system may show one host an older file: here, the first process stands a step further."""
+    """A network file system may show one host an older file: here, the main process is one step ahead."""
     monkeypatch.setattr(setup, "broadcast_from_main", lambda make: make() + 1)
     with pytest.raises(UserError, match="found different checkpoints"):
         train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run")))

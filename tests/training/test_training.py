@@ -284,7 +284,7 @@ def test_foreign_checkpoint_is_refused_and_runs_no_code(small, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     run = train(load_recipe("recipes/barlow.yaml", [*small, "train.epochs=1"]))
     path = run / "checkpoints" / "last.pt"
-    (run / "checkpoints" / "previous.pt").unlink()  # test_resume.py: else it takes the damaged one's place
+    (run / "checkpoints" / "previous.pt").unlink()  # else it replaces the damaged one: test_resume.py
     if kind == "half":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif kind == "empty":
