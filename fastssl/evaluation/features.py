@@ -162,8 +162,8 @@ def embed_batches(
 ) -> Iterator[Features]:
     """Yield the features of the valid samples of each batch.
 
-    The model runs in eval mode, so batch norm uses and keeps its running statistics, and gets its former mode back.
-    Autocast and TF32 are off. With V views per image in the input, h, mu and sigma are (B, V, D).
+    The model runs in eval mode, so batch norm uses its running statistics and does not change them; its former mode is
+    restored. Autocast and TF32 are off. With V views per image in the input, h, mu and sigma are (B, V, D).
     """
     embed = cast(Callable[[Tensor], Embedding], model.embed)
     with evaluating(model):

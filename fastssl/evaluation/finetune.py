@@ -6,7 +6,6 @@ Like any other run it logs, saves and resumes. Its run directory lies in RUN/eva
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,8 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
 from fastssl.evaluation.metrics import classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification, without_paths
-from fastssl.evaluation.runs import BetonSubset, RunEncoder, read_required_labels
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, read_required_labels
+from fastssl.loading import SampleSelection
 from fastssl.models import Classifier, load_model
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import JitterConfig, PerViewConfig, Recipe, ViewsConfig, with_overrides
@@ -49,26 +49,16 @@ NOT_SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FinetuneData:
-    """The images that are fine-tuned on, and those that are tested on."""
-
-    train: Path
-    train_list: Path | None  # list of sample ids or names; None: all images
-    train_images: int
-    test: Path
-    test_rows: np.ndarray | None = None  # rows of the file; None: all
-
-
 def finetune(
     encoder: RunEncoder,
     name: str,
-    data: FinetuneData,
+    data: EvaluationData,
     *,
     seed: int,
     view: str | None,
     overrides: Sequence[str],
     request: Mapping[str, Any],
+    test_rows: np.ndarray | None = None,
 ) -> EvaluationResult:
     """Fine-tune in RUN/eval/NAME-.../ and test the weights of the last epoch. Cached in RUN/eval/NAME.json.
 
@@ -78,11 +68,12 @@ def finetune(
         view: evaluation transform of the test; None: the published one.
         overrides: KEY=VALUE of the fine-tuning recipe.
         request: `evaluation` and the descriptions of the data, for the result.
+        test_rows: rows of data.val to test on; None: all.
     """
-    class_C = np.unique(read_required_labels(data.train, data.train_list))
+    class_C = np.unique(read_required_labels(data.train.path, data.train.subset))
     if len(class_C) < 2:
-        raise UserError(f"{data.train_list or data.train} holds one class only: name images of several.")
-    recipe = finetune_recipe(encoder, data, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
+        raise UserError(f"{data.train.subset or data.train.path} holds one class only: name images of several.")
+    recipe = finetune_recipe(encoder, data.train, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
     request = {
         "protocol": PROTOCOL,
         **request,
@@ -100,19 +91,19 @@ def finetune(
         model_config = recipe.model.model_copy(update={"init": str(start.resolve())})
         train(recipe.model_copy(update={"run": run, "model": model_config}), resume="auto")
         model = cast(Classifier, load_model(folder).to(encoder.device))
-        logits_MC, label_M = test_logits(model, data.test, recipe.views)
-        rows = slice(None) if data.test_rows is None else data.test_rows
+        logits_MC, label_M = test_logits(model, data.val.path, recipe.views)
+        rows = slice(None) if test_rows is None else test_rows
         # Labels may have gaps. A class without training images is no candidate.
         result = classification_metrics(logits_MC[rows][:, class_C], label_M[rows], class_C, seed=seed)
         # A finished run needs its last checkpoint only.
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)
-        return {"folder": folder.name, **save_classification(encoder.run_dir, name, result, data.test)}
+        return {"folder": folder.name, **save_classification(encoder.run_dir, name, result, data.val.path)}
 
     return load_or_compute(encoder.run_dir, name, request, compute)
 
 
 def finetune_recipe(
-    encoder: RunEncoder, data: FinetuneData, classes: int, *, seed: int, view: str | None, overrides: Sequence[str]
+    encoder: RunEncoder, train_data: BetonSubset, classes: int, *, seed: int, view: str | None, overrides: Sequence[str]
 ) -> Recipe:
     """The recipe of the published fine-tuning, with `overrides` applied.
 
@@ -124,16 +115,17 @@ def finetune_recipe(
     for key, override in zip(keys, overrides, strict=True):
         if not any(key == settable or key.startswith(f"{settable}.") for settable in SETTABLE):
             raise UserError(f"--set {override}: fine-tuning sets this itself; it takes {', '.join(SETTABLE)}.")
+    images = SampleSelection(train_data.subset).count(train_data.path)
     batch_size = BATCH_SIZE
-    while batch_size > 2 and data.train_images < MIN_STEPS * batch_size:
+    while batch_size > 2 and images < MIN_STEPS * batch_size:
         batch_size //= 2
     published_view = "center" if run.views.size > SMALL_IMAGES else "squash"
     values = {
         "name": f"{run.name}_finetune",
         "seed": seed,
         "data": {
-            "train": str(data.train.resolve()),
-            "subset": data.train_list and str(data.train_list.resolve()),
+            "train": str(train_data.path.resolve()),
+            "subset": train_data.subset and str(Path(train_data.subset).resolve()),
             "workers": run.data.workers,
         },
         "views": run.views.model_copy(update={**CROP_AND_FLIP, "eval": view or published_view}).model_dump(),

@@ -220,5 +220,5 @@ def read_required_labels(path: Path, subset: str | Path | None = None) -> np.nda
     if subset is not None:
         label_N = label_N[np.isin(read_sample_ids(path), read_index_list(path, subset))]
     if (label_N < 0).any():
-        raise UserError(f"{path} holds images without labels: name a labelled file, or a list of its labelled images.")
+        raise UserError(f"{path} holds images without labels: name a labeled file, or a list of its labeled images.")
     return label_N

@@ -4,9 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastssl.beton import read_index_list
-from fastssl.evaluation.finetune import FinetuneData, finetune, write_sample_list
+from fastssl.evaluation.finetune import finetune, write_sample_list
 from fastssl.evaluation.results import EvaluationResult
-from fastssl.evaluation.runs import EvaluationData, RunEncoder, ids_sha256, read_required_labels, read_sample_ids
+from fastssl.evaluation.runs import (
+    BetonSubset,
+    EvaluationData,
+    RunEncoder,
+    ids_sha256,
+    read_required_labels,
+    read_sample_ids,
+)
 from fastssl.evaluation.splits import stratified_share
 
 
@@ -33,7 +40,7 @@ def evaluate_semisup(
     """
     evaluation = f"semisup-{list_file.stem}" if list_file else f"semisup-{percent:g}percent"
     name = f"{evaluation}-seed{seed}{encoder.suffix}{f'-{view}' if view else ''}{data.suffix}"
-    train, val = data.train.path, data.val.path
+    train = data.train.path
     if list_file:
         index_N, part = read_index_list(train, list_file), "a list"
     else:
@@ -45,7 +52,6 @@ def evaluate_semisup(
         "list": str(list_file) if list_file else None, "list_sha256": ids_sha256(index_N),
     }  # fmt: skip
     sample_list = write_sample_list(encoder.run_dir, name, index_N, part)
-    return finetune(
-        encoder, name, FinetuneData(train, sample_list, len(index_N), val), seed=seed, view=view, overrides=overrides,
-        request={"evaluation": evaluation, **description},
-    )  # fmt: skip
+    listed = EvaluationData(BetonSubset(train, str(sample_list)), data.val)
+    request = {"evaluation": evaluation, **description}
+    return finetune(encoder, name, listed, seed=seed, view=view, overrides=overrides, request=request)

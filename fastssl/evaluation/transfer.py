@@ -9,7 +9,7 @@ import numpy as np
 
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
-from fastssl.evaluation.finetune import FinetuneData, finetune, write_sample_list
+from fastssl.evaluation.finetune import finetune, write_sample_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, describe_fit, fit_and_test, linear_settings
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import (
@@ -96,16 +96,17 @@ def evaluate_transfer(
     what = f"linear-{protocol}" if method == "linear" else "finetune"
     evaluation = f"transfer-{target.name}-{what}"
     name = f"{evaluation}-seed{seed}{'' if draws is None else f'-draws{draws}'}{encoder.suffix}"
-    description = target.describe()
-    request = {"evaluation": evaluation, "data": target.name, "method": what, **description}
+    request: dict[str, Any] = {"evaluation": evaluation, "data": target.name, "method": what, **target.describe()}
     if method == "finetune":
         train_list = None
         if target.train_rows is not None:
             index_N = read_sample_ids(target.train)[target.train_rows]
-            train_list = write_sample_list(encoder.run_dir, name, index_N, f"Half of every class of {target.train}")
-        images = description["train"]["images"]
-        data = FinetuneData(target.train, train_list, images, target.test, target.test_rows)
-        return finetune(encoder, name, data, seed=seed, view=view, overrides=overrides, request=request)
+            title = f"Half of every class of {target.train}"
+            train_list = str(write_sample_list(encoder.run_dir, name, index_N, title))
+        data = EvaluationData(BetonSubset(target.train, train_list), BetonSubset(target.test))
+        return finetune(
+            encoder, name, data, seed=seed, view=view, overrides=overrides, request=request, test_rows=target.test_rows
+        )
 
     settings = linear_settings(encoder, protocol, draws, dtype, schedule=target.name)
 

@@ -90,15 +90,18 @@ def test_knn_and_linear_write_the_result_that_they_return(run, canvas, monkeypat
     assert swept["chosen"] == expected.chosen and swept["candidates"] == expected.candidates
     names = {"knn": knn, "linear-sweep-seed4": swept, "linear-reference": reference, "linear-lbfgs": lbfgs}
     for name, result in names.items():
-        kept = json.loads((folder / "eval" / f"{name}.json").read_text())
-        assert kept == result
-        assert (kept["train"]["images"], kept["val"]["images"], kept["layout"]) == (48, 12, "canvas")
-        assert len(kept["encoder_sha256"]) == len(kept["train"]["checksum"]) == 64 and kept["view"]["kind"] == "squash"
-        assert kept["weights"] == str(folder / "checkpoints" / "last.pt")
-        assert result_table(result).row_count == len(kept["metrics"]) == len(kept["intervals"])
-        for figure, value in kept["metrics"].items():
-            low, high = kept["intervals"][figure]
-            assert low <= high and (low <= value <= high or figure == "ece")
+        written = json.loads((folder / "eval" / f"{name}.json").read_text())
+        assert written == result
+        assert (written["train"]["images"], written["val"]["images"], written["layout"]) == (48, 12, "canvas")
+        assert (
+            len(written["encoder_sha256"]) == len(written["train"]["checksum"]) == 64
+            and written["view"]["kind"] == "squash"
+        )
+        assert written["weights"] == str(folder / "checkpoints" / "last.pt")
+        assert result_table(result).row_count == len(written["metrics"]) == len(written["intervals"])
+        for metric, value in written["metrics"].items():
+            low, high = written["intervals"][metric]
+            assert low <= high and (low <= value <= high or metric == "ece")
     confusion = np.load(folder / "eval" / swept["confusion"])
     assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["metrics"]["accuracy"])
     assert {name.split(".")[0] for name in os.listdir(folder / "eval")} == set(names)
@@ -117,7 +120,7 @@ def test_an_equal_request_is_not_measured_again(run, canvas, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(linear.evaluate, "fit_and_test", never)
         assert evaluate_linear(*opened(folder)) == first
-        again = evaluate_linear(*opened(moved))  # the same weights and data in another place
+        again = evaluate_linear(*opened(moved))  # the same weights and data in another folder
         assert again["metrics"] == first["metrics"] and again["run"] == str(moved)
         for name, value in (("epochs", 4), ("lrs", (0.1,)), ("weight_decays", (0.0,)), ("held_out_share", 0.2)):
             with patch.context() as changed, pytest.raises(AssertionError):
@@ -133,7 +136,7 @@ def test_an_equal_request_is_not_measured_again(run, canvas, tmp_path, monkeypat
             evaluate_linear(*opened(folder, view="center"))
         with pytest.raises(AssertionError):
             evaluate_linear(*opened(folder, train=canvas / "val.beton"))
-    (folder / "eval" / "linear-sweep.json").write_text('{"half": ')  # a damaged result is made anew
+    (folder / "eval" / "linear-sweep.json").write_text('{"half": ')  # a damaged result is measured again
     assert evaluate_linear(*opened(folder))["metrics"] == first["metrics"]
     # Other weights are another encoder.
     saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
@@ -203,10 +206,10 @@ def test_a_stochastic_h_is_classified_by_mu_or_by_draws(canvas, tmp_path, monkey
     assert swept["metrics"] == scores.metrics
     drawn = [mean_of_draws(f, 5, recipe.seed, normalize=True) for f in sets]
     expected = knn_accuracy(drawn[0], sets[0].label, drawn[1], sets[1].label, k=5)
-    asked, mean = [], knn_module.mean_of_draws
-    monkeypatch.setattr(knn_module, "mean_of_draws", lambda *a, **k: (asked.append(k["normalize"]), mean(*a, **k))[1])
+    calls, mean = [], knn_module.mean_of_draws
+    monkeypatch.setattr(knn_module, "mean_of_draws", lambda *a, **k: (calls.append(k["normalize"]), mean(*a, **k))[1])
     assert evaluate_knn(encoder, split, ks=(5,), draws=5)["metrics"]["accuracy_k5_t0.07"] == expected
-    assert asked == [True, True]
+    assert calls == [True, True]
     assert evaluate_linear(encoder, split)["settings"]["draws"] == 0  # mu
     of_mu, of_draws = evaluate_knn(encoder, split, ks=(5,)), evaluate_knn(encoder, split, ks=(5,), draws=3)
     assert of_mu["settings"]["draws"] == 0 and of_draws["settings"]["draws"] == 3
@@ -310,7 +313,7 @@ def test_a_stopped_fine_tuning_resumes_and_a_finished_one_is_cached(run, monkeyp
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "test_logits", killed)  # behind the training, before the result
+        patch.setattr(finetune, "test_logits", killed)  # after the training, before the result
         with pytest.raises(Killed):
             evaluate_semisup(*opened(folder), percent=50, overrides=overrides)
     trained, train = [], finetune.train
@@ -341,9 +344,9 @@ def test_fine_tuning_starts_from_the_evaluated_encoder(canvas, tmp_path, untrain
     result = evaluate_semisup(encoder, split, percent=50, seed=7, overrides=FROZEN)
     tuned = torch.load(folder / "eval" / result["folder"] / "checkpoints" / "last.pt", weights_only=True)["model"]
     start = encoder.model.state_dict()
-    kept = [name for name in tuned if name.startswith(("encoder.", "heads.")) and "running" not in name]
-    kept = [name for name in kept if "num_batches" not in name]
-    assert len(kept) > 10 and all(torch.allclose(tuned[name], start[name], atol=1e-20) for name in kept)
+    names = [name for name in tuned if name.startswith(("encoder.", "heads.")) and "running" not in name]
+    names = [name for name in names if "num_batches" not in name]
+    assert len(names) > 10 and all(torch.allclose(tuned[name], start[name], atol=1e-20) for name in names)
 
 
 def test_a_supervised_run_is_fine_tuned_with_a_new_classifier(canvas, tmp_path):
@@ -460,8 +463,8 @@ def test_semisup_reads_a_list_of_names(run, canvas, tmp_path):
     (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[::3]))
     result = evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=[*QUICK, "train.epochs=1"])
     assert result["evaluation"] == "semisup-mine" and result["train"]["images"] == 16
-    kept = (folder / "eval" / "semisup-mine-seed0.txt").read_text().splitlines()[1:]
-    assert sorted(map(int, kept)) == list(range(0, 48, 3))
+    listed = (folder / "eval" / "semisup-mine-seed0.txt").read_text().splitlines()[1:]
+    assert sorted(map(int, listed)) == list(range(0, 48, 3))
     (tmp_path / "mine.txt").write_text("\n".join(Path(name).name for name in names[:16]))
     with pytest.raises(UserError, match="one class only"):
         evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=QUICK)
@@ -477,7 +480,7 @@ def test_images_outside_the_list_need_no_labels(canvas, tmp_path, monkeypatch):
     folder, _, _ = make_run(tmp_path / "run", {**data, "subset": str(tmp_path / "list.txt")})
     assert evaluate_knn(*opened(folder), ks=(5,))["train"]["images"] == 24
     without_list, _, _ = make_run(tmp_path / "without", data)
-    with pytest.raises(UserError, match="images without labels: name a labelled file, or a list"):
+    with pytest.raises(UserError, match="images without labels: name a labeled file, or a list"):
         opened(without_list)
 
 

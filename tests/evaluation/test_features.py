@@ -61,9 +61,9 @@ def fake_batches(count=10, batch_size=4):
     """Batches of 4x4 images. The last one is filled up with copies, which are not valid."""
     images = torch.randint(0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for first in range(0, count, batch_size):
-        place = first + torch.arange(batch_size)
-        row = place % count
-        yield FakeBatch(images[row], row % 3, 100 + row, 40 + row, 50 + row, place < count)
+        position = first + torch.arange(batch_size)
+        row = position % count
+        yield FakeBatch(images[row], row % 3, 100 + row, 40 + row, 50 + row, position < count)
 
 
 def fake_input(batch):
@@ -237,7 +237,7 @@ def test_mean_logits_over_draws_are_the_logits_of_the_mean_draw(normalize, monke
         draws_SBD = draws_SBD / draws_SBD.norm(dim=-1, keepdim=True)
     averaged = torch.stack([draw @ weight.T + bias for draw in draws_SBD]).mean(0)
     torch.testing.assert_close(torch.from_numpy(mean) @ weight.T + bias, averaged, rtol=1e-5, atol=1e-5)
-    assert not np.allclose(mean, mu, atol=0.01)  # 12 draws are noisy, and shorter than mu says
+    assert not np.allclose(mean, mu, atol=0.01)  # 12 draws are noisy, and their mean is shorter than mu
     monkeypatch.setattr(features, "CHUNK_BYTES", 4 * 12 * 6 * 7)
     np.testing.assert_allclose(mean_of_draws(features_h, 12, seed=3, normalize=normalize), mean, rtol=1e-6)
     many = mean_of_draws(
@@ -337,5 +337,5 @@ def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
         if width:
             np.testing.assert_allclose(both.sigma[:, view], expected.sigma, rtol=1e-4, atol=1e-5)
     assert not np.allclose(both.h[:, 0], both.h[:, 1])
-    clean = features_of(folder, beton, model=model, views=recipe.views)
-    assert clean.h.shape == (12, 96)  # under a name of its own
+    single = features_of(folder, beton, model=model, views=recipe.views)
+    assert single.h.shape == (12, 96)  # cached under another name

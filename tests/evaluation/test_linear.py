@@ -344,10 +344,10 @@ def test_the_gradient_equals_finite_differences():
     part = lbfgs.LogisticLoss(x, np.searchsorted(LABELS, y), 3, np.arange(5, 50), "cpu")
     flat = np.random.default_rng(0).normal(size=21)
     _, gradient = part(flat, 0.3)
-    for place in (0, 10, 20):
-        step = 1e-5 * np.eye(21)[place]
+    for i in (0, 10, 20):
+        step = 1e-5 * np.eye(21)[i]
         slope = (part(flat + step, 0.3)[0] - part(flat - step, 0.3)[0]) / 2e-5
-        assert gradient[place] == pytest.approx(slope, rel=1e-6)  # a central difference's error: 1e-9
+        assert gradient[i] == pytest.approx(slope, rel=1e-6)  # a central difference's error: 1e-9
 
 
 def test_lbfgs_in_chunks_reaches_the_same_optimum(monkeypatch):
