@@ -238,7 +238,7 @@ def pids_of(run):
     return [int(line.split()[2].rstrip(",")) for line in lines if line.startswith("--- process")]
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=300):
     deadline = time.time() + seconds  # far more than an idle machine needs
     while not condition():
         assert time.time() < deadline, "waited too long"
