@@ -106,7 +106,7 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
             remarks=[*remarks, *remarks_on(data, prediction, others)],
             trace=trace.name if trace else None,
         )
-    return profile if is_main_process() else None
+        return profile if is_main_process() else None
 
 
 def default_path(recipe: Recipe, file: Path) -> Path:
