@@ -101,7 +101,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, optimiser, and the loss of every step, each step once."""
+    """Bit for bit: weights, optimizer state, and the loss of every step, each step once."""
     first, second = checkpoint_in(a), checkpoint_in(b)
     for key in ("model", "optimizer", "ema", "skipped", "step", "best", "epochs_probed", "loader"):
         assert equal(first[key], second[key]), key

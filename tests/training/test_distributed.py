@@ -1,4 +1,4 @@
-"""`fastssl train` in several processes, started by torchrun for real: equal to one, killed, restarted, resized."""
+"""`fastssl train` in several processes, started by torchrun: equal to one, killed, restarted, resized."""
 
 import json
 import signal
@@ -138,8 +138,8 @@ def test_a_batch_that_does_not_divide_is_refused_by_every_process(canvas, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_job_goes_on_with_the_host_that_is_left(canvas, tmp_path):
-    """Two hosts of one process each (two torchruns); one is gone for good, the other goes on alone."""
+def test_a_job_continues_on_the_remaining_host(canvas, tmp_path):
+    """Two hosts of one process each (two torchruns); one is killed, the other continues alone."""
     arguments = small(canvas, tmp_path / "run", "train.epochs=200", "checkpoint.every=2", "--resume", "auto")
     rendezvous = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test")
     endpoint = ("--rdzv-endpoint", "localhost:29417", "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1")

@@ -11,7 +11,7 @@ from fastssl.loading.spans import Total, recorded, span, take_totals
 from fastssl.training.meters import DataWaitWarning, Meter, MeterReading
 
 
-def test_stretches_add_up_over_threads_and_are_kept_only_while_recorded():
+def test_spans_add_up_over_threads_and_are_recorded_on_request():
     take_totals()
 
     def sleep():
@@ -32,7 +32,7 @@ def test_stretches_add_up_over_threads_and_are_kept_only_while_recorded():
     assert take_totals() == {}
 
 
-def test_a_stretch_ends_with_the_error_in_it():
+def test_a_span_ends_with_an_error_inside_it():
     take_totals()
     with pytest.raises(ZeroDivisionError), span("broken"):
         raise ZeroDivisionError
@@ -40,7 +40,7 @@ def test_a_stretch_ends_with_the_error_in_it():
 
 
 def test_the_meters_take_less_than_half_a_percent_of_a_fast_step():
-    """Ten stretches a step, as loader and loop have, and the wait: below 0.5 % of 20 ms, a CIFAR-10 step on a GPU."""
+    """Ten spans per step, as in loader and loop, and the wait: below 0.5 % of 20 ms, a CIFAR-10 step on a GPU."""
     meter, steps = Meter(torch.device("cpu")), 2000
     best = math.inf
     for _ in range(5):  # the least of five, in CPU time: other processes can only add

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, or meet a full disk or a damaged checkpoint: nothing is lost or differs."""
+"""Runs that are killed, stopped, or meet a full disk or a damaged checkpoint end with the same bits."""
 
 import resource
 import signal
@@ -29,8 +29,8 @@ from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
 from fastssl.training import run_dir, run_writer, state, train
 
-# Every objective, every space, both priors that learn, EMA, micro-batches, growing views, other optimisers. Six steps
-# an epoch and a checkpoint every four: it lies in the middle of an epoch, behind a probe or before one.
+# Every objective, every space, both learned priors, EMA, micro-batches, growing views, other optimizers. An epoch has
+# six steps and every fourth step is saved: in the middle of an epoch, after a probe or before one.
 VARIANTS = {
     "barlow": ["optim.name=sgd", "views.progressive_resize={size: 24, epochs: [0, 3]}", "views.size=64"],
     "zprob_barlow": ["embedding.prior=mixture", "embedding.mixture_components=3", "train.ema=0.9"],
@@ -142,18 +142,18 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(canvas, t
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_output_that_cannot_be_written_stops_no_run(canvas, tmp_path):
-    """Standard output is a device that is always full, as a log file on the disk of the checkpoints may be."""
+def test_a_full_standard_output_does_not_stop_a_run(canvas, tmp_path):
+    """As a log file on a full disk."""
     recipe = small(canvas, tmp_path / "run", "train.epochs=1", "name='a[/b] :smile:'")
     with open("/dev/full", "w") as full:
         subprocess.run(command("barlow", recipe), env=ENVIRONMENT, stdout=full, timeout=PATIENCE)
     assert len(losses_of(tmp_path / "run")) == 3 and (tmp_path / "run" / "encoder.safetensors").exists()
 
 
-def test_a_best_checkpoint_that_the_disk_refused_is_not_taken_for_saved(canvas, tmp_path, monkeypatch):
+def test_a_best_checkpoint_that_could_not_be_written_does_not_count_as_best(canvas, tmp_path, monkeypatch):
     keys = small(canvas, tmp_path / "run", "probe.every=1", "train.epochs=3")
     recipe = load_recipe("recipes/barlow.yaml", keys)
-    figures, refused = iter([0.9, 0.8, 0.7]), []
+    values, refused = iter([0.9, 0.8, 0.7]), []
     real = state.TrainState.save
 
     def save(self, run_dir, name="last.pt"):
@@ -163,7 +163,7 @@ def test_a_best_checkpoint_that_the_disk_refused_is_not_taken_for_saved(canvas, 
         real(self, run_dir, name)
 
     monkeypatch.setattr(state.TrainState, "save", save)
-    train(recipe, probe=lambda model: {"knn": next(figures)})
+    train(recipe, probe=lambda model: {"knn": next(values)})
     assert checkpoint_in(tmp_path / "run", "best.pt")["best"] == {"knn": 0.8, "step": 6}
     assert checkpoint_in(tmp_path / "run")["best"] == {"knn": 0.8, "step": 6}
 
@@ -176,7 +176,7 @@ def test_a_second_ctrl_c_interrupts_immediately(canvas, tmp_path, at_step):
     assert checkpoint_in(tmp_path / "run")["step"] == 0
 
 
-def test_a_signal_cuts_a_probe_short_and_the_resumed_run_probes_again(canvas, tmp_path):
+def test_a_signal_interrupts_a_probe_and_the_resumed_run_repeats_it(canvas, tmp_path):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "probe.every=1"))
     calls = []
 
@@ -184,7 +184,7 @@ def test_a_signal_cuts_a_probe_short_and_the_resumed_run_probes_again(canvas, tm
         calls.append(len(calls))
         if len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
-            raise AssertionError("the signal does not wait for the probe's end")
+            raise AssertionError("the signal must not wait for the end of the probe")
         return {"knn": 0.1 * len(calls)}
 
     with pytest.raises(Stopped):
@@ -210,8 +210,8 @@ def full_disk():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_costs_one_warning_and_no_line(canvas, tmp_path, at_step, full_disk, monkeypatch):
-    """Full from step 2 on, free again behind step 9: lines and checkpoint come then; the weights are the same."""
+def test_a_full_disk_gives_one_warning_and_loses_no_line(canvas, tmp_path, at_step, full_disk, monkeypatch):
+    """Full from step 2, free again after step 9: lines and checkpoint are written then; the weights are the same."""
     arguments = ["train.epochs=4", "checkpoint.every=2"]
     straight = train(load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "straight", *arguments)))
     recipe = load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *arguments))
@@ -225,21 +225,21 @@ def test_a_full_disk_costs_one_warning_and_no_line(canvas, tmp_path, at_step, fu
         if self.run.state.step == 9:
             full_disk(False)
 
-    said = []
-    # Nothing to the terminal meanwhile: pytest keeps it in a file, which could not grow either.
+    messages = []
+    # Print nothing while the disk is full: pytest captures it in a file, which could not grow either.
     monkeypatch.setattr(run_writer.RunWriter, "save", save)
-    monkeypatch.setattr(run_writer.RunWriter, "print", lambda self, line: said.append(line))
+    monkeypatch.setattr(run_writer.RunWriter, "print", lambda self, line: messages.append(line))
     monkeypatch.setattr(run_writer.Display, "log", lambda *_: None)
     train(recipe)
     assert_same_run(straight, tmp_path / "run")
     assert (4, True) in saved_while_full and (10, False) in saved_while_full
-    warnings = [line for line in said if line.startswith("Warning")]
+    warnings = [line for line in messages if line.startswith("Warning")]
     assert len([w for w in warnings if "checkpoint" in w]) == 1 and len([w for w in warnings if "metrics" in w]) == 1
     assert not list((tmp_path / "run").rglob("*.part*"))
 
 
-def test_a_waiting_line_is_written_before_the_checkpoint_behind_it(canvas, tmp_path, at_step, full_disk, monkeypatch):
-    """Step 2 meets a full disk; step 3 saves. Whoever is killed then goes on at step 3: the line has to be there."""
+def test_a_waiting_line_is_written_before_the_next_checkpoint(canvas, tmp_path, at_step, full_disk, monkeypatch):
+    """Step 2 meets a full disk; step 3 saves. A killed run then resumes at step 3, so the line must be there."""
     run = tmp_path / "run"
     seen = []
     at_step(1, lambda: full_disk(True))
@@ -251,13 +251,13 @@ def test_a_waiting_line_is_written_before_the_checkpoint_behind_it(canvas, tmp_p
 
 
 def damage(path):
-    """Flip a bit in the middle of the largest tensor: what torch.load alone would read as a weight."""
+    """Flip a bit in the middle of the largest tensor, which torch.load alone would read as a weight."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(canvas, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one_with_a_message(canvas, tmp_path, capsys):
     arguments = ["checkpoint.every=2", "train.epochs=3"]
     recipe = load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *arguments))
     straight = train(load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "straight", *arguments)))
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(canvas, t
     assert "Taking" in capsys.readouterr().out
     assert_same_run(straight, run)
 
-    assert checkpoint_in(run, "previous.pt")["step"] == 8  # the damaged one has not taken its place
+    assert checkpoint_in(run, "previous.pt")["step"] == 8  # not the damaged one
     damage(run / "checkpoints" / "last.pt")
     damage(run / "checkpoints" / "previous.pt")
     with pytest.raises(UserError, match="last.pt is not a readable checkpoint"):
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(canvas, t
     assert fastssl.load_model(run) is not None
 
 
-def test_a_list_of_the_right_words_is_no_checkpoint(canvas, tmp_path):
+def test_a_list_with_the_right_keys_is_not_a_checkpoint(canvas, tmp_path):
     path = tmp_path / "list.pt"
     torch.save(["recipe", "model", "step"], path)
     with pytest.raises(UserError, match="is not a checkpoint of fastssl"):
@@ -307,21 +307,21 @@ def test_a_checkpoint_of_another_kind_of_state_is_one_sentence(canvas, tmp_path)
         assert "\n" not in str(error.value)
 
 
-def test_auto_starts_goes_on_and_returns_at_once(canvas, tmp_path, capsys):
+def test_auto_starts_a_run_and_returns_immediately_when_it_is_finished(canvas, tmp_path, capsys):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
     for _ in range(2):
         assert train(recipe, resume="auto") == tmp_path / "run"
     assert len(metrics_of(tmp_path / "run")) == 3
-    said = capsys.readouterr().out
-    assert "Training barlow" in said and "Resuming barlow after step 3" in said
+    out = capsys.readouterr().out
+    assert "Training barlow" in out and "Resuming barlow after step 3" in out
 
 
-def test_auto_without_a_name_means_the_recipe_s_first_directory(canvas, tmp_path, monkeypatch):
+def test_auto_without_run_dir_means_the_first_directory_of_the_name(canvas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [a for a in small(canvas, tmp_path, "train.epochs=1", "name=x") if not a.startswith("run.dir")]
     recipe = load_recipe("recipes/barlow.yaml", arguments)
     assert [str(train(recipe, resume="auto")) for _ in range(2)] == ["runs/x", "runs/x"]
-    # Restarted by torchrun, a plain command finds the directory that it made before: the last one.
+    # After a restart by torchrun, a plain command finds the directory that it made before: the last one.
     assert str(train(recipe)) == "runs/x-2"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert str(train(recipe)) == "runs/x-2"
@@ -339,7 +339,7 @@ def test_two_processes_never_train_in_one_directory(canvas, tmp_path):
     assert [line["asked"] for line in metrics_of(tmp_path / "run") if "asked" in line] == [1, 1]
 
 
-def test_moved_data_go_on_and_other_data_do_not(canvas, canvas_jpeg, tmp_path):
+def test_a_run_resumes_with_moved_data_but_not_with_other_data(canvas, canvas_jpeg, tmp_path):
     run = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1")))
     moved = tmp_path / "moved.beton"
     moved.write_bytes((canvas / "train.beton").read_bytes())
@@ -352,8 +352,8 @@ def test_moved_data_go_on_and_other_data_do_not(canvas, canvas_jpeg, tmp_path):
                 train(load_recipe("recipes/barlow.yaml", keys), resume=run)
 
 
-def test_kept_epochs_and_the_average_of_the_weights(canvas, tmp_path):
-    """What load_model and encoder.safetensors give is the average, computed here by hand from each step's weights."""
+def test_epoch_checkpoints_and_the_average_of_the_weights(canvas, tmp_path):
+    """load_model and encoder.safetensors return the running average, computed here from the weights of each step."""
     arguments = ["train.ema=0.6", "train.epochs=2", "checkpoint={every: 1, keep: 1}"]
     arguments += ["embedding.prior=vamp", "embedding.mixture_components=3"]  # it shares its head's tensors
     recipe = load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "run", *arguments))
@@ -388,7 +388,7 @@ def equal_weights(a, b):
 
 @pytest.mark.parametrize("source", ["run", "checkpoint", "encoder.safetensors"])
 def test_init_starts_a_new_run_from_weights(canvas, tmp_path, source, capsys):
-    """Step 0 has the old weights; all else is new: the step, the optimiser, and a head that was not there."""
+    """Step 0 has the old weights. The step, the optimizer and a head that the old run lacked are new."""
     old = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "old", "train.epochs=1")))
     path = {"run": old, "checkpoint": old / "checkpoints" / "last.pt"}.get(source, old / source)
     keys = small(canvas, tmp_path / "new", "train.epochs=1", f"model.init={path}", "seed=5")
@@ -403,7 +403,7 @@ def test_init_starts_a_new_run_from_weights(canvas, tmp_path, source, capsys):
     assert f"Starting from {path}" in capsys.readouterr().out
 
 
-def test_init_refuses_another_encoder_and_files_that_are_none(canvas, tmp_path):
+def test_init_refuses_another_encoder_and_unreadable_files(canvas, tmp_path):
     old = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "old", "train.epochs=1")))
     text = tmp_path / "text.safetensors"
     text.write_text("no weights")
@@ -430,7 +430,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(canvas, t
 
 
 def test_a_restart_takes_over_its_own_run_only(canvas, tmp_path, monkeypatch):
-    """torchrun restarts what ended with exit code 2 too: the second try must not go on with somebody else's run."""
+    """torchrun also restarts a process that ended with exit code 2, which must not continue somebody else's run."""
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
     train(recipe)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -439,7 +439,7 @@ def test_a_restart_takes_over_its_own_run_only(canvas, tmp_path, monkeypatch):
         train(recipe)
 
 
-def test_a_probe_that_is_switched_on_later_waits_for_the_epoch_s_end(canvas, tmp_path, at_step):
+def test_a_probe_that_is_switched_on_by_a_resume_waits_for_the_end_of_the_epoch(canvas, tmp_path, at_step):
     keys = small(canvas, tmp_path / "run", "train.epochs=3")
     at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped):
@@ -449,7 +449,7 @@ def test_a_probe_that_is_switched_on_later_waits_for_the_epoch_s_end(canvas, tmp
     assert [line["step"] for line in metrics_of(tmp_path / "run") if "knn" in line] == [6, 9]
 
 
-def test_an_encoder_that_the_disk_does_not_take_is_one_sentence(canvas, tmp_path, monkeypatch):
+def test_an_encoder_that_cannot_be_written_is_one_sentence(canvas, tmp_path, monkeypatch):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
 
     def no_space(path, write):

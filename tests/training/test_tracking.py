@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and Weights & Biases: every figure of every step, once, whatever happened to the run."""
+"""metrics.jsonl, TensorBoard and Weights & Biases: every metric of every step once, also after a resume."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ def no_warning(line):
     raise AssertionError(line)
 
 
-def test_a_resume_keeps_what_belongs_before_its_checkpoint_and_drops_torn_lines(tmp_path):
+def test_a_resume_keeps_the_lines_before_its_checkpoint_and_drops_incomplete_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
         {"step": 1, "epoch": 0, "loss": 1.0}, {"step": 2, "epoch": 0, "loss": None},
@@ -46,10 +46,10 @@ def test_tensorboard_shows_each_step_once_across_a_resume(canvas, tmp_path):
     probes = iter([{"knn": 0.5}, None, {"knn": 0.75}])
 
     def probe(model):
-        figures = next(probes)
-        if figures is None:
-            raise RuntimeError("killed here, behind step 6, with nothing saved since step 3")
-        return figures
+        values = next(probes)
+        if values is None:
+            raise RuntimeError("killed here, after step 6, with nothing saved since step 3")
+        return values
 
     with pytest.raises(RuntimeError):
         train(recipe, probe=probe)
@@ -63,28 +63,28 @@ def test_tensorboard_shows_each_step_once_across_a_resume(canvas, tmp_path):
 
 
 def test_weights_and_biases_gets_every_line_under_one_identity(canvas, tmp_path, monkeypatch):
-    """The package is not among ours: what it is told is what counts here."""
-    told = []
+    """The package is not a dependency: a fake one records what it is called with."""
+    calls = []
 
     class Run:
-        def log(self, figures, step):
-            told.append((step, figures))
+        def log(self, metrics, step):
+            calls.append((step, metrics))
 
         def finish(self):
-            told.append("finished")
+            calls.append("finished")
 
     def init(**options):
-        told.append(options)
+        calls.append(options)
         return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "log.to=[wandb]", "train.epochs=1"))
     for _ in range(2):
         train(recipe, resume="auto")
-    first, second = [entry for entry in told if isinstance(entry, dict)]
+    first, second = [entry for entry in calls if isinstance(entry, dict)]
     assert first["id"] == second["id"] and first["config"]["optim"]["name"] == "adamw"
-    assert [entry[0] for entry in told if isinstance(entry, tuple)] == [1, 2, 3]
-    assert told.count("finished") == 2
+    assert [entry[0] for entry in calls if isinstance(entry, tuple)] == [1, 2, 3]
+    assert calls.count("finished") == 2
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
@@ -96,7 +96,7 @@ def test_a_missing_package_is_one_sentence(canvas, tmp_path, monkeypatch, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_environment_of_every_start_is_kept(canvas, tmp_path):
+def test_environment_json_holds_every_start(canvas, tmp_path):
     recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "probe.every=1"))
 
     def stop(model):
@@ -111,7 +111,7 @@ def test_the_environment_of_every_start_is_kept(canvas, tmp_path):
 
 
 def test_lines_that_wait_for_room_are_written_when_there_is_some(tmp_path):
-    """The line fails; room comes back; the next save, or the end, writes it without a line behind it."""
+    """Once there is room again, the next save or the end writes the line, also without a further line."""
     warnings = []
     log = MetricsFile(tmp_path / "metrics.jsonl", 0, 0, warnings.append)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -141,6 +141,6 @@ def test_a_tracker_whose_disk_is_full_is_left_out_and_training_goes_on(canvas, t
     assert capsys.readouterr().out.count("Warning: tensorboard cannot be written") == 1
 
 
-def test_readers_pass_over_what_is_no_line():
+def test_parse_metrics_skips_other_lines():
     lines = ["null", "[1]", '{"step": "x"}', '{"step": 1, "loss": null, "note": "x"}', "[" * 100000, '{"step": 2, "l']
     assert list(parse_metrics(lines)) == [{"step": 1, "loss": None}]
