@@ -126,12 +126,5 @@ class Buffers:
         return torch.from_numpy(self._arrays[-1])
 
 
-def _references_if_unused() -> int:
-    """What sys.getrefcount returns in the loop of `Buffers.take` for an array that only the list holds."""
-    references = 0
-    for array in [np.empty(1)]:
-        references = sys.getrefcount(array)
-    return references
-
-
-_REFERENCES_IF_UNUSED = _references_if_unused()
+# What getrefcount returns in the loop of `Buffers.take` for an array that only the list holds.
+_REFERENCES_IF_UNUSED = next(sys.getrefcount(array) for array in [np.empty(1)])
