@@ -17,7 +17,7 @@ from fastssl.common.errors import UserError
 from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
-from fastssl.profiling.profile import DataDescription, Profile, StageResult
+from fastssl.profiling.profile import Profile, ProfiledData, StageResult
 from fastssl.profiling.tables import percent, si, significant
 from fastssl.recipe import Recipe
 
@@ -273,7 +273,7 @@ def _busy_seconds(stage: StageResult, processes: int) -> float | None:
     return stage.busy_seconds or _seconds(stage, processes)
 
 
-def _is_resident(data: DataDescription, recipe: Recipe, device: Device) -> bool:
+def _is_resident(data: ProfiledData, recipe: Recipe, device: Device) -> bool:
     if recipe.data.resident != "auto":
         return recipe.data.resident
     return data.crop == "gpu" and data.images * data.decoded_bytes <= RESIDENT_SHARE * device.memory

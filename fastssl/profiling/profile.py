@@ -160,7 +160,7 @@ class Stages(ProfilePart):
 STAGES = tuple(Stages.model_fields)
 
 
-class MachineDescription(ProfilePart):
+class ProfiledMachine(ProfilePart):
     device: Printable
     kind: Printable  # "cpu" or "cuda"
     cores: Whole  # of one process
@@ -169,7 +169,7 @@ class MachineDescription(ProfilePart):
     peak_source: Printable
 
 
-class DataDescription(ProfilePart):
+class ProfiledData(ProfilePart):
     path: Printable
     images: Whole
     file_bytes: Number
@@ -185,7 +185,7 @@ class DataDescription(ProfilePart):
     batches_per_epoch: Whole
 
 
-class RunDescription(ProfilePart):
+class ProfiledRun(ProfilePart):
     batch_size: Whole  # over all processes
     workers: Whole
     precision: Printable
@@ -226,9 +226,9 @@ class Profile(ProfilePart):
     recipe: Section
     overrides: list[Printable]
     environment: Section
-    machine: MachineDescription
-    data: DataDescription
-    run: RunDescription
+    machine: ProfiledMachine
+    data: ProfiledData
+    run: ProfiledRun
     stages: Stages
     prediction: Prediction
     bottleneck: Bottleneck

@@ -30,12 +30,12 @@ from fastssl.profiling.profile import (
     SCHEMA_VERSION,
     STAGES,
     Bottleneck,
-    DataDescription,
-    MachineDescription,
     NextBottleneck,
     Prediction,
     Profile,
-    RunDescription,
+    ProfiledData,
+    ProfiledMachine,
+    ProfiledRun,
     StageResult,
     Stages,
     accelerator_utilization,
@@ -99,7 +99,7 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
             environment=describe_environment(device),
             machine=machine,
             data=data,
-            run=profiler.run_description(),
+            run=profiler.training_run(),
             stages=stages,
             prediction=prediction,
             bottleneck=profiler.bottleneck(costs, stages, data, prediction),
@@ -203,10 +203,10 @@ class Profiler:
         stages.end_to_end = self.end_to_end.result()
         return stages
 
-    def machine(self) -> MachineDescription:
+    def machine(self) -> ProfiledMachine:
         device = self.run.device
         peak, source = peak_flops(device, self.run.precision)
-        return MachineDescription(
+        return ProfiledMachine(
             device=device_name(device),
             kind=device.type,
             cores=self.cores,
@@ -215,11 +215,11 @@ class Profiler:
             peak_source=source,
         )
 
-    def data(self) -> DataDescription:
+    def data(self) -> ProfiledData:
         loader = self.loader
         info = read_header(loader.path)
         file_bytes = loader.path.stat().st_size
-        return DataDescription(
+        return ProfiledData(
             path=str(loader.path),
             images=len(loader.rows),
             file_bytes=file_bytes,
@@ -235,8 +235,8 @@ class Profiler:
             batches_per_epoch=len(loader),
         )
 
-    def run_description(self) -> RunDescription:
-        return RunDescription(
+    def training_run(self) -> ProfiledRun:
+        return ProfiledRun(
             batch_size=self.recipe.train.batch_size,
             workers=self.loader.workers,
             precision=self.run.precision,
@@ -246,7 +246,7 @@ class Profiler:
             size=self.size,
         )
 
-    def costs(self, stages: Stages, data: DataDescription) -> CostModel:
+    def costs(self, stages: Stages, data: ProfiledData) -> CostModel:
         """Return what an image costs this process, by stage."""
         costs = {}
         results = stages.by_name() | {"step": self.device_stages.own_step.result()}
@@ -266,7 +266,7 @@ class Profiler:
             costs.pop("launch", None)
         return CostModel(costs, self.cores, self.loader.decodes_in_reader, world_size())
 
-    def bottleneck(self, costs: CostModel, stages: Stages, data: DataDescription, prediction: Prediction) -> Bottleneck:
+    def bottleneck(self, costs: CostModel, stages: Stages, data: ProfiledData, prediction: Prediction) -> Bottleneck:
         setup = Setup(
             workers=self.loader.workers,
             layout=data.layout,
@@ -306,7 +306,7 @@ def predict(costs: CostModel, stages: Stages) -> Prediction:
     )
 
 
-def remarks_on(data: DataDescription, prediction: Prediction, others: float) -> list[str]:
+def remarks_on(data: ProfiledData, prediction: Prediction, others: float) -> list[str]:
     """Return what a reader has to know before believing the numbers. others: cores that other processes keep busy."""
     remarks = []
     if data.batches_per_epoch < SHORT_EPOCH and not data.resident:

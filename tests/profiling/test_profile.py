@@ -25,7 +25,7 @@ HOSTILE = "[bold]x[/] <script>alert('x')</script> \"> $x$ :cat: \x1b[31m \ud800 
 
 
 def hostile_profile() -> Profile:
-    """Untrusted text wherever a profile has text."""
+    """A profile with untrusted text in every text field."""
     return gpu_profile(
         name=HOSTILE, measured_at=HOSTILE, fastssl_version=HOSTILE, remarks=[HOSTILE], trace=HOSTILE,
         overrides=[HOSTILE], recipe={HOSTILE: {"$y$": HOSTILE}},
@@ -37,7 +37,7 @@ def hostile_profile() -> Profile:
 
 
 def sparse_profile() -> Profile:
-    """Only what every profile has."""
+    """A profile with only the stages that every run has."""
     profile = example_json(bottleneck__next=None, bottleneck__twice_as_fast={})
     measured_stages = {name: stage(100.0) for name in ("views", "step", "replay", "end_to_end")}
     absent = {name: stage(None, missing=f"{name} was not possible") for name in profile["stages"]}
@@ -49,7 +49,7 @@ every_profile = pytest.mark.parametrize("profile", [make() for make in PROFILES.
 
 
 def printed(renderable: RenderableType, width: int) -> str:
-    """As `fastssl` prints it."""
+    """Return what `fastssl` prints."""
     console = Console(width=width, file=io.StringIO(), markup=False, color_system=None)
     console.print(renderable)
     return console.file.getvalue()

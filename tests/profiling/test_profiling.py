@@ -34,7 +34,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def photos_640(photos, tmp_path_factory):
-    """640 images as JPEGs of 96 px: 40 batches an epoch, decoded by threads."""
+    """640 images as JPEGs of 96 px: 160 batches per epoch, decoded by threads."""
     root, out = tmp_path_factory.mktemp("many"), tmp_path_factory.mktemp("many_beton")
     files = sorted((photos / "train").rglob("*.jpg"))
     (root / "train").mkdir()
@@ -230,7 +230,7 @@ def analytic_flops(model, size):
 
 @pytest.mark.parametrize("backbone, forward_macs", [("resnet18", 1.814e9), ("resnet50", 4.089e9)])
 def test_flops_are_the_analytic_count(canvas, backbone, forward_macs):
-    """Of both views of a training step at 224 px; torchvision's documentation gives 1.814 and 4.089 GMAC forward."""
+    """The count covers both views of a step at 224 px; torchvision documents 1.814 and 4.089 GMAC forward."""
     keys = [f"model.backbone={backbone}", "views.size=224", "train.batch_size=2"]
     run, _ = prepare(recipe_of(canvas, *keys), torch.device("cpu"), None)
     batch = next(iter(run.state.loader))
@@ -268,7 +268,7 @@ def test_the_phases_make_up_the_step(canvas, keys, phases):
     assert 0.3 * min(steps) < sum(result.low for result in results.values()) < 2 * min(steps)
 
 
-def test_draws_cost_what_was_made_slow_of_them(canvas, monkeypatch):
+def test_the_phase_of_draws_contains_the_drawing(canvas, monkeypatch):
     from fastssl.models.gaussian import DiagonalGaussian
 
     run, _ = prepare(recipe_of(canvas, "embedding.stochastic=z", "train.batch_size=16"), torch.device("cpu"), None)
@@ -293,7 +293,7 @@ def test_worker_counts_end_with_the_cores():
 
 
 def test_storage_reads_what_it_has_evicted(photos_640, tmp_path):
-    """On a file of its own, which nothing else has mapped."""
+    """The file is a copy, which nothing else has mapped."""
     path = tmp_path / "train.beton"
     shutil.copy(photos_640 / "train.beton", path)
     with open(path, "rb") as file:
@@ -381,7 +381,7 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(fastssl, tmp_path
     assert code == 2 and words in err and err.count("\n") == 1
 
 
-def test_a_run_that_waits_for_long_says_why(photos_640, tmp_path, monkeypatch, capsys):
+def test_a_run_that_waits_long_for_data_says_why(photos_640, tmp_path, monkeypatch, capsys):
     from fastssl.profiling.bottleneck import explain_data_wait
 
     monkeypatch.setattr(DataWaitWarning, "SECONDS", 0.0)
@@ -395,7 +395,7 @@ def test_a_run_that_waits_for_long_says_why(photos_640, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_two_processes_measure_in_step(photos_640, tmp_path):
-    """Through torchrun: one profile, rates of both, gradients exchanged."""
+    """torchrun: one profile with the rates of both processes, which exchange gradients."""
     (tmp_path / "small.yaml").write_text(recipe_of(photos_640, "data.workers=1").to_yaml())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastssl", "profile"]
     done = subprocess.run(
