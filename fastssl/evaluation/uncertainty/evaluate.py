@@ -1,18 +1,19 @@
-"""`fastssl eval uncertainty`: is what a run says of its uncertainty true?"""
+"""`fastssl eval uncertainty`: does the uncertainty of an encoder predict mistakes, and does it grow with corruption?"""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
-import torch
 
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import progress
 from fastssl.evaluation import metrics
+from fastssl.evaluation.arrays import Device
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, eval_loader
 from fastssl.evaluation.linear import lbfgs
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
-from fastssl.evaluation.metrics import bootstrap_intervals, classification_metrics
-from fastssl.evaluation.results import load_or_compute
+from fastssl.evaluation.metrics import Interval, Rows, bootstrap_intervals, classification_metrics
+from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, embed_versions, some_images
@@ -20,87 +21,102 @@ from fastssl.evaluation.uncertainty.measures import (
     aurc,
     fit_temperature,
     nearest_is_wrong,
-    neighbour_distance,
+    neighbor_distance,
     r_auroc,
     risk_coverage,
     strength_correlation,
 )
 from fastssl.evaluation.uncertainty.plots import draw_corruptions, draw_extremes, draw_risk_coverage
 
-NEIGHBOURS = 50  # of an image whose encoder gives no sigma; Sun et al. take 50 for CIFAR-10
+NEIGHBORS = 50  # for encoders without sigma: the value of Sun et al. for CIFAR-10
 CORRUPTED_IMAGES = 1000
-SHOWN = 20  # of the most and of the least certain images
-CURVE_POINTS = 100  # of a risk-coverage curve that a result keeps
+EXTREMES = 20  # images with the least and with the greatest uncertainty that are drawn
+CURVE_POINTS = 100  # points of a risk-coverage curve that are stored
 PROTOCOL = (
-    "one uncertainty an image against: a wrong nearest other test image (cosine on h), wrong guesses of a logistic "
-    "regression on nine tenths of the training images (temperature from the last tenth), corruptions of test images"
+    "uncertainty per image compared with: a wrong nearest other test image (cosine on h), wrong predictions of a "
+    "logistic regression on nine tenths of the training images (temperature from the last tenth), corruptions of test "
+    "images"
 )
 
 
-class Measured(NamedTuple):
-    """Figures with their intervals, and what else a result keeps of them."""
+@dataclass(frozen=True)
+class MetricGroup:
+    """Some metrics of a result, and further fields that go with them."""
 
-    figures: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    kept: dict
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    fields: dict[str, Any]
+
+
+class CorruptionCurve(TypedDict):
+    """Mean uncertainty of the original images (strength 0), then at each strength of a corruption."""
+
+    strengths: list[float]
+    mean: list[float]  # one more than strengths
+    intervals: list[Interval]  # 95 % intervals of the means
 
 
 def evaluate_uncertainty(
-    encoder: RunEncoder, split: EvaluationData, *, dtype: DType = "float32", seed: int = 0
-) -> dict:
-    """How far the uncertainty on data.val can be trusted, kept in RUN/eval/uncertainty.json with three pictures beside
-    it; returns what that file holds.
+    encoder: RunEncoder, data: EvaluationData, *, dtype: DType = "float32", seed: int = 0
+) -> EvaluationResult:
+    """Evaluate the uncertainty of an encoder on the test images, and write RUN/eval/uncertainty.json and three plots.
 
-    The uncertainty of an image is the mean over dimensions of sigma, of an encoder without one the cosine distance of h
-    to its 50th nearest training image (Sun et al., arXiv 2204.06507); `settings["score"]` says which. seed: of the
-    classifier, its held-out tenth, the corrupted images, what is random in them and the intervals.
+    The uncertainty of an image is the mean of sigma over dimensions. For a deterministic encoder it is the cosine
+    distance of h to its 50th nearest training image (Sun et al., arXiv 2204.06507); `settings["score"]` says which.
+
+    Args:
+        encoder: of the run.
+        data: training and test images.
+        dtype: of the cached features.
+        seed: of the classifier and its held-out tenth, the choice of corrupted images, the corruptions and intervals.
+
+    Raises:
+        UserError: if there is a single test image.
     """
-    name = "uncertainty" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix + split.suffix
-    about = split.describe()
-    neighbours = min(NEIGHBOURS, about["train"]["images"])
+    name = "uncertainty" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix + data.suffix
+    about = data.describe()
+    neighbors = min(NEIGHBORS, about["train"]["images"])
     stochastic = encoder.recipe.embedding.stochastic
-    score = (
-        f"cosine distance of h to training neighbour {neighbours}"
-        if stochastic == "none"
-        else f"mean sigma of {stochastic[0]}"  # of h where both are stochastic, as Embedding says
-    )
+    if stochastic == "none":
+        score = f"cosine distance of h to training neighbor {neighbors}"
+    else:
+        score = f"mean sigma of {stochastic[0]}"  # for hz that of h, as in Embedding
     if about["val"]["images"] < 2:
-        raise UserError(f"{split.val.path} holds one image, which has no neighbour there: name a larger file.")
+        raise UserError(f"{data.val.path} has a single image, which has no neighbor: choose a larger file.")
 
-    def measure() -> dict:
-        of_train, of_test = (cached_features(encoder, part, dtype) for part in (split.train, split.val))
+    def compute() -> dict[str, Any]:
+        train = cached_features(encoder, data.train, dtype)
+        test = cached_features(encoder, data.val, dtype)
 
         def distance(h_MD: np.ndarray) -> np.ndarray:
-            with progress(f"Neighbours in {split.train.path}", len(of_train.h), "images") as advance:
-                return neighbour_distance(of_train.h, h_MD, neighbours, device=encoder.device, advance=advance)
+            with progress(f"Neighbors in {data.train.path}", len(train.h), "images") as advance:
+                return neighbor_distance(train.h, h_MD, neighbors, device=encoder.device, advance=advance)
 
-        versions_VN = corrupted(encoder, split.val, of_test, seed)
-        if stochastic == "none":
-            uncertainty_M = distance(of_test.h)
+        versions_VN = embed_some_versions(encoder, data.val, test, seed)
+        if test.sigma is None:
+            uncertainty_M = distance(test.h)
             versions_VN = distance(versions_VN.reshape(-1, versions_VN.shape[-1])).reshape(versions_VN.shape[:2])
         else:
-            uncertainty_M = np.mean(of_test.sigma, axis=1, dtype=np.float64)
+            uncertainty_M = np.mean(test.sigma, axis=1, dtype=np.float64)
 
-        folder = encoder.run_dir / "eval"
-        of_neighbours = neighbour_figures(of_test, uncertainty_M, encoder.device, seed)
-        of_guesses = guess_figures(of_train, of_test, uncertainty_M, encoder.device, seed)
-        of_corruptions = corruption_figures(versions_VN, seed)
-        files = [f"{name}.{what}.png" for what in ("risk-coverage", "corruptions", "sheet")]
+        neighbor_group = neighbor_metrics(test, uncertainty_M, encoder.device, seed)
+        prediction_group = prediction_metrics(train, test, uncertainty_M, encoder.device, seed)
+        corruption_group = corruption_metrics(versions_VN, seed)
+        groups = (neighbor_group, prediction_group, corruption_group)
+        result: dict[str, Any] = {"metrics": {}, "intervals": {}}
+        for group in groups:
+            result["metrics"] |= group.metrics
+            result["intervals"] |= group.intervals
+            result |= group.fields
+        result["uncertainty"] = {key: float(getattr(uncertainty_M, key)()) for key in ("mean", "std", "min", "max")}
+
+        plots = [f"{name}.{kind}.png" for kind in ("risk-coverage", "corruptions", "extremes")]
+        paths = [encoder.run_dir / "eval" / plot for plot in plots]
         run = encoder.run_dir.resolve().name
-        draw_risk_coverage(folder / files[0], run, of_guesses.kept["risk_coverage"], of_guesses.figures, score)
-        draw_corruptions(
-            folder / files[1], run, of_corruptions.kept["corruptions"], of_corruptions.figures,
-            of_corruptions.intervals, score,
-        )  # fmt: skip
-        draw_extremes(folder / files[2], run, split.val, of_test.index, uncertainty_M, SHOWN, score)
-        parts = (of_neighbours, of_guesses, of_corruptions)
-        return {
-            "metrics": {key: value for part in parts for key, value in part.figures.items()},
-            "intervals": {key: list(value) for part in parts for key, value in part.intervals.items()},
-            **{key: value for part in parts for key, value in part.kept.items()},
-            "uncertainty": {key: float(getattr(uncertainty_M, key)()) for key in ("mean", "std", "min", "max")},
-            "plots": files,
-        }
+        draw_risk_coverage(paths[0], run, result["risk_coverage"], result["metrics"], score)
+        draw_corruptions(paths[1], run, result, score)
+        draw_extremes(paths[2], run, data.val, test.index, uncertainty_M, EXTREMES, score)
+        return {**result, "plots": plots}
 
     settings = {
         "score": score,
@@ -119,115 +135,132 @@ def evaluate_uncertainty(
         **encoder.describe(),
         **about,
     }
-    return load_or_compute(encoder.run_dir, name, request, measure)
+    return load_or_compute(encoder.run_dir, name, request, compute)
 
 
-def neighbour_figures(features: Features, uncertainty_M: np.ndarray, device: torch.device, seed: int) -> Measured:
-    """r_auroc, which is missing where every nearest neighbour is right or every one is wrong, and recall_at_1."""
-    wrong_M = nearest_is_wrong(features.h, features.label, device=device)
-    both = 0 < wrong_M.sum() < len(wrong_M)
+def neighbor_metrics(test: Features, uncertainty_M: np.ndarray, device: Device, seed: int) -> MetricGroup:
+    """Compute recall_at_1, and r_auroc unless the nearest neighbors of all images are right, or all wrong."""
+    wrong_M = nearest_is_wrong(test.h, test.label, device=device)
+    defined = 0 < wrong_M.sum() < len(wrong_M)
 
     with progress("Intervals of r_auroc", metrics.RESAMPLES + 1, "resamples") as advance:
 
-        def figures_of(rows) -> dict[str, float]:
+        def compute(rows: Rows) -> dict[str, float]:
             advance(1)
-            area = {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows])} if both else {}
-            return {**area, "recall_at_1": 1 - float(wrong_M[rows].mean())}
+            values = {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows])} if defined else {}
+            values["recall_at_1"] = 1 - float(wrong_M[rows].mean())
+            return values
 
-        return Measured(figures_of(slice(None)), bootstrap_intervals(len(wrong_M), figures_of, seed), {})
+        return MetricGroup(compute(slice(None)), bootstrap_intervals(len(wrong_M), compute, seed), {})
 
 
-def guess_figures(
-    of_train: Features, of_test: Features, uncertainty_M: np.ndarray, device: torch.device, seed: int
-) -> Measured:
-    """Of a logistic regression on h: accuracy, ece and nll, before and after temperature scaling; the area under its
-    risk-coverage curve (`aurc`) with the images in the order of their uncertainty, and in that of its own confidence.
+def prediction_metrics(
+    train: Features, test: Features, uncertainty_M: np.ndarray, device: Device, seed: int
+) -> MetricGroup:
+    """Compute how well the uncertainty orders the mistakes of a logistic regression on h, and its calibration.
 
-    Fitted on nine tenths of the training images; the temperature is chosen on the last tenth. The test images choose
-    nothing.
+    The classifier is fitted on nine tenths of the training images, and its temperature is chosen on the last tenth.
+    Nothing is chosen on the test images.
     """
-    fit_rows, held_rows = holdout_split(of_train.label, seed)
+    fit_rows, held_rows = holdout_split(train.label, seed)
     with progress("Logistic regressions", len(lbfgs.PENALTIES) + 1, "fits") as advance:
-        fitted = fit_lbfgs(of_train.h[fit_rows], of_train.label[fit_rows], seed=seed, device=device, advance=advance)
-    classifier, class_C = fitted.classifier, fitted.classifier.class_C.numpy()
-    temperature = fit_temperature(classifier.logits(of_train.h[held_rows]), of_train.label[held_rows], class_C)
+        fitted = fit_lbfgs(train.h[fit_rows], train.label[fit_rows], seed=seed, device=device, advance=advance)
+    class_C = fitted.classifier.class_C.numpy()
+    temperature = fit_temperature(fitted.classifier.logits(train.h[held_rows]), train.label[held_rows], class_C)
 
-    logits_MC = classifier.logits(of_test.h).double()
-    plain, scaled = (
-        classification_metrics(logits_MC / divisor, of_test.label, class_C, seed=seed) for divisor in (1, temperature)
-    )
-    named = {
-        "accuracy": (plain, "accuracy"), "ece": (plain, "ece"), "ece_scaled": (scaled, "ece"), "nll": (plain, "nll"),
-        "nll_scaled": (scaled, "nll"),
-    }  # fmt: skip
-    named = {new: (scores, old) for new, (scores, old) in named.items() if old in scores.metrics}
-    figures = {new: scores.metrics[old] for new, (scores, old) in named.items()}
-    intervals = {new: scores.intervals[old] for new, (scores, old) in named.items()}
+    logits_MC = fitted.classifier.logits(test.h).double()
+    unscaled = classification_metrics(logits_MC, test.label, class_C, seed=seed)
+    scaled = classification_metrics(logits_MC / temperature, test.label, class_C, seed=seed)
+    values: dict[str, float] = {}
+    intervals: dict[str, Interval] = {}
+    for name, source, key in (
+        ("accuracy", unscaled, "accuracy"),
+        ("ece", unscaled, "ece"),
+        ("ece_scaled", scaled, "ece"),
+        ("nll", unscaled, "nll"),
+        ("nll_scaled", scaled, "nll"),
+    ):
+        # There is no nll if the classifier knows none of the classes of the test images.
+        if key in source.metrics:
+            values[name] = source.metrics[key]
+            intervals[name] = source.intervals[key]
 
-    wrong_M = class_C[logits_MC.numpy().argmax(axis=1)] != of_test.label
-    orders = {"": uncertainty_M, "_confidence": 1 - logits_MC.softmax(dim=1).max(dim=1).values.numpy()}
+    wrong_M = class_C[logits_MC.numpy().argmax(axis=1)] != test.label
+    confidence_M = logits_MC.softmax(dim=1).max(dim=1).values.numpy()
+    scores = {"": uncertainty_M, "_confidence": 1 - confidence_M}
 
-    def areas(rows) -> dict[str, float]:
-        least, found = aurc(wrong_M[rows], wrong_M[rows]), {}
-        for key, order_M in orders.items():
-            found[f"aurc{key}"] = aurc(order_M[rows], wrong_M[rows])
-            found[f"e_aurc{key}"] = found[f"aurc{key}"] - least  # as `e_aurc` does, but the least one is found once
+    def areas(rows: Rows) -> dict[str, float]:
+        least = aurc(wrong_M[rows], wrong_M[rows])
+        found = {}
+        for suffix, score_M in scores.items():
+            found[f"aurc{suffix}"] = aurc(score_M[rows], wrong_M[rows])
+            # E-AURC (Geifman et al., arXiv 1805.08206): they approximate the least area, this is the exact one.
+            found[f"e_aurc{suffix}"] = found[f"aurc{suffix}"] - least
         return found
 
-    figures |= areas(slice(None))
+    values |= areas(slice(None))
     intervals |= bootstrap_intervals(len(wrong_M), areas, seed)
-    curves = {"uncertainty": uncertainty_M, "confidence": orders["_confidence"], "oracle": wrong_M}
+
+    # The numbers of images at coverages of 1 %, 2 %, ..., 100 %, rounded up.
     count_P = np.unique(-(-np.arange(1, CURVE_POINTS + 1) * len(wrong_M) // CURVE_POINTS))
-    kept = {"coverage": (count_P / len(wrong_M)).tolist()}
-    kept |= {key: risk_coverage(order_M, wrong_M)[count_P - 1].tolist() for key, order_M in curves.items()}
-    chosen = {**fitted.chosen, "temperature": temperature}
-    hyperparameters = {**fitted.hyperparameters, "held_out_for_temperature": len(held_rows)}
-    return Measured(
-        figures, intervals,
-        {"chosen": chosen, "candidates": fitted.candidates, "hyperparameters": hyperparameters, "risk_coverage": kept},
-    )  # fmt: skip
+    orders = {"uncertainty": uncertainty_M, "confidence": scores["_confidence"], "oracle": wrong_M}
+    curves = {key: risk_coverage(score_M, wrong_M)[count_P - 1].tolist() for key, score_M in orders.items()}
+    fields = {
+        "chosen": {**fitted.chosen, "temperature": temperature},
+        "candidates": fitted.candidates,
+        "hyperparameters": {**fitted.hyperparameters, "held_out_for_temperature": len(held_rows)},
+        "risk_coverage": {"coverage": (count_P / len(wrong_M)).tolist(), **curves},
+    }
+    return MetricGroup(values, intervals, fields)
 
 
-def corrupted(encoder: RunEncoder, data: BetonSubset, features: Features, seed: int) -> np.ndarray:
-    """`embed_versions` of some of the test images: a function of (ids, seed), whatever their order in the file."""
+def embed_some_versions(encoder: RunEncoder, data: BetonSubset, test: Features, seed: int) -> np.ndarray:
+    """Return `embed_versions` of a random part of the test images, which depends on ids and seed only."""
     views = encoder.recipe.views
     loader = eval_loader(data, views, encoder.device)
-    loader.rows = loader.rows[some_images(features.index, CORRUPTED_IMAGES, seed)]
+    loader.rows = loader.rows[some_images(test.index, CORRUPTED_IMAGES, seed)]
     with progress("Corrupted images", len(VERSIONS) * len(loader.rows), "images") as advance:
         return embed_versions(encoder.model, loader, views, seed, advance=advance)
 
 
-def corruption_figures(versions_VN: np.ndarray, seed: int) -> Measured:
-    """spearman_NAME: the mean over images of the correlation of uncertainty with strength. crop_larger: the share of
-    crops that are less certain than their whole (as certain counts half), over all sizes, and of each
-    (crop_larger_75: of three quarters of the area).
+def corruption_metrics(versions_VN: np.ndarray, seed: int) -> MetricGroup:
+    """Compute from the uncertainties of all `VERSIONS` of N images how uncertainty changes with corruption.
 
-    versions_VN: uncertainties of the VERSIONS of N images. The result keeps the mean of them at each strength.
+    spearman_NAME is the mean over images of the correlation of uncertainty with strength. crop_larger is the share of
+    crops that are more uncertain than their original image (ties count half), over all sizes and per size:
+    crop_larger_75 of crops with 75 % of the area. The mean uncertainty at each strength is stored too.
     """
+    # For each corruption (N, 6): the original image, then five strengths.
     curves = {
-        name: versions_VN[[0, *(v for v, (of, _) in enumerate(VERSIONS) if of == name)]].T for name in CORRUPTIONS
-    }  # (N, 6) each, the clean image first
-    whole_N1, crop_NS = curves["crop"][:, :1], curves["crop"][:, 1:]
-    larger_NS = (crop_NS > whole_N1) + 0.5 * (crop_NS == whole_N1)
+        name: versions_VN[[0, *(v for v, (other, _) in enumerate(VERSIONS) if other == name)]].T
+        for name in CORRUPTIONS
+    }
+    original_N1, crop_NS = curves["crop"][:, :1], curves["crop"][:, 1:]
+    larger_NS = (crop_NS > original_N1) + 0.5 * (crop_NS == original_N1)
     columns = {f"spearman_{name}": strength_correlation(curve_NS) for name, curve_NS in curves.items()}
     columns["crop_larger"] = larger_NS.mean(axis=1)
-    columns |= {f"crop_larger_{100 * share:g}": x_N for share, x_N in zip(CORRUPTIONS["crop"], larger_NS.T)}
-    means = {(name, s): x_N for name, curve_NS in curves.items() for s, x_N in enumerate(curve_NS.T)}
+    for share, larger_N in zip(CORRUPTIONS["crop"], larger_NS.T):
+        columns[f"crop_larger_{100 * share:g}"] = larger_N
+    # The means at each strength are resampled together with the metrics, under names such as "blur 3".
+    means = {f"{name} {s}": x_N for name, curve_NS in curves.items() for s, x_N in enumerate(curve_NS.T)}
+    names = [*columns, *means]
     values_NF = np.stack([*columns.values(), *means.values()], axis=1, dtype=np.float64)
 
-    def figures_of(rows) -> dict:
-        return dict(zip([*columns, *means], values_NF[rows].mean(axis=0).tolist()))
+    def compute(rows: Rows) -> dict[str, float]:
+        return dict(zip(names, values_NF[rows].mean(axis=0).tolist()))
 
-    figures, intervals = figures_of(slice(None)), bootstrap_intervals(len(values_NF), figures_of, seed)
-    kept = {
-        name: {
+    values = compute(slice(None))
+    intervals = bootstrap_intervals(len(values_NF), compute, seed)
+    corruptions: dict[str, CorruptionCurve] = {}
+    for name, strengths in CORRUPTIONS.items():
+        keys = [f"{name} {s}" for s in range(len(strengths) + 1)]
+        corruptions[name] = {
             "strengths": list(strengths),
-            "mean": [figures[name, s] for s in range(len(strengths) + 1)],  # from that of the clean image on
-            "intervals": [list(intervals[name, s]) for s in range(len(strengths) + 1)],
+            "mean": [values[key] for key in keys],
+            "intervals": [intervals[key] for key in keys],
         }
-        for name, strengths in CORRUPTIONS.items()
-    }
-    kept["images"] = len(values_NF)
-    return Measured(
-        {key: figures[key] for key in columns}, {key: intervals[key] for key in columns}, {"corruptions": kept}
+    return MetricGroup(
+        {name: values[name] for name in columns},
+        {name: intervals[name] for name in columns},
+        {"corruptions": corruptions, "corrupted_images": len(values_NF)},
     )

@@ -1,6 +1,8 @@
-"""What a person should look at beside the figures: two plots, and the images themselves."""
+"""The figures of `fastssl eval uncertainty`: two plots, and the images with the least and the greatest uncertainty."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,67 +13,74 @@ from fastssl.evaluation.runs import BetonSubset
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.55"
-AXES = {
-    "blur": ("Gaussian blur", "standard deviation, % of the side"),
-    "noise": ("Gaussian noise", "standard deviation, % of white"),
-    "jpeg": ("JPEG", "quality"),
-    "crop": ("crop", "% of the area"),
+# Colors of Okabe and Ito, which color-blind readers can distinguish.
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.55"
+TITLES = {"blur": "Gaussian blur", "noise": "Gaussian noise", "jpeg": "JPEG compression", "crop": "Crop"}
+UNITS = {
+    "blur": "standard deviation, % of the side",
+    "noise": "standard deviation, % of white",
+    "jpeg": "quality",
+    "crop": "% of the area",
 }
 
 
-def draw_risk_coverage(path: Path, run: str, curves: dict, figures: dict[str, float], score: str) -> None:
-    """The share of wrong guesses among the most certain images, against the share of images that these are."""
-    from matplotlib.figure import Figure  # here, as it takes half a second
+def draw_risk_coverage(
+    path: Path, run: str, curves: Mapping[str, list[float]], metrics: Mapping[str, float], score: str
+) -> None:
+    """Draw the error rate among the least uncertain images against the share of images that these are."""
+    # Imported here because it takes half a second. Unlike pyplot, Figure needs no display.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     coverage = 100 * np.array(curves["coverage"])
-    error = 1 - figures["accuracy"]
-    least = figures["aurc"] - figures["e_aurc"]
-    lines = [
-        ("uncertainty", f"{score}: AURC {figures['aurc']:.3f}", {"color": BLUE, "lw": 2}),
-        ("confidence", f"classifier's confidence: AURC {figures['aurc_confidence']:.3f}", {"color": ORANGE, "lw": 2}),
-        ("oracle", f"best possible: AURC {least:.3f}", {"color": GREEN, "ls": "--"}),
-    ]
-    axes.axhline(100 * error, color=GREY, ls=":", label=f"random order: AURC {error:.3f}")
-    for key, label, style in lines:
-        axes.plot(coverage, 100 * np.array(curves[key]), label=label, **style)
+    error = 1 - metrics["accuracy"]
+    least = metrics["aurc"] - metrics["e_aurc"]
+    axes.axhline(100 * error, color=GRAY, ls=":", label=f"random order: AURC {error:.3f}")
+    for key, label, color, style in (
+        ("uncertainty", f"{score}: AURC {metrics['aurc']:.3f}", BLUE, "-"),
+        ("confidence", f"confidence of the classifier: AURC {metrics['aurc_confidence']:.3f}", ORANGE, "-"),
+        ("oracle", f"best possible order: AURC {least:.3f}", GREEN, "--"),
+    ):
+        axes.plot(coverage, 100 * np.array(curves[key]), label=label, color=color, ls=style, lw=2)
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("coverage: % of the test images, the most certain first")
-    axes.set_ylabel("risk: % of their guesses that are wrong")
-    axes.set_title(f"{run}: does the uncertainty know which guesses are wrong?", parse_math=False)
+    axes.set_xlabel("coverage: % of test images, least uncertain first")
+    axes.set_ylabel("risk: % of wrong predictions among them")
+    axes.set_title(f"{run}: risk-coverage curve", parse_math=False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     save_figure(path, figure)
 
 
-def draw_corruptions(
-    path: Path, run: str, corruptions: dict, figures: dict[str, float], intervals: dict, score: str
-) -> None:
-    """Mean uncertainty of images that are made worse and worse, with its 95 % interval."""
+def draw_corruptions(path: Path, run: str, result: Mapping[str, Any], score: str) -> None:
+    """Draw the mean uncertainty at each strength of each corruption, with its 95 % interval.
+
+    result: has the fields "corruptions", "corrupted_images", "metrics" and "intervals" of the evaluation.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(CORRUPTIONS), sharey=True)
     for axes, (name, strengths) in zip(panels, CORRUPTIONS.items()):
-        title, unit = AXES[name]
-        curve, scale = corruptions[name], 1 if name == "jpeg" else 100
-        place, (low, high) = range(len(curve["mean"])), np.array(curve["intervals"]).T
-        axes.axhline(curve["mean"][0], color=GREY, ls=":")
-        axes.fill_between(place, low, high, color=BLUE, alpha=0.25, lw=0)
-        axes.plot(place, curve["mean"], color=BLUE, marker="o", ms=4)
-        axes.set_xticks(place, ["clean", *(f"{scale * s:g}" for s in strengths)])
-        change = curve["mean"][-1] / curve["mean"][0] - 1 if curve["mean"][0] > 0 else 0  # the axis does not begin at 0
-        axes.set_xlabel(f"{unit}\nstrongest: {100 * change:+.2g} %")
-        key = f"spearman_{name}"
-        low, high = intervals[key]
-        axes.set_title(f"{title}\nSpearman {figures[key]:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
+        curve = result["corruptions"][name]
+        mean_S = np.array(curve["mean"])
+        low_S, high_S = np.array(curve["intervals"]).T
+        position_S = range(len(mean_S))
+        axes.axhline(mean_S[0], color=GRAY, ls=":")
+        axes.fill_between(position_S, low_S, high_S, color=BLUE, alpha=0.25, lw=0)
+        axes.plot(position_S, mean_S, color=BLUE, marker="o", ms=4)
+        scale = 1 if name == "jpeg" else 100
+        axes.set_xticks(position_S, ["none", *(f"{scale * strength:g}" for strength in strengths)])
+        # Shown in words because the vertical axis does not start at 0.
+        change = mean_S[-1] / mean_S[0] - 1 if mean_S[0] > 0 else 0
+        axes.set_xlabel(f"{UNITS[name]}\nat the strongest: {100 * change:+.2g} %")
+        low, high = result["intervals"][f"spearman_{name}"]
+        spearman = f"Spearman {result['metrics'][f'spearman_{name}']:+.2f} ({low:+.2f} to {high:+.2f})"
+        axes.set_title(f"{TITLES[name]}\n{spearman}", fontsize=11)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
-    title = f"{run}: {corruptions['images']:,} test images made worse, mean uncertainty and its 95 % interval"
+    title = f"{run}: mean uncertainty of {result['corrupted_images']:,} corrupted test images, with 95 % intervals"
     figure.suptitle(title, parse_math=False)
     save_figure(path, figure)
 
@@ -79,17 +88,21 @@ def draw_corruptions(
 def draw_extremes(
     path: Path, run: str, data: BetonSubset, index_M: np.ndarray, uncertainty_M: np.ndarray, count: int, score: str
 ) -> None:
-    """The most and the least certain images, each with its class, uncertainty and index; of equal ones the first."""
+    """Draw the `count` least and most uncertain images, each with its class, uncertainty and index.
+
+    index_M: ids of the images that the uncertainties belong to. Of images with equal uncertainty, the first are drawn.
+    """
     order_M = np.argsort(uncertainty_M, kind="stable")
     index_N = Samples.read(read_header(data.path)).index_N
     by_index_N = np.argsort(index_N, kind="stable")
     position_M = by_index_N[np.searchsorted(index_N[by_index_N], index_M)]
     count = min(count, len(order_M) // 2)
-    most, least = order_M[:count], order_M[::-1][:count]
-    sign = "σ" if "sigma" in score else "d"
-    title = f"{run}: the {count} most certain of {len(order_M):,} test images by {score}, the most certain first"
-    groups = [(title, position_M[most]), (f"the {count} least certain, the least certain first", position_M[least])]
-    shown = np.concatenate([most, least])
-    notes = {position_M[m]: f"{sign} {uncertainty_M[m]:#.5g}, index {index_M[m]}" for m in shown}
+    least, most = order_M[:count], order_M[::-1][:count]
+    symbol = "σ" if "sigma" in score else "d"
+    title = f"{run}: the {count} least uncertain of {len(order_M):,} test images by {score}, the least uncertain first"
+    groups = [(title, position_M[least]), (f"the {count} most uncertain, the most uncertain first", position_M[most])]
+    notes = {
+        position_M[m]: f"{symbol} {uncertainty_M[m]:#.5g}, index {index_M[m]}" for m in np.concatenate([least, most])
+    }
     with explain_write_errors(path):
         draw_samples(data.path, path, groups, notes, columns=10)
