@@ -1,7 +1,8 @@
-"""`fastssl eval ood` on small runs: which detectors it gives what, what it keeps, shows and refuses."""
+"""`fastssl eval ood` on small runs: inputs of the detectors, result files, tables and refused data sets."""
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from small_models import features_of, make_run
 from fastssl import cli
 from fastssl.beton import build_beton, read_header
 from fastssl.common.errors import UserError
-from fastssl.evaluation import load_run_encoder, summarize_runs
+from fastssl.evaluation import fit_lbfgs, load_run_encoder, summarize_runs
 from fastssl.evaluation.features import eval_loader
 from fastssl.evaluation.ood import (
     DETECTORS,
@@ -28,14 +29,16 @@ from fastssl.evaluation.ood import (
     metrics,
     ood_summary_table,
     ood_table,
+    separation,
     suites,
 )
-from fastssl.evaluation.ood.evaluate import affine, compare, linear_classifier, odin_logits, prior_of
-from fastssl.evaluation.ood.suites import Sets
+from fastssl.evaluation.ood.evaluate import embedding_prior, head_of_features, linear_head, odin_logits
+from fastssl.evaluation.ood.separation import compare
+from fastssl.evaluation.ood.suites import OODSets, result_name
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.views import eval_transform
 
-PICTURES = evaluate.plots.draw
+draw_ood_plots = evaluate.plots.draw_ood_plots
 Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fit_arrays() | kind.score_arrays())}
 
 
@@ -55,10 +58,11 @@ def others(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fewer_pictures(request, monkeypatch):
-    """They take longer than all else here, so one test draws them."""
+def faster(request, monkeypatch):
+    """Plots take longer than everything else here, so only one test draws them. Two penalties instead of thirteen."""
+    monkeypatch.setattr(evaluate, "fit_lbfgs", partial(fit_lbfgs, penalties=(1.0, 0.1)))
     if "every_detector_of" not in request.node.name:
-        monkeypatch.setattr(evaluate.plots, "draw", lambda *arguments: None)
+        monkeypatch.setattr(evaluate.plots, "draw_ood_plots", lambda *arguments: None)
 
 
 def run_of(folder, canvas, **sections):
@@ -80,7 +84,7 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
     assert result["skipped"] == {"knn_supervised": "the encoder was trained without labels"}
     assert json.loads((folder / "eval" / "ood-near-stripes-far-noise-flat.json").read_text()) == result
 
-    # The scores are those of detectors fitted by hand on the cached features.
+    # The scores are those of detectors fitted here on the cached features.
     scores = np.load(folder / "eval" / result["scores"])
     paths = {"fit": canvas / "train.beton", "id": canvas / "val.beton"}
     paths |= {name: others / name / "train.beton" for name in ("stripes", "noise", "flat")}
@@ -89,13 +93,13 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
         name: features_of(folder, path, model=model, views=recipe.views, augmented=True).h
         for name, path in paths.items()
     }
-    weight, bias = linear_classifier(encoder, of["fit"], seed=0)
+    weight, bias = linear_head(encoder, of["fit"], seed=0)
     for name in ("sigma_mean", "prior_kl", "views_disagreement", "knn_cosine", "energy", "mahalanobis", "odin"):
         fitted = detector(name, prior=model.priors["z"])
 
         def arrays(part, name=name):
             x = of[part]
-            data = {"fit": sets.fit, "id": sets.id, **sets.others}[part]
+            data = {"fit": sets.fit, "id": sets.id, **sets.ood}[part]
             logits = x.h.astype(float) @ weight.numpy().T + bias.numpy()
             return {
                 "features": pair[part] if name == "views_disagreement" else x.h, "mu": x.mu, "sigma": x.sigma,
@@ -106,7 +110,7 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
         for part in ("id", "stripes", "noise", "flat"):
             np.testing.assert_allclose(scores[f"{part}/{name}"], fitted.score(**arrays(part)), rtol=1e-9)
         row = result["detectors"][name]
-        figures = {other: metrics(scores[f"id/{name}"], scores[f"{other}/{name}"]) for other in sets.others}
+        figures = {other: metrics(scores[f"id/{name}"], scores[f"{other}/{name}"]) for other in sets.ood}
         assert {other: row["sets"][other]["metrics"] for other in figures} == figures
         assert row["near"]["metrics"] == pytest.approx(figures["stripes"])
         far = (figures["noise"]["auroc"] + figures["flat"]["auroc"]) / 2
@@ -123,13 +127,13 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
         assert Image.open(folder / "eval" / f"ood-near-stripes-far-noise-flat.{kind}.png").size[0] > 300
 
     # Shown again, not measured again.
-    monkeypatch.setattr(evaluate, "arrays_of", None)
+    monkeypatch.setattr(evaluate, "compute_inputs", None)
     assert evaluate_ood(encoder, sets_of(encoder, others))["measured_at"] == result["measured_at"]
     with pytest.raises(TypeError):
         evaluate_ood(encoder, sets_of(encoder, others), seed=1)
 
 
-def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
+def test_detectors_skipped_for_a_deterministic_run_are_shown(canvas, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, sets_of(encoder, others))
@@ -143,7 +147,7 @@ def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
     shown = console.export_text()
     lines = [line for line in shown.splitlines() if "│ noise" in line]
     assert len(lines) == 1 and "energy *" in lines[0]
-    assert "left out: knn_supervised: the encoder was trained without labels" in shown
+    assert "skipped: knn_supervised: the encoder was trained without labels" in shown
     assert "source: PNG, 40x40 px" in shown and "source: JPEG, 73.5x74 px" in shown  # the medians of the fixtures
     narrow = Console(width=80, record=True)
     narrow.print(ood_table(result, 80))
@@ -157,7 +161,7 @@ def test_what_a_deterministic_run_lacks_is_said(canvas, others, tmp_path):
         assert f"{100 * row['near']['metrics']['auroc']:.1f}" in shown
 
 
-def test_a_supervised_run_is_judged_by_its_own_logits(canvas, others, tmp_path):
+def test_supervised_run_uses_its_own_logits(canvas, others, tmp_path):
     folder, recipe, model = run_of(
         tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3}, embedding={"stochastic": "h"}
     )
@@ -197,38 +201,38 @@ def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, canv
     assert all(p.grad is None for p in encoder.model.parameters())
 
 
-def test_the_classifier_is_folded_into_the_features(canvas, tmp_path):
+def test_standardization_is_folded_into_the_classifier(canvas, tmp_path):
     folder, recipe, model = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     of_fit = features_of(folder, canvas / "train.beton", model=model, views=recipe.views)
     classifier = evaluate.fit_lbfgs(of_fit.h, of_fit.label).classifier
-    weight, bias = affine(classifier)
+    weight, bias = head_of_features(classifier)
     np.testing.assert_allclose(
         of_fit.h @ weight.numpy().T + bias.numpy(), classifier.logits(of_fit.h), rtol=1e-3, atol=1e-3
     )
-    again = linear_classifier(encoder, of_fit, seed=0)
+    again = linear_head(encoder, of_fit, seed=0)
     torch.testing.assert_close(again, (weight, bias))
 
 
-def test_the_prior_is_that_of_the_embedding_that_is_given(canvas, tmp_path):
+def test_prior_is_that_of_the_returned_embedding(canvas, tmp_path):
     model = run_of(tmp_path / "run", canvas, embedding={"stochastic": "hz", "prior": "mixture"})[2]
-    assert prior_of(model) is model.priors["h"]
-    assert prior_of(run_of(tmp_path / "plain", canvas)[2]) is None
+    assert embedding_prior(model) is model.priors["h"]
+    assert embedding_prior(run_of(tmp_path / "plain", canvas)[2]) is None
 
 
-def test_without_labels_what_needs_none_is_left(canvas, others, tmp_path):
+def test_unlabeled_training_images_allow_label_free_detectors_only(canvas, others, tmp_path):
     data = {"train": str(others / "noise/train.beton"), "val": str(canvas / "val.beton")}
     folder, _, _ = make_run(tmp_path / "run", data)
     encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, find_sets(encoder, far=[others / "flat/train.beton"]))
     assert (folder / "eval" / "ood-far-flat.json").exists()
     assert not set(result["detectors"]) & set(LABEL_BASED)
-    assert result["skipped"]["energy"] == "the images fitted on have no labels of two classes"
+    assert result["skipped"]["energy"] == "the training images have no labels of two classes"
     assert result["near"] == {} and "near" not in result["detectors"]["knn_cosine"]
     assert ood_table(result).row_count == len(result["detectors"])
 
 
-def test_without_pytorch_ood_the_other_detectors_stay(canvas, others, tmp_path, monkeypatch):
+def test_other_detectors_run_without_pytorch_ood(canvas, others, tmp_path, monkeypatch):
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     sets = find_sets(encoder, far=[others / "noise/train.beton"])
@@ -242,7 +246,7 @@ def test_without_pytorch_ood_the_other_detectors_stay(canvas, others, tmp_path, 
     assert lacking <= set(evaluate_ood(encoder, sets)["detectors"])  # once it is installed, measured again
 
 
-def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, tmp_path):
+def test_incomparable_sets_are_refused(canvas, canvas_jpeg, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     noise = others / "noise/train.beton"
@@ -264,11 +268,11 @@ def test_sets_that_cannot_be_compared_are_refused(canvas, canvas_jpeg, others, t
     with pytest.raises(UserError, match="stock.beton has no stock.beton.json"):
         find_sets(encoder, near=[stock])
     without, _, _ = make_run(tmp_path / "without", {"train": str(canvas / "train.beton")})
-    with pytest.raises(UserError, match="no data.val to take as ID"):
+    with pytest.raises(UserError, match="no data.val: name ID images"):
         find_sets(load_run_encoder(without, device="cpu"), near=[noise])
 
 
-def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
+def test_suite_is_found_in_its_root_folder(canvas, others, tmp_path, monkeypatch):
     monkeypatch.setitem(suites.SUITES, "cifar10", (("stripes",), ("noise", "flat")))
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
@@ -285,7 +289,7 @@ def test_a_suite_is_found_below_its_root(canvas, others, tmp_path, monkeypatch):
     ("option", "other"), [("quality", 80), ("max_side", 300), ("layout", "full"), ("storage", "jpg"), ("canvas", 31)]
 )
 @pytest.mark.parametrize("which", ["near", "fit"])
-def test_every_build_option_must_be_equal(option, other, which, canvas, others, tmp_path):
+def test_build_options_must_be_equal(option, other, which, canvas, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     for file in others.glob("noise/train.beton*"):
@@ -298,7 +302,7 @@ def test_every_build_option_must_be_equal(option, other, which, canvas, others, 
         find_sets(encoder, **paths)
 
 
-def test_full_files_of_one_size_and_of_several_are_not_compared(full, others, tmp_path):
+def test_full_files_of_one_and_of_several_sizes_are_incomparable(full, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", full)
     (tmp_path / "same").mkdir()
     for number in range(3):
@@ -310,37 +314,34 @@ def test_full_files_of_one_size_and_of_several_are_not_compared(full, others, tm
 
 def test_names_of_results():
     a, b = Path("data/a/train.beton"), Path("data/b/x.beton")
-    assert suites.result_name([("near", [a]), ("far", [b])], None, None) == "near-a-far-b-x"
-    assert suites.result_name([("cifar10", [])], None, b) == "cifar10-fit-b-x"
-    long = suites.result_name([("near", [Path("n" * 120) / "train.beton"])], None, None)
-    assert len(long) == 16 and long != suites.result_name([("far", [Path("n" * 120) / "train.beton"])], None, None)
+    assert result_name(None, [a], [b], None, None) == "near-a-far-b-x"
+    assert result_name("cifar10", [a], [b], None, b) == "cifar10-fit-b-x"
+    folder = Path("n" * 120) / "train.beton"
+    long = result_name(None, [folder], [], None, None)
+    assert len(long) == 16 and long != result_name(None, [], [folder], None, None)
 
 
-def test_many_training_images_are_thinned(canvas, others, tmp_path, monkeypatch):
+def test_number_of_training_images_is_limited(canvas, others, tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "FIT_IMAGES", 30)
     folder, _, _ = run_of(tmp_path / "run", canvas)
     sets = sets_of(load_run_encoder(folder, device="cpu"), others)
     assert sets.fit == BetonSubset(canvas / "train.beton", None, 30) and sets.describe()["train"]["images"] == 30
 
 
-def test_what_the_files_were_before_is_recorded(canvas, others):
-    about = suites.described(BetonSubset(others / "noise/train.beton"))
+def test_source_formats_and_sizes_are_recorded(canvas, others):
+    about = suites.describe_set(BetonSubset(others / "noise/train.beton"))
     assert (about["builder"], about["source_formats"], about["source_px"]) == ("imagefolder", {"PNG": 9}, [40, 40])
     assert read_header(canvas / "val.beton").manifest["source_formats"] == {"JPEG": 12}
 
 
-def fake_sets(near, far):
-    return Sets(None, None, dict.fromkeys(near), dict.fromkeys(far), "x")
-
-
-def test_inverted_means_significantly_below_one_half():
+def test_inverted_means_significantly_below_50_percent():
     """ClassificationResult shifted down by half a standard deviation, by nothing, and up; 400 images a set."""
     rng = np.random.default_rng(0)
     of = {"id": rng.normal(size=400)} | {name: rng.normal(shift, 1, 400) for name, shift in
                                         (("down", -0.5), ("same", 0), ("up", 0.5))}  # fmt: skip
     norm = np.exp(of["id"])
     compared = compare({"energy": of, "constant": {name: np.zeros(400) for name in of}},
-                       fake_sets(["down"], ["same", "up"]), norm, 0)  # fmt: skip
+                       {"near": ["down"], "far": ["same", "up"]}, norm, 0)  # fmt: skip
     row = compared["detectors"]["energy"]
     assert {name: row["sets"][name]["inverted"] for name in row["sets"]} == {"down": True, "same": False, "up": False}
     assert row["near"]["inverted"] and not row["far"]["inverted"] and row["norm_correlation"] == pytest.approx(1)
@@ -351,23 +352,23 @@ def test_inverted_means_significantly_below_one_half():
     assert np.hypot(*widths) / 2 < width < np.mean(widths) * 1.05
 
 
-def test_few_images_are_never_called_inverted():
+def test_few_images_are_never_inverted():
     of = {"id": np.arange(100.0), "one": np.array([-1.0])}
-    row = compare({"energy": of}, fake_sets([], ["one"]), of["id"], 0)["detectors"]["energy"]
+    row = compare({"energy": of}, {"near": [], "far": ["one"]}, of["id"], 0)["detectors"]["energy"]
     assert row["far"]["metrics"]["auroc"] == 0 and not row["sets"]["one"]["inverted"] and not row["far"]["inverted"]
 
 
-def test_each_set_is_resampled_by_itself(monkeypatch):
+def test_each_set_has_its_own_resamples(monkeypatch):
     seeds = []
     monkeypatch.setattr(
-        evaluate, "resample", lambda images, seed: seeds.append(seed) or np.zeros((9, images), np.int32)
+        separation, "resample", lambda images, seed: seeds.append(seed) or np.zeros((9, images), np.int32)
     )
     of = {name: np.arange(40.0) for name in ("id", "a", "b", "c")}
-    compare({"energy": of}, fake_sets(["a"], ["b", "c"]), of["id"], 7)
+    compare({"energy": of}, {"near": ["a"], "far": ["b", "c"]}, of["id"], 7)
     assert seeds == [[7, 0], [7, 1], [7, 2], [7, 3]]
 
 
-def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
+def test_undefined_detector_is_skipped(canvas, others, tmp_path):
     """A z of one dimension has no spread of sigma; the other detectors stay."""
     folder, _, _ = run_of(
         tmp_path / "run", canvas, embedding={"stochastic": "z"},
@@ -379,15 +380,16 @@ def test_a_detector_that_is_undefined_is_left_out(canvas, others, tmp_path):
     assert "sigma_mean" in result["detectors"] and "sigma_std" not in result["detectors"]
 
 
-def test_names_that_matplotlib_would_read_as_formulas(tmp_path):
+def test_set_names_are_not_drawn_as_formulas(tmp_path):
     rng = np.random.default_rng(0)
     of = {name: rng.normal(size=40) for name in ("id", "p$_{$", "_hidden")}
-    sets = fake_sets(["p$_{$"], ["_hidden"])
-    PICTURES(tmp_path, "x", {"energy": of}, compare({"energy": of}, sets, of["id"], 0), sets)
+    compared = compare({"energy": of}, {"near": ["p$_{$"], "far": ["_hidden"]}, of["id"], 0)
+    sets = OODSets(None, None, {"p$_{$": None}, {"_hidden": None}, "x")
+    draw_ood_plots(tmp_path, "x", {"energy": of}, compared["detectors"], sets)
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
-def test_runs_that_differ_in_their_seed_share_a_column(canvas, others, tmp_path):
+def test_runs_with_different_seeds_share_a_column(canvas, others, tmp_path):
     made = [run_of(tmp_path / f"seed{seed}", canvas, seed=seed)[0] for seed in range(2)]
     results = []
     for run in made:

@@ -1,4 +1,4 @@
-"""`fastssl eval uncertainty`: its figures against brute force, its corruptions, what the command keeps and shows."""
+"""`fastssl eval uncertainty`: its metrics against brute force, the corruptions, the result files and tables."""
 
 import dataclasses
 import itertools
@@ -36,11 +36,10 @@ from fastssl.evaluation.uncertainty import (
     CORRUPTIONS,
     aurc,
     corrupt,
-    e_aurc,
     evaluate,
     fit_temperature,
     nearest_is_wrong,
-    neighbour_distance,
+    neighbor_distance,
     plots,
     r_auroc,
     risk_coverage,
@@ -69,7 +68,7 @@ def opened(run_dir, **options):
 # Figures
 
 
-def test_the_nearest_other_image_is_that_of_a_loop_over_pairs():
+def test_nearest_other_image_equals_a_loop_over_pairs():
     rng = np.random.default_rng(0)
     h, label = rng.normal(size=(60, 5)).astype(np.float32), rng.integers(4, size=60)
     h[7] = h[50]  # exact copies: each other's nearest, not their own
@@ -85,11 +84,11 @@ def test_the_nearest_other_image_is_that_of_a_loop_over_pairs():
     assert wrong.tolist() == expected
     assert wrong[50] and wrong[7] and wrong[59] and not wrong[[8, 9, 10, 51]].any()
     np.testing.assert_array_equal(nearest_is_wrong(torch.from_numpy(h), torch.from_numpy(label)), wrong)
-    with pytest.raises(ValueError, match="alone"):
+    with pytest.raises(ValueError, match="single image"):
         nearest_is_wrong(h[:1], label[:1])
 
 
-def test_r_auroc_is_the_share_of_pairs_in_the_right_order():
+def test_r_auroc_is_the_share_of_correctly_ordered_pairs():
     rng = np.random.default_rng(1)
     score, wrong = rng.integers(6, size=80) / 7, rng.random(80) < 0.3  # many ties
     pairs = [(a > b) + 0.5 * (a == b) for a in score[wrong] for b in score[~wrong]]
@@ -99,7 +98,7 @@ def test_r_auroc_is_the_share_of_pairs_in_the_right_order():
     assert np.isnan(r_auroc(score, np.ones(80, bool))) and np.isnan(r_auroc(score, np.zeros(80, bool)))
 
 
-def test_the_risk_is_the_mean_over_all_orders_of_ties():
+def test_risk_is_the_mean_over_all_orders_of_ties():
     score, wrong = np.array([2.0, 1.0, 2.0, 2.0, 3.0, 1.0, 0.5]), np.array([1, 0, 0, 1, 1, 1, 0], bool)
     curves = []
     for order in itertools.permutations(range(7)):
@@ -112,7 +111,7 @@ def test_the_risk_is_the_mean_over_all_orders_of_ties():
     assert aurc(score[shuffled], wrong[shuffled]) == pytest.approx(aurc(score, wrong), abs=1e-12)
 
 
-def test_aurc_equals_a_loop_and_lies_between_the_best_and_the_worst():
+def test_aurc_equals_a_loop_and_is_between_the_best_and_the_worst_order():
     rng = np.random.default_rng(2)
     score, wrong = rng.normal(size=200), rng.random(200) < 0.4
     total, errors = 0.0, 0
@@ -124,13 +123,13 @@ def test_aurc_equals_a_loop_and_lies_between_the_best_and_the_worst():
     constant = np.full(200, 0.7)
     assert aurc(constant, wrong) == pytest.approx(wrong.mean(), abs=1e-12)
     np.testing.assert_allclose(risk_coverage(constant, wrong), wrong.mean(), atol=1e-12)
-    assert e_aurc(wrong, wrong) == 0 < e_aurc(score, wrong) < e_aurc(~wrong, wrong)
-    # The least one, of W wrong in M, is close to r + (1 - r) ln(1 - r) with many images (arXiv 1805.08206).
+    assert aurc(wrong, wrong) < aurc(score, wrong) < aurc(~wrong, wrong)
+    # With many images, the smallest area at an error rate r is close to r + (1 - r) ln(1 - r) (arXiv 1805.08206).
     many = np.arange(100_000) < 40_000
     assert aurc(many, many) == pytest.approx(0.4 + 0.6 * np.log(0.6), abs=1e-4)
 
 
-def test_strength_correlation_is_scipy_s_spearman_of_each_image():
+def test_strength_correlation_equals_scipys_spearman_per_image():
     rng = np.random.default_rng(3)
     values = np.concatenate([rng.normal(size=(20, 6)), rng.integers(3, size=(30, 6)).astype(float)])
     values = np.concatenate([values, [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [0.3] * 6]])
@@ -141,7 +140,7 @@ def test_strength_correlation_is_scipy_s_spearman_of_each_image():
     assert found[-3:].tolist() == pytest.approx([1, -1, 0])
 
 
-def test_the_temperature_is_the_best_of_a_grid():
+def test_temperature_is_the_best_of_a_grid():
     rng = np.random.default_rng(4)
     classes = np.array([2, 5, 11])
     logits = rng.normal(size=(500, 3))
@@ -157,20 +156,20 @@ def test_the_temperature_is_the_best_of_a_grid():
     assert nll(found) <= min(nll(t) for t in np.geomspace(0.02, 50, 2001)) + 1e-9
     assert fit_temperature(7 * logits, label, classes) == pytest.approx(7 * found, rel=1e-4)
     right = np.eye(3)[column]
-    assert 0.01 <= fit_temperature(right, label, classes) < 0.05  # all right: hardly ever sure enough
+    assert 0.01 <= fit_temperature(right, label, classes) < 0.05  # all right: confidence can hardly be too high
 
 
-def test_the_neighbour_distance_is_that_of_a_sorted_row():
+def test_neighbor_distance_equals_a_sorted_row():
     rng = np.random.default_rng(5)
     bank, query = rng.normal(size=(40, 6)), rng.normal(size=(9, 6))
     cosine = (query / np.linalg.norm(query, axis=1)[:, None]) @ (bank / np.linalg.norm(bank, axis=1)[:, None]).T
     for k in (1, 7, 40):
-        np.testing.assert_allclose(neighbour_distance(bank, query, k), np.sort(1 - cosine)[:, k - 1], atol=1e-12)
-    np.testing.assert_array_equal(neighbour_distance(bank, query, 99), neighbour_distance(bank, query, 40))
+        np.testing.assert_allclose(neighbor_distance(bank, query, k), np.sort(1 - cosine)[:, k - 1], atol=1e-12)
+    np.testing.assert_array_equal(neighbor_distance(bank, query, 99), neighbor_distance(bank, query, 40))
 
 
 def overconfident(seed=0, count=900, classes=4):
-    """Features whose classes overlap, few of them, so that a classifier fits them too well; one class has one image."""
+    """Few features whose classes overlap, so that a classifier overfits them; one class has one image."""
     rng = np.random.default_rng(seed)
     label = np.concatenate([np.arange(count - 1) % classes, [classes]])
     h = rng.normal(size=(count, 30)).astype(np.float32)
@@ -181,8 +180,8 @@ def overconfident(seed=0, count=900, classes=4):
 
 def test_calibration_is_measured_at_the_temperature_and_equals_torchmetrics():
     of_train, of_test = overconfident(0, 120), overconfident(1)
-    measured = evaluate.guess_figures(of_train, of_test, of_test.sigma.mean(axis=1), torch.device("cpu"), seed=0)
-    figures, chosen = measured.figures, measured.kept["chosen"]
+    measured = evaluate.prediction_metrics(of_train, of_test, of_test.sigma.mean(axis=1), torch.device("cpu"), seed=0)
+    figures, chosen = measured.metrics, measured.fields["chosen"]
     fit, held = evaluate.holdout_split(of_train.label, 0)
     classifier = evaluate.fit_lbfgs(of_train.h[fit], of_train.label[fit]).classifier
     assert chosen["temperature"] == fit_temperature(classifier.logits(of_train.h[held]), of_train.label[held], range(5))
@@ -197,30 +196,32 @@ def test_calibration_is_measured_at_the_temperature_and_equals_torchmetrics():
     assert figures["accuracy"] == pytest.approx(1 - wrong.mean(), abs=1e-12)
     assert figures["aurc"] == aurc(of_test.sigma.mean(axis=1), wrong)
     doubt = 1 - logits.softmax(dim=1).max(dim=1).values.numpy()
-    assert figures["aurc_confidence"] == aurc(doubt, wrong) and figures["e_aurc_confidence"] == e_aurc(doubt, wrong)
+    least = aurc(wrong, wrong)
+    assert figures["aurc_confidence"] == aurc(doubt, wrong)
+    assert figures["e_aurc_confidence"] == aurc(doubt, wrong) - least
     assert figures["e_aurc_confidence"] < figures["e_aurc"]  # this sigma is random
-    curve = measured.kept["risk_coverage"]
+    curve = measured.fields["risk_coverage"]
     assert curve["coverage"] == [n / 100 for n in range(1, 101)]
     for key in ("uncertainty", "confidence", "oracle"):
         assert curve[key][-1] == pytest.approx(wrong.mean())
     assert curve["confidence"][49] == pytest.approx(wrong[np.argsort(doubt, kind="stable")[:450]].mean())
 
 
-def test_the_test_images_choose_nothing():
+def test_nothing_is_chosen_on_test_images():
     of_train, of_test = overconfident(0, 120), overconfident(1, 200)
     poisoned = dataclasses.replace(of_test, label=(of_test.label + 1) % 4)
     chosen = []
     for test in (of_test, poisoned):
-        measured = evaluate.guess_figures(of_train, test, test.sigma.mean(axis=1), torch.device("cpu"), seed=3)
-        chosen.append((measured.kept["chosen"], measured.kept["candidates"], measured.kept["hyperparameters"]))
-        assert (measured.figures["accuracy"] > 0.4) == (test is of_test)
+        measured = evaluate.prediction_metrics(of_train, test, test.sigma.mean(axis=1), torch.device("cpu"), seed=3)
+        chosen.append((measured.fields["chosen"], measured.fields["candidates"], measured.fields["hyperparameters"]))
+        assert (measured.metrics["accuracy"] > 0.4) == (test is of_test)
     assert chosen[0] == chosen[1]
 
 
-def test_figures_without_a_meaning_are_left_out():
+def test_undefined_metrics_are_left_out():
     alone = Features(np.eye(5, dtype=np.float32) + 0.1, np.arange(5), np.arange(5))  # all wrong
-    found = evaluate.neighbour_figures(alone, np.arange(5.0), torch.device("cpu"), 0)
-    assert found.figures == {"recall_at_1": 0.0} and found.intervals == {"recall_at_1": (0.0, 0.0)}
+    found = evaluate.neighbor_metrics(alone, np.arange(5.0), torch.device("cpu"), 0)
+    assert found.metrics == {"recall_at_1": 0.0} and found.intervals == {"recall_at_1": (0.0, 0.0)}
 
 
 # Corruptions
@@ -240,14 +241,14 @@ def images():
 
 
 @pytest.mark.parametrize("name", ["blur", "noise", "jpeg"])
-def test_a_corruption_is_worse_at_each_strength(images, name):
+def test_corruption_grows_with_strength(images, name):
     image, index = images
     difference = [
         np.abs(corrupt(image, index, name, s).astype(float) - image).mean(axis=(1, 2, 3)) for s in CORRUPTIONS[name]
     ]
     assert (np.diff([np.zeros(8), *difference], axis=0) > 0).all()
     assert np.array(difference)[-1].mean() > 4 * np.array(difference)[0].mean() or name == "jpeg"
-    # Colours stay where they are.
+    # The mean color does not change.
     weak = corrupt(image, index, name, CORRUPTIONS[name][0]).astype(float).mean(axis=(1, 2))
     np.testing.assert_allclose(weak, image.astype(float).mean(axis=(1, 2)), atol=3)
 
@@ -264,7 +265,7 @@ def test_noise_has_its_deviation_and_blur_scales_with_the_image(images):
     assert np.abs(means - small).mean() < 1.5 < np.abs(image - small).mean() / 2
 
 
-def test_crops_are_parts_of_the_image_and_smaller_ones_lie_in_larger_ones(images):
+def test_smaller_crops_lie_inside_larger_ones(images):
     _, index = images
     row, column = np.mgrid[:40, :56]
     places = np.stack([row, column, 0 * row], axis=-1).astype(np.uint8)[None].repeat(8, axis=0)  # pixels say where
@@ -288,7 +289,7 @@ def test_crops_are_parts_of_the_image_and_smaller_ones_lie_in_larger_ones(images
 
 
 @pytest.mark.parametrize("name", list(CORRUPTIONS))
-def test_a_corruption_does_not_depend_on_the_batch(images, name, monkeypatch):
+def test_corruptions_do_not_depend_on_the_batch(images, name, monkeypatch):
     image, index = images
     strength = CORRUPTIONS[name][2]
     together = corrupt(image, index, name, strength, seed=2)
@@ -304,7 +305,7 @@ def test_a_corruption_does_not_depend_on_the_batch(images, name, monkeypatch):
         assert (corrupt(image, index, name, strength, seed=3) != together).any()
 
 
-def test_the_images_corrupted_are_a_function_of_ids_and_seed():
+def test_corrupted_images_are_chosen_by_ids_and_seed():
     index = np.random.default_rng(0).permutation(5000)
     rows = some_images(index, 100, 0)
     assert len(set(rows)) == 100 and (np.diff(rows) > 0).all()
@@ -316,7 +317,7 @@ def test_the_images_corrupted_are_a_function_of_ids_and_seed():
 
 @pytest.mark.parametrize("layout", ["canvas", "full"])
 @pytest.mark.parametrize("view", ["squash", "center"])
-def test_versions_are_embedded_as_the_clean_view_would(layout, view, request, tmp_path, monkeypatch):
+def test_versions_are_embedded_under_the_evaluation_transform(layout, view, request, tmp_path, monkeypatch):
     folder = request.getfixturevalue(layout)
     run, recipe, model = make_run(
         tmp_path / "run", data_of(folder), embedding={"stochastic": "z"}, views={"size": 24, "eval": view}
@@ -336,25 +337,25 @@ def test_versions_are_embedded_as_the_clean_view_would(layout, view, request, tm
     np.testing.assert_allclose(small, found, rtol=1e-6)
 
 
-def test_corruption_figures_are_means_over_images():
+def test_corruption_metrics_are_means_over_images():
     rng = np.random.default_rng(0)
     clean = rng.random(50)
     levels = {name: rng.random((5, 50)) + 0.1 * np.arange(5)[:, None] for name in ("blur", "noise", "jpeg", "crop")}
     levels["crop"][1, :10] = clean[:10]  # as certain counts half
-    measured = evaluate.corruption_figures(np.vstack([clean, *levels.values()]), seed=0)
+    measured = evaluate.corruption_metrics(np.vstack([clean, *levels.values()]), seed=0)
     for name, level in levels.items():
         rho = [stats.spearmanr([clean[i], *level[:, i]], range(6)).statistic for i in range(50)]
-        assert measured.figures[f"spearman_{name}"] == pytest.approx(np.mean(rho))
-        kept = measured.kept["corruptions"][name]
+        assert measured.metrics[f"spearman_{name}"] == pytest.approx(np.mean(rho))
+        kept = measured.fields["corruptions"][name]
         np.testing.assert_allclose(kept["mean"], [clean.mean(), *level.mean(axis=1)])
         assert all(low < mean < high for mean, (low, high) in zip(kept["mean"], kept["intervals"]))
     larger = [np.mean((level > clean) + 0.5 * (level == clean)) for level in levels["crop"]]
-    assert [measured.figures[f"crop_larger_{s}"] for s in (75, 50, 35, 20, 10)] == pytest.approx(larger)
-    assert measured.figures["crop_larger"] == pytest.approx(np.mean(larger))
-    assert measured.intervals.keys() == measured.figures.keys()
-    constant = evaluate.corruption_figures(np.full((21, 9), 0.01), seed=0)
-    assert {value for name, value in constant.figures.items() if "crop_larger" not in name} == {0.0}
-    assert {value for name, value in constant.figures.items() if "crop_larger" in name} == {0.5}
+    assert [measured.metrics[f"crop_larger_{s}"] for s in (75, 50, 35, 20, 10)] == pytest.approx(larger)
+    assert measured.metrics["crop_larger"] == pytest.approx(np.mean(larger))
+    assert measured.intervals.keys() == measured.metrics.keys()
+    constant = evaluate.corruption_metrics(np.full((21, 9), 0.01), seed=0)
+    assert {value for name, value in constant.metrics.items() if "crop_larger" not in name} == {0.0}
+    assert {value for name, value in constant.metrics.items() if "crop_larger" in name} == {0.5}
 
 
 # The command
@@ -368,7 +369,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize("stochastic", ["z", "hz", "none"])
-def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochastic, monkeypatch):
+def test_result_has_metrics_intervals_and_plots(canvas, tmp_path, stochastic, monkeypatch):
     folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": stochastic})
     result = evaluate_uncertainty(*opened(folder))
     kept = json.loads((folder / "eval" / "uncertainty.json").read_text())
@@ -377,8 +378,8 @@ def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochas
         features_of(folder, canvas / f"{split}.beton", model=model, views=recipe.views) for split in ("train", "val")
     )
     if stochastic == "none":
-        score = neighbour_distance(train.h, val.h, 48)
-        assert result["settings"]["score"] == "cosine distance of h to training neighbour 48"
+        score = neighbor_distance(train.h, val.h, 48)
+        assert result["settings"]["score"] == "cosine distance of h to training neighbor 48"
     else:
         score = val.sigma.astype(np.float64).mean(axis=1)
         assert result["settings"]["score"] == f"mean sigma of {stochastic[0]}"
@@ -391,7 +392,7 @@ def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochas
     for name, value in result["metrics"].items():
         low, high = result["intervals"][name]
         assert low <= high and (low <= value <= high or "ece" in name or "aurc" in name)
-    assert result["corruptions"]["images"] == 12
+    assert result["corrupted_images"] == 12
     assert result["corruptions"]["blur"]["mean"][0] == pytest.approx(score.mean(), rel=1e-5)
     sizes = [Image.open(folder / "eval" / name).size for name in result["plots"]]
     assert sizes[0] == (840, 600) and sizes[1][0] == 1440 and sizes[2][0] == 14 + 6 * 174
@@ -410,18 +411,19 @@ def test_a_result_holds_figures_intervals_and_pictures(canvas, tmp_path, stochas
             evaluate_uncertainty(*opened(folder), **options)
 
 
-def test_few_images_are_corrupted_and_they_are_those_of_their_ids(canvas, tmp_path, monkeypatch):
+def test_number_and_ids_of_corrupted_images(canvas, tmp_path, monkeypatch):
     folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": "h"})
     monkeypatch.setattr(evaluate, "CORRUPTED_IMAGES", 5)
-    found = evaluate_uncertainty(*opened(folder), seed=4)["corruptions"]
+    result = evaluate_uncertainty(*opened(folder), seed=4)
+    found = result["corruptions"]
     val = features_of(folder, canvas / "val.beton", model=model, views=recipe.views)
     rows = some_images(val.index, 5, 4)
-    assert found["images"] == 5 and len(rows) == 5
+    assert result["corrupted_images"] == 5 and len(rows) == 5
     assert found["jpeg"]["mean"][0] == pytest.approx(val.sigma[rows].astype(np.float64).mean(), rel=1e-7)
     assert found["jpeg"]["mean"][0] != pytest.approx(val.sigma.astype(np.float64).mean(), rel=1e-7)
 
 
-def test_a_supervised_run_in_the_full_layout_and_a_constant_sigma(full, canvas, tmp_path):
+def test_supervised_run_with_full_layout_and_constant_sigma(full, canvas, tmp_path):
     folder, recipe, _ = make_run(tmp_path / "supervised", data_of(full))
     recipe = recipe.model_validate({**recipe.model_dump(), "objective": {"name": "supervised", "classes": 3}})
     saved = {"recipe": recipe.model_dump(mode="json"), "model": build_model(recipe).state_dict(), "step": 0}
@@ -442,8 +444,8 @@ def test_a_supervised_run_in_the_full_layout_and_a_constant_sigma(full, canvas, 
     assert {constant[name] for name in FIGURES if name.startswith("crop")} == {0.5}  # as certain counts half
 
 
-def test_the_sheet_shows_the_extremes_whatever_the_order_of_the_file(photos, tmp_path, monkeypatch):
-    """A beton with gaps in its ids, in an order of its own."""
+def test_extremes_are_found_in_any_order_of_the_file(photos, tmp_path, monkeypatch):
+    """A shuffled .beton, and features of a part of it."""
     build_beton("imagefolder", photos, tmp_path / "b", canvas=32, workers=1, order="shuffle")
     path = tmp_path / "b" / "train.beton"
     index = np.array(read_metadata(path)["index"])
@@ -453,13 +455,15 @@ def test_the_sheet_shows_the_extremes_whatever_the_order_of_the_file(photos, tmp
     some = index[np.random.default_rng(0).permutation(48)[:30]]  # features of a part of it, in any order
     score = 1 / (1.0 + some)
     plots.draw_extremes(tmp_path / "x.png", "run", evaluate.BetonSubset(path), some, score, 20, "mean sigma of z")
-    _, _, ((_, most), (_, least)), notes = shown[0]
-    assert index[most].tolist() == sorted(some.tolist(), reverse=True)[:15]  # not more than half: none stands in both
-    assert index[least].tolist() == sorted(some.tolist())[:15]
-    assert notes[most[0]] == f"σ {1 / (1 + some.max()):#.5g}, index {some.max()}"
+    _, _, ((_, least), (_, most)), notes = shown[0]
+    assert (
+        index[least].tolist() == sorted(some.tolist(), reverse=True)[:15]
+    )  # at most half, so no image is in both groups
+    assert index[most].tolist() == sorted(some.tolist())[:15]
+    assert notes[least[0]] == f"σ {1 / (1 + some.max()):#.5g}, index {some.max()}"
 
 
-def test_runs_make_a_table_with_a_line_for_each_figure(canvas, tmp_path, monkeypatch, capsys):
+def test_table_of_runs_has_a_line_per_metric(canvas, tmp_path, monkeypatch, capsys):
     made = [
         make_run(tmp_path / f"z{seed}", data_of(canvas), seed=seed, embedding={"stochastic": "z"})[0] for seed in (0, 1)
     ]
@@ -469,12 +473,12 @@ def test_runs_make_a_table_with_a_line_for_each_figure(canvas, tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         cli.main()
     out = capsys.readouterr().out
-    assert not end.value.code and "mean sigma of z" in out and "training neighbour 48" in out and "±" in out
+    assert not end.value.code and "mean sigma of z" in out and "training neighbor 48" in out and "±" in out
     results = [evaluate_uncertainty(*opened(run)) for run in made]
     rows = summarize_runs(results)
     assert json.loads((tmp_path / "table.json").read_text())["rows"] == [dataclasses.asdict(row) for row in rows]
     assert [len(row.runs) for row in rows] == [2, 1]
-    # With one seed all neighbours are wrong: that figure is missing, and so it is in their mean.
+    # With one seed the neighbors of all images are wrong, so r_auroc is undefined there and in the summary.
     figures = [name for name in FIGURES if all(name in result["metrics"] for result in results[:2])]
     assert list(rows[0].metrics) == figures and len(figures) >= 20
     table = summary_table(rows)
@@ -486,12 +490,12 @@ def test_runs_make_a_table_with_a_line_for_each_figure(canvas, tmp_path, monkeyp
     assert "spearman_blur (-1 to 1)" in names and "aurc (0 to 1)" in names and "nll_scaled (nats)" in names
     assert values[names.index("aurc (0 to 1)")] == f"{results[0]['metrics']['aurc']:.3f}"
     assert values[names.index("crop_larger")] == f"{100 * results[0]['metrics']['crop_larger']:.2f}"
-    # Other evaluations look as before.
+    # Tables of other evaluations have no uncertainty.
     knn = [evaluate_knn(*opened(run), ks=(5,)) for run in made]
     assert summary_table(summarize_runs(knn)).row_count == 2 and "uncertainty" not in result_table(knn[0]).caption
 
 
-def test_one_test_image_is_refused(canvas, photos, tmp_path):
+def test_single_test_image_is_refused(canvas, photos, tmp_path):
     (tmp_path / "one" / "val" / "class1").mkdir(parents=True)
     for name in ("class0", "class2"):
         (tmp_path / "one" / "val" / name).mkdir()
@@ -500,5 +504,5 @@ def test_one_test_image_is_refused(canvas, photos, tmp_path):
     build_beton("imagefolder", tmp_path / "one", tmp_path / "one", canvas=32, workers=1)
     (path,) = (tmp_path / "one").glob("*.beton")
     folder, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton"), "val": str(path)})
-    with pytest.raises(UserError, match="holds one image"):
+    with pytest.raises(UserError, match="has a single image"):
         evaluate_uncertainty(*opened(folder))

@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.arrays import as_tensor
+from fastssl.evaluation.arrays import Array, Device, as_tensor
 from fastssl.evaluation.mutual_information.critic import Inputs, canonical_inputs, initial_critic, scores
 
 EstimatorName = Literal["js", "mine"]
@@ -82,12 +81,12 @@ class PairScores(NamedTuple):
 
 
 def estimate(
-    x: ArrayLike | Tensor,
-    y: ArrayLike | Tensor,
+    x: Array,
+    y: Array,
     estimator: EstimatorName = "js",
     seed: int = 0,
     *,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     advance: Callable[[int], object] = lambda steps: None,
 ) -> Estimate:
     """Estimate I(X; Y) in nats, from below, from N pairs.
@@ -148,7 +147,7 @@ def estimate(
     )
 
 
-def as_samples(x: ArrayLike | Tensor, device: torch.device | str) -> Tensor:
+def as_samples(x: Array, device: Device) -> Tensor:
     """Return x as (N, D) on the device."""
     tensor = as_tensor(x).detach().to(device)
     if tensor.ndim not in (1, 2) or tensor.numel() == 0:

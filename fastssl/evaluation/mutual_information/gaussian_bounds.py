@@ -14,10 +14,9 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.arrays import as_tensor
+from fastssl.evaluation.arrays import Array, Device, as_tensor
 from fastssl.models.gaussian import LOG_2PI, DiagonalGaussian, Prior, StandardNormal
 
 BATCH = 10_000  # default K: 10,000 images with 1,024 dimensions take 0.4 TFLOP of float64
@@ -36,13 +35,13 @@ class PosteriorBounds(NamedTuple):
 
 @torch.inference_mode()
 def posterior_bounds(
-    mu: ArrayLike | Tensor,
-    sigma: ArrayLike | Tensor,
-    draw: ArrayLike | Tensor,
+    mu: Array,
+    sigma: Array,
+    draw: Array,
     *,
     batch: int = BATCH,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> PosteriorBounds:
     """Compute bounds of I(X; Z) from mu, sigma and one draw of z for each image, all (N, D).
 
@@ -108,7 +107,7 @@ def log_densities(z_RD: Tensor, coefficients: DensityCoefficients) -> Tensor:
 
 
 @torch.inference_mode()
-def rate(mu: ArrayLike | Tensor, sigma: ArrayLike | Tensor, prior: Prior, draw: ArrayLike | Tensor) -> float:
+def rate(mu: Array, sigma: Array, prior: Prior, draw: Array) -> float:
     """Return E KL(q(z|x) || p) in nats: in closed form for a standard normal prior, else from one draw per image."""
     device = next((p.device for p in prior.parameters()), torch.device("cpu"))
     mu_ND, sigma_ND, z_ND = (as_tensor(x) for x in (mu, sigma, draw))

@@ -22,7 +22,7 @@ from fastssl.evaluation.ood.base import Detector, LinearHead
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, LABEL_FREE, detector
 from fastssl.evaluation.ood.evaluate import evaluate_ood
 from fastssl.evaluation.ood.separation import metrics
-from fastssl.evaluation.ood.suites import SUITES, Sets, find_sets
+from fastssl.evaluation.ood.suites import SUITES, OODSets, find_sets
 from fastssl.evaluation.ood.table import ood_summary_table, ood_table
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "SUITES",
     "Detector",
     "LinearHead",
-    "Sets",
+    "OODSets",
     "detector",
     "evaluate_ood",
     "find_sets",

@@ -6,10 +6,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastssl.evaluation.arrays import as_tensor
+from fastssl.evaluation.arrays import Array, Device, as_tensor
 from fastssl.models.gaussian import Prior
 
 
@@ -42,7 +41,7 @@ class Detector:
         self,
         prior: Prior | None = None,
         classifier: LinearHead | None = None,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ):
         """See `detector` for the arguments."""
         self.prior = prior
@@ -70,11 +69,11 @@ class Detector:
     @torch.no_grad()
     def fit(
         self,
-        features: ArrayLike | Tensor,
-        labels: ArrayLike | Tensor | None = None,
-        logits: ArrayLike | Tensor | None = None,
-        sigma: ArrayLike | Tensor | None = None,
-        mu: ArrayLike | Tensor | None = None,
+        features: Array,
+        labels: Array | None = None,
+        logits: Array | None = None,
+        sigma: Array | None = None,
+        mu: Array | None = None,
     ) -> Self:
         """Fit the detector to N training images; arrays that it does not need are ignored.
 
@@ -89,10 +88,10 @@ class Detector:
     @torch.no_grad()
     def score(
         self,
-        features: ArrayLike | Tensor,
-        logits: ArrayLike | Tensor | None = None,
-        sigma: ArrayLike | Tensor | None = None,
-        mu: ArrayLike | Tensor | None = None,
+        features: Array,
+        logits: Array | None = None,
+        sigma: Array | None = None,
+        mu: Array | None = None,
     ) -> np.ndarray:
         """Return the scores (M,) of M images: float64, finite, the higher the more out-of-distribution.
 
@@ -107,7 +106,7 @@ class Detector:
             raise ValueError(f"{type(self).__name__} is undefined for {np.isnan(score_M).sum()} images.")
         return np.nan_to_num(score_M)  # infinity becomes the largest float64
 
-    def _select(self, given: dict[str, ArrayLike | Tensor | None], names: set[str]) -> dict[str, Tensor]:
+    def _select(self, given: dict[str, Array | None], names: set[str]) -> dict[str, Tensor]:
         selected = {}
         for name in names:
             array = given[name]

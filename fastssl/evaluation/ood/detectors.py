@@ -1,7 +1,6 @@
 """The table of detectors by name."""
 
-import torch
-
+from fastssl.evaluation.arrays import Device
 from fastssl.evaluation.ood import label_based, label_free
 from fastssl.evaluation.ood.base import Detector, LinearHead
 from fastssl.models.gaussian import Prior
@@ -44,7 +43,7 @@ def detector(
     *,
     prior: Prior | None = None,
     classifier: LinearHead | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> Detector:
     """Create a detector of `DETECTORS` that has not been fitted yet.
 

@@ -1,97 +1,104 @@
-"""Pictures of an OOD evaluation: how the scores of all sets lie, the ROC curves, and every AUROC at a glance."""
+"""The figures of an OOD evaluation: histograms of all scores, ROC curves, and a table of all AUROC values."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from fastssl.evaluation.ood.suites import Sets
+from fastssl.evaluation.ood.separation import DetectorResult
+from fastssl.evaluation.ood.suites import OODSets
 from fastssl.evaluation.plots import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLUMNS = 5
 BINS = 40
 
 
-def draw(folder: Path, name: str, scores: dict[str, dict[str, np.ndarray]], compared: dict, sets: Sets) -> None:
-    """FOLDER/NAME.histograms.png, NAME.roc.png and NAME.auroc.png."""
-    colours = dict(zip(sets.others, _colours(len(sets.others))))
-    names = {other: _plain(other) for other in sets.others}
-    for kind, draw_one, size in (("histograms", _histogram, (3.1, 2.1)), ("roc", _roc, (2.6, 2.6))):
-        figure, panels = _grid(len(scores), size)
-        for panel, (detector, of) in zip(panels, scores.items()):
+def draw_ood_plots(
+    folder: Path,
+    name: str,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    detectors: Mapping[str, DetectorResult],
+    sets: OODSets,
+) -> None:
+    """Write FOLDER/NAME.histograms.png, NAME.roc.png and NAME.auroc.png.
+
+    scores: detector -> set -> scores, with the set "id" of in-distribution images.
+    """
+    # Imported here because it takes half a second. Unlike pyplot, Figure needs no display.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    colors = {other: colormaps["tab10"](i % 10) for i, other in enumerate(sets.ood)}
+    columns = min(COLUMNS, len(scores))
+    rows = -(-len(scores) // columns)
+    for kind, width, height in (("histograms", 3.1, 2.1), ("roc", 2.6, 2.6)):
+        figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=110, layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, (detector, score) in zip(panels, scores.items()):
             panel.set_title(detector, fontsize=9)
-            draw_one(panel, of, colours, names)
             panel.tick_params(labelsize=6)
+            if kind == "roc":
+                _draw_roc(panel, score, colors)
+            else:
+                _draw_histograms(panel, score, colors)
         for panel in panels[len(scores) :]:
             panel.set_axis_off()
         handles = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=9)
         if kind == "roc":
-            figure.supxlabel("share of ID images called OOD", fontsize=9)
-            figure.supylabel("share of OOD images found", fontsize=9)
+            figure.supxlabel("false positive rate: share of ID images predicted as OOD", fontsize=9)
+            figure.supylabel("true positive rate: share of OOD images predicted as OOD", fontsize=9)
         else:
-            figure.supxlabel("score, higher = OOD (1st to 99th percentile of all)", fontsize=9)
+            figure.supxlabel("score, higher = OOD (from the 1st to the 99th percentile of all sets)", fontsize=9)
             figure.supylabel("density", fontsize=9)
         save_figure(folder / f"{name}.{kind}.png", figure)
-    save_figure(folder / f"{name}.auroc.png", _overview(compared["detectors"], sets))
+    _draw_auroc(folder / f"{name}.auroc.png", detectors, sets)
 
 
-def _grid(panels: int, size: tuple[float, float]):
-    from matplotlib.figure import Figure  # here, as it takes half a second; without pyplot, no display is looked for
-
-    columns = min(COLUMNS, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.5), dpi=110, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
-
-
-def _histogram(panel, of: dict[str, np.ndarray], colours: dict, names: dict) -> None:
-    low, high = np.percentile(np.concatenate(list(of.values())), (1, 99))
-    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    panel.hist(np.clip(of["id"], edges[0], edges[-1]), edges, density=True, color="lightgrey", label="ID")
-    for other, colour in colours.items():
-        values = np.clip(of[other], edges[0], edges[-1])
-        panel.hist(values, edges, density=True, histtype="step", color=colour, label=names[other])
+def _draw_histograms(panel: "Axes", score: Mapping[str, np.ndarray], colors: Mapping[str, Any]) -> None:
+    low, high = np.percentile(np.concatenate(list(score.values())), (1, 99))
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1).tolist()
+    panel.hist(np.clip(score["id"], edges[0], edges[-1]), edges, density=True, color="lightgrey", label="ID")
+    for other, color in colors.items():
+        values = np.clip(score[other], edges[0], edges[-1])
+        panel.hist(values, edges, density=True, histtype="step", color=color, label=_escape(other))
     panel.set_yticks([])
 
 
-def _roc(panel, of: dict[str, np.ndarray], colours: dict, names: dict) -> None:
+def _draw_roc(panel: "Axes", score: Mapping[str, np.ndarray], colors: Mapping[str, Any]) -> None:
     panel.plot([0, 1], [0, 1], color="lightgrey", linewidth=0.8)
-    for other, colour in colours.items():
-        truth = np.repeat([0, 1], [len(of["id"]), len(of[other])])
-        fpr, tpr, _ = roc_curve(truth, np.r_[of["id"], of[other]])
-        panel.plot(fpr, tpr, color=colour, linewidth=1.1, label=names[other])
+    for other, color in colors.items():
+        is_ood = np.repeat([0, 1], [len(score["id"]), len(score[other])])
+        fpr, tpr, _ = roc_curve(is_ood, np.r_[score["id"], score[other]])
+        panel.plot(fpr, tpr, color=color, linewidth=1.1, label=_escape(other))
     panel.set_aspect("equal")
 
 
-def _overview(detectors: dict[str, dict], sets: Sets):
-    """Detectors by sets, AUROC in percent: red below one half, blue above."""
+def _draw_auroc(path: Path, detectors: Mapping[str, DetectorResult], sets: OODSets) -> None:
+    """Draw a row per detector and a column per set, AUROC in percent: red below 50, blue above."""
     from matplotlib.figure import Figure
 
-    others = list(sets.others)
-    share = np.array([[row["sets"][other]["metrics"]["auroc"] for other in others] for row in detectors.values()])
-    figure = Figure(figsize=(3 + 0.9 * len(others), 1.4 + 0.26 * len(detectors)), dpi=110, layout="constrained")
+    auroc = np.array([[row["sets"][other]["metrics"]["auroc"] for other in sets.ood] for row in detectors.values()])
+    figure = Figure(figsize=(3 + 0.9 * len(sets.ood), 1.4 + 0.26 * len(detectors)), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(share, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(share):
-        colour = "white" if abs(value - 0.5) > 0.35 else "black"
-        axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=colour)
-    kinds = ["near"] * len(sets.near) + ["far"] * len(sets.far)
-    heads = [f"{_plain(other)}\n({kind})" for other, kind in zip(others, kinds)]
-    axes.set_xticks(range(len(others)), heads, fontsize=8)
-    labels = [name + (" *" if row["labels"] else "") for name, row in detectors.items()]
+    axes.imshow(auroc, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(auroc):
+        color = "white" if abs(value - 0.5) > 0.35 else "black"
+        axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=color)
+    headings = [f"{_escape(other)}\n({'near' if other in sets.near else 'far'})" for other in sets.ood]
+    axes.set_xticks(range(len(headings)), headings, fontsize=8)
+    labels = [name + (" *" if detector["labels"] else "") for name, detector in detectors.items()]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.xaxis.tick_top()
-    axes.set_xlabel("AUROC in %, the declared direction; below 50: inverted. * uses labels", fontsize=8)
-    return figure
+    axes.set_xlabel("AUROC in %; below 50 the score is inverted. * uses labels", fontsize=8)
+    save_figure(path, figure)
 
 
-def _plain(name: str) -> str:
-    """A name as it is: not as a formula, and not left out of legends, as matplotlib does with "_name"."""
+def _escape(name: str) -> str:
+    """Return a label that matplotlib shows as it is: no formulas, and not hidden because of a leading underscore."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def _colours(count: int) -> list:
-    from matplotlib import colormaps
-
-    return [colormaps["tab10"](place % 10) for place in range(count)]

@@ -1,22 +1,26 @@
-"""The data sets of an OOD evaluation: which they are, that they can be compared, and what they were before."""
+"""The data sets of an OOD evaluation: find them, check that they can be compared, describe their source images."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from fastssl.beton import read_header, read_metadata
 from fastssl.common.errors import UserError
+from fastssl.evaluation.results import DataDescription
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 
-LONGEST_NAME = 100  # of a result; a longer one becomes its hash
+MAX_NAME = 100  # characters of a result's name; longer ones are replaced by a hash
 FIT_IMAGES = 50_000  # training images at most: all of CIFAR-10, 4 % of ImageNet
 BUILD_OPTIONS = ("layout", "canvas", "max_side", "storage", "quality")
-SPLITS = ("test", "val", "train")  # of a suite's set, the first that is there
+SPLITS = ("test", "val", "train")  # of a suite's set the first of these files that exists is used
 
-# OpenOOD v1.5 (arXiv 2306.09301), by the names of the builders; ssb_hard, ninco and openimage_o by imagefolder. OpenOOD
-# leaves out images whose class the ID set has (of Tiny-ImageNet, Places365, ...): build from its lists to compare.
+# OpenOOD v1.5 (arXiv 2306.09301): near and far sets by the names of their builders (ssb_hard, ninco and openimage_o:
+# imagefolder). OpenOOD leaves out images of classes that the ID set has (in Tiny-ImageNet, Places365, ...). To compare
+# with its results, build the files from its lists.
 SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cifar10": (("cifar100", "tinyimagenet"), ("mnist", "svhn", "dtd", "places365")),
     "cifar100": (("cifar10", "tinyimagenet"), ("mnist", "svhn", "dtd", "places365")),
@@ -24,119 +28,154 @@ SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Sets:
-    """Images to fit detectors on, in-distribution images to score, and near and far others, by name."""
+class SetDescription(DataDescription):
+    builder: str | None
+    source_formats: dict[str, int] | None  # images per file format before they were stored; None: not recorded
+    own_bytes: float  # share of images that are stored with their original bytes
+    source_px: list[float]  # median [height, width] of the source images
 
-    fit: BetonSubset
-    id: BetonSubset
-    near: dict[str, BetonSubset]
+
+class OODSetsDescription(TypedDict):
+    # Named as in other evaluations: `train` are the images that are fitted on, `val` the ID images.
+    train: SetDescription
+    val: SetDescription
+    near: dict[str, SetDescription]
+    far: dict[str, SetDescription]
+
+
+@dataclass(frozen=True)
+class OODSets:
+    """The images of an OOD evaluation."""
+
+    fit: BetonSubset  # training images, which the detectors are fitted on
+    id: BetonSubset  # in-distribution images
+    near: dict[str, BetonSubset]  # OOD sets by name
     far: dict[str, BetonSubset]
-    name: str  # of results
+    name: str  # of the result
 
     @property
-    def others(self) -> dict[str, BetonSubset]:
+    def ood(self) -> dict[str, BetonSubset]:
+        """All OOD sets, near ones first."""
         return self.near | self.far
 
-    def describe(self) -> dict:
-        """What the result says of them; `train` and `val` as every evaluation names what it fits and tests on."""
+    def describe(self) -> OODSetsDescription:
         return {
-            "train": described(self.fit),
-            "val": described(self.id),
-            "near": {name: described(data) for name, data in self.near.items()},
-            "far": {name: described(data) for name, data in self.far.items()},
+            "train": describe_set(self.fit),
+            "val": describe_set(self.id),
+            "near": {name: describe_set(data) for name, data in self.near.items()},
+            "far": {name: describe_set(data) for name, data in self.far.items()},
         }
 
 
 def find_sets(
     encoder: RunEncoder,
     *,
-    near: list[Path] = (),
-    far: list[Path] = (),
+    near: Sequence[Path] = (),
+    far: Sequence[Path] = (),
     suite: str | None = None,
     root: str | Path = "data",
     fit: str | Path | None = None,
     id: str | Path | None = None,
-) -> Sets:
-    """A suite's sets in root/NAME/{test,val,train}.beton, or files; data.train and data.val of the run as fit and id.
+) -> OODSets:
+    """Find the data sets of an OOD evaluation.
 
-    Raises UserError where a file is missing, two have one name, or they were not built alike.
+    Args:
+        encoder: of the run.
+        near: files of near OOD sets.
+        far: files of far OOD sets.
+        suite: a key of `SUITES`, instead of `near` and `far`.
+        root: the sets of a suite are root/NAME/test.beton, val.beton or train.beton.
+        fit: file of training images; by default data.train of the run. At most 50,000 images are used.
+        id: file of in-distribution images; by default data.val of the run.
+
+    Raises:
+        UserError: if a file is missing, two sets have the same name, or the files were built with different options.
     """
     if suite:
-        near, far = ([_found(Path(root), name) for name in names] for names in SUITES[suite])
+        near, far = ([_suite_file(Path(root), name) for name in names] for names in SUITES[suite])
     if not near and not far:
-        raise UserError("There is nothing to tell the ID images from: name files with --near and --far, or a --suite.")
-    recipe = encoder.recipe.data
-    if id is None and recipe.val is None:
-        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val to take as ID: give one with --id FILE.beton.")
-    whole = BetonSubset(Path(fit)) if fit else BetonSubset(Path(recipe.train), recipe.subset, recipe.limit)
-    images = whole.describe()["images"]
-    fit_data = whole if images <= FIT_IMAGES else BetonSubset(whole.path, whole.subset, FIT_IMAGES)
-    names = [name_of(Path(path)) for path in (*near, *far)]
+        raise UserError("There are no OOD images: name files with --near and --far, or a --suite.")
+    config = encoder.recipe.data
+    id_file = id or config.val
+    if id_file is None:
+        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name ID images with --id FILE.beton.")
+    fit_data = BetonSubset(Path(fit)) if fit else BetonSubset(Path(config.train), config.subset, config.limit)
+    if fit_data.describe()["images"] > FIT_IMAGES:
+        fit_data = BetonSubset(fit_data.path, fit_data.subset, FIT_IMAGES)
+    names = [set_name(Path(path)) for path in (*near, *far)]
     for name in names:
         if name == "id" or names.count(name) > 1:
-            raise UserError(f"Two of the sets are called {name}: put one of them into a folder of another name.")
-    groups = [(suite, [])] if suite else [(kind, paths) for kind, paths in (("near", near), ("far", far)) if paths]
-    data = dict(zip(names, (BetonSubset(Path(path)) for path in (*near, *far))))
-    sets = Sets(
-        fit_data,
-        BetonSubset(Path(id or recipe.val)),
-        {name: data[name] for name in names[: len(near)]},
-        {name: data[name] for name in names[len(near) :]},
-        result_name(groups, id, fit),
+            raise UserError(f"Two of the sets are called {name}: move one of them to a folder with another name.")
+    sets = OODSets(
+        fit=fit_data,
+        id=BetonSubset(Path(id_file)),
+        near={set_name(Path(path)): BetonSubset(Path(path)) for path in near},
+        far={set_name(Path(path)): BetonSubset(Path(path)) for path in far},
+        name=result_name(suite, near, far, id, fit),
     )
-    check_built_alike([data.path for data in (sets.id, sets.fit, *sets.others.values())])
+    check_same_build([data.path for data in (sets.id, sets.fit, *sets.ood.values())])
     return sets
 
 
-def result_name(groups: list[tuple[str, list[Path]]], id: str | Path | None, fit: str | Path | None) -> str:
-    """Such as near-textures-far-mnist, or cifar10-fit-photos."""
-    groups = groups + [(kind, [path]) for kind, path in (("id", id), ("fit", fit)) if path]
-    name = "-".join("-".join([kind, *(name_of(Path(path)) for path in paths)]) for kind, paths in groups)
-    return name if len(name) <= LONGEST_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
+def result_name(
+    suite: str | None, near: Sequence[Path], far: Sequence[Path], id: str | Path | None, fit: str | Path | None
+) -> str:
+    """Return the name of a result, such as near-textures-far-mnist or cifar10-fit-photos."""
+    parts = [suite] if suite else []
+    for kind, paths in (("near", near), ("far", far)):
+        if paths and not suite:
+            parts += [kind, *(set_name(Path(path)) for path in paths)]
+    for kind, path in (("id", id), ("fit", fit)):
+        if path:
+            parts += [kind, set_name(Path(path))]
+    name = "-".join(parts)
+    return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _found(root: Path, name: str) -> Path:
+def _suite_file(root: Path, name: str) -> Path:
     paths = [root / name / f"{split}.beton" for split in SPLITS]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def name_of(path: Path) -> str:
-    """mnist for mnist/test.beton, else such as photos-night for photos/night.beton."""
+def set_name(path: Path) -> str:
+    """Return mnist for mnist/test.beton, and photos-night for photos/night.beton."""
     folder = path.resolve().parent.name
     return folder if path.stem in SPLITS else f"{folder}-{path.stem}"
 
 
-def check_built_alike(paths: list[Path]) -> None:
-    """That all were stored in one way: else their files, not their images, could be told apart."""
-    options = {}
+def check_same_build(paths: Sequence[Path]) -> None:
+    """Check that all files were built with the same options, which a detector could otherwise tell apart.
+
+    Raises:
+        UserError: if an option differs, or is not recorded.
+    """
+    options: dict[Path, dict[str, object]] = {}
     for path in paths:
         info = read_header(path)
-        manifest = info.manifest
-        if manifest is None:
-            raise UserError(f"{path} has no {path.name}.json that says how it was built: build it with build-beton.")
-        options[path] = {name: manifest.get(name) for name in BUILD_OPTIONS}
-        # Of images of one size the device cuts out the view, of others the CPU, which rounds to whole grey levels.
+        if info.manifest is None:
+            raise UserError(f"{path} has no {path.name}.json with its build options: build it with build-beton.")
+        options[path] = {name: info.manifest.get(name) for name in BUILD_OPTIONS}
+        # Views of images of one size are cropped on the device; of several sizes on the CPU, which rounds to uint8.
         options[path]["images of one size"] = info.resolution is not None
     first = paths[0]
     for path in paths[1:]:
-        different = [name for name, value in options[path].items() if value != options[first][name]]
-        if different:
-            name = different[0]
-            raise UserError(
-                f"{path} was built with {name}: {options[path][name]}, {first} with {name}: {options[first][name]}, "
-                "which alone could tell them apart: build all sets with the same options."
-            )
+        for name, value in options[path].items():
+            if value != options[first][name]:
+                raise UserError(
+                    f"{path} was built with {name}: {value}, {first} with {name}: {options[first][name]}, which alone "
+                    "could tell them apart: build all sets with the same options."
+                )
 
 
-def described(data: BetonSubset) -> dict:
-    """What every result says of a file, and what its images were before they were stored."""
+def describe_set(data: BetonSubset) -> SetDescription:
+    """Describe a file, and its source images before they were stored."""
     info = read_header(data.path)
+    assert info.manifest is not None  # find_sets refuses files without one
     metadata = read_metadata(data.path)
     return {
         **data.describe(),
         "builder": info.manifest.get("builder"),
-        "source_formats": info.manifest.get("source_formats"),  # None: built before they were counted
-        "own_bytes": info.manifest["counts"]["passed_through"] / info.num_samples,  # share stored as they were
+        "source_formats": info.manifest.get("source_formats"),
+        "own_bytes": info.manifest["counts"]["passed_through"] / info.num_samples,
         "source_px": [float(np.median(metadata[side])) for side in ("height", "width")],
     }

@@ -1,68 +1,85 @@
-"""What a person sees of an OOD evaluation: one run as a table of detectors, several side by side."""
+"""Tables of OOD evaluations: the detectors of one run, or one column per run."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
 from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.evaluation.ood.evaluate import OODResult
+from fastssl.evaluation.ood.separation import DetectorResult
+from fastssl.evaluation.ood.suites import SetDescription
 from fastssl.evaluation.tables import SummaryRow, result_title
 
-WIDE = 120  # columns of a terminal; in a narrower one, figures of single sets are left to the JSON
+WIDE = 120  # columns of a terminal; in a narrower one, FPR and single sets are left out
 
 
-def ood_table(result: dict, width: int = 160) -> Table:
-    """AUROC of near and far sets with intervals, in percent; in a wide terminal FPR@95 and each set's AUROC too."""
+def ood_table(result: OODResult, width: int = 160) -> Table:
+    """Show a line per detector, in percent: AUROC of near and far sets, and in a wide terminal FPR and each set."""
     wide = width >= WIDE
-    groups = [group for group in ("near", "far") if result[group]]
-    sets = [other for group in groups for other in result[group]]
+    ood_sets = {"near": result["near"], "far": result["far"]}
+    groups = [group for group, sets in ood_sets.items() if sets]
+    names = [name for group in groups for name in ood_sets[group]]
+    skipped: dict[str, list[str]] = {}
+    for detector, reason in result["skipped"].items():
+        skipped.setdefault(reason, []).append(detector)
+    train, val = cast(SetDescription, result["train"]), cast(SetDescription, result["val"])
     lines = [
-        "AUROC in the declared direction (higher score = OOD) and FPR at 95 % of ID kept, in percent, means over sets;",
-        "95 % bootstrap intervals. inverted: AUROC is below 50 beyond its interval. rho: rank correlation with |h|, ID",
-        f"fitted on {result['train']['images']:,} images of {_source(result['train'])}",
-        f"ID: {result['val']['images']:,} images of {_source(result['val'])}",
-        *(f"{group} {name}: {_source(about)}" for group in groups for name, about in result[group].items()),
-        *(f"left out: {', '.join(names)}: {why}" for why, names in _by_reason(result["skipped"]).items()),
+        "AUROC (higher score = OOD) and FPR at 95 % of ID images accepted, in percent, means over sets; 95 % bootstrap",
+        "intervals. inverted: AUROC is below 50 beyond its interval. rho: rank correlation with |h| on ID images",
+        f"fitted on {train['images']:,} images of {_describe_source(train)}",
+        f"ID: {val['images']:,} images of {_describe_source(val)}",
+        *(f"{group} {name}: {_describe_source(ood_sets[group][name])}" for group in groups for name in ood_sets[group]),
+        *(f"skipped: {', '.join(detectors)}: {reason}" for reason, detectors in skipped.items()),
         f"measured {result['measured_at']}",
     ]
     box = HEAVY_HEAD if wide else SIMPLE_HEAD
     table = Table(title=result_title(result), caption="\n".join(lines), caption_justify="left", box=box, pad_edge=wide)
     table.add_column("detector", no_wrap=True)
-    for group in groups:
-        for heading in (f"{group}\nAUROC", "95 %", "FPR95")[: 3 if wide else 2]:
-            table.add_column(heading, justify="right", no_wrap=True)
-    for other in sets if wide else ():
-        table.add_column(other.replace("-", "\n"), justify="right", no_wrap=True)
-    table.add_column("rho", justify="right", no_wrap=True)
+    headings = [heading for group in groups for heading in (f"{group}\nAUROC", "95 %", *(["FPR95"] if wide else []))]
+    headings += [name.replace("-", "\n") for name in names] if wide else []
+    for heading in [*headings, "rho"]:
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("inverted" if wide else "inv.", overflow="fold")
-    labelled = False
-    for name, row in result["detectors"].items():
-        if row["labels"] and not labelled:
+    labels_used = False
+    for detector, row in result["detectors"].items():
+        if row["labels"] and not labels_used:
+            labels_used = True
             table.add_section()
-            labelled = True
-        cells = []
-        for group in groups:
-            figures, (low, high) = row[group]["metrics"], row[group]["intervals"]["auroc"]
-            cells += [percent(figures["auroc"]), f"{percent(low)}-{percent(high)}"]
-            cells += [percent(figures["fpr95_id_positive"])] if wide else []
-        cells += [percent(row["sets"][other]["metrics"]["auroc"]) for other in sets] if wide else []
-        inverted = [other for other in sets if row["sets"][other]["inverted"]]
-        named = "all" if inverted == sets else ", ".join(inverted)
-        if not wide:
-            named = f"{len(inverted)}/{len(sets)}" if inverted else ""
-        table.add_row(name + (" *" if row["labels"] else ""), *cells, f"{row['norm_correlation']:.2f}", named)
-    if labelled:
-        table.caption += "\n* uses labels of the training images"
+        cells = _cells(row, groups, names if wide else [], wide)
+        table.add_row(detector + (" *" if row["labels"] else ""), *cells, _inverted(row, names, wide))
+    if labels_used:
+        table.caption = "\n".join([*lines, "* uses labels of the training images"])
     return table
 
 
+def _cells(row: DetectorResult, groups: Sequence[str], names: Sequence[str], with_fpr: bool) -> list[str]:
+    cells = []
+    for group in groups:
+        mean = row["near"] if group == "near" else row["far"]
+        low, high = mean["intervals"]["auroc"]
+        cells += [percent(mean["metrics"]["auroc"]), f"{percent(low)}-{percent(high)}"]
+        if with_fpr:
+            cells.append(percent(mean["metrics"]["fpr95_id_positive"]))
+    cells += [percent(row["sets"][name]["metrics"]["auroc"]) for name in names]
+    return [*cells, f"{row['norm_correlation']:.2f}"]
+
+
+def _inverted(row: DetectorResult, names: Sequence[str], wide: bool) -> str:
+    """Return the names of the sets for which a detector is inverted, or in a narrow terminal their number."""
+    inverted = [name for name in names if row["sets"][name]["inverted"]]
+    if not wide:
+        return f"{len(inverted)}/{len(names)}" if inverted else ""
+    return "all" if inverted == names else ", ".join(inverted)
+
+
 def ood_summary_table(rows: Sequence[SummaryRow]) -> Table:
-    """Rows of `summarize_runs`: near and far AUROC in percent, means over sets, then mean ± std over seeds."""
+    """Show a line per detector and a column per row of `summarize_runs`: near / far AUROC in percent."""
     table = Table("detector", caption="near / far AUROC in percent: means over sets, then mean ± std over seeds")
     for row in rows:
         table.add_column(row.label(), justify="right")
-    names = dict.fromkeys(figure.split(" ")[0] for row in rows for figure in row.metrics)
-    for name in names:
+    for name in dict.fromkeys(metric.split(" ")[0] for row in rows for metric in row.metrics):
         cells = []
         for row in rows:
             found = [row.metrics.get(f"{name} {group} auroc") for group in ("near", "far")]
@@ -75,17 +92,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _source(about: dict) -> str:
-    """A file, and what its images were before: CIFAR as JPEG is not CIFAR."""
-    formats = about["source_formats"]
-    was = " and ".join(f"{name}" for name in formats) if formats else "unknown, built before formats were recorded"
+def _describe_source(about: SetDescription) -> str:
+    """Describe a file and its source images: CIFAR-10 that was saved as JPEG is not the original CIFAR-10."""
+    formats = " and ".join(about["source_formats"] or ["unknown, built before formats were recorded"])
     height, width = about["source_px"]
-    kept = f", {about['own_bytes']:.0%} stored as they were" if about["own_bytes"] else ""
-    return f"{about['path']} (builder {about['builder']}; source: {was}, {width:g}x{height:g} px{kept})"
-
-
-def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        names.setdefault(why, []).append(name)
-    return names
+    own = f", {about['own_bytes']:.0%} stored with their own bytes" if about["own_bytes"] else ""
+    return f"{about['path']} (builder {about['builder']}; source: {formats}, {width:g}x{height:g} px{own})"

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastssl.common.randomness import CORRUPTION, normals, uniforms
 from fastssl.evaluation.features import in_fp32
@@ -79,8 +80,9 @@ def _compress(image_HWC: np.ndarray, quality: float) -> np.ndarray:
 
     # cv2 expects channels in the order blue, green, red. Colors are reversed and back, so JPEG weighs them correctly.
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
-    content = cv2.imencode(".jpg", image_HWC[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality), *sampling])[1]
-    return cv2.imdecode(content, cv2.IMREAD_COLOR)[..., ::-1]
+    options = [cv2.IMWRITE_JPEG_QUALITY, int(quality), *sampling]
+    content = cv2.imencode(".jpg", image_HWC[..., ::-1], options)[1]
+    return np.asarray(cv2.imdecode(content, cv2.IMREAD_COLOR))[..., ::-1]
 
 
 def _add_noise(image_BHWC: np.ndarray, index_B: np.ndarray, deviation: float, seed: int) -> np.ndarray:
@@ -132,9 +134,12 @@ def embed_versions(
     parts_V: list[list[np.ndarray]] = [[] for _ in VERSIONS]
     with evaluating(model):
         for batch in loader:
-            image, sizes, transform = batch.image, (batch.height, batch.width), eval_transform(views)
+            image = batch.image
+            sizes: tuple[Tensor, ...] = (batch.height, batch.width)
+            transform = eval_transform(views)
             if image.ndim == 5:  # (B, 1, H, W, 3): cropped already, so only resized from here on
-                image, sizes = image[:, 0], ()
+                image = image[:, 0]
+                sizes = ()
                 transform = eval_transform(views.model_copy(update={"eval": "squash"}))
             image_BHWC, index_B, valid_B = (x.cpu().numpy() for x in (image, batch.index, batch.valid))
             for (name, strength), parts in zip(VERSIONS, parts_V):

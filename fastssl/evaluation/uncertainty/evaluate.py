@@ -97,7 +97,7 @@ def evaluate_uncertainty(
             uncertainty_M = distance(test.h)
             versions_VN = distance(versions_VN.reshape(-1, versions_VN.shape[-1])).reshape(versions_VN.shape[:2])
         else:
-            uncertainty_M = np.mean(test.sigma, axis=1, dtype=np.float64)
+            uncertainty_M = test.sigma.mean(axis=1, dtype=np.float64)
 
         neighbor_group = neighbor_metrics(test, uncertainty_M, encoder.device, seed)
         prediction_group = prediction_metrics(train, test, uncertainty_M, encoder.device, seed)
@@ -232,8 +232,7 @@ def corruption_metrics(versions_VN: np.ndarray, seed: int) -> MetricGroup:
     """
     # For each corruption (N, 6): the original image, then five strengths.
     curves = {
-        name: versions_VN[[0, *(v for v, (other, _) in enumerate(VERSIONS) if other == name)]].T
-        for name in CORRUPTIONS
+        name: versions_VN[[0, *(v for v, (other, _) in enumerate(VERSIONS) if other == name)]].T for name in CORRUPTIONS
     }
     original_N1, crop_NS = curves["crop"][:, :1], curves["crop"][:, 1:]
     larger_NS = (crop_NS > original_N1) + 0.5 * (crop_NS == original_N1)

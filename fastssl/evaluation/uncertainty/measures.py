@@ -26,8 +26,7 @@ def nearest_is_wrong(features: Array, labels: Array, *, device: Device | None = 
     label_M = as_numpy(labels)
     if len(label_M) < 2:
         raise ValueError("A single image has no neighbor.")
-    _, row_MK = nearest_neighbors(features, features, 2, device=device)
-    row_MK = row_MK.cpu().numpy()
+    row_MK = nearest_neighbors(features, features, 2, device=device)[1].cpu().numpy()
     # The nearest image is usually the image itself, but an exact copy may come before it.
     is_itself_M = row_MK[:, 0] == np.arange(len(label_M))
     return label_M[np.where(is_itself_M, row_MK[:, 1], row_MK[:, 0])] != label_M

@@ -100,7 +100,10 @@ def draw_extremes(
     least, most = order_M[:count], order_M[::-1][:count]
     symbol = "σ" if "sigma" in score else "d"
     title = f"{run}: the {count} least uncertain of {len(order_M):,} test images by {score}, the least uncertain first"
-    groups = [(title, position_M[least]), (f"the {count} most uncertain, the most uncertain first", position_M[most])]
+    groups = [
+        (title, position_M[least].tolist()),
+        (f"the {count} most uncertain, the most uncertain first", position_M[most].tolist()),
+    ]
     notes = {
         position_M[m]: f"{symbol} {uncertainty_M[m]:#.5g}, index {index_M[m]}" for m in np.concatenate([least, most])
     }
