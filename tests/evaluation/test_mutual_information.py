@@ -28,6 +28,7 @@ from fastssl.evaluation.mutual_information import (
 )
 from fastssl.evaluation.mutual_information.critic import canonical_inputs, initial_critic, scores, soft_clip
 from fastssl.evaluation.mutual_information.gaussian_bounds import density_coefficients, log_densities
+from fastssl.evaluation.runs import BetonSubset
 from fastssl.models import MixtureOfGaussians, StandardNormal
 
 
@@ -356,7 +357,7 @@ SPACES = {"none": [], "z": ["I(X;Z) = I(H;Z)"], "h": ["I(X;H)"], "hz": ["I(X;H)"
 
 
 @pytest.mark.parametrize("stochastic", SPACES)
-def test_every_variant_keeps_what_it_returns(quick, canvas, tmp_path, monkeypatch, stochastic):
+def test_result_file_and_tables_of_every_variant(quick, canvas, tmp_path, monkeypatch, stochastic):
     folder = run_of(tmp_path / "run", canvas, embedding={"stochastic": stochastic, "samples": 2})
     encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_mi(encoder, seed=1)
@@ -370,7 +371,7 @@ def test_every_variant_keeps_what_it_returns(quick, canvas, tmp_path, monkeypatc
     assert ("infinite in theory" in shown) == ("z" not in stochastic)
     assert all(check["check"] in shown for check in result["checks"]) and "I(Z;Z')" in shown
     assert "I(Z;Z') js" in text_of(mi_summary_table(summarize_runs([result])))
-    monkeypatch.setattr(evaluate, "variables_of", None)
+    monkeypatch.setattr(evaluate, "compute_representations", None)
     assert evaluate_mi(encoder, seed=1) == result
 
 
@@ -381,16 +382,18 @@ def fake(nats, saturated=False, error=0.01):
 def found_of(vh=5.0, hz=7.0, zz=2.0, vz=4.0, saturated=(), independent=0.0, added=1.0):
     nats = {"I(V;H)": vh, "I(H;Z)": hz, "I(Z;Z')": zz, "I(V;Z)": vz}
     return {
-        pair: {
-            "js": fake(value, pair in saturated), "mine": fake(value), "independent": fake(independent),
-            "added": fake(value + added),
-        }
-        for pair, value in nats.items()
-    }  # fmt: skip
+        quantity: estimators.PairEstimates(
+            js=fake(value, quantity in saturated),
+            mine=fake(value),
+            shuffled=fake(independent),
+            added=fake(value + added),
+        )
+        for quantity, value in nats.items()
+    }
 
 
 def failed(found, known=None):
-    return [check["check"] for check in evaluate.checks_of(found, known or {}) if check["passed"] is False]
+    return [check["check"] for check in evaluate.run_checks(found, known or {}) if check["passed"] is False]
 
 
 def test_each_check_fails_where_it_should():
@@ -403,19 +406,19 @@ def test_each_check_fails_where_it_should():
     assert failed(found_of(hz=3.5)) == ["I(V;Z) <= I(H;Z)"]
     known = {"I(X;Z) = I(H;Z)": {"upper": 6.0}}
     assert failed(found_of(), known) == ["I(H;Z) <= I(X;Z) = I(H;Z), upper bound"]
-    assert failed(found_of(zz=6.5, hz=5.0), known) == []  # of augmented views: nothing orders it
+    assert failed(found_of(zz=6.5, hz=5.0), known) == []  # of augmented views: no inequality applies
     assert failed(found_of(), {"I(X;H)": {"upper": 4.5}}) == ["I(V;H) <= I(X;H), upper bound"]
     assert failed(found_of(), {"I(H;Z)": {"upper": 3.0}}) == ["I(H;Z) <= I(H;Z), upper bound"]
     assert failed(found_of(vz=5.5, saturated=["I(V;H)"])) == []  # the larger one may be larger still
     assert failed(found_of(added=0.0, saturated=found_of())) == []  # saturated: says nothing
 
 
-def test_what_is_checked_is_measured_on_other_pairs(monkeypatch):
-    """Partners exchanged: the same y, none beside its x. Added: an independent pair of 1 nat beside them."""
+def test_self_checks_use_shuffled_and_appended_pairs(monkeypatch):
+    """Shuffled: the same y, none next to its x. Added: an independent pair of Gaussians with 1 nat is appended."""
     seen = []
     monkeypatch.setattr(evaluate, "estimate", lambda x, y, *rest, **more: seen.append((x, y)) or fake(0.0))
     x, y = torch.arange(60.0)[:, None], 100 + torch.arange(60.0)[:, None]
-    evaluate.measure_pair(x, y, 0, {})
+    evaluate.estimate_pair(x, y, 0, "cpu", lambda steps: None)
     (shuffled_x, shuffled_y), (more_x, more_y) = seen[2], seen[3]
     assert sorted(shuffled_x.flatten().tolist()) == x.flatten().tolist()
     assert ((shuffled_y - 100) != shuffled_x).all() and sorted(shuffled_y.flatten().tolist()) == y.flatten().tolist()
@@ -425,10 +428,11 @@ def test_what_is_checked_is_measured_on_other_pairs(monkeypatch):
     assert -0.5 * torch.log1p(-rho2).sum() == pytest.approx(1, abs=0.02)
 
 
-def test_several_runs_keep_their_flags(quick, canvas, tmp_path, monkeypatch, capsys):
+def test_saturated_and_failed_estimates_of_several_runs(quick, canvas, tmp_path, monkeypatch, capsys):
     """Through the command: saturated figures carry a sign, failed checks are named, and `--out` holds both."""
     runs = [run_of(tmp_path / f"seed{seed}", canvas, seed=seed) for seed in range(2)]
-    monkeypatch.setattr(evaluate, "measure_pair", lambda *a: found_of(saturated=["I(V;H)"], independent=0.4)["I(V;H)"])
+    pair = found_of(saturated=["I(V;H)"], independent=0.4)["I(V;H)"]
+    monkeypatch.setattr(evaluate, "estimate_pair", lambda *arguments: pair)
     arguments = ["fastssl", "eval", "mi", *map(str, runs), "--device", "cpu", "--out", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as exit:
@@ -439,7 +443,7 @@ def test_several_runs_keep_their_flags(quick, canvas, tmp_path, monkeypatch, cap
     assert row["seeds"] == [0, 1] and "I(V;H) js" in row["saturated"] and len(row["failed"]) == 4
 
 
-def test_another_constant_means_measuring_again(quick, canvas, tmp_path, monkeypatch):
+def test_changed_settings_invalidate_the_result(quick, canvas, tmp_path, monkeypatch):
     encoder = load_run_encoder(run_of(tmp_path / "run", canvas), device="cpu")
     first = evaluate_mi(encoder)
     assert evaluate_mi(encoder)["measured_at"] == first["measured_at"] and first["augmentation"]["size"] == 16
@@ -447,17 +451,17 @@ def test_another_constant_means_measuring_again(quick, canvas, tmp_path, monkeyp
     assert evaluate_mi(encoder)["settings"]["saturated"] == [2.0, 0.5]
 
 
-def test_draws_are_fresh_where_they_must_be(canvas, tmp_path):
+def test_draws_of_h_and_z_are_independent(canvas, tmp_path):
     folder = run_of(tmp_path / "run", canvas, embedding={"stochastic": "hz", "samples": 2})
     encoder = load_run_encoder(folder, device="cpu")
-    images = evaluate.images_of(encoder, None)
-    found = evaluate.variables_of(encoder, images, 0)
-    again = evaluate.variables_of(encoder, images, 1)
+    images = BetonSubset(canvas / "train.beton")
+    found = evaluate.compute_representations(encoder, images, 0)
+    again = evaluate.compute_representations(encoder, images, 1)
     assert found.v_NP.shape == (48, 192) and torch.equal(found.v_NP, again.v_NP)
     noise = (found.h_ND - found.h_given_v.mu) / found.h_given_v.sigma
     assert abs(noise.mean()) < 0.05 and noise.std() == pytest.approx(1, abs=0.05)
     assert not torch.equal(found.h_ND, again.h_ND) and torch.equal(found.h_given_v.mu, again.h_given_v.mu)
-    # z is drawn from the q of the h that was drawn, with noise of its own.
+    # z is drawn given the drawn h, with independent noise.
     with torch.no_grad():
         q = encoder.model.heads["z"](encoder.model.projector(found.h_ND))
     assert found.z_given_h.mu == pytest.approx(q.mu, abs=1e-5)
@@ -468,18 +472,18 @@ def test_draws_are_fresh_where_they_must_be(canvas, tmp_path):
     assert not torch.equal(one, other) and not torch.equal(one, found.z_NE)
 
 
-def test_v_is_the_clean_view_averaged(canvas, tmp_path):
+def test_v_is_the_averaged_evaluation_transform(canvas, tmp_path):
     encoder = load_run_encoder(run_of(tmp_path / "run", canvas), device="cpu")  # views of 16 px
-    images = evaluate.images_of(encoder, None)
-    v = evaluate.small_pictures(encoder, images).view(-1, 3, 8, 8)
+    images = BetonSubset(canvas / "train.beton")
+    v = evaluate.averaged_pixels(encoder, images).view(-1, 3, 8, 8)
     loader = evaluate.eval_loader(images, encoder.recipe.views, encoder.device)
     batch = next(iter(loader))
-    clean = evaluate.eval_transform(encoder.recipe.views)(batch.image, batch.height, batch.width)
-    expected = clean[:48, :, 2:4, 6:8].mean((2, 3))
+    images_B3SS = evaluate.eval_input(encoder.recipe.views)(batch)
+    expected = images_B3SS[:48, :, 2:4, 6:8].mean((2, 3))
     assert v[:, :, 1, 3] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_supervised_run_has_no_z(quick, canvas, tmp_path):
+def test_supervised_run_has_no_z(quick, canvas, tmp_path):
     folder = run_of(tmp_path / "run", canvas, objective={"name": "supervised", "classes": 3})
     result = evaluate_mi(load_run_encoder(folder, device="cpu"))
     assert list(result["quantities"]) == ["I(V;H)"] and "no z" in text_of(mi_table(result))

@@ -60,6 +60,15 @@ class Estimate(NamedTuple):
     curve: list[tuple[int, float]]  # (step, estimate in nats on the validation samples, mean over folds)
 
 
+class PairEstimates(NamedTuple):
+    """Estimates of one quantity, and of what the self-checks compare them with."""
+
+    js: Estimate
+    mine: Estimate
+    shuffled: Estimate  # js with every x next to the y of another image: 0 nats
+    added: Estimate  # js with an independent pair of Gaussians appended: more by their mutual information
+
+
 class Folds(NamedTuple):
     """Rows of the samples for cross-fitting."""
 

@@ -1,8 +1,9 @@
-"""`fastssl eval mi`: how much of an image survives into h and z, and how much two views of it share."""
+"""`fastssl eval mi`: how much information about an image is in h and z, and how much do two views of it share?"""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
@@ -12,34 +13,40 @@ from torch import Tensor
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
+from fastssl.evaluation.arrays import Device
 from fastssl.evaluation.features import (
     CACHE_VERSION,
     CHUNK_BYTES,
     Features,
     cached_features,
+    eval_input,
     eval_loader,
     in_fp32,
     valid_rows,
 )
 from fastssl.evaluation.mutual_information import critic, estimators
 from fastssl.evaluation.mutual_information.critic import principal_components
-from fastssl.evaluation.mutual_information.estimators import Estimate, estimate
+from fastssl.evaluation.mutual_information.estimators import PairEstimates, estimate
 from fastssl.evaluation.mutual_information.gaussian_bounds import BATCH, posterior_bounds, rate
-from fastssl.evaluation.mutual_information.plots import draw_curves
-from fastssl.evaluation.results import load_or_compute
+from fastssl.evaluation.mutual_information.plots import draw_learning_curves
+from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.models import Classifier, Model
-from fastssl.models.gaussian import DiagonalGaussian
-from fastssl.models.ssl_model import evaluating
-from fastssl.views import eval_transform
+from fastssl.models.gaussian import DiagonalGaussian, Prior
+from fastssl.models.ssl_model import SSLModel, evaluating
 
-SIDE = 8  # V is the clean view, averaged to so many squares a side
-ROWS = 4096  # through the projector at a time
-# The counter's time of a draw: none is used twice.
-H_CLEAN, Z_CLEAN, H_VIEWS, Z_VIEWS = range(4)
-ADDED_NATS, ADDED_DIMS = 1.0, 4  # of the independent Gaussian pair that the check of additivity appends
-COMPONENTS = critic.DIRECTIONS - ADDED_DIMS  # of V, h and z: with those dimensions, as many as the critic looks at
-INDEPENDENT_WITHIN, ADDITIVE_WITHIN = 0.02, 0.5  # nats; a critic that missed the added pair would be 1 off
+SIDE = 8  # V is the evaluation transform of the image, averaged to SIDE x SIDE RGB pixels
+ROWS = 4096  # representations that go through the projector at a time
+# The purposes of the noise, in place of the counter's training step, so that no noise is used twice.
+H_EVAL, Z_EVAL, H_VIEWS, Z_VIEWS = range(4)
+# The self-checks: an independent pair of Gaussians with this mutual information is appended, ...
+ADDED_NATS = 1.0
+ADDED_DIMS = 4
+# ... and estimates may be off by these numbers of nats. A critic that missed the appended pair would be 1 off.
+SHUFFLED_TOLERANCE = 0.02
+ADDED_TOLERANCE = 0.5
+# Of V, h and z. With the appended dimensions, they are as many as the critic uses.
+COMPONENTS = critic.DIRECTIONS - ADDED_DIMS
 CONSTANTS = {
     "side": SIDE,
     "components": COMPONENTS,
@@ -56,7 +63,7 @@ CONSTANTS = {
     "temperatures": estimators.TEMPERATURES,
     "anchor": estimators.ANCHOR,
     "saturated": [estimators.MARGIN, estimators.MAX_UNSEEN],
-    "checks": [ADDED_NATS, ADDED_DIMS, INDEPENDENT_WITHIN, ADDITIVE_WITHIN],
+    "checks": [ADDED_NATS, ADDED_DIMS, SHUFFLED_TOLERANCE, ADDED_TOLERANCE],
     "batch_size": estimators.BATCH_SIZE,
     "lrs": [estimators.GAUSSIAN_LR, estimators.NETWORK_LR],
     "weight_decay": estimators.WEIGHT_DECAY,
@@ -65,231 +72,288 @@ CONSTANTS = {
 }
 
 
-class Variables(NamedTuple):
-    """N images as what the table compares, one draw for each where a variable is stochastic. float32."""
+class Representations(NamedTuple):
+    """V, h and z of N images, float32, with one draw per image where a variable is stochastic."""
 
     v_NP: Tensor
     h_ND: Tensor
-    z_NE: Tensor | None = None  # None: a supervised run has no z
-    view_z_2NE: Tensor | None = None  # of two augmented views
-    h_given_v: DiagonalGaussian | None = None  # where h is stochastic; h_ND is the draw
-    z_given_h: DiagonalGaussian | None = None  # where z is; z_NE is the draw
+    z_NE: Tensor | None = None  # None for a supervised run, which has no z
+    view_z_2NE: Tensor | None = None  # z of two augmented views
+    h_given_v: DiagonalGaussian | None = None  # if h is stochastic: its distribution, of which h_ND is a draw
+    z_given_h: DiagonalGaussian | None = None  # if z is stochastic: its distribution, of which z_NE is a draw
 
 
-def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0) -> dict:
-    """I(V;H), I(H;Z), I(Z;Z') and I(V;Z) of the run on data.val, or on another .beton; kept in RUN/eval/mi.json, with a
-    picture of the learning curves beside it. Returns what that file holds.
+class Bounds(TypedDict):
+    """`PosteriorBounds` and the rate, in nats."""
 
-    seed: of folds, critics and noise. Raises UserError where there are no images to evaluate on, or too few.
+    lower: float
+    upper: float
+    ceiling: float
+    batch: int
+    saturated: bool
+    rate: float
+
+
+class SelfCheck(TypedDict):
+    check: str  # what must hold
+    found: str  # the values
+    passed: bool | None  # None if a saturated estimate makes the check meaningless
+
+
+class MIResult(EvaluationResult):
+    """RUN/eval/mi.json. Quantities are such as "I(V;H)"."""
+
+    infinite: list[str]  # quantities that are infinite in theory
+    quantities: dict[str, dict[str, dict[str, Any]]]  # quantity -> js, mine, shuffled, added -> fields of Estimate
+    bounds: dict[str, Bounds]  # of stochastic embeddings
+    checks: list[SelfCheck]
+    plot: str  # file name of the learning curves
+
+
+def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0) -> MIResult:
+    """Estimate I(V;H), I(H;Z), I(Z;Z') and I(V;Z), and write RUN/eval/mi.json and a plot of the learning curves.
+
+    Args:
+        encoder: of the run.
+        data: a .beton file; by default data.val of the run.
+        seed: of folds, critics and noise.
+
+    Raises:
+        UserError: if there are no images, or too few.
     """
-    images = images_of(encoder, data)
+    file = data or encoder.recipe.data.val
+    if file is None:
+        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name images with --data FILE.beton.")
+    images = BetonSubset(Path(file))
     about = images.describe()
     if about["images"] < estimators.MIN_SAMPLES:
-        raise UserError(f"{images.path} holds {about['images']} images, too few for mutual information: name another.")
-    other = f"-data-{Path(data).resolve().parent.name}-{Path(data).stem}" if data else ""
-    name = f"mi{'' if seed == 0 else f'-seed{seed}'}{encoder.suffix}{other}"
+        raise UserError(
+            f"{images.path} has {about['images']} images, too few for mutual information: choose a file with at least "
+            f"{estimators.MIN_SAMPLES}."
+        )
+    name = "mi" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix
+    if data:
+        name += f"-data-{Path(data).resolve().parent.name}-{Path(data).stem}"
 
-    def measure() -> dict:
-        variables = variables_of(encoder, images, seed)
-        pairs = pairs_of(variables)
-        known = known_bounds(encoder.model, variables, seed, encoder.device)
-        total = len(pairs) * 4 * estimators.STEPS
-        with progress("Critics", total, "steps") as advance:
-            options = {"device": encoder.device, "advance": advance}
-            found = {pair: measure_pair(*xy, seed, options) for pair, xy in pairs.items()}
-        path = encoder.run_dir / "eval" / f"{name}.png"
-        draw_curves(path, found)
-        quantities = {
-            pair: {kind: each._asdict() for kind, each in estimates.items()} for pair, estimates in found.items()
-        }
-        checks = checks_of(found, known)
+    def compute() -> dict[str, Any]:
+        representations = compute_representations(encoder, images, seed)
+        pairs = component_pairs(representations)
+        bounds = compute_bounds(encoder.model, representations, seed, encoder.device)
+        with progress("Critics", len(pairs) * 4 * estimators.STEPS, "steps") as advance:
+            estimates = {
+                quantity: estimate_pair(x, y, seed, encoder.device, advance) for quantity, (x, y) in pairs.items()
+            }
+        plot = encoder.run_dir / "eval" / f"{name}.png"
+        draw_learning_curves(plot, estimates)
+        checks = run_checks(estimates, bounds)
+        metrics = {f"{q} {kind}": getattr(each, kind).nats for q, each in estimates.items() for kind in ("js", "mine")}
+        saturated = [name for name in metrics if getattr(estimates[name.split()[0]], name.split()[1]).saturated]
+        for quantity, bound in bounds.items():
+            metrics |= {f"{quantity} lower": bound["lower"], f"{quantity} upper": bound["upper"]}
+            metrics[f"{quantity} rate"] = bound["rate"]
+            if bound["saturated"]:
+                saturated.append(f"{quantity} lower")
         return {
-            "metrics": figures_of(found, known),
-            "saturated": saturated_of(found, known),
+            "metrics": metrics,
+            "saturated": saturated,
             # A continuous z that is a function of h shares infinitely many nats with it.
-            "infinite": ["I(H;Z)"] if variables.z_NE is not None and variables.z_given_h is None else [],
-            "quantities": quantities,
-            "bounds": known,
+            "infinite": ["I(H;Z)"] if "I(H;Z)" in pairs and representations.z_given_h is None else [],
+            "quantities": {
+                quantity: {kind: value._asdict() for kind, value in each._asdict().items()}
+                for quantity, each in estimates.items()
+            },
+            "bounds": bounds,
             "checks": checks,
             "failed": [check["check"] for check in checks if check["passed"] is False],
-            "plot": path.name,
+            "plot": plot.name,
         }
 
     request = {
         "evaluation": "mi",
-        "protocol": "lower bounds in nats by critics, cross-fitted; for a stochastic embedding bounds from its known q",
+        "protocol": "cross-fitted lower bounds in nats by critics; for a stochastic embedding bounds from its known q",
         "settings": CONSTANTS,
-        "augmentation": encoder.recipe.views.model_dump(mode="json"),  # I(Z;Z') is of two such views
+        "augmentation": encoder.recipe.views.model_dump(mode="json"),  # of the two views of I(Z;Z')
         "seed": seed,
         **encoder.describe(),
         "val": about,
     }
-    return load_or_compute(encoder.run_dir, name, request, measure)
+    return cast(MIResult, load_or_compute(encoder.run_dir, name, request, compute))
 
 
-def images_of(encoder: RunEncoder, data: Path | None) -> BetonSubset:
-    if data is None and encoder.recipe.data.val is None:
-        raise UserError(f"{encoder.run_dir}/recipe.yaml names no data.val: give images with --data FILE.beton.")
-    return BetonSubset(Path(data or encoder.recipe.data.val))
-
-
-def variables_of(encoder: RunEncoder, images: BetonSubset, seed: int) -> Variables:
-    """The same draws whatever else is measured: a function of (seed, sample, view)."""
-    model, clean = encoder.model, cached_features(encoder, images)
-    v_NP = small_pictures(encoder, images)
-    h_ND, h_given_v = draw_h(clean, None, seed, encoder.device)
+def compute_representations(encoder: RunEncoder, images: BetonSubset, seed: int) -> Representations:
+    """Compute V, h and z of all images. The noise of draws is a function of (seed, image id, view)."""
+    model = encoder.model
+    features = cached_features(encoder, images)
+    v_NP = averaged_pixels(encoder, images)
+    h_ND, h_given_v = draw_h(features, None, seed, encoder.device)
     if isinstance(model, Classifier):
-        return Variables(v_NP, h_ND, h_given_v=h_given_v)
-    z_NE, z_given_h = draw_z(model, h_ND, clean.index, None, seed)
-    pair = cached_features(encoder, images, augmented=True)
+        return Representations(v_NP, h_ND, h_given_v=h_given_v)
+    z_NE, z_given_h = draw_z(model, h_ND, features.index, None, seed)
+    augmented = cached_features(encoder, images, augmented=True)
     view_z = []
     for view in (0, 1):
-        h, _ = draw_h(pair, view, seed, encoder.device)
-        view_z.append(draw_z(model, h, pair.index, view, seed)[0])
-    return Variables(v_NP, h_ND, z_NE, torch.stack(view_z), h_given_v, z_given_h)
+        view_h_ND, _ = draw_h(augmented, view, seed, encoder.device)
+        view_z.append(draw_z(model, view_h_ND, augmented.index, view, seed)[0])
+    return Representations(v_NP, h_ND, z_NE, torch.stack(view_z), h_given_v, z_given_h)
 
 
 @torch.inference_mode()
-def small_pictures(encoder: RunEncoder, images: BetonSubset) -> Tensor:
-    """V: the clean view, averaged over areas to 8 x 8 RGB, (N, 192) float32.
+def averaged_pixels(encoder: RunEncoder, images: BetonSubset) -> Tensor:
+    """Return V (N, 192): images under the evaluation transform, averaged to 8 x 8 RGB.
 
-    A fixed function of the image, so I(V; .) is a lower bound of the image's own.
+    V is a fixed function of the image, so I(V; .) is a lower bound of the information about the image itself.
     """
-    views, parts = encoder.recipe.views, []
-    clean, loader = eval_transform(views), eval_loader(images, views, encoder.device)
-    for batch in loader:
-        image_B3SS = clean(batch.image, batch.height, batch.width).float()
-        parts.append(valid_rows(F.adaptive_avg_pool2d(image_B3SS, SIDE).flatten(1), batch))
+    views = encoder.recipe.views
+    make_input = eval_input(views)
+    parts = []
+    for batch in eval_loader(images, views, encoder.device):
+        pixels_BP = F.adaptive_avg_pool2d(make_input(batch).float(), SIDE).flatten(1)
+        parts.append(valid_rows(pixels_BP, batch))
     return torch.from_numpy(np.concatenate(parts)).to(encoder.device)
 
 
-def draw_h(features: Features, view: int | None, seed: int, device) -> tuple[Tensor, DiagonalGaussian | None]:
-    """h of the clean view or of one of two, (N, D); and what it is a draw from, where it is stochastic."""
+def draw_h(features: Features, view: int | None, seed: int, device: Device) -> tuple[Tensor, DiagonalGaussian | None]:
+    """Return h (N, D) and, if it is stochastic, the distribution from which it was drawn.
+
+    view: 0 or 1 for features of two augmented views, None for those of the evaluation transform.
+    """
 
     def of_view(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(x if view is None else x[:, view], np.float32)).to(device)
 
-    if features.space != "h":
+    if features.space != "h" or features.mu is None or features.sigma is None:
         return of_view(features.h), None
     q = DiagonalGaussian(of_view(features.mu), 2 * of_view(features.sigma).log())
-    return draw(q, features.index, H_CLEAN if view is None else H_VIEWS, view or 0, seed), q
+    return draw(q, features.index, H_EVAL if view is None else H_VIEWS, view or 0, seed), q
 
 
 @torch.inference_mode()
-def draw_z(model: Model, h_ND: Tensor, index: np.ndarray, view: int | None, seed: int):
-    """z = projector(h), (N, E), with the running batch statistics, before BYOL's predictor; where z is stochastic, a
-    draw from q(z|h), and that q."""
-    parts = []
+def draw_z(
+    model: SSLModel, h_ND: Tensor, index: np.ndarray, view: int | None, seed: int
+) -> tuple[Tensor, DiagonalGaussian | None]:
+    """Return z (N, E) of h and, if it is stochastic, the distribution from which it was drawn.
+
+    The projector uses the running statistics of batch norm. For BYOL, z is before the predictor.
+    """
+    parts, log_var_parts = [], []
     with evaluating(model), in_fp32(h_ND.device):
         for h_BD in h_ND.split(ROWS):
-            z = model.projector(h_BD)
-            q = model.heads["z"](z) if "z" in model.heads else None
-            parts.append((z, torch.empty(0)) if q is None else (q.mu, q.log_var))
-    z_NE, log_var_NE = (torch.cat(column) for column in zip(*parts))
-    if "z" not in model.heads:
+            z_BE = model.projector(h_BD)
+            if "z" in model.heads:
+                q = model.heads["z"](z_BE)
+                parts.append(q.mu)
+                log_var_parts.append(q.log_var)
+            else:
+                parts.append(z_BE)
+    z_NE = torch.cat(parts)
+    if not log_var_parts:
         return z_NE, None
-    q = DiagonalGaussian(z_NE, log_var_NE)
-    return draw(q, index, Z_CLEAN if view is None else Z_VIEWS, view or 0, seed), q
+    q = DiagonalGaussian(z_NE, torch.cat(log_var_parts))
+    return draw(q, index, Z_EVAL if view is None else Z_VIEWS, view or 0, seed), q
 
 
-def draw(q: DiagonalGaussian, index: np.ndarray, time: int, view: int, seed: int) -> Tensor:
-    """One draw for each image, (N, D)."""
+def draw(q: DiagonalGaussian, index: np.ndarray, purpose: int, view: int, seed: int) -> Tensor:
+    """Draw one sample per image, (N, D)."""
     index_N = torch.from_numpy(np.array(index)).to(q.mu.device)
-    parts, rows = [], max(1, CHUNK_BYTES // (16 * q.mu.shape[1]))
+    rows = max(1, CHUNK_BYTES // (16 * q.mu.shape[1]))
+    parts = []
     for first in range(0, len(index_N), rows):
         part = slice(first, first + rows)
-        noise_BD = normals(seed, time, index_N[part], view, 1, q.mu.shape[1], NOISE_EVALUATION)[0]
+        noise_BD = normals(seed, purpose, index_N[part], view, 1, q.mu.shape[1], NOISE_EVALUATION)[0]
         parts.append(q.mu[part] + q.sigma[part] * noise_BD)
     return torch.cat(parts)
 
 
-def pairs_of(variables: Variables) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is compared: the first principal components of each, which take no eigenvectors of 1,024 dimensions a fold
-    (7 of 22 s of an estimate), and keep a lower bound a lower bound."""
-    v_NP, h_NP = (principal_components(data, COMPONENTS) for data in (variables.v_NP, variables.h_ND))
-    if variables.z_NE is None:
-        return {"I(V;H)": (v_NP, h_NP)}
-    z_NP, *view_z = (principal_components(data, COMPONENTS) for data in (variables.z_NE, *variables.view_z_2NE))
-    return {"I(V;H)": (v_NP, h_NP), "I(H;Z)": (h_NP, z_NP), "I(Z;Z')": tuple(view_z), "I(V;Z)": (v_NP, z_NP)}
+def component_pairs(representations: Representations) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return x and y of each quantity: the first principal components of V, h and z.
+
+    Without this reduction, each fold would need eigenvectors of all dimensions: 7 of the 22 s of an estimate for 1,024.
+    A lower bound remains one.
+    """
+    v_NP = principal_components(representations.v_NP, COMPONENTS)
+    h_NP = principal_components(representations.h_ND, COMPONENTS)
+    pairs = {"I(V;H)": (v_NP, h_NP)}
+    if representations.z_NE is not None and representations.view_z_2NE is not None:
+        z_NP = principal_components(representations.z_NE, COMPONENTS)
+        first_NP, second_NP = (principal_components(z_NE, COMPONENTS) for z_NE in representations.view_z_2NE)
+        pairs |= {"I(H;Z)": (h_NP, z_NP), "I(Z;Z')": (first_NP, second_NP), "I(V;Z)": (v_NP, z_NP)}
+    return pairs
 
 
-def measure_pair(x: Tensor, y: Tensor, seed: int, options: dict) -> dict[str, Estimate]:
-    """js is the headline, mine what the paper used; the others are what the checks need."""
-    order_N = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    more_x, more_y = (torch.cat([data, added.to(x)], 1) for data, added in zip((x, y), gaussian_pair(len(x), seed)))
-    return {
-        "js": estimate(x, y, "js", seed, **options),
-        "mine": estimate(x, y, "mine", seed, **options),
-        # A cyclic shift in random order: no image keeps its partner.
-        "independent": estimate(x[order_N], y[order_N.roll(1)], "js", seed, **options),
-        "added": estimate(more_x, more_y, "js", seed, **options),
-    }
+def estimate_pair(
+    x_NP: Tensor, y_NP: Tensor, seed: int, device: Device, advance: Callable[[int], object]
+) -> PairEstimates:
+    """Compute the estimates of one quantity, and those that the self-checks need."""
+    order_N = torch.randperm(len(x_NP), generator=torch.Generator().manual_seed(seed)).to(x_NP.device)
+    added_x, added_y = (added.to(x_NP) for added in gaussian_pair(len(x_NP), seed))
+    longer_x, longer_y = torch.cat([x_NP, added_x], dim=1), torch.cat([y_NP, added_y], dim=1)
+    return PairEstimates(
+        js=estimate(x_NP, y_NP, "js", seed, device=device, advance=advance),
+        mine=estimate(x_NP, y_NP, "mine", seed, device=device, advance=advance),
+        # A cyclic shift in random order, so no x keeps its y.
+        shuffled=estimate(x_NP[order_N], y_NP[order_N.roll(1)], "js", seed, device=device, advance=advance),
+        added=estimate(longer_x, longer_y, "js", seed, device=device, advance=advance),
+    )
 
 
 def gaussian_pair(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """x and y with a mutual information of ADDED_NATS."""
+    """Return samples of x and y (count, ADDED_DIMS) with a mutual information of ADDED_NATS."""
     rho = math.sqrt(1 - math.exp(-2 * ADDED_NATS / ADDED_DIMS))
     x, noise = torch.randn(2, count, ADDED_DIMS, generator=torch.Generator().manual_seed(seed))
     return x, rho * x + math.sqrt(1 - rho**2) * noise
 
 
-def known_bounds(model: Model, variables: Variables, seed: int, device) -> dict[str, dict]:
-    """Sandwich and rate of each stochastic space: of h given the image, of z given h (given the image too, where h is
-    a function of it)."""
-    deterministic_h = variables.h_given_v is None
-    spaces = {
-        "h": ("I(X;H)", variables.h_given_v, variables.h_ND),
-        "z": ("I(X;Z) = I(H;Z)" if deterministic_h else "I(H;Z)", variables.z_given_h, variables.z_NE),
-    }
-    known = {}
-    for space, (of, q, drawn) in spaces.items():
-        if q is not None:
-            bounds = posterior_bounds(q.mu, q.sigma, drawn, seed=seed, device=device)
-            known[of] = {**bounds._asdict(), "rate": rate(q.mu, q.sigma, model.priors[space], drawn)}
-    return known
+def compute_bounds(model: Model, representations: Representations, seed: int, device: Device) -> dict[str, Bounds]:
+    """Compute the bounds of stochastic embeddings: of h given the image, and of z given h.
 
-
-def figures_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> dict[str, float]:
-    figures = {f"{pair} {kind}": each[kind].nats for pair, each in found.items() for kind in ("js", "mine")}
-    bounds = ("lower", "upper", "rate")
-    return figures | {f"{of} {name}": of_q[name] for of, of_q in known.items() for name in bounds}
-
-
-def saturated_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> list[str]:
-    """Names of figures that must not be compared."""
-    critics = [f"{pair} {kind}" for pair, each in found.items() for kind in ("js", "mine") if each[kind].saturated]
-    return critics + [f"{of} lower" for of, bounds in known.items() if bounds["saturated"]]
-
-
-def checks_of(found: dict[str, dict[str, Estimate]], known: dict[str, dict]) -> list[dict]:
-    """What must hold of mutual information, with what was found. passed: None where a saturated estimate says nothing.
-
-    (Of principal components, data processing holds but for what z has of h beyond h's own.)
+    If h is deterministic, it is a function of the image, so the bounds of z given h are those given the image as well.
     """
-    checks = []
+    of_z = "I(X;Z) = I(H;Z)" if representations.h_given_v is None else "I(H;Z)"
+    bounds: dict[str, Bounds] = {}
+    for space, quantity, q, sample in (
+        ("h", "I(X;H)", representations.h_given_v, representations.h_ND),
+        ("z", of_z, representations.z_given_h, representations.z_NE),
+    ):
+        if q is not None and sample is not None:
+            posterior = posterior_bounds(q.mu, q.sigma, sample, seed=seed, device=device)
+            prior = cast(Prior, model.priors[space])
+            bounds[quantity] = {**posterior._asdict(), "rate": rate(q.mu, q.sigma, prior, sample)}  # type: ignore[typeddict-item]
+    return bounds
 
-    def check(what: str, says: str, passed: bool, *needed: Estimate) -> None:
-        saturated = any(each.saturated for each in needed)
-        checks.append({"check": what, "found": says, "passed": None if saturated else bool(passed)})
 
-    for pair, of in found.items():
-        nats = of["independent"].nats
-        check(f"{pair}, shuffled pairs: 0", f"{nats:.3f}", abs(nats) <= INDEPENDENT_WITHIN)
-    for pair, of in found.items():
-        expected, nats = of["js"].nats + ADDED_NATS, of["added"].nats
-        passed = abs(nats - expected) <= ADDITIVE_WITHIN
-        says = f"{nats:.2f}, expected {expected:.2f}"
-        check(f"{pair} and an independent pair of {ADDED_NATS:g} nat: the sum", says, passed, of["js"], of["added"])
-    for less, more in (("I(V;Z)", "I(V;H)"), ("I(V;Z)", "I(H;Z)")):
-        if less in found:
-            one, other = found[less]["js"], found[more]["js"]
-            passed = one.nats <= other.nats + 2 * math.hypot(one.error, other.error)
-            # A saturated larger one is above its estimate.
-            check(f"{less} <= {more}", f"{one.nats:.2f}, {other.nats:.2f}", passed or other.saturated, one)
-    for of, bounds in known.items():
-        limited = {"I(X;H)": ("I(V;H)", "I(V;Z)"), "I(H;Z)": ("I(H;Z)",)}.get(of, ("I(H;Z)", "I(V;Z)"))
-        for pair in (pair for pair in limited if pair in found):
-            one = found[pair]["js"]
-            says = f"{one.nats:.2f}, {bounds['upper']:.2f}"
-            check(f"{pair} <= {of}, upper bound", says, one.nats <= bounds["upper"] + 2 * one.error)
+def run_checks(estimates: Mapping[str, PairEstimates], bounds: Mapping[str, Bounds]) -> list[SelfCheck]:
+    """Check properties that mutual information has.
+
+    (The data processing inequalities are those of h and z, while the estimates are of their principal components. They
+    can fail if the components of z contain information about h that the components of h do not contain.)
+    """
+    checks: list[SelfCheck] = []
+
+    def add(check: str, found: str, passed: bool, saturated: bool) -> None:
+        checks.append({"check": check, "found": found, "passed": None if saturated else passed})
+
+    for quantity, each in estimates.items():
+        shuffled = each.shuffled
+        passed = abs(shuffled.nats) <= SHUFFLED_TOLERANCE
+        add(f"{quantity}, shuffled pairs: 0", f"{shuffled.nats:.3f}", passed, shuffled.saturated)
+    for quantity, each in estimates.items():
+        expected = each.js.nats + ADDED_NATS
+        passed = abs(each.added.nats - expected) <= ADDED_TOLERANCE
+        check = f"{quantity} with an independent pair of {ADDED_NATS:g} nat appended: the sum"
+        saturated = each.js.saturated or each.added.saturated
+        add(check, f"{each.added.nats:.2f}, expected {expected:.2f}", passed, saturated)
+    for smaller, larger in (("I(V;Z)", "I(V;H)"), ("I(V;Z)", "I(H;Z)")):
+        if smaller in estimates:
+            one, other = estimates[smaller].js, estimates[larger].js
+            # If the larger one is saturated, its true value is above the estimate.
+            passed = other.saturated or one.nats <= other.nats + 2 * math.hypot(one.error, other.error)
+            add(f"{smaller} <= {larger}", f"{one.nats:.2f}, {other.nats:.2f}", passed, one.saturated)
+    bounded = {"I(X;H)": ("I(V;H)", "I(V;Z)"), "I(H;Z)": ("I(H;Z)",), "I(X;Z) = I(H;Z)": ("I(H;Z)", "I(V;Z)")}
+    for bound_of, bound in bounds.items():
+        for quantity in bounded[bound_of]:
+            if quantity in estimates:
+                one = estimates[quantity].js
+                passed = one.nats <= bound["upper"] + 2 * one.error
+                check = f"{quantity} <= {bound_of}, upper bound"
+                add(check, f"{one.nats:.2f}, {bound['upper']:.2f}", passed, one.saturated)
     return checks
