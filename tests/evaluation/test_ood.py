@@ -95,7 +95,7 @@ def disagreement(fit, x):
     return 1 - np.linalg.norm(np.mean([unit(x["mu"] + x["sigma"] * noise) for noise in common_noise()], axis=0)) ** 2
 
 
-def kth_neighbour(metric):
+def kth_neighbor(metric):
     def score(fit, x):
         found = NearestNeighbors(n_neighbors=K, metric=metric, algorithm="brute").fit(fit["features"])
         return found.kneighbors(x["features"][None])[0][0, -1]
@@ -165,8 +165,8 @@ ORACLES = {
     "posterior_kl": kth_posterior(kl),
     "posterior_bhattacharyya": kth_posterior(bhattacharyya),
     "draws_disagreement": disagreement,
-    "knn_cosine": kth_neighbour("cosine"),
-    "knn_euclidean": kth_neighbour("euclidean"),
+    "knn_cosine": kth_neighbor("cosine"),
+    "knn_euclidean": kth_neighbor("euclidean"),
     "mahalanobis_unlabelled": background,
     "kmeans_ssd": ssd,
     "pca_residual": pca_residual,
@@ -181,7 +181,7 @@ ORACLES = {
     "mahalanobis_relative": lambda fit, x: class_mahalanobis(fit, x) - background(fit, x),
     "vim": vim,
     "react_energy": react,
-    "knn_supervised": kth_neighbour("cosine"),
+    "knn_supervised": kth_neighbor("cosine"),
 }
 MONOTONE_ONLY = {"msp"}  # log odds of the formula, so that confident images do not tie
 
@@ -352,13 +352,13 @@ def test_given_classifier_is_used_for_features_that_are_dead_in_training(data):
     weight = np.c_[weight_CD, np.array([3.0, -1, 0, 0])]
     logits = dead[0] @ weight.T
     given = LinearHead(torch.from_numpy(weight), torch.arange(C).double())
-    guessed, react = (
+    fitted_head, react = (
         detector("react_energy", classifier=classifier).fit(dead[0], logits=logits).score(dead[1])
         for classifier in (None, given)
     )
     cut = np.minimum(dead[1], np.percentile(dead[0], 90))
     np.testing.assert_allclose(react, -np.log(np.exp(cut @ weight.T + np.arange(C)).sum(1)), rtol=1e-9)
-    assert spearmanr(guessed, react).statistic < 0.999
+    assert spearmanr(fitted_head, react).statistic < 0.999
     vim = detector("vim", classifier=given).fit(dead[0], logits=logits)
     np.testing.assert_allclose(vim.origin_D, -np.linalg.pinv(weight) @ np.arange(C), atol=1e-9)
 

@@ -44,7 +44,7 @@ Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fit_arr
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Betons of noise, of stripes and of one flat colour each, under folders of these names, canvas 32."""
+    """Betons of noise, of stripes and of one flat color each, under folders of these names, canvas 32."""
     root, out, rng = tmp_path_factory.mktemp("others"), tmp_path_factory.mktemp("built"), np.random.default_rng(0)
     for name in ("noise", "stripes", "flat"):
         (root / name).mkdir()

@@ -430,7 +430,7 @@ def test_supervised_run_with_full_layout_and_constant_sigma(full, canvas, tmp_pa
     torch.save(saved, folder / "checkpoints" / "last.pt")
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     supervised = evaluate_uncertainty(*opened(folder), seed=2)
-    assert supervised["layout"] == "full" and "neighbour" in supervised["settings"]["score"]
+    assert supervised["layout"] == "full" and "neighbor" in supervised["settings"]["score"]
     assert (folder / "eval" / "uncertainty-seed2.json").exists()
 
     folder, _, model = make_run(tmp_path / "constant", data_of(canvas), embedding={"stochastic": "h"})

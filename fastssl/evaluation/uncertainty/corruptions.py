@@ -25,7 +25,7 @@ Corruption = Literal["blur", "noise", "jpeg", "crop"]
 CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
     "blur": (0.015, 0.025, 0.035, 0.05, 0.07),  # standard deviation of the Gaussian, as a share of each side
     "noise": (0.04, 0.08, 0.12, 0.18, 0.26),  # standard deviation, where black is 0 and white 1
-    "jpeg": (80, 50, 30, 15, 7),  # quality, with halved colour resolution
+    "jpeg": (80, 50, 30, 15, 7),  # quality, with halved color resolution
     "crop": (0.75, 0.5, 0.35, 0.2, 0.1),  # share of the area; the shape is the image's
 }
 # Every version of an image that is embedded: the original (no corruption), then each corruption at each strength.
