@@ -1,9 +1,9 @@
 """`fastssl eval`: measure trained runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 NEIGHBORS = [20, 200]
 TEMPERATURES = [0.07, 0.1]
+
+Result = TypeVar("Result", bound="EvaluationResult")
 
 app = typer.Typer(help="Measure a trained run.", no_args_is_help=True)
 
@@ -255,9 +257,9 @@ def _name_and_path(text: str) -> tuple[str, Path]:
 
 
 def _show(
-    results: "list[EvaluationResult]",
+    results: "Sequence[Result]",
     out: Path | None,
-    table_of_one: "Callable[[EvaluationResult], RenderableType] | None" = None,
+    table_of_one: "Callable[[Result], RenderableType] | None" = None,
     table_of_several: "Callable[[list[SummaryRow]], RenderableType] | None" = None,
 ) -> None:
     """Print one result with its intervals, or several in one table with mean and standard deviation over seeds."""
