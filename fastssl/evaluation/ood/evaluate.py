@@ -47,7 +47,7 @@ CONSTANTS = {
     "clusters": label_free.CLUSTERS,
     "variance_kept": label_free.VARIANCE_KEPT,
     "gen": [label_based.GEN_GAMMA, label_based.GEN_CLASSES],
-    "react_percentile": label_based.REACT_PERCENTILE,
+    "react_share": label_based.REACT_PERCENTILE,
     "odin": [label_based.ODIN_TEMPERATURE, label_based.ODIN_STEP],
     "ridge": distances.RIDGE,
     "min_inverted": MIN_INVERTED,
