@@ -137,7 +137,7 @@ def test_run_learns_its_labels(runs, kind):
         assert line["loss"] == pytest.approx(sum(line[term] for term in terms), rel=1e-5)
         assert 1 <= line["rankme_z"] <= 3.01 and 1 <= line["rankme_h"] <= 16
     width, height = Image.open(runs / kind / "views.png").size
-    assert (width, height) == (4 * (4 * 36 + 2), 4 * (4 * 34 + 2))  # one view of 32 px an image, enlarged four times
+    assert (width, height) == (4 * (4 * 34 + 2), 4 * (4 * 34 + 2))  # one view of 32 px per image, enlarged four times
 
 
 @pytest.mark.parametrize("kind", ["none", "h"])
