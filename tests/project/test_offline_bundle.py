@@ -11,7 +11,12 @@ import venv
 import zipfile
 from pathlib import Path
 
+# setuptools first: once pip is imported, setuptools fails to import, and torch.compile of a later test needs it.
+# isort: off
+import setuptools  # noqa: F401
 import pip
+
+# isort: on
 import pytest
 
 ROOT = Path(__file__).parents[2]
