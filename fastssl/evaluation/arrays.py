@@ -4,7 +4,7 @@ Feature matrices (N, D) need not fit into memory. Functions that take one read i
 where those fit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 Array: TypeAlias = np.ndarray | Tensor
 Device: TypeAlias = torch.device | str
+Advance: TypeAlias = Callable[[int], object]  # advances a progress bar by a number of steps
 
 # Bytes of features that are read at a time: 131,072 samples of 512 float32 numbers, so all of CIFAR-10, and on a GPU
 # all of ImageNet.
@@ -91,25 +92,16 @@ class ShuffledBatches:
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield row numbers (B,) and float32 features (B, D) on the device, each row once."""
-        order = self._block_order()
+        order, only_one = self.rows, len(self.rows) <= self.group_rows
+        if not only_one:
+            blocks = np.split(order, range(BLOCK_ROWS, len(order), BLOCK_ROWS))
+            order = np.concatenate([blocks[b] for b in self._rng.permutation(len(blocks))])
         for first in range(0, len(order), self.group_rows):
             rows = np.sort(order[first : first + self.group_rows])
-            group_RD = self._read_group(rows)
+            group_RD = read_rows(self.features_ND, rows, self.device) if self._only_group is None else self._only_group
+            if only_one:
+                self._only_group = group_RD
             row_R, shuffled_R = (torch.from_numpy(x).to(self.device) for x in (rows, self._rng.permutation(len(rows))))
             for position_B in shuffled_R.split(self.batch_size):
                 yield row_R[position_B], group_RD[position_B].float()
             del group_RD  # before the next one is read: only one group is in memory
-
-    def _block_order(self) -> np.ndarray:
-        if len(self.rows) <= self.group_rows:
-            return self.rows
-        blocks = [self.rows[first : first + BLOCK_ROWS] for first in range(0, len(self.rows), BLOCK_ROWS)]
-        return np.concatenate([blocks[b] for b in self._rng.permutation(len(blocks))])
-
-    def _read_group(self, rows: np.ndarray) -> Tensor:
-        if self._only_group is not None:
-            return self._only_group
-        group_RD = read_rows(self.features_ND, rows, self.device)
-        if len(rows) == len(self.rows):
-            self._only_group = group_RD
-        return group_RD

@@ -28,7 +28,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
-from fastssl.evaluation.arrays import as_tensor
+from fastssl.evaluation.arrays import Advance, as_tensor
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader, SampleSelection
 from fastssl.models.ssl_model import Embedding, evaluating
@@ -65,8 +65,7 @@ class Features:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields that are arrays, by name."""
-        arrays = {"h": self.h, "label": self.label, "index": self.index, "mu": self.mu, "sigma": self.sigma}
-        return {name: x for name, x in arrays.items() if x is not None}
+        return {name: x for name, x in vars(self).items() if isinstance(x, np.ndarray)}
 
 
 def cached_features(
@@ -85,15 +84,13 @@ def cached_features(
     """
     views = encoder.recipe.views
     make_input = augmented_input(views) if augmented else eval_input(views)
-    depends_on: dict[str, Any] = {
-        "view": views.model_dump(mode="json") if augmented else describe_eval_transform(views),
-        "dtype": dtype,
-    }
+    view = views.model_dump(mode="json") if augmented else describe_eval_transform(views)
 
-    def compute(loader: BetonLoader, advance: Callable[[int], object]) -> Iterator[Features]:
+    def compute(loader: BetonLoader, advance: Advance) -> Iterator[Features]:
         return check_finite(embed_batches(encoder.model, loader, make_input, advance), data.path, dtype)
 
     title = f"Features of {data.path}" + (", two views" if augmented else "")
+    depends_on = {"view": view, "dtype": dtype}
     return load_or_compute_features(encoder, data, depends_on, title, compute, dtype, augmented=augmented)
 
 
@@ -102,7 +99,7 @@ def load_or_compute_features(
     data: BetonSubset,
     depends_on: dict[str, Any],
     title: str,
-    compute: Callable[[BetonLoader, Callable[[int], object]], Iterable[Features]],
+    compute: Callable[[BetonLoader, Advance], Iterable[Features]],
     dtype: DType = "float32",
     *,
     augmented: bool = False,
@@ -155,10 +152,7 @@ def concatenate(batches: list[Features]) -> Features:
 
 @torch.inference_mode()
 def embed_batches(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    make_input: MakeInput,
-    advance: Callable[[int], object] = lambda images: None,
+    model: nn.Module, loader: Iterable[Batch], make_input: MakeInput, advance: Advance = lambda images: None
 ) -> Iterator[Features]:
     """Yield the features of the valid samples of each batch.
 
@@ -171,11 +165,9 @@ def embed_batches(
             with in_fp32(batch.image.device):
                 images = make_input(batch)
                 embedding = embed(images.flatten(0, -4))
-            arrays = {"label": batch.label, "index": batch.index}
-            for name in ("h", "mu", "sigma"):
-                x = getattr(embedding, name)
-                if x is not None:
-                    arrays[name] = x.unflatten(0, images.shape[:-3])
+            outputs = {"h": embedding.h, "mu": embedding.mu, "sigma": embedding.sigma}
+            arrays = {name: x.unflatten(0, images.shape[:-3]) for name, x in outputs.items() if x is not None}
+            arrays |= {"label": batch.label, "index": batch.index}
             features = Features(**{name: valid_rows(x, batch) for name, x in arrays.items()}, space=embedding.space)
             yield features
             advance(len(features.label))
@@ -240,7 +232,10 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
     """
     with explain_write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
+        # Of processes that were killed a day or more ago.
+        for part in folder.parent.glob(".*.part"):
+            if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
+                shutil.rmtree(part, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         maps: dict[str, np.memmap] = {}
@@ -277,13 +272,6 @@ def _new_map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
     return array
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Delete the temporary folders of processes that were killed a day or more ago."""
-    for path in folder.glob(".*.part"):
-        if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_features(folder: Path) -> Features | None:

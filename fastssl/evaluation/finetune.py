@@ -1,6 +1,7 @@
 """Fine-tuning of the whole encoder on labels: a training run with the supervised objective, from the run's weights.
 
-Like any other run it logs, saves and resumes. Its run directory lies in RUN/eval/.
+Like any other run it logs, saves and resumes. Its run directory lies in RUN/eval/. The semi-supervised evaluation
+fine-tunes on 1 % or 10 % of the labels (SimCLR, arXiv 2002.05709).
 """
 
 import hashlib
@@ -13,13 +14,22 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from fastssl.beton import read_index_list
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
 from fastssl.evaluation.metrics import classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification, without_paths
-from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, read_required_labels
+from fastssl.evaluation.runs import (
+    BetonSubset,
+    EvaluationData,
+    RunEncoder,
+    ids_sha256,
+    read_required_labels,
+    read_sample_ids,
+)
+from fastssl.evaluation.splits import stratified_share
 from fastssl.loading import SampleSelection
 from fastssl.models import Classifier, load_model
 from fastssl.models.ssl_model import evaluating
@@ -47,6 +57,46 @@ NOT_SETTINGS: dict[str, Any] = {
     "name": True, "run": True, "log": True, "checkpoint": True, "probe": True,
     "data": {"train", "val", "subset", "workers"}, "model": {"init"},
 }  # fmt: skip
+
+
+def evaluate_semisup(
+    encoder: RunEncoder,
+    data: EvaluationData,
+    *,
+    percent: float = 1.0,
+    list_file: Path | None = None,
+    seed: int = 0,
+    view: str | None = None,
+    overrides: Sequence[str] = (),
+) -> EvaluationResult:
+    """Fine-tune on some images of data.train and test on data.val. Cached in RUN/eval/semisup-1percent-seed0.json.
+
+    The list of the images is written next to the result.
+
+    Args:
+        data: the images. The subset and limit of data.train do not apply.
+        percent: of the images of every class, drawn from `seed`: the same ones for every encoder.
+        list_file: the images instead, one name or sample id per line, such as SimCLR's lists for ImageNet.
+        view: evaluation transform of the test; None: the published one.
+        overrides: KEY=VALUE of the fine-tuning recipe.
+    """
+    evaluation = f"semisup-{list_file.stem}" if list_file else f"semisup-{percent:g}percent"
+    name = f"{evaluation}-seed{seed}{encoder.suffix}{f'-{view}' if view else ''}{data.suffix}"
+    train = data.train.path
+    if list_file:
+        index_N, part = read_index_list(train, list_file), "a list"
+    else:
+        rows = stratified_share(read_required_labels(train), percent / 100, seed)
+        index_N, part = read_sample_ids(train)[rows], f"{percent:g} % of every class, drawn with seed {seed}"
+    description = data.describe()
+    description["train"] |= {
+        "images": len(index_N), "subset": None, "subset_sha256": None, "limit": None, "part": part,
+        "list": str(list_file) if list_file else None, "list_sha256": ids_sha256(index_N),
+    }  # fmt: skip
+    sample_list = write_sample_list(encoder.run_dir, name, index_N, part)
+    listed = EvaluationData(BetonSubset(train, str(sample_list)), data.val)
+    request = {"evaluation": evaluation, **description}
+    return finetune(encoder, name, listed, seed=seed, view=view, overrides=overrides, request=request)
 
 
 def finetune(

@@ -9,7 +9,7 @@ that has hardly been trained are nearly parallel (after 4 steps on digits, the m
 float32 four of five test samples had a tie at rank 20.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import progress
-from fastssl.evaluation.arrays import Array, Device, as_tensor
+from fastssl.evaluation.arrays import Advance, Array, Device, as_tensor
 from fastssl.evaluation.features import DType, cached_features, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
@@ -81,14 +81,9 @@ def evaluate_knn(
 
 
 def knn_accuracy(
-    train_features: Array,
-    train_labels: Array,
-    test_features: Array,
-    test_labels: Array,
-    *,
-    k: int = 20,
+    train_features: Array, train_labels: Array, test_features: Array, test_labels: Array, *, k: int = 20,
     temperature: float = 0.07,
-) -> float:
+) -> float:  # fmt: skip
     """The share of test samples, 0 to 1, whose class the k nearest training samples vote for.
 
     A test sample of a class without training samples is an error.
@@ -106,7 +101,7 @@ def knn_predictions(
     ks: Sequence[int] = KS,
     temperatures: Sequence[float] = TEMPERATURES,
     device: Device | None = None,
-    advance: Callable[[int], object] = lambda samples: None,
+    advance: Advance = lambda samples: None,
 ) -> dict[tuple[int, float], Tensor]:
     """The label that the k nearest training samples vote for, for every k with every temperature.
 
@@ -142,12 +137,7 @@ def knn_predictions(
 
 @torch.inference_mode()
 def nearest_neighbors(
-    bank: Array,
-    query: Array,
-    k: int,
-    *,
-    device: Device | None = None,
-    advance: Callable[[int], object] = lambda samples: None,
+    bank: Array, query: Array, k: int, *, device: Device | None = None, advance: Advance = lambda samples: None
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest cosine similarity to each row of `query`, the nearest first.
 
@@ -157,32 +147,25 @@ def nearest_neighbors(
     """
     if device is None:
         device = bank.device if isinstance(bank, Tensor) else "cpu"
-    k = min(k, len(bank))
     near_MK = torch.zeros(len(query), 0, dtype=torch.float64, device=device)
     row_MK = torch.zeros(len(query), 0, dtype=torch.int64, device=device)
-    for first in range(0, len(bank), BANK_ROWS):
-        bank_RD = _unit_length(bank[first : first + BANK_ROWS], device)
-        near_MK, row_MK = _merge_neighbors(bank_RD, first, query, near_MK, row_MK, k)
+    for first_row in range(0, len(bank), BANK_ROWS):
+        bank_RD = _unit_length(bank[first_row : first_row + BANK_ROWS], device)
+        near, row = [], []
+        step = max(1, CHUNK_ELEMENTS // len(bank_RD))
+        for first in range(0, len(query), step):
+            part = slice(first, first + step)
+            similarity_BR = _unit_length(query[part], device) @ bank_RD.T
+            new_BK, position_BK = similarity_BR.topk(min(k, len(bank_RD)), dim=1)
+            # The k nearest of those found so far and of this part of the bank.
+            both_BK = torch.cat([near_MK[part], new_BK], dim=1)
+            rows_BK = torch.cat([row_MK[part], position_BK + first_row], dim=1)
+            nearest_BK, order_BK = both_BK.topk(min(k, both_BK.shape[1]), dim=1)
+            near.append(nearest_BK)
+            row.append(rows_BK.gather(1, order_BK))
+        near_MK, row_MK = torch.cat(near), torch.cat(row)
         advance(len(bank_RD))
     return near_MK, row_MK
-
-
-def _merge_neighbors(
-    bank_RD: Tensor, first_row: int, query_MD: Array, near_MK: Tensor, row_MK: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k nearest of the neighbors found so far and of this part of the bank, whose rows start at first_row."""
-    near, row = [], []
-    step = max(1, CHUNK_ELEMENTS // len(bank_RD))
-    for first in range(0, len(query_MD), step):
-        part = slice(first, first + step)
-        similarity_BR = _unit_length(query_MD[part], bank_RD.device) @ bank_RD.T
-        new_BK, position_BK = similarity_BR.topk(min(k, len(bank_RD)), dim=1)
-        both_BK = torch.cat([near_MK[part], new_BK], dim=1)
-        rows_BK = torch.cat([row_MK[part], position_BK + first_row], dim=1)
-        nearest_BK, order_BK = both_BK.topk(min(k, both_BK.shape[1]), dim=1)
-        near.append(nearest_BK)
-        row.append(rows_BK.gather(1, order_BK))
-    return torch.cat(near), torch.cat(row)
 
 
 def _unit_length(features_ND: Array, device: Device) -> Tensor:

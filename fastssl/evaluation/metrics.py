@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -84,14 +84,8 @@ def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed
     return ClassificationResult(compute(slice(None)), intervals, confusion_KK, label_K)
 
 
-class _TestedSamples(NamedTuple):
-    guess_B: np.ndarray  # labels
-    rank_B: np.ndarray  # of the true column among the logits, from 0; C if the label has no column
-    confidence_B: np.ndarray  # probability of the guess
-    nll_B: np.ndarray  # NaN if the label has no column
-
-
-def _test_samples(logits_BC: np.ndarray, label_B: np.ndarray, class_C: np.ndarray) -> _TestedSamples:
+def _test_samples(logits_BC: np.ndarray, label_B: np.ndarray, class_C: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(B,) guessed labels, ranks of the true column from 0 (C without one), probabilities of the guess, nll or NaN."""
     logits_BC = logits_BC.astype(np.float64)
     max_B = logits_BC.max(axis=1)
     log_sum_B = max_B + np.log(np.exp(logits_BC - max_B[:, None]).sum(axis=1))
@@ -100,12 +94,8 @@ def _test_samples(logits_BC: np.ndarray, label_B: np.ndarray, class_C: np.ndarra
     truth_B1 = np.take_along_axis(logits_BC, column_B[:, None], axis=1)
     further_left_BC = np.arange(len(class_C)) < column_B[:, None]
     rank_B = ((logits_BC > truth_B1) | ((logits_BC == truth_B1) & further_left_BC)).sum(axis=1)
-    return _TestedSamples(
-        guess_B=class_C[logits_BC.argmax(axis=1)],
-        rank_B=np.where(has_column_B, rank_B, len(class_C)),
-        confidence_B=np.exp(max_B - log_sum_B),
-        nll_B=np.where(has_column_B, log_sum_B - truth_B1[:, 0], np.nan),
-    )
+    guess_B, rank_B = class_C[logits_BC.argmax(axis=1)], np.where(has_column_B, rank_B, len(class_C))
+    return guess_B, rank_B, np.exp(max_B - log_sum_B), np.where(has_column_B, log_sum_B - truth_B1[:, 0], np.nan)
 
 
 def bootstrap_intervals(

@@ -42,9 +42,10 @@ class EncoderDescription(TypedDict):
     view: dict[str, Any]  # the evaluation transform
 
 
-class EvaluationRequest(EncoderDescription):
-    """All that the metrics of an evaluation depend on."""
+class EvaluationResult(EncoderDescription):
+    """One RUN/eval/NAME.json. The evaluations add fields of their own."""
 
+    # The request: all that the metrics depend on.
     evaluation: str  # such as "knn" or "linear-sweep"
     protocol: str  # one sentence
     settings: dict[str, Any]
@@ -52,11 +53,7 @@ class EvaluationRequest(EncoderDescription):
     train: NotRequired[DataDescription]  # fitted on
     val: DataDescription  # tested on
     layout: NotRequired[str]  # "full" where both files are, else "canvas"
-
-
-class EvaluationResult(EvaluationRequest):
-    """One RUN/eval/NAME.json. The evaluations add fields of their own."""
-
+    # What was measured.
     metrics: dict[str, float]  # shares from 0 to 1 unless tables.UNITS names another unit
     intervals: dict[str, list[float]]  # 95 % [low, high] of metrics, bootstrap over the test images
     confusion: NotRequired[str]  # file with the (K, K) confusion matrix
@@ -80,14 +77,14 @@ def load_or_compute(
     Args:
         run_dir: the run directory.
         name: file name without ".json".
-        request: an EvaluationRequest, with fields of the evaluation's own. A file answers it if all fields but those in
-            PATH_KEYS are equal, so a run or data that moved are not measured again.
+        request: all that the metrics depend on. A file answers it if all fields but those in PATH_KEYS are equal, so a
+            run or data that moved are not measured again.
         compute: returns the other fields of the result.
     """
     request = {**request, "fastssl": importlib.metadata.version("fastssl-trainer")}
     fields: dict[str, Any] = json.loads(json.dumps(request))  # tuples become lists, as in the file
     path = run_dir / "eval" / f"{name}.json"
-    cached = _read_json_object(path)
+    cached = read_json_object(path)
     if cached and without_paths({key: cached.get(key) for key in fields}) == without_paths(fields):
         return cast(EvaluationResult, cached | fields)
     with explain_write_errors(path):  # before the work: a folder that cannot be written to is refused at once
@@ -124,8 +121,8 @@ def without_paths(value: object) -> object:
     return {key: without_paths(inner) for key, inner in value.items() if key not in PATH_KEYS}
 
 
-def _read_json_object(path: Path) -> dict[str, Any] | None:
-    """None if the file does not exist or is damaged."""
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file does not exist, is damaged or holds something else."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -2,9 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -25,8 +24,8 @@ class MeanAndStd:
     mean: float
     std: float | None  # with n - 1; None for a single run
 
-    def format(self, show: Callable[[float], str]) -> str:
-        return show(self.mean) + ("" if self.std is None else f" ± {show(self.std)}")
+    def format(self, name: str) -> str:
+        return " ± ".join(format_metric(name, value) for value in (self.mean, self.std) if value is not None)
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,8 @@ def result_table(result: EvaluationResult) -> Table:
         lines.insert(2, f"uncertainty: {score}, {spread['mean']:.4g} ± {spread['std']:.2g} over them")
     title = result_title(result)
     table = Table("metric", title=title, caption="\n".join(lines), min_width=max(map(len, [title, *lines])))
-    table.add_column("%", justify="right")
-    table.add_column("from", justify="right")
-    table.add_column("to", justify="right")
+    for heading in ("%", "from", "to"):
+        table.add_column(heading, justify="right")
     for name, value in result["metrics"].items():
         interval = [format_metric(name, bound) for bound in result["intervals"].get(name, [])]
         table.add_row(metric_label(name), format_metric(name, value), *interval)
@@ -126,26 +124,17 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
     cells = []
     for row in rows:
         about = [row.evaluation, row.label().replace("\n", " "), str(len(row.runs)), row.score or ""]
-        metrics = [
-            row.metrics[name].format(partial(format_metric, name)) if name in row.metrics else "" for name in names
-        ]
+        metrics = [row.metrics[name].format(name) if name in row.metrics else "" for name in names]
         cells.append(about[: len(headings)] + metrics)
 
     row_per_run = len(names) <= MAX_METRIC_COLUMNS
     table = Table(caption="shares in percent, nll in nats; mean ± std over seeds", show_header=row_per_run)
-    if row_per_run:
-        for heading in headings:
-            table.add_column(heading)
-        for name in names:
-            table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
-        for line in cells:
-            table.add_row(*line)
-    else:
-        table.add_column()
-        for _ in rows:
-            table.add_column(justify="right", overflow="fold")
-        for column in zip([*headings, *map(metric_label, names)], *cells, strict=True):
-            table.add_row(*column)
+    for heading in headings if row_per_run else [""]:
+        table.add_column(heading)
+    for heading in [name.replace("_", "\n") for name in names] if row_per_run else [""] * len(rows):
+        table.add_column(heading, justify="right", overflow="fold")
+    for line in cells if row_per_run else zip([*headings, *map(metric_label, names)], *cells, strict=True):
+        table.add_row(*line)
     return table
 
 

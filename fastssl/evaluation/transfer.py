@@ -10,17 +10,16 @@ import numpy as np
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, write_sample_list
-from fastssl.evaluation.linear import PROTOCOLS, Protocol, describe_fit, fit_and_test, linear_settings
-from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
+from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
+from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import (
     BetonSubset,
     EvaluationData,
-    EvaluationDataDescription,
     RunEncoder,
     check_labels,
     read_required_labels,
     read_sample_ids,
-)
+)  # fmt: skip
 from fastssl.evaluation.splits import stratified_holdout
 
 Method = Literal["linear", "finetune"]
@@ -36,13 +35,6 @@ class TransferTarget:
     test: Path
     train_rows: np.ndarray | None = None  # rows of one file that both parts come from; None: all
     test_rows: np.ndarray | None = None
-
-    def describe(self) -> EvaluationDataDescription:
-        description = EvaluationData(BetonSubset(self.train), BetonSubset(self.test)).describe()
-        if self.train_rows is not None and self.test_rows is not None:
-            description["train"] |= {"images": len(self.train_rows), "part": "a half of every class"}
-            description["val"] |= {"images": len(self.test_rows), "part": "the other half"}
-        return description
 
 
 def find_target(name: str, path: str | Path) -> TransferTarget:
@@ -96,7 +88,11 @@ def evaluate_transfer(
     what = f"linear-{protocol}" if method == "linear" else "finetune"
     evaluation = f"transfer-{target.name}-{what}"
     name = f"{evaluation}-seed{seed}{'' if draws is None else f'-draws{draws}'}{encoder.suffix}"
-    request: dict[str, Any] = {"evaluation": evaluation, "data": target.name, "method": what, **target.describe()}
+    description = EvaluationData(BetonSubset(target.train), BetonSubset(target.test)).describe()
+    if target.train_rows is not None and target.test_rows is not None:
+        description["train"] |= {"images": len(target.train_rows), "part": "a half of every class"}
+        description["val"] |= {"images": len(target.test_rows), "part": "the other half"}
+    request: dict[str, Any] = {"evaluation": evaluation, "data": target.name, "method": what, **description}
     if method == "finetune":
         train_list = None
         if target.train_rows is not None:
@@ -114,8 +110,7 @@ def evaluate_transfer(
         train, test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
         if target.train_rows is not None and target.test_rows is not None:
             train, test = train.select(target.train_rows), test.select(target.test_rows)
-        fit, result = fit_and_test(encoder, train, test, protocol, settings, seed)
-        return save_classification(encoder.run_dir, name, result, target.test) | describe_fit(fit)
+        return fit_and_test(encoder, name, train, test, target.test, protocol, settings, seed)
 
     request |= {"protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}
     return load_or_compute(encoder.run_dir, name, request, compute)

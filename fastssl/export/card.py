@@ -15,12 +15,9 @@ from fastssl.models.gaussian import GaussianHead
 CARD = "model_card.md"
 LIBRARY = {"timm": "timm", "safetensors": "fastssl", "onnx": "onnx"}
 OBJECTIVES = {
-    "barlow_twins": "Barlow Twins",
-    "vicreg": "VICReg",
-    "simclr": "SimCLR",
-    "byol": "BYOL",
+    "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR", "byol": "BYOL",
     "supervised": "cross-entropy",
-}
+}  # fmt: skip
 UNKNOWN = "not recorded in the run"
 
 
@@ -127,12 +124,7 @@ def describe_outputs(source: Source, format: str, sigma: bool) -> str:
         h = "the representation h, the mean of a Gaussian"
     else:
         h = "the encoder's features, from which this run's h head computes the representation h"
-    return h + (f", and mu and sigma of the stochastic embedding {sigma_space(source)}" if sigma else "")
-
-
-def sigma_space(source: Source) -> str:
-    """The space of mu and sigma that the model's `embed` returns: h's where both are stochastic."""
-    return "h" if "h" in source.spaces else "z"
+    return h + (f", and mu and sigma of the stochastic embedding {source.spaces[0]}" if sigma else "")
 
 
 def example_code(source: Source, file: str, format: str, sigma: bool) -> str:
@@ -192,12 +184,10 @@ def loading_code(source: Source, file: str, format: str, sigma: bool) -> str:
 def sigma_rows(source: Source) -> str:
     """Table rows about what gives mu and sigma."""
     model = source.model
-    head = model.heads[sigma_space(source)]
+    head = model.heads[source.spaces[0]]  # that of h where both h and z are stochastic, as in the model's `embed`
     assert isinstance(head, GaussianHead)
-    if isinstance(model, Classifier):
-        name, count = "classifier", count_parameters(model.classifier, model.heads)
-    else:
-        name, count = "projector", count_parameters(model.projector, model.heads)
+    name = "classifier" if isinstance(model, Classifier) else "projector"
+    count = count_parameters(model.get_submodule(name), model.heads)
     return f"| width of mu and sigma | {head.mu.out_features} |\n| parameters of {name} and heads | {count:,} |\n"
 
 

@@ -63,14 +63,9 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                embed,
-                (torch.zeros(2, 3, size, size),),
-                input_names=["images"],
-                output_names=embed.output_names,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                dynamo=True,
-                verbose=False,
-            )
+                embed, (torch.zeros(2, 3, size, size),), input_names=["images"], output_names=embed.output_names,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, dynamo=True, verbose=False,
+            )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:100]
             raise UserError(

@@ -43,7 +43,10 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
         require_onnx()
     source = read_run(run)
     refuse_unsupported(run, source, format, sigma)
-    path = out or default_path(source, format, sigma)
+    name = re.sub(r"[^\w.-]+", "-", source.recipe.name).strip(".-") or "model"
+    # A folder for each format, as each has its own card.
+    folder = (source.run_dir or source.checkpoint.parent) / "export" / (f"{format}-sigma" if sigma else format)
+    path = out or folder / f"{name}{SUFFIX[format]}"
     if path.suffix != SUFFIX[format]:  # timm and load_encoder look at it
         raise UserError(f"--out {path}: the name of a {format} file ends in {SUFFIX[format]}.")
     card = path.with_name(CARD)
@@ -87,10 +90,3 @@ def refuse_unsupported(run: str | Path, source: Source, format: Format, sigma: b
         raise UserError(f"{run} is deterministic (embedding.stochastic=none) and has no sigma: leave out --sigma.")
     if sigma and format == "timm":
         raise UserError("A timm model cannot hold sigma: use --format safetensors or onnx, or leave out --sigma.")
-
-
-def default_path(source: Source, format: Format, sigma: bool) -> Path:
-    """RUN/export/FORMAT/NAME: a folder for each format, as each has its own card."""
-    name = re.sub(r"[^\w.-]+", "-", source.recipe.name).strip(".-") or "model"
-    folder = f"{format}-sigma" if sigma else format
-    return (source.run_dir or source.checkpoint.parent) / "export" / folder / f"{name}{SUFFIX[format]}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastssl.common.errors import UserError
+from fastssl.evaluation.results import read_json_object
 from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model
 from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, run_dir_of
@@ -79,15 +80,9 @@ def read_run(run: str | Path) -> Source:
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
     loader = saved.get("loader")
-    source = Source(
-        model,
-        checkpoint.recipe,
-        path,
-        checkpoint.sha256,
-        _count(saved["step"]),
-        _count(loader.get("epoch")) if isinstance(loader, dict) else None,
-        run_dir_of(path),
-    )
+    epochs_done = _count(loader.get("epoch")) if isinstance(loader, dict) else None
+    step, run_dir = _count(saved["step"]), run_dir_of(path)
+    source = Source(model, checkpoint.recipe, path, checkpoint.sha256, step, epochs_done, run_dir)
     if source.run_dir:
         read_run_dir(source, source.run_dir)
     return source
@@ -97,12 +92,12 @@ def read_run_dir(source: Source, run_dir: Path) -> None:
     """Add environment, results and last probe of the run directory to `source`, and the names of unusable files."""
     environment = run_dir / "environment.json"
     if environment.is_file():
-        source.environment = _read_object(environment) or {}
+        source.environment = read_json_object(environment) or {}
         if not source.environment:
             source.damaged.append(environment.name)
     sha256 = weights_sha256(source.model)
     for path in sorted((run_dir / "eval").glob("*.json")):
-        result = _read_object(path)
+        result = read_json_object(path)
         if result is None:
             source.damaged.append(f"eval/{path.name}")
         elif result.get("encoder_sha256", sha256) != sha256 and result.get("weights") != "untrained":
@@ -113,10 +108,10 @@ def read_run_dir(source: Source, run_dir: Path) -> None:
             data = val.get("path")
             source.results.append(
                 EvaluationSummary(
-                    str(result.get("evaluation", path.stem)),
-                    _numbers(result.get("metrics")),
-                    _count(val.get("images")),
-                    data if isinstance(data, str) else None,
+                    name=str(result.get("evaluation", path.stem)),
+                    metrics=_numbers(result.get("metrics")),
+                    images=_count(val.get("images")),
+                    data=data if isinstance(data, str) else None,
                 )
             )
             train = result.get("train")
@@ -136,15 +131,6 @@ def last_probe(path: Path, last_step: int | None) -> dict[str, float] | None:
         if is_probe and (last_step is None or metrics["step"] <= last_step):
             last = metrics
     return last
-
-
-def _read_object(path: Path) -> dict[str, object] | None:
-    """The JSON object in a file; None if the file is damaged or holds something else."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _count(value: object) -> int | None:

@@ -8,29 +8,12 @@ evaluate.py    `fastssl eval linear`: one protocol on the features of a run
 """
 
 from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
-from fastssl.evaluation.linear.evaluate import (
-    PROTOCOLS,
-    Protocol,
-    describe_fit,
-    evaluate_linear,
-    fit_and_test,
-    linear_settings,
-)
+from fastssl.evaluation.linear.evaluate import PROTOCOLS, Protocol, evaluate_linear, fit_and_test, linear_settings
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
 
 __all__ = [
-    "PROTOCOLS",
-    "SCHEDULES",
-    "LinearClassifier",
-    "LinearFit",
-    "Protocol",
-    "describe_fit",
-    "evaluate_linear",
-    "fit_and_test",
-    "fit_lbfgs",
-    "fit_reference",
-    "fit_sweep",
-    "linear_settings",
-]
+    "PROTOCOLS", "SCHEDULES", "LinearClassifier", "LinearFit", "Protocol", "evaluate_linear", "fit_and_test",
+    "fit_lbfgs", "fit_reference", "fit_sweep", "linear_settings",
+]  # fmt: skip

@@ -29,16 +29,15 @@ class LinearClassifier:
     @torch.inference_mode()
     def logits(self, features_MD: Array) -> Tensor:
         """(M, C) float32 on the CPU, computed in chunks on the device of the classifier."""
-        rows, device = np.arange(len(features_MD)), self.weight_CD.device
-        chunks = read_in_chunks(features_MD, rows, device, len(self.class_C))
-        return torch.cat([self._logits(chunk_BD.float()).cpu() for chunk_BD in chunks])
-
-    def _logits(self, x_BD: Tensor) -> Tensor:
-        if self.mean_D is not None and self.std_D is not None:
-            x_BD = (x_BD - self.mean_D) / self.std_D
-        if self.normalize:
-            x_BD = F.normalize(x_BD, dim=1)
-        return F.linear(x_BD, self.weight_CD, self.bias_C)
+        rows, logits = np.arange(len(features_MD)), []
+        for chunk_BD in read_in_chunks(features_MD, rows, self.weight_CD.device, len(self.class_C)):
+            x_BD = chunk_BD.float()
+            if self.mean_D is not None and self.std_D is not None:
+                x_BD = (x_BD - self.mean_D) / self.std_D
+            if self.normalize:
+                x_BD = F.normalize(x_BD, dim=1)
+            logits.append(F.linear(x_BD, self.weight_CD, self.bias_C).cpu())
+        return torch.cat(logits)
 
 
 @dataclass(frozen=True)

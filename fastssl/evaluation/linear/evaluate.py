@@ -1,5 +1,6 @@
 """`fastssl eval linear`: one of the three protocols on the features of a run."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -7,11 +8,10 @@ import numpy as np
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, mean_of_draws
 from fastssl.evaluation.linear import lbfgs, reference, sweep
-from fastssl.evaluation.linear.classifier import LinearFit
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
-from fastssl.evaluation.metrics import ClassificationResult, classification_metrics
+from fastssl.evaluation.metrics import classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
@@ -40,8 +40,7 @@ def evaluate_linear(
     schedule is that of the reference protocol, draws as in `linear_settings`, dtype that of the cached features.
     """
     settings = linear_settings(encoder, protocol, draws, dtype, schedule)
-    evaluation = f"linear-{protocol}"
-    name = evaluation
+    evaluation = name = f"linear-{protocol}"
     if protocol == "reference" and schedule != "imagenet":
         name += f"-{schedule}"
     if draws is not None:
@@ -52,17 +51,12 @@ def evaluate_linear(
 
     def compute() -> dict[str, Any]:
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
-        fit, result = fit_and_test(encoder, train, val, protocol, settings, seed)
-        return save_classification(encoder.run_dir, name, result, data.val.path) | describe_fit(fit)
+        return fit_and_test(encoder, name, train, val, data.val.path, protocol, settings, seed)
 
     request = {
-        "evaluation": evaluation,
-        "protocol": PROTOCOLS[protocol],
-        "settings": settings,
-        "seed": seed,
-        **encoder.describe(),
-        **data.describe(),
-    }
+        "evaluation": evaluation, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed,
+        **encoder.describe(), **data.describe(),
+    }  # fmt: skip
     return load_or_compute(encoder.run_dir, name, request, compute)
 
 
@@ -88,9 +82,13 @@ def linear_settings(
 
 
 def fit_and_test(
-    encoder: RunEncoder, train: Features, test: Features, protocol: Protocol, settings: dict[str, Any], seed: int
-) -> tuple[LinearFit, ClassificationResult]:
-    """Fit on `train` with the settings of `linear_settings`, and test on `test`."""
+    encoder: RunEncoder, name: str, train: Features, test: Features, test_file: Path, protocol: Protocol,
+    settings: dict[str, Any], seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit on `train` with the settings of `linear_settings`, and test on `test`, the features of images in test_file.
+
+    Returns the fields of an EvaluationResult, with those that say how the classifier was chosen.
+    """
     draws = settings["draws"]
 
     def representation(features: Features) -> np.ndarray:
@@ -114,9 +112,6 @@ def fit_and_test(
         with progress("Logistic regressions", len(settings["penalties"]) + 1, "fits") as advance:
             fit = fit_lbfgs(x_ND, label_N, seed=seed, device=device, advance=advance)
     logits_MC = fit.classifier.logits(representation(test))
-    return fit, classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)
-
-
-def describe_fit(fit: LinearFit) -> dict[str, Any]:
-    """The fields of an EvaluationResult that say how a classifier was chosen."""
-    return {"hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}
+    result = classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)
+    fields = save_classification(encoder.run_dir, name, result, test_file)
+    return {**fields, "hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}

@@ -6,14 +6,23 @@ penalty starts from the optimum of the stronger one before it. scikit-learn's Lo
 (C = 1 / (penalty * N)), but needs all features in memory in float64 and does not run on a GPU.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.evaluation.arrays import Array, Device, as_numpy, fits_on_device, mean_and_std, read_in_chunks, read_rows
+from fastssl.evaluation.arrays import (
+    Advance,
+    Array,
+    Device,
+    as_numpy,
+    fits_on_device,
+    mean_and_std,
+    read_in_chunks,
+    read_rows,
+)
 from fastssl.evaluation.linear.classifier import Candidate, LinearClassifier, LinearFit, best_candidate
 from fastssl.evaluation.metrics import CHUNK_ROWS
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
@@ -126,7 +135,7 @@ def fit_lbfgs(
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
     device: Device = "cpu",
-    advance: Callable[[int], object] = lambda fits: None,
+    advance: Advance = lambda fits: None,
 ) -> LinearFit:
     """Fit every penalty to features (N, D) and labels (N,) of nine tenths of the samples, and the best one to all.
 

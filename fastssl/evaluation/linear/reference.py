@@ -4,7 +4,6 @@ Features of length 1, one linear layer, AdamW with learning rate 1e-2 and weight
 after three of the epochs. Nothing is chosen: the weights of the last epoch are tested.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl.evaluation.arrays import Array, Device, ShuffledBatches, as_numpy
+from fastssl.evaluation.arrays import Advance, Array, Device, ShuffledBatches, as_numpy
 from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
 
 LR, WEIGHT_DECAY, GAMMA = 1e-2, 5e-4, 0.1
@@ -42,7 +41,7 @@ def fit_reference(
     normalize: bool = True,
     seed: int = 0,
     device: Device = "cpu",
-    advance: Callable[[int], object] = lambda epochs: None,
+    advance: Advance = lambda epochs: None,
 ) -> LinearFit:
     """Train on features (N, D) and labels (N,) by the reference protocol.
 

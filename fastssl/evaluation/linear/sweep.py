@@ -7,8 +7,9 @@ never on the test set.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.evaluation.arrays import Array, Device, ShuffledBatches, as_numpy, mean_and_std, read_rows
+from fastssl.evaluation.arrays import Advance, Array, Device, ShuffledBatches, as_numpy, mean_and_std, read_rows
 from fastssl.evaluation.linear.classifier import Candidate, LinearClassifier, LinearFit, best_candidate
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 
@@ -85,7 +86,7 @@ def fit_sweep(
     epochs: int = EPOCHS,
     seed: int = 0,
     device: Device = "cpu",
-    advance: Callable[[int], object] = lambda epochs: None,
+    advance: Advance = lambda epochs: None,
 ) -> LinearFit:
     """Train on features (N, D) and labels (N,): every rate and decay on nine tenths of the samples, the best on all.
 
@@ -96,13 +97,16 @@ def fit_sweep(
     fit_rows, held_rows = holdout_split(label_N, seed)
     batch_size = min(LARGEST_BATCH, max(32, len(label_N) // 40))  # at least 40 steps per epoch
     settings = [SgdSettings(lr, decay) for lr, decay in product(lrs, weight_decays)]
-
-    def train(rows: np.ndarray, settings: list[SgdSettings]) -> StackedClassifiers:
-        return train_stacked(
-            features, label_N, rows, settings, epochs=epochs, batch_size=batch_size, seed=seed, device=device,
-            advance=advance,
-        )  # fmt: skip
-
+    train = partial(
+        train_stacked,
+        features,
+        label_N,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        advance=advance,
+    )
     tested = train(fit_rows, settings).test(features, label_N, held_rows)
     candidates: list[Candidate] = [
         {**one._asdict(), "accuracy": accuracy, "nll": nll}
@@ -125,7 +129,7 @@ def train_stacked(
     batch_size: int,
     seed: int,
     device: Device = "cpu",
-    advance: Callable[[int], object] = lambda epochs: None,
+    advance: Advance = lambda epochs: None,
 ) -> StackedClassifiers:
     """Train a classifier for each of the settings by SGD, from zero weights, all on the same batches of the rows.
 
