@@ -36,9 +36,11 @@ def read_rows(features_ND: Array, rows: np.ndarray, device: Device) -> Tensor:
     return (part_RD if isinstance(part_RD, Tensor) else torch.from_numpy(part_RD)).to(device)
 
 
-def fits_on_device(features_ND: Array, rows: np.ndarray, device: torch.device) -> bool:
-    """Whether all of these rows may stay on the device, in their type."""
-    return len(rows) * features_ND[:1].nbytes <= GROUP_BYTES[device.type]
+def read_if_small(features_ND: Array, rows: np.ndarray, device: torch.device) -> tuple[Array, np.ndarray]:
+    """The rows copied to the device, and their new numbers, if all of them may stay there; else the arguments."""
+    if len(rows) * features_ND[:1].nbytes > GROUP_BYTES[device.type]:
+        return features_ND, rows
+    return read_rows(features_ND, rows, device), np.arange(len(rows))
 
 
 def read_in_chunks(features_ND: Array, rows: np.ndarray, device: Device, classes: int = 1) -> Iterator[Tensor]:

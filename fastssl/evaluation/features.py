@@ -28,7 +28,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
-from fastssl.evaluation.arrays import Advance, as_tensor
+from fastssl.evaluation.arrays import Advance, Device, as_tensor
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader, SampleSelection
 from fastssl.models.ssl_model import Embedding, evaluating
@@ -295,15 +295,15 @@ def _crc32(array: np.ndarray) -> int:
     return crc
 
 
-def mean_of_draws(
-    features: Features, draws: int, seed: int, *, normalize: bool, device: torch.device | str = "cpu"
-) -> np.ndarray:
-    """The mean over `draws` samples of h ~ N(mu, sigma^2), (N, D) float32.
+def mean_of_draws(features: Features, draws: int, seed: int, *, normalize: bool, device: Device = "cpu") -> np.ndarray:
+    """The mean over `draws` samples of h ~ N(mu, sigma^2), (N, D) float32; h itself without draws.
 
     The logits of a linear classifier, averaged over draws, are its logits of this mean. So averaging logits in training
     and in testing is training and testing on the mean, and the draws need not be stored. With `normalize`, each draw is
     divided by its length. The noise is a function of (seed, sample id, draw).
     """
+    if draws == 0:
+        return features.h
     if features.space != "h" or features.mu is None or features.sigma is None:
         raise ValueError("Only a stochastic h has draws to average over.")
     count, width = features.mu.shape

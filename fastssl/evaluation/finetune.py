@@ -170,21 +170,15 @@ def finetune_recipe(
     while batch_size > 2 and images < MIN_STEPS * batch_size:
         batch_size //= 2
     published_view = "center" if run.views.size > SMALL_IMAGES else "squash"
+    subset = train_data.subset and str(Path(train_data.subset).resolve())
+    stochastic = "h" if "h" in run.embedding.stochastic else "none"
     values = {
         "name": f"{run.name}_finetune",
         "seed": seed,
-        "data": {
-            "train": str(train_data.path.resolve()),
-            "subset": train_data.subset and str(Path(train_data.subset).resolve()),
-            "workers": run.data.workers,
-        },
+        "data": {"train": str(train_data.path.resolve()), "subset": subset, "workers": run.data.workers},
         "views": run.views.model_copy(update={**CROP_AND_FLIP, "eval": view or published_view}).model_dump(),
         "model": {"backbone": run.model.backbone, "stem": run.model.stem},
-        "embedding": {
-            "stochastic": "h" if "h" in run.embedding.stochastic else "none",
-            "samples": run.embedding.samples,
-            "beta": 0.0,
-        },
+        "embedding": {"stochastic": stochastic, "samples": run.embedding.samples, "beta": 0.0},
         "objective": {"name": "supervised", "classes": classes},
         "optim": OPTIM,
         "train": {"epochs": EPOCHS, "batch_size": batch_size, "device": encoder.device.type},

@@ -54,13 +54,11 @@ def evaluate_knn(
 
     def compute() -> dict[str, Any]:
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
-        bank, query = train.h, val.h
-        if draws:
-            seed, device = encoder.recipe.seed, encoder.device
-            bank, query = (mean_of_draws(x, draws, seed, normalize=True, device=device) for x in (train, val))
+        seed, device = encoder.recipe.seed, encoder.device
+        bank, query = (mean_of_draws(x, draws or 0, seed, normalize=True, device=device) for x in (train, val))
         with progress(f"Neighbors in {data.train.path}", len(bank), "images") as advance:
             guesses = knn_predictions(
-                bank, train.label, query, ks=ks, temperatures=temperatures, device=encoder.device, advance=advance
+                bank, train.label, query, ks=ks, temperatures=temperatures, device=device, advance=advance
             )
         correct = {f"accuracy_k{k}_t{t:g}": guess_M.numpy() == val.label for (k, t), guess_M in guesses.items()}
         return {

@@ -28,29 +28,23 @@ def balanced_subsets(labels: Array, labels_per_class: int, count: int, seed: int
     return subsets
 
 
-def stratified_holdout(labels: Array, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to fit on, held-out rows), both sorted: `share` of every class is held out.
-
-    At least one sample of a class is held out and at least one is not. The only sample of a class is not held out.
-    """
-    label_N = as_numpy(labels)
-    held_rows = _stratified_rows(label_N, share, seed, leave=1)
-    return np.setdiff1d(np.arange(len(label_N)), held_rows), held_rows
-
-
-def stratified_share(labels: Array, share: float, seed: int) -> np.ndarray:
-    """The sorted rows of `share` of every class, at least one sample of each."""
-    return _stratified_rows(as_numpy(labels), share, seed, leave=0)
-
-
-def _stratified_rows(label_N: np.ndarray, share: float, seed: int, leave: int) -> np.ndarray:
-    """Sorted rows of a share of every class: at least one, unless that would leave fewer than `leave`."""
-    rng = np.random.default_rng(seed)
+def stratified_share(labels: Array, share: float, seed: int, leave: int = 0) -> np.ndarray:
+    """The sorted rows of `share` of every class: at least one sample, unless fewer than `leave` would be left."""
+    label_N, rng = as_numpy(labels), np.random.default_rng(seed)
     picked = []
     for c in np.unique(label_N):
         rows = rng.permutation(np.flatnonzero(label_N == c))
         picked.append(rows[: min(max(1, round(share * len(rows))), len(rows) - leave)])
     return np.sort(np.concatenate(picked))
+
+
+def stratified_holdout(labels: Array, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to fit on, held-out rows), both sorted: `share` of every class is held out.
+
+    At least one sample of a class is held out and at least one is not. The only sample of a class is not held out.
+    """
+    held_rows = stratified_share(labels, share, seed, leave=1)
+    return np.setdiff1d(np.arange(len(labels)), held_rows), held_rows
 
 
 def holdout_split(label_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
 from fastssl.export.card import CARD, loading_code, model_card
 from fastssl.export.onnx_file import require_onnx, write_onnx
-from fastssl.export.source import Source, read_run
+from fastssl.export.source import read_run
 from fastssl.models.exported import write_exported
 
 Format = Literal["timm", "safetensors", "onnx"]
@@ -42,7 +42,15 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
     if format == "onnx":
         require_onnx()
     source = read_run(run)
-    refuse_unsupported(run, source, format, sigma)
+    if format == "timm" and source.recipe.model.stem == "small":
+        raise UserError(
+            f"{run} has model.stem=small, a ResNet that timm has no name for: use --format safetensors, which "
+            "fastssl.load_encoder reads."
+        )
+    if sigma and not source.spaces:
+        raise UserError(f"{run} is deterministic (embedding.stochastic=none) and has no sigma: leave out --sigma.")
+    if sigma and format == "timm":
+        raise UserError("A timm model cannot hold sigma: use --format safetensors or onnx, or leave out --sigma.")
     name = re.sub(r"[^\w.-]+", "-", source.recipe.name).strip(".-") or "model"
     # A folder for each format, as each has its own card.
     folder = (source.run_dir or source.checkpoint.parent) / "export" / (f"{format}-sigma" if sigma else format)
@@ -77,16 +85,3 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
         if card.exists() and not path.exists():
             card.unlink()
     return Exported(path, card, loading_code(source, str(path), format, sigma), difference)
-
-
-def refuse_unsupported(run: str | Path, source: Source, format: Format, sigma: bool) -> None:
-    """Raise UserError if the format cannot hold what is to be exported."""
-    if format == "timm" and source.recipe.model.stem == "small":
-        raise UserError(
-            f"{run} has model.stem=small, a ResNet that timm has no name for: use --format safetensors, which "
-            "fastssl.load_encoder reads."
-        )
-    if sigma and not source.spaces:
-        raise UserError(f"{run} is deterministic (embedding.stochastic=none) and has no sigma: leave out --sigma.")
-    if sigma and format == "timm":
-        raise UserError("A timm model cannot hold sigma: use --format safetensors or onnx, or leave out --sigma.")

@@ -1,9 +1,8 @@
 """`fastssl eval linear`: one of the three protocols on the features of a run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, mean_of_draws
@@ -41,12 +40,8 @@ def evaluate_linear(
     """
     settings = linear_settings(encoder, protocol, draws, dtype, schedule)
     evaluation = name = f"linear-{protocol}"
-    if protocol == "reference" and schedule != "imagenet":
-        name += f"-{schedule}"
-    if draws is not None:
-        name += f"-draws{draws}"
-    if seed != 0:
-        name += f"-seed{seed}"
+    name += f"-{schedule}" if protocol == "reference" and schedule != "imagenet" else ""
+    name += ("" if draws is None else f"-draws{draws}") + (f"-seed{seed}" if seed else "")
     name += encoder.suffix + data.suffix
 
     def compute() -> dict[str, Any]:
@@ -89,15 +84,11 @@ def fit_and_test(
 
     Returns the fields of an EvaluationResult, with those that say how the classifier was chosen.
     """
-    draws = settings["draws"]
-
-    def representation(features: Features) -> np.ndarray:
-        if not draws:
-            return features.h
-        unit_length = protocol == "reference"
-        return mean_of_draws(features, draws, encoder.recipe.seed, normalize=unit_length, device=encoder.device)
-
-    x_ND, label_N, device = representation(train), train.label, encoder.device
+    label_N, draws, device = train.label, settings["draws"], encoder.device
+    of_draws = partial(
+        mean_of_draws, draws=draws, seed=encoder.recipe.seed, normalize=protocol == "reference", device=device
+    )
+    x_ND = of_draws(train)
     if protocol == "reference":
         with progress("Linear classifier", settings["epochs"], "epochs") as advance:
             # Draws have length 1 already. Their mean is shorter, and stays so.
@@ -111,7 +102,7 @@ def fit_and_test(
     else:
         with progress("Logistic regressions", len(settings["penalties"]) + 1, "fits") as advance:
             fit = fit_lbfgs(x_ND, label_N, seed=seed, device=device, advance=advance)
-    logits_MC = fit.classifier.logits(representation(test))
+    logits_MC = fit.classifier.logits(of_draws(test))
     result = classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)
     fields = save_classification(encoder.run_dir, name, result, test_file)
     return {**fields, "hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}

@@ -13,16 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.evaluation.arrays import (
-    Advance,
-    Array,
-    Device,
-    as_numpy,
-    fits_on_device,
-    mean_and_std,
-    read_in_chunks,
-    read_rows,
-)
+from fastssl.evaluation.arrays import Advance, Array, Device, as_numpy, mean_and_std, read_if_small, read_in_chunks
 from fastssl.evaluation.linear.classifier import Candidate, LinearClassifier, LinearFit, best_candidate
 from fastssl.evaluation.metrics import CHUNK_ROWS
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
@@ -57,12 +48,8 @@ class LogisticLoss:
         self.device = torch.device(device)
         self.target_N = torch.from_numpy(target_N[rows]).to(device)
         # Read from the disk and copied to a GPU only once, if they fit: an optimum takes hundreds of evaluations.
-        if fits_on_device(features_ND, rows, self.device):
-            features_ND = read_rows(features_ND, rows, device)
-            rows = np.arange(len(rows))
-        self.features_ND = features_ND
-        self.rows = rows
-        self.mean_D, self.std_D = mean_and_std(features_ND, rows, device)
+        self.features_ND, self.rows = read_if_small(features_ND, rows, self.device)
+        self.mean_D, self.std_D = mean_and_std(self.features_ND, self.rows, device)
         self._only_chunk: Tensor | None = None  # of inputs, if all rows fit into one
         second_moment_EE = sum(x_RE.T @ x_RE for x_RE in self.inputs()) / len(rows)
         self.variance_E, self.axes_EE = torch.linalg.eigh(second_moment_EE)

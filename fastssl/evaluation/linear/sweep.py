@@ -97,23 +97,14 @@ def fit_sweep(
     fit_rows, held_rows = holdout_split(label_N, seed)
     batch_size = min(LARGEST_BATCH, max(32, len(label_N) // 40))  # at least 40 steps per epoch
     settings = [SgdSettings(lr, decay) for lr, decay in product(lrs, weight_decays)]
-    train = partial(
-        train_stacked,
-        features,
-        label_N,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        advance=advance,
-    )
-    tested = train(fit_rows, settings).test(features, label_N, held_rows)
+    train = partial(train_stacked, features, label_N, epochs=epochs, seed=seed, device=device, advance=advance)
+    tested = train(fit_rows, settings, batch_size=batch_size).test(features, label_N, held_rows)
     candidates: list[Candidate] = [
         {**one._asdict(), "accuracy": accuracy, "nll": nll}
         for one, (accuracy, nll) in zip(settings, tested, strict=True)
     ]
     best = settings[best_candidate(candidates)]
-    final = train(np.arange(len(label_N)), [best])
+    final = train(np.arange(len(label_N)), [best], batch_size=batch_size)
     hyperparameters = {"batch_size": batch_size, "held_out": len(held_rows)}
     return LinearFit(final.select(0), hyperparameters, best._asdict(), candidates)
 
