@@ -87,22 +87,21 @@ class ShuffledBatches:
         self._rng = np.random.default_rng(seed)
         batch_bytes = features_ND[:1].nbytes * batch_size
         self.group_rows = max(1, GROUP_BYTES[self.device.type] // batch_bytes) * batch_size
-        self._only_group: Tensor | None = None  # on the device, if all rows fit into one
+        only_one = len(rows) <= self.group_rows
+        self._only_group = read_rows(features_ND, np.sort(rows), self.device) if only_one else None
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield row numbers (B,) and float32 features (B, D) on the device, each row once."""
-        order, only_one = self.rows, len(self.rows) <= self.group_rows
-        if not only_one:
+        order = self.rows
+        if self._only_group is None:
             blocks = np.split(order, range(BLOCK_ROWS, len(order), BLOCK_ROWS))
             order = np.concatenate([blocks[b] for b in self._rng.permutation(len(blocks))])
         for first in range(0, len(order), self.group_rows):
             rows = np.sort(order[first : first + self.group_rows])
             group_RD = read_rows(self.features_ND, rows, self.device) if self._only_group is None else self._only_group
-            if only_one:
-                self._only_group = group_RD
             row_R, shuffled_R = (torch.from_numpy(x).to(self.device) for x in (rows, self._rng.permutation(len(rows))))
             for position_B in shuffled_R.split(self.batch_size):
                 yield row_R[position_B], group_RD[position_B].float()

@@ -14,21 +14,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from fastssl.beton import read_index_list
+from fastssl.beton import read_index_list, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
 from fastssl.evaluation.metrics import classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification, without_paths
-from fastssl.evaluation.runs import (
-    BetonSubset,
-    EvaluationData,
-    RunEncoder,
-    ids_sha256,
-    read_required_labels,
-    read_sample_ids,
-)
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, read_required_labels
 from fastssl.evaluation.splits import stratified_share
 from fastssl.loading import SampleSelection
 from fastssl.models import Classifier, load_model
@@ -88,15 +81,14 @@ def evaluate_semisup(
     else:
         rows = stratified_share(read_required_labels(train), percent / 100, seed)
         index_N, part = read_sample_ids(train)[rows], f"{percent:g} % of every class, drawn with seed {seed}"
+    listed = BetonSubset(train, str(write_sample_list(encoder.run_dir, name, index_N, part)))
     description = data.describe()
     description["train"] |= {
         "images": len(index_N), "subset": None, "subset_sha256": None, "limit": None, "part": part,
-        "list": str(list_file) if list_file else None, "list_sha256": ids_sha256(index_N),
+        "list": str(list_file) if list_file else None, "list_sha256": listed.subset_sha256(),
     }  # fmt: skip
-    sample_list = write_sample_list(encoder.run_dir, name, index_N, part)
-    listed = EvaluationData(BetonSubset(train, str(sample_list)), data.val)
-    request = {"evaluation": evaluation, **description}
-    return finetune(encoder, name, listed, seed=seed, view=view, overrides=overrides, request=request)
+    data, request = EvaluationData(listed, data.val), {"evaluation": evaluation, **description}
+    return finetune(encoder, name, data, seed=seed, view=view, overrides=overrides, request=request)
 
 
 def finetune(
@@ -219,6 +211,16 @@ def test_logits(model: Classifier, beton: Path, views: ViewsConfig) -> tuple[np.
             labels.append(valid_rows(batch.label, batch))
             advance(len(labels[-1]))
     return np.concatenate(logits), np.concatenate(labels)
+
+
+def read_sample_ids(path: Path) -> np.ndarray:
+    """(N,) sample ids in the order of the file."""
+    metadata = read_metadata(path)
+    if "index" not in (metadata.dtype.names or ()):
+        raise UserError(
+            f"{path} has no field 'index', so no part of it can be fine-tuned on: build it with fastssl build-beton."
+        )
+    return np.array(metadata["index"])
 
 
 def write_sample_list(run_dir: Path, name: str, index_N: np.ndarray, title: str) -> Path:

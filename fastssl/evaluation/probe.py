@@ -1,6 +1,5 @@
 """The online probe: kNN accuracy of the encoder during training, in eval mode. No label changes its weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,10 +11,9 @@ from fastssl.evaluation.runs import BetonSubset
 from fastssl.loading import SampleSelection
 from fastssl.models import Model
 from fastssl.recipe import Recipe
+from fastssl.training.loop import Probe
 
 MAX_IMAGES = 50_000  # of either side: all of CIFAR-10, and 4 % of ImageNet, where all would be a pass over 1.28 million
-
-Probe = Callable[[Model], dict[str, float]]
 
 
 def probe_from_recipe(recipe: Recipe) -> Probe | None:

@@ -30,7 +30,7 @@ class DataDescription(TypedDict):
     checksum: str  # of the file's content
     part: NotRequired[str]  # which images these are, in words
     list: NotRequired[str | None]  # semisup's --list
-    list_sha256: NotRequired[str]
+    list_sha256: NotRequired[str | None]
 
 
 class EncoderDescription(TypedDict):

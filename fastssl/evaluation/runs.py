@@ -41,11 +41,7 @@ class RunEncoder:
 
 
 def load_run_encoder(
-    run: str | Path,
-    *,
-    untrained: bool = False,
-    view: Literal["squash", "center"] | None = None,
-    device: str = "auto",
+    run: str | Path, *, untrained: bool = False, view: Literal["squash", "center"] | None = None, device: str = "auto"
 ) -> RunEncoder:
     """Load the model of a run directory, or of a checkpoint file in one, for evaluation.
 
@@ -108,7 +104,9 @@ class BetonSubset:
 
     def subset_sha256(self) -> str | None:
         """SHA-256 of the sorted ids of the listed images; None without a list."""
-        return None if self.subset is None else ids_sha256(read_index_list(self.path, self.subset))
+        if self.subset is None:
+            return None
+        return hashlib.sha256(np.sort(read_index_list(self.path, self.subset)).tobytes()).hexdigest()
 
     def describe(self) -> DataDescription:
         info = read_header(self.path)
@@ -122,11 +120,6 @@ class BetonSubset:
             "layout": info.layout,
             "checksum": data_checksum(info),
         }
-
-
-def ids_sha256(index_N: np.ndarray) -> str:
-    """SHA-256 of sample ids, whatever their order."""
-    return hashlib.sha256(np.sort(index_N).tobytes()).hexdigest()
 
 
 class EvaluationDataDescription(TypedDict):
@@ -200,16 +193,6 @@ def check_draws(encoder: RunEncoder, draws: int | None) -> None:
         raise UserError(f"{encoder.run_dir} has no stochastic h to draw from: leave out --draws.")
 
 
-def read_sample_ids(path: Path) -> np.ndarray:
-    """(N,) sample ids in the order of the file."""
-    metadata = read_metadata(path)
-    if "index" not in (metadata.dtype.names or ()):
-        raise UserError(
-            f"{path} has no field 'index', so no part of it can be fine-tuned on: build it with fastssl build-beton."
-        )
-    return np.array(metadata["index"])
-
-
 def read_required_labels(path: Path, subset: str | Path | None = None) -> np.ndarray:
     """(N,) labels in the order of the file, of all images or of those in the list `subset`.
 
@@ -218,7 +201,8 @@ def read_required_labels(path: Path, subset: str | Path | None = None) -> np.nda
     """
     label_N = read_labels(path)
     if subset is not None:
-        label_N = label_N[np.isin(read_sample_ids(path), read_index_list(path, subset))]
+        index_M = read_index_list(path, subset)  # refuses a file without ids
+        label_N = label_N[np.isin(read_metadata(path)["index"], index_M)]
     if (label_N < 0).any():
         raise UserError(f"{path} holds images without labels: name a labeled file, or a list of its labeled images.")
     return label_N

@@ -9,17 +9,10 @@ import numpy as np
 
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
-from fastssl.evaluation.finetune import finetune, write_sample_list
+from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
-from fastssl.evaluation.runs import (
-    BetonSubset,
-    EvaluationData,
-    RunEncoder,
-    check_labels,
-    read_required_labels,
-    read_sample_ids,
-)  # fmt: skip
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, check_labels, read_required_labels
 from fastssl.evaluation.splits import stratified_holdout
 
 Method = Literal["linear", "finetune"]
