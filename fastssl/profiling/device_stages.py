@@ -3,8 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -18,7 +17,7 @@ from fastssl.common.distributed import world_size
 from fastssl.loading import Batch
 from fastssl.models import ModelInput
 from fastssl.profiling.profile import Measurement, Stages
-from fastssl.profiling.timing import StageTimer, Window, difference_result, stage_result, synchronize
+from fastssl.profiling.timing import StageTimer, difference_result, synchronize
 from fastssl.training.loop import optimize, train_step
 from fastssl.training.optim import skips_on_device
 from fastssl.training.setup import Network, TrainingRun
@@ -54,35 +53,20 @@ class DeviceStages:
         self.own_step = StageTimer(step_without_exchange, run.device, step_seconds) if world_size() > 1 else self.step
         self.phases = PhaseTimer(run, batches[0], views)
         self.flops = count_flops(run, batches[0], views)
-        self.views_kernels = self.step_kernels = GpuKernels(None, None)
-        self.launches: list[Window] = []
 
     def timers(self) -> list[StageTimer]:
         own_step = [self.own_step] if self.own_step is not self.step else []
         return [self.views, self.step, *own_step, self.replay]
 
-    def measure_gpu(self) -> None:
-        """Measure the kernels' own time and the launching of kernels; nothing without a GPU."""
-        device = self.run.device
-        if device.type != "cuda":
-            return
-        self.views_kernels = gpu_kernels(self.views.work, device)
-        self.step_kernels = gpu_kernels(self.own_step.work, device)
-        # With other optimizers the launching thread waits for the GPU in each step.
-        if skips_on_device(self.run.state.optimizer):
-            self.launches = launch_windows(self.replay.work, device)
-
     def add_results(self, stages: Stages, peak_flops: float) -> None:
-        """Fill in these stages. peak_flops: what the device could reach, in FLOP/s."""
+        """Fill in these stages; on a GPU, first measure its kernels. peak_flops: what the device could reach."""
         stages.views = self.views.result()
-        stages.views.kernels = self.views_kernels.per_batch
-        stages.views.busy_seconds = self.views_kernels.busy_seconds
-
+        stages.views.busy_seconds, stages.views.kernels = gpu_kernels(self.views)
         step = self.step.result()
+        step.busy_seconds, _ = gpu_kernels(self.own_step)
         step.phases = self.phases.results()
         if self.run.compiled:
             step.phases_note = "Compiled: the forward pass is one graph, draws, objective and KL included."
-        step.busy_seconds = self.step_kernels.busy_seconds
         step.flops = self.flops
         step.flops_per_second = self.flops * self.step.images_per_second().median / world_size()
         step.mfu = step.flops_per_second / peak_flops
@@ -93,10 +77,10 @@ class DeviceStages:
             stages.communication = difference_result(self.step, self.own_step)
         else:
             stages.communication.missing = "One process: no gradients are exchanged."
-        if self.launches:
-            stages.launch = stage_result(self.launches)
-        elif self.run.device.type != "cuda":
+        if self.run.device.type != "cuda":
             stages.launch.missing = "No GPU: nothing is launched."
+        elif skips_on_device(self.run.state.optimizer):
+            stages.launch = launch_timer(self.replay.work, self.run.device).result()
         else:
             name = self.run.recipe.optim.name
             stages.launch.missing = f"optim.name={name} waits for the GPU in each step: launching cannot be timed."
@@ -153,41 +137,29 @@ class PhaseTimer:
     def _parts_of_forward(self) -> dict[str, float]:
         """Return the seconds of what the forward pass does in addition to encoder and projector."""
         recipe, model = self.run.recipe, self.run.state.model
-        with torch.autocast(**self.network.autocast), self._timed_modules(model) as module_seconds:
-            views, in_model = self._timed(lambda: model(self.inputs))
-        _, whole_loss = self._timed(lambda: self.network.total_loss(views, model.priors, self.inputs.step))
-        if recipe.embedding.stochastic == "none":
-            return {"objective": whole_loss}
-        _, objective = self._timed(lambda: self.network.total_loss.objective_terms(views))
-        draws = max(0.0, in_model - sum(module_seconds))
-        return {"draws": draws, "objective": objective, "kl": max(0.0, whole_loss - objective)}
-
-    @contextmanager
-    def _timed_modules(self, model: nn.Module) -> Iterator[list[float]]:
-        """Yield a list that collects the seconds of each pass through encoder, projector, predictor or classifier,
-        those of BYOL's target network included."""
+        # The passes through these modules, those of BYOL's target network included, are not draws.
         children = list(model.named_children())
         if isinstance(model.target, nn.Module):
             children += model.target.named_children()
         modules = [module for name, module in children if name in ("encoder", "projector", "predictor", "classifier")]
-        starts: list[float] = []
-        seconds: list[float] = []
+        passes: list[float] = []  # the times at which each began and ended
 
-        def before(*_: object) -> None:
+        def note_time(*_: object) -> None:
             synchronize(self.run.device)
-            starts.append(time.perf_counter())
+            passes.append(time.perf_counter())
 
-        def after(*_: object) -> None:
-            synchronize(self.run.device)
-            seconds.append(time.perf_counter() - starts.pop())
-
-        hooks = [module.register_forward_pre_hook(before) for module in modules]
-        hooks += [module.register_forward_hook(after) for module in modules]
-        try:
-            yield seconds
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = [module.register_forward_pre_hook(note_time) for module in modules]
+        hooks += [module.register_forward_hook(note_time) for module in modules]
+        with torch.autocast(**self.network.autocast):
+            views, in_model = self._timed(lambda: model(self.inputs))
+        for hook in hooks:
+            hook.remove()
+        _, whole_loss = self._timed(lambda: self.network.total_loss(views, model.priors, self.inputs.step))
+        if recipe.embedding.stochastic == "none":
+            return {"objective": whole_loss}
+        _, objective = self._timed(lambda: self.network.total_loss.objective_terms(views))
+        draws = max(0.0, in_model - sum(end - start for start, end in zip(passes[::2], passes[1::2])))
+        return {"draws": draws, "objective": objective, "kl": max(0.0, whole_loss - objective)}
 
     def _timed(self, work: Callable[[], Result]) -> tuple[Result, float]:
         synchronize(self.run.device)
@@ -218,18 +190,20 @@ def count_flops(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> fl
 
 
 class GpuKernels(NamedTuple):
-    """A GPU's kernels and copies, as torch's profiler shows them; None where it shows none."""
+    """A GPU's kernels and copies, as torch's profiler shows them; None where it shows none, and without a GPU."""
 
     busy_seconds: float | None  # per image, in which at least one runs
     per_batch: int | None
 
 
-def gpu_kernels(work: Callable[[], int], device: torch.device) -> GpuKernels:
+def gpu_kernels(timer: StageTimer) -> GpuKernels:
+    if timer.device.type != "cuda":
+        return GpuKernels(None, None)
     batches = 3
-    synchronize(device)
+    synchronize(timer.device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        images = sum(work() for _ in range(batches))
-        synchronize(device)
+        images = sum(timer.work() for _ in range(batches))
+        synchronize(timer.device)
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if not e.is_user_annotation)
     if not spans:
@@ -241,13 +215,11 @@ def gpu_kernels(work: Callable[[], int], device: torch.device) -> GpuKernels:
     return GpuKernels(busy / 1e6 / images, len(spans) // batches)
 
 
-def launch_windows(work: Callable[[], int], device: torch.device) -> list[Window]:
+def launch_timer(work: Callable[[], int], device: torch.device) -> StageTimer:
     """Time how long the main thread takes to launch the kernels of one batch on an idle GPU, five times."""
-    windows = []
-    for _ in range(5):
-        synchronize(device)
-        start, cpu_start = time.perf_counter(), time.process_time()  # of the process: autograd launches from a thread
-        images = work()
-        windows.append(Window(images, time.perf_counter() - start, time.process_time() - cpu_start, 0))
     synchronize(device)
-    return windows
+    # A timer of the CPU does not wait for the kernels.
+    timer = StageTimer(work, torch.device("cpu"), 0, skipped_batches=0, after=partial(synchronize, device), batches=1)
+    for _ in range(5):
+        timer.measure()
+    return timer

@@ -22,19 +22,15 @@ class Training:
     def __init__(self, run: TrainingRun, epoch: int):
         self.run, self.epoch = run, epoch
         self.meter = _WaitMeter(run.device)
-        self.start()
-
-    def start(self) -> None:
-        self.batches = endless(self.run.state.loader)
-        self.watched = self.meter.watch(self.batches)
+        self.batches = self.meter.watch(endless(run.state.loader))
 
     def __call__(self) -> int:
-        return take_step(self.run, list(islice(self.watched, self.run.recipe.train.accumulate)), self.epoch)
+        return take_step(self.run, list(islice(self.batches, self.run.recipe.train.accumulate)), self.epoch)
 
     def close(self) -> None:
-        """Stop decoding ahead, which would go on while another stage is measured."""
-        self.watched.close()
+        """Stop decoding ahead, which would go on while another stage is measured, until the next call."""
         self.batches.close()
+        self.batches = self.meter.watch(endless(self.run.state.loader))
 
 
 class _WaitMeter(Meter):
@@ -67,9 +63,8 @@ class EndToEndStage:
         self.training = Training(run, epoch)
         self.cores = cores
         self.timer = StageTimer(
-            self.training, run.device, seconds, min_batches=2, skipped_batches=AHEAD, before=self.training.start,
-            after=self.training.close,
-        )  # fmt: skip
+            self.training, run.device, seconds, min_batches=2, skipped_batches=AHEAD, after=self.training.close
+        )
         self.waits: list[list[float]] = []  # seconds per batch, by window
         self.gpu_samples: list[list[float]] = []
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import ExitStack, closing
+from itertools import cycle
 
 import numpy as np
 
@@ -64,15 +65,11 @@ class LoaderStages:
     def _loading(self, loader: BetonLoader) -> StageTimer:
         loader.set_epoch(EPOCH)
         work = self.stack.enter_context(closing(Loading(loader)))
-        return StageTimer(
-            work, loader.device, self.seconds, skipped_batches=AHEAD, min_batches=AHEAD, before=work.start,
-            after=work.close,
-        )  # fmt: skip
+        return StageTimer(work, loader.device, self.seconds, skipped_batches=AHEAD, min_batches=AHEAD, after=work.close)
 
     def _decoding(self, workers: int, crops: int, prepared: list[DecodeTask]) -> StageTimer:
-        work = self.stack.enter_context(
-            closing(Decoding(self.loader.make_decoder(workers=workers, crops=crops), prepared))
-        )
+        decoder = self.loader.make_decoder(workers=workers, crops=crops)
+        work = self.stack.enter_context(closing(Decoding(decoder, prepared)))
         return StageTimer(work, self.loader.device, self.seconds, after=work.finish_pending)
 
 
@@ -100,13 +97,11 @@ class Decoding:
     """Decodes prepared batches again and again, two in parallel as in the loader."""
 
     def __init__(self, decoder: ThreadDecoder, prepared: list[DecodeTask]):
-        self.decoder, self.prepared = decoder, prepared
-        self.turn = 0
+        self.decoder, self.tasks = decoder, cycle(prepared)
         self.pending: list[PendingBatch] = []
 
     def __call__(self) -> int:
-        task = self.prepared[self.turn % len(self.prepared)]
-        self.turn += 1
+        task = next(self.tasks)
         task.arrays.counter[0] = 0
         self.pending.append(self.decoder.begin(task))
         if len(self.pending) == PENDING_BATCHES:
@@ -140,18 +135,15 @@ class Loading:
     """Takes batches from a loader and does nothing with them."""
 
     def __init__(self, loader: BetonLoader):
-        self.loader = loader
-        self.start()
-
-    def start(self) -> None:
-        self.batches = endless(self.loader)
+        self.loader, self.batches = loader, endless(loader)
 
     def __call__(self) -> int:
         return len(next(self.batches).index)
 
     def close(self) -> None:
-        """Stop decoding ahead, which would go on while another stage is measured."""
+        """Stop decoding ahead, which would go on while another stage is measured, until the next call."""
         self.batches.close()
+        self.batches = endless(self.loader)
 
 
 def endless(loader: BetonLoader) -> Generator[Batch, None, None]:

@@ -37,7 +37,7 @@ def write_page(path: Path, profile: Profile) -> None:
     """Write the page. Raises UserError where the file cannot be written."""
     text = page(profile)
     with explain_write_errors(path):
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_atomically(path, text)
 
 
 def page(profile: Profile) -> str:

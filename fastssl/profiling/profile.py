@@ -8,13 +8,13 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, StrictBool, ValidationError, model_validator
+from pydantic import (
+    AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, Strict, StrictBool, ValidationError, model_validator,
+)  # fmt: skip
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
-
-SCHEMA_VERSION: Literal[2] = 2  # increase it when a profile changes so that older code would misread it
 
 
 def _printable_text(value: object) -> str:
@@ -31,21 +31,14 @@ def _printable_json(value: object) -> object:
     return printable(value) if isinstance(value, str) else value
 
 
-def _printable_section(value: object) -> object:
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return _printable_json(value)
-
-
 # No machine reaches these bounds, so no sum, ratio or logarithm of two values overflows.
 Number = Annotated[float, Strict(), Field(ge=0, le=1e18, allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(ge=1e-9, le=1e18, allow_inf_nan=False)]
 Whole = Annotated[int, Strict(), Field(ge=0, le=10**18)]
-Printable = Annotated[
-    str, PlainValidator(_printable_text)
-]  # not pydantic's str, which refuses file names that are not UTF-8
+# Not pydantic's str, which refuses file names that are not UTF-8.
+Printable = Annotated[str, PlainValidator(_printable_text)]
 Key = Annotated[str, Strict(), Field(pattern=r"^[a-z][a-z_ ]{0,23}$")]
-Section = Annotated[dict[str, object], PlainValidator(_printable_section)]
+Section = Annotated[dict[object, object], AfterValidator(_printable_json)]
 
 
 class ProfilePart(BaseModel):
@@ -218,7 +211,7 @@ class Bottleneck(ProfilePart):
 
 
 class Profile(ProfilePart):
-    schema_version: Literal[2]
+    schema_version: Literal[2]  # increase it when a profile changes so that older code would misread it
     measured_at: Printable
     seconds: Number  # that profiling took
     fastssl_version: Printable
@@ -240,7 +233,7 @@ def write_profile(path: Path, profile: Profile) -> None:
     """Write profile.json. Raises UserError where the file cannot be written."""
     text = profile.model_dump_json(indent=2, exclude_defaults=True) + "\n"
     with explain_write_errors(path):
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_atomically(path, text)
 
 
 def read_profile(path: Path) -> Profile:

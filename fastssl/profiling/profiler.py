@@ -27,7 +27,6 @@ from fastssl.profiling.loader_stages import LoaderStages, endless
 from fastssl.profiling.page import write_page
 from fastssl.profiling.peaks import copy_peak, peak_flops
 from fastssl.profiling.profile import (
-    SCHEMA_VERSION,
     STAGES,
     Bottleneck,
     NextBottleneck,
@@ -89,7 +88,7 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
         costs = profiler.costs(stages, data)
         prediction = predict(costs, stages)
         profile = Profile(
-            schema_version=SCHEMA_VERSION,
+            schema_version=2,
             measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
             seconds=time.perf_counter() - start,
             fastssl_version=version("fastssl-trainer"),
@@ -187,7 +186,6 @@ class Profiler:
         self.peak_memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if device.type == "cuda":
             self.peak_memory = torch.cuda.max_memory_allocated(device)
-        self.device_stages.measure_gpu()
 
     def results(self, peak: float) -> Stages:
         """Return every stage's result. peak: FLOP/s of the device."""

@@ -23,10 +23,6 @@ class Window(NamedTuple):
     page_faults: int  # without a disk read
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass
 class StageTimer:
     """Times work that runs alone. `work` does one batch and returns its number of images."""
@@ -36,14 +32,12 @@ class StageTimer:
     seconds: float  # length of a window
     min_batches: int = 1  # in a window
     skipped_batches: int = 1  # at the start of each window, not counted
-    before: Callable[[], None] = _nothing  # called before each window
-    after: Callable[[], None] = _nothing  # called after each window
+    after: Callable[[], None] = lambda: None  # called after each window
     batches: int = 0  # in a window, the same in all processes; set by warm_up
     windows: list[Window] = field(default_factory=list)
 
     def warm_up(self) -> None:
         """Compile, fill caches, and choose the number of batches in a window."""
-        self.before()
         self.work()
         self.after()
         took = self._time(self.min_batches).seconds / self.min_batches
@@ -53,33 +47,24 @@ class StageTimer:
         self.windows.append(self._time(self.batches))
 
     def _time(self, batches: int) -> Window:
-        self.before()
         for _ in range(self.skipped_batches):
             self.work()
         synchronize(self.device)
-        faults, start, cpu_start = page_faults(), time.perf_counter(), time.process_time()
+        faults, start, cpu_start = _page_faults(), time.perf_counter(), time.process_time()
         images = sum(self.work() for _ in range(batches))
         synchronize(self.device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        window = Window(images, seconds, cpu_seconds, page_faults() - faults)
+        window = Window(images, seconds, cpu_seconds, _page_faults() - faults)
         self.after()
         return window
 
     def images_per_second(self) -> Rate:
-        return images_per_second(self.windows)
+        """Return the rate of all processes together, which do the same at the same time."""
+        return Rate.of([world_size() * window.images / window.seconds for window in self.windows])
 
     def result(self) -> StageResult:
-        return stage_result(self.windows)
-
-
-def images_per_second(windows: list[Window]) -> Rate:
-    """Return the rate of all processes together, which do the same at the same time."""
-    return Rate.of([world_size() * window.images / window.seconds for window in windows])
-
-
-def stage_result(windows: list[Window]) -> StageResult:
-    cpu_seconds = Measurement.of([window.cpu_seconds / window.images for window in windows])
-    return StageResult(images_per_second=images_per_second(windows), cpu_seconds=cpu_seconds)
+        cpu_seconds = Measurement.of([window.cpu_seconds / window.images for window in self.windows])
+        return StageResult(images_per_second=self.images_per_second(), cpu_seconds=cpu_seconds)
 
 
 def difference_result(longer: StageTimer, shorter: StageTimer) -> StageResult:
@@ -89,10 +74,8 @@ def difference_result(longer: StageTimer, shorter: StageTimer) -> StageResult:
         whole = a.seconds / a.images
         seconds.append(max(NOISE * whole, whole - b.seconds / b.images))
         cpu_seconds.append(max(0.0, a.cpu_seconds / a.images - b.cpu_seconds / b.images))
-    return StageResult(
-        images_per_second=Rate.of([world_size() / second for second in seconds]),
-        cpu_seconds=Measurement.of(cpu_seconds),
-    )
+    rates = Rate.of([world_size() / second for second in seconds])
+    return StageResult(images_per_second=rates, cpu_seconds=Measurement.of(cpu_seconds))
 
 
 def synchronize(device: torch.device) -> None:
@@ -100,5 +83,5 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def page_faults() -> int:
+def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

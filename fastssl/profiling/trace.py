@@ -27,11 +27,15 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    training.start()
     training()  # so that the loader is not further ahead than in the middle of an epoch
     synchronize(device)
     with recorded() as spans, torch.profiler.profile(activities=activities) as profiler:
-        marks = [_mark(f"{CLOCK} {number}") for number in range(5)]
+        marks = []  # how long each took, when it began (time.perf_counter()), and its name
+        for number in range(5):
+            start = time.perf_counter()
+            with torch.profiler.record_function(f"{CLOCK} {number}"):
+                pass
+            marks.append((time.perf_counter() - start, start, f"{CLOCK} {number}"))
         for _ in range(STEPS):
             training()
         synchronize(device)
@@ -46,25 +50,15 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
     _, start, name = min(marks)
     offset = next(event["ts"] for event in events if event.get("name") == name) - start * 1e6
     events += _events(spans, offset)
-    data = gzip.compress(json.dumps(trace).encode(), compresslevel=6)
     with explain_write_errors(path):
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
-
-
-def _mark(name: str) -> tuple[float, float, str]:
-    """Put a mark into the trace. Returns how long it took, when it began (time.perf_counter()), and its name."""
-    start = time.perf_counter()
-    with torch.profiler.record_function(name):
-        pass
-    return time.perf_counter() - start, start, name
+        write_atomically(path, gzip.compress(json.dumps(trace).encode(), compresslevel=6))
 
 
 def _events(spans: list[Span], offset: float) -> list[dict[str, object]]:
-    """Return spans as trace events of one process, with a track for each thread.
-
-    offset: microseconds from time.perf_counter() to the trace's clock.
-    """
-    threads = {name: track for track, name in enumerate(sorted({s.thread for s in spans}, key=_thread_order), 1)}
+    """Return spans as trace events of one process. offset: microseconds from time.perf_counter() to the trace's clock."""
+    # The main thread comes first, then the reader, then the decoding threads.
+    names = sorted({s.thread for s in spans}, key=lambda name: (name != "MainThread", "reader" not in name, name))
+    threads = {name: track for track, name in enumerate(names, 1)}
     events: list[dict[str, object]] = [
         {"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_name", "args": {"name": "fastssl"}},
         {"ph": "M", "pid": PROCESS, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}},
@@ -77,10 +71,3 @@ def _events(spans: list[Span], offset: float) -> list[dict[str, object]]:
             "ts": s.start * 1e6 + offset, "dur": (s.end - s.start) * 1e6,
         })  # fmt: skip
     return events
-
-
-def _thread_order(name: str) -> tuple[int, str]:
-    """Sort the main thread first, then the reader, then the decoding threads."""
-    if name == "MainThread":
-        return 0, name
-    return (1, name) if "reader" in name else (2, name)
