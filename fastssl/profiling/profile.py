@@ -8,22 +8,15 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, Strict, StrictBool, ValidationError, model_validator,
-)  # fmt: skip
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StrictBool, ValidationError, model_validator
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
 
 
-def _printable_text(value: object) -> str:
-    if not isinstance(value, str) or len(value) > 5000:
-        raise ValueError("not a string of at most 5000 characters")
-    return printable(value)
-
-
 def _printable_json(value: object) -> object:
+    """Make all text printable: pydantic's str refuses the names of files that are not UTF-8."""
     if isinstance(value, dict):
         return {printable(str(key)): _printable_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -35,10 +28,9 @@ def _printable_json(value: object) -> object:
 Number = Annotated[float, Strict(), Field(ge=0, le=1e18, allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(ge=1e-9, le=1e18, allow_inf_nan=False)]
 Whole = Annotated[int, Strict(), Field(ge=0, le=10**18)]
-# Not pydantic's str, which refuses file names that are not UTF-8.
-Printable = Annotated[str, PlainValidator(_printable_text)]
+Printable = Annotated[str, Strict(), Field(max_length=5000), BeforeValidator(_printable_json)]
 Key = Annotated[str, Strict(), Field(pattern=r"^[a-z][a-z_ ]{0,23}$")]
-Section = Annotated[dict[object, object], AfterValidator(_printable_json)]
+Section = Annotated[dict[str, object], BeforeValidator(_printable_json)]
 
 
 class ProfilePart(BaseModel):

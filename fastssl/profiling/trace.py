@@ -55,7 +55,7 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
 
 
 def _events(spans: list[Span], offset: float) -> list[dict[str, object]]:
-    """Return spans as trace events of one process. offset: microseconds from time.perf_counter() to the trace's clock."""
+    """Return spans as trace events. offset: microseconds from time.perf_counter() to the trace's clock."""
     # The main thread comes first, then the reader, then the decoding threads.
     names = sorted({s.thread for s in spans}, key=lambda name: (name != "MainThread", "reader" not in name, name))
     threads = {name: track for track, name in enumerate(names, 1)}
