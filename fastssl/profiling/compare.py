@@ -1,8 +1,4 @@
-"""Compare two profiles: what differs between the runs, which rates changed, and whether a change exceeds the noise.
-
-A change exceeds the noise if the windows of the two profiles do not overlap and their medians differ by more than 2 %.
-With three windows each, equal rates satisfy the first condition in 2 of 20 orders, so in one case of ten.
-"""
+"""Compare two profiles: what differs between the runs, which rates changed, and whether a change exceeds the noise."""
 
 import json
 from dataclasses import dataclass
@@ -82,11 +78,9 @@ def differences(a: Profile, b: Profile) -> list[tuple[str, str, str]]:
 
 def _conditions(profile: Profile) -> dict[str, str]:
     """Return what the measurements depend on, by dotted key."""
-    flat = {"fastssl": profile.fastssl_version}
+    sections, flat = profile.model_dump(), {"fastssl": profile.fastssl_version}
     for name in SECTIONS:
-        section = getattr(profile, name)
-        flat |= _flatten(section if isinstance(section, dict) else section.model_dump(), name)
-    flat = {key: value for key, value in flat.items() if key not in LEFT_OUT}
+        flat |= {key: value for key, value in _flatten(sections[name], name).items() if key not in LEFT_OUT}
     if (cached := profile.data.in_page_cache) is not None:
         flat["data.in_page_cache"] = f"about {10 * round(10 * cached)} %"
     return flat
@@ -101,9 +95,8 @@ def _flatten(value: object, key: str) -> dict[str, str]:
 def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
     """Return what differs, then the rates of both with what changed, for a terminal."""
     stage_a, stage_b = a.bottleneck.stage, b.bottleneck.stage
-    bottleneck = f"The bottleneck changed: {stage_a} in A, {stage_b} in B."
-    if stage_a == stage_b:
-        bottleneck = f"The bottleneck is the same: {stage_a}."
+    changed = f"The bottleneck changed: {stage_a} in A, {stage_b} in B."
+    bottleneck = f"The bottleneck is the same: {stage_a}." if stage_a == stage_b else changed
     rule = (
         "Beyond noise: the windows of A and B do not overlap, and their medians differ by more than "
         f"{percent(MIN_DIFFERENCE)}. With three windows each, equal rates do not overlap in one case of ten."
@@ -115,41 +108,31 @@ def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
     table.add_column("beyond noise", overflow="fold")
     for change in compare(a, b):
         ratio = "" if change.ratio is None else f"{significant(change.ratio)}x"
-        cells = [
-            change.name,
-            _cell(change.a, change.unit),
-            _cell(change.b, change.unit),
-            ratio,
-            change.unit,
-            change.word,
-        ]
-        style = {"better": "green", "worse": "red"}.get(change.word, "")
-        table.add_row(*map(Text, cells), style=style)
+        a_cell, b_cell = _cell(change.a, change.unit), _cell(change.b, change.unit)
+        style = {"better": "green", "worse": "red"}.get(change.word)
+        table.add_row(Text(change.name), a_cell, b_cell, ratio, change.unit, change.word, style=style)
     reasons = []
-    for (name, in_a), in_b in zip(a.stages.by_name().items(), b.stages.by_name().values()):
+    for name, in_a in a.stages.by_name().items():
+        in_b = b.stages.by_name()[name]
         if bool(in_a.rate) != bool(in_b.rate):
-            side, stage = ("B", in_b) if in_a.rate else ("A", in_a)
-            reasons.append(Text(f"{name} is not in {side}: {stage.reason}", style="dim"))
+            missing = f"B: {in_b.reason}" if in_a.rate else f"A: {in_a.reason}"
+            reasons.append(Text(f"{name} is not in {missing}", style="dim"))
     return Group(
         Text(f"A  {a_name}, {a.measured_at}\nB  {b_name}, {b.measured_at}\n"),
-        _differences_table(differences(a, b)),
-        Text(bottleneck, style="bold"),
-        table,
-        *reasons,
-    )
+        *_differences_table(differences(a, b)), Text(bottleneck, style="bold"), table, *reasons,
+    )  # fmt: skip
 
 
-def _differences_table(rows: list[tuple[str, str, str]]) -> Group:
+def _differences_table(rows: list[tuple[str, str, str]]) -> list[Table | Text]:
     if not rows:
-        return Group(Text("The two do not differ in machine, versions, data or recipe.\n"))
-    table = Table("differs, and may be the cause", box=box.SIMPLE, pad_edge=False)
-    table.columns[0].overflow = "fold"
-    for head in ("A", "B"):
+        return [Text("The two do not differ in machine, versions, data or recipe.\n")]
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for head in ("differs, and may be the cause", "A", "B"):
         table.add_column(head, overflow="fold")
     for row in rows[:MAX_DIFFERENCES]:
         table.add_row(*map(Text, row))
     more = len(rows) - MAX_DIFFERENCES
-    return Group(table, *([Text(f"and {more} more\n")] if more > 0 else []))
+    return [table, Text(f"and {more} more\n")] if more > 0 else [table]
 
 
 def _cell(measured: Measurement | None, unit: Unit) -> str:

@@ -20,48 +20,42 @@ class Threshold(NamedTuple):
 
 def parse_thresholds(texts: list[str]) -> list[Threshold]:
     """Parse KEY=VALUE. Raises UserError for an unknown key or a value that is not a number in its range."""
-    return [_parse(text) for text in texts]
-
-
-def _parse(text: str) -> Threshold:
-    key, _, number = text.partition("=")
-    key = key.strip()
-    if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
-        raise UserError(f"--fail-under {text}: unknown key {key!r}: {hint}")
-    example = f"{key}={0.9 if key in SHARES else 1000}"
-    # float() would also accept nan, which no value is below, and 1_000.
-    minimum = float(number) if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", number) else math.nan
-    if not math.isfinite(minimum):
-        raise UserError(f"--fail-under {text}: write KEY=VALUE with a number, such as {example}.")
-    if key in SHARES and minimum > 1:
-        raise UserError(f"--fail-under {text}: {key} is a share from 0 to 1, as in {example}.")
-    return Threshold(key, minimum)
+    thresholds = []
+    for text in texts:
+        key, _, number = text.partition("=")
+        key = key.strip()
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
+            raise UserError(f"--fail-under {text}: unknown key {key!r}: {hint}")
+        example = f"{key}={0.9 if key in SHARES else 1000}"
+        # float() would also accept nan, which no value is below, and 1_000.
+        minimum = float(number) if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", number) else math.nan
+        if not math.isfinite(minimum):
+            raise UserError(f"--fail-under {text}: write KEY=VALUE with a number, such as {example}.")
+        if key in SHARES and minimum > 1:
+            raise UserError(f"--fail-under {text}: {key} is a share from 0 to 1, as in {example}.")
+        thresholds.append(Threshold(key, minimum))
+    return thresholds
 
 
 def failed_thresholds(profile: Profile, thresholds: list[Threshold]) -> list[str]:
     """Return one sentence for each threshold that the profile is below. Raises UserError if it lacks the value."""
+    step, training = profile.stages.step, profile.stages.end_to_end
+    no_counters = "there was no GPU" if profile.machine.kind == "cpu" else "the GPU's counters could not be read"
+    # By key, the value and why it may be missing.
+    values: dict[str, tuple[float | None, str]] = {
+        RATE: (training.rate, training.reason),
+        "accelerator_utilization": (profile.bottleneck.accelerator_utilization, ""),
+        "mfu": (step.mfu, step.reason),
+        "gpu_utilization": (training.gpu.utilization if training.gpu else None, no_counters),
+    }
+    values |= {f"{name}.{RATE}": (stage.rate, stage.reason) for name, stage in profile.stages.by_name().items()}
     failures = []
     for key, minimum in thresholds:
-        value = _value(profile, key)
+        value, reason = values[key]
+        if value is None:
+            raise UserError(f"--fail-under {key}: it is not in this profile: {reason.rstrip('.')}.")
         if value < minimum:
             failures.append(f"{key} is {value:.6g}, below {minimum:.6g}.")
     return failures
-
-
-def _value(profile: Profile, key: str) -> float:
-    if key == "accelerator_utilization":
-        return profile.bottleneck.accelerator_utilization
-    if key == "mfu":
-        value, reason = profile.stages.step.mfu, profile.stages.step.reason
-    elif key == "gpu_utilization":
-        gpu = profile.stages.end_to_end.gpu
-        value = gpu.utilization if gpu else None
-        reason = "there was no GPU" if profile.machine.kind == "cpu" else "the GPU's counters could not be read"
-    else:
-        stage = profile.stages.by_name()[key.removesuffix(RATE).removesuffix(".") or "end_to_end"]
-        value, reason = stage.rate, stage.reason
-    if value is None:
-        raise UserError(f"--fail-under {key}: it is not in this profile: {reason.rstrip('.')}.")
-    return value
