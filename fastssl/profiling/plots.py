@@ -1,7 +1,6 @@
 """A profile as one figure: the device's time, the scaling of decoding, the stages and the resources."""
 
-from collections.abc import Callable
-from textwrap import wrap
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from fastssl.profiling.bottleneck import RESOURCES
@@ -53,8 +52,6 @@ def _draw_device_time(axes: "Axes", profile: Profile) -> None:
     for name, width in parts.items():
         label = f"{name}: {significant(width)} ms, {percent(width / total)}"
         axes.barh(0, width, left=left, color=PART_COLORS.get(name, LIGHT), edgecolor="white", label=label)
-        if width > 0.08 * total:
-            axes.text(left + width / 2, 0.43, significant(width), ha="center", va="bottom", fontsize=9)
         left += width
     training = 1000 / profile.prediction.measured_images_per_second
     label = f"training, end to end: {significant(training)} ms"
@@ -78,8 +75,6 @@ def _draw_scaling(axes: "Axes", profile: Profile) -> None:
     if 1 in workers:
         axes.plot(counts, [rates[0] * count for count in counts], color=GRAY, ls="--", label="linear scaling")
     axes.errorbar(counts, rates, yerr=errors, color=BLUE, marker="o", lw=2, capsize=5, label="measured")
-    for count, rate in workers.items():
-        axes.annotate(significant(rate.median), (count, rate.median), xytext=(8, -12), textcoords="offset points")
     knee = profile.stages.decode.knee
     if knee in workers:
         label = f"knee: {knee} thread{'s' if knee > 1 else ''}"
@@ -91,7 +86,6 @@ def _draw_scaling(axes: "Axes", profile: Profile) -> None:
         axes.plot([counts[0], counts[-1]], [float("nan") if is_far else needed] * 2, color=GREEN, ls=":", label=label)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda rate, _: significant(rate))
-    axes.margins(x=0.15)
     axes.set_xticks(counts)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
@@ -109,9 +103,8 @@ def _draw_stages(axes: "Axes", profile: Profile) -> None:
     axes.set_xscale("log")
     # A logarithmic axis has no zero, so the bars begin below the lowest rate. Room to the right is for the numbers.
     axes.set_xlim(lowest / 4, highest * (4 * highest / lowest) ** 0.25)
-    colors = [ORANGE if name == profile.bottleneck.stage else LIGHT if name in COMBINED else SKY for name in rates]
-    labels = [f"{name} (combined)" if name in COMBINED else name for name in rates]
-    _draw_bars(axes, labels, list(rates.values()), colors, lambda rate: False)
+    labels = {name: f"{name} (combined)" if name in COMBINED else name for name in rates}
+    _draw_bars(axes, {labels[name]: rate for name, rate in rates.items()}, labels.get(profile.bottleneck.stage))
     axes.axvline(measured, color="black", label=f"training, measured: {significant(measured)}")
     axes.axvline(predicted, color=GREEN, ls="--", label=f"training, predicted: {significant(predicted)}")
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
@@ -123,47 +116,28 @@ def _draw_resources(axes: "Axes", profile: Profile) -> None:
     axes.set_xlabel("ms, predicted from the stages: the longest sets the pace")
     busy = {name: 1000 * seconds for name, seconds in profile.prediction.resource_seconds.items() if seconds}
     training = 1000 / profile.prediction.measured_images_per_second
-    longest = max(busy.values())
-    axes.set_xlim(0, 1.2 * max(longest, training))
-    colors = [ORANGE if milliseconds == longest else SKY for milliseconds in busy.values()]
-    labels = [_resource_label(name, "threads" in busy) for name in busy]
-    # The number of a long bar goes inside it, where the line of training does not cross it.
-    _draw_bars(axes, labels, list(busy.values()), colors, lambda value: value > 0.7 * max(longest, training))
+    axes.set_xlim(0, 1.2 * max(*busy.values(), training))
+    users = RESOURCES | {"cores": ("all CPU time",)}
+    if "threads" not in busy:  # then the reader decodes
+        users["reader"] = RESOURCES["threads"] + RESOURCES["reader"]
+    labels = {name: f"{name}\n{', '.join(users.get(name, ()))}" for name in busy}
+    longest = max(busy, key=lambda name: busy[name])
+    _draw_bars(axes, {labels[name]: milliseconds for name, milliseconds in busy.items()}, labels[longest])
     axes.axvline(training, color="black", label=f"training, measured: {significant(training)} ms")
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
 
-def _draw_bars(
-    axes: "Axes", labels: list[str], values: list[float], colors: list[str], is_inside: Callable[[float], bool]
-) -> None:
-    """Draw horizontal bars from top to bottom, each with its number next to its end or inside it."""
-    axes.barh(range(len(values)), values, color=colors)
-    axes.set_yticks(range(len(values)), labels)
+def _draw_bars(axes: "Axes", values: dict[str, float], highlighted: str | None) -> None:
+    """Draw horizontal bars from top to bottom, each with its label and its number, one of them in orange."""
+    colors = [ORANGE if label == highlighted else LIGHT if "(combined)" in label else SKY for label in values]
+    bars = axes.barh(list(values), list(values.values()), color=colors)
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+    axes.bar_label(bars, [significant(value) for value in values.values()], padding=5, fontsize=9, bbox=background)
     axes.invert_yaxis()
-    for position, value in enumerate(values):
-        inside = is_inside(value)
-        axes.annotate(
-            significant(value), (value, position), xytext=(-12 if inside else 5, 0), textcoords="offset points",
-            va="center", ha="right" if inside else "left", color="white" if inside else "black", fontsize=9,
-            bbox=None if inside else {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
-        )  # fmt: skip
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
 
 
-def _resource_label(resource: str, threads_decode: bool) -> str:
-    """Return a resource with the stages that use it. Without decoding threads, the reader decodes."""
-    if resource == "cores":
-        return "cores\nall CPU time"
-    stages = RESOURCES.get(resource, ())
-    if resource == "reader" and not threads_decode:
-        stages = RESOURCES["threads"] + stages
-    return f"{resource}\n{', '.join(stages)}"
-
-
 def _wrapped(text: str, width: int, lines: int) -> str:
     """Wrap a text to at most this many lines, in Latin-1, whose characters matplotlib's font has."""
-    wrapped = wrap(text.encode("latin-1", "replace").decode("latin-1"), width)
-    if len(wrapped) > lines:
-        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: width - 4] + " ..."]
-    return "\n".join(wrapped)
+    return fill(text.encode("latin-1", "replace").decode("latin-1"), width, max_lines=lines, placeholder=" ...")
