@@ -18,7 +18,6 @@ from typing import NamedTuple
 from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.spans import Total
-from fastssl.recipe import Recipe
 from fastssl.training.meters import DataWaitWarning, MeterReading
 from fastssl.training.setup import TrainingRun
 
@@ -42,6 +41,7 @@ IN_SENTENCES = {
 HEADS = {"cpu_augment": "CPU-augment-bound", "step": "Compute-bound"}  # default: the stage's own name
 LOADER_STAGES = ("storage", "decode", "cpu_augment", "transfer")
 PHASES = {"kl": "the KL term", "forward": "the forward pass", "backward": "the backward pass", "draws": "the draws"}
+CANVAS = "a canvas file instead of the full one (build-beton --canvas)"
 BALANCED = 1.1  # a bottleneck is named if training without it would be at least this many times as fast
 ALL_BUSY = 0.95  # the cores are the shortage if they are busy for this share of the slowest resource's time
 WORTH_SAYING = 0.05  # share of the cores' time
@@ -73,9 +73,8 @@ class CostModel:
 
     def resource_seconds(self) -> dict[str, float]:
         """Return how long each resource is busy with one image."""
-        seconds = {
-            name: sum(self.stages[x].seconds for x in users) for name, users in self.stages_by_resource().items()
-        }
+        users = self.stages_by_resource().items()
+        seconds = {name: sum(self.stages[stage].seconds for stage in stages) for name, stages in users}
         return seconds | {"cores": self.cpu_seconds() / self.cores}
 
     def cpu_seconds(self) -> float:
@@ -121,6 +120,9 @@ class Setup:
     precision: str = "fp32"
     fits_into_memory: bool = True
     phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds per image
+
+    def longest_phase(self) -> str | None:
+        return max(self.phases, key=lambda name: self.phases[name], default=None)
 
 
 def describe_bottleneck(costs: CostModel, setup: Setup) -> str:
@@ -187,23 +189,23 @@ def suggest_fixes(stage: str, costs: CostModel, setup: Setup) -> str:
 
 
 def _fixes_of_step(costs: CostModel, setup: Setup) -> str:
-    largest = max(setup.phases, key=lambda name: setup.phases[name]) if setup.phases else None
+    longest = setup.longest_phase()
     if not setup.on_gpu:
         fix = "a GPU"
         if "decode" in costs.stages and setup.layout == "full" and costs.speedup("decode", 2) > 1.05:
-            fix = f"a canvas file instead of the full one (build-beton --canvas) or {fix}"
+            fix = f"{CANVAS} or {fix}"
     elif setup.precision in ("fp32", "tf32"):
         fix = "train.precision=bf16"
     elif not setup.compiled:
         fix = "train.compile=true"
-    elif largest in ("draws", "objective", "kl"):
+    elif longest in ("draws", "objective", "kl"):
         fix = "fewer embedding.samples or a narrower model.projector"
     else:
         fix = "a smaller views.size or backbone, or more GPUs,"
-    if largest is None:
+    if longest is None:
         return f"{fix} would help"
-    share = setup.phases[largest] / sum(setup.phases.values())
-    return f"{share:.0%} of the step is {_phase(largest)}; {fix} would help"
+    share = setup.phases[longest] / sum(setup.phases.values())
+    return f"{share:.0%} of the step is {PHASES.get(longest, f'the {longest}')}; {fix} would help"
 
 
 def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
@@ -222,22 +224,23 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
         options.append(f"{more} more core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
         options.append("a larger train.batch_size, which threads would decode,")
-    if setup.layout == "full":
-        options.append("a canvas file instead of the full one (build-beton --canvas)")
-    else:
-        options.append("a smaller --canvas")
-    return options
+    return [*options, CANVAS if setup.layout == "full" else "a smaller --canvas"]
 
 
 def _in_sentence(stage: str, setup: Setup) -> str:
     """Return the name of a stage within a sentence; for the step also its longest phase."""
-    if stage == "step" and setup.phases:
-        return f"the step (mostly {_phase(max(setup.phases, key=lambda name: setup.phases[name]))})"
+    if stage == "step" and (phase := setup.longest_phase()):
+        return f"the step (mostly {PHASES.get(phase, f'the {phase}')})"
     return IN_SENTENCES[stage]
 
 
-def _phase(name: str) -> str:
-    return PHASES.get(name, f"the {name}")
+def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
+    """Return the setup of a training run on this machine."""
+    loader, train = run.state.loader, run.recipe.train
+    cuda_graphs = train.cuda_graphs if world_size() == 1 and train.accumulate == 1 else None
+    fits_into_memory = loader.path.stat().st_size <= free_memory()
+    on_gpu = run.device.type == "cuda"
+    return Setup(loader.workers, layout, on_gpu, run.compiled, cuda_graphs, run.precision, fits_into_memory, phases)
 
 
 def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
@@ -261,19 +264,6 @@ def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
     blocked = decode.seconds - decode.cpu_seconds / loader.workers
     if run.device.type == "cuda" and blocked > decode.seconds / 2:
         stages |= {"decode": Cost(decode.seconds - blocked, decode.cpu_seconds), "storage": Cost(blocked)}
-    setup = Setup(
-        workers=loader.workers,
-        layout="full" if loader.crop == "cpu" else "canvas",
-        on_gpu=run.device.type == "cuda",
-        compiled=run.compiled,
-        cuda_graphs=cuda_graphs_of(run.recipe),
-        fits_into_memory=loader.path.stat().st_size <= free_memory(),
-    )
+    setup = setup_of(run, "full" if loader.crop == "cpu" else "canvas", phases={})
     costs = CostModel(stages, available_cores(), loader.decodes_in_reader, world_size())
     return describe_bottleneck(costs, setup) + " `fastssl profile` measures it."
-
-
-def cuda_graphs_of(recipe: Recipe) -> bool | None:
-    """Return train.cuda_graphs, or None where CUDA graphs are not possible."""
-    is_possible = world_size() == 1 and recipe.train.accumulate == 1
-    return recipe.train.cuda_graphs if is_possible else None

@@ -17,7 +17,7 @@ from fastssl.common.errors import UserError
 from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
-from fastssl.profiling.profile import Profile, ProfiledData, StageResult
+from fastssl.profiling.profile import Profile, StageResult
 from fastssl.profiling.tables import percent, si, significant
 from fastssl.recipe import Recipe
 
@@ -100,9 +100,7 @@ def parse_machine(text: str) -> PlannedMachine:
     if not 1 <= gpus <= cores:
         raise UserError(f"--plan has {gpus} GPUs and {cores} cores: each GPU needs a core, as in {EXAMPLE}.")
     storage = STORAGE_NAMES[found["storage"][1]] if "storage" in found else "nvme"
-    memory = None
-    if "memory" in found:
-        memory = float(found["memory"][1]) * {"g": 1e9, "t": 1e12}[found["memory"][2]]
+    memory = float(found["memory"][1]) * {"g": 1e9, "t": 1e12}[found["memory"][2]] if "memory" in found else None
     return PlannedMachine(gpus, device, cores, storage, memory)
 
 
@@ -132,34 +130,30 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     assumptions: list[str] = []
     stages = _device_costs(profile, recipe, machine, assumptions)
     costs = CostModel(stages, machine.cores // machine.gpus, processes=machine.gpus)
-    first_epoch = costs
-    if _is_resident(profile.data, recipe, machine.device):
+    first_epoch, resident = costs, recipe.data.resident
+    if resident == "auto":
+        decoded_bytes = profile.data.images * profile.data.decoded_bytes
+        resident = profile.data.crop == "gpu" and decoded_bytes <= RESIDENT_SHARE * machine.device.memory
+    if resident:
         assumptions.append("All images stay on the GPU (data.resident): decoding them once is not counted.")
     else:
         costs, first_epoch = _with_loading(costs, profile, recipe, machine, assumptions)
     _, precision = _precisions(profile, recipe, machine.device)
-    setup = Setup(
-        workers=costs.cores, layout=profile.data.layout, on_gpu=True, compiled=recipe.train.compile is not False,
-        precision=precision, fits_into_memory=False,
-    )  # fmt: skip
+    compiled = recipe.train.compile is not False
+    setup = Setup(costs.cores, profile.data.layout, True, compiled, precision=precision, fits_into_memory=False)
     seconds, rate = costs.resource_seconds(), costs.images_per_second()
     slowest = max(busy for name, busy in seconds.items() if name not in ("threads", "cores"))
     images = profile.data.batches_per_epoch * profile.run.batch_size
     first_seconds = images / first_epoch.images_per_second()
     return TrainingPlan(
-        recipe=recipe.name,
-        machine=str(machine),
-        images_per_second=rate,
-        epochs=recipe.train.epochs,
+        recipe=recipe.name, machine=str(machine), images_per_second=rate, epochs=recipe.train.epochs,
         hours=(first_seconds + images * (recipe.train.epochs - 1) / rate) / 3600,
         first_epoch_hours=first_seconds / 3600,
-        bottleneck=costs.bottleneck(),
-        sentence=describe_bottleneck(costs, setup),
+        bottleneck=costs.bottleneck(), sentence=describe_bottleneck(costs, setup),
         gpu_utilization=(stages["views"].seconds + stages["step"].seconds) * rate / machine.gpus,
         cores_needed=max(1, math.ceil(costs.cpu_seconds() / slowest)),
-        resource_rates={name: machine.gpus / busy for name, busy in seconds.items() if busy},
-        assumptions=assumptions,
-    )
+        resource_rates={name: machine.gpus / busy for name, busy in seconds.items() if busy}, assumptions=assumptions,
+    )  # fmt: skip
 
 
 def _device_costs(profile: Profile, recipe: Recipe, machine: PlannedMachine, assumptions: list[str]) -> dict[str, Cost]:
@@ -219,10 +213,8 @@ def _step_seconds(
         reference = DEVICES[words]
         seconds = result.flops / (reference_rate * REFERENCE_FLOPS) * _slowdown(reference, precision, there, precision)
         share = percent(result.flops / seconds / (there.peak(precision) or math.inf))
-        basis = (
-            f"The step reaches {share} of the {precision} peak, from ResNet-50's {reference_rate:,} images/s on "
-            f"{reference.name} (NVIDIA/DeepLearningExamples)"
-        )
+        source = f"ResNet-50's {reference_rate:,} images/s on {reference.name} (NVIDIA/DeepLearningExamples)"
+        basis = f"The step reaches {share} of the {precision} peak, from {source}"
     else:
         raise UserError("The profile lacks the step's FLOPs, which a plan needs: profile the recipe again.")
     assumptions.append(f"{basis}, scaled half with the peak, half with the memory bandwidth.")
@@ -271,12 +263,6 @@ def _seconds(stage: StageResult, processes: int) -> float | None:
 def _busy_seconds(stage: StageResult, processes: int) -> float | None:
     """Return how long the device works on an image; while launching is slow, it is idle in between."""
     return stage.busy_seconds or _seconds(stage, processes)
-
-
-def _is_resident(data: ProfiledData, recipe: Recipe, device: Device) -> bool:
-    if recipe.data.resident != "auto":
-        return recipe.data.resident
-    return data.crop == "gpu" and data.images * data.decoded_bytes <= RESIDENT_SHARE * device.memory
 
 
 def _slowdown(here: Device, wanted: str, there: Device, precision: str) -> float:

@@ -20,7 +20,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
 from fastssl.common.system import available_cores, free_memory
 from fastssl.common.terminal import progress
-from fastssl.profiling.bottleneck import Cost, CostModel, Setup, cuda_graphs_of, describe_bottleneck
+from fastssl.profiling.bottleneck import Cost, CostModel, describe_bottleneck, setup_of
 from fastssl.profiling.device_stages import DeviceStages, PhaseTimer
 from fastssl.profiling.end_to_end import EndToEndStage
 from fastssl.profiling.loader_stages import LoaderStages, endless
@@ -74,7 +74,9 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
         UserError: as training does.
     """
     start = time.perf_counter()
-    others = cores_busy(OTHERS_SECONDS)
+    before = _machine_cpu_seconds()
+    time.sleep(OTHERS_SECONDS)
+    others = (_machine_cpu_seconds() - before) / OTHERS_SECONDS
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report on stderr that it starts and stops
     with ExitStack() as stack:
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
@@ -88,23 +90,13 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
         costs = profiler.costs(stages, data)
         prediction = predict(costs, stages)
         profile = Profile(
-            schema_version=2,
-            measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-            seconds=time.perf_counter() - start,
-            fastssl_version=version("fastssl-trainer"),
-            name=recipe.name,
-            recipe=recipe.model_dump(mode="json"),
-            overrides=overrides or [],
-            environment=describe_environment(device),
-            machine=machine,
-            data=data,
-            run=profiler.training_run(),
-            stages=stages,
-            prediction=prediction,
+            schema_version=2, measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+            seconds=time.perf_counter() - start, fastssl_version=version("fastssl-trainer"), name=recipe.name,
+            recipe=recipe.model_dump(mode="json"), overrides=overrides or [], environment=describe_environment(device),
+            machine=machine, data=data, run=profiler.training_run(), stages=stages, prediction=prediction,
             bottleneck=profiler.bottleneck(costs, stages, data, prediction),
-            remarks=[*remarks, *remarks_on(data, prediction, others)],
-            trace=trace.name if trace else None,
-        )
+            remarks=[*remarks, *remarks_on(data, prediction, others)], trace=trace.name if trace else None,
+        )  # fmt: skip
         return profile if is_main_process() else None
 
 
@@ -123,7 +115,7 @@ def trace_path(path: Path) -> Path:
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     probe = existing / f"{trace.name}.try"
     try:
-        write_atomically(probe, lambda temporary: temporary.touch())
+        write_atomically(probe, "")
         probe.unlink()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --json.") from None
@@ -162,7 +154,8 @@ class Profiler:
     def measure(self) -> None:
         """Time every stage: a warm-up, then rounds of one window each."""
         device, phases = self.run.device, self.device_stages.phases
-        alone = [*(self.loader_stages.timers() if self.loader_stages else []), *self.device_stages.timers()]
+        loading = self.loader_stages.timers() if self.loader_stages else []
+        alone = [*loading, *self.device_stages.timers()]
         with main_progress("warming up", len(alone) + 1, "stages") as advance:
             for timer in [*alone, self.end_to_end.timer]:
                 timer.warm_up()
@@ -205,44 +198,28 @@ class Profiler:
         device = self.run.device
         peak, source = peak_flops(device, self.run.precision)
         return ProfiledMachine(
-            device=device_name(device),
-            kind=device.type,
-            cores=self.cores,
-            processes=world_size(),
-            peak_flops=peak,
-            peak_source=source,
-        )
+            device=device_name(device), kind=device.type, cores=self.cores, processes=world_size(),
+            peak_flops=peak, peak_source=source,
+        )  # fmt: skip
 
     def data(self) -> ProfiledData:
         loader = self.loader
         info = read_header(loader.path)
         file_bytes = loader.path.stat().st_size
         return ProfiledData(
-            path=str(loader.path),
-            images=len(loader.rows),
-            file_bytes=file_bytes,
-            image_bytes=float(loader.samples.size_N[loader.rows].mean()),
-            decoded_bytes=loader.image_bytes,
-            layout=info.layout,
-            storage=info.storage,
-            resolution=list(info.resolution) if info.resolution else None,
-            crop=loader.crop,
-            resident=loader.resident,
-            in_page_cache=self.storage.cached_before if self.storage else None,
-            fits_into_memory=file_bytes <= free_memory(),
-            batches_per_epoch=len(loader),
-        )
+            path=str(loader.path), images=len(loader.rows), file_bytes=file_bytes,
+            image_bytes=float(loader.samples.size_N[loader.rows].mean()), decoded_bytes=loader.image_bytes,
+            layout=info.layout, storage=info.storage, resolution=list(info.resolution) if info.resolution else None,
+            crop=loader.crop, resident=loader.resident, fits_into_memory=file_bytes <= free_memory(),
+            in_page_cache=self.storage.cached_before if self.storage else None, batches_per_epoch=len(loader),
+        )  # fmt: skip
 
     def training_run(self) -> ProfiledRun:
         return ProfiledRun(
-            batch_size=self.recipe.train.batch_size,
-            workers=self.loader.workers,
-            precision=self.run.precision,
-            compiled=self.run.compiled,
+            batch_size=self.recipe.train.batch_size, workers=self.loader.workers, precision=self.run.precision,
+            compiled=self.run.compiled, views=self.recipe.objective.num_views, size=self.size,
             parameters=sum(p.numel() for p in self.run.state.model.parameters() if p.requires_grad),
-            views=self.recipe.objective.num_views,
-            size=self.size,
-        )
+        )  # fmt: skip
 
     def costs(self, stages: Stages, data: ProfiledData) -> CostModel:
         """Return what an image costs this process, by stage."""
@@ -265,19 +242,10 @@ class Profiler:
         return CostModel(costs, self.cores, self.loader.decodes_in_reader, world_size())
 
     def bottleneck(self, costs: CostModel, stages: Stages, data: ProfiledData, prediction: Prediction) -> Bottleneck:
-        setup = Setup(
-            workers=self.loader.workers,
-            layout=data.layout,
-            on_gpu=self.run.device.type == "cuda",
-            compiled=self.run.compiled,
-            cuda_graphs=cuda_graphs_of(self.recipe),
-            precision=self.run.precision,
-            fits_into_memory=data.fits_into_memory,
-            phases={name: phase.median for name, phase in self.device_stages.phases.results().items()},
-        )
+        phases = {name: phase.median for name, phase in (stages.step.phases or {}).items()}
+        setup = setup_of(self.run, data.layout, phases)
         sentence = describe_bottleneck(costs, setup)
-        if abs(prediction.relative_error) > DISAGREEMENT:
-            error = prediction.relative_error
+        if abs(error := prediction.relative_error) > DISAGREEMENT:
             sentence += f" (Doubtful: the prediction from the stages is {error:+.0%} off what was measured.)"
         utilization = accelerator_utilization(stages)
         stage = costs.bottleneck()
@@ -298,36 +266,24 @@ def predict(costs: CostModel, stages: Stages) -> Prediction:
     assert measured
     return Prediction(
         resource_seconds={name: seconds / world_size() for name, seconds in costs.resource_seconds().items()},
-        predicted_images_per_second=predicted,
-        measured_images_per_second=measured,
+        predicted_images_per_second=predicted, measured_images_per_second=measured,
         relative_error=predicted / measured - 1,
-    )
+    )  # fmt: skip
 
 
 def remarks_on(data: ProfiledData, prediction: Prediction, others: float) -> list[str]:
     """Return what a reader has to know before believing the numbers. others: cores that other processes keep busy."""
     remarks = []
-    if data.batches_per_epoch < SHORT_EPOCH and not data.resident:
-        remarks.append(
-            f"An epoch has only {data.batches_per_epoch} batches, and the loader starts again in each: with a larger "
-            "data set, training would wait less."
-        )
-    if abs(prediction.relative_error) > DISAGREEMENT:
-        remarks.append(
-            f"The stages predict {prediction.predicted_images_per_second:,.1f} images/s, "
-            f"{prediction.relative_error:+.0%} off what was measured: profile again when nothing else runs, and do not "
-            "trust the bottleneck if the difference stays."
-        )
+    if (batches := data.batches_per_epoch) < SHORT_EPOCH and not data.resident:
+        what = f"An epoch has only {batches} batches, and the loader starts again in each"
+        remarks.append(f"{what}: with a larger data set, training would wait less.")
+    if abs(error := prediction.relative_error) > DISAGREEMENT:
+        what = f"The stages predict {prediction.predicted_images_per_second:,.1f} images/s, {error:+.0%} off"
+        fix = "profile again when nothing else runs, and do not trust the bottleneck if the difference stays."
+        remarks.append(f"{what} what was measured: {fix}")
     if others > OTHERS_CORES:
         remarks.append(f"Other processes kept {others:.1f} cores of this machine busy when the profile began.")
     return remarks
-
-
-def cores_busy(seconds: float) -> float:
-    """Sleep for some seconds, and return how many cores of the machine were busy meanwhile."""
-    before = _machine_cpu_seconds()
-    time.sleep(seconds)
-    return (_machine_cpu_seconds() - before) / seconds
 
 
 def _machine_cpu_seconds() -> float:
