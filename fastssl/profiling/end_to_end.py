@@ -66,12 +66,11 @@ class EndToEndStage:
             self.training, run.device, seconds, min_batches=2, skipped_batches=AHEAD, after=self.training.close
         )
         self.waits: list[list[float]] = []  # seconds per batch, by window
-        self.gpu_samples: list[list[float]] = []
+        self.gpu_samples: list[list[float]] = []  # utilization in %, SM clock and its maximum in MHz, power in W
 
     def measure(self) -> None:
-        with gpu_counters(self.timer.device) as samples:
+        with gpu_counters(self.timer.device, self.gpu_samples):
             self.timer.measure()
-        self.gpu_samples += samples
         batches = self.timer.batches * self.training.run.recipe.train.accumulate
         self.waits.append(self.training.meter.take_waits()[-batches:])
 
@@ -83,9 +82,8 @@ class EndToEndStage:
         result.data_wait = Measurement.of([sum(waited) / window.seconds for waited, window in zip(self.waits, windows)])
         result.wait_seconds = Percentiles(p50=p50, p95=p95, p99=p99)
         result.cores_busy = cpu_seconds / seconds / self.cores
-        complete = [sample for sample in self.gpu_samples if len(sample) == 4]
-        if complete:
-            percent, clock, max_clock, power = np.median(complete, axis=0).tolist()
+        if self.gpu_samples:
+            percent, clock, max_clock, power = np.median(self.gpu_samples, axis=0).tolist()
             result.gpu = GpuCounters(
                 utilization=percent / 100, sm_clock_mhz=clock, max_sm_clock_mhz=max_clock, power_w=power
             )
@@ -93,10 +91,8 @@ class EndToEndStage:
 
 
 @contextlib.contextmanager
-def gpu_counters(device: torch.device) -> Iterator[list[list[float]]]:
-    """Yield a list that holds, at the end, samples of utilization (%), SM clock and its maximum (MHz) and power (W),
-    five per second. It stays empty without a GPU or without nvidia-smi."""
-    samples: list[list[float]] = []
+def gpu_counters(device: torch.device, samples: list[list[float]]) -> Iterator[None]:
+    """Append five samples per second at the end, none without a GPU or without nvidia-smi."""
     process = None
     if device.type == "cuda":
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -105,10 +101,11 @@ def gpu_counters(device: torch.device) -> Iterator[list[list[float]]]:
         with contextlib.suppress(OSError):
             process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        yield samples
+        yield
     finally:
         if process:
             process.terminate()
             for line in process.communicate()[0].splitlines():
-                with contextlib.suppress(ValueError):  # "[N/A]", or the incomplete last line
+                with contextlib.suppress(ValueError):  # "[N/A]"
                     samples.append([float(value) for value in line.split(",")])
+            samples[:] = [sample for sample in samples if len(sample) == 4]  # the last line may be incomplete

@@ -137,19 +137,14 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     known = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if known and (peak := known.peak(precision)):
         return peak, f"{known.source}, dense {precision}"
-    return measured_peak(device, precision), "measured: a large matrix product or convolution"
-
-
-def measured_peak(device: torch.device, precision: str) -> float:
-    """Return the FLOP/s of a product of large matrices, or of a convolution where that is faster, as on a CPU (two
-    cores of an EPYC: 188 and 238 GFLOP/s)."""
+    # A convolution may be faster than a product of matrices, as on a CPU (two cores of an EPYC: 238 and 188 GFLOP/s).
     side, dtype = MATRIX_SIDE[device.type], DTYPES.get(precision, torch.float32)
     a = torch.randn(side, side, device=device, dtype=dtype)
     x = torch.randn(32, 256, 28, 28, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     kernel = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     product = 2 * side**3 / _best_seconds(lambda: a @ a, device)
     convolution = 2 * x.numel() * 256 * 9 / _best_seconds(lambda: torch.conv2d(x, kernel, padding=1), device)
-    return max(product, convolution)
+    return max(product, convolution), "measured: a large matrix product or convolution"
 
 
 def copy_peak(device: torch.device) -> float | None:

@@ -264,20 +264,20 @@ def accelerator_utilization(stages: Stages) -> Measurement | None:
 
 def device_time(profile: Profile) -> dict[str, float]:
     """Return what the device's time goes to: part -> seconds per image, in the order of a step."""
-    parts: dict[str, float] = {}
-    stages, processes = profile.stages, profile.machine.processes  # rates are those of all processes together
-    if stages.end_to_end.data_wait and stages.end_to_end.rate:
-        parts["wait for data"] = processes * stages.end_to_end.data_wait.median / stages.end_to_end.rate
-    if stages.views.rate:
-        parts["views"] = processes / stages.views.rate
-    phases = {name: phase.median for name, phase in (stages.step.phases or {}).items()}
+    # Rates are those of all processes together.
+    seconds = {name: profile.machine.processes / x.rate for name, x in profile.stages.by_name().items() if x.rate}
+    parts = {}
+    if (waited := profile.stages.end_to_end.data_wait) and "end_to_end" in seconds:
+        parts["wait for data"] = waited.median * seconds["end_to_end"]
+    if "views" in seconds:
+        parts["views"] = seconds["views"]
+    phases = {name: phase.median for name, phase in (profile.stages.step.phases or {}).items()}
     parts |= phases
-    if stages.step.rate:
-        step = processes / stages.step.rate
-        rest = step - sum(phases.values())
-        # Less than 2 % is noise, as the phases were timed separately from the whole step.
-        if rest > 0.02 * step:
-            parts["rest of the step" if phases else "step"] = rest
-    if stages.communication.rate:
-        parts["communication"] = processes / stages.communication.rate
+    step = seconds.get("step", 0.0)
+    rest = step - sum(phases.values())
+    # Less than 2 % is noise, as the phases were timed separately from the whole step.
+    if rest > 0.02 * step:
+        parts["rest of the step" if phases else "step"] = rest
+    if "communication" in seconds:
+        parts["communication"] = seconds["communication"]
     return parts

@@ -18,8 +18,6 @@ WORTH_SAYING = 1.01  # speedup that a stage twice as fast must give to be named
 
 
 class StageRow(NamedTuple):
-    """A stage as text."""
-
     stage: str
     rate: str  # images per second
     spread: str  # half the range of the windows, in % of the median
@@ -70,12 +68,9 @@ def headline(profile: Profile) -> dict[str, str]:
     if after := bottleneck.next:
         rate = significant(after.images_per_second)
         lines["without the bottleneck"] = f"{rate} images/s, then limited by {after.stage}"
-    fastest_first = sorted(bottleneck.twice_as_fast.items(), key=lambda item: -item[1])
-    gains = [
-        f"{stage} {100 * (rate / predicted - 1):+.0f} %"
-        for stage, rate in fastest_first
-        if rate >= WORTH_SAYING * predicted
-    ]
+    largest_first = sorted(bottleneck.twice_as_fast.items(), key=lambda item: -item[1])
+    speedups = {stage: rate / predicted for stage, rate in largest_first if rate >= WORTH_SAYING * predicted}
+    gains = [f"{stage} {100 * (speedup - 1):+.0f} %" for stage, speedup in speedups.items()]
     lines["one stage twice as fast"] = ", ".join(gains) or "no stage would give 1 % more"
     return lines
 
@@ -115,10 +110,9 @@ def _details(stage: StageResult) -> list[str]:
         details.append(f"from the page cache {si(stage.warm_bytes_per_second.median, 'B/s')}")
     if stage.workers:
         most = max(stage.workers)
-        scaling = ""
+        details.append(f"{most} worker{'s' if most > 1 else ''}")
         if 1 in stage.workers and most > 1:
-            scaling = f", {stage.workers[most].median / stage.workers[1].median:.2f}x of one"
-        details.append(f"{most} worker{'s' if most > 1 else ''}{scaling}")
+            details.append(f"{stage.workers[most].median / stage.workers[1].median:.2f}x of one")
     if stage.knee:
         details.append(f"knee at {stage.knee}")
     if stage.bytes_per_second:
