@@ -62,10 +62,10 @@ def test_each_target_sets_up_first(target):
     assert dry.stdout.splitlines()[0] == "scripts/setup.sh", dry.stderr
 
 
-def test_ci_runs_make_test_from_a_script_that_can_be_executed():
+def test_ci_runs_make_lint_and_make_test_from_a_script_that_can_be_executed():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1] == "make test"
+    assert script.read_text().splitlines()[-2:] == ["make lint", "make test"]
 
 
 # -- versions -------------------------------------------------------------------------------------
