@@ -1,4 +1,4 @@
-"""fastssl: JPEGs in, a self-supervised encoder with calibrated uncertainty out.
+"""fastssl: self-supervised image encoders with per-image uncertainty.
 
 recipe = fastssl.load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1"])
 encoder = fastssl.load_encoder("runs/zprob_barlow")     # a timm backbone in eval mode

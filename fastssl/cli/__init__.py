@@ -31,7 +31,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="Self-supervised encoders with calibrated uncertainty, trained through FFCV.",
+    help="Self-supervised image encoders with per-image uncertainty, trained from FFCV files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
