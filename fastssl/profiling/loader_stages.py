@@ -6,7 +6,7 @@ from itertools import cycle
 
 import numpy as np
 
-from fastssl.common.distributed import broadcast_from_main, world_size
+from fastssl.common.distributed import broadcast_from_main
 from fastssl.loading import Batch, BetonLoader, kernels
 from fastssl.loading.decoding import DecodeTask, PendingBatch, ThreadDecoder
 from fastssl.loading.loader import PENDING_BATCHES, READY_BATCHES
@@ -56,9 +56,10 @@ class LoaderStages:
             stages.cpu_augment.missing = "The crops are made on the device."
         stages.transfer = self.transfer.result()
         if copy_peak:  # on a CPU nothing is copied
-            rates_of_all = self.transfer.images_per_second().windows
-            copied = [rate * self.loader.image_bytes / world_size() for rate in rates_of_all]
-            stages.transfer.bytes_per_second = Rate.of(copied)
+            windows = self.transfer.windows
+            stages.transfer.bytes_per_second = Rate.of(
+                [w.images * self.loader.image_bytes / w.seconds for w in windows]
+            )
             stages.transfer.peak_bytes_per_second = copy_peak
         stages.loader = self.whole.result()
 
@@ -75,8 +76,7 @@ class LoaderStages:
 
 def worker_counts(workers: int, cores: int) -> list[int]:
     """Return the numbers of decoding threads to try: 1, 2, 4, ... up to the cores, and the run's own."""
-    powers = [2**n for n in range(cores.bit_length())]
-    return sorted({*(count for count in powers if count <= cores), cores, workers})
+    return sorted({*(2**n for n in range(cores.bit_length())), cores, workers})
 
 
 def prepared_batches(loader: BetonLoader, crops: int) -> list[DecodeTask]:

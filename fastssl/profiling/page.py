@@ -34,15 +34,8 @@ pre {{ background: #f6f6f6; padding: 1em; font-size: 13px; line-height: 1.3; ove
 
 
 def write_page(path: Path, profile: Profile) -> None:
-    """Write the page. Raises UserError where the file cannot be written."""
-    text = page(profile)
-    with explain_write_errors(path):
-        write_atomically(path, text)
-
-
-def page(profile: Profile) -> str:
-    """Return the figure, the terminal's table and the conditions as HTML. Names and paths in a profile come from
-    anywhere, so all text is escaped."""
+    """Write the figure, the terminal's table and the conditions as HTML. Names and paths in a profile come from
+    anywhere, so all text is escaped. Raises UserError where the file cannot be written."""
     image = io.BytesIO()
     draw_profile(profile).savefig(image, dpi="figure", format="png")
     console = Console(width=WIDTH, file=io.StringIO(), record=True, markup=False)
@@ -56,7 +49,7 @@ def page(profile: Profile) -> str:
     conditions = profile.model_dump(
         include={"measured_at", "seconds", "fastssl_version", "overrides", "machine", "data", "environment", "recipe"}
     )
-    return PAGE.format(
+    page = PAGE.format(
         name=escape(profile.name),
         sentence=escape(profile.bottleneck.sentence),
         image=base64.b64encode(image.getvalue()).decode(),
@@ -64,3 +57,5 @@ def page(profile: Profile) -> str:
         trace=trace,
         conditions=escape(json.dumps(conditions, indent=1, ensure_ascii=False)),
     )
+    with explain_write_errors(path):
+        write_atomically(path, page)

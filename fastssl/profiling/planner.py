@@ -162,7 +162,7 @@ def _device_costs(profile: Profile, recipe: Recipe, machine: PlannedMachine, ass
     on_gpu, processes = profile.machine.kind == "cuda", profile.machine.processes
     here = find_device(profile.machine.device) if on_gpu else None
     step = _step_seconds(profile, recipe, here, there, assumptions)
-    views = _busy_seconds(stages.views, processes)
+    views = stages.views.busy_seconds or _seconds(stages.views, processes)
     if here and views:
         views *= here.bandwidth / there.bandwidth
         assumptions.append(f"The views are what was measured on {here.name}, scaled with the memory bandwidth.")
@@ -202,9 +202,10 @@ def _step_seconds(
     if precision != wanted:
         assumptions.append(f"{there.name} has no {wanted}: set train.precision={precision} there, as is assumed here.")
     result, processes = profile.stages.step, profile.machine.processes
-    seconds = _busy_seconds(result, processes)
-    if seconds and not result.busy_seconds:
-        seconds -= _seconds(profile.stages.communication, processes) or 0.0
+    # While launching is slow, the device idles between kernels.
+    seconds = result.busy_seconds
+    if not seconds and (whole := _seconds(result, processes)):
+        seconds = whole - (_seconds(profile.stages.communication, processes) or 0.0)
     if here and here.peak(wanted) and seconds:
         seconds *= _slowdown(here, wanted, there, precision)
         basis = f"The step is what was measured on {here.name}"
@@ -258,11 +259,6 @@ def _with_loading(
 def _seconds(stage: StageResult, processes: int) -> float | None:
     """Return the seconds that an image took a process; rates are those of all processes."""
     return processes / stage.rate if stage.rate else None
-
-
-def _busy_seconds(stage: StageResult, processes: int) -> float | None:
-    """Return how long the device works on an image; while launching is slow, it is idle in between."""
-    return stage.busy_seconds or _seconds(stage, processes)
 
 
 def _slowdown(here: Device, wanted: str, there: Device, precision: str) -> float:

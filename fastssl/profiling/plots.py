@@ -81,9 +81,8 @@ def _draw_scaling(axes: "Axes", profile: Profile) -> None:
         axes.plot(knee, workers[knee].median, "o", ms=16, mfc="none", mec=ORANGE, mew=2, label=label)
     if needed := profile.stages.replay.rate:
         # A line far above the others would squeeze them.
-        is_far = needed > TOO_FAR * max(rates)
-        label = f"views and step need {significant(needed)}" + (" (far above)" if is_far else "")
-        axes.plot([counts[0], counts[-1]], [float("nan") if is_far else needed] * 2, color=GREEN, ls=":", label=label)
+        shown, note = (float("nan"), " (far above)") if needed > TOO_FAR * max(rates) else (needed, "")
+        axes.axhline(shown, color=GREEN, ls=":", label=f"views and step need {significant(needed)}{note}")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda rate, _: significant(rate))
     axes.set_xticks(counts)
@@ -97,8 +96,8 @@ def _draw_stages(axes: "Axes", profile: Profile) -> None:
     axes.set_xlabel("images/s")
     stages = profile.stages.by_name().items()
     rates = {name: stage.rate for name, stage in stages if stage.rate and name != "end_to_end"}
-    prediction = profile.prediction
-    measured, predicted = prediction.measured_images_per_second, prediction.predicted_images_per_second
+    measured = profile.prediction.measured_images_per_second
+    predicted = profile.prediction.predicted_images_per_second
     lowest, highest = min(measured, predicted, *rates.values()), max(measured, predicted, *rates.values())
     axes.set_xscale("log")
     # A logarithmic axis has no zero, so the bars begin below the lowest rate. Room to the right is for the numbers.

@@ -93,17 +93,12 @@ class StorageStage:
 
     def _read(self, rows: np.ndarray) -> float:
         """Return the seconds that the threads take to read these samples."""
-        samples = self.samples
-        nothing = np.zeros(0, np.int64)
-        _touch(samples.file, nothing, nothing, np.zeros(1, np.int64))  # compiles outside the measured time
-        counter = np.zeros(1, np.int64)
+        samples, counter, nothing = self.samples, np.zeros(1, np.int64), np.zeros(0, np.int64)
+        _touch(samples.file, nothing, nothing, counter.copy())  # compiles outside the measured time
+        arguments = (samples.file, samples.start_N[rows], samples.size_N[rows], counter)
         with ThreadPoolExecutor(self.workers) as pool:
             start = time.perf_counter()
-            threads = [
-                pool.submit(_touch, samples.file, samples.start_N[rows], samples.size_N[rows], counter)
-                for _ in range(self.workers)
-            ]
-            for thread in threads:
+            for thread in [pool.submit(_touch, *arguments) for _ in range(self.workers)]:
                 thread.result()
             return time.perf_counter() - start
 
