@@ -169,23 +169,23 @@ def suggest_fixes(stage: str, costs: CostModel, setup: Setup) -> str:
     if stage == "storage" and setup.fits_into_memory:
         return "it ends with the first epoch, as the file fits into memory"
     if stage in ("decode", "cpu_augment"):
-        options = _fixes_of_decoding(stage, costs, setup)
+        options = " or ".join(_fixes_of_decoding(stage, costs, setup))
     elif stage == "storage":
-        options = ["data.order=quasi_random, a smaller --canvas or --max-side, more memory", "a faster disk"]
+        options = "data.order=quasi_random, a smaller --canvas or --max-side, more memory or a faster disk"
     elif stage == "transfer":
-        options = ["a larger train.batch_size"] + (["a smaller canvas"] if setup.on_gpu else [])
+        options = "a larger train.batch_size" + (" or a smaller canvas" if setup.on_gpu else "")
     elif stage == "views":
         first = "train.compile=true" if setup.on_gpu and not setup.compiled else "a lower views.first.blur"
-        options = [first, "fewer operations in views"]
+        options = f"{first} or fewer operations in views"
     elif stage == "launch":
-        options = ["a larger train.batch_size"]
+        options = "a larger train.batch_size"
         if not setup.compiled:
-            options.append("train.compile=true")
+            options += " or train.compile=true"
         elif setup.cuda_graphs is False:
-            options.append("train.cuda_graphs=true")
+            options += " or train.cuda_graphs=true"
     else:
-        options = ["train.compress_gradients=true", "a larger train.batch_size"]
-    return " or ".join(options) + " would fix it"
+        options = "train.compress_gradients=true or a larger train.batch_size"
+    return f"{options} would fix it"
 
 
 def _fixes_of_step(costs: CostModel, setup: Setup) -> str:

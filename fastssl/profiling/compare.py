@@ -1,6 +1,7 @@
 """Compare two profiles: what differs between the runs, which rates changed, and whether a change exceeds the noise."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ SECTIONS = ("environment", "machine", "run", "data", "recipe")  # of a profile, 
 LEFT_OUT = {"machine.peak_flops", "data.in_page_cache", "recipe.run.dir"}
 MAX_DIFFERENCES = 30  # shown
 Unit = Literal["images/s", "ms per image", "B/s", "%"]
+FORMATS: dict[Unit, Callable[[float], str]] = {
+    "images/s": significant, "ms per image": lambda seconds: significant(1000 * seconds), "B/s": si, "%": percent,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
     table.add_column("beyond noise", overflow="fold")
     for change in compare(a, b):
         ratio = "" if change.ratio is None else f"{significant(change.ratio)}x"
-        a_cell, b_cell = _cell(change.a, change.unit), _cell(change.b, change.unit)
+        a_cell, b_cell = (FORMATS[change.unit](x.median) if x else "" for x in (change.a, change.b))
         style = {"better": "green", "worse": "red"}.get(change.word)
         table.add_row(Text(change.name), a_cell, b_cell, ratio, change.unit, change.word, style=style)
     reasons = []
@@ -133,13 +137,3 @@ def _differences_table(rows: list[tuple[str, str, str]]) -> list[Table | Text]:
         table.add_row(*map(Text, row))
     more = len(rows) - MAX_DIFFERENCES
     return [table, Text(f"and {more} more\n")] if more > 0 else [table]
-
-
-def _cell(measured: Measurement | None, unit: Unit) -> str:
-    if measured is None:
-        return ""
-    if unit == "%":
-        return percent(measured.median)
-    if unit == "ms per image":
-        return significant(1000 * measured.median)
-    return si(measured.median) if unit == "B/s" else significant(measured.median)

@@ -39,6 +39,7 @@ def write_trace(path: Path, training: Training, device: torch.device) -> None:
         for _ in range(STEPS):
             training()
         synchronize(device)
+    training.close()
     if not is_main_process():
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -66,8 +67,6 @@ def _events(spans: list[Span], offset: float) -> list[dict[str, object]]:
     for name, track in threads.items():
         events.append({"ph": "M", "pid": PROCESS, "tid": track, "name": "thread_name", "args": {"name": name}})
     for s in spans:
-        events.append({
-            "ph": "X", "cat": "fastssl", "pid": PROCESS, "tid": threads[s.thread], "name": s.name,
-            "ts": s.start * 1e6 + offset, "dur": (s.end - s.start) * 1e6,
-        })  # fmt: skip
+        times = {"ts": s.start * 1e6 + offset, "dur": (s.end - s.start) * 1e6}
+        events.append({"ph": "X", "cat": "fastssl", "pid": PROCESS, "tid": threads[s.thread], "name": s.name} | times)
     return events
