@@ -39,7 +39,7 @@ from fastssl.evaluation.runs import BetonSubset
 from fastssl.views import eval_transform
 
 draw_ood_plots = evaluate.plots.draw_ood_plots
-Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & (kind.fit_arrays() | kind.score_arrays())}
+Q = {name for name, kind in DETECTORS.items() if {"mu", "sigma"} & kind.arrays()}
 
 
 @pytest.fixture(scope="module")

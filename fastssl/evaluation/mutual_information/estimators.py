@@ -292,32 +292,29 @@ def temperature_scaled(
     critic: dict[str, Tensor], inputs: Inputs, validation_FV: Tensor, cap: float
 ) -> dict[str, Tensor]:
     """Scale the f of each fold by the factor that is best on the validation samples: overfitted f are too steep."""
-    factors = [torch.full_like(critic["c"], factor) for factor in TEMPERATURES]
-    nats_TF = [
-        score_pairs({**critic, "factor": factor}, inputs, validation_FV, cap).donsker_varadhan() for factor in factors
-    ]
-    best_F = torch.stack(nats_TF).argmax(dim=0)
-    return {**critic, "factor": torch.tensor(TEMPERATURES).to(critic["c"])[best_F].view(-1, 1, 1)}
+    factor_T = torch.tensor(TEMPERATURES).to(critic["c"])
+    nats_TF = []
+    for factor in factor_T:
+        scaled = {**critic, "factor": factor.expand_as(critic["c"])}
+        nats_TF.append(score_pairs(scaled, inputs, validation_FV, cap).donsker_varadhan())
+    return {**critic, "factor": factor_T[torch.stack(nats_TF).argmax(dim=0)].view(-1, 1, 1)}
 
 
 def score_pairs(critic: dict[str, Tensor], inputs: Inputs, rows_FN: Tensor, cap: float) -> PairScores:
     """Score all pairs of the given rows of each fold, with f clamped to [-cap, cap]."""
-    folds, count = rows_FN.shape
-    joint, log_mean, largest = [], [], []
-    for fold in range(folds):
+    count = rows_FN.shape[1]
+    joint_FN = torch.empty(rows_FN.shape, dtype=torch.float64, device=rows_FN.device)
+    marginal_FN = torch.empty_like(joint_FN)  # log of the sum of e^f over the marginal pairs of each row
+    largest_FN = torch.empty_like(joint_FN)
+    for fold, rows_N in enumerate(rows_FN):
         fold_critic = {name: weight[fold : fold + 1] for name, weight in critic.items()}
-        x_1NP = inputs.x_FNP[fold, rows_FN[fold]][None]
-        y_1NQ = inputs.y_FNQ[fold, rows_FN[fold]][None]
-        fold_joint, fold_marginal, fold_largest = [], [], []
+        y_1NQ = inputs.y_FNQ[fold, rows_N][None]
         for first in range(0, count, TEST_ROWS):
-            x_1RP = x_1NP[:, first : first + TEST_ROWS]
+            part = slice(first, first + TEST_ROWS)
+            x_1RP = inputs.x_FNP[fold, rows_N[part]][None]
             f_RN = scores(fold_critic, x_1RP, y_1NQ, inputs.r2_FK[fold : fold + 1])[0].double().clamp_(-cap, cap)
-            row_R = torch.arange(len(f_RN), device=f_RN.device)
-            fold_joint.append(f_RN[row_R, first + row_R].clone())
-            f_RN[row_R, first + row_R] = -math.inf
-            fold_marginal.append(f_RN.logsumexp(dim=1))
-            fold_largest.append(f_RN.amax())
-        joint.append(torch.cat(fold_joint))
-        log_mean.append(torch.cat(fold_marginal).logsumexp(0) - log_pairs(count))
-        largest.append(torch.stack(fold_largest).amax())
-    return PairScores(torch.stack(joint), torch.stack(log_mean), torch.stack(largest))
+            joint_FN[fold, part] = f_RN.diagonal(first)
+            f_RN.diagonal(first).fill_(-math.inf)
+            marginal_FN[fold, part] = f_RN.logsumexp(dim=1)
+            largest_FN[fold, part] = f_RN.amax(dim=1)
+    return PairScores(joint_FN, marginal_FN.logsumexp(dim=1) - log_pairs(count), largest_FN.amax(dim=1))

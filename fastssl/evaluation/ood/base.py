@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastssl.evaluation.arrays import Array, Device, as_tensor
 from fastssl.models.gaussian import Prior
+
+Result = TypeVar("Result")
 
 
 class LinearHead(NamedTuple):
@@ -37,12 +39,7 @@ class Detector:
     needs_pytorch_ood: ClassVar[bool] = False
     needs_supervised_encoder: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        prior: Prior | None = None,
-        classifier: LinearHead | None = None,
-        device: Device = "cpu",
-    ):
+    def __init__(self, prior: Prior | None = None, classifier: LinearHead | None = None, device: Device = "cpu"):
         """See `detector` for the arguments."""
         self.prior = prior
         self.classifier = classifier
@@ -57,14 +54,9 @@ class Detector:
         raise NotImplementedError
 
     @classmethod
-    def fit_arrays(cls) -> set[str]:
-        """Return the names of the arrays that `fit` needs."""
-        return _parameter_names(cls._fit)
-
-    @classmethod
-    def score_arrays(cls) -> set[str]:
-        """Return the names of the arrays that `score` needs."""
-        return _parameter_names(cls._score)
+    def arrays(cls) -> set[str]:
+        """Return the names of the arrays that `fit` and `score` need."""
+        return _parameter_names(cls._fit) | _parameter_names(cls._score)
 
     @torch.no_grad()
     def fit(
@@ -80,35 +72,29 @@ class Detector:
         Raises:
             ValueError: if an array that it needs is missing or not finite.
         """
-        given = {"features": features, "labels": labels, "logits": logits, "sigma": sigma, "mu": mu}
-        self._fit(**self._select(given, self.fit_arrays()))
+        self._call(self._fit, features=features, labels=labels, logits=logits, sigma=sigma, mu=mu)
         self.fitted = True
         return self
 
     @torch.no_grad()
     def score(
-        self,
-        features: Array,
-        logits: Array | None = None,
-        sigma: Array | None = None,
-        mu: Array | None = None,
+        self, features: Array, logits: Array | None = None, sigma: Array | None = None, mu: Array | None = None
     ) -> np.ndarray:
         """Return the scores (M,) of M images: float64, finite, the higher the more out-of-distribution.
 
         Raises:
             ValueError: if an array that it needs is missing or not finite, or the score is undefined for an image.
         """
-        if self.fit_arrays() and not self.fitted:
+        if _parameter_names(self._fit) and not self.fitted:
             raise ValueError(f"{type(self).__name__} has not been fitted: call fit first.")
-        given = {"features": features, "logits": logits, "sigma": sigma, "mu": mu}
-        score_M = self._score(**self._select(given, self.score_arrays())).double().cpu().numpy()
+        score_M = self._call(self._score, features=features, logits=logits, sigma=sigma, mu=mu).double().cpu().numpy()
         if np.isnan(score_M).any():
             raise ValueError(f"{type(self).__name__} is undefined for {np.isnan(score_M).sum()} images.")
         return np.nan_to_num(score_M)  # infinity becomes the largest float64
 
-    def _select(self, given: dict[str, Array | None], names: set[str]) -> dict[str, Tensor]:
+    def _call(self, method: Callable[..., Result], **given: Array | None) -> Result:
         selected = {}
-        for name in names:
+        for name in _parameter_names(method):
             array = given[name]
             if array is None:
                 raise ValueError(f"{type(self).__name__} needs {name}.")
@@ -116,7 +102,7 @@ class Detector:
             selected[name] = tensor.long() if name == "labels" else tensor.double()
             if not torch.isfinite(selected[name]).all():
                 raise ValueError(f"{name} contains values that are not finite.")
-        return selected
+        return method(**selected)
 
 
 def _parameter_names(method: Callable[..., object]) -> set[str]:

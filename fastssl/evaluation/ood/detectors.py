@@ -39,11 +39,7 @@ DETECTORS = LABEL_FREE | LABEL_BASED
 
 
 def detector(
-    name: str,
-    *,
-    prior: Prior | None = None,
-    classifier: LinearHead | None = None,
-    device: Device = "cpu",
+    name: str, *, prior: Prior | None = None, classifier: LinearHead | None = None, device: Device = "cpu"
 ) -> Detector:
     """Create a detector of `DETECTORS` that has not been fitted yet.
 

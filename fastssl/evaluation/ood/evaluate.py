@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -145,7 +144,7 @@ def unsupported_detectors(model: Model, label_N: np.ndarray) -> dict[str, str]:
     labeled = label_N.min() >= 0 and len(count_C) > 1 and count_C.max() > 1
     reasons = {}
     for name, kind in DETECTORS.items():
-        arrays = kind.fit_arrays() | kind.score_arrays()
+        arrays = kind.arrays()
         if {"mu", "sigma"} & arrays and not len(model.heads):
             reasons[name] = "the embedding is deterministic"
         elif kind.needs_supervised_encoder and not supervised:
@@ -242,20 +241,11 @@ def perturbed_batches(
 
 
 def save_scores(
-    encoder: RunEncoder,
-    name: str,
-    scores: Mapping[str, Mapping[str, np.ndarray]],
-    indices: Mapping[str, np.ndarray],
+    encoder: RunEncoder, name: str, scores: Mapping[str, Mapping[str, np.ndarray]], indices: Mapping[str, np.ndarray]
 ) -> None:
     """Write RUN/eval/NAME.scores.npz with the arrays SET/DETECTOR and SET/index, in the order of the files."""
     arrays = {f"{part}/index": index for part, index in indices.items()}
     arrays |= {f"{part}/{each}": score for each, parts in scores.items() for part, score in parts.items()}
     path = encoder.run_dir / "eval" / f"{name}.scores.npz"
-
-    def write(temporary: Path) -> None:
-        # A file object, because np.savez would append .npz to a name.
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
     with explain_write_errors(path):
-        write_atomically(path, write)
+        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ A higher score always means more out-of-distribution (OOD).
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class PriorLogDensity(Detector):
 
     def _score(self, mu: Tensor) -> Tensor:
         prior = self.prior or StandardNormal()
-        return torch.cat([-mean_log_density(prior, mu_BE[None]) for mu_BE in mu.split(chunk_rows(1, mu))])
+        rows = max(1, CHUNK_ELEMENTS // mu.shape[1])
+        return torch.cat([-mean_log_density(prior, mu_BE[None]) for mu_BE in mu.split(rows)])
 
 
 class PriorKL(Detector):
@@ -70,14 +72,9 @@ class PriorKL(Detector):
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
         if self.prior is None or isinstance(self.prior, StandardNormal):
             return 0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log()).sum(dim=1)
-        noise_SE = common_noise(mu)
-        log_q_S = -0.5 * (noise_SE**2 + math.log(2 * math.pi)).sum(dim=1)
-        scores = []
-        rows = chunk_rows(DRAWS, mu)
-        for mu_BE, sigma_BE in zip(mu.split(rows), sigma.split(rows)):
-            x_SBE = mu_BE + sigma_BE * noise_SE[:, None]
-            scores.append(log_q_S.mean() - sigma_BE.log().sum(dim=1) - mean_log_density(self.prior, x_SBE))
-        return torch.cat(scores)
+        log_q_S = -0.5 * (common_noise(mu) ** 2 + math.log(2 * math.pi)).sum(dim=1)
+        log_p_M = torch.cat([mean_log_density(self.prior, x_SBE) for x_SBE in draws(mu, sigma)])
+        return log_q_S.mean() - sigma.log().sum(dim=1) - log_p_M
 
 
 class PosteriorKL(Detector):
@@ -128,13 +125,8 @@ class DrawsDisagreement(Detector):
     """
 
     def _score(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        noise_SE = common_noise(mu)
-        scores = []
-        rows = chunk_rows(DRAWS, mu)
-        for mu_BE, sigma_BE in zip(mu.split(rows), sigma.split(rows)):
-            draw_SBE = F.normalize(mu_BE + sigma_BE * noise_SE[:, None], dim=2)
-            scores.append(1 - draw_SBE.mean(dim=0).square().sum(dim=1))
-        return torch.cat(scores)
+        mean_ME = torch.cat([F.normalize(x_SBE, dim=2).mean(dim=0) for x_SBE in draws(mu, sigma)])
+        return 1 - mean_ME.square().sum(dim=1)
 
 
 class ViewsDisagreement(Detector):
@@ -233,9 +225,12 @@ def common_noise(mu_ME: Tensor) -> Tensor:
     return normals(0, 0, image_1, 0, DRAWS, mu_ME.shape[1], NOISE_EVALUATION)[:, 0].double()
 
 
-def chunk_rows(draws: int, mu_ME: Tensor) -> int:
-    """Return the number of images whose draws are held at a time."""
-    return max(1, CHUNK_ELEMENTS // (draws * mu_ME.shape[1]))
+def draws(mu_ME: Tensor, sigma_ME: Tensor) -> Iterator[Tensor]:
+    """Yield draws (S, B, E) from q of some images at a time."""
+    noise_SE = common_noise(mu_ME)
+    rows = max(1, CHUNK_ELEMENTS // (DRAWS * mu_ME.shape[1]))
+    for mu_BE, sigma_BE in zip(mu_ME.split(rows), sigma_ME.split(rows)):
+        yield mu_BE + sigma_BE * noise_SE[:, None]
 
 
 def mean_log_density(prior: Prior, x_SBE: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ def metrics(id_scores: Array, ood_scores: Array) -> dict[str, float]:
         ValueError: if a score is NaN or a set is empty.
     """
     id_level_N, ood_level_M = levels(id_scores, ood_scores)
-    is_ood = np.r_[np.zeros(len(id_level_N), bool), np.ones(len(ood_level_M), bool)]
     level = np.r_[id_level_N, ood_level_M]
+    is_ood = np.arange(len(level)) >= len(id_level_N)
     return {
         "auroc": float(roc_auc_score(is_ood, level)),
         "aupr_in": float(average_precision_score(~is_ood, -level)),
@@ -120,11 +120,9 @@ def compare(
         seed: of the resamples of both sides for the 95 % intervals.
     """
     others = [other for group in groups.values() for other in group]
-    some_scores = next(iter(scores.values()))
-    # The smaller number of images of the two sides.
-    images = {other: min(len(some_scores[other]), len(id_norm_N)) for other in others}
+    images = {other: len(score) for other, score in next(iter(scores.values())).items()}
     id_rows_RN = resample(len(id_norm_N), [seed, 0])
-    ood_rows = {other: resample(len(some_scores[other]), [seed, 1 + i]) for i, other in enumerate(others)}
+    ood_rows = {other: resample(images[other], [seed, 1 + i]) for i, other in enumerate(others)}
     comparison: Comparison = {"detectors": {}, "metrics": {}, "intervals": {}}
     with progress("Intervals", len(scores), "detectors") as advance:
         for name, score in scores.items():
@@ -132,7 +130,6 @@ def compare(
             resampled = {
                 other: bootstrap_metrics(score["id"], score[other], id_rows_RN, ood_rows[other]) for other in others
             }
-
             row: DetectorResult = {
                 "labels": name in LABEL_BASED,
                 "norm_correlation": rank_correlation(score["id"], id_norm_N),
@@ -159,7 +156,7 @@ def mean_over_sets(
     means = {key: float(np.mean([exact[name][key] for name in sets])) for key in METRICS}
     mean_R = {key: np.mean([resampled[name][key] for name in sets], axis=0) for key in METRICS}
     intervals = {key: np.percentile(values_R, LEVEL).tolist() for key, values_R in mean_R.items()}
-    inverted = intervals["auroc"][1] < 0.5 and min(images[name] for name in sets) >= MIN_INVERTED
+    inverted = intervals["auroc"][1] < 0.5 and min(images[name] for name in ("id", *sets)) >= MIN_INVERTED
     return {"metrics": means, "intervals": intervals, "inverted": inverted}
 
 

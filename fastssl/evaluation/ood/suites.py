@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -35,14 +34,6 @@ class SetDescription(DataDescription):
     source_px: list[float]  # median [height, width] of the source images
 
 
-class OODSetsDescription(TypedDict):
-    # Named as in other evaluations: `train` are the images that are fitted on, `val` the ID images.
-    train: SetDescription
-    val: SetDescription
-    near: dict[str, SetDescription]
-    far: dict[str, SetDescription]
-
-
 @dataclass(frozen=True)
 class OODSets:
     """The images of an OOD evaluation."""
@@ -58,7 +49,8 @@ class OODSets:
         """All OOD sets, near ones first."""
         return self.near | self.far
 
-    def describe(self) -> OODSetsDescription:
+    def describe(self) -> dict[str, SetDescription | dict[str, SetDescription]]:
+        """Describe all sets, under the names of other evaluations: `train` are fitted on, `val` are the ID images."""
         return {
             "train": describe_set(self.fit),
             "val": describe_set(self.id),
@@ -92,7 +84,7 @@ def find_sets(
         UserError: if a file is missing, two sets have the same name, or the files were built with different options.
     """
     if suite:
-        near, far = ([_suite_file(Path(root), name) for name in names] for names in SUITES[suite])
+        near, far = ([_suite_file(Path(root) / name) for name in names] for names in SUITES[suite])
     if not near and not far:
         raise UserError("There are no OOD images: name files with --near and --far, or a --suite.")
     config = encoder.recipe.data
@@ -132,8 +124,8 @@ def result_name(
     return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _suite_file(root: Path, name: str) -> Path:
-    paths = [root / name / f"{split}.beton" for split in SPLITS]
+def _suite_file(folder: Path) -> Path:
+    paths = [folder / f"{split}.beton" for split in SPLITS]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
