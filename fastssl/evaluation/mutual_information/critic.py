@@ -34,14 +34,11 @@ class Inputs(NamedTuple):
 
 
 def canonical_inputs(x_ND: Tensor, y_NE: Tensor, train_FM: Tensor) -> Inputs:
-    """Map the samples to the inputs of the critic: a fixed map that depends on each fold's training rows only.
+    """Standardize, whiten, rotate to the canonical directions of each fold's training rows, and clip softly.
 
-    It standardizes, whitens the first `DIRECTIONS` principal components, rotates to the canonical directions, and
-    compresses values beyond 4 standard deviations. The map is invertible except for the components that are left out,
-    so it preserves the mutual information, or reduces it: a lower bound stays one.
+    The map is invertible except for the principal components that are left out, so it preserves the mutual information,
+    or reduces it: a lower bound stays one.
     """
-    x_ND = scale_to_one(x_ND)
-    y_NE = scale_to_one(y_NE)
     folds = []
     for train_M in train_FM:
         x_NP, x_MP = whiten(x_ND, train_M)
@@ -54,19 +51,15 @@ def canonical_inputs(x_ND: Tensor, y_NE: Tensor, train_FM: Tensor) -> Inputs:
     return Inputs(*(torch.stack(parts) for parts in zip(*folds, strict=True)))
 
 
-def scale_to_one(x_ND: Tensor) -> Tensor:
-    """Scale columns to a largest magnitude of 1, in float64, so that squares of any finite input stay finite."""
-    x_ND = x_ND.double()
-    largest_D = x_ND.abs().amax(dim=0)
-    return x_ND / torch.where(largest_D > 0, largest_D, 1.0)
-
-
 def whiten(x_ND: Tensor, train_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return the principal components of all rows, (N, P), and of the training rows, (M, P).
 
-    On the training rows they have variance 1 (constant ones are 0). P is at most `DIRECTIONS`, and smaller where there
-    are fewer than eight training rows per component.
+    On the training rows they have variance 1 (constant ones are 0).
     """
+    # Scaled to a largest magnitude of 1 in float64, so that squares of any finite input stay finite.
+    x_ND = x_ND.double()
+    largest_D = x_ND.abs().amax(dim=0)
+    x_ND = x_ND / torch.where(largest_D > 0, largest_D, 1.0)
     mean_D = x_ND[train_M].mean(dim=0)
     sd_D = x_ND[train_M].std(dim=0, correction=0)
     x_ND = torch.where(sd_D > 1e-12, (x_ND - mean_D) / sd_D.clamp_min(1e-12), 0.0)
@@ -82,8 +75,7 @@ def whiten(x_ND: Tensor, train_M: Tensor) -> tuple[Tensor, Tensor]:
 
 def principal_components(x_ND: Tensor, count: int) -> Tensor:
     """Return the first `count` principal components (N, P) of standardized x, with variance 1 (constant ones: 0)."""
-    all_rows_N = torch.arange(len(x_ND), device=x_ND.device)
-    return whiten(scale_to_one(x_ND), all_rows_N)[0][:, -count:]
+    return whiten(x_ND, torch.arange(len(x_ND), device=x_ND.device))[0][:, -count:]
 
 
 def soft_clip(x: Tensor) -> Tensor:
@@ -98,10 +90,9 @@ def initial_critic(inputs: Inputs, generator: torch.Generator) -> tuple[dict[str
     gaussian = {"s": torch.zeros(folds, 1, directions), "c": torch.zeros(folds, 1, 1)}
     networks = {}
     for name, data in (("x", inputs.x_FNP), ("y", inputs.y_FNQ)):
-        sizes = (data.shape[2], HIDDEN, HIDDEN)
-        for layer, (wide, out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-            networks[f"{name}{layer}"] = math.sqrt(2 / wide) * torch.randn(1, wide, out, generator=generator)
-            networks[f"{name}{layer}_bias"] = torch.zeros(1, 1, out)
+        for layer, wide in enumerate((data.shape[2], HIDDEN)):
+            networks[f"{name}{layer}"] = math.sqrt(2 / wide) * torch.randn(1, wide, HIDDEN, generator=generator)
+            networks[f"{name}{layer}_bias"] = torch.zeros(1, 1, HIDDEN)
         # g and a start at 0, but not h: if both g and h were 0, neither would receive a gradient.
         last = torch.randn(1, HIDDEN, WIDTH, generator=generator) / math.sqrt(HIDDEN)
         networks[f"{name}_out"] = torch.cat([last * (name == "y"), torch.zeros(1, HIDDEN, 1)], dim=2)

@@ -189,11 +189,9 @@ def train(
     generator: torch.Generator,
     advance: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
-    """Train the critics of all folds in parallel.
+    """Train the critics of all folds in parallel, and return them and the learning curve.
 
-    Returns:
-        The critics, each from the step at which its validation bound was largest (the initial f = 0 included), and the
-        learning curve.
+    Each critic is that of the step at which its validation bound was largest (the initial f = 0 included).
     """
     gaussian, networks = initial_critic(inputs, generator)
     device = folds.train_FM.device

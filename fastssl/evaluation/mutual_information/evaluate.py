@@ -35,7 +35,9 @@ from fastssl.models import Classifier, Model
 from fastssl.models.gaussian import DiagonalGaussian, Prior
 from fastssl.models.ssl_model import SSLModel, evaluating
 
-SIDE = 8  # V is the evaluation transform of the image, averaged to SIDE x SIDE RGB pixels
+# V is the evaluation transform of the image, averaged to SIDE x SIDE RGB pixels. It is a function of the image, so
+# I(V; .) is a lower bound of the information about the image itself.
+SIDE = 8
 ROWS = 4096  # representations that go through the projector at a time
 # The purposes of the noise, in place of the counter's training step, so that no noise is used twice.
 H_EVAL, Z_EVAL, H_VIEWS, Z_VIEWS = range(4)
@@ -129,27 +131,21 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
         pairs = component_pairs(representations)
         bounds = compute_bounds(encoder.model, representations, seed, encoder.device)
         with progress("Critics", len(pairs) * 4 * estimators.STEPS, "steps") as advance:
-            estimates = {
-                quantity: estimate_pair(x, y, seed, encoder.device, advance) for quantity, (x, y) in pairs.items()
-            }
+            estimates = {q: estimate_pair(x, y, seed, encoder.device, advance) for q, (x, y) in pairs.items()}
         plot = encoder.run_dir / "eval" / f"{name}.png"
         draw_learning_curves(plot, estimates)
         checks = run_checks(estimates, bounds)
         metrics = {f"{q} {kind}": getattr(each, kind).nats for q, each in estimates.items() for kind in ("js", "mine")}
         saturated = [name for name in metrics if getattr(estimates[name.split()[0]], name.split()[1]).saturated]
-        for quantity, bound in bounds.items():
-            metrics |= {f"{quantity} lower": bound["lower"], f"{quantity} upper": bound["upper"]}
-            metrics[f"{quantity} rate"] = bound["rate"]
-            if bound["saturated"]:
-                saturated.append(f"{quantity} lower")
+        metrics |= {f"{q} {key}": bound[key] for q, bound in bounds.items() for key in ("lower", "upper", "rate")}
+        saturated += [f"{q} lower" for q, bound in bounds.items() if bound["saturated"]]
         return {
             "metrics": metrics,
             "saturated": saturated,
             # A continuous z that is a function of h shares infinitely many nats with it.
             "infinite": ["I(H;Z)"] if "I(H;Z)" in pairs and representations.z_given_h is None else [],
             "quantities": {
-                quantity: {kind: value._asdict() for kind, value in each._asdict().items()}
-                for quantity, each in estimates.items()
+                q: {kind: value._asdict() for kind, value in each._asdict().items()} for q, each in estimates.items()
             },
             "bounds": bounds,
             "checks": checks,
@@ -179,33 +175,24 @@ def compute_representations(encoder: RunEncoder, images: BetonSubset, seed: int)
         return Representations(v_NP, h_ND, h_given_v=h_given_v)
     z_NE, z_given_h = draw_z(model, h_ND, features.index, None, seed)
     augmented = cached_features(encoder, images, augmented=True)
-    view_z = []
-    for view in (0, 1):
-        view_h_ND, _ = draw_h(augmented, view, seed, encoder.device)
-        view_z.append(draw_z(model, view_h_ND, augmented.index, view, seed)[0])
+    view_h = [draw_h(augmented, view, seed, encoder.device)[0] for view in (0, 1)]
+    view_z = [draw_z(model, h, augmented.index, view, seed)[0] for view, h in enumerate(view_h)]
     return Representations(v_NP, h_ND, z_NE, torch.stack(view_z), h_given_v, z_given_h)
 
 
 @torch.inference_mode()
 def averaged_pixels(encoder: RunEncoder, images: BetonSubset) -> Tensor:
-    """Return V (N, 192): images under the evaluation transform, averaged to 8 x 8 RGB.
-
-    V is a fixed function of the image, so I(V; .) is a lower bound of the information about the image itself.
-    """
+    """Return V (N, 192): images under the evaluation transform, averaged to 8 x 8 RGB."""
     views = encoder.recipe.views
     make_input = eval_input(views)
     parts = []
     for batch in eval_loader(images, views, encoder.device):
-        pixels_BP = F.adaptive_avg_pool2d(make_input(batch).float(), SIDE).flatten(1)
-        parts.append(valid_rows(pixels_BP, batch))
+        parts.append(valid_rows(F.adaptive_avg_pool2d(make_input(batch).float(), SIDE).flatten(1), batch))
     return torch.from_numpy(np.concatenate(parts)).to(encoder.device)
 
 
 def draw_h(features: Features, view: int | None, seed: int, device: Device) -> tuple[Tensor, DiagonalGaussian | None]:
-    """Return h (N, D) and, if it is stochastic, the distribution from which it was drawn.
-
-    view: 0 or 1 for features of two augmented views, None for those of the evaluation transform.
-    """
+    """Return h (N, D) and, if it is stochastic, the distribution from which it was drawn (view None: not augmented)."""
 
     def of_view(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(x if view is None else x[:, view], np.float32)).to(device)
@@ -244,20 +231,16 @@ def draw_z(
 def draw(q: DiagonalGaussian, index: np.ndarray, purpose: int, view: int, seed: int) -> Tensor:
     """Draw one sample per image, (N, D)."""
     index_N = torch.from_numpy(np.array(index)).to(q.mu.device)
-    rows = max(1, CHUNK_BYTES // (16 * q.mu.shape[1]))
-    parts = []
-    for first in range(0, len(index_N), rows):
-        part = slice(first, first + rows)
-        noise_BD = normals(seed, purpose, index_N[part], view, 1, q.mu.shape[1], NOISE_EVALUATION)[0]
-        parts.append(q.mu[part] + q.sigma[part] * noise_BD)
-    return torch.cat(parts)
+    dims = q.mu.shape[1]
+    chunks = index_N.split(max(1, CHUNK_BYTES // (16 * dims)))
+    noise_ND = torch.cat([normals(seed, purpose, index_B, view, 1, dims, NOISE_EVALUATION)[0] for index_B in chunks])
+    return q.mu + q.sigma * noise_ND
 
 
 def component_pairs(representations: Representations) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return x and y of each quantity: the first principal components of V, h and z.
+    """Return x and y of each quantity: the first principal components of V, h and z. A lower bound remains one.
 
     Without this reduction, each fold would need eigenvectors of all dimensions: 7 of the 22 s of an estimate for 1,024.
-    A lower bound remains one.
     """
     v_NP = principal_components(representations.v_NP, COMPONENTS)
     h_NP = principal_components(representations.h_ND, COMPONENTS)
@@ -313,26 +296,23 @@ def compute_bounds(
 
 
 def run_checks(estimates: Mapping[str, PairEstimates], bounds: Mapping[str, Mapping[str, Any]]) -> list[SelfCheck]:
-    """Check properties that mutual information has.
-
-    (The data processing inequalities are those of h and z, while the estimates are of their principal components. They
-    can fail if the components of z contain information about h that the components of h do not contain.)
-    """
+    """Check properties that mutual information has."""
     checks: list[SelfCheck] = []
 
     def add(check: str, found: str, passed: bool, saturated: bool) -> None:
         checks.append({"check": check, "found": found, "passed": None if saturated else passed})
 
     for quantity, each in estimates.items():
-        shuffled = each.shuffled
-        passed = abs(shuffled.nats) <= SHUFFLED_TOLERANCE
-        add(f"{quantity}, shuffled pairs: 0", f"{shuffled.nats:.3f}", passed, shuffled.saturated)
+        passed = abs(each.shuffled.nats) <= SHUFFLED_TOLERANCE
+        add(f"{quantity}, shuffled pairs: 0", f"{each.shuffled.nats:.3f}", passed, each.shuffled.saturated)
     for quantity, each in estimates.items():
         expected = each.js.nats + ADDED_NATS
         passed = abs(each.added.nats - expected) <= ADDED_TOLERANCE
         check = f"{quantity} with an independent pair of {ADDED_NATS:g} nat appended: the sum"
         saturated = each.js.saturated or each.added.saturated
         add(check, f"{each.added.nats:.2f}, expected {expected:.2f}", passed, saturated)
+    # The data processing inequalities hold for h and z. They can fail for the principal components that are estimated,
+    # if those of z contain information about h that those of h do not contain.
     for smaller, larger in (("I(V;Z)", "I(V;H)"), ("I(V;Z)", "I(H;Z)")):
         if smaller in estimates:
             one, other = estimates[smaller].js, estimates[larger].js

@@ -113,11 +113,8 @@ def compare(
 ) -> Comparison:
     """Compute the metrics of each detector on each OOD set, and their means over the sets of each group.
 
-    Args:
-        scores: detector -> set -> scores, with the set "id" of N in-distribution images.
-        groups: "near" and "far" -> names of the OOD sets. Empty groups have no mean.
-        id_norm_N: lengths of the features of the ID images.
-        seed: of the resamples of both sides for the 95 % intervals.
+    scores: detector -> set -> scores, with the set "id" of N in-distribution images. groups: "near" and "far" -> names
+    of the OOD sets. id_norm_N: lengths of the features of the ID images.
     """
     others = [other for group in groups.values() for other in group]
     images = {other: len(score) for other, score in next(iter(scores.values())).items()}

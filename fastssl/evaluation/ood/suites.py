@@ -94,9 +94,9 @@ def find_sets(
     fit_data = BetonSubset(Path(fit)) if fit else BetonSubset(Path(config.train), config.subset, config.limit)
     if fit_data.describe()["images"] > FIT_IMAGES:
         fit_data = BetonSubset(fit_data.path, fit_data.subset, FIT_IMAGES)
-    names = [set_name(Path(path)) for path in (*near, *far)]
+    names = ["id", *(set_name(Path(path)) for path in (*near, *far))]
     for name in names:
-        if name == "id" or names.count(name) > 1:
+        if names.count(name) > 1:
             raise UserError(f"Two of the sets are called {name}: move one of them to a folder with another name.")
     sets = OODSets(
         fit=fit_data,
@@ -136,26 +136,21 @@ def set_name(path: Path) -> str:
 
 
 def check_same_build(paths: Sequence[Path]) -> None:
-    """Check that all files were built with the same options, which a detector could otherwise tell apart.
-
-    Raises:
-        UserError: if an option differs, or is not recorded.
-    """
-    options: dict[Path, dict[str, object]] = {}
+    """Raise UserError unless all files were built with the same options, which a detector could tell apart."""
+    first: dict[str, object] = {}
     for path in paths:
         info = read_header(path)
         if info.manifest is None:
             raise UserError(f"{path} has no {path.name}.json with its build options: build it with build-beton.")
-        options[path] = {name: info.manifest.get(name) for name in BUILD_OPTIONS}
+        options = {name: info.manifest.get(name) for name in BUILD_OPTIONS}
         # Views of images of one size are cropped on the device; of several sizes on the CPU, which rounds to uint8.
-        options[path]["images of one size"] = info.resolution is not None
-    first = paths[0]
-    for path in paths[1:]:
-        for name, value in options[path].items():
-            if value != options[first][name]:
+        options["images of one size"] = info.resolution is not None
+        first = first or options
+        for name, value in options.items():
+            if value != first[name]:
                 raise UserError(
-                    f"{path} was built with {name}: {value}, {first} with {name}: {options[first][name]}, which alone "
-                    "could tell them apart: build all sets with the same options."
+                    f"{path} was built with {name}: {value}, {paths[0]} with {name}: {first[name]}, which alone could "
+                    "tell them apart: build all sets with the same options."
                 )
 
 

@@ -88,14 +88,13 @@ def _compress(image_HWC: np.ndarray, quality: float) -> np.ndarray:
 def _add_noise(image_BHWC: np.ndarray, index_B: np.ndarray, deviation: float, seed: int) -> np.ndarray:
     values = image_BHWC[0].size
     rows = max(1, NOISE_ELEMENTS // values)
-    chunks = []
+    noisy_BHWC = np.empty_like(image_BHWC)
     for first in range(0, len(image_BHWC), rows):
-        image_RHWC = image_BHWC[first : first + rows]
-        index_R = torch.from_numpy(np.array(index_B[first : first + rows]))
-        noise_RN = normals(seed, NOISE, index_R, 0, 1, values, CORRUPTION)[0].numpy()
-        noisy_RHWC = image_RHWC + 255 * np.float32(deviation) * noise_RN.reshape(image_RHWC.shape)
-        chunks.append(noisy_RHWC.round().clip(0, 255).astype(np.uint8))
-    return np.concatenate(chunks)
+        part = slice(first, first + rows)
+        noise_RN = normals(seed, NOISE, torch.from_numpy(np.array(index_B[part])), 0, 1, values, CORRUPTION)[0].numpy()
+        noisy_RHWC = image_BHWC[part] + 255 * np.float32(deviation) * noise_RN.reshape(image_BHWC[part].shape)
+        noisy_BHWC[part] = noisy_RHWC.round().clip(0, 255)
+    return noisy_BHWC
 
 
 def _crop(image_BHWC: np.ndarray, index_B: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -120,13 +119,6 @@ def embed_versions(
     The stored image is corrupted, before the evaluation transform. Where the loader has cropped the view already (files
     with images of several sizes), that crop is corrupted. All versions of a batch have the same shape, so equal pixels
     give equal numbers.
-
-    Args:
-        model: the encoder.
-        loader: of uint8 images.
-        views: the recipe's views.
-        seed: of noise and crops.
-        advance: called with numbers of embedded images, len(VERSIONS) per image in total.
 
     Returns:
         The mean of sigma over dimensions (V, N) float64 or, for a deterministic encoder, h (V, N, D) float32.

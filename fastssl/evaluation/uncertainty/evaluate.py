@@ -1,7 +1,7 @@
 """`fastssl eval uncertainty`: does the uncertainty of an encoder predict mistakes, and does it grow with corruption?"""
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +48,6 @@ class MetricGroup:
     fields: dict[str, Any]
 
 
-class CorruptionCurve(TypedDict):
-    """Mean uncertainty of the original images (strength 0), then at each strength of a corruption."""
-
-    strengths: list[float]
-    mean: list[float]  # one more than strengths
-    intervals: list[Interval]  # 95 % intervals of the means
-
-
 def evaluate_uncertainty(
     encoder: RunEncoder, data: EvaluationData, *, dtype: DType = "float32", seed: int = 0
 ) -> EvaluationResult:
@@ -99,38 +91,38 @@ def evaluate_uncertainty(
         else:
             uncertainty_M = test.sigma.mean(axis=1, dtype=np.float64)
 
-        neighbor_group = neighbor_metrics(test, uncertainty_M, encoder.device, seed)
-        prediction_group = prediction_metrics(train, test, uncertainty_M, encoder.device, seed)
-        corruption_group = corruption_metrics(versions_VN, seed)
-        groups = (neighbor_group, prediction_group, corruption_group)
         result: dict[str, Any] = {"metrics": {}, "intervals": {}}
-        for group in groups:
+        for group in (
+            neighbor_metrics(test, uncertainty_M, encoder.device, seed),
+            prediction_metrics(train, test, uncertainty_M, encoder.device, seed),
+            corruption_metrics(versions_VN, seed),
+        ):
             result["metrics"] |= group.metrics
             result["intervals"] |= group.intervals
             result |= group.fields
         result["uncertainty"] = {key: float(getattr(uncertainty_M, key)()) for key in ("mean", "std", "min", "max")}
 
-        plots = [f"{name}.{kind}.png" for kind in ("risk-coverage", "corruptions", "extremes")]
-        paths = [encoder.run_dir / "eval" / plot for plot in plots]
+        paths = [
+            encoder.run_dir / "eval" / f"{name}.{kind}.png" for kind in ("risk-coverage", "corruptions", "extremes")
+        ]
         run = encoder.run_dir.resolve().name
         draw_risk_coverage(paths[0], run, result["risk_coverage"], result["metrics"], score)
         draw_corruptions(paths[1], run, result, score)
         draw_extremes(paths[2], run, data.val, test.index, uncertainty_M, EXTREMES, score)
-        return {**result, "plots": plots}
+        return {**result, "plots": [path.name for path in paths]}
 
-    settings = {
-        "score": score,
-        "corruptions": CORRUPTIONS,
-        "corrupted_images": CORRUPTED_IMAGES,
-        "held_out_share": HOLDOUT_SHARE,
-        "dtype": dtype,
-        "features": CACHE_VERSION,
-        "classifier": lbfgs.CONSTANTS,
-    }
     request = {
         "evaluation": "uncertainty",
         "protocol": PROTOCOL,
-        "settings": settings,
+        "settings": {
+            "score": score,
+            "corruptions": CORRUPTIONS,
+            "corrupted_images": CORRUPTED_IMAGES,
+            "held_out_share": HOLDOUT_SHARE,
+            "dtype": dtype,
+            "features": CACHE_VERSION,
+            "classifier": lbfgs.CONSTANTS,
+        },
         "seed": seed,
         **encoder.describe(),
         **about,
@@ -228,7 +220,8 @@ def corruption_metrics(versions_VN: np.ndarray, seed: int) -> MetricGroup:
 
     spearman_NAME is the mean over images of the correlation of uncertainty with strength. crop_larger is the share of
     crops that are more uncertain than their original image (ties count half), over all sizes and per size:
-    crop_larger_75 of crops with 75 % of the area. The mean uncertainty at each strength is stored too.
+    crop_larger_75 of crops with 75 % of the area. The field "corruptions" has the mean uncertainty of the original
+    images, then at each strength, with 95 % intervals.
     """
     # For each corruption (N, 6): the original image, then five strengths.
     curves = {
@@ -250,7 +243,7 @@ def corruption_metrics(versions_VN: np.ndarray, seed: int) -> MetricGroup:
 
     values = compute(slice(None))
     intervals = bootstrap_intervals(len(values_NF), compute, seed)
-    corruptions: dict[str, CorruptionCurve] = {}
+    corruptions = {}
     for name, strengths in CORRUPTIONS.items():
         keys = [f"{name} {s}" for s in range(len(strengths) + 1)]
         corruptions[name] = {
