@@ -1,8 +1,7 @@
 """`fastssl eval ood`: fit all detectors that a run supports, score ID and OOD images, and compare the scores."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from fastssl.evaluation.features import (
     load_or_compute_features,
     valid_rows,
 )
-from fastssl.evaluation.linear import LinearClassifier, fit_lbfgs
+from fastssl.evaluation.linear import fit_lbfgs
 from fastssl.evaluation.linear.lbfgs import PENALTIES
 from fastssl.evaluation.metrics import RESAMPLES
 from fastssl.evaluation.ood import distances, label_based, label_free, plots
@@ -65,25 +64,6 @@ class OODResult(EvaluationResult):
     scores: str  # name of the file with the scores of all images
 
 
-@dataclass(frozen=True)
-class DetectorInputs:
-    """The arrays of one set of images."""
-
-    features: Features
-    logits_NC: np.ndarray | None  # None if no detector needs logits
-    view_h_N2D: np.ndarray | None = None  # h of two augmented views, for views_disagreement
-    odin_logits_NC: np.ndarray | None = None  # logits of perturbed images, for odin
-
-    def arguments(self, detector_name: str) -> dict[str, Any]:
-        """Return the arguments of `Detector.fit` and `Detector.score`. Two detectors get arrays of their own."""
-        return {
-            "features": self.view_h_N2D if detector_name == "views_disagreement" else self.features.h,
-            "logits": self.odin_logits_NC if detector_name == "odin" else self.logits_NC,
-            "sigma": self.features.sigma,
-            "mu": self.features.mu,
-        }
-
-
 def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODResult:
     """Evaluate all detectors, and write RUN/eval/ood-NAME.json with the scores of all images and three plots.
 
@@ -102,28 +82,31 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
         skipped = unsupported_detectors(encoder.model, train.label)
         names = [each for each in DETECTORS if each not in skipped]
         classifier = linear_head(encoder, train, seed) if set(names) & set(LABEL_BASED) else None
-        train_inputs = DetectorInputs(train, logits_of(train, classifier))
-        inputs = {
-            part: compute_inputs(encoder, data, classifier, names) for part, data in {"id": sets.id, **sets.ood}.items()
-        }
+        train_arrays = shared_arrays(train, classifier)
+        parts = {"id": sets.id, **sets.ood}
+        arrays = {part: detector_arrays(encoder, data, classifier, names) for part, data in parts.items()}
         scores: dict[str, dict[str, np.ndarray]] = {}
         with progress("Detectors", len(names), "detectors") as advance:
             for each in names:
-                fitted = detector(
-                    each, prior=embedding_prior(encoder.model), classifier=classifier, device=encoder.device
-                )
+                prior = embedding_prior(encoder.model)
+                fitted = detector(each, prior=prior, classifier=classifier, device=encoder.device)
                 labels = train.label if each in LABEL_BASED else None
                 try:
-                    fitted.fit(labels=labels, **train_inputs.arguments(each))
-                    scores[each] = {part: fitted.score(**x.arguments(each)) for part, x in inputs.items()}
+                    fitted.fit(labels=labels, **train_arrays)
+                    scores[each] = {part: fitted.score(**arrays[part][each]) for part in parts}
                 except ValueError as error:  # this detector is undefined on these images
                     skipped[each] = str(error)
                 advance(1)
-        save_scores(encoder, name, scores, {part: x.features.index for part, x in inputs.items()})
-        id_norm_N = np.linalg.norm(inputs["id"].features.h.astype(np.float64), axis=1)
+        # The scores of all images as SET/DETECTOR and their ids as SET/index, in the order of the files.
+        columns = {f"{part}/index": cached_features(encoder, data).index for part, data in parts.items()}
+        columns |= {f"{part}/{each}": score_N for each, found in scores.items() for part, score_N in found.items()}
+        path = encoder.run_dir / "eval" / f"{name}.scores.npz"
+        with explain_write_errors(path):
+            write_atomically(path, lambda temporary: np.savez(temporary, **columns))  # type: ignore[arg-type]
+        id_norm_N = np.linalg.norm(cached_features(encoder, sets.id).h.astype(np.float64), axis=1)
         comparison = compare(scores, {"near": list(sets.near), "far": list(sets.far)}, id_norm_N, seed)
         plots.draw_ood_plots(encoder.run_dir / "eval", name, scores, comparison["detectors"], sets)
-        return {**comparison, "skipped": skipped, "scores": f"{name}.scores.npz"}
+        return {**comparison, "skipped": skipped, "scores": path.name}
 
     request = {
         "evaluation": "ood",
@@ -158,10 +141,8 @@ def unsupported_detectors(model: Model, label_N: np.ndarray) -> dict[str, str]:
 
 def embedding_prior(model: Model) -> Prior | None:
     """Return the prior of the embedding that `embed` returns: that of h if h is stochastic, otherwise that of z."""
-    for space in ("h", "z"):
-        if space in model.priors:
-            return cast(Prior, model.priors[space])
-    return None
+    priors = [cast(Prior, model.priors[space]) for space in ("h", "z") if space in model.priors]
+    return priors[0] if priors else None
 
 
 def linear_head(encoder: RunEncoder, train: Features, seed: int) -> LinearHead:
@@ -171,33 +152,31 @@ def linear_head(encoder: RunEncoder, train: Features, seed: int) -> LinearHead:
         return LinearHead(layer.weight.detach().double(), layer.bias.detach().double())
     with progress("Logistic regressions", len(PENALTIES) + 1, "fits") as advance:
         fitted = fit_lbfgs(train.h, train.label, seed=seed, device=encoder.device, advance=advance)
-    return head_of_features(fitted.classifier)
+    # The classifier of standardized features, as one of the features themselves.
+    mean_D, std_D = fitted.classifier.mean_D, fitted.classifier.std_D
+    assert mean_D is not None and std_D is not None
+    weight_CD = fitted.classifier.weight_CD.double() / std_D.double()
+    return LinearHead(weight_CD, fitted.classifier.bias_C.double() - weight_CD @ mean_D.double())
 
 
-def head_of_features(classifier: LinearClassifier) -> LinearHead:
-    """Convert a classifier of standardized features into one of the features themselves; float64."""
-    assert classifier.mean_D is not None and classifier.std_D is not None
-    weight_CD = classifier.weight_CD.double() / classifier.std_D.double()
-    return LinearHead(weight_CD, classifier.bias_C.double() - weight_CD @ classifier.mean_D.double())
+def shared_arrays(features: Features, classifier: LinearHead | None) -> dict[str, Any]:
+    """Return the arguments of `Detector.fit` and `Detector.score` that most detectors share."""
+    logits_NC = None
+    if classifier is not None:
+        weight_CD, bias_C = (x.cpu().numpy() for x in classifier)
+        logits_NC = features.h.astype(np.float64) @ weight_CD.T + bias_C
+    return {"features": features.h, "logits": logits_NC, "sigma": features.sigma, "mu": features.mu}
 
 
-def logits_of(features: Features, classifier: LinearHead | None) -> np.ndarray | None:
-    if classifier is None:
-        return None
-    weight_CD, bias_C = (x.cpu().numpy() for x in classifier)
-    return features.h.astype(np.float64) @ weight_CD.T + bias_C
-
-
-def compute_inputs(
+def detector_arrays(
     encoder: RunEncoder, data: BetonSubset, classifier: LinearHead | None, detector_names: list[str]
-) -> DetectorInputs:
-    """Compute the arrays of one set of images, or read them from RUN/features/."""
-    features = cached_features(encoder, data)
-    view_h_N2D = cached_features(encoder, data, augmented=True).h
-    odin_logits_NC = None
-    if classifier is not None and "odin" in detector_names:
-        odin_logits_NC = odin_logits(encoder, data, classifier)
-    return DetectorInputs(features, logits_of(features, classifier), view_h_N2D, odin_logits_NC)
+) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `Detector.score` for each detector; two detectors have arrays of their own."""
+    arrays = dict.fromkeys(detector_names, shared_arrays(cached_features(encoder, data), classifier))
+    arrays["views_disagreement"] = {"features": cached_features(encoder, data, augmented=True).h}
+    if classifier is not None and "odin" in arrays:
+        arrays["odin"] = {**arrays["odin"], "logits": odin_logits(encoder, data, classifier)}
+    return arrays
 
 
 def odin_logits(encoder: RunEncoder, data: BetonSubset, classifier: LinearHead) -> np.ndarray:
@@ -208,44 +187,25 @@ def odin_logits(encoder: RunEncoder, data: BetonSubset, classifier: LinearHead) 
         "classifier": [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in classifier],
     }
 
-    def compute(loader: BetonLoader, advance: Callable[[int], object]) -> Iterator[Features]:
-        return perturbed_batches(encoder, loader, classifier, advance)
-
-    return load_or_compute_features(encoder, data, depends_on, f"ODIN on {data.path}", compute).h
-
-
-def perturbed_batches(
-    encoder: RunEncoder, loader: BetonLoader, classifier: LinearHead, advance: Callable[[int], object]
-) -> Iterator[Features]:
-    """Yield `Features` of each batch that have the logits of perturbed images as h."""
-    model = encoder.model
-    make_input = eval_input(encoder.recipe.views)
     weight_CD, bias_C = (x.float() for x in classifier)
 
     def logits_with_gradient(images: Tensor) -> Tensor:
-        h = model.encoder(images)
-        if "h" in model.heads:
-            h = model.heads["h"](h).mu  # the h that `embed` returns
+        h = encoder.model.encoder(images)
+        if "h" in encoder.model.heads:
+            h = encoder.model.heads["h"](h).mu  # the h that `embed` returns
         return F.linear(h, weight_CD, bias_C)
 
-    with evaluating(model):
-        for batch in loader:
-            with in_fp32(batch.image.device):
-                images = make_input(batch)
-                moved = label_based.perturb_for_odin(logits_with_gradient, images, encoder.recipe.views.std)
-                with torch.no_grad():
-                    logits = logits_with_gradient(moved)
-            label, index = valid_rows(batch.label, batch), valid_rows(batch.index, batch)
-            yield Features(valid_rows(logits, batch), label, index)
-            advance(len(label))
+    def compute(loader: BetonLoader, advance: Callable[[int], object]) -> Iterator[Features]:
+        make_input = eval_input(encoder.recipe.views)
+        with evaluating(encoder.model):
+            for batch in loader:
+                with in_fp32(batch.image.device):
+                    images = make_input(batch)
+                    moved = label_based.perturb_for_odin(logits_with_gradient, images, encoder.recipe.views.std)
+                    with torch.no_grad():
+                        logits = logits_with_gradient(moved)
+                label, index = valid_rows(batch.label, batch), valid_rows(batch.index, batch)
+                yield Features(valid_rows(logits, batch), label, index)
+                advance(len(label))
 
-
-def save_scores(
-    encoder: RunEncoder, name: str, scores: Mapping[str, Mapping[str, np.ndarray]], indices: Mapping[str, np.ndarray]
-) -> None:
-    """Write RUN/eval/NAME.scores.npz with the arrays SET/DETECTOR and SET/index, in the order of the files."""
-    arrays = {f"{part}/index": index for part, index in indices.items()}
-    arrays |= {f"{part}/{each}": score for each, parts in scores.items() for part, score in parts.items()}
-    path = encoder.run_dir / "eval" / f"{name}.scores.npz"
-    with explain_write_errors(path):
-        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
+    return load_or_compute_features(encoder, data, depends_on, f"ODIN on {data.path}", compute).h
