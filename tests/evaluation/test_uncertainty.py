@@ -19,6 +19,7 @@ from fastssl import cli
 from fastssl.beton import build_beton, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.evaluation import (
+    BetonSubset,
     evaluate_knn,
     evaluate_uncertainty,
     features,
@@ -325,15 +326,14 @@ def test_versions_are_embedded_under_the_evaluation_transform(layout, view, requ
     path = folder / "val.beton"
     expected = features_of(run, path, model=model, views=recipe.views)
     told = []
-    loader = eval_loader(evaluate.BetonSubset(path), recipe.views, torch.device("cpu"))
-    found = embed_versions(model, loader, recipe.views, 0, advance=told.append)
+    loader = eval_loader(BetonSubset(path), recipe.views, torch.device("cpu"))
+    found = embed_versions(model, loader, recipe.views, 0, told.append)
     assert found.shape == (21, 12) and found.dtype == np.float64 and sum(told) == 21 * 12
     np.testing.assert_allclose(found[0], expected.sigma.mean(axis=1, dtype=np.float64), rtol=1e-6)
     assert len(np.unique(found.round(9), axis=0)) == 21
     monkeypatch.setattr(features, "BATCH_SIZE", 5)
-    small = embed_versions(
-        model, eval_loader(evaluate.BetonSubset(path), recipe.views, torch.device("cpu")), recipe.views, 0
-    )
+    loader = eval_loader(BetonSubset(path), recipe.views, torch.device("cpu"))
+    small = embed_versions(model, loader, recipe.views, 0, told.append)
     np.testing.assert_allclose(small, found, rtol=1e-6)
 
 
@@ -454,7 +454,7 @@ def test_extremes_are_found_in_any_order_of_the_file(photos, tmp_path, monkeypat
     monkeypatch.setattr(plots, "draw_samples", lambda *args, **kwargs: shown.append(args))
     some = index[np.random.default_rng(0).permutation(48)[:30]]  # features of a part of it, in any order
     score = 1 / (1.0 + some)
-    plots.draw_extremes(tmp_path / "x.png", "run", evaluate.BetonSubset(path), some, score, 20, "mean sigma of z")
+    plots.draw_extremes(tmp_path / "x.png", "run", BetonSubset(path), some, score, 20, "mean sigma of z")
     _, _, ((_, least), (_, most)), notes = shown[0]
     assert (
         index[least].tolist() == sorted(some.tolist(), reverse=True)[:15]

@@ -122,10 +122,7 @@ class Mahalanobis(Detector):
 
 
 class MahalanobisRelative(Mahalanobis):
-    """`Mahalanobis` minus the distance to one Gaussian fitted to all images (Ren et al., arXiv 2106.09022).
-
-    Higher is OOD.
-    """
+    """`Mahalanobis` minus the distance to one Gaussian of all images (Ren et al., arXiv 2106.09022). Higher is OOD."""
 
     def _fit(self, features: Tensor, labels: Tensor) -> None:
         super()._fit(features, labels)
@@ -214,11 +211,7 @@ def pytorch_ood_version() -> str | None:
 
 
 def import_pytorch_ood(detector_name: str) -> ModuleType:
-    """Import and return pytorch_ood.detector.
-
-    Raises:
-        UserError: if pytorch-ood is not installed.
-    """
+    """Import and return pytorch_ood.detector. Raises UserError if it is not installed."""
     if pytorch_ood_version() is None:
         raise UserError(f"The detector {detector_name} needs the package pytorch-ood: pip install pytorch-ood")
     # Imported here because it takes a second.

@@ -36,26 +36,25 @@ def draw_ood_plots(
     colors = {other: colormaps["tab10"](i % 10) for i, other in enumerate(sets.ood)}
     columns = min(COLUMNS, len(scores))
     rows = -(-len(scores) // columns)
-    for kind, width, height in (("histograms", 3.1, 2.1), ("roc", 2.6, 2.6)):
+    score_label = "score, higher = OOD (from the 1st to the 99th percentile of all sets)"
+    fpr_label = "false positive rate: share of ID images predicted as OOD"
+    tpr_label = "true positive rate: share of OOD images predicted as OOD"
+    for kind, draw_panel, width, height, x_label, y_label in (
+        ("histograms", _draw_histograms, 3.1, 2.1, score_label, "density"),
+        ("roc", _draw_roc, 2.6, 2.6, fpr_label, tpr_label),
+    ):
         figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=110, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for panel, (detector, score) in zip(panels, scores.items()):
             panel.set_title(detector, fontsize=9)
             panel.tick_params(labelsize=6)
-            if kind == "roc":
-                _draw_roc(panel, score, colors)
-            else:
-                _draw_histograms(panel, score, colors)
+            draw_panel(panel, score, colors)
         for panel in panels[len(scores) :]:
             panel.set_axis_off()
         handles = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=9)
-        if kind == "roc":
-            figure.supxlabel("false positive rate: share of ID images predicted as OOD", fontsize=9)
-            figure.supylabel("true positive rate: share of OOD images predicted as OOD", fontsize=9)
-        else:
-            figure.supxlabel("score, higher = OOD (from the 1st to the 99th percentile of all sets)", fontsize=9)
-            figure.supylabel("density", fontsize=9)
+        figure.supxlabel(x_label, fontsize=9)
+        figure.supylabel(y_label, fontsize=9)
         save_figure(folder / f"{name}.{kind}.png", figure)
     _draw_auroc(folder / f"{name}.auroc.png", detectors, sets)
 

@@ -47,31 +47,27 @@ def ood_table(result: OODResult, width: int = 160) -> Table:
         if row["labels"] and not labels_used:
             labels_used = True
             table.add_section()
-        cells = _cells(row, groups, names if wide else [], wide)
-        table.add_row(detector + (" *" if row["labels"] else ""), *cells, _inverted(row, names, wide))
+        table.add_row(detector + (" *" if row["labels"] else ""), *_cells(row, groups, names, wide))
     if labels_used:
         table.caption = "\n".join([*lines, "* uses labels of the training images"])
     return table
 
 
-def _cells(row: DetectorResult, groups: Sequence[str], names: Sequence[str], with_fpr: bool) -> list[str]:
+def _cells(row: DetectorResult, groups: Sequence[str], names: Sequence[str], wide: bool) -> list[str]:
+    """Return the cells after the name. The last one has the sets where it is inverted, or if narrow their number."""
     cells = []
     for group in groups:
         mean = row["near"] if group == "near" else row["far"]
         low, high = mean["intervals"]["auroc"]
         cells += [percent(mean["metrics"]["auroc"]), f"{percent(low)}-{percent(high)}"]
-        if with_fpr:
+        if wide:
             cells.append(percent(mean["metrics"]["fpr95_id_positive"]))
-    cells += [percent(row["sets"][name]["metrics"]["auroc"]) for name in names]
-    return [*cells, f"{row['norm_correlation']:.2f}"]
-
-
-def _inverted(row: DetectorResult, names: Sequence[str], wide: bool) -> str:
-    """Return the names of the sets for which a detector is inverted, or in a narrow terminal their number."""
     inverted = [name for name in names if row["sets"][name]["inverted"]]
-    if not wide:
-        return f"{len(inverted)}/{len(names)}" if inverted else ""
-    return "all" if inverted == names else ", ".join(inverted)
+    shown = f"{len(inverted)}/{len(names)}" if inverted else ""
+    if wide:
+        cells += [percent(row["sets"][name]["metrics"]["auroc"]) for name in names]
+        shown = "all" if inverted == names else ", ".join(inverted)
+    return [*cells, f"{row['norm_correlation']:.2f}", shown]
 
 
 def ood_summary_table(rows: Sequence[SummaryRow]) -> Table:

@@ -107,12 +107,7 @@ def _crop(image_BHWC: np.ndarray, index_B: np.ndarray, share: float, seed: int) 
 
 @torch.inference_mode()
 def embed_versions(
-    model: Model,
-    loader: Iterable[Batch],
-    views: ViewsConfig,
-    seed: int,
-    *,
-    advance: Callable[[int], object] = lambda images: None,
+    model: Model, loader: Iterable[Batch], views: ViewsConfig, seed: int, advance: Callable[[int], object]
 ) -> np.ndarray:
     """Embed all `VERSIONS` of the N images of a loader.
 

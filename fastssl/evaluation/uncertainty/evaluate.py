@@ -14,7 +14,7 @@ from fastssl.evaluation.linear import lbfgs
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.metrics import Interval, Rows, bootstrap_intervals, classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
-from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder
+from fastssl.evaluation.runs import EvaluationData, RunEncoder
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, embed_versions, some_images
 from fastssl.evaluation.uncertainty.measures import (
@@ -84,7 +84,11 @@ def evaluate_uncertainty(
             with progress(f"Neighbors in {data.train.path}", len(train.h), "images") as advance:
                 return neighbor_distance(train.h, h_MD, neighbors, device=encoder.device, advance=advance)
 
-        versions_VN = embed_some_versions(encoder, data.val, test, seed)
+        views = encoder.recipe.views
+        loader = eval_loader(data.val, views, encoder.device)
+        loader.rows = loader.rows[some_images(test.index, CORRUPTED_IMAGES, seed)]
+        with progress("Corrupted images", len(VERSIONS) * len(loader.rows), "images") as advance:
+            versions_VN = embed_versions(encoder.model, loader, views, seed, advance)
         if test.sigma is None:
             uncertainty_M = distance(test.h)
             versions_VN = distance(versions_VN.reshape(-1, versions_VN.shape[-1])).reshape(versions_VN.shape[:2])
@@ -204,15 +208,6 @@ def prediction_metrics(
         "risk_coverage": {"coverage": (count_P / len(wrong_M)).tolist(), **curves},
     }
     return MetricGroup(values, intervals, fields)
-
-
-def embed_some_versions(encoder: RunEncoder, data: BetonSubset, test: Features, seed: int) -> np.ndarray:
-    """Return `embed_versions` of a random part of the test images, which depends on ids and seed only."""
-    views = encoder.recipe.views
-    loader = eval_loader(data, views, encoder.device)
-    loader.rows = loader.rows[some_images(test.index, CORRUPTED_IMAGES, seed)]
-    with progress("Corrupted images", len(VERSIONS) * len(loader.rows), "images") as advance:
-        return embed_versions(encoder.model, loader, views, seed, advance=advance)
 
 
 def corruption_metrics(versions_VN: np.ndarray, seed: int) -> MetricGroup:
