@@ -211,20 +211,12 @@ def draw_z(
 
     The projector uses the running statistics of batch norm. For BYOL, z is before the predictor.
     """
-    parts, log_var_parts = [], []
     with evaluating(model), in_fp32(h_ND.device):
-        for h_BD in h_ND.split(ROWS):
-            z_BE = model.projector(h_BD)
-            if "z" in model.heads:
-                q = model.heads["z"](z_BE)
-                parts.append(q.mu)
-                log_var_parts.append(q.log_var)
-            else:
-                parts.append(z_BE)
-    z_NE = torch.cat(parts)
-    if not log_var_parts:
-        return z_NE, None
-    q = DiagonalGaussian(z_NE, torch.cat(log_var_parts))
+        z_NE = torch.cat([model.projector(h_BD) for h_BD in h_ND.split(ROWS)])
+        if "z" not in model.heads:
+            return z_NE, None
+        parts = [model.heads["z"](z_BE) for z_BE in z_NE.split(ROWS)]
+    q = DiagonalGaussian(torch.cat([part.mu for part in parts]), torch.cat([part.log_var for part in parts]))
     return draw(q, index, Z_EVAL if view is None else Z_VIEWS, view or 0, seed), q
 
 

@@ -57,21 +57,19 @@ def posterior_bounds(
         raise ValueError("Bounds of mutual information need at least two images.")
     order = torch.randperm(len(mu_ND), generator=torch.Generator().manual_seed(seed)).to(mu_ND.device)
     groups = [rows for rows in order.split(count) if len(rows) == count]
-    lower_sum = 0.0
-    upper_sum = 0.0
+    lower_sum = upper_sum = 0.0
     for rows in groups:
-        own, mean_of_all, mean_of_others = [], [], []
+        lower, upper = [], []
         for chunk, log_q_RK in enumerate(log_densities(z_ND[rows], mu_ND[rows], sigma_ND[rows])):
-            own_R = log_q_RK.diagonal(chunk * CHUNK_ROWS)
-            own.append(own_R.clone())
-            mean_of_all.append(log_q_RK.logsumexp(dim=1) - math.log(count))
-            own_R.fill_(-math.inf)
-            mean_of_others.append(log_q_RK.logsumexp(dim=1) - math.log(count - 1))
-        lower_sum += (torch.cat(own) - torch.cat(mean_of_all)).mean().item()
-        upper_sum += (torch.cat(own) - torch.cat(mean_of_others)).mean().item()
-    lower = lower_sum / len(groups)
+            own_R = log_q_RK.diagonal(chunk * CHUNK_ROWS).clone()
+            lower.append(own_R - (log_q_RK.logsumexp(dim=1) - math.log(count)))
+            log_q_RK.diagonal(chunk * CHUNK_ROWS).fill_(-math.inf)
+            upper.append(own_R - (log_q_RK.logsumexp(dim=1) - math.log(count - 1)))
+        lower_sum += torch.cat(lower).mean().item()
+        upper_sum += torch.cat(upper).mean().item()
+    mean = lower_sum / len(groups)
     ceiling = math.log(count)
-    return PosteriorBounds(lower, upper_sum / len(groups), ceiling, count, lower > ceiling - 0.1)
+    return PosteriorBounds(mean, upper_sum / len(groups), ceiling, count, mean > ceiling - 0.1)
 
 
 def log_densities(z_KD: Tensor, mu_KD: Tensor, sigma_KD: Tensor) -> Iterator[Tensor]:

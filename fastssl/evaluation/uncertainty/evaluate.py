@@ -16,16 +16,8 @@ from fastssl.evaluation.metrics import Interval, Rows, bootstrap_intervals, clas
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import EvaluationData, RunEncoder
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
+from fastssl.evaluation.uncertainty import measures
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS, VERSIONS, embed_versions, some_images
-from fastssl.evaluation.uncertainty.measures import (
-    aurc,
-    fit_temperature,
-    nearest_is_wrong,
-    neighbor_distance,
-    r_auroc,
-    risk_coverage,
-    strength_correlation,
-)
 from fastssl.evaluation.uncertainty.plots import draw_corruptions, draw_extremes, draw_risk_coverage
 
 NEIGHBORS = 50  # for encoders without sigma: the value of Sun et al. for CIFAR-10
@@ -82,7 +74,7 @@ def evaluate_uncertainty(
 
         def distance(h_MD: np.ndarray) -> np.ndarray:
             with progress(f"Neighbors in {data.train.path}", len(train.h), "images") as advance:
-                return neighbor_distance(train.h, h_MD, neighbors, device=encoder.device, advance=advance)
+                return measures.neighbor_distance(train.h, h_MD, neighbors, device=encoder.device, advance=advance)
 
         views = encoder.recipe.views
         loader = eval_loader(data.val, views, encoder.device)
@@ -136,14 +128,14 @@ def evaluate_uncertainty(
 
 def neighbor_metrics(test: Features, uncertainty_M: np.ndarray, device: Device, seed: int) -> MetricGroup:
     """Compute recall_at_1, and r_auroc unless the nearest neighbors of all images are right, or all wrong."""
-    wrong_M = nearest_is_wrong(test.h, test.label, device=device)
+    wrong_M = measures.nearest_is_wrong(test.h, test.label, device=device)
     defined = 0 < wrong_M.sum() < len(wrong_M)
 
     with progress("Intervals of r_auroc", metrics.RESAMPLES + 1, "resamples") as advance:
 
         def compute(rows: Rows) -> dict[str, float]:
             advance(1)
-            values = {"r_auroc": r_auroc(uncertainty_M[rows], wrong_M[rows])} if defined else {}
+            values = {"r_auroc": measures.r_auroc(uncertainty_M[rows], wrong_M[rows])} if defined else {}
             values["recall_at_1"] = 1 - float(wrong_M[rows].mean())
             return values
 
@@ -162,7 +154,8 @@ def prediction_metrics(
     with progress("Logistic regressions", len(lbfgs.PENALTIES) + 1, "fits") as advance:
         fitted = fit_lbfgs(train.h[fit_rows], train.label[fit_rows], seed=seed, device=device, advance=advance)
     class_C = fitted.classifier.class_C.numpy()
-    temperature = fit_temperature(fitted.classifier.logits(train.h[held_rows]), train.label[held_rows], class_C)
+    held_logits = fitted.classifier.logits(train.h[held_rows])
+    temperature = measures.fit_temperature(held_logits, train.label[held_rows], class_C)
 
     logits_MC = fitted.classifier.logits(test.h).double()
     unscaled = classification_metrics(logits_MC, test.label, class_C, seed=seed)
@@ -186,10 +179,10 @@ def prediction_metrics(
     scores = {"": uncertainty_M, "_confidence": 1 - confidence_M}
 
     def areas(rows: Rows) -> dict[str, float]:
-        least = aurc(wrong_M[rows], wrong_M[rows])
+        least = measures.aurc(wrong_M[rows], wrong_M[rows])
         found = {}
         for suffix, score_M in scores.items():
-            found[f"aurc{suffix}"] = aurc(score_M[rows], wrong_M[rows])
+            found[f"aurc{suffix}"] = measures.aurc(score_M[rows], wrong_M[rows])
             # E-AURC (Geifman et al., arXiv 1805.08206): they approximate the least area, this is the exact one.
             found[f"e_aurc{suffix}"] = found[f"aurc{suffix}"] - least
         return found
@@ -200,7 +193,7 @@ def prediction_metrics(
     # The numbers of images at coverages of 1 %, 2 %, ..., 100 %, rounded up.
     count_P = np.unique(-(-np.arange(1, CURVE_POINTS + 1) * len(wrong_M) // CURVE_POINTS))
     orders = {"uncertainty": uncertainty_M, "confidence": scores["_confidence"], "oracle": wrong_M}
-    curves = {key: risk_coverage(score_M, wrong_M)[count_P - 1].tolist() for key, score_M in orders.items()}
+    curves = {key: measures.risk_coverage(score_M, wrong_M)[count_P - 1].tolist() for key, score_M in orders.items()}
     fields = {
         "chosen": {**fitted.chosen, "temperature": temperature},
         "candidates": fitted.candidates,
@@ -224,7 +217,7 @@ def corruption_metrics(versions_VN: np.ndarray, seed: int) -> MetricGroup:
     }
     original_N1, crop_NS = curves["crop"][:, :1], curves["crop"][:, 1:]
     larger_NS = (crop_NS > original_N1) + 0.5 * (crop_NS == original_N1)
-    columns = {f"spearman_{name}": strength_correlation(curve_NS) for name, curve_NS in curves.items()}
+    columns = {f"spearman_{name}": measures.strength_correlation(curve_NS) for name, curve_NS in curves.items()}
     columns["crop_larger"] = larger_NS.mean(axis=1)
     for share, larger_N in zip(CORRUPTIONS["crop"], larger_NS.T):
         columns[f"crop_larger_{100 * share:g}"] = larger_N
