@@ -127,9 +127,10 @@ def compare(
             resampled = {
                 other: bootstrap_metrics(score["id"], score[other], id_rows_RN, ood_rows[other]) for other in others
             }
+            constant = np.ptp(score["id"]) == 0 or np.ptp(id_norm_N) == 0
             row: DetectorResult = {
                 "labels": name in LABEL_BASED,
-                "norm_correlation": rank_correlation(score["id"], id_norm_N),
+                "norm_correlation": 0.0 if constant else float(spearmanr(score["id"], id_norm_N).statistic),
                 "sets": {other: mean_over_sets([other], exact, resampled, images) for other in others},
             }
             for group, sets in groups.items():
@@ -155,13 +156,6 @@ def mean_over_sets(
     intervals = {key: np.percentile(values_R, LEVEL).tolist() for key, values_R in mean_R.items()}
     inverted = intervals["auroc"][1] < 0.5 and min(images[name] for name in ("id", *sets)) >= MIN_INVERTED
     return {"metrics": means, "intervals": intervals, "inverted": inverted}
-
-
-def rank_correlation(score_N: np.ndarray, norm_N: np.ndarray) -> float:
-    """Return Spearman's correlation, or 0 if one of the arrays is constant."""
-    if np.ptp(score_N) == 0 or np.ptp(norm_N) == 0:
-        return 0.0
-    return float(spearmanr(score_N, norm_N).statistic)
 
 
 # Compiled: 1,000 resamples of 10,000 + 10,000 scores take 0.1 s; scikit-learn takes 10 ms per resample.
