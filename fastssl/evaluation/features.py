@@ -109,7 +109,6 @@ def load_or_compute_features(
     Args:
         depends_on: JSON values that the numbers depend on, besides the weights, the file (path, size and modification
             time) and the chosen images.
-        title: of the progress bar.
         compute: called with a loader of the images and the function that advances the progress bar by images.
         dtype: of the floats in the cache.
     """

@@ -87,8 +87,9 @@ def evaluate_semisup(
         "images": len(index_N), "subset": None, "subset_sha256": None, "limit": None, "part": part,
         "list": str(list_file) if list_file else None, "list_sha256": listed.subset_sha256(),
     }  # fmt: skip
-    data, request = EvaluationData(listed, data.val), {"evaluation": evaluation, **description}
-    return finetune(encoder, name, data, seed=seed, view=view, overrides=overrides, request=request)
+    request = {"evaluation": evaluation, **description}
+    few = EvaluationData(listed, data.val)
+    return finetune(encoder, name, few, seed=seed, view=view, overrides=overrides, request=request)
 
 
 def finetune(

@@ -79,9 +79,14 @@ def evaluate_knn(
 
 
 def knn_accuracy(
-    train_features: Array, train_labels: Array, test_features: Array, test_labels: Array, *, k: int = 20,
+    train_features: Array,
+    train_labels: Array,
+    test_features: Array,
+    test_labels: Array,
+    *,
+    k: int = 20,
     temperature: float = 0.07,
-) -> float:  # fmt: skip
+) -> float:
     """The share of test samples, 0 to 1, whose class the k nearest training samples vote for.
 
     A test sample of a class without training samples is an error.

@@ -94,8 +94,9 @@ def _test_samples(logits_BC: np.ndarray, label_B: np.ndarray, class_C: np.ndarra
     truth_B1 = np.take_along_axis(logits_BC, column_B[:, None], axis=1)
     further_left_BC = np.arange(len(class_C)) < column_B[:, None]
     rank_B = ((logits_BC > truth_B1) | ((logits_BC == truth_B1) & further_left_BC)).sum(axis=1)
-    guess_B, rank_B = class_C[logits_BC.argmax(axis=1)], np.where(has_column_B, rank_B, len(class_C))
-    return guess_B, rank_B, np.exp(max_B - log_sum_B), np.where(has_column_B, log_sum_B - truth_B1[:, 0], np.nan)
+    rank_B = np.where(has_column_B, rank_B, len(class_C))
+    nll_B = np.where(has_column_B, log_sum_B - truth_B1[:, 0], np.nan)
+    return class_C[logits_BC.argmax(axis=1)], rank_B, np.exp(max_B - log_sum_B), nll_B
 
 
 def bootstrap_intervals(

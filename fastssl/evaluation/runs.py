@@ -13,6 +13,7 @@ from torch import nn
 from fastssl.beton import data_checksum, read_header, read_index_list, read_labels, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.evaluation.results import DataDescription, EncoderDescription
+from fastssl.loading import SampleSelection
 from fastssl.models import Model, build_model
 from fastssl.models.checkpoint import LAST, model_from_checkpoint, newest_checkpoint, run_dir_of
 from fastssl.recipe import Recipe, load_recipe
@@ -110,10 +111,9 @@ class BetonSubset:
 
     def describe(self) -> DataDescription:
         info = read_header(self.path)
-        images = info.num_samples if self.subset is None else len(read_index_list(self.path, self.subset))
         return {
             "path": str(self.path),
-            "images": min(images, self.limit or images),
+            "images": SampleSelection(self.subset, self.limit).count(self.path),
             "subset": self.subset,
             "subset_sha256": self.subset_sha256(),
             "limit": self.limit,

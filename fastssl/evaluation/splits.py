@@ -30,7 +30,8 @@ def balanced_subsets(labels: Array, labels_per_class: int, count: int, seed: int
 
 def stratified_share(labels: Array, share: float, seed: int, leave: int = 0) -> np.ndarray:
     """The sorted rows of `share` of every class: at least one sample, unless fewer than `leave` would be left."""
-    label_N, rng = as_numpy(labels), np.random.default_rng(seed)
+    label_N = as_numpy(labels)
+    rng = np.random.default_rng(seed)
     picked = []
     for c in np.unique(label_N):
         rows = rng.permutation(np.flatnonzero(label_N == c))

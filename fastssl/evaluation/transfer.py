@@ -11,7 +11,7 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
-from fastssl.evaluation.results import EvaluationResult, load_or_compute
+from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, check_labels, read_required_labels
 from fastssl.evaluation.splits import stratified_holdout
 
@@ -103,7 +103,8 @@ def evaluate_transfer(
         train, test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
         if target.train_rows is not None and target.test_rows is not None:
             train, test = train.select(target.train_rows), test.select(target.test_rows)
-        return fit_and_test(encoder, name, train, test, target.test, protocol, settings, seed)
+        result, choice = fit_and_test(encoder, train, test, protocol, settings, seed)
+        return save_classification(encoder.run_dir, name, result, target.test) | choice
 
     request |= {"protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}
     return load_or_compute(encoder.run_dir, name, request, compute)

@@ -9,6 +9,7 @@ from torch import nn
 from fastssl.common.geometry import CENTER
 from fastssl.export.source import Source
 from fastssl.models.classifier import Classifier
+from fastssl.models.encoder import has_fixed_size
 from fastssl.models.exported import short_path, without_folders
 from fastssl.models.gaussian import GaussianHead
 
@@ -173,9 +174,10 @@ def loading_code(source: Source, file: str, format: str, sigma: bool) -> str:
     """A Python expression that loads the file."""
     name = json.dumps(file, ensure_ascii=False)
     if format == "timm":
-        options = "".join(f", {key}={value}" for key, value in source.timm_options.items())
         backbone = source.recipe.model.backbone
-        return f'timm.create_model("{backbone}", num_classes=0{options}, checkpoint_path={name}).eval()'
+        # Position embeddings must fit the image size.
+        size = f", img_size={source.recipe.views.size}" if has_fixed_size(backbone) else ""
+        return f'timm.create_model("{backbone}", num_classes=0{size}, checkpoint_path={name}).eval()'
     if format == "onnx":
         return f"onnxruntime.InferenceSession({name})"
     return f"fastssl.load_model({name})" if sigma else f"fastssl.load_encoder({name})"

@@ -11,7 +11,6 @@ from fastssl.evaluation.results import read_json_object
 from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model
 from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, run_dir_of
-from fastssl.models.encoder import has_fixed_size
 from fastssl.recipe import Recipe
 from fastssl.training.tracking import parse_metrics
 from fastssl.views import describe_eval_transform
@@ -51,11 +50,6 @@ class Source:
         return self.recipe.embedding.stochastic.replace("none", "")
 
     @property
-    def timm_options(self) -> dict[str, int]:
-        """Options of timm.create_model besides num_classes=0: position embeddings must fit the image size."""
-        return {"img_size": self.recipe.views.size} if has_fixed_size(self.recipe.model.backbone) else {}
-
-    @property
     def header(self) -> dict[str, str]:
         """The metadata of the exported file. The formats only allow strings, so lists and objects are JSON."""
         return {
@@ -81,34 +75,31 @@ def read_run(run: str | Path) -> Source:
         raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
     loader = saved.get("loader")
     epochs_done = _count(loader.get("epoch")) if isinstance(loader, dict) else None
-    step, run_dir = _count(saved["step"]), run_dir_of(path)
+    step = _count(saved["step"])
+    run_dir = run_dir_of(path)
     source = Source(model, checkpoint.recipe, path, checkpoint.sha256, step, epochs_done, run_dir)
-    if source.run_dir:
-        read_run_dir(source, source.run_dir)
-    return source
+    if run_dir is None:
+        return source
 
-
-def read_run_dir(source: Source, run_dir: Path) -> None:
-    """Add environment, results and last probe of the run directory to `source`, and the names of unusable files."""
     environment = run_dir / "environment.json"
     if environment.is_file():
         source.environment = read_json_object(environment) or {}
         if not source.environment:
             source.damaged.append(environment.name)
-    sha256 = weights_sha256(source.model)
-    for path in sorted((run_dir / "eval").glob("*.json")):
-        result = read_json_object(path)
+    sha256 = weights_sha256(model)
+    for file in sorted((run_dir / "eval").glob("*.json")):
+        result = read_json_object(file)
         if result is None:
-            source.damaged.append(f"eval/{path.name}")
+            source.damaged.append(f"eval/{file.name}")
         elif result.get("encoder_sha256", sha256) != sha256 and result.get("weights") != "untrained":
-            source.stale.append(f"eval/{path.name}")
+            source.stale.append(f"eval/{file.name}")
         elif result.get("weights") != "untrained":
             val = result.get("val")
             val = val if isinstance(val, dict) else {}
             data = val.get("path")
             source.results.append(
                 EvaluationSummary(
-                    name=str(result.get("evaluation", path.stem)),
+                    name=str(result.get("evaluation", file.stem)),
                     metrics=_numbers(result.get("metrics")),
                     images=_count(val.get("images")),
                     data=data if isinstance(data, str) else None,
@@ -117,7 +108,8 @@ def read_run_dir(source: Source, run_dir: Path) -> None:
             train = result.get("train")
             if isinstance(train, dict) and train.get("path") == source.recipe.data.train:
                 source.train_images = _count(train.get("images"))
-    source.probe = last_probe(run_dir / "metrics.jsonl", source.step)
+    source.probe = last_probe(run_dir / "metrics.jsonl", step)
+    return source
 
 
 def last_probe(path: Path, last_step: int | None) -> dict[str, float] | None:

@@ -29,7 +29,8 @@ class LinearClassifier:
     @torch.inference_mode()
     def logits(self, features_MD: Array) -> Tensor:
         """(M, C) float32 on the CPU, computed in chunks on the device of the classifier."""
-        rows, logits = np.arange(len(features_MD)), []
+        rows = np.arange(len(features_MD))
+        logits = []
         for chunk_BD in read_in_chunks(features_MD, rows, self.weight_CD.device, len(self.class_C)):
             x_BD = chunk_BD.float()
             if self.mean_D is not None and self.std_D is not None:

@@ -1,7 +1,6 @@
 """`fastssl eval linear`: one of the three protocols on the features of a run."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from fastssl.common.terminal import progress
@@ -10,7 +9,7 @@ from fastssl.evaluation.linear import lbfgs, reference, sweep
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
-from fastssl.evaluation.metrics import classification_metrics
+from fastssl.evaluation.metrics import ClassificationResult, classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
@@ -46,7 +45,8 @@ def evaluate_linear(
 
     def compute() -> dict[str, Any]:
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
-        return fit_and_test(encoder, name, train, val, data.val.path, protocol, settings, seed)
+        result, choice = fit_and_test(encoder, train, val, protocol, settings, seed)
+        return save_classification(encoder.run_dir, name, result, data.val.path) | choice
 
     request = {
         "evaluation": evaluation, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed,
@@ -77,12 +77,11 @@ def linear_settings(
 
 
 def fit_and_test(
-    encoder: RunEncoder, name: str, train: Features, test: Features, test_file: Path, protocol: Protocol,
-    settings: dict[str, Any], seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Fit on `train` with the settings of `linear_settings`, and test on `test`, the features of images in test_file.
+    encoder: RunEncoder, train: Features, test: Features, protocol: Protocol, settings: dict[str, Any], seed: int
+) -> tuple[ClassificationResult, dict[str, Any]]:
+    """Fit on `train` with the settings of `linear_settings`, and test on `test`.
 
-    Returns the fields of an EvaluationResult, with those that say how the classifier was chosen.
+    Returns the result, and the fields of an EvaluationResult that say how the classifier was chosen.
     """
     label_N, draws, device = train.label, settings["draws"], encoder.device
     of_draws = partial(
@@ -104,5 +103,4 @@ def fit_and_test(
             fit = fit_lbfgs(x_ND, label_N, seed=seed, device=device, advance=advance)
     logits_MC = fit.classifier.logits(of_draws(test))
     result = classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)
-    fields = save_classification(encoder.run_dir, name, result, test_file)
-    return {**fields, "hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}
+    return result, {"hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}
