@@ -84,10 +84,10 @@ def fit_and_test(
     Returns the result, and the fields of an EvaluationResult that say how the classifier was chosen.
     """
     label_N, draws, device = train.label, settings["draws"], encoder.device
-    of_draws = partial(
+    representation = partial(
         mean_of_draws, draws=draws, seed=encoder.recipe.seed, normalize=protocol == "reference", device=device
     )
-    x_ND = of_draws(train)
+    x_ND = representation(train)
     if protocol == "reference":
         with progress("Linear classifier", settings["epochs"], "epochs") as advance:
             # Draws have length 1 already. Their mean is shorter, and stays so.
@@ -101,6 +101,6 @@ def fit_and_test(
     else:
         with progress("Logistic regressions", len(settings["penalties"]) + 1, "fits") as advance:
             fit = fit_lbfgs(x_ND, label_N, seed=seed, device=device, advance=advance)
-    logits_MC = fit.classifier.logits(of_draws(test))
+    logits_MC = fit.classifier.logits(representation(test))
     result = classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)
     return result, {"hyperparameters": fit.hyperparameters, "chosen": fit.chosen, "candidates": fit.candidates}
