@@ -2,8 +2,9 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -24,8 +25,8 @@ class MeanAndStd:
     mean: float
     std: float | None  # with n - 1; None for a single run
 
-    def format(self, name: str) -> str:
-        return " ± ".join(format_metric(name, value) for value in (self.mean, self.std) if value is not None)
+    def format(self, show: Callable[[float], str]) -> str:
+        return show(self.mean) + ("" if self.std is None else f" ± {show(self.std)}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
     cells = []
     for row in rows:
         about = [row.evaluation, row.label().replace("\n", " "), str(len(row.runs)), row.score or ""]
-        metrics = [row.metrics[name].format(name) if name in row.metrics else "" for name in names]
+        metrics = [
+            row.metrics[name].format(partial(format_metric, name)) if name in row.metrics else "" for name in names
+        ]
         cells.append(about[: len(headings)] + metrics)
 
     row_per_run = len(names) <= MAX_METRIC_COLUMNS
