@@ -47,13 +47,7 @@ FIELD_TYPES = {
 INT_FIELD, IMAGE_FIELD = 1, 2
 
 # The fields of every .beton that fastssl writes, in this order.
-OUR_FIELDS = {
-    "image": IMAGE_FIELD,
-    "label": INT_FIELD,
-    "index": INT_FIELD,
-    "height": INT_FIELD,
-    "width": INT_FIELD,
-}
+OUR_FIELDS = {"image": IMAGE_FIELD, "label": INT_FIELD, "index": INT_FIELD, "height": INT_FIELD, "width": INT_FIELD}
 
 # The contents of X.beton.json: how X.beton was built, what happened to the images, class names and checksums.
 # PartialBuild.finish and build.py write it; a file from elsewhere may lack any key.

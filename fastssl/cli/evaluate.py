@@ -32,8 +32,7 @@ View = Annotated[
     Literal["squash", "center"] | None, typer.Option(help="evaluation transform (default: the run's views.eval)")
 ]
 Draws = Annotated[
-    int | None,
-    typer.Option(min=0, help="stochastic h: number of draws to average (0: use mu; default: as published)"),
+    int | None, typer.Option(min=0, help="stochastic h: number of draws to average (0: use mu; default: as published)")
 ]
 DType = Annotated[Literal["float32", "float16"], typer.Option(help="data type of the cached features")]
 Protocol = Annotated[

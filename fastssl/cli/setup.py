@@ -44,8 +44,7 @@ def show(recipe: RecipePath) -> None:
 
 @recipes.command()
 def copy(
-    recipe: RecipePath,
-    to: Annotated[Path, typer.Argument(help="file to write; an existing file is not overwritten")],
+    recipe: RecipePath, to: Annotated[Path, typer.Argument(help="file to write; an existing file is not overwritten")]
 ) -> None:
     """Copy a recipe to a file, to change it."""
     if to.exists():
