@@ -42,17 +42,17 @@ def splits(source: Path) -> Splits:
 
 
 def from_class_folders(source: Path) -> Splits:
-    for folder in FOLDERS.values():
-        for name in CLASSES:
-            if not (source / folder / name).is_dir():
-                raise FileNotFoundError(
-                    f"cifar10 expects the class folder {source / folder / name}, which is missing: unpack the images "
-                    "again, or use imagefolder for classes of your own."
-                )
-    return {
-        split: (CLASSES, samples_by_class(source, [f"{folder}/{name}" for name in CLASSES]))
-        for split, folder in FOLDERS.items()
-    }
+    found: Splits = {}
+    for split, folder in FOLDERS.items():
+        folders = [f"{folder}/{name}" for name in CLASSES]
+        missing = [str(source / name) for name in folders if not (source / name).is_dir()]
+        if missing:
+            raise FileNotFoundError(
+                f"cifar10 expects the class folder {missing[0]}, which is missing: unpack the images again, or use "
+                "imagefolder for classes of your own."
+            )
+        found[split] = (CLASSES, samples_by_class(source, folders))
+    return found
 
 
 def samples(dataset: Any, name_of: Callable[[int], str]) -> list[Sample]:

@@ -65,27 +65,21 @@ def rows(source: Path) -> Iterator[tuple[str, str, str]]:
             for row in reader:
                 if not row:  # an empty line
                     continue
+                where = f"Line {reader.line_num} of {source}"
                 if len(row) != len(header):
                     raise ValueError(
-                        f"Line {reader.line_num} of {source} has {len(row)} values, and line 1 "
-                        f"names {len(header)} columns: put values with a comma in double quotes."
+                        f"{where} has {len(row)} values, and line 1 names {len(header)} columns: put values with a "
+                        "comma in double quotes."
                     )
                 path, label, split = cells([*row, "unlabelled", "train"])
                 if not (path and label and split):
-                    raise ValueError(
-                        f"Line {reader.line_num} of {source} gives no path, label or split: write "
-                        "one, or remove the line."
-                    )
+                    raise ValueError(f"{where} gives no path, label or split: write one, or remove the line.")
                 if not SPLIT_NAME.fullmatch(split):
-                    raise ValueError(
-                        f"Line {reader.line_num} of {source} has the split {split[:60]!r}, which "
-                        "cannot name a file: use letters, digits and _."
-                    )
+                    raise ValueError(f"{where} has the split {split[:60]!r}: use letters, digits and _ to name a file.")
                 yield path, label, split
         except csv.Error as error:
-            raise ValueError(
-                f"Line {reader.line_num} of {source} is not comma-separated text ({error}): write the file again."
-            ) from error
+            where = f"Line {reader.line_num} of {source}"
+            raise ValueError(f"{where} is not comma-separated text ({error}): write the file again.") from error
 
 
 def decoded(file: Iterable[bytes], source: Path) -> Iterator[str]:

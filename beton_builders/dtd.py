@@ -27,9 +27,7 @@ def splits(source: Path) -> Splits:
     folder = find_folder("dtd", source, ["", "dtd", "dtd/dtd"], ["images", "labels"], HOW_TO_GET)
     classes = class_folders(folder / "images")
     if len(classes) != 47:
-        raise ValueError(
-            f"{folder / 'images'} holds {len(classes)} class folders instead of 47: unpack {ARCHIVE} again."
-        )
+        raise ValueError(f"{folder / 'images'} has {len(classes)} class folders instead of 47: unpack {ARCHIVE} again.")
     below = (folder / "images").relative_to(source)
     labels = {name: label for label, name in enumerate(classes)}
     found: Splits = {}

@@ -23,6 +23,5 @@ CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankl
 
 
 def splits(source: Path) -> Splits:
-    return idx_splits(
-        source, "fashionmnist", "FashionMNIST", CLASSES, "https://github.com/zalandoresearch/fashion-mnist"
-    )
+    origin = "https://github.com/zalandoresearch/fashion-mnist"
+    return idx_splits(source, "fashionmnist", "FashionMNIST", CLASSES, origin)

@@ -37,9 +37,7 @@ foxglove, bougainvillea, camellia, mallow, mexican petunia, bromelia, blanket fl
 CLASSES = " ".join(NAMES.split()).split(", ")
 SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}  # and their names in setid.mat
 IMAGES = 8189
-HOW_TO_GET = (
-    "get them from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ and unpack the images (tar -xzf 102flowers.tgz)"
-)
+HOW_TO_GET = "get them from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ and unpack them: tar -xzf 102flowers.tgz"
 
 
 def splits(source: Path) -> Splits:
@@ -49,11 +47,9 @@ def splits(source: Path) -> Splits:
     images = min(IMAGES, len(labels))
     below = (folder / "jpg").relative_to(source)
     found: Splits = {}
-    for split, (name, value) in zip(SPLITS, read_mat(numbers_path, list(SPLITS.values())).items()):
-        numbers = whole_numbers(numbers_path, name, value, 1, images).tolist()  # from 1, as the labels are
-        files = [f"{below}/image_{number:05d}.jpg" for number in numbers]
-        samples = [
-            Sample(f"{source}/{file}", int(labels[number - 1]) - 1, file) for number, file in zip(numbers, files)
-        ]
+    for split, (variable, value) in zip(SPLITS, read_mat(numbers_path, list(SPLITS.values())).items()):
+        numbers = whole_numbers(numbers_path, variable, value, 1, images).tolist()  # from 1, as the labels are
+        names = [f"{below}/image_{number:05d}.jpg" for number in numbers]
+        samples = [Sample(f"{source}/{name}", int(labels[i - 1]) - 1, name) for i, name in zip(numbers, names)]
         found[split] = (CLASSES, samples)
     return found

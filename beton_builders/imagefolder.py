@@ -33,13 +33,11 @@ def splits(source: Path) -> Splits:
                 f"{source / first} and {source / name} must hold the same class folders, and {different[0]!r} is only "
                 "in one of them: add the empty folder, or remove the other one."
             )
-    return {
-        name: (
-            classes[name] or ["unlabelled"],
-            samples_by_class(source, [os.path.join(folder, label) for label in classes[name] or [""]]),
-        )
-        for name, folder in folders.items()
-    }
+    found: Splits = {}
+    for name, folder in folders.items():
+        paths = [os.path.join(folder, label) for label in classes[name] or [""]]
+        found[name] = (classes[name] or ["unlabelled"], samples_by_class(source, paths))
+    return found
 
 
 def class_names(root: Path) -> list[str]:

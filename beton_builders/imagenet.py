@@ -86,10 +86,8 @@ def find_train(source: Path) -> ImagesByClass | None:
     if not (source / TRAIN_TAR).is_file():
         return None
     path = str(source / TRAIN_TAR)  # a tar with one tar per class, all uncompressed
-    return {
-        os.path.basename(name).removesuffix(".tar"): partial(images_in_tar, path, offset, size)
-        for name, offset, size in tar_members(path)
-    }
+    members = ((os.path.basename(name), offset, size) for name, offset, size in tar_members(path))
+    return {name.removesuffix(".tar"): partial(images_in_tar, path, *position) for name, *position in members}
 
 
 def find_val(source: Path) -> ImagesByClass | None:
@@ -171,8 +169,7 @@ def read_devkit(folder: Path, path: Path) -> dict[str, str]:
 def read_solution(path: Path) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     except (csv.Error, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold Kaggle's columns ImageId and PredictionString ({error}): download it again."

@@ -18,7 +18,6 @@ research and education only; the images may not be passed on.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from beton_builders import Splits
@@ -27,22 +26,20 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "the folder that the archives are unpacked in"
-DOWNLOAD = [
-    {"dataset": "INaturalist", "version": "2021_train_mini"},
-    {"dataset": "INaturalist", "version": "2021_valid"},
-]
+DOWNLOAD = [{"dataset": "INaturalist", "version": version} for version in ("2021_train_mini", "2021_valid")]
 
 LISTS = {"train": "train2018.json", "val": "val2018.json"}
 FOLDERS = {
-    "train": ("2021_train", "train"),
-    "train_mini": ("2021_train_mini", "train_mini"),
-    "val": ("2021_valid", "val"),
-}
+    "2021_train": "train",
+    "2021_train_mini": "train_mini",
+    "2021_valid": "val",
+}  # torchvision's folder -> the archive's, the split
 
 
 def splits(source: Path) -> Splits:
     lists = {split: source / name for split, name in LISTS.items() if (source / name).is_file()}
-    folders = {split: name for split, names in FOLDERS.items() for name in names if (source / name).is_dir()}
+    names = [(split, name) for torchvision_name, split in FOLDERS.items() for name in (torchvision_name, split)]
+    folders = {split: name for split, name in names if (source / name).is_dir()}
     if lists and folders:
         raise ValueError(f"{source} holds iNaturalist 2018 and 2021: give a folder with one year.")
     if lists:
@@ -86,18 +83,14 @@ def from_lists(source: Path, lists: dict[str, Path]) -> Splits:
     categories, _ = next(iter(found.values()))
     for split, (others, _) in found.items():
         if others != categories:
-            raise ValueError(
-                f"{lists[split]} names other categories than {next(iter(lists.values()))}: unpack both json files of "
-                "2018 again."
-            )
+            first = next(iter(lists.values()))
+            raise ValueError(f"{lists[split]} names other categories than {first}: unpack both json files again.")
     labels = {number: label for label, number in enumerate(sorted(categories))}
     classes = [categories[number] for number in sorted(categories)]
-    return {split: (classes, listed_samples(source, images, labels)) for split, (_, images) in found.items()}
-
-
-def listed_samples(source: Path, images: list[tuple[str, int]], labels: dict[int, int]) -> Iterator[Sample]:
-    for name, category in images:
-        yield Sample(f"{source}/{name}", labels[category], name)
+    return {
+        split: (classes, (Sample(f"{source}/{name}", labels[category], name) for name, category in images))
+        for split, (_, images) in found.items()
+    }
 
 
 def read_list(path: Path) -> tuple[dict[int, str], list[tuple[str, int]]]:

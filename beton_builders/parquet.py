@@ -59,9 +59,8 @@ def splits(source: Path) -> Splits:
     classes = class_names([file for found in files.values() for file in found])
     found_splits: Splits = {}
     for split, found in sorted(files.items()):
-        unlabelled = [(file, int((file.labels == UNLABELLED).sum())) for file in found]
-        counts = [(file.path, len(file.labels) - without, without) for file, without in unlabelled]
-        found_splits[split] = (classes if has_labels(counts, "remove them") else ["unlabelled"], samples(found))
+        labelled = has_labels([(file.path, file.labels) for file in found], "remove them")
+        found_splits[split] = (classes if labelled else ["unlabelled"], samples(found))
     return found_splits
 
 
@@ -184,12 +183,9 @@ def class_names(files: list[ParquetFile]) -> list[str]:
         return [str(label) for label in range(largest + 1)]
     for file in named:
         if file.classes != named[0].classes:
-            raise ValueError(
-                f"{named[0].path} and {file.path} name different classes: give a --source with files of one data set."
-            )
+            raise ValueError(f"{named[0].path} and {file.path} name different classes: give files of one data set.")
     if largest >= len(named[0].classes):
         raise ValueError(
-            f"{named[0].path} names {len(named[0].classes)} classes, but there is a label "
-            f"{largest}: download the files again."
+            f"{named[0].path} names {len(named[0].classes)} classes, but there is a label {largest}: download it again."
         )
     return named[0].classes

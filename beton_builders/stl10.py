@@ -37,9 +37,7 @@ def splits(source: Path) -> Splits:
     folder = find_folder("stl10", source, ["", "stl10_binary"], ["train_X.bin"], fix)
     classes = require(folder / "class_names.txt").read_text(errors="replace").splitlines()
     if len(classes) != 10:
-        raise ValueError(
-            f"{folder / 'class_names.txt'} holds {len(classes)} lines instead of 10: unpack {ARCHIVE} again."
-        )
+        raise ValueError(f"{folder}/class_names.txt has {len(classes)} lines instead of 10: unpack {ARCHIVE} again.")
     found: Splits = {}
     for split in ("train", "test"):
         images, labels = open_images(folder / f"{split}_X.bin"), read_labels(folder / f"{split}_y.bin")
@@ -66,8 +64,7 @@ def open_images(path: Path) -> np.ndarray:
     size = require(path).stat().st_size
     if size == 0 or size % IMAGE_BYTES:
         raise ValueError(
-            f"{path} has {size:,} bytes, which is not a multiple of {IMAGE_BYTES:,} bytes per image: unpack {ARCHIVE} "
-            "again."
+            f"{path} has {size:,} bytes, no multiple of an image's {IMAGE_BYTES:,}: unpack {ARCHIVE} again."
         )
     return np.asarray(np.memmap(path, np.uint8, "r")).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
 

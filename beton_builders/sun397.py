@@ -32,9 +32,7 @@ def splits(source: Path) -> Splits:
     folders = [line.strip("/") for line in read_lines(root / "ClassName.txt") if line]
     for folder in folders:
         if ".." in folder or not (root / folder).is_dir():
-            raise FileNotFoundError(
-                f"sun397 found no class folder {folder!r:.60} in {root}: unpack SUN397.tar.gz again."
-            )
+            raise FileNotFoundError(f"sun397 found no class folder {folder!r:.60} in {root}: unpack the archive again.")
     classes = [folder.partition("/")[2] for folder in folders]  # without the first letter's folder
     lists = find_lists(source, root)
     if not lists:
@@ -44,12 +42,10 @@ def splits(source: Path) -> Splits:
 
 def find_lists(source: Path, root: Path) -> dict[str, Path]:
     """Return the path of each split's list; none if both are missing."""
-    parents = (root / "Partitions", source / "Partitions", root, source)
-    found = {}
-    for split, name in LISTS.items():
-        paths = [parent / name for parent in parents if (parent / name).is_file()]
-        if paths:
-            found[split] = paths[0]
+    # The first of these folders is the last here, so that its lists replace those of the others.
+    parents = (source, root, source / "Partitions", root / "Partitions")
+    paths = [(split, parent / name) for split, name in LISTS.items() for parent in parents]
+    found = {split: path for split, path in paths if path.is_file()}
     if len(found) == 1:
         raise FileNotFoundError(
             f"sun397 found only {next(iter(found.values()))}: put Training_01.txt and Testing_01.txt of Partitions.zip "

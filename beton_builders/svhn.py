@@ -20,11 +20,7 @@ from fastssl.beton import Sample
 
 CANVAS = 32
 SOURCE = "the folder that holds train_32x32.mat"
-DOWNLOAD = [
-    {"dataset": "SVHN", "split": "train"},
-    {"dataset": "SVHN", "split": "test"},
-    {"dataset": "SVHN", "split": "extra"},
-]
+DOWNLOAD = [{"dataset": "SVHN", "split": split} for split in ("train", "test", "extra")]
 
 CLASSES = [str(digit) for digit in range(10)]
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat", "extra": "extra_32x32.mat"}

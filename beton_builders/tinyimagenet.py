@@ -36,10 +36,11 @@ def splits(source: Path) -> Splits:
             f"tinyimagenet found no folder {min(missing)!r:.60} in {root / 'train'}, and wnids.txt names it: unpack "
             f"{FOLDER}.zip again."
         )
-    train = samples_by_class(root, [f"train/{name}" for name in classes])
+    found: Splits = {
+        split: (classes, samples_by_class(root, [f"{split}/{name}" for name in classes])) for split in ("train", "val")
+    }
     if not (root / "val" / "images").is_dir():
-        val = samples_by_class(root, [f"val/{name}" for name in classes])
-        return {"train": (classes, train), "val": (classes, val)}
+        return found
     images = parse_lines(
         root / "val" / "val_annotations.txt",
         r"(?P<name>[^\t]+)\t(?P<label>[^\t]+)(\t.*)?",
@@ -48,7 +49,5 @@ def splits(source: Path) -> Splits:
         {name: label for label, name in enumerate(classes)},
     )
     listed = sorted((label, f"val/images/{name}") for name, label in images)
-    return {
-        "train": (classes, train),
-        "val": (classes, [Sample(f"{root}/{name}", label, name) for label, name in listed]),
-    }
+    found["val"] = (classes, [Sample(f"{root}/{name}", label, name) for label, name in listed])
+    return found

@@ -48,9 +48,7 @@ def splits(source: Path) -> Splits:
     shards: dict[str, list[Shard]] = {}
     for path, name in files_with_suffix(source, (".tar", *COMPRESSED)):
         if name.lower().endswith(COMPRESSED):
-            raise ValueError(
-                f"{path} is compressed, and webdataset reads images directly from the shard: uncompress it to a .tar."
-            )
+            raise ValueError(f"{path} is compressed, and webdataset reads images from the .tar itself: uncompress it.")
         shards.setdefault(split_of(name), []).append(read_shard(path, name))
     if not shards:
         raise FileNotFoundError(f"webdataset found no .tar shards in {source}: name their folder.")
@@ -58,9 +56,7 @@ def splits(source: Path) -> Splits:
     classes = class_names(source, [shard for found in shards.values() for shard in found])
     found_splits: Splits = {}
     for split, found in sorted(shards.items()):
-        unlabelled = [(shard.path, shard.labels.count(UNLABELLED), len(shard.labels)) for shard in found]
-        counts = [(path, total - without, without) for path, without, total in unlabelled]
-        labelled = has_labels(counts, "add a .cls or .json")
+        labelled = has_labels([(shard.path, shard.labels) for shard in found], "add a .cls or .json")
         found_splits[split] = (classes if labelled else ["unlabelled"], samples(found))
     return found_splits
 

@@ -130,10 +130,7 @@ def check_gpu() -> Answer:
     if torch.version.cuda is None:
         return Answer(False, "an NVIDIA driver, but this torch has no CUDA", "make setup TORCH=pip")
     found = f"an NVIDIA driver, but torch reaches no GPU through CUDA {torch.version.cuda}"
-    fix = (
-        "if `nvidia-smi` names an older CUDA: a newer driver, or make setup TORCH=system with a torch built for that "
-        "CUDA"
-    )
+    fix = "if `nvidia-smi` names an older CUDA: a newer driver, or make setup TORCH=system with a torch for that CUDA"
     return Answer(False, found, fix)
 
 
@@ -196,10 +193,6 @@ def check_compiler() -> Answer:
     return Answer(not lacking, found, f"{command}; or train with train.compile=false")
 
 
-def check_cores() -> Answer:
-    return Answer(True, str(len(os.sched_getaffinity(0))))
-
-
 def check_memory() -> Answer:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     return Answer(total > 4, f"{total:.0f} GB", "a smaller train.batch_size, or more memory")
@@ -225,18 +218,14 @@ CHECKS: dict[str, Callable[[], Answer]] = {
     "opencv": check_opencv,
     "ffcv": check_ffcv,
     "torch-optimizer": imports("torch-optimizer", "torch_optimizer"),
-    "rich": imports("rich", "rich"),
-    "typer": imports("typer", "typer"),
-    "pydantic": imports("pydantic", "pydantic"),
+    **{name: imports(name, name) for name in ("rich", "typer", "pydantic")},
     "PyYAML": imports("PyYAML", "yaml"),
     "scipy": imports("scipy", "scipy"),
     "scikit-learn": imports("scikit-learn", "sklearn"),
-    "matplotlib": imports("matplotlib", "matplotlib"),
-    "safetensors": imports("safetensors", "safetensors"),
-    "huggingface_hub": imports("huggingface_hub", "huggingface_hub"),
+    **{name: imports(name, name) for name in ("matplotlib", "safetensors", "huggingface_hub")},
     "GPU": check_gpu,
     "torch.compile": check_compiler,
-    "CPU cores": check_cores,
+    "CPU cores": lambda: Answer(True, str(len(os.sched_getaffinity(0)))),
     "memory": check_memory,
     "/dev/shm": check_shared_memory,
     "disk": check_disk,

@@ -8,13 +8,13 @@ store a JPEG's bytes as they are, nor resume after it was stopped.
 The same source and options give the same bytes, whatever the number of workers and however often the build was stopped.
 """
 
-import importlib.metadata
 import json
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,28 +146,17 @@ def _build_split(
     """Build one split, unless it is up to date. `options` are those that the manifest records."""
     path = out / f"{split.name}.beton"
     key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
-    up_to_date = _read_if_up_to_date(path, key, split.samples)
-    manifest = up_to_date or _build_file(split, path, plan, pool, key, strict)
-    return SplitReport(
-        split=split.name,
-        path=path,
-        samples=manifest["samples"],
-        classes=len(split.classes),
-        bytes=path.stat().st_size,
-        bad=manifest["counts"]["bad"],
-        up_to_date=up_to_date is not None,
-    )
+    old = _read_if_up_to_date(path, key, split.samples)
+    manifest = old or _build_file(split, path, plan, pool, key, strict)
+    samples, bad = manifest["samples"], manifest["counts"]["bad"]
+    return SplitReport(split.name, path, samples, len(split.classes), path.stat().st_size, bad, old is not None)
 
 
 def _build_file(
     split: SourceSplit, path: Path, plan: StoragePlan, pool: Pool, key: dict[str, Any], strict: bool
 ) -> Manifest:
     """Build one file, or resume its build, and return its manifest."""
-    key = {
-        "fastssl": importlib.metadata.version("fastssl-trainer"),
-        "pillow": importlib.metadata.version("pillow"),
-        **key,
-    }
+    key = {"fastssl": version("fastssl-trainer"), "pillow": version("pillow"), **key}
     with PartialBuild(path, key, capacity=len(split.order)) as partial:
         if changed_since((split.samples[index] for index in partial.rows["index"]), partial.started):
             partial.restart()

@@ -49,8 +49,7 @@ INT_FIELD, IMAGE_FIELD = 1, 2
 # The fields of every .beton that fastssl writes, in this order.
 OUR_FIELDS = {"image": IMAGE_FIELD, "label": INT_FIELD, "index": INT_FIELD, "height": INT_FIELD, "width": INT_FIELD}
 
-# The contents of X.beton.json: how X.beton was built, what happened to the images, class names and checksums.
-# PartialBuild.finish and build.py write it; a file from elsewhere may lack any key.
+# The contents of X.beton.json. PartialBuild.finish and build.py write it; a file from elsewhere may lack any key.
 Manifest = dict[str, Any]
 
 # A row describes one image that a build has processed. Rows have the order of the file.
@@ -118,23 +117,20 @@ def allocate(sizes: Sequence[int], position: int) -> tuple[list[int], int]:
 
 
 def write_tables(file: BinaryIO, rows: np.ndarray, position: int) -> np.ndarray:
-    """Complete a file that holds only samples: write all tables, and wait until they are on the disk.
+    """Complete a file that holds only samples: write all tables, wait until they are on the disk, return the metadata.
 
-    Args:
-        file: the file, open for reading and writing.
-        rows: one ROW per sample, in the order of the file.
-        position: the end of the last sample, in bytes.
-
-    Returns:
-        The metadata as written.
+    `rows` has one ROW per sample, in the order of the file; the last sample ends at byte `position`.
     """
     metadata = np.zeros(len(rows), metadata_type(OUR_FIELDS))
-    for name in ("mode", "width", "height", "data_ptr"):
+    for name in IMAGE.names or ():
         metadata["image"][name] = rows[name]
-    metadata["label"] = rows["label"]
-    metadata["index"] = rows["index"]
-    metadata["height"] = rows["source_height"]
-    metadata["width"] = rows["source_width"]
+    for name, column in (
+        ("label", "label"),
+        ("index", "index"),
+        ("height", "source_height"),
+        ("width", "source_width"),
+    ):
+        metadata[name] = rows[column]
     descriptors = np.zeros(len(OUR_FIELDS), FIELD)
     for descriptor, (name, type_id) in zip(descriptors, OUR_FIELDS.items()):
         descriptor["type_id"] = type_id

@@ -39,9 +39,8 @@ def decode(content: bytes, shrink: int = 1) -> DecodedJpeg:
     height, width = (-(-side // shrink) for side in read_size(content))
     pixels = np.empty((height, width, 3), np.uint8)
     with _decompressor() as handle:
-        failed = turbojpeg().tjDecompress2(
-            handle, content, len(content), pixels.ctypes.data, width, 0, height, TJPF_RGB, 0
-        )
+        target = (pixels.ctypes.data, width, 0, height, TJPF_RGB, 0)
+        failed = turbojpeg().tjDecompress2(handle, content, len(content), *target)
         return DecodedJpeg(pixels, _warning(handle) if failed else "")
 
 

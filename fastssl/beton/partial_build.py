@@ -56,10 +56,7 @@ class PartialBuild:
     def __init__(self, path: Path, key: dict[str, Any], capacity: int) -> None:
         """Resume the build of `path` if it was started with the same `key`, otherwise start it.
 
-        Args:
-            path: the .beton file to build.
-            key: everything that the content of the file depends on.
-            capacity: the number of images that are processed, good or bad.
+        `key` is everything that the content of the file depends on. `capacity` counts all images, good or bad.
         """
         self.path = path
         self.folder = path.with_name(path.name + ".part")

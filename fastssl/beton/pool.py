@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -36,11 +36,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class WrittenChunk(NamedTuple):
-    """A chunk of images that has been encoded and written."""
-
-    rows: np.ndarray  # format.ROW; index and label are 0
-    reasons: list[str]  # why images are bad, one for each row with Case.BAD
+# Of a chunk of images that has been written: format.ROW of each image, with index and label 0, and for each row with
+# Case.BAD why the image is bad.
+WrittenChunk = tuple[np.ndarray, list[str]]
 
 
 class Turns:
@@ -83,7 +81,7 @@ class Pool:
         self.workers = workers
         context = multiprocessing.get_context("spawn")
         self._turns = Turns(context)
-        self._executor = ProcessPoolExecutor(workers, context, _start_worker, (self._turns,))
+        self.executor = ProcessPoolExecutor(workers, context, _start_worker, (self._turns,))
 
     def in_order(self, function: Callable[..., Result], tasks: Iterable[tuple[object, ...]]) -> Iterator[Result]:
         """Yield function(*task) for every task, in the order of the tasks.
@@ -94,7 +92,7 @@ class Pool:
         pending: deque[Future[Result]] = deque()
         while True:
             for task in itertools.islice(tasks, TASKS_PER_WORKER * self.workers - len(pending)):
-                pending.append(self._executor.submit(function, *task))
+                pending.append(self.executor.submit(function, *task))
             if not pending:
                 return
             yield pending.popleft().result()
@@ -110,9 +108,6 @@ class Pool:
         tasks = ((path, turn, chunk, plan) for turn, chunk in enumerate(in_chunks(images, CHUNK)))
         return self.in_order(_write_encoded, tasks)
 
-    def shutdown(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-
 
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[Pool]:
@@ -127,7 +122,7 @@ def worker_pool(workers: int) -> Iterator[Pool]:
             "it stopped. (In a script of your own, call it under `if __name__ == '__main__':`.)"
         ) from error
     finally:
-        pool.shutdown()
+        pool.executor.shutdown(cancel_futures=True)
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -185,4 +180,4 @@ def _write_encoded(path: Path, turn: int, images: list[ImageSource], plan: Stora
         row["size"] = len(result.payload)
         row["crc32"] = zlib.crc32(result.payload)
         row["data_ptr"] = next(remaining)
-    return WrittenChunk(rows, [result for result in results if isinstance(result, str)])
+    return rows, [result for result in results if isinstance(result, str)]

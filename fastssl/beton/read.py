@@ -112,11 +112,8 @@ def read_names(path: Path, indices: Iterable[int]) -> dict[int, str]:
     if not wanted or not names_path(path).exists():
         return {}
     with open(names_path(path), "rb") as file:
-        return {
-            index: line.removesuffix(b"\n").decode("utf-8", "surrogateescape")
-            for index, line in enumerate(file)
-            if index in wanted
-        }
+        lines = {index: line.removesuffix(b"\n") for index, line in enumerate(file) if index in wanted}
+    return {index: line.decode("utf-8", "surrogateescape") for index, line in lines.items()}
 
 
 class _Checked(NamedTuple):
@@ -147,10 +144,7 @@ def _read_checked(path: Path) -> _Checked:
 
 
 def _check_tables(content: np.ndarray) -> _Checked:
-    """Check everything except for the image data. Raises ValueError for the first thing that is wrong.
-
-    content: the bytes of the file, mapped.
-    """
+    """Check everything in the bytes of a file except for image data. Raises ValueError for what is wrong first."""
     header = _read_table(content, 0, HEADER, 1, "the header")[0]
     if header["version"] == 0:
         raise ValueError("its header was never written, because its build was interrupted")

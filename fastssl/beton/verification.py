@@ -140,11 +140,7 @@ def _is_table_sound(info: BetonInfo, size: int) -> bool:
 def _check_chunk(path: Path, image: np.ndarray, image_bytes: np.ndarray, crc32_N: np.ndarray | None) -> list[str]:
     """Return what is wrong with each sample of a chunk, "" if nothing is. A worker process runs this.
 
-    Args:
-        path: the .beton file.
-        image: format.IMAGE of the samples.
-        image_bytes: their sizes in the file.
-        crc32_N: their checksums, if there are any.
+    `image` holds the format.IMAGE of the samples.
     """
     problems = []
     with open(path, "rb", buffering=0) as file:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from fastssl.common.errors import UserError
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 def build_beton(
-    builder: Annotated[str | None, typer.Argument(help="imagefolder, imagenet, cifar10, ...: see --list")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for train.beton, val.beton, ...")] = None,
-    source: Annotated[Path | None, typer.Option(help="folder or archive of the images")] = None,
-    canvas: Annotated[int | None, typer.Option(help="store squares of this side (default: the builder's)")] = None,
-    max_side: Annotated[int | None, typer.Option(help="store whole images of at most this side")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="quality of the JPEGs that are encoded here")] = 90,
-    order: Annotated[Literal["shuffle", "source"], typer.Option(help="order of the samples in the file")] = "shuffle",
-    workers: Annotated[int | None, typer.Option(help="number of processes (default: all cores)")] = None,
-    limit: Annotated[int | None, typer.Option(help="use at most this many images of each split")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="stop at the first bad image")] = False,
-    download: Annotated[bool, typer.Option("--download", help="download the data set to --source first")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate sizes and time")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="list the builders")] = False,
+    builder: Annotated[str | None, Argument(help="imagefolder, imagenet, cifar10, ...: see --list")] = None,
+    out: Annotated[Path | None, Option(help="folder for train.beton, val.beton, ...")] = None,
+    source: Annotated[Path | None, Option(help="folder or archive of the images")] = None,
+    canvas: Annotated[int | None, Option(help="store squares of this side (default: the builder's)")] = None,
+    max_side: Annotated[int | None, Option(help="store whole images of at most this side")] = None,
+    quality: Annotated[int, Option(min=1, max=100, help="quality of the JPEGs that are encoded here")] = 90,
+    order: Annotated[Literal["shuffle", "source"], Option(help="order of the samples in the file")] = "shuffle",
+    workers: Annotated[int | None, Option(help="number of processes (default: all cores)")] = None,
+    limit: Annotated[int | None, Option(help="use at most this many images of each split")] = None,
+    strict: Annotated[bool, Option("--strict", help="stop at the first bad image")] = False,
+    download: Annotated[bool, Option("--download", help="download the data set to --source first")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only estimate sizes and time")] = False,
+    list_: Annotated[bool, Option("--list", help="list the builders")] = False,
 ) -> None:
     """Convert images to FFCV's .beton files. The same command resumes a build that was stopped."""
     from fastssl import beton
@@ -66,14 +66,12 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a .beton file")],
-    verify: Annotated[bool, typer.Option("--verify", help="decode every image and check its checksum")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="PNG to write, with random samples")] = None,
-    subset: Annotated[
-        Path | None, typer.Option(help="count the images of a list (names or indices, one per line)")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="show the memory that such batches take")] = None,
-    workers: Annotated[int | None, typer.Option(help="number of processes for --verify (default: all cores)")] = None,
+    file: Annotated[Path, Argument(help="a .beton file")],
+    verify: Annotated[bool, Option("--verify", help="decode every image and check its checksum")] = False,
+    sheet: Annotated[Path | None, Option(help="PNG to write, with random samples")] = None,
+    subset: Annotated[Path | None, Option(help="count the images of a list (names or indices, one per line)")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="show the memory that such batches take")] = None,
+    workers: Annotated[int | None, Option(help="number of processes for --verify (default: all cores)")] = None,
 ) -> None:
     """Show the contents of a .beton file, and check them."""
     from fastssl import beton

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import typer
+from typer import Argument, Option, Typer
 
 from fastssl.common.errors import UserError
 
@@ -19,31 +19,21 @@ TEMPERATURES = [0.07, 0.1]
 
 Result = TypeVar("Result", bound="EvaluationResult")
 
-app = typer.Typer(help="Measure a trained run.", no_args_is_help=True)
+app = Typer(help="Measure a trained run.", no_args_is_help=True)
 
 # Options that several commands share.
-Runs = Annotated[
-    list[Path], typer.Argument(help="run directories or checkpoints in them; of several, mean and sd are shown")
-]
-TrainData = Annotated[Path | None, typer.Option("--train", help=".beton to fit on (default: the run's data.train)")]
-ValData = Annotated[Path | None, typer.Option("--val", help=".beton to test on (default: the run's data.val)")]
-Untrained = Annotated[bool, typer.Option("--untrained", help="use the run's initial weights")]
-View = Annotated[
-    Literal["squash", "center"] | None, typer.Option(help="evaluation transform (default: the run's views.eval)")
-]
-Draws = Annotated[
-    int | None, typer.Option(min=0, help="stochastic h: number of draws to average (0: use mu; default: as published)")
-]
-DType = Annotated[Literal["float32", "float16"], typer.Option(help="data type of the cached features")]
-Protocol = Annotated[
-    Literal["sweep", "reference", "lbfgs"], typer.Option(help="linear classifier; reference: the published protocol")
-]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")]
-Seed = Annotated[int, typer.Option(min=0, help="seed of every random choice of the evaluation")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="recipe key of the fine-tuning; repeatable")
-]
-Out = Annotated[Path | None, typer.Option(help="JSON file for mean and standard deviation over the runs")]
+Runs = Annotated[list[Path], Argument(help="run directories or checkpoints in them; of several, mean and sd are shown")]
+TrainData = Annotated[Path | None, Option("--train", help=".beton to fit on (default: the run's data.train)")]
+ValData = Annotated[Path | None, Option("--val", help=".beton to test on (default: the run's data.val)")]
+Untrained = Annotated[bool, Option("--untrained", help="use the run's initial weights")]
+View = Annotated[Literal["squash", "center"] | None, Option(help="transform (default: the run's views.eval)")]
+Draws = Annotated[int | None, Option(min=0, help="stochastic h: draws to average (0: use mu; default: as published)")]
+DType = Annotated[Literal["float32", "float16"], Option(help="data type of the cached features")]
+Protocol = Annotated[Literal["sweep", "reference", "lbfgs"], Option(help="linear classifier (reference: as published)")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: a GPU if there is one")]
+Seed = Annotated[int, Option(min=0, help="seed of every random choice of the evaluation")]
+Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="fine-tuning recipe key; repeatable")]
+Out = Annotated[Path | None, Option(help="JSON file for mean and standard deviation over the runs")]
 
 
 @app.command()
@@ -51,10 +41,8 @@ def knn(
     runs: Runs,
     train: TrainData = None,
     val: ValData = None,
-    k: Annotated[list[int], typer.Option(help="number of neighbors; repeatable")] = NEIGHBORS,
-    temperature: Annotated[
-        list[float], typer.Option(min=1e-6, help="temperature of the votes; repeatable")
-    ] = TEMPERATURES,
+    k: Annotated[list[int], Option(help="number of neighbors; repeatable")] = NEIGHBORS,
+    temperature: Annotated[list[float], Option(min=1e-6, help="temperature of the votes; repeatable")] = TEMPERATURES,
     draws: Draws = 0,
     untrained: Untrained = False,
     view: View = None,
@@ -74,7 +62,7 @@ def linear(
     runs: Runs,
     protocol: Protocol = "sweep",
     schedule: Annotated[
-        Literal["imagenet", "sun397", "flowers102"], typer.Option(help="schedule of --protocol reference")
+        Literal["imagenet", "sun397", "flowers102"], Option(help="schedule of --protocol reference")
     ] = "imagenet",
     train: TrainData = None,
     val: ValData = None,
@@ -96,10 +84,8 @@ def linear(
 @app.command()
 def semisup(
     runs: Runs,
-    percent: Annotated[float, typer.Option(min=0.01, max=100, help="percentage of each class's labels to use")] = 1.0,
-    list_: Annotated[
-        Path | None, typer.Option("--list", help="file with the labeled images, one name a line, as SimCLR's lists")
-    ] = None,
+    percent: Annotated[float, Option(min=0.01, max=100, help="percentage of each class's labels to use")] = 1.0,
+    list_: Annotated[Path | None, Option("--list", help="file of labeled images, a name per line, as SimCLR's")] = None,
     train: TrainData = None,
     val: ValData = None,
     untrained: Untrained = False,
@@ -120,11 +106,9 @@ def semisup(
 @app.command()
 def transfer(
     runs: Runs,
-    to: Annotated[
-        list[str], typer.Option(metavar="NAME=PATH", help="a folder of build-beton, or a .beton file; repeatable")
-    ],
+    to: Annotated[list[str], Option(metavar="NAME=PATH", help="a folder of build-beton, or a .beton file; repeatable")],
     method: Annotated[
-        Literal["linear", "finetune", "both"], typer.Option(help="train a linear classifier, or the whole encoder")
+        Literal["linear", "finetune", "both"], Option(help="train a linear classifier, or the whole encoder")
     ] = "linear",
     protocol: Protocol = "sweep",
     draws: Draws = None,
@@ -160,18 +144,14 @@ def transfer(
 @app.command()
 def ood(
     runs: Runs,
-    near: Annotated[
-        list[Path] | None, typer.Option(help=".beton of near out-of-distribution images; repeatable")
-    ] = None,
-    far: Annotated[list[Path] | None, typer.Option(help=".beton of far out-of-distribution images; repeatable")] = None,
+    near: Annotated[list[Path] | None, Option(help=".beton of near out-of-distribution images; repeatable")] = None,
+    far: Annotated[list[Path] | None, Option(help=".beton of far out-of-distribution images; repeatable")] = None,
     suite: Annotated[
-        Literal["cifar10", "cifar100", "imagenet"] | None, typer.Option(help="the data sets of OpenOOD v1.5, in --root")
+        Literal["cifar10", "cifar100", "imagenet"] | None, Option(help="the data sets of OpenOOD v1.5, in --root")
     ] = None,
-    root: Annotated[Path, typer.Option(help="for --suite: the folder with cifar100/, svhn/ and so on")] = Path("data"),
-    id_: Annotated[
-        Path | None, typer.Option("--id", help=".beton of in-distribution images (default: the run's data.val)")
-    ] = None,
-    fit: Annotated[Path | None, typer.Option(help=".beton to fit on (default: the run's data.train)")] = None,
+    root: Annotated[Path, Option(help="for --suite: the folder with cifar100/, svhn/ and so on")] = Path("data"),
+    id_: Annotated[Path | None, Option("--id", help="in-distribution .beton (default: the run's data.val)")] = None,
+    fit: Annotated[Path | None, Option(help=".beton to fit on (default: the run's data.train)")] = None,
     untrained: Untrained = False,
     view: View = None,
     device: Device = "auto",
@@ -213,7 +193,7 @@ def uncertainty(
 @app.command()
 def mi(
     runs: Runs,
-    data: Annotated[Path | None, typer.Option(help=".beton to measure on (default: the run's data.val)")] = None,
+    data: Annotated[Path | None, Option(help=".beton to measure on (default: the run's data.val)")] = None,
     untrained: Untrained = False,
     view: View = None,
     device: Device = "auto",

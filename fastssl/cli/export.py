@@ -3,19 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="run directory or checkpoint file")],
+    run: Annotated[Path, Argument(help="run directory or checkpoint file")],
     format: Annotated[
         Literal["timm", "safetensors", "onnx"],
-        typer.Option(help="timm: for timm.create_model; safetensors: for fastssl; onnx: for any ONNX runtime"),
+        Option(help="timm: for timm.create_model; safetensors: for fastssl; onnx: for any ONNX runtime"),
     ],
-    out: Annotated[Path | None, typer.Option(help="file to write (default: RUN/export/FORMAT/NAME)")] = None,
-    sigma: Annotated[
-        bool, typer.Option("--sigma", help="include the heads that give mu and sigma (safetensors, onnx)")
-    ] = False,
+    out: Annotated[Path | None, Option(help="file to write (default: RUN/export/FORMAT/NAME)")] = None,
+    sigma: Annotated[bool, Option("--sigma", help="include the heads of mu and sigma (safetensors, onnx)")] = False,
 ) -> None:
     """Write the trained encoder as one file for other programs, with a model card."""
     from fastssl.export import export_run

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Typer
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import find_recipe, shipped_recipes
 
-recipes = typer.Typer(help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
-RecipePath = Annotated[str, typer.Argument(help="such as recipes/zprob_barlow.yaml")]
+recipes = Typer(help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
+RecipePath = Annotated[str, Argument(help="such as recipes/zprob_barlow.yaml")]
 
 
 def doctor() -> None:
@@ -43,9 +43,7 @@ def show(recipe: RecipePath) -> None:
 
 
 @recipes.command()
-def copy(
-    recipe: RecipePath, to: Annotated[Path, typer.Argument(help="file to write; an existing file is not overwritten")]
-) -> None:
+def copy(recipe: RecipePath, to: Annotated[Path, Argument(help="file to write, which must not exist")]) -> None:
     """Copy a recipe to a file, to change it."""
     if to.exists():
         raise UserError(f"{to} exists already: name another file.")

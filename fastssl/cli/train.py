@@ -4,22 +4,18 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import find_recipe, load_recipe
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="keys of the recipe to change: train.epochs=1 ...")
-]
+Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="recipe keys to change: train.epochs=1 ...")]
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
+    recipe: Annotated[str, Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
     overrides: Overrides = None,
-    resume: Annotated[
-        str | None, typer.Option(help="run directory to resume; auto: the recipe's own, if it exists")
-    ] = None,
+    resume: Annotated[str | None, Option(help="run directory to resume; auto: the recipe's own, if it exists")] = None,
 ) -> None:
     """Train a recipe; on several GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
     settings = load_recipe(recipe, overrides or [])
@@ -28,30 +24,22 @@ def train(
     from fastssl.training import train
 
     run_dir = Path(resume) if resume and resume != "auto" else None
-    train(
-        settings,
-        resume="auto" if resume == "auto" else run_dir,
-        probe=probe_from_recipe(settings),
-        diagnose=explain_data_wait,
-    )
+    probe = probe_from_recipe(settings)
+    train(settings, resume="auto" if resume == "auto" else run_dir, probe=probe, diagnose=explain_data_wait)
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(help="a YAML file; recipes/sweeps/x.yaml also means the shipped one")],
+    file: Annotated[str, Argument(help="a YAML file; recipes/sweeps/x.yaml also means the shipped one")],
     overrides: Overrides = None,
-    executor: Annotated[Literal["local", "slurm"], typer.Option(help="this machine, or a SLURM cluster")] = "local",
-    per_gpu: Annotated[
-        int, typer.Option(min=1, help="number of runs in parallel on each GPU, or on the CPU where there is no GPU")
-    ] = 1,
-    retries: Annotated[int, typer.Option(min=0, help="how often a run that crashed is resumed")] = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the runs and predict the hours")] = False,
-    images_per_second: Annotated[
-        float | None, typer.Option(min=0.1, help="throughput of one run, for --dry-run")
-    ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="SLURM: number of parallel jobs, each with one GPU")] = 8,
-    cpus: Annotated[int, typer.Option(min=1, help="SLURM: cores per job")] = 8,
-    time_limit: Annotated[str, typer.Option(help="SLURM: time until a job is requeued; minutes or HH:MM")] = "24:00",
-    partition: Annotated[str | None, typer.Option(help="SLURM: partition (default: the cluster's)")] = None,
+    executor: Annotated[Literal["local", "slurm"], Option(help="this machine, or a SLURM cluster")] = "local",
+    per_gpu: Annotated[int, Option(min=1, help="number of parallel runs per GPU, or on the CPU without a GPU")] = 1,
+    retries: Annotated[int, Option(min=0, help="how often a run that crashed is resumed")] = 2,
+    dry_run: Annotated[bool, Option("--dry-run", help="only list the runs and predict the hours")] = False,
+    images_per_second: Annotated[float | None, Option(min=0.1, help="throughput of one run, for --dry-run")] = None,
+    parallel: Annotated[int, Option(min=1, help="SLURM: number of parallel jobs, each with one GPU")] = 8,
+    cpus: Annotated[int, Option(min=1, help="SLURM: cores per job")] = 8,
+    time_limit: Annotated[str, Option(help="SLURM: time until a job is requeued; minutes or HH:MM")] = "24:00",
+    partition: Annotated[str | None, Option(help="SLURM: partition (default: the cluster's)")] = None,
 ) -> None:
     """Train every run of a sweep. The same command skips finished runs and resumes the others."""
     from fastssl import sweep
@@ -73,20 +61,16 @@ def sweep(
 
 
 def profile(
-    recipe: Annotated[str | None, typer.Argument(help="a YAML file; recipes/x.yaml also means the shipped one")] = None,
+    recipe: Annotated[str | None, Argument(help="a YAML file; recipes/x.yaml also means the shipped one")] = None,
     overrides: Overrides = None,
-    json: Annotated[
-        Path | None, typer.Option(help="file to write, with page and trace next to it (default: profiles/NAME.json)")
-    ] = None,
+    json: Annotated[Path | None, Option(help="file (page and trace next to it; default: profiles/NAME.json)")] = None,
     plan: Annotated[
-        str | None, typer.Option(metavar='"8xA100, 64 cores, nvme"', help="predict hours and bottleneck on a machine")
+        str | None, Option(metavar='"8xA100, 64 cores, nvme"', help="predict hours and bottleneck on a machine")
     ] = None,
     fail_under: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="exit 1 below, e.g. accelerator_utilization=0.9")
+        list[str] | None, Option(metavar="KEY=VALUE", help="exit 1 below, e.g. accelerator_utilization=0.9")
     ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="show what changed between two profiles")
-    ] = None,
+    compare: Annotated[tuple[Path, Path] | None, Option(metavar="A.json B.json", help="compare two profiles")] = None,
 ) -> None:
     """Find the bottleneck of a run and what to change. Trains for about a minute and discards the result."""
     from fastssl import profiling

@@ -89,7 +89,7 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
             raise UserError(f"A grid of {sweep.name} is named {name}, like the folder of SLURM's logs: rename it.")
         for_grid = [*as_overrides(grid.set), *overrides]
         for_all = [*as_overrides(sweep.set), *for_grid]
-        check_keys(name, list(grid.axes), keys_of(for_all), keys_of(for_grid))
+        check_keys(name, list(grid.axes), for_all, for_grid)
         for combination in itertools.product(*grid.axes.values()):
             values = dict(zip(grid.axes, combination))
             runs.append(make_run(sweep.folder, name, grid.recipe, for_all, values))
@@ -114,16 +114,13 @@ def as_overrides(values: dict[str, JsonValue]) -> list[str]:
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
-def keys_of(overrides: list[str]) -> list[str]:
-    return [override.partition("=")[0] for override in overrides]
-
-
 def check_keys(grid: str, axes: list[str], for_all: list[str], for_grid: list[str]) -> None:
-    """Raise UserError for run.dir, which the sweep sets, and for keys (of `set` or the command line) that axes hide."""
-    for key in [*for_all, *axes]:
+    """Raise UserError for overrides of run.dir, which the sweep sets, and for overrides that axes would hide."""
+    for key in [*(override.partition("=")[0] for override in for_all), *axes]:
         if f"{key}.".startswith("run."):
             raise UserError(f"Grid {grid}: the sweep chooses each run's directory; leave out {key} and set `dir`.")
-    for key, axis in itertools.product(for_grid, axes):
+    for override, axis in itertools.product(for_grid, axes):
+        key = override.partition("=")[0]
         if f"{key}.".startswith(f"{axis}."):
             raise UserError(f"Grid {grid}: {key} cannot be set for all runs, because {axis} is an axis of this grid.")
 

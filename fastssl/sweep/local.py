@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 
@@ -24,21 +23,16 @@ POLL = 0.5  # seconds between two checks of the processes
 CPU = "cpu"
 
 
-@dataclass
-class StopSignals:
-    """The signals that asked the sweep to stop, in the order of their arrival."""
-
-    received: list[int] = field(default_factory=list)
-
-    @contextmanager
-    def collect(self, numbers: Iterable[int]) -> Iterator[None]:
-        """Record these signals instead of letting them end the process."""
-        before = {number: signal.signal(number, lambda got, _: self.received.append(got)) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+@contextmanager
+def collect_signals(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Record these signals, in the order of their arrival, instead of letting them end the process."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_locally(sweep: Sweep, runs: list[SweepRun], *, per_gpu: int = 1, retries: int = 2) -> int:
@@ -85,10 +79,9 @@ def run_tasks(
     """
     devices = visible_devices([task.run.recipe for task in tasks])
     cores = max(1, len(os.sched_getaffinity(0)) // (len(devices) * per_gpu))
-    stop = StopSignals()
     try:
-        with stop.collect(stop_on):
-            while not stop.received:
+        with collect_signals(stop_on) as signals:
+            while not signals:
                 for task in tasks:
                     if task.process and not task.process.is_alive():
                         update_ended(task, retries)
@@ -105,15 +98,15 @@ def run_tasks(
                     break
                 # Returns early when a process ends.
                 wait([task.process.sentinel for task in running if task.process], timeout=POLL)
-            if stop.received:
-                stop_all(tasks, stop, display)
+            if signals:
+                stop_all(tasks, signals, display)
     finally:
         # Processes are left here only after an exception.
         for task in tasks:
             if task.process:
                 task.process.kill()
                 task.process.join()
-    return stop.received
+    return signals
 
 
 def visible_devices(recipes: list[Recipe]) -> list[str]:
@@ -129,17 +122,12 @@ def next_tasks(tasks: list[Task], count: int) -> list[Task]:
     """Up to `count` waiting tasks in whose directory no other process trains."""
     found: list[Task] = []
     for task in tasks:
-        if len(found) == count:
-            break
-        if task.state != "waiting":
-            continue
-        task.locked = is_locked(task.run)
-        if task.locked:
-            continue
-        if is_finished(task.run):  # another process has finished it in the meantime
-            task.state = "finished"
-        else:
-            found.append(task)
+        if task.state == "waiting" and len(found) < count:
+            task.locked = is_locked(task.run)
+            if not task.locked and is_finished(task.run):  # another process has finished it in the meantime
+                task.state = "finished"
+            elif not task.locked:
+                found.append(task)
     return found
 
 
@@ -147,8 +135,7 @@ def start(task: Task, device: str, cores: int) -> None:
     """Start the task's process on a device, with that many threads."""
     recipe = task.run.recipe
     if recipe.data.workers is None:
-        data = recipe.data.model_copy(update={"workers": cores})
-        recipe = recipe.model_copy(update={"data": data})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": cores})})
     task.process = SPAWN.Process(target=run_child, args=(recipe, os.getpid()), name=task.run.name)
     with child_environment(device, cores):
         task.process.start()
@@ -194,16 +181,16 @@ def update_ended(task: Task, retries: int) -> None:
         task.state = "failed" if code == EXIT_USER_ERROR or task.failures > retries else "waiting"
 
 
-def stop_all(tasks: list[Task], stop: StopSignals, display: SweepDisplay) -> None:
+def stop_all(tasks: list[Task], signals: list[int], display: SweepDisplay) -> None:
     """Let every running task save a checkpoint and end. A further signal kills them without waiting for that."""
     running = {task.process: task for task in tasks if task.process}
     if running:
         print_line(display.console, f"Stopping: {len(running)} runs save their checkpoints.")
     for process in running:
         process.terminate()
-    signals = len(stop.received)
+    before = len(signals)
     waited = 0.0
-    while waited < GRACE and len(stop.received) == signals and any(process.is_alive() for process in running):
+    while waited < GRACE and len(signals) == before and any(process.is_alive() for process in running):
         wait([process.sentinel for process in running if process.is_alive()], timeout=POLL)
         waited += POLL
     for process, task in running.items():

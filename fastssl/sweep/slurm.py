@@ -42,9 +42,8 @@ class SlurmJob:
         requeue = signal.getsignal(requeue_signal)  # submitit's handler: puts the job back into the queue and exits
         tasks = make_tasks(self.runs)
         with SweepDisplay(self.name, tasks) as display:
-            signals = run_tasks(
-                tasks, display, per_gpu=self.per_gpu, retries=self.retries, stop_on=(signal.SIGTERM, requeue_signal)
-            )
+            stop_on = (signal.SIGTERM, requeue_signal)
+            signals = run_tasks(tasks, display, per_gpu=self.per_gpu, retries=self.retries, stop_on=stop_on)
         if requeue_signal in signals and callable(requeue):
             requeue(requeue_signal, None)
         if signals:
@@ -97,10 +96,8 @@ def submit_to_slurm(
     missing = [run for run in waiting if run.name not in queued]
     submitted: dict[str, str] = {}
     if missing:
-        jobs = [
-            SlurmJob(sweep.name, missing[first : first + per_gpu], per_gpu, retries)
-            for first in range(0, len(missing), per_gpu)
-        ]
+        chunks = (missing[first : first + per_gpu] for first in range(0, len(missing), per_gpu))
+        jobs = [SlurmJob(sweep.name, chunk, per_gpu, retries) for chunk in chunks]
         executor = make_executor(folder)
         executor.update_parameters(
             name=sweep.name,
