@@ -42,7 +42,7 @@ def idx_splits(source: Path, builder: str, folder: str, classes: list[str], orig
                 found[split] = (classes, read_split(images, labels, len(classes)))
             elif present := images or labels:
                 missing = f"{prefix}-labels-idx1-ubyte" if images else f"{prefix}-images-idx3-ubyte"
-                raise FileNotFoundError(f"{builder} found no {missing} next to {present}: get it from {origin} too.")
+                raise FileNotFoundError(f"{builder} found {present} without {missing}: get that from {origin} too.")
         if found:
             return found
     raise FileNotFoundError(

@@ -36,22 +36,15 @@ def splits(source: Path | None) -> Splits:
 
     pixels, digits = mnist_data()  # (5000, 784) of 0..255, (5000,)
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    train: list[Sample] = []
-    val: list[Sample] = []
-    ood: list[Sample] = []
-    for digit in range(10):
-        positions = np.flatnonzero(digits == digit)
-        of_digit = [Sample(images[i], digit, f"digit {digit}, image {i}") for i in positions]
-        if digit < 8:
-            train += of_digit[:TRAIN_IMAGES]
-            val += of_digit[TRAIN_IMAGES:]
-        else:
-            ood += of_digit
+    by_digit = [
+        [Sample(images[i], digit, f"digit {digit}, image {i}") for i in np.flatnonzero(digits == digit)]
+        for digit in range(10)
+    ]
     names = [str(digit) for digit in range(10)]
     return {
-        "train": (names[:8], train),
-        "val": (names[:8], val),
-        "ood": (names, ood),
+        "train": (names[:8], [sample for samples in by_digit[:8] for sample in samples[:TRAIN_IMAGES]]),
+        "val": (names[:8], [sample for samples in by_digit[:8] for sample in samples[TRAIN_IMAGES:]]),
+        "ood": (names, [sample for samples in by_digit[8:] for sample in samples]),
         "photos": (["photo"], photo_squares()),
         "noise": (["noise"], noise()),
     }

@@ -296,13 +296,8 @@ def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool
     seconds = time.monotonic() - start
     good = [result for result in results if not isinstance(result, str)]
     bytes_per_image = sum(len(result.payload) for result in good) / len(results)
-    return SplitEstimate(
-        split=split.name,
-        path=out / f"{split.name}.beton",
-        images=images,
-        classes=len(split.classes),
-        # The allocation table comes after the images, all other tables before them.
-        bytes=data_start(images) + round((bytes_per_image + ALLOCATION.itemsize) * images),
-        bad=1 - len(good) / len(results),
-        seconds=seconds * images / len(results),
-    )
+    # The allocation table comes after the images, all other tables before them.
+    size = data_start(images) + round((bytes_per_image + ALLOCATION.itemsize) * images)
+    bad = 1 - len(good) / len(results)
+    path = out / f"{split.name}.beton"
+    return SplitEstimate(split.name, path, images, len(split.classes), size, bad, seconds * images / len(results))

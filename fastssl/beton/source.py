@@ -120,16 +120,10 @@ def download_dataset(builder: str, source: Path | None) -> None:
 def list_splits(
     builder: str, source: Path | None, order: Order = "shuffle", limit: int | None = None
 ) -> list[SourceSplit]:
-    """List the splits of `source` with their samples.
+    """List the splits of `source` (None: the builder brings its own images) with their samples.
 
-    Args:
-        builder: name of the builder.
-        source: folder or archive with the images; None for a builder that brings its own.
-        order: "shuffle" is a fixed random order, "source" the builder's.
-        limit: take only this many samples of each split, chosen at random.
-
-    Raises:
-        UserError: the source cannot be read, or does not have the layout that the builder expects.
+    Order "shuffle" is a fixed random order, "source" the builder's. A `limit` takes only this many samples of each
+    split, chosen at random. Raises UserError if `source` cannot be read or does not have the builder's layout.
     """
     module = load_builder(builder)
     if source is None and hasattr(module, "SOURCE"):

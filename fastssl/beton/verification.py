@@ -97,16 +97,12 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
     has_indices = info.fields.get("index") == "IntField"
     index_of = {position: int(metadata["index"][position]) for position, _ in problems} if has_indices else {}
     names = read_names(info.path, index_of.values())
-    return Verification(
-        path=info.path,
-        samples=info.num_samples,
-        has_checksums=crc32_N is not None,
-        is_table_sound=crc32_N is None or _is_table_sound(info, metadata.nbytes),
-        faults=[
-            Fault(position, index_of.get(position), names.get(index_of.get(position, -1), ""), problem)
-            for position, problem in problems
-        ],
-    )
+    faults = [
+        Fault(position, index_of.get(position), names.get(index_of.get(position, -1), ""), problem)
+        for position, problem in problems
+    ]
+    is_table_sound = crc32_N is None or _is_table_sound(info, metadata.nbytes)
+    return Verification(info.path, info.num_samples, crc32_N is not None, is_table_sound, faults)
 
 
 def _read_checksums(info: BetonInfo) -> np.ndarray | None:

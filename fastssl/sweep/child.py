@@ -23,11 +23,8 @@ PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 def run_child(recipe: Recipe, parent: int) -> None:
     """Train `recipe` in `recipe.run.dir`, from its last checkpoint if there is one. Ends the process.
 
-    Everything that is printed goes to output.log. The exit code is 0, EXIT_USER_ERROR, EXIT_BUSY or, where a signal
-    stopped the training, EXIT_REQUEUE.
-
-    Args:
-        parent: process id of the sweep. The run stops with it.
+    The run stops with the process `parent`, the sweep. Everything that is printed goes to output.log. The exit code is
+    0, EXIT_USER_ERROR, EXIT_BUSY or, where a signal stopped the training, EXIT_REQUEUE.
     """
     stop_with_parent(parent)
     run_dir = Path(recipe.run.dir or "")

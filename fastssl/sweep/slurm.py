@@ -89,17 +89,18 @@ def submit_to_slurm(
     tasks = make_tasks(runs)
     folder = (sweep.folder / JOBS_FOLDER).absolute()
     jobs_file = folder / "jobs.json"
-    job_ids: dict[str, str] = json.loads(jobs_file.read_text()) if jobs_file.exists() else {}
+    last_ids: dict[str, str] = json.loads(jobs_file.read_text()) if jobs_file.exists() else {}
     in_queue = ids_in_queue()
     waiting = [task.run for task in tasks if task.state == "waiting"]
-    queued = {run.name: job_ids[run.name] for run in waiting if job_ids.get(run.name) in in_queue}
+    queued = {run.name: last_ids[run.name] for run in waiting if last_ids.get(run.name) in in_queue}
     missing = [run for run in waiting if run.name not in queued]
     submitted: dict[str, str] = {}
     if missing:
         chunks = (missing[first : first + per_gpu] for first in range(0, len(missing), per_gpu))
         jobs = [SlurmJob(sweep.name, chunk, per_gpu, retries) for chunk in chunks]
-        executor = make_executor(folder)
-        executor.update_parameters(
+        job_ids = submit_array(
+            folder,
+            jobs,
             name=sweep.name,
             timeout_min=minutes,
             cpus_per_task=cpus,
@@ -109,7 +110,7 @@ def submit_to_slurm(
             slurm_array_parallelism=parallel,
             slurm_signal_delay_s=SIGNAL_DELAY,
         )
-        for job, job_id in zip(jobs, submit_array(executor, jobs)):
+        for job, job_id in zip(jobs, job_ids):
             submitted |= {run.name: job_id for run in job.runs}
         write_atomically(jobs_file, json.dumps({**queued, **submitted}, indent=2) + "\n")
 
@@ -127,18 +128,14 @@ def submit_to_slurm(
     return 0
 
 
-def make_executor(folder: Path) -> "submitit.AutoExecutor":
+def submit_array(folder: Path, jobs: list[SlurmJob], **parameters: object) -> list[str]:
+    """Submit the jobs as one array with submitit's `parameters`. Returns their ids, in the same order."""
     try:
         import submitit
     except ModuleNotFoundError:
         raise UserError("--executor slurm needs submitit: pip install submitit, or use --executor local.") from None
-    return submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=REQUEUES)
-
-
-def submit_array(executor: "submitit.AutoExecutor", jobs: list[SlurmJob]) -> list[str]:
-    """Submit the jobs as one array. Returns their ids, in the same order."""
-    import submitit
-
+    executor = submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=REQUEUES)
+    executor.update_parameters(**parameters)
     try:
         with executor.batch():
             handles = [executor.submit(job) for job in jobs]
