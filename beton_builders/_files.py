@@ -118,11 +118,8 @@ def files_with_suffix(source: Path, suffixes: tuple[str, ...]) -> list[tuple[str
 
 def split_of(name: str) -> str:
     """Return the split that a word of the file's name, or else of one of its folders, names; otherwise train."""
-    for part in reversed(name.lower().split("/")):
-        for word in re.split("[^a-z]+", part):
-            if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word]
-    return "train"
+    words = (word for part in reversed(name.lower().split("/")) for word in re.split("[^a-z]+", part))
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
 
 
 def has_labels(files: Iterable[tuple[str, ArrayLike]], fix: str) -> bool:

@@ -30,17 +30,14 @@ def splits(source: Path) -> Splits:
         raise ValueError(f"{folder / 'images'} has {len(classes)} class folders instead of 47: unpack {ARCHIVE} again.")
     below = (folder / "images").relative_to(source)
     labels = {name: label for label, name in enumerate(classes)}
+    pattern = r"(?P<name>(?P<label>[^/]+)/[^/]+\.jpg)"
+    expected = "an image of a class folder, CLASS/NAME.jpg"
     found: Splits = {}
     for split in ("train", "val", "test"):
-        images = parse_lines(
-            folder / "labels" / f"{split}1.txt",
-            r"(?P<name>(?P<label>[^/]+)/[^/]+\.jpg)",
-            "an image of a class folder, CLASS/NAME.jpg",
-            f"unpack {ARCHIVE} again",
-            labels,
-        )
+        path = folder / "labels" / f"{split}1.txt"
+        images = parse_lines(path, pattern, expected, f"unpack {ARCHIVE} again", labels)
         samples = [Sample(f"{source}/{below}/{name}", label, f"{below}/{name}") for name, label in images]
         if not samples:
-            raise ValueError(f"{folder}/labels/{split}1.txt is empty: unpack {ARCHIVE} again.")
+            raise ValueError(f"{path} is empty: unpack {ARCHIVE} again.")
         found[split] = (classes, samples)
     return found

@@ -41,13 +41,11 @@ def splits(source: Path) -> Splits:
     }
     if not (root / "val" / "images").is_dir():
         return found
-    images = parse_lines(
-        root / "val" / "val_annotations.txt",
-        r"(?P<name>[^\t]+)\t(?P<label>[^\t]+)(\t.*)?",
-        "a file name, a tab and a class of wnids.txt",
-        f"unpack {FOLDER}.zip again",
-        {name: label for label, name in enumerate(classes)},
-    )
+    path = root / "val" / "val_annotations.txt"
+    pattern = r"(?P<name>[^\t]+)\t(?P<label>[^\t]+)(\t.*)?"
+    expected = "a file name, a tab and a class of wnids.txt"
+    labels = {name: label for label, name in enumerate(classes)}
+    images = parse_lines(path, pattern, expected, f"unpack {FOLDER}.zip again", labels)
     listed = sorted((label, f"val/images/{name}") for name, label in images)
     found["val"] = (classes, [Sample(f"{root}/{name}", label, name) for label, name in listed])
     return found

@@ -14,9 +14,12 @@ The images are read directly from the tar, so the shards must be uncompressed; n
 name, then as in the shard. License: that of the data in the shards.
 """
 
+import itertools
 import json
+import re
 from array import array
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,6 +31,7 @@ CANVAS = 256
 SOURCE = "a folder of .tar shards or one shard"
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff")
+FILE_OF_SAMPLE = re.compile(r"(?P<key>(.*/)?[^/.]+)\.(?P<suffix>[^/]*)", re.DOTALL)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_LABEL_BYTES = {"cls": 64, "json": 1 << 24}  # of a file that holds a label, by suffix
 
@@ -90,19 +94,12 @@ def read_shard(path: str, name: str) -> Shard:
 
 def samples_in(path: str) -> Iterator[dict[str, Member]]:
     """Yield the files of each sample of a shard, by suffix."""
-    key: tuple[str, str] | None = None
-    files: dict[str, Member] = {}
-    for name, offset, size in tar_members(path):
-        folder, _, base = name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not stem or not dot:
-            continue
-        if (folder, stem) != key:
-            if files:
-                yield files
-            key, files = (folder, stem), {}
-        files.setdefault(suffix.lower(), (name, offset, size))
-    if files:
+    matches = ((FILE_OF_SAMPLE.fullmatch(member[0]), member) for member in tar_members(path))
+    named = ((match["key"], match["suffix"].lower(), member) for match, member in matches if match)
+    for _, sample in itertools.groupby(named, key=itemgetter(0)):
+        files: dict[str, Member] = {}
+        for _, suffix, member in sample:
+            files.setdefault(suffix, member)
         yield files
 
 

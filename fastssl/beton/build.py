@@ -42,6 +42,8 @@ from fastssl.common.system import free_memory, resolve_workers
 from fastssl.common.terminal import progress
 
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
+SAMPLED = 512  # images of each split that are encoded for an estimate
+SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
 
 
 @dataclass(frozen=True)
@@ -246,12 +248,6 @@ def _list_bad_images(path: Path, split: str, bad: list[BadImage]) -> None:
         write_atomically(path, "".join(entry.to_json() for entry in entries))
     else:
         path.unlink(missing_ok=True)
-
-
-# --- estimate -----------------------------------------------------------------------------------
-
-SAMPLED = 512  # images of each split that are encoded
-SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
 
 
 class SplitEstimate(NamedTuple):

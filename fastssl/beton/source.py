@@ -70,9 +70,6 @@ class SourceSplit(NamedTuple):
     order: np.ndarray  # indices of `samples` in the order of the file
 
 
-# --- builders -----------------------------------------------------------------------------------
-
-
 def builder_names() -> list[str]:
     """Return the names of all builders, sorted."""
     package = importlib.import_module("beton_builders")
@@ -162,9 +159,6 @@ def _with_progress(samples: Iterable[Sample], split: str) -> Iterator[Sample]:
 def as_utf8(name: str) -> str:
     """Escape what is not UTF-8 in a file name."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-# --- lists of samples ---------------------------------------------------------------------------
 
 
 class SampleList(Sequence[Sample]):
