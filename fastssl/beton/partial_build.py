@@ -66,6 +66,7 @@ class PartialBuild:
         self._key = json.loads(json.dumps({**key, "row_bytes": ROW.itemsize}))
         self._rows = np.zeros(capacity, ROW)
         self._processed = self._rows_saved = 0
+        self._last_save = time.monotonic()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,6 @@ class PartialBuild:
         (self.folder / "build.json").write_text(json.dumps(self._key, indent=1), encoding="utf-8")
         self.bad = []
         self._processed = self._rows_saved = 0
-        self._last_save = time.monotonic()
 
     def add(self, rows: np.ndarray, bad: list[BadImage]) -> None:
         """Record images whose samples have been written to `pages`, and save the record every few seconds."""
@@ -193,7 +193,6 @@ class PartialBuild:
         self.bad = [BadImage(**json.loads(line)) for line in lines[: len(self.rows) - len(self.good)]]
         (self.folder / "bad.jsonl").write_text("".join(image.to_json() for image in self.bad), "utf-8")
         self._rows_saved = self._processed
-        self._last_save = time.monotonic()
         return True
 
 

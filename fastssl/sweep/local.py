@@ -20,6 +20,7 @@ from fastssl.sweep.table import SweepDisplay, results_table
 SPAWN = get_context("spawn")  # CUDA does not survive a fork
 GRACE = 120  # seconds that stopped runs have to save their checkpoints
 POLL = 0.5  # seconds between two checks of the processes
+STOP_ON = (signal.SIGINT, signal.SIGTERM)
 CPU = "cpu"
 
 
@@ -61,12 +62,7 @@ def run_locally(sweep: Sweep, runs: list[SweepRun], *, per_gpu: int = 1, retries
 
 
 def run_tasks(
-    tasks: list[Task],
-    display: SweepDisplay,
-    *,
-    per_gpu: int = 1,
-    retries: int = 2,
-    stop_on: Iterable[int] = (signal.SIGINT, signal.SIGTERM),
+    tasks: list[Task], display: SweepDisplay, *, per_gpu: int, retries: int, stop_on: Iterable[int] = STOP_ON
 ) -> list[int]:
     """Train every waiting task until it is finished or has failed. Returns the signals that stopped this, if any.
 
