@@ -40,5 +40,5 @@ offline-bundle: ## collect in dist/ what a host without network lacks: PY=3.12
 	@scripts/offline_bundle.sh
 
 clean: ## remove .venv and every cache; data and runs stay
-	rm -rf .venv .cache .pytest_cache .ruff_cache
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
