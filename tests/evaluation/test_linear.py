@@ -127,7 +127,7 @@ mapped, label = np.load(sys.argv[1], mmap_mode="r"), np.arange(1 << 19) % 2
 fit_sweep(np.ones((256, 8), np.float32), label[:256], epochs=1)  # what the first call allocates for good
 fit_lbfgs(np.ones((256, 8), np.float32), label[:256], penalties=(1.0,))
 held = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) << 10
-resource.setrlimit(resource.RLIMIT_DATA, (held + (192 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_DATA, (held + (256 << 20), resource.RLIM_INFINITY))
 fitted = fit_sweep(mapped, label, epochs=1, lrs=(0.1,)), fit_lbfgs(mapped, label, penalties=(1.0,))
 print([one.classifier.logits(mapped[: 1 << 16]).shape for one in fitted])
 try:
@@ -139,7 +139,7 @@ except MemoryError:
 
 @pytest.mark.slow
 def test_a_file_larger_than_the_memory_limit_is_fitted(tmp_path):
-    """512 MiB of float16 with groups of 16 MiB, where the kernel allows 192 MiB more."""
+    """512 MiB of float16 with groups of 16 MiB, where the kernel allows 256 MiB more: half of the file."""
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (1 << 19, 512)).flush()  # a hole in a file: zeros
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "x.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
