@@ -1,7 +1,7 @@
 """Predict a recipe's training on another machine: `fastssl profile RECIPE --plan "8xA100, 64 cores, nvme"`.
 
 The prediction applies the cost model of bottleneck.py to a profile measured here; nothing is measured on that machine.
-The constants below are assumptions, and `TrainingPlan.assumptions` lists them for whoever reads the prediction.
+The constants below are assumptions, and `TrainingPlan.assumptions` lists them for the reader of the prediction.
 """
 
 import difflib
