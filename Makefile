@@ -26,7 +26,7 @@ test: setup ## run the tests, in two processes
 	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup ## run the slow tests only
-	@.venv/bin/python -m pytest -m slow
+	@.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: setup ## check style, formatting and types (ruff, mypy)
 	@.venv/bin/ruff check .
