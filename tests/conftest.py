@@ -10,6 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 
 import numpy as np
 import pytest
+import torch
+import torch._dynamo
 from PIL import Image
 from synthetic_images import jpeg_bytes, photo
 
@@ -28,6 +30,13 @@ def labelled_image(seed: int, height: int, width: int, label: int) -> Image.Imag
     side, left = height // 4, label * width // 4
     pixels[side : 2 * side, left : left + side] = 250
     return Image.fromarray(pixels)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_graphs():
+    """torch.compile refuses a function that it has compiled eight times in one process, whichever tests did so."""
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")
