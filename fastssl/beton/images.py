@@ -88,7 +88,8 @@ def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | s
     results: list[Encoded | str] = []
     for image in images:
         try:
-            results.append(encode_image(image, plan))
+            content = image if isinstance(image, np.ndarray) else read_image_bytes(image)
+            results.append(encode_image(content, plan))
         except MemoryError:  # the machine's fault, not the image's
             raise
         except UnidentifiedImageError:
@@ -98,9 +99,14 @@ def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | s
     return results
 
 
-def encode_image(source: ImageSource, plan: StoragePlan) -> Encoded:
-    """Decode, convert, resize and encode one image. A bad image raises, whatever the decoder raises."""
-    image, file_bytes = _open(source)  # not decoded yet
+def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
+    """Decode, convert, resize and encode one image. A bad image raises, whatever the decoder raises.
+
+    Args:
+        content: the bytes of an image file, or uint8 pixels (H, W) or (H, W, 3).
+        plan: how the image is stored.
+    """
+    image, file_bytes = _open(content)  # not decoded yet
     source_format = image.format or PIXELS
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     width, height = image.size
@@ -189,17 +195,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _open(source: ImageSource) -> tuple[Image.Image, bytes]:
+def _open(content: bytes | np.ndarray) -> tuple[Image.Image, bytes]:
     """Return the image, not yet decoded, and the bytes of its file (b"" for pixels)."""
-    if isinstance(source, np.ndarray):
-        is_grey_or_rgb = source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)
-        if source.dtype != np.uint8 or not is_grey_or_rgb:
-            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {source.dtype} {source.shape}")
-        return Image.fromarray(source), b""
-    file_bytes = read_image_bytes(source)
-    if not file_bytes:
+    if isinstance(content, np.ndarray):
+        is_grey_or_rgb = content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)
+        if content.dtype != np.uint8 or not is_grey_or_rgb:
+            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {content.dtype} {content.shape}")
+        return Image.fromarray(content), b""
+    if not content:
         raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(file_bytes)), file_bytes
+    return Image.open(io.BytesIO(content)), content
 
 
 def read_image_bytes(source: ImageFile) -> bytes:
