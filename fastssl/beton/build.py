@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastssl.beton.format import ALLOCATION, Manifest, data_start, manifest_path, names_path
+from fastssl.beton.format import ALLOCATION, UNLABELLED, Manifest, data_start, manifest_path, names_path
 from fastssl.beton.images import Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
@@ -87,6 +87,7 @@ class SplitReport(NamedTuple):
     classes: int
     bytes: int
     bad: int  # images that were skipped
+    unlabelled: int  # of the samples: images without a label, stored with -1
     up_to_date: bool  # nothing was done: the file had been built from the same images with the same options
 
 
@@ -151,7 +152,9 @@ def _build_split(
     old = _read_if_up_to_date(path, key, split.samples)
     manifest = old or _build_file(split, path, plan, pool, key, strict)
     samples, bad = manifest["samples"], manifest["counts"]["bad"]
-    return SplitReport(split.name, path, samples, len(split.classes), path.stat().st_size, bad, old is not None)
+    unlabelled = manifest.get("unlabelled", 0)
+    classes = len(split.classes)
+    return SplitReport(split.name, path, samples, classes, path.stat().st_size, bad, unlabelled, old is not None)
 
 
 def _build_file(
@@ -196,7 +199,7 @@ def _encode_images(split: SourceSplit, partial: PartialBuild, plan: StoragePlan,
 
 
 def _check_label(sample: Sample, split: SourceSplit) -> Sample:
-    if not 0 <= sample.label < len(split.classes):
+    if sample.label != UNLABELLED and not 0 <= sample.label < len(split.classes):
         raise UserError(
             f"The builder gave {sample.name} the label {sample.label}, but the split {split.name!r} has "
             f"{len(split.classes)} classes: correct the builder."
@@ -231,6 +234,7 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
     formats, numbers = np.unique(rows["source_format"][rows["case"] != Case.BAD], return_counts=True)
     return {
         "samples": len(rows) - counts["bad"],
+        "unlabelled": int(((rows["label"] == UNLABELLED) & (rows["case"] != Case.BAD)).sum()),
         "counts": counts,
         "encoded_because": cases,
         "source_formats": {name.decode(): number for name, number in zip(formats, numbers.tolist())},

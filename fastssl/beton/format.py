@@ -32,6 +32,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 JPG, RAW = 0, 1  # the values of IMAGE["mode"]
+UNLABELLED = -1  # the label of an image without one
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 
 # FFCV's type id -> (the name of its field class, the dtype of a sample's metadata)

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.format import Manifest, names_path
+from fastssl.beton.format import UNLABELLED, Manifest, names_path
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.terminal import pairs_table, printable
@@ -113,6 +113,10 @@ def _counts(counts: dict[str, int] | None) -> str | None:
 
 def _classes_table(title: str, label_N: np.ndarray, classes: list[str]) -> Table:
     """A bar for each class, in the order of the labels, or for the largest and smallest classes if there are many."""
+    unlabelled = int((label_N == UNLABELLED).sum())
+    if unlabelled == len(label_N):
+        return _table(f"{title}\nnone of the {unlabelled:,} images has a label", "")
+    label_N = label_N[label_N != UNLABELLED]
     labels, samples = np.unique(label_N, return_counts=True)
     names = [str(label) for label in labels]
     if classes and labels.min() >= 0 and labels.max() < len(classes):
@@ -120,7 +124,8 @@ def _classes_table(title: str, label_N: np.ndarray, classes: list[str]) -> Table
         samples = np.bincount(label_N, minlength=len(classes))  # classes may have no samples
     values = f"min {samples.min():,}, median {np.median(samples):,.0f}, max {samples.max():,}"
     noun = "class" if len(samples) == 1 else "classes"
-    table = _table(f"{title}\n{len(samples):,} {noun}, samples per class: {values}", "class", "samples")
+    without = f"; {unlabelled:,} without a label" if unlabelled else ""
+    table = _table(f"{title}\n{len(samples):,} {noun}, samples per class: {values}{without}", "class", "samples")
     table.add_column("", justify="left")
 
     def add(labels: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.beton import jpeg
-from fastssl.beton.format import RAW
+from fastssl.beton.format import RAW, UNLABELLED
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
@@ -119,9 +119,9 @@ def _crossed_box(reason: str) -> Image.Image:
 
 
 def _class_of(info: BetonInfo, row: np.void) -> str:
-    if info.fields.get("label") != "IntField":
+    label = int(row["label"]) if info.fields.get("label") == "IntField" else UNLABELLED
+    if label == UNLABELLED:
         return "no label"
-    label = int(row["label"])
     if info.classes and 0 <= label < len(info.classes):
         return printable(str(info.classes[label]))
     return f"label {label}"

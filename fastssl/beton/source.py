@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     """
 
     image: ImageSource
-    label: int  # index into the split's class names
+    label: int  # index into the split's class names; -1 for an image without a label
     name: str  # the path within the source: messages about a bad image and index lists use it
 
 
@@ -65,7 +65,7 @@ class SourceSplit(NamedTuple):
     """One split of a data set."""
 
     name: str  # such as "train"
-    classes: list[str]  # class names, in the order of the labels
+    classes: list[str]  # class names, in the order of the labels; may be empty if no image has a label
     samples: Sequence[Sample]
     order: np.ndarray  # indices of `samples` in the order of the file
 

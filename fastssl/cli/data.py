@@ -44,6 +44,7 @@ def build_beton(
     for report in reports:
         print(
             f"{report.path} holds {report.samples:,} images of {report.classes} classes, {report.bytes / 1e6:,.1f} MB"
+            + (f", {report.unlabelled:,} without a label" if report.unlabelled else "")
             + (f", {report.bad} bad images skipped" if report.bad else "")
             + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
         )

@@ -19,19 +19,23 @@ import numpy as np
 import pytest
 from ffcv.libffcv import ctypes_imdecode
 from PIL import Image
+from rich.console import Console
 from synthetic_images import jpeg_bytes, photo
 
 import beton_builders
 from fastssl.beton import (
     BuildOptions,
     build_beton,
+    draw_sheet,
     estimate_build,
+    inspect_beton,
     jpeg,
     partial_build,
     pool,
     read_header,
     read_labels,
     read_metadata,
+    subset_table,
 )
 from fastssl.common.errors import UserError
 
@@ -239,6 +243,40 @@ def test_a_label_beyond_the_classes_is_a_user_error(tmp_path, monkeypatch):
     add_builder(tmp_path, monkeypatch, "mislabelled", PIXELS.replace("np.uint8), 0,", "np.uint8), 1,"))
     with pytest.raises(UserError, match="gave . the label 1, but the split 'train' has 1 classes: correct the builder"):
         build_beton("mislabelled", None, tmp_path / "out", workers=1)
+
+
+HALF_LABELLED = """
+import numpy as np
+from fastssl.beton import Sample
+
+CANVAS = 32
+
+def splits(source):
+    mixed = [Sample(np.full((8, 8, 3), n, np.uint8), (0, -1, 1, -1)[n], str(n)) for n in range(4)]
+    none = [Sample(image, -1, name) for image, _, name in mixed]
+    return {"mixed": (["cat", "dog"], mixed), "none": ([], none), "named": (["cat", "dog"], none)}
+"""
+
+
+def test_images_without_a_label_are_stored_with_minus_one_and_counted(tmp_path, monkeypatch, capsys):
+    """Next to labelled ones, in a split of their own without classes, and in one whose classes have names."""
+    add_builder(tmp_path, monkeypatch, "half_labelled", HALF_LABELLED)
+    reports = build_beton("half_labelled", None, tmp_path / "out", workers=1, order="source")
+    assert [(report.classes, report.unlabelled) for report in reports] == [(2, 2), (0, 4), (2, 4)]
+    assert read_labels(reports[0].path).tolist() == [0, -1, 1, -1]
+    again = build_beton("half_labelled", None, tmp_path / "out", workers=1, order="source")
+    assert again == [report._replace(up_to_date=True) for report in reports]
+    (tmp_path / "list.txt").write_text("1\n2\n")
+    shown = []
+    for report in reports:
+        draw_sheet(report.path, tmp_path / "sheet.png")
+        for table in (inspect_beton(report.path), subset_table(report.path, tmp_path / "list.txt")):
+            Console(width=200).print(table)
+            shown.append(capsys.readouterr().out)
+    assert "2 classes, samples per class: min 1, median 1, max 1; 2 without a label" in shown[0]
+    assert "max 1; 1 without a label" in shown[1]
+    assert all("none of the 4 images has a label" in text for text in (shown[2], shown[4]))
+    assert all("none of the 2 images has a label" in text for text in (shown[3], shown[5]))
 
 
 # --- processes that die, disks that are full ----------------------------------------------------

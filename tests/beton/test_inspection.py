@@ -115,7 +115,7 @@ def test_the_tables_of_a_stock_ffcv_file(inspect, stock):
     code, out, _ = inspect(stock["labelled"])
     assert code == 0 and row_of(out, "manifest").startswith("manifest none")
     assert "weight (FloatField)" in row_of(out, "fields") and "16 x 24 px" in row_of(out, "height x width")
-    assert row_of(out, "-1") == f"-1 10 {'█' * 30}" and "source" not in out
+    assert "10 without a label" in out and "source" not in out
     code, out, _ = inspect(stock["alone"])
     assert code == 0 and row_of(out, "images stored as") == "images stored as pixels" and "classes" not in out
 
