@@ -8,14 +8,19 @@ A builder is a module of this package, found by its name (`fastssl build-beton N
 - `SOURCE`, what `--source` has to name; a data set that needs no source leaves it out;
 - `DOWNLOAD`, if torchvision can download the data set: per call the name of its class and its options;
 - `splits(source)`, which returns for each split its class names and its samples in a fixed order. It raises
-  ValueError or FileNotFoundError with one sentence: what was expected, what was found, and how to fix it.
+  ValueError or FileNotFoundError with one sentence: what was expected, what was found, and how to fix it;
+- `SPLITS_BY_NAME = True`, if it takes splits from the names of folders or files. It then has
+  `splits(source, by_name=True)`, and with `by_name=False` (`--splits none`) no name is a split's.
 
-A builder imports `Sample` from fastssl.beton, and what several builders share from `_files.py`. A module whose name
-begins with an underscore is not a builder.
+A builder may yield `LeftOut(reason, count)` among its samples: how many images of an archive or a table it leaves out,
+and why. (Files and folders of SOURCE that no sample names are counted without its help.)
+
+A builder imports `Sample` and `LeftOut` from fastssl.beton, and what several builders share from `_files.py`. A module
+whose name begins with an underscore is not a builder.
 """
 
 from collections.abc import Iterable
 
-from fastssl.beton import Sample
+from fastssl.beton import LeftOut, Sample
 
-Splits = dict[str, tuple[list[str], Iterable[Sample]]]  # split -> (class names, samples)
+Splits = dict[str, tuple[list[str], Iterable[Sample | LeftOut]]]  # split -> (class names, samples)

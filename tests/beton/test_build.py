@@ -72,7 +72,7 @@ def with_bad_images(forty_photos, tmp_path) -> Path:
 @pytest.mark.parametrize("options", [{"canvas": 32}, {"max_side": 200}])
 def test_bad_images_are_listed_and_skipped(with_bad_images, tmp_path, options):
     start = time.monotonic()
-    report = build_beton("imagefolder", with_bad_images, tmp_path / "out", **options)[0]
+    report = build_beton("imagefolder", with_bad_images, tmp_path / "out", **options).splits[0]
     assert time.monotonic() - start < 20
     assert (report.samples, report.bad) == (40, 3)
     lines = (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()
@@ -99,14 +99,14 @@ def test_strict_stops_at_the_first_bad_image_and_resumes_once_it_is_repaired(wit
     for path in with_bad_images.glob("*/*"):
         if path.name[:2] in ("00", "zz") and path.name != "00.jpg":
             path.write_bytes(jpeg_bytes(photo(0, 50, 50)))
-    assert build_beton("imagefolder", with_bad_images, out, canvas=32, strict=True)[0].samples == 43
+    assert build_beton("imagefolder", with_bad_images, out, canvas=32, strict=True).splits[0].samples == 43
 
 
 def test_a_second_build_forgets_bad_images_that_were_repaired(with_bad_images, tmp_path):
     out = tmp_path / "out"
-    assert build_beton("imagefolder", with_bad_images, out, canvas=32)[0].bad == 3
+    assert build_beton("imagefolder", with_bad_images, out, canvas=32).splits[0].bad == 3
     (with_bad_images / "bird" / "00b ünï text.jpg").write_bytes(jpeg_bytes(photo(0, 50, 50)))
-    report = build_beton("imagefolder", with_bad_images, out, canvas=32)[0]
+    report = build_beton("imagefolder", with_bad_images, out, canvas=32).splits[0]
     assert (report.bad, report.up_to_date) == (2, False)
     assert len((out / "bad_images.jsonl").read_text().splitlines()) == 2
 
@@ -151,7 +151,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     for name, content in ((b"a\xe9.jpg", jpeg_bytes(photo(0, 40, 40))), (b"bad\xe9.jpg", b"no image")):
         with open(folder + b"/" + name, "wb") as file:
             file.write(content)
-    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out")[0]
+    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out").splits[0]
     assert (report.samples, report.bad) == (1, 1)
     assert read_header(report.path).classes == ["cl\\udce9"]
     assert json.loads((tmp_path / "out" / "bad_images.jsonl").read_text())["name"] == "cl\\udce9/bad\\udce9.jpg"
@@ -209,7 +209,7 @@ def test_images_are_encoded_again_for_each_reason(tmp_path):
     (tmp_path / "source" / "large.jpg").write_bytes(jpeg_bytes(photo(0, 90, 40)))
     (tmp_path / "source" / "grey.jpg").write_bytes(jpeg_bytes(photo(0, 50, 50).convert("L")))
     photo(0, 50, 50).save(tmp_path / "source" / "image.png")
-    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out", max_side=64)[0]
+    report = build_beton("imagefolder", tmp_path / "source", tmp_path / "out", max_side=64).splits[0]
     manifest = read_header(report.path).manifest
     assert manifest["counts"] == {"passed_through": 1, "raw": 0, "bad": 0, "encoded": 5}
     assert manifest["encoded_because"] == {
@@ -235,7 +235,7 @@ def splits(source):
 
 def test_the_manifest_counts_sources_that_are_pixels(tmp_path, monkeypatch):
     add_builder(tmp_path, monkeypatch, "pixels", PIXELS)
-    report = build_beton("pixels", None, tmp_path / "out", workers=1)[0]
+    report = build_beton("pixels", None, tmp_path / "out", workers=1).splits[0]
     assert read_header(report.path).manifest["source_formats"] == {"pixels": 3}
 
 
@@ -446,10 +446,10 @@ def test_workers_do_not_change_the_bytes(forty_photos, tmp_path):
 
 
 def test_order_source_is_the_builders_order_and_limit_is_spread_over_the_classes(forty_photos, tmp_path):
-    report = build_beton("imagefolder", forty_photos, tmp_path / "o", canvas=32, order="source")[0]
+    report = build_beton("imagefolder", forty_photos, tmp_path / "o", canvas=32, order="source").splits[0]
     assert read_metadata(report.path)["index"].tolist() == list(range(40))
     assert read_header(report.path).manifest["order"] == "source"
-    report = build_beton("imagefolder", forty_photos, tmp_path / "p", canvas=32, order="source", limit=10)[0]
+    report = build_beton("imagefolder", forty_photos, tmp_path / "p", canvas=32, order="source", limit=10).splits[0]
     index = read_metadata(report.path)["index"].tolist()
     assert index == sorted(index) and len(index) == 10
     assert set(read_labels(report.path)) == {0, 1}
@@ -458,19 +458,19 @@ def test_order_source_is_the_builders_order_and_limit_is_spread_over_the_classes
 def test_a_file_is_built_again_only_if_images_or_options_have_changed(forty_photos, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(forty_photos, source)
-    assert not build_beton("imagefolder", source, out, canvas=32)[0].up_to_date
+    assert not build_beton("imagefolder", source, out, canvas=32).splits[0].up_to_date
     before = built(out)
-    again = build_beton("imagefolder", source, out, canvas=32)[0]
+    again = build_beton("imagefolder", source, out, canvas=32).splits[0]
     assert again.up_to_date and (again.samples, again.bad) == (40, 0)
 
     (source / "bird" / "03.jpg").write_bytes(jpeg_bytes(photo(77, 60, 60)))
-    assert not build_beton("imagefolder", source, out, canvas=32)[0].up_to_date  # a file has changed
+    assert not build_beton("imagefolder", source, out, canvas=32).splits[0].up_to_date  # a file has changed
     assert built(out)["train.beton"] != before["train.beton"]
-    assert not build_beton("imagefolder", source, out, canvas=24)[0].up_to_date  # an option has changed
+    assert not build_beton("imagefolder", source, out, canvas=24).splits[0].up_to_date  # an option has changed
     (source / "cat" / "new.jpg").write_bytes(jpeg_bytes(photo(78, 60, 60)))
-    assert build_beton("imagefolder", source, out, canvas=24)[0].samples == 41
+    assert build_beton("imagefolder", source, out, canvas=24).splits[0].samples == 41
     (out / "train.beton").write_bytes(b"cut off")
-    assert not build_beton("imagefolder", source, out, canvas=24)[0].up_to_date
+    assert not build_beton("imagefolder", source, out, canvas=24).splits[0].up_to_date
 
 
 def test_a_partial_build_restarts_if_its_sources_have_changed(forty_photos, tmp_path):
@@ -509,7 +509,7 @@ def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, 
         build_beton("imagefolder", forty_photos, out, canvas=32)
     assert (out / "train.beton").exists() and not (out / "train.beton.json").exists()
     monkeypatch.setattr("fastssl.beton.pool.encode_all", None)  # nothing is encoded a second time
-    assert build_beton("imagefolder", forty_photos, out, canvas=32)[0].samples == 40
+    assert build_beton("imagefolder", forty_photos, out, canvas=32).splits[0].samples == 40
     build_beton("imagefolder", forty_photos, tmp_path / "straight", canvas=32)
     assert built(out) == built(tmp_path / "straight")
 
@@ -547,7 +547,7 @@ def test_the_estimate_is_close_to_what_is_built(forty_photos, tmp_path):
     assert estimate.free_disk > 0 and estimate.free_memory > 0
     split = estimate.splits[0]
     assert (split.images, split.classes, split.bad) == (40, 2, 0)
-    report = build_beton("imagefolder", forty_photos, tmp_path / "o", **options)[0]
+    report = build_beton("imagefolder", forty_photos, tmp_path / "o", **options).splits[0]
     assert split.bytes == report.bytes  # all 40 were sampled
     limited = estimate_build("imagefolder", forty_photos, tmp_path / "o", BuildOptions(limit=10, **options))
     assert limited.splits[0].images == 10

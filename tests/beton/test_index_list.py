@@ -39,7 +39,7 @@ def beton(tmp_path_factory) -> Path:
         path = root / "source" / (name + ("" if "v1.2" not in name else ".jpg"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg_bytes(photo(number, 40, 40)) if "broken" not in name else b"no image")
-    report = build_beton("imagefolder", root / "source", root, canvas=32, workers=1)[0]
+    report = build_beton("imagefolder", root / "source", root, canvas=32, workers=1).splits[0]
     assert report.samples == 8
     names = root / "train.beton.names.txt"
     names.write_text(names.read_text().replace("v1.2.jpg", "v1.2"))  # a builder may name without suffixes
@@ -143,7 +143,7 @@ def test_a_mistake_is_a_user_error_that_names_the_line(read, beton, tmp_path, li
 
 def test_images_left_out_by_limit(beton, tmp_path):
     out = tmp_path / "out"
-    path = build_beton("imagefolder", beton.parent / "source", out, canvas=32, limit=4, workers=1)[0].path
+    path = build_beton("imagefolder", beton.parent / "source", out, canvas=32, limit=4, workers=1).splits[0].path
     absent = np.setdiff1d(range(9), [3, *read_metadata(path)["index"]])
     (tmp_path / "list.txt").write_text(f"{absent[0]}\n")
     with pytest.raises(UserError, match="not in .*: it was left out by --limit 4, or bad"):

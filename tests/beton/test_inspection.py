@@ -314,7 +314,7 @@ def test_a_sheet_with_unusual_names_and_sizes_and_a_damaged_image(tmp_path):
         (tmp_path / "source" / name).mkdir(parents=True)
         size = [(300, 90), (400, 3), (20, 14), (90, 700), (1500, 900), (161, 161)][n]
         photo(n, *size).save(tmp_path / "source" / name / "0.jpg", quality=95)
-    path = build_beton("imagefolder", tmp_path / "source", tmp_path, max_side=2000, workers=1)[0].path
+    path = build_beton("imagefolder", tmp_path / "source", tmp_path, max_side=2000, workers=1).splits[0].path
     metadata, _ = read_samples(path)
     damaged = int(np.argmax(metadata["image"]["width"] == 300))
     overwrite(path, int(metadata["image"]["data_ptr"][damaged]), b"rubbish")

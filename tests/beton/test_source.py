@@ -1,13 +1,15 @@
-"""SampleList, and where the bytes of a sample are read from."""
+"""Splits as builders list them, SampleList, and where the bytes of a sample are read from."""
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fastssl.beton import Sample
+from fastssl.beton import LeftOut, Sample
 from fastssl.beton.images import read_image_bytes
-from fastssl.beton.source import SampleList
+from fastssl.beton.source import SampleList, list_splits
+from fastssl.common.errors import UserError
 
 
 def test_a_sample_list_returns_its_samples(tmp_path):
@@ -34,3 +36,27 @@ def test_a_range_beyond_the_end_of_the_file_is_an_error(tmp_path):
     (tmp_path / "cut.tar").write_bytes(b"01234")
     with pytest.raises(ValueError, match="cut.tar ends within this image, at byte 5"):
         read_image_bytes((tmp_path / "cut.tar", 3, 10))
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_what_a_builder_leaves_out_is_counted_by_reason(monkeypatch, kind):
+    """LeftOut may stand anywhere among the samples, of a list or of a generator."""
+    listed = [LeftOut("rows without an image", 2), Sample("a.jpg", 0, "a"), LeftOut("hard links", 1)]
+    listed += [Sample("b.jpg", 0, "b"), LeftOut("rows without an image", 3)]
+    builder = SimpleNamespace(CANVAS=32, splits=lambda source: {"train": (["a"], kind(listed))})
+    monkeypatch.setattr("fastssl.beton.source.load_builder", lambda name: builder)
+    (split,) = list_splits("some", None)
+    assert [sample.name for sample in split.samples] == ["a", "b"]
+    assert split.left_out == {"rows without an image": 5, "hard links": 1}
+
+
+def test_splits_none_is_for_builders_that_take_splits_from_names(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.jpg").touch()
+    assert [split.name for split in list_splits("imagefolder", tmp_path)] == ["train", "val"]
+    (split,) = list_splits("imagefolder", tmp_path, split_rule="none")
+    assert (split.name, split.classes) == ("train", ["train", "val"])
+    for builder in ("cifar10", "mnist", "dtd"):
+        with pytest.raises(UserError, match=f"{builder} does not take its splits from names: leave out --splits none"):
+            list_splits(builder, tmp_path, split_rule="none")

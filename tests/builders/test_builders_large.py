@@ -188,7 +188,7 @@ def test_imagenet_may_be_train_or_val_alone(tmp_path):
 
 
 def test_imagenet_is_built_from_its_tars(tmp_path):
-    reports = build_beton("imagenet", official_tars(tmp_path), tmp_path / "out", canvas=8, workers=1)
+    reports = build_beton("imagenet", official_tars(tmp_path), tmp_path / "out", canvas=8, workers=1).splits
     assert [(report.split, report.samples) for report in reports] == [("train", 9), ("val", 4)]
     for report, expected in zip(reports, (EXPECTED_TRAIN, EXPECTED_VAL)):
         content = report.path.read_bytes()

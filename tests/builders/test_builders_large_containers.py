@@ -76,7 +76,7 @@ def test_csv_without_labels(tmp_path):
 def test_csv_is_built(tmp_path):
     write(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     source = table(tmp_path, "path,label\na.jpg,x\nb.jpg,y\nc.jpg,x\n")
-    (report,) = build_beton("csv", source, tmp_path / "out", canvas=8, workers=1)
+    (report,) = build_beton("csv", source, tmp_path / "out", canvas=8, workers=1).splits
     assert_built(report, [("a.jpg", 0), ("b.jpg", 1), ("c.jpg", 0)], ["a.jpg", "b.jpg", "c.jpg"])
 
 
@@ -154,7 +154,7 @@ def test_webdataset(tmp_path):
 
 
 def test_webdataset_is_built(tmp_path):
-    reports = build_beton("webdataset", shards(tmp_path), tmp_path / "out", canvas=8, workers=1)
+    reports = build_beton("webdataset", shards(tmp_path), tmp_path / "out", canvas=8, workers=1).splits
     for report in reports:
         expected = EXPECTED[report.split]
         assert_built(report, expected, [name for name, _ in expected])
@@ -307,7 +307,7 @@ def test_parquet(tmp_path):
 def test_parquet_is_built(tmp_path):
     source = parquet_folder(tmp_path / "source")
     expected = {split: names(samples) for split, (_, samples) in listed(parquet, source).items()}
-    reports = build_beton("parquet", source, tmp_path / "out", canvas=8, workers=1)
+    reports = build_beton("parquet", source, tmp_path / "out", canvas=8, workers=1).splits
     assert [report.split for report in reports] == ["test", "train", "val"]
     for report, start in zip(reports, (8, 0, 7)):
         pictures = [f"{start + position}.jpg" for position in range(report.samples)]

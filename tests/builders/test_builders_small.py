@@ -654,7 +654,7 @@ def test_flowers102_becomes_beton(copy, tmp_path):
     source = copy(flowers102)
     bad = listed(flowers102, source)["val"][1][3]
     Path(bad.image).write_bytes(b"no image")
-    reports = build_beton("flowers102", source, tmp_path / "out", canvas=16, workers=1)
+    reports = build_beton("flowers102", source, tmp_path / "out", canvas=16, workers=1).splits
     counts = [(report.split, report.samples, report.bad) for report in reports]
     assert counts == [("train", 20, 0), ("val", 9, 1), ("test", 72, 0)]
     for report in reports:
@@ -665,7 +665,7 @@ def test_flowers102_becomes_beton(copy, tmp_path):
 
 
 def test_stl10_becomes_beton(layouts, tmp_path):
-    reports = build_beton("stl10", layouts[stl10], tmp_path, canvas=32, workers=1)
+    reports = build_beton("stl10", layouts[stl10], tmp_path, canvas=32, workers=1).splits
     counts = [(report.split, report.samples, report.classes) for report in reports]
     assert counts == [("train", 10, 10), ("test", 4, 10), ("unlabelled", 3, 1)]
     rows = read_metadata(reports[0].path)
