@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,8 @@ SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 UNLABELLED = -1
+# What people write for "none", in any case, and what pandas and numpy write.
+NO_LABEL_WORDS = frozenset(("", "-1", "-1.0", "none", "nan", "null", "na", "n/a", "<na>"))
 MAX_LABEL = 10**6  # a larger number is not a class but, for example, the number of the image
 
 # scipy.io.loadmat crashes the process on some damaged files (SIGSEGV within a few hundred mutated files, scipy 1.17),
@@ -39,6 +42,27 @@ sys.exit(f"it has no {min(missing)}" if missing else 0)
 def split_word(name: str) -> str | None:
     """Return the split that `name`, all of it, is a word for; None if it is no such word."""
     return SPLIT_WORDS.get(name.lower())
+
+
+def is_no_label(text: str) -> bool:
+    return text.strip().lower() in NO_LABEL_WORDS
+
+
+def number_classes(labels: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """Return the names of the classes, sorted, and the number of each label's class.
+
+    If all labels are numbers they are sorted as numbers, and whole ones that are written as 2.0 name the class 2. A
+    label that stands for none has the number UNLABELLED and is no class.
+    """
+    numbers = {label: UNLABELLED for label in labels}
+    named = [label for label in numbers if not is_no_label(label)]
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", label, re.ASCII) for label in named)
+    class_of = {label: re.sub(r"\.0+$", "", label) if numeric else label for label in named}
+    names = sorted(set(class_of.values()))
+    if numeric:
+        names.sort(key=Decimal)
+    position = {name: number for number, name in enumerate(names)}
+    return names, numbers | {label: position[name] for label, name in class_of.items()}
 
 
 def find_folder(builder: str, source: Path, below: Sequence[str], holds: Sequence[str], fix: str) -> Path:

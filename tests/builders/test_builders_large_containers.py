@@ -60,8 +60,8 @@ def test_csv(tmp_path):
 
 
 def test_csv_orders_numbers_as_numbers(tmp_path):
-    classes, samples = listed(csv, table(tmp_path, "path,label\na,10\nb,9\nc,-1\nd,10"))["train"]
-    assert classes == ["-1", "9", "10"]
+    classes, samples = listed(csv, table(tmp_path, "path,label\na,10\nb,9\nc,-5\nd,10"))["train"]
+    assert classes == ["-5", "9", "10"]
     assert names(samples) == [("a", 2), ("b", 1), ("c", 0), ("d", 2)]
     classes, _ = listed(csv, table(tmp_path, "path,label\na,10\nb,9\nc,x"))["train"]
     assert classes == ["10", "9", "x"]
@@ -69,8 +69,8 @@ def test_csv_orders_numbers_as_numbers(tmp_path):
 
 def test_csv_without_labels(tmp_path):
     found = listed(csv, table(tmp_path, "path\na.jpg\nb.jpg\n"))
-    assert found["train"][0] == ["unlabelled"]
-    assert names(found["train"][1]) == [("a.jpg", 0), ("b.jpg", 0)]
+    assert found["train"][0] == []
+    assert names(found["train"][1]) == [("a.jpg", -1), ("b.jpg", -1)]
 
 
 def test_csv_is_built(tmp_path):
@@ -85,17 +85,26 @@ def test_csv_is_built(tmp_path):
     [
         ("", "must name its columns in line 1, path among them, and that line is ''"),
         ("file,label\na,b", "must name its columns in line 1, .* is 'file,label'"),
-        ("path;label\na;b", "must name its columns in line 1, .* is 'path;label'"),
+        ("path|label\na|b", "must name its columns in line 1, .* is 'path|label'"),
+        ("path,x;image\n", "could be separated by commas or semicolons"),
+        ("image\tlabel,path\n", "could be separated by commas or tabs"),
+        ("Path,label,path\n", "has the columns path and path: call the one to use 'path'"),
+        ("file_name,image\n", "has the columns file_name and image: call"),
+        ("path,Label,label\n", "has the columns label and label: call"),
+        ("path,class\na,b\n", "has no column label, but a column class: call it label"),
+        ("path;label\na;b;c\n", "Line 2 of .*: put values with a semicolon in double quotes"),
         ("path,label\n", "lists no images"),
         ("path,label\na.jpg,cat\nb.jpg\n", "Line 3 of .*.csv has 1 values, and line 1 names 2"),
         ("path,label\n\na,b.jpg,cat\n", "Line 3 of .*.csv has 3 values, and line 1 names 2"),
-        ("path,label\n,cat\n", "Line 2 of .*.csv gives no path, label or split"),
-        ("path,label\na.jpg,\n", "Line 2 of .*.csv gives no path, label or split"),
+        ("path,label\n,cat\n", "Line 2 of .*.csv gives no path or split"),
+        ("path,split\na.jpg, \n", "Line 2 of .*.csv gives no path or split"),
         ("path,split\na.jpg,../etc\n", "Line 2 of .*.csv has the split '../etc'"),
         (b"path,label\na.jpg,cat\n\xe4.jpg,dog\n", "Line 3 of .*.csv is not UTF-8 text: save"),
-        ("path,label\n".encode("utf-16"), "Line 1 of .*.csv is not UTF-8 text: save"),
+        ("path,label\n".encode("utf-16-le"), "is not UTF-8 text: save"),
+        ("path,label\n".encode("utf-32"), "is UTF-32 text: save"),
+        ("path\n\ud800".encode("utf-16", "surrogatepass"), "is not whole UTF-16 text .*: save"),
+        ("path\na.jpg\n".encode("utf-16")[:-1], "is not whole UTF-16 text .*: save"),
         ('path,label\n"a.jpg,cat\n', "Line 2 of .*.csv is not comma-separated text .*write"),
-        ("path,label\ra.jpg,cat\r", "Line 1 of .*.csv is not comma-separated text .*write"),
         (f"path\n{'x' * 200_000}\n", "Line 2 of .*.csv is not comma-separated text .*write"),
     ],
 )
