@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastssl.common.distributed import world_size
-from fastssl.common.system import cpu_name, total_memory
+from fastssl.common.system import cpu_name, total_memory, usable_cores
 
 PACKAGES = ("fastssl-trainer", "torch", "torchvision", "timm", "ffcv", "numba", "numpy", "torch-optimizer")
 
@@ -25,7 +25,7 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "machine": platform.platform(),
         "host": platform.node(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gb": round(total_memory() / 1e9, 1),
         "torch_threads": torch.get_num_threads(),
         "processes": world_size(),

@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 import torch
 
 from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from fastssl.common.system import usable_cores
 from fastssl.common.terminal import console, print_line
 from fastssl.recipe import Recipe
 from fastssl.sweep.child import EXIT_BUSY, EXIT_USER_ERROR, run_child
@@ -74,7 +75,7 @@ def run_tasks(
         stop_on: signals after which every run saves a checkpoint and ends.
     """
     devices = visible_devices([task.run.recipe for task in tasks])
-    cores = max(1, len(os.sched_getaffinity(0)) // (len(devices) * per_gpu))
+    cores = max(1, usable_cores() // (len(devices) * per_gpu))
     try:
         with collect_signals(stop_on) as signals:
             while not signals:
