@@ -1,7 +1,6 @@
 """The process of one run of a sweep: it logs to a file, holds a lock, and stops when the sweep's process ends."""
 
 import ctypes
-import fcntl
 import io
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 from fastssl.common.errors import EXIT_REQUEUE, UserError
+from fastssl.common.files import try_lock
 from fastssl.evaluation.probe import probe_from_recipe
 from fastssl.recipe import Recipe
 from fastssl.training import train
@@ -32,11 +32,9 @@ def run_child(recipe: Recipe, parent: int) -> None:
     # The log stays open as long as the process lives, and the lock on it tells other sweeps that this run is taken.
     log = open(run_dir / "output.log", "a")
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(log)
     except BlockingIOError:
         sys.exit(EXIT_BUSY)
-    except OSError:
-        pass  # some network file systems have no locks
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
         if isinstance(stream, io.TextIOWrapper):

@@ -1,6 +1,5 @@
 """The state of each run, read from its directory: any process can read it, and a killed sweep loses nothing."""
 
-import fcntl
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.process import BaseProcess
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastssl.common.errors import UserError
+from fastssl.common.files import try_lock
 from fastssl.loading import SampleSelection
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.sweep.grid import SweepRun
@@ -70,11 +70,11 @@ def is_locked(run: SweepRun) -> bool:
     for path in (log_path(run), run.dir / ".lock"):
         try:
             with open(path, "r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(file)
         except BlockingIOError:
             return True
         except OSError:
-            continue  # no such file, or a file system without locks
+            continue  # no such file
     return False
 
 

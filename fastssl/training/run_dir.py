@@ -1,6 +1,5 @@
 """The run directory: which one, its lock, and the files that describe the run."""
 
-import fcntl
 import json
 import os
 import platform
@@ -16,7 +15,8 @@ from torchvision.utils import make_grid, save_image
 
 from fastssl.common.environment import describe_environment
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import explain_write_errors, machine_fix, try_lock, write_atomically, write_error
+from fastssl.common.terminal import console, print_line
 from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints
 from fastssl.recipe import Recipe, ViewsConfig
 from fastssl.views.operations import unnormalize
@@ -100,20 +100,20 @@ def locked_run_dir(path: Path) -> Iterator[None]:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = open(path / LOCK, "ab", buffering=0)
     except OSError as error:
+        if machine_fix(error):
+            raise write_error(path, error) from None
         raise UserError(f"The run directory {path} cannot be made ({error.strerror}): set another run.dir.") from None
     with lock:
-        try:
-            # The kernel releases the lock when this process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunDirBusy(f"Another process is training in {path}: wait for it, or set another run.dir.") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        try:
+        with explain_write_errors(path):
+            try:
+                if not try_lock(lock):
+                    warning = f"Warning: {path} is on a file system without locks: train in it with one process."
+                    print_line(console(stderr=True), warning)
+            except BlockingIOError:
+                busy = f"Another process is training in {path}: wait for it, or set another run.dir."
+                raise RunDirBusy(busy) from None
             lock.truncate(0)
             lock.write(_launcher().encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): free some space, or set run.dir.") from None
         # Partial files of a process that was killed while it wrote.
         for folder in (path, path / "checkpoints"):
             for part in folder.glob(".*.part*"):

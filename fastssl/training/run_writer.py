@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import write_atomically, write_error
 from fastssl.models.checkpoint import LAST
 from fastssl.training.display import Display
 from fastssl.training.run_dir import describe_run, save_views
@@ -38,8 +38,7 @@ class RunWriter:
             self.metrics_file = MetricsFile(run_dir / "metrics.jsonl", state.step, state.epochs_probed, self.print)
             self.trackers = start_trackers(run_dir, recipe, state.step)
         except OSError as error:
-            reason = f"{run_dir} cannot be written ({error.strerror})"
-            raise UserError(f"{reason}: free some space, or set run.dir.") from None
+            raise write_error(run_dir, error) from None
         title = f"{recipe.name}  ({run.device.type}, {run.precision})"
         self.display = Display(title, state.step, run.schedule.total_steps)
 
