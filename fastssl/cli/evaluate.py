@@ -100,7 +100,7 @@ def semisup(
 
     evaluate = partial(evaluate_semisup, percent=percent, list_file=list_, seed=seed, view=view, overrides=set_ or [])
     # `view` is the transform of the fine-tuning, so the encoder keeps the run's.
-    _evaluate(evaluate, _encoders(runs, untrained, None, device), train, val, out)
+    _evaluate(evaluate, _encoders(runs, untrained, None, device), train, val, out, train_list=list_)
 
 
 @app.command()
@@ -221,11 +221,13 @@ def _evaluate(
     train: Path | None,
     val: Path | None,
     out: Path | None,
+    *,
+    train_list: Path | None = None,
 ) -> None:
     """Evaluate every encoder on its training and validation data, and show the results."""
     from fastssl.evaluation import find_evaluation_data
 
-    _show([evaluate(encoder, find_evaluation_data(encoder, train, val)) for encoder in encoders], out)
+    _show([evaluate(encoder, find_evaluation_data(encoder, train, val, train_list)) for encoder in encoders], out)
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:

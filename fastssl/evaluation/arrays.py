@@ -25,6 +25,14 @@ def as_numpy(x: Array) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
+def as_labels(x: Array) -> np.ndarray:
+    """Class numbers as an array. Raises ValueError if one is negative, which means that an image has no label."""
+    labels = as_numpy(x)
+    if (labels < 0).any():
+        raise ValueError(f"{(labels < 0).sum():,} of {labels.size:,} labels are negative, which means no label.")
+    return labels
+
+
 def as_tensor(x: Array) -> Tensor:
     """A tensor as it is, an array as a copy: torch must not write to a read-only memory map."""
     return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))

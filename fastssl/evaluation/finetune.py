@@ -21,7 +21,7 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
 from fastssl.evaluation.metrics import classification_metrics
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification, without_paths
-from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, read_required_labels
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder
 from fastssl.evaluation.splits import stratified_share
 from fastssl.loading import SampleSelection
 from fastssl.models import Classifier, load_model
@@ -79,7 +79,8 @@ def evaluate_semisup(
     if list_file:
         index_N, part = read_index_list(train, list_file), "a list"
     else:
-        rows = stratified_share(read_required_labels(train), percent / 100, seed)
+        label_N = BetonSubset(train).labels("a share of every class", "list those that have one with --list")
+        rows = stratified_share(label_N, percent / 100, seed)
         index_N, part = read_sample_ids(train)[rows], f"{percent:g} % of every class, drawn with seed {seed}"
     listed = BetonSubset(train, str(write_sample_list(encoder.run_dir, name, index_N, part)))
     description = data.describe()
@@ -113,9 +114,7 @@ def finetune(
         request: `evaluation` and the descriptions of the data, for the result.
         test_rows: rows of data.val to test on; None: all.
     """
-    class_C = np.unique(read_required_labels(data.train.path, data.train.subset))
-    if len(class_C) < 2:
-        raise UserError(f"{data.train.subset or data.train.path} holds one class only: name images of several.")
+    class_C = np.unique(SampleSelection(data.train.subset).labels(data.train.path))
     recipe = finetune_recipe(encoder, data.train, int(class_C[-1]) + 1, seed=seed, view=view, overrides=overrides)
     request = {
         "protocol": PROTOCOL,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import progress
-from fastssl.evaluation.arrays import Advance, Array, Device, as_tensor
+from fastssl.evaluation.arrays import Advance, Array, Device, as_labels, as_tensor
 from fastssl.evaluation.features import DType, cached_features, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
@@ -89,10 +89,11 @@ def knn_accuracy(
 ) -> float:
     """The share of test samples, 0 to 1, whose class the k nearest training samples vote for.
 
-    A test sample of a class without training samples is an error.
+    A test sample of a class without training samples is an error. Raises ValueError if a label is negative, as for an
+    image without one.
     """
     guesses = knn_predictions(train_features, train_labels, test_features, ks=(k,), temperatures=(temperature,))
-    return (guesses[k, temperature] == as_tensor(test_labels).cpu()).double().mean().item()
+    return (guesses[k, temperature] == as_tensor(as_labels(test_labels))).double().mean().item()
 
 
 @torch.inference_mode()
@@ -110,7 +111,7 @@ def knn_predictions(
 
     Args:
         train_features: (N, D), any float type.
-        train_labels: (N,) integers.
+        train_labels: (N,) integers from 0 on.
         test_features: (M, D).
         ks: numbers of neighbors. A k above N means N.
         temperatures: of the votes.
@@ -122,7 +123,7 @@ def knn_predictions(
         torch.topk picks those that vote; of classes with equal votes the smallest label wins.
     """
     near_MK, row_MK = nearest_neighbors(train_features, test_features, max(ks), device=device, advance=advance)
-    class_C, class_index_N = torch.unique(as_tensor(train_labels).to(near_MK.device), return_inverse=True)
+    class_C, class_index_N = torch.unique(as_tensor(as_labels(train_labels)).to(near_MK.device), return_inverse=True)
     vote_MK = class_index_N[row_MK]
 
     guesses = {}

@@ -7,7 +7,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from torch import Tensor
 
-from fastssl.evaluation.arrays import Array, as_numpy
+from fastssl.evaluation.arrays import Array, as_labels, as_numpy
 
 ECE_BINS = 15  # arXiv 1706.04599; the default of torchmetrics
 TOP = 5
@@ -37,7 +37,7 @@ def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed
 
     Args:
         logits: (M, C).
-        labels: (M,) integers.
+        labels: (M,) integers from 0 on.
         classes: (C,) the label of each column, ascending.
         seed: of the bootstrap.
 
@@ -49,7 +49,7 @@ def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed
         ece: expected calibration error of the probability of the guess, 15 bins of equal width.
         nll: mean of -log probability of the truth.
     """
-    class_C, label_M = as_numpy(classes), as_numpy(labels)
+    class_C, label_M = as_numpy(classes), as_labels(labels)
     logits_MC = logits.detach() if isinstance(logits, Tensor) else np.asarray(logits)
     chunks = [
         _test_samples(as_numpy(logits_MC[first : first + CHUNK_ROWS]), label_M[first : first + CHUNK_ROWS], class_C)

@@ -7,7 +7,7 @@ import torch
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
-from fastssl.evaluation.runs import BetonSubset
+from fastssl.evaluation.runs import BetonSubset, check_labels
 from fastssl.loading import SampleSelection
 from fastssl.models import Model
 from fastssl.recipe import Recipe
@@ -29,7 +29,7 @@ def knn_probe(recipe: Recipe) -> Probe:
     out, as the published CIFAR-10 runs choose their checkpoint on 10,000 training images: the test set stays unseen.
 
     Raises:
-        UserError: there are no such images.
+        UserError: there are no such images, or some have no label, or both parts do not have the same classes.
     """
     config = recipe.data
     bank = BetonSubset(Path(config.train), config.subset, min(MAX_IMAGES, config.limit or MAX_IMAGES))
@@ -37,13 +37,16 @@ def knn_probe(recipe: Recipe) -> Probe:
         tested, skip = BetonSubset(bank.path, config.subset, MAX_IMAGES), config.limit or 0
     else:
         tested, skip = BetonSubset(Path(config.val or ""), limit=MAX_IMAGES), 0
-    # Counted now, so that a missing file is reported before the training, not hours later.
+    # Checked now, so that a missing file or label is reported before the training, not hours later.
     images = SampleSelection(tested.subset).count(tested.path)
     if recipe.probe.split == "rest" and images <= skip:
         raise UserError(
             f"probe.split=rest finds no images: data.limit={skip} leaves out none of the {images} images of "
             f"{tested.path}; lower it, or set probe.split=val."
         )
+    fix_train = "set probe.every=0, or list images with labels of several classes in data.subset"
+    fix_val = fix_train if recipe.probe.split == "rest" else "set probe.every=0, or another data.val"
+    check_labels(bank, tested, "the kNN probe", fix_train=fix_train, fix_val=fix_val, skip=skip)
 
     def probe(model: Model) -> dict[str, float]:
         train = compute_features(model, bank, recipe.views)

@@ -10,14 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl.beton import data_checksum, read_header, read_index_list, read_labels, read_metadata
+from fastssl.beton import data_checksum, read_header, read_index_list
 from fastssl.common.errors import UserError
 from fastssl.evaluation.results import DataDescription, EncoderDescription
-from fastssl.loading import SampleSelection
+from fastssl.loading import SampleSelection, require_labels
 from fastssl.models import Model, build_model
 from fastssl.models.checkpoint import LAST, model_from_checkpoint, newest_checkpoint, run_dir_of
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.views import describe_eval_transform
+
+# What to do if images have no labels, for messages.
+FIX_TRAIN = "name a labeled file with --train, or list those that have one in the run's data.subset"
+FIX_VAL = "name a labeled file with --val"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,20 @@ class BetonSubset:
     subset: str | None = None  # file that lists sample ids or names; None: all images
     limit: int | None = None  # at most this many of them, drawn at random
 
+    def labels(self, use: str, fix: str, *, skip: int = 0, classes: int = 1) -> np.ndarray:
+        """(N,) int64: the labels in the order of the file.
+
+        Args:
+            use, fix, classes: as in `require_labels`.
+            skip: leave out the first images of the random draw that `limit` makes.
+
+        Raises:
+            UserError: one of these images has no label, or they have fewer classes.
+        """
+        label_N = SampleSelection(self.subset, self.limit, skip).labels(self.path)
+        require_labels(self.path, label_N, use, fix, classes)
+        return label_N
+
     def subset_sha256(self) -> str | None:
         """SHA-256 of the sorted ids of the listed images; None without a list."""
         if self.subset is None:
@@ -130,11 +148,17 @@ class EvaluationDataDescription(TypedDict):
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The images that a classifier is fitted on, and those that it is tested on."""
+    """The images that a classifier is fitted on, and those that it is tested on.
+
+    Raises UserError unless all have labels, of the same classes.
+    """
 
     train: BetonSubset
     val: BetonSubset
     suffix: str = ""  # ends the names of results: "" for the run's own data, else such as "-val-photos-val"
+
+    def __post_init__(self) -> None:
+        check_labels(self.train, self.val, "an evaluation with labels", fix_train=FIX_TRAIN, fix_val=FIX_VAL)
 
     def describe(self) -> EvaluationDataDescription:
         train, val = self.train.describe(), self.val.describe()
@@ -143,9 +167,14 @@ class EvaluationData:
 
 
 def find_evaluation_data(
-    encoder: RunEncoder, train: str | Path | None = None, val: str | Path | None = None
+    encoder: RunEncoder,
+    train: str | Path | None = None,
+    val: str | Path | None = None,
+    train_list: str | Path | None = None,
 ) -> EvaluationData:
     """The run's data.train (with its data.subset and data.limit) and data.val, or other files, all of their images.
+
+    train_list: of the training images only those of this list, in place of data.subset and data.limit.
 
     Raises:
         UserError: a file is missing, lacks labels, or both do not have the same classes.
@@ -157,33 +186,37 @@ def find_evaluation_data(
             f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
         )
     given = [(kind, Path(path).resolve()) for kind, path in (("train", train), ("val", val)) if path]
-    data = EvaluationData(
-        BetonSubset(Path(train)) if train else BetonSubset(Path(config.train), config.subset, config.limit),
-        BetonSubset(Path(val_file)),
-        "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in given),
-    )
-    check_labels(data.train.path, data.val.path, data.train.subset)
-    return data
+    if train_list:
+        train_data = BetonSubset(Path(train or config.train), str(train_list))
+    elif train:
+        train_data = BetonSubset(Path(train))
+    else:
+        train_data = BetonSubset(Path(config.train), config.subset, config.limit)
+    suffix = "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in given)
+    return EvaluationData(train_data, BetonSubset(Path(val_file)), suffix)
 
 
-def check_labels(train: Path, val: Path, subset: str | None = None) -> None:
-    """Raise UserError unless both files have labels of the same classes.
+def check_labels(
+    train: BetonSubset, val: BetonSubset, use: str, *, fix_train: str, fix_val: str, skip: int = 0
+) -> None:
+    """Raise UserError unless all of these images have labels, of the same classes; other images need none.
 
-    subset: list of the training images; the others need no labels.
+    Args:
+        use: what needs the labels.
+        fix_train, fix_val: what to do if one of the two lacks labels. These are parts of the messages.
+        skip: number of images of `val` that are left out, as in `BetonSubset.labels`.
     """
-    label_N, label_M = read_required_labels(train, subset), read_required_labels(val)
-    class_C = np.unique(label_N)
-    if len(class_C) < 2:
-        raise UserError(f"{train} holds one class only, nothing to tell apart: name another file.")
-    if not np.isin(label_M, class_C).any():
-        raise UserError(f"{val} shares no class with {train}: name a matching file.")
-    train_names, val_names = read_header(train).classes, read_header(val).classes
+    label_N = train.labels(use, fix_train, classes=2)
+    label_M = val.labels(use, fix_val, skip=skip)
+    if not np.isin(label_M, label_N).any():
+        raise UserError(f"{val.path} shares no class with {train.path}: name a matching file.")
+    train_names, val_names = read_header(train.path).classes, read_header(val.path).classes
     if train_names is not None and val_names is not None and train_names != val_names:
         pairs = zip([*train_names, "none"], [*val_names, "none"], strict=False)
         one, other = next((a, b) for a, b in pairs if a != b)
         raise UserError(
-            f"{train} and {val} number their classes differently ({one} and {other} are the same one): build both from "
-            "one source, or name a matching file."
+            f"{train.path} and {val.path} number their classes differently ({one} and {other} are the same one): build "
+            "both from one source, or name a matching file."
         )
 
 
@@ -191,18 +224,3 @@ def check_draws(encoder: RunEncoder, draws: int | None) -> None:
     """Raise UserError if draws of h are requested from an encoder whose h is deterministic."""
     if draws and "h" not in encoder.recipe.embedding.stochastic:
         raise UserError(f"{encoder.run_dir} has no stochastic h to draw from: leave out --draws.")
-
-
-def read_required_labels(path: Path, subset: str | Path | None = None) -> np.ndarray:
-    """(N,) labels in the order of the file, of all images or of those in the list `subset`.
-
-    Raises:
-        UserError: one of these images has no label.
-    """
-    label_N = read_labels(path)
-    if subset is not None:
-        index_M = read_index_list(path, subset)  # refuses a file without ids
-        label_N = label_N[np.isin(read_metadata(path)["index"], index_M)]
-    if (label_N < 0).any():
-        raise UserError(f"{path} holds images without labels: name a labeled file, or a list of its labeled images.")
-    return label_N

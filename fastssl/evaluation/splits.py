@@ -6,14 +6,14 @@ So all encoders that are evaluated on the same data with the same seed get the s
 import numpy as np
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.arrays import Array, as_numpy
+from fastssl.evaluation.arrays import Array, as_labels
 
 HOLDOUT_SHARE = 0.1  # of the training set, to choose hyperparameters on
 
 
 def balanced_subsets(labels: Array, labels_per_class: int, count: int, seed: int) -> list[np.ndarray]:
     """Draw `count` independent subsets with `labels_per_class` rows of every class, each sorted."""
-    label_N = as_numpy(labels)
+    label_N = as_labels(labels)
     class_C, count_C = np.unique(label_N, return_counts=True)
     if count_C.min() < labels_per_class:
         raise UserError(
@@ -30,7 +30,7 @@ def balanced_subsets(labels: Array, labels_per_class: int, count: int, seed: int
 
 def stratified_share(labels: Array, share: float, seed: int, leave: int = 0) -> np.ndarray:
     """The sorted rows of `share` of every class: at least one sample, unless fewer than `leave` would be left."""
-    label_N = as_numpy(labels)
+    label_N = as_labels(labels)
     rng = np.random.default_rng(seed)
     picked = []
     for c in np.unique(label_N):

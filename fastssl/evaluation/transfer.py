@@ -12,7 +12,7 @@ from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
 from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
-from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, check_labels, read_required_labels
+from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, check_labels
 from fastssl.evaluation.splits import stratified_holdout
 
 Method = Literal["linear", "finetune"]
@@ -43,10 +43,11 @@ def find_target(name: str, path: str | Path) -> TransferTarget:
     train = path / "train.beton" if path.is_dir() else path
     tests = [path / "test.beton", path / "val.beton"] if path.is_dir() else []
     test = next((file for file in tests if file.is_file()), None)
+    fix = f"give --to {name}= labeled data"
     if test:
-        check_labels(train, test)
+        check_labels(BetonSubset(train), BetonSubset(test), "a transfer", fix_train=fix, fix_val=fix)
         return TransferTarget(name, train, test)
-    label_N = read_required_labels(train)
+    label_N = BetonSubset(train).labels("a transfer", fix, classes=2)
     train_rows, test_rows = stratified_holdout(label_N, TEST_SHARE, TEST_SEED)
     if len(np.unique(label_N[train_rows])) < 2 or len(test_rows) == 0:
         raise UserError(

@@ -33,6 +33,11 @@ class SampleSelection:
             row_N = row_N[np.sort(drawn[self.skip :][: self.limit])]
         return row_N
 
+    def labels(self, path: str | Path) -> np.ndarray:
+        """(M,) int64: the labels of the selected samples, -1 where there is none, without a loader."""
+        samples = Samples.read(read_header(path))
+        return samples.label_N[self.rows(samples)]
+
     def count(self, path: str | Path) -> int:
         """The number of selected samples, without a loader."""
         listed = read_header(path).num_samples if self.subset is None else len(read_index_list(path, self.subset))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import BetonInfo, read_names, read_samples
+from fastssl.common.errors import UserError
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
@@ -70,6 +71,26 @@ class Samples(NamedTuple):
         name = read_names(self.path, [index]).get(index)
         source = f" ({name})" if name else ""
         return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
+
+
+def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes: int = 1) -> None:
+    """Check the labels (N,) of images of `path` before they are used. Everything that needs labels calls this.
+
+    Args:
+        use: what needs labels, and `fix`: what to do without; parts of the message.
+        classes: the least number of classes that `use` needs.
+
+    Raises:
+        UserError: one of the images has no label (a negative one), or they have fewer classes.
+    """
+    missing = int((label_N < 0).sum())
+    if missing:
+        verb = "has" if missing == 1 else "have"
+        raise UserError(
+            f"{missing:,} of the {len(label_N):,} images of {path} {verb} no label, which {use} needs: {fix}."
+        )
+    if len(np.unique(label_N)) < classes:
+        raise UserError(f"{path} holds one class only, and {use} needs several: {fix}.")
 
 
 class Cropping(NamedTuple):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.beton import read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
-from fastssl.loading import Batch, BetonLoader, SampleSelection
+from fastssl.loading import Batch, BetonLoader, SampleSelection, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint, load_pretrained
 from fastssl.models.encoder import has_fixed_size
@@ -245,14 +245,11 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
 
 
 def check_labels(loader: BetonLoader, classes: int) -> None:
-    """Raises UserError if an image has no label, or one that the classifier has no output for."""
+    """Raises UserError if an image has no label, or one that the classifier has no output for, or all have the same."""
     label_N = loader.samples.label_N[loader.rows]
+    fix = "list images with labels of several classes in data.subset, or set another data.train"
+    require_labels(loader.path, label_N, "objective.name=supervised", fix, classes=2)
     lowest, highest = int(label_N.min()), int(label_N.max())
-    if lowest < 0:
-        raise UserError(
-            f"{int((label_N < 0).sum()):,} of the {len(label_N):,} images of {loader.path} have no label, which "
-            "objective.name=supervised needs: list those that have one in data.subset, or set another data.train."
-        )
     if highest >= classes:
         raise UserError(
             f"objective.classes={classes}, but {loader.path} holds labels from {lowest} to {highest}: "

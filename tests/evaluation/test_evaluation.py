@@ -470,20 +470,6 @@ def test_semisup_reads_a_list_of_names(run, canvas, tmp_path):
         evaluate_semisup(*opened(folder), list_file=tmp_path / "mine.txt", overrides=QUICK)
 
 
-def test_images_outside_the_list_need_no_labels(canvas, tmp_path, monkeypatch):
-    path, read = canvas / "train.beton", runs.read_labels
-    index = read_metadata(path)["index"]
-    (tmp_path / "list.txt").write_text("\n".join(map(str, index[:24])))
-    unlabelled = np.where(np.arange(48) < 24, read(path), -1)
-    monkeypatch.setattr(runs, "read_labels", lambda file: unlabelled if file == path else read(file))
-    data = {"train": str(path), "val": str(canvas / "val.beton")}
-    folder, _, _ = make_run(tmp_path / "run", {**data, "subset": str(tmp_path / "list.txt")})
-    assert evaluate_knn(*opened(folder), ks=(5,))["train"]["images"] == 24
-    without_list, _, _ = make_run(tmp_path / "without", data)
-    with pytest.raises(UserError, match="images without labels: name a labeled file, or a list"):
-        opened(without_list)
-
-
 def test_transfer_to_several_data_sets_makes_one_table(run, canvas, photos, tmp_path, capsys):
     folder, _, _ = run
     for split in ("train", "val"):

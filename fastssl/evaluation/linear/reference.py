@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl.evaluation.arrays import Advance, Array, Device, ShuffledBatches, as_numpy
+from fastssl.evaluation.arrays import Advance, Array, Device, ShuffledBatches, as_labels
 from fastssl.evaluation.linear.classifier import LinearClassifier, LinearFit
 
 LR, WEIGHT_DECAY, GAMMA = 1e-2, 5e-4, 0.1
@@ -48,7 +48,7 @@ def fit_reference(
     normalize divides features by their length; it is False for means of draws of length 1. The seed is that of the
     initial weights and of the order of the samples. `advance(1)` is called after each epoch.
     """
-    label_N = as_numpy(labels)
+    label_N = as_labels(labels)
     epochs, steps, batch_size = SCHEDULES[schedule]
     class_C, class_index_N = np.unique(label_N, return_inverse=True)
     target_N = torch.from_numpy(class_index_N).to(device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.evaluation.arrays import Array, Device, as_tensor
+from fastssl.evaluation.arrays import Array, Device, as_labels, as_tensor
 from fastssl.models.gaussian import Prior
 
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ class Detector:
         """Fit the detector to N training images; arrays that it does not need are ignored.
 
         Raises:
-            ValueError: if an array that it needs is missing or not finite.
+            ValueError: if an array that it needs is missing or not finite, or a label is negative (no label).
         """
         self._call(self._fit, features=features, labels=labels, logits=logits, sigma=sigma, mu=mu)
         self.fitted = True
@@ -98,7 +98,7 @@ class Detector:
             array = given[name]
             if array is None:
                 raise ValueError(f"{type(self).__name__} needs {name}.")
-            tensor = as_tensor(array).to(self.device)
+            tensor = as_tensor(as_labels(array) if name == "labels" else array).to(self.device)
             selected[name] = tensor.long() if name == "labels" else tensor.double()
             if not torch.isfinite(selected[name]).all():
                 raise ValueError(f"{name} contains values that are not finite.")

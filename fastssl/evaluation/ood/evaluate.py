@@ -124,7 +124,9 @@ def unsupported_detectors(model: Model, label_N: np.ndarray) -> dict[str, str]:
     """Return the detectors that cannot run, each with the reason, for training images with these labels."""
     supervised = isinstance(model, Classifier)
     count_C = np.unique(label_N, return_counts=True)[1]
-    labeled = label_N.min() >= 0 and len(count_C) > 1 and count_C.max() > 1
+    unlabelled = int((label_N < 0).sum())
+    labeled = unlabelled == 0 and len(count_C) > 1 and count_C.max() > 1
+    problem = f"{unlabelled:,} of the {len(label_N):,} training images have no label"
     reasons = {}
     for name, kind in DETECTORS.items():
         arrays = kind.arrays()
@@ -133,7 +135,7 @@ def unsupported_detectors(model: Model, label_N: np.ndarray) -> dict[str, str]:
         elif kind.needs_supervised_encoder and not supervised:
             reasons[name] = "the encoder was trained without labels"
         elif not labeled and ("labels" in arrays or ("logits" in arrays and not supervised)):
-            reasons[name] = "the training images have no labels of two classes"
+            reasons[name] = problem if unlabelled else "the training images have no labels of two classes"
         elif kind.needs_pytorch_ood and label_based.pytorch_ood_version() is None:
             reasons[name] = "needs pytorch-ood: pip install pytorch-ood"
     return reasons

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastssl.evaluation.arrays import Array, Device, as_numpy, as_tensor
+from fastssl.evaluation.arrays import Array, Device, as_labels, as_numpy, as_tensor
 from fastssl.evaluation.knn import nearest_neighbors
 
 MAX_TEMPERATURE = 100.0  # temperatures are searched between 1 / this and this
@@ -21,9 +21,9 @@ def nearest_is_wrong(features: Array, labels: Array, *, device: Device | None = 
     The only image of a class is always wrong.
 
     Raises:
-        ValueError: if there are fewer than two images.
+        ValueError: if there are fewer than two images, or one has no label.
     """
-    label_M = as_numpy(labels)
+    label_M = as_labels(labels)
     if len(label_M) < 2:
         raise ValueError("A single image has no neighbor.")
     row_MK = nearest_neighbors(features, features, 2, device=device)[1].cpu().numpy()
