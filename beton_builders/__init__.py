@@ -15,8 +15,8 @@ A builder is a module of this package, found by its name (`fastssl build-beton N
 A builder may yield `LeftOut(reason, count)` among its samples: how many images of an archive or a table it leaves out,
 and why. (Files and folders of SOURCE that no sample names are counted without its help.)
 
-A builder imports `Sample` and `LeftOut` from fastssl.beton, and what several builders share from `_files.py`. A module
-whose name begins with an underscore is not a builder.
+A builder imports `Sample` and `LeftOut` from fastssl.beton, and what several builders share from `_files.py` and
+`_shards.py`. A module whose name begins with an underscore is not a builder.
 """
 
 from collections.abc import Iterable

@@ -1,17 +1,15 @@
-"""What several builders share: folders of images, lists of images, tar files, MATLAB files."""
+"""What several builders share: folders of images, lists of images, labels, MATLAB files."""
 
 import os
 import re
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from fastssl.beton import Sample
 
@@ -134,62 +132,6 @@ def read_lines(path: Path) -> list[str]:
         raise FileNotFoundError(f"{path} is missing: unpack the archive again.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file ({error}): unpack the archive again.") from error
-
-
-def files_with_suffix(source: Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return (path, path within SOURCE) of the files below SOURCE with these suffixes, sorted; SOURCE may be one."""
-    if source.is_file():
-        return [(str(source), source.name)] if source.name.lower().endswith(suffixes) else []
-    prefix = os.path.join(source, "")
-    paths = [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(prefix)
-        for name in names
-        if name.lower().endswith(suffixes) and not name.startswith(".")
-    ]
-    return sorted((path, path.removeprefix(prefix)) for path in paths)
-
-
-def split_of(name: str) -> str:
-    """Return the split that a word of the file's name, or else of one of its folders, names; otherwise train."""
-    words = (word for part in reversed(name.lower().split("/")) for word in re.split("[^a-z]+", part))
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
-
-
-def has_labels(files: Iterable[tuple[str, ArrayLike]], fix: str) -> bool:
-    """Whether the images of a split have labels: all or none must. `files` holds the path and labels of each file."""
-    has_label = {path: np.asarray(labels) != UNLABELLED for path, labels in files}
-    labelled = any(has_label_N.any() for has_label_N in has_label.values())
-    for path, has_label_N in has_label.items():
-        if labelled and not has_label_N.all():
-            raise ValueError(f"{path} holds images without a label, and others have one: {fix}.")
-    return labelled
-
-
-def tar_members(path: str, start: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of each file in an uncompressed tar, which may be a part of `path`.
-
-    Raises ValueError for a damaged, truncated or compressed one.
-    """
-    end = os.path.getsize(path) if size is None else start + size
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                position = start
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of a million members
-                    if not position < archive.offset <= end:
-                        raise tarfile.ReadError(f"{member.name} ends after the end of the file")
-                    position = archive.offset
-                    if member.isfile():
-                        yield member.name, member.offset_data, member.size
-                # At a damaged header tarfile stops as if the tar ended there: a real end is a block of zeros.
-                file.seek(position)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"damaged or cut off at byte {position:,}")
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole, uncompressed tar ({error}): download or copy it again.") from error
 
 
 def read_mat(path: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from functools import partial
 from pathlib import Path
 
 from beton_builders import Splits
-from beton_builders._files import image_paths, is_image, read_mat, tar_members
+from beton_builders._files import image_paths, is_image, read_mat
+from beton_builders._shards import tar_members
 from fastssl.beton import Sample
 
 CANVAS = 256

@@ -8,9 +8,9 @@
 
 SOURCE may also be the folder stl10_binary itself. It is in stl10_binary.tar.gz (2.6 GB, from
 https://cs.stanford.edu/~acoates/stl10/, md5 91f7769df0f17e558f3565bffb0c7dfb), which has to be unpacked. Splits: train,
-test, and unlabelled, with one class of that name. Order: that of the files. License: none is given; the authors ask to
-be cited (Coates, Lee and Ng, An Analysis of Single Layer Networks in Unsupervised Feature Learning, 2011); the images
-come from ImageNet.
+test, and unlabelled, whose images have no label (-1) and no classes. Order: that of the files. License: none is given;
+the authors ask to be cited (Coates, Lee and Ng, An Analysis of Single Layer Networks in Unsupervised Feature Learning,
+2011); the images come from ImageNet.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from beton_builders import Splits
-from beton_builders._files import find_folder
+from beton_builders._files import UNLABELLED, find_folder
 from fastssl.beton import Sample
 
 CANVAS = 96
@@ -49,7 +49,7 @@ def splits(source: Path) -> Splits:
         found[split] = (classes, samples(images, labels, f"{split}_X.bin"))
     if (folder / "unlabeled_X.bin").is_file():
         images = open_images(folder / "unlabeled_X.bin")
-        found["unlabelled"] = (["unlabelled"], samples(images, [0] * len(images), "unlabeled_X.bin"))
+        found["unlabelled"] = ([], samples(images, [UNLABELLED] * len(images), "unlabeled_X.bin"))
     return found
 
 

@@ -268,7 +268,7 @@ def test_reads_what_torchvision_reads(layouts, monkeypatch, builder, split, data
     assert len(samples) == len(expected) > 0
     for sample, (image, label) in zip(samples, expected):
         assert np.array_equal(sample_pixels(sample), np.asarray(image.convert("RGB")))
-        assert sample.label == (0 if split == "unlabelled" else label)
+        assert sample.label == (-1 if split == "unlabelled" else label)
     if builder in (cifar10, cifar100, dtd, fashionmnist, flowers102, stl10) and split in (
         "train",
         "val",
@@ -667,10 +667,10 @@ def test_flowers102_becomes_beton(copy, tmp_path):
 def test_stl10_becomes_beton(layouts, tmp_path):
     reports = build_beton("stl10", layouts[stl10], tmp_path, canvas=32, workers=1).splits
     counts = [(report.split, report.samples, report.classes) for report in reports]
-    assert counts == [("train", 10, 10), ("test", 4, 10), ("unlabelled", 3, 1)]
+    assert counts == [("train", 10, 10), ("test", 4, 10), ("unlabelled", 3, 0)]
     rows = read_metadata(reports[0].path)
     assert read_labels(reports[0].path).tolist() == [9 - index for index in rows["index"]]
-    assert read_labels(reports[2].path).tolist() == [0, 0, 0]
+    assert read_labels(reports[2].path).tolist() == [-1, -1, -1]
     content = reports[0].path.read_bytes()
     samples = listed(stl10, layouts[stl10])["train"][1]
     for row in rows:
