@@ -261,10 +261,10 @@ def splits(source):
 def test_images_without_a_label_are_stored_with_minus_one_and_counted(tmp_path, monkeypatch, capsys):
     """Next to labelled ones, in a split of their own without classes, and in one whose classes have names."""
     add_builder(tmp_path, monkeypatch, "half_labelled", HALF_LABELLED)
-    reports = build_beton("half_labelled", None, tmp_path / "out", workers=1, order="source")
+    reports = build_beton("half_labelled", None, tmp_path / "out", workers=1, order="source").splits
     assert [(report.classes, report.unlabelled) for report in reports] == [(2, 2), (0, 4), (2, 4)]
     assert read_labels(reports[0].path).tolist() == [0, -1, 1, -1]
-    again = build_beton("half_labelled", None, tmp_path / "out", workers=1, order="source")
+    again = build_beton("half_labelled", None, tmp_path / "out", workers=1, order="source").splits
     assert again == [report._replace(up_to_date=True) for report in reports]
     (tmp_path / "list.txt").write_text("1\n2\n")
     shown = []
