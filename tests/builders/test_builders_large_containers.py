@@ -388,3 +388,18 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
         parquet.splits(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [b"\x04", b"\x00", b"\x0a"])
+def test_parquet_survives_a_footer_that_ends_the_process_of_pyarrow(kind, tmp_path):
+    """The bytes of the images have another type in a row group than in the schema: in Thrift \x0c, now a number's."""
+    good = hugging_face(tmp_path / "a" / "train-0.parquet", 0, [1, 0], ["ant", "bee"])
+    bad = hugging_face(tmp_path / "a" / "train-1.parquet", 0, [1, 0], ["ant", "bee"])
+    content = bad.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    at = content.index(b"\x26\x00\x1c\x15\x0c", footer) + 4
+    bad.write_bytes(content[:at] + kind + content[at + 1 :])
+    with pytest.raises(ValueError, match=f"{bad} is not a whole parquet file .*: download it again"):
+        parquet.splits(tmp_path / "a")
+    bad.unlink()
+    assert list(parquet.splits(good.parent)) == ["train"]
