@@ -10,7 +10,6 @@ To start a build from the beginning, delete the folder.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -26,7 +25,8 @@ import numpy as np
 from fastssl.beton.format import ROW, data_start, manifest_path, names_path, write_tables
 from fastssl.beton.images import Case
 from fastssl.common.errors import UserError
-from fastssl.common.files import replace_durably
+from fastssl.common.files import replace_durably, sync, try_lock
+from fastssl.common.terminal import console, print_line
 
 SAVE_EVERY = 5.0  # seconds; at most this much work is repeated
 
@@ -72,7 +72,9 @@ class PartialBuild:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._lock):
+                warning = f"Warning: {self.path} is on a file system without locks: build it with one process."
+                print_line(console(stderr=True), warning)
         except BlockingIOError:
             self._lock.close()
             raise UserError(f"Another process is building {self.path}; wait for it, or use another --out.") from None
@@ -132,8 +134,7 @@ class PartialBuild:
 
         If it is interrupted (Ctrl-C, a full disk) and called again, each row is still saved once.
         """
-        with open(self.pages, "rb") as file:
-            os.fsync(file.fileno())
+        sync(self.pages)
         # There are few, so all are written again.
         _write_at(self.folder / "bad.jsonl", 0, "".join(image.to_json() for image in self.bad).encode())
         new_rows = self.rows[self._rows_saved :]
@@ -158,8 +159,7 @@ class PartialBuild:
             names_file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
         manifest_part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), "utf-8")
         for part in (names_part, manifest_part):
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            sync(part)
         # The manifest gets the time at which the build was started: if a source changes later, the file is outdated.
         started = self.started
         os.utime(manifest_part, ns=(started, started))
@@ -202,5 +202,4 @@ def _write_at(path: Path, position: int, content: bytes) -> None:
     with open(path, "r+b") as file:
         file.seek(position)
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)

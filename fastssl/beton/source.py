@@ -37,7 +37,8 @@ class Sample(NamedTuple):
     `image` is one of
         the path of an image file,
         (path, offset, size): that many bytes of a larger file, such as a member of a tar file,
-        a picklable function without arguments that returns the bytes of an image file,
+        a picklable function without arguments that returns the bytes of an image file; if it has an attribute `path`,
+        a change of that file is seen by the next build,
         the bytes of an image file, or uint8 pixels (H, W) or (H, W, 3), where they are in memory.
     """
 
@@ -243,7 +244,8 @@ def changed_since(samples: Iterable[Sample], time_ns: int) -> bool:
     """Return whether any sample's file is gone, or was written, moved or replaced after `time_ns` (since the epoch)."""
     previous = None
     for image, _, _ in samples:
-        path = image[0] if isinstance(image, tuple) else image
+        # A function that reads an image tells its file by an attribute.
+        path = image[0] if isinstance(image, tuple) else getattr(image, "path", image)
         if not isinstance(path, str | os.PathLike) or path == previous:
             continue
         previous = path

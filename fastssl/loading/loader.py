@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """A batch on the device. The caller may keep it: it is never overwritten."""
 
     image: Tensor  # uint8 (B, H, W, 3); crop="cpu": (B, crops, size, size, 3), not flipped yet; crop="eval": 1 crop
-    label: Tensor  # int64 (B,); -1 where the file has no labels
+    label: Tensor  # int64 (B,); -1 for an image without a label
     index: Tensor  # type: ignore[assignment]  # int64 (B,): stable sample ids
     height: Tensor  # int64 (B,): of the source images, in pixels
     width: Tensor

@@ -8,7 +8,7 @@ import pytest
 
 from fastssl.beton import LeftOut, Sample
 from fastssl.beton.images import read_image_bytes
-from fastssl.beton.source import SampleList, list_splits
+from fastssl.beton.source import SampleList, changed_since, list_splits
 from fastssl.common.errors import UserError
 
 
@@ -60,3 +60,18 @@ def test_splits_none_is_for_builders_that_take_splits_from_names(tmp_path):
     for builder in ("cifar10", "mnist", "dtd"):
         with pytest.raises(UserError, match=f"{builder} does not take its splits from names: leave out --splits none"):
             list_splits(builder, tmp_path, split_rule="none")
+
+
+def test_a_function_that_reads_an_image_tells_its_file_by_an_attribute(tmp_path):
+    """As the parquet builder's do: a change of the file is seen, whatever kind of `image` the sample has."""
+    path = tmp_path / "table.parquet"
+    path.write_bytes(b"old")
+    before = path.stat().st_ctime_ns
+    reader = partial(path.read_bytes)
+    reader.path = str(path)
+    for image in (reader, str(path), path, (str(path), 0, 3)):
+        assert not changed_since([Sample(image, 0, "a")], before)
+        assert changed_since([Sample(image, 0, "a")], before - 1)
+    path.unlink()
+    assert changed_since([Sample(reader, 0, "a")], before)
+    assert not changed_since([Sample(lambda: b"", 0, "a")], before)
