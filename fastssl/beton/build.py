@@ -139,7 +139,6 @@ def build_beton(
     recorded: dict[str, Any] = {
         "builder": builder,
         "source": as_utf8(str(source)) if source else None,
-        "splits": splits,
         "limit": limit,
         "layout": plan.layout,
         "canvas" if plan.layout == "canvas" else "max_side": plan.side,
@@ -147,6 +146,8 @@ def build_beton(
         "quality": quality if plan.storage == "jpg" else None,
         "order": {"shuffled_with_seed": ORDER_SEED} if order == "shuffle" else "source",
     }
+    if splits == "none":
+        recorded["splits"] = splits
     listed = list_splits(builder, source, order, limit, splits)
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)

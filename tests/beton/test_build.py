@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -277,6 +278,28 @@ def test_images_without_a_label_are_stored_with_minus_one_and_counted(tmp_path, 
     assert "max 1; 1 without a label" in shown[1]
     assert all("none of the 4 images has a label" in text for text in (shown[2], shown[4]))
     assert all("none of the 2 images has a label" in text for text in (shown[3], shown[5]))
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_built_on_and_said(error, tmp_path, monkeypatch, capsys):
+    add_builder(tmp_path, monkeypatch, "half_labelled", HALF_LABELLED)
+
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    build_beton("half_labelled", None, tmp_path / "out", workers=1, limit=1)
+    assert "mixed.beton is on a file system without locks" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_only_splits_none_is_recorded_so_that_older_files_stay_up_to_date(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "a.png")
+    for splits, recorded in (("auto", None), ("none", "none")):
+        report = build_beton("imagefolder", photos, tmp_path / splits, workers=1, canvas=8, splits=splits)
+        manifest = read_header(report.splits[0].path).manifest
+        assert manifest.get("splits") == recorded
 
 
 # --- processes that die, disks that are full ----------------------------------------------------
