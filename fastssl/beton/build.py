@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastssl.beton.format import ALLOCATION, UNLABELLED, Manifest, data_start, manifest_path, names_path
-from fastssl.beton.images import Case, StoragePlan, encode_all
+from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
+from fastssl.beton.ranges import Range, format_range
 from fastssl.beton.source import (
     ORDER_SEED,
     Order,
@@ -59,6 +60,8 @@ class BuildOptions:
     limit: int | None = None  # images to take from each split, spread over its classes; None: all
     strict: bool = False  # stop at the first bad image
     download: bool = False  # let the builder download the data set to `source` first
+    value_range: Range = "full"  # (low, high) of pixels of more than 8 bits; "full": 0 to 65,535; "auto": by image
+    max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
     splits: SplitRule = "auto"  # whether names such as train/ and validation/ tell splits; "none": no name does
 
     def __post_init__(self) -> None:
@@ -71,13 +74,16 @@ class BuildOptions:
             raise UserError(f"--quality is {self.quality}; it must be between 1 and 100.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit is {self.limit}; it must be 1 or more.")
+        if self.max_megapixels < 1:
+            raise UserError(f"--max-megapixels is {self.max_megapixels}; it must be 1 or more.")
         resolve_workers(self.workers)
 
     def plan(self, default_canvas: int) -> StoragePlan:
         """Return how images are stored; `default_canvas` is the builder's, in px."""
         if self.max_side is not None:
-            return StoragePlan("full", self.max_side, self.quality)
-        return StoragePlan("canvas", self.canvas or default_canvas, self.quality)
+            return StoragePlan("full", self.max_side, self.quality, self.value_range, self.max_megapixels)
+        side = self.canvas or default_canvas
+        return StoragePlan("canvas", side, self.quality, self.value_range, self.max_megapixels)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class SplitReport(NamedTuple):
     bytes: int
     bad: int  # images that were skipped
     unlabelled: int  # of the samples: images without a label, stored with -1
+    nearly_black: int  # of the samples: no stored value is above 1/8 of the range; JPEGs stored unchanged do not count
     up_to_date: bool  # nothing was done: the file had been built from the same images with the same options
 
 
@@ -113,6 +120,8 @@ def build_beton(
     limit: int | None = None,
     strict: bool = False,
     download: bool = False,
+    value_range: Range = "full",
+    max_megapixels: int = MAX_MEGAPIXELS,
     splits: SplitRule = "auto",
 ) -> BuildReport:
     """Build OUT/SPLIT.beton, with its manifest and its list of names, for every split that the builder finds.
@@ -124,7 +133,8 @@ def build_beton(
         builder: name of a module of beton_builders.
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
-        canvas, max_side, quality, order, workers, limit, strict, download, splits: see `BuildOptions`.
+        canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits: see
+            `BuildOptions`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written, or, with `strict`, an image is bad.
@@ -132,7 +142,9 @@ def build_beton(
     Example:
         build_beton("imagefolder", Path("photos"), Path("data/photos"), max_side=500)
     """
-    options = BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download, splits)
+    options = BuildOptions(
+        canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits
+    )
     plan = options.plan(load_builder(builder).CANVAS)
     if download:
         download_dataset(builder, source)
@@ -146,8 +158,13 @@ def build_beton(
         "quality": quality if plan.storage == "jpg" else None,
         "order": {"shuffled_with_seed": ORDER_SEED} if order == "shuffle" else "source",
     }
+    # Only what is not the default, so that files of before these options existed stay up to date.
     if splits == "none":
         recorded["splits"] = splits
+    if value_range != "full":
+        recorded["range"] = format_range(value_range)
+    if max_megapixels != MAX_MEGAPIXELS:
+        recorded["max_megapixels"] = max_megapixels
     listed = list_splits(builder, source, order, limit, splits)
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -164,9 +181,17 @@ def _build_split(
     old = _read_if_up_to_date(path, key, split.samples)
     manifest = old or _build_file(split, path, plan, pool, key, strict)
     samples, bad = manifest["samples"], manifest["counts"]["bad"]
-    unlabelled = manifest.get("unlabelled", 0)
-    classes = len(split.classes)
-    return SplitReport(split.name, path, samples, classes, path.stat().st_size, bad, unlabelled, old is not None)
+    return SplitReport(
+        split.name,
+        path,
+        samples,
+        classes=len(split.classes),
+        bytes=path.stat().st_size,
+        bad=bad,
+        unlabelled=manifest.get("unlabelled", 0),
+        nearly_black=manifest.get("nearly_black", 0),
+        up_to_date=old is not None,
+    )
 
 
 def _build_file(
@@ -247,6 +272,7 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
     return {
         "samples": len(rows) - counts["bad"],
         "unlabelled": int(((rows["label"] == UNLABELLED) & (rows["case"] != Case.BAD)).sum()),
+        "nearly_black": int(rows["is_nearly_black"].sum()),
         "counts": counts,
         "encoded_because": cases,
         "source_formats": {name.decode(): number for name, number in zip(formats, numbers.tolist())},

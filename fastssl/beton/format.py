@@ -69,6 +69,7 @@ ROW = np.dtype(
         ("crc32", "<u4"),
         ("data_ptr", "<u8"),
         ("source_format", "S8"),
+        ("is_nearly_black", "?"),
     ]
 )
 

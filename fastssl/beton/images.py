@@ -1,17 +1,24 @@
 """Convert one image of the source to the bytes that the .beton stores. Worker processes run this.
 
-In the full layout a JPEG that fits is stored with its own bytes, if the loader's decoder decodes it without a warning.
-All other images are converted in this order:
+The reference for every image is what Pillow shows: ImageOps.exif_transpose(Image.open(FILE)).convert("RGB"). Metadata
+never decides over pixels: if Pillow refuses a file, it is read without its text, profiles and private tags
+(metadata.py), and an orientation that cannot be read is ignored. Formats for which Pillow runs other programs are not
+opened.
+
+In the full layout a JPEG that fits is stored with its own bytes (without metadata that Pillow refuses), if the loader's
+decoder decodes it without a warning. All other images are converted in this order:
 1. A JPEG at least twice as large as needed is shrunk while it is decoded, to no less than twice the target size: a
-   photograph of 20 megapixels need not be decoded in full.
-2. To 8-bit RGB: 16-bit grey keeps its upper 8 bits; transparency is composited over white; Pillow converts palettes,
-   grey and CMYK, without color profiles. Only the first frame of an animation is used. Floating-point pixels have no
-   agreed range: such an image is bad.
+   photograph of 20 megapixels need not be decoded in full. What the loader's decoder refuses (JPEGs with unusual
+   sampling factors), Pillow decodes.
+2. To 8-bit RGB: more than 8 bits are converted by the range of values (ranges.py), by default to the upper 8 of 16
+   bits; transparency is composited over white; Pillow converts palettes, grey and CMYK, without color profiles. Only
+   the first frame of an animation is used.
 3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks (torchvision's antialiased bilinear
    resize was made equal to it). For images that are stored as JPEG, resize.py computes it to within one grey level.
 4. Rotated according to the EXIF orientation.
 """
 
+import contextlib
 import io
 from enum import IntEnum
 from typing import Literal, NamedTuple
@@ -21,10 +28,22 @@ from PIL import Image, UnidentifiedImageError
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import JPG, PAGE_SIZE, RAW
+from fastssl.beton.metadata import without_metadata
+from fastssl.beton.ranges import Range, read_16_bit_color, to_8_bits
 from fastssl.beton.source import ImageFile, ImageSource
 
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
+MAX_MEGAPIXELS = 179  # Pillow's own limit
+NEARLY_BLACK = 32  # an eighth of the range of 8 bits
+
+# The formats that are opened, in Pillow's order. Left out: EPS, for which Pillow runs Ghostscript; WMF, BUFR, GRIB and
+# HDF5, which other programs must draw; MPEG and IPTC, which hold no picture of their own.
+FORMATS = (
+    *("BMP", "DIB", "GIF", "JPEG", "PPM", "PNG", "AVIF", "BLP", "CUR", "DCX", "DDS", "FITS", "FLI", "FTEX", "GBR"),
+    *("ICNS", "ICO", "IM", "IMT", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER"),
+    *("SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
+)
 PIXELS = "pixels"  # the source format of an image that is not a file
 
 EXIF_ORIENTATION = 0x0112
@@ -41,11 +60,13 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
 class StoragePlan(NamedTuple):
-    """How every image of a build is stored."""
+    """How every image of a build is read and stored."""
 
     layout: Literal["canvas", "full"]  # "canvas": resized to side x side px; "full": shrunk to fit side x side px
     side: int  # px
     quality: int  # of the JPEGs that are encoded, 1 to 100
+    value_range: Range = "full"  # of pixels of more than 8 bits per channel
+    max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
 
     @property
     def storage(self) -> Literal["raw", "jpg"]:
@@ -68,6 +89,7 @@ class Case(IntEnum):
     LARGER_THAN_MAX_SIDE = 7
     LARGER_THAN_PAGE = 8
     DECODER_WARNING = 9
+    DECODER_REFUSED = 10  # the loader's decoder cannot read the JPEG, Pillow can
 
 
 class Encoded(NamedTuple):
@@ -80,11 +102,16 @@ class Encoded(NamedTuple):
     source_height: int  # after the EXIF rotation, as is source_width
     source_width: int
     case: Case
+    is_nearly_black: bool  # no value is as high as NEARLY_BLACK; not known of JPEGs that keep their bytes
     source_format: str  # Pillow's name of the file format, or PIXELS
 
 
 def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | str]:
-    """Encode some images. The result of a bad image is the reason why it is bad."""
+    """Encode some images. The result of a bad image is the reason why it is bad.
+
+    Sets Pillow's limit of this process, which holds for every decoder: Pillow checks the size before others decode.
+    """
+    Image.MAX_IMAGE_PIXELS = plan.max_megapixels * 500_000  # Pillow refuses twice as many
     results: list[Encoded | str] = []
     for image in images:
         try:
@@ -106,14 +133,14 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
         content: the bytes of an image file, or uint8 pixels (H, W) or (H, W, 3).
         plan: how the image is stored.
     """
-    image, file_bytes = _open(content)  # not decoded yet
+    image, file_bytes = _open(content, plan)  # a JPEG is not decoded yet
     source_format = image.format or PIXELS
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    orientation = _orientation(image)
     width, height = image.size
     source_height, source_width = (width, height) if orientation in SIDEWAYS else (height, width)
     case = _choose_case(image, file_bytes, orientation, plan)
     if case == Case.PASSED_THROUGH:
-        return Encoded(file_bytes, JPG, height, width, height, width, case, source_format)
+        return Encoded(file_bytes, JPG, height, width, height, width, case, False, source_format)
 
     # Decode, convert to RGB and resize to the target (width, height), which is not rotated yet.
     if plan.layout == "canvas":
@@ -123,9 +150,9 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
     if plan.storage == "raw":  # small, so Pillow's exact pixels are affordable
         image.draft(None, (2 * target[0], 2 * target[1]))
-        image = _to_rgb(image).resize(target, Image.Resampling.BILINEAR)
+        image = _to_rgb(image, file_bytes, plan).resize(target, Image.Resampling.BILINEAR)
     else:
-        pixels = _decode(image, file_bytes, target)
+        pixels = _decode(image, file_bytes, target, plan)
         if (pixels.shape[1], pixels.shape[0]) != target:
             from fastssl.beton.resize import resize  # imports numba, which not every build needs
 
@@ -135,6 +162,7 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
         image = image.transpose(TRANSPOSITIONS[orientation])
 
     # Encode.
+    is_nearly_black = bool(np.asarray(image).max() < NEARLY_BLACK)
     if plan.storage == "raw":
         payload, mode = image.tobytes(), RAW
     else:
@@ -146,16 +174,60 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
             f"takes {len(payload):,} bytes as a JPEG, more than a page of {PAGE_SIZE:,}; "
             "a smaller --max-side or --quality makes it fit"
         )
-    return Encoded(payload, mode, image.height, image.width, source_height, source_width, case, source_format)
+    size = image.height, image.width, source_height, source_width
+    return Encoded(payload, mode, *size, case, is_nearly_black, source_format)
+
+
+def _open(content: bytes | np.ndarray, plan: StoragePlan) -> tuple[Image.Image, bytes]:
+    """Return the image and the bytes of its file (b"" for pixels). Only a JPEG is not decoded yet.
+
+    If Pillow refuses the file, it is opened without its metadata; these are then the bytes that are returned.
+    """
+    if isinstance(content, np.ndarray):
+        is_grey_or_rgb = content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)
+        if content.dtype != np.uint8 or not is_grey_or_rgb:
+            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {content.dtype} {content.shape}")
+        return Image.fromarray(content), b""
+    if not content:
+        raise ValueError("the file is empty")
+    try:
+        return _open_file(content), content
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"has more than {plan.max_megapixels} megapixels; --max-megapixels sets the limit") from error
+    except Exception as error:
+        for remaining in without_metadata(content):
+            with contextlib.suppress(Exception):
+                return _open_file(remaining), remaining
+        raise error
+
+
+def _open_file(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.format not in ("JPEG", "MPO"):  # MPO: a phone's JPEG with further images after it
+        # Orientation and transparency may be known only then: a PNG's EXIF can follow the pixels, and Pillow turns a
+        # TIFF itself.
+        image.load()
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, where `ImageOps.exif_transpose` finds it; 1 if it cannot be read."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return int(orientation) if orientation in TRANSPOSITIONS else 1
+    except Exception:  # readers of metadata raise nearly anything
+        return 1
 
 
 def _choose_case(image: Image.Image, file_bytes: bytes, orientation: int, plan: StoragePlan) -> Case:
-    """Decide how the image is stored. Raises ValueError if the loader's decoder cannot decode it."""
+    """Decide how the image is stored."""
     if plan.storage == "raw":
         return Case.RAW
     if plan.layout == "canvas":
         return Case.CANVAS
-    if image.format not in ("JPEG", "MPO"):  # MPO: a phone's JPEG with further images after it
+    if image.format not in ("JPEG", "MPO"):
         return Case.NOT_JPEG
     if image.mode != "RGB":
         return Case.NOT_RGB
@@ -165,46 +237,46 @@ def _choose_case(image: Image.Image, file_bytes: bytes, orientation: int, plan: 
         return Case.LARGER_THAN_MAX_SIDE
     if len(file_bytes) > PAGE_SIZE:
         return Case.LARGER_THAN_PAGE
-    return Case.DECODER_WARNING if jpeg.check(file_bytes) else Case.PASSED_THROUGH
+    try:
+        if jpeg.read_size(file_bytes) != (image.height, image.width):
+            return Case.DECODER_REFUSED
+        return Case.DECODER_WARNING if jpeg.check(file_bytes) else Case.PASSED_THROUGH
+    except ValueError:
+        return Case.DECODER_REFUSED
 
 
-def _decode(image: Image.Image, file_bytes: bytes, target: tuple[int, int]) -> np.ndarray:
+def _decode(image: Image.Image, file_bytes: bytes, target: tuple[int, int], plan: StoragePlan) -> np.ndarray:
     """Decode to uint8 (H, W, 3), at no less than twice the target (width, height) if the image is that large."""
     if image.format == "JPEG" and image.mode == "RGB":
         # The same pixels as Pillow's, without copies: 1.3 ms for 500x375 px, Pillow takes 2.0.
         room = min(image.width // (2 * target[0]), image.height // (2 * target[1]))
         shrink = next((factor for factor in (8, 4, 2) if room >= factor), 1)
-        decoded = jpeg.decode(file_bytes, shrink)
-        if not decoded.warning:  # otherwise Pillow decides whether the image is complete
-            return decoded.pixels
+        with contextlib.suppress(ValueError):  # unusual sampling factors, for example
+            if jpeg.read_size(file_bytes) == (image.height, image.width):
+                decoded = jpeg.decode(file_bytes, shrink)
+                if not decoded.warning:
+                    return decoded.pixels
+        # Pillow decides whether the image is complete.
     image.draft(None, (2 * target[0], 2 * target[1]))
-    return np.array(_to_rgb(image))
+    return np.array(_to_rgb(image, file_bytes, plan))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_bytes: bytes, plan: StoragePlan) -> Image.Image:
     """Decode and convert to 8-bit RGB; the rules are at the top of this file."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save the image with 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255
-        upper_8_bits = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
-        image = Image.fromarray(upper_8_bits)
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255
+        image = Image.fromarray(to_8_bits(np.asarray(image), plan.value_range))
+    elif plan.value_range != "full" and image.format in ("PNG", "TIFF"):
+        color = read_16_bit_color(image, Image.open(io.BytesIO(file_bytes), formats=FORMATS))
+        if color is not None:
+            pixels = to_8_bits(color[..., :3], plan.value_range)
+            if color.shape[2] == 4:
+                pixels = np.concatenate([pixels, (color[..., 3:] >> 8).astype(np.uint8)], 2)
+            image = Image.fromarray(pixels)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _open(content: bytes | np.ndarray) -> tuple[Image.Image, bytes]:
-    """Return the image, not yet decoded, and the bytes of its file (b"" for pixels)."""
-    if isinstance(content, np.ndarray):
-        is_grey_or_rgb = content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)
-        if content.dtype != np.uint8 or not is_grey_or_rgb:
-            raise ValueError(f"pixels must be uint8 (H, W) or (H, W, 3), not {content.dtype} {content.shape}")
-        return Image.fromarray(content), b""
-    if not content:
-        raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(content)), content
 
 
 def read_image_bytes(source: ImageFile) -> bytes:

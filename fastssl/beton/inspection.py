@@ -96,11 +96,14 @@ def _build_table(manifest: Manifest) -> Table:
         "canvas, px": manifest.get("canvas"),
         "largest side, px": manifest.get("max_side"),
         "JPEG quality": manifest.get("quality"),
+        "range": manifest.get("range"),
         "order": _counts(order) if isinstance(order, dict) else order,
         "limit, images": manifest.get("limit"),
         "fastssl": manifest.get("fastssl"),
         "Pillow": manifest.get("pillow"),
     }
+    nearly_black = manifest.get("nearly_black") or 0
+    rows["nearly black"] = nearly_black and f"{nearly_black:,} images: no value is above 1/8 of the range"
     for key, count in (manifest.get("counts") or {}).items():
         reasons = _counts(manifest.get("encoded_because")) if key == "encoded" else None
         rows[OUTCOMES.get(key, key)] = count and f"{count:,} images" + (f" ({reasons})" if reasons else "")

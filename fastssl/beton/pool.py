@@ -29,6 +29,9 @@ from fastssl.beton.images import Case, StoragePlan, encode_all
 from fastssl.beton.source import ImageSource
 from fastssl.common.errors import UserError
 
+COPIED = (  # fields of images.Encoded that format.ROW has too
+    *("case", "mode", "width", "height", "source_width", "source_height", "source_format", "is_nearly_black"),
+)
 CHUNK = 32  # images per task
 TASKS_PER_WORKER = 16  # submitted at a time: enough to do while a worker waits for a slow disk
 
@@ -175,7 +178,7 @@ def _write_encoded(path: Path, turn: int, images: list[ImageSource], plan: Stora
         if isinstance(result, str):
             row["case"] = Case.BAD
             continue
-        for name in ("case", "mode", "width", "height", "source_width", "source_height", "source_format"):
+        for name in COPIED:
             row[name] = getattr(result, name)
         row["size"] = len(result.payload)
         row["crc32"] = zlib.crc32(result.payload)

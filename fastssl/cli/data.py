@@ -23,6 +23,10 @@ def build_beton(
     limit: Annotated[int | None, Option(help="use at most this many images of each split")] = None,
     strict: Annotated[bool, Option("--strict", help="stop at the first bad image")] = False,
     download: Annotated[bool, Option("--download", help="download the data set to --source first")] = False,
+    range_: Annotated[
+        str, Option("--range", help="values that become 0 and 255 of more than 8 bits: auto, full or LOW,HIGH")
+    ] = "full",
+    max_megapixels: Annotated[int, Option(min=1, help="larger images are bad")] = 179,
     splits: Annotated[
         Literal["auto", "none"], Option(help="auto: folders and files named train, val, test are splits; none: never")
     ] = "auto",
@@ -31,6 +35,7 @@ def build_beton(
 ) -> None:
     """Convert images to FFCV's .beton files. The same command resumes a build that was stopped."""
     from fastssl import beton
+    from fastssl.beton.ranges import parse_range
 
     if list_:
         for info in beton.describe_builders():
@@ -38,7 +43,10 @@ def build_beton(
         return
     if builder is None or out is None:
         raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
-    options = beton.BuildOptions(canvas, max_side, quality, order, workers, limit, strict, download, splits)
+    value_range = parse_range(range_)
+    options = beton.BuildOptions(
+        canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits
+    )
     if dry_run:
         _print_estimate(beton.estimate_build(builder, source, out, options))
         return
@@ -51,6 +59,12 @@ def build_beton(
             + (f", {report.bad} bad images skipped" if report.bad else "")
             + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
         )
+    for report in reports:
+        if report.nearly_black:
+            print(
+                f"{report.nearly_black:,} images of {report.path} are nearly black: no value is above 1/8 of the "
+                "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
+            )
     if any(report.bad for report in reports):
         print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
 

@@ -23,7 +23,7 @@ def fuzz_build(monkeypatch):
     return importlib.import_module("fuzz_build")
 
 
-KINDS = ("jpeg", "png", "tiff", "webp", "bytes", "tar", "parquet", "csv")
+KINDS = ("exif", "jpeg", "png", "tiff", "webp", "bytes", "tar", "parquet", "csv")
 
 
 def test_damaged_files_are_stored_as_pillow_shows_them_or_refused(tmp_path):
