@@ -1,28 +1,51 @@
 """What several builders share: folders of images, lists of images, labels, MATLAB files."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastssl.beton import Sample
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+# Every suffix of photographs and drawn or rendered images that Pillow reads. Not among them, though Pillow would open
+# them: documents (.pdf, .psd; .eps and .ps start Ghostscript, .wmf a renderer), video (.mpg, .fli), icons (.ico, .icns,
+# .cur), textures with mipmaps (.dds, .blp, .ftc), and arrays of measurements (.fits, .h5, .grib, .pfm).
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    *(".png", ".apng", ".gif", ".webp", ".avif", ".qoi"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".tga", ".pcx", ".ras", ".sgi"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
 # The words, in any case, by which the name of a folder or of a file tells its split: those of Hugging Face's datasets.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# What other programs leave in folders, in lower case; besides these all names that begin with a dot.
+LITTER = frozenset(
+    (
+        *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+        *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
+        *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000"),
+        *("@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),  # NAS
+        *("lost+found", "__pycache__", "picasa.ini", "pspbrwse.jbf"),  # Linux, Python, image viewers
+    )
+)
+SAME_FOLDER = 1000  # times that symbolic links may lead to one folder: n links to links lead there 2^n times
 UNLABELLED = -1
 # What people write for "none", in any case, and what pandas and numpy write.
 NO_LABEL_WORDS = frozenset(("", "-1", "-1.0", "none", "nan", "null", "na", "n/a", "<na>"))
+BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # besides a link to what does not exist
 MAX_LABEL = 10**6  # a larger number is not a class but, for example, the number of the image
 
 # scipy.io.loadmat crashes the process on some damaged files (SIGSEGV within a few hundred mutated files, scipy 1.17),
@@ -75,23 +98,120 @@ def find_folder(builder: str, source: Path, below: Sequence[str], holds: Sequenc
     raise FileNotFoundError(f"{builder} found no {' and '.join(holds)} in {source}{others}: {fix}.")
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or left behind by another program: no builder reads it."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def has_image_suffix(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+    return has_image_suffix(name) and not is_litter(name)
+
+
+class Folder(NamedTuple):
+    """What a folder holds. Symbolic links count as what they lead to; a broken link is a file that cannot be read."""
+
+    path: str
+    files: list[str]  # names, sorted
+    folders: list[str]
+    special: list[str]  # pipes, sockets and devices, which are never opened
+    litter: str | None = None  # the name of the outermost folder of litter that it is or lies in
+
+
+def walk(top: str, litter: bool = False) -> Iterator[Folder]:
+    """Yield `top` and every folder below it, each before its subfolders, these sorted by name.
+
+    Links to folders are followed, except to one that the link itself lies in. Litter is left out unless `litter` is
+    set. Raises OSError for a folder that cannot be read, and ValueError for one that is linked more than SAME_FOLDER
+    times.
+    """
+    # Strings, not Path objects, which take several times as long.
+    reached: Counter[tuple[int, int]] = Counter()
+    waiting: list[tuple[str, bool, str | None]] = [(top, False, None)]
+    while waiting:
+        path, below_link, inside = waiting.pop()
+        folder, links = _read_folder(path, litter, inside)
+        # Only a link can lead back, and some network file systems give all folders the same number.
+        if below_link:
+            if _is_loop(path):
+                continue
+            status = os.stat(path)
+            reached[status.st_dev, status.st_ino] += 1
+            if reached[status.st_dev, status.st_ino] > SAME_FOLDER:
+                raise ValueError(f"More than {SAME_FOLDER} symbolic links lead to {path}: remove links.")
+        yield folder
+        for name in reversed(folder.folders):
+            outermost = inside or (name if is_litter(name) else None)
+            waiting.append((os.path.join(path, name), below_link or name in links, outermost))
+
+
+def _read_folder(path: str, litter: bool = True, inside: str | None = None) -> tuple[Folder, set[str]]:
+    """Return the folder, and the names of its subfolders that are links."""
+    files, folders, special, links = [], [], [], set()
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not litter and is_litter(entry.name):
+                continue
+            try:
+                if entry.is_file():
+                    files.append(entry.name)
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                    if entry.is_symlink():
+                        links.add(entry.name)
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    files.append(entry.name)
+                else:
+                    special.append(entry.name)
+            except OSError as error:
+                if error.errno not in BROKEN_LINK:
+                    raise
+                files.append(entry.name)
+    return Folder(path, sorted(files), sorted(folders), special, inside), links
+
+
+def _is_loop(path: str) -> bool:
+    """Whether a folder is one of those that it lies in, which a link makes possible."""
+    status = os.stat(path)
+    path = os.path.abspath(path)
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        if os.path.samestat(status, os.stat(path)):
+            return True
+    return False
 
 
 def image_paths(folder: str) -> Iterator[str]:
     """Yield every image in `folder` and below it: the files of a folder first, then its subfolders, sorted by name."""
-    # Strings, not Path objects: a million files are listed in 4 seconds instead of 16. Unless its error is raised,
-    # os.walk skips a folder that it cannot read.
-    for parent, folders, files in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if is_image(name):
-                yield os.path.join(parent, name)
+    for path, files, *_ in walk(folder):
+        prefix = os.path.join(path, "")
+        for name in files:
+            if has_image_suffix(name):
+                yield prefix + name
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def holds_images(folder: str) -> bool:
+    """Whether there is an image in the folder or below it."""
+    return next(image_paths(folder), None) is not None
+
+
+def split_folders(builder: str, source: Path) -> dict[str, str]:
+    """Return, for the splits train, val and test, the folder in SOURCE whose name is a word for it.
+
+    Raises ValueError for two folders of one split, such as valid and validation.
+    """
+    found: dict[str, str] = {}
+    for name in class_folders(source):
+        split = split_word(name)
+        if split is not None and found.setdefault(split, name) != name:
+            raise ValueError(
+                f"{source} holds {found[split]}/ and {name}/, and {builder} takes both for the split {split}: move or "
+                "rename one of them."
+            )
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
 def samples_by_class(source: Path, folders: Iterable[str]) -> Iterator[Sample]:
@@ -103,9 +223,8 @@ def samples_by_class(source: Path, folders: Iterable[str]) -> Iterator[Sample]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the subfolders, sorted; hidden ones are ignored."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    """Return the names of the subfolders without litter, sorted."""
+    return _read_folder(str(folder), litter=False)[0].folders
 
 
 def parse_lines(

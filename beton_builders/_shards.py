@@ -8,9 +8,9 @@ import tarfile
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple
 
-from beton_builders._files import split_word
+from beton_builders._files import split_word, walk
 
 MOST_LINKS = 40  # from one member of a tar to the next; the limit of Linux for symbolic links
 SCANNED = 1 << 20  # bytes at a time
@@ -39,31 +39,26 @@ def files_by_split(source: Path, suffixes: tuple[str, ...], by_name: bool = True
 def files_with_suffix(source: Path, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
     """Return (path, path within SOURCE) of the files below SOURCE with these suffixes, sorted; SOURCE may be one.
 
-    Links to folders are followed, and each folder is searched once. Raises ValueError for a pipe or a broken link.
+    Links to folders are followed, each folder is searched once, and litter of other programs is left out. Raises
+    ValueError for a pipe or a broken link.
     """
     if source.is_file():
         return [(str(source), source.name)] if source.name.lower().endswith(suffixes) else []
     prefix = os.path.join(source, "")
     found = []
     searched = set()
-    for parent, folders, names in os.walk(prefix, onerror=_raise, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in searched:
-            folders.clear()
+    for folder in walk(str(source)):
+        real_path = os.path.realpath(folder.path)
+        if real_path in searched:
             continue
-        searched.add((status.st_dev, status.st_ino))
-        folders.sort()
-        for name in names:
-            path = os.path.join(parent, name)
-            if name.lower().endswith(suffixes) and not name.startswith("."):
+        searched.add(real_path)
+        for name in (*folder.files, *folder.special):
+            path = os.path.join(folder.path, name)
+            if name.lower().endswith(suffixes):
                 if not os.path.isfile(path):
                     raise ValueError(f"{path} is a broken link or no regular file: repair or remove it.")
                 found.append((path, path.removeprefix(prefix)))
     return sorted(found)
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
 
 
 def split_of(name: str) -> str | None:

@@ -7,6 +7,7 @@ SOURCE is a folder with any of these; train or val alone is enough:
     val/WNID/*.JPEG                   the validation images sorted into classes
     val/ILSVRC2012_val_*.JPEG         the same as they come out of their tar
     ILSVRC/Data/CLS-LOC/{train,val}/  Kaggle's form of the two
+The folders may also be called training, validation or valid, in upper or lower case.
 
 Validation images that are not in class folders need their labels in SOURCE too:
     ILSVRC2012_devkit_t12.tar.gz      2.5 MB, md5 fa75699e90414af021442c21a62c3abf; or unpacked
@@ -31,7 +32,7 @@ from functools import partial
 from pathlib import Path
 
 from beton_builders import Splits
-from beton_builders._files import image_paths, is_image, read_mat
+from beton_builders._files import image_paths, is_image, read_mat, split_folders
 from beton_builders._shards import tar_members
 from fastssl.beton import Sample
 
@@ -80,10 +81,20 @@ def samples(split: str, names: list[str], classes: ImagesByClass) -> Iterator[Sa
             yield Sample(image, label, f"{split}/{wnid}/{name}")
 
 
+def find_folder_of(split: str, source: Path) -> Path | None:
+    """Return the folder of a split: train, validation, Val, ..."""
+    for parent in (source, source / KAGGLE):
+        if parent.is_dir():
+            folders = split_folders("imagenet", parent)
+            if split in folders:
+                return parent / folders[split]
+    return None
+
+
 def find_train(source: Path) -> ImagesByClass | None:
-    for folder in (source / "train", source / KAGGLE / "train"):
-        if folder.is_dir():
-            return class_folders(folder)
+    folder = find_folder_of("train", source)
+    if folder is not None:
+        return class_folders(folder)
     if not (source / TRAIN_TAR).is_file():
         return None
     path = str(source / TRAIN_TAR)  # a tar with one tar per class, all uncompressed
@@ -92,9 +103,9 @@ def find_train(source: Path) -> ImagesByClass | None:
 
 
 def find_val(source: Path) -> ImagesByClass | None:
-    for folder in (source / "val", source / KAGGLE / "val"):
-        if folder.is_dir():
-            return class_folders(folder) or sort_into_classes(images_in_folder(folder), source)
+    folder = find_folder_of("val", source)
+    if folder is not None:
+        return class_folders(folder) or sort_into_classes(images_in_folder(folder), source)
     if (source / VAL_TAR).is_file():
         return sort_into_classes(images_in_tar(str(source / VAL_TAR)), source)
     return None

@@ -38,7 +38,6 @@ CANVAS = 256
 SOURCE = "a folder of .tar shards or one shard"
 SPLITS_BY_NAME = True
 
-IMAGES = tuple(dict.fromkeys((*IMAGE_SUFFIXES, ".ppm", ".pgm")))
 FILE_OF_SAMPLE = re.compile(r"(?P<key>(.*/)?[^/.]+)\.(?P<suffix>[^/]*)", re.DOTALL)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_LABEL_BYTES = {"cls": 64, "json": 1 << 24}  # of a file that holds a label, by suffix
@@ -134,7 +133,7 @@ def samples_in(path: str, left_out: Counter[str]) -> Iterator[Files]:
 def chosen_images(files: Files) -> list[str]:
     """Return the suffixes of the images that become samples: one of those without a further dot, or all others."""
     found = [suffix for suffix in files if is_image_suffix(suffix) and not files[suffix].problem]
-    found.sort(key=lambda suffix: IMAGES.index("." + suffix.rpartition(".")[2]))
+    found.sort(key=lambda suffix: IMAGE_SUFFIXES.index("." + suffix.rpartition(".")[2]))
     plain = [suffix for suffix in found if "." not in suffix]
     if plain:
         return plain[:1]
@@ -145,7 +144,7 @@ def chosen_images(files: Files) -> list[str]:
 
 
 def is_image_suffix(suffix: str) -> bool:
-    return "." + suffix.rpartition(".")[2] in IMAGES
+    return "." + suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
 def label_suffixes(image: str) -> list[str]:

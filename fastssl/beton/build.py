@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastssl.beton.accounting import account_for_files
 from fastssl.beton.format import ALLOCATION, UNLABELLED, Manifest, data_start, manifest_path, names_path
 from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
@@ -91,6 +92,7 @@ class BuildReport:
     """The result of a build."""
 
     splits: list["SplitReport"]
+    account: str  # a sentence that accounts for every file of the source, and for every image
 
 
 class SplitReport(NamedTuple):
@@ -104,6 +106,7 @@ class SplitReport(NamedTuple):
     bad: int  # images that were skipped
     unlabelled: int  # of the samples: images without a label, stored with -1
     nearly_black: int  # of the samples: no stored value is above 1/8 of the range; JPEGs stored unchanged do not count
+    empty_classes: list[str]  # names of classes without images in the source
     up_to_date: bool  # nothing was done: the file had been built from the same images with the same options
 
 
@@ -146,6 +149,11 @@ def build_beton(
         canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits
     )
     plan = options.plan(load_builder(builder).CANVAS)
+    if source is not None and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"--out {out} is in --source {source}, where a later build would take it for a part of the data set: "
+            "choose a folder outside of it."
+        )
     if download:
         download_dataset(builder, source)
     recorded: dict[str, Any] = {
@@ -169,7 +177,9 @@ def build_beton(
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with worker_pool(resolve_workers(workers)) as pool:
-            return BuildReport([_build_split(split, out, plan, pool, recorded, strict) for split in listed])
+            reports = [_build_split(split, out, plan, pool, recorded, strict) for split in listed]
+    stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
+    return BuildReport(reports, account_for_files(builder, source, listed, stored, bad))
 
 
 def _build_split(
@@ -190,6 +200,7 @@ def _build_split(
         bad=bad,
         unlabelled=manifest.get("unlabelled", 0),
         nearly_black=manifest.get("nearly_black", 0),
+        empty_classes=split.empty_classes,
         up_to_date=old is not None,
     )
 

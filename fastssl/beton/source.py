@@ -83,6 +83,7 @@ class SourceSplit(NamedTuple):
     classes: list[str]  # class names, in the order of the labels; may be empty if no image has a label
     samples: Sequence[Sample]
     order: np.ndarray  # indices of `samples` in the order of the file
+    empty_classes: list[str]  # names of classes without samples
     left_out: dict[str, int]  # reason -> number of images within archives or tables that are no samples
 
 
@@ -156,17 +157,18 @@ def list_splits(
     try:
         for name, (classes, listed) in module.splits(source, **by_name).items():
             left_out: dict[str, int] = {}
+            labels: set[int] = set()
             # Pixels that are in memory anyway stay in the builder's list.
             in_memory = isinstance(listed, Sequence)
-            kept = _without_left_out(listed if in_memory else _with_progress(listed, name), left_out)
+            kept = _without_left_out(listed if in_memory else _with_progress(listed, name), left_out, labels)
             samples = list(kept) if in_memory else SampleList(kept)
             # A file that is sorted by class would make its first thousand samples one class. One permutation serves
             # both orders, so that `limit` takes the same samples.
             chosen = np.random.default_rng(ORDER_SEED).permutation(len(samples))[:limit]
             indices = chosen if order == "shuffle" else np.sort(chosen)
-            splits.append(
-                SourceSplit(name, [as_utf8(class_name) for class_name in classes], samples, indices, left_out)
-            )
+            names = [as_utf8(class_name) for class_name in classes]
+            empty = [class_name for label, class_name in enumerate(names) if label not in labels]
+            splits.append(SourceSplit(name, names, samples, indices, empty, left_out))
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read: make it readable for your user.") from error
     except (OSError, ValueError, ImportError) as error:
@@ -177,12 +179,15 @@ def list_splits(
     return splits
 
 
-def _without_left_out(listed: Iterable[Sample | LeftOut], left_out: dict[str, int]) -> Iterator[Sample]:
-    """Yield the samples, and count in `left_out` what is no sample, by reason."""
+def _without_left_out(
+    listed: Iterable[Sample | LeftOut], left_out: dict[str, int], labels: set[int]
+) -> Iterator[Sample]:
+    """Yield the samples. Count in `left_out` what is no sample, by reason, and add the samples' labels to `labels`."""
     for each in listed:
         if isinstance(each, LeftOut):
             left_out[each.reason] = left_out.get(each.reason, 0) + each.count
         else:
+            labels.add(each.label)
             yield each
 
 
@@ -240,13 +245,18 @@ def digest(samples: Sequence[Sample]) -> str:
     return result.hexdigest()
 
 
+def file_of(image: ImageSource) -> str | os.PathLike[str] | None:
+    """Return the path of the file that holds an image, None if it is in memory or its function does not tell."""
+    path = image[0] if isinstance(image, tuple) else getattr(image, "path", image)
+    return path if isinstance(path, str | os.PathLike) else None
+
+
 def changed_since(samples: Iterable[Sample], time_ns: int) -> bool:
     """Return whether any sample's file is gone, or was written, moved or replaced after `time_ns` (since the epoch)."""
     previous = None
     for image, _, _ in samples:
-        # A function that reads an image tells its file by an attribute.
-        path = image[0] if isinstance(image, tuple) else getattr(image, "path", image)
-        if not isinstance(path, str | os.PathLike) or path == previous:
+        path = file_of(image)
+        if path is None or path == previous:
             continue
         previous = path
         try:

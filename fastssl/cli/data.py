@@ -36,6 +36,7 @@ def build_beton(
     """Convert images to FFCV's .beton files. The same command resumes a build that was stopped."""
     from fastssl import beton
     from fastssl.beton.ranges import parse_range
+    from fastssl.common.terminal import printable
 
     if list_:
         for info in beton.describe_builders():
@@ -51,14 +52,19 @@ def build_beton(
         _print_estimate(beton.estimate_build(builder, source, out, options))
         return
     # BuildOptions has the keyword arguments of build_beton.
-    reports = beton.build_beton(builder, source, out, **vars(options)).splits
+    result = beton.build_beton(builder, source, out, **vars(options))
+    reports = result.splits
     for report in reports:
         print(
-            f"{report.path} holds {report.samples:,} images of {report.classes} classes, {report.bytes / 1e6:,.1f} MB"
-            + (f", {report.unlabelled:,} without a label" if report.unlabelled else "")
+            f"{report.path} holds {_images_and_classes(report.samples, report.classes)}, {report.bytes / 1e6:,.1f} MB"
+            + (f", {report.unlabelled:,} without a label" if report.unlabelled and report.classes else "")
             + (f", {report.bad} bad images skipped" if report.bad else "")
             + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
         )
+        if report.empty_classes:
+            names = ", ".join(printable(name) for name in report.empty_classes[:5])
+            more = ", ..." if len(report.empty_classes) > 5 else ""
+            print(f"Classes without images in the split {report.split}: {len(report.empty_classes):,} ({names}{more}).")
     for report in reports:
         if report.nearly_black:
             print(
@@ -67,12 +73,18 @@ def build_beton(
             )
     if any(report.bad for report in reports):
         print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+    print(printable(result.account))
+
+
+def _images_and_classes(images: int, classes: int) -> str:
+    noun = f"{images:,} image{'' if images == 1 else 's'}"
+    return f"{noun} of {classes:,} class{'' if classes == 1 else 'es'}" if classes else f"{noun} without labels"
 
 
 def _print_estimate(estimate: "BuildEstimate") -> None:
     for split in estimate.splits:
         print(
-            f"{split.path} would hold about {split.images:,} images of {split.classes} classes, "
+            f"{split.path} would hold about {_images_and_classes(split.images, split.classes)}, "
             f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
         )

@@ -128,8 +128,8 @@ def test_samples_do_not_cross_pages(tmp_path):
     for number in range(600):
         noise = np.random.default_rng(number).integers(0, 256, (128, 128, 3), dtype=np.uint8)
         (tmp_path / f"{number:03}.jpg").write_bytes(jpeg_bytes(Image.fromarray(noise), quality=98))
-    build_beton("imagefolder", tmp_path, tmp_path / "out", max_side=128)
-    path = tmp_path / "out" / "train.beton"
+    build_beton("imagefolder", tmp_path, tmp_path.with_name(tmp_path.name + "-out"), max_side=128)
+    path = tmp_path.with_name(tmp_path.name + "-out") / "train.beton"
     table = Reader(str(path)).alloc_table
     first, last = table["ptr"], table["ptr"] + table["size"] - 1
     assert (first // format.PAGE_SIZE == last // format.PAGE_SIZE).all()

@@ -450,7 +450,7 @@ def test_an_unreadable_folder_is_a_user_error(forty_photos, tmp_path):
         if user == 0:  # root may read everything, nobody may not
             os.seteuid(65534)
         with pytest.raises(UserError, match="/cat cannot be read: make it readable"):
-            build_beton("imagefolder", source, source / "out")
+            build_beton("imagefolder", source, source.with_name(source.name + "-out"))
     finally:
         os.seteuid(user)
         (source / "cat").chmod(0o755)

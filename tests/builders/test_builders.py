@@ -72,8 +72,8 @@ def test_imagefolder_without_splits(tmp_path):
 def test_imagefolder_without_classes(tmp_path):
     touch(tmp_path, "b.jpg", "a.jpg", "README.md")
     found = listed(imagefolder, tmp_path)
-    assert found == {"train": (["unlabelled"], found["train"][1])}
-    assert names(found["train"][1]) == [("a.jpg", 0), ("b.jpg", 0)]
+    assert found == {"train": ([], found["train"][1])}
+    assert names(found["train"][1]) == [("a.jpg", -1), ("b.jpg", -1)]
 
 
 def test_imagefolder_says_what_is_wrong(tmp_path):

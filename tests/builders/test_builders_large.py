@@ -188,7 +188,9 @@ def test_imagenet_may_be_train_or_val_alone(tmp_path):
 
 
 def test_imagenet_is_built_from_its_tars(tmp_path):
-    reports = build_beton("imagenet", official_tars(tmp_path), tmp_path / "out", canvas=8, workers=1).splits
+    reports = build_beton(
+        "imagenet", official_tars(tmp_path), tmp_path.with_name(tmp_path.name + "-out"), canvas=8, workers=1
+    ).splits
     assert [(report.split, report.samples) for report in reports] == [("train", 9), ("val", 4)]
     for report, expected in zip(reports, (EXPECTED_TRAIN, EXPECTED_VAL)):
         content = report.path.read_bytes()
@@ -257,7 +259,7 @@ def test_imagenet_refuses_a_damaged_tar(tmp_path, damage):
         content = zlib.compress(content)
     path.write_bytes(content)
     with pytest.raises(UserError, match="img_train.tar is not a whole, uncompressed tar .*again"):
-        build_beton("imagenet", tmp_path, tmp_path / "out", canvas=8, workers=1)
+        build_beton("imagenet", tmp_path, tmp_path.with_name(tmp_path.name + "-out"), canvas=8, workers=1)
 
 
 def test_a_tar_that_leads_back_to_itself_is_refused(tmp_path):

@@ -163,7 +163,9 @@ def test_webdataset(tmp_path):
 
 
 def test_webdataset_is_built(tmp_path):
-    reports = build_beton("webdataset", shards(tmp_path), tmp_path / "out", canvas=8, workers=1).splits
+    reports = build_beton(
+        "webdataset", shards(tmp_path), tmp_path.with_name(tmp_path.name + "-out"), canvas=8, workers=1
+    ).splits
     for report in reports:
         expected = EXPECTED[report.split]
         assert_built(report, expected, [name for name, _ in expected])
