@@ -135,7 +135,7 @@ class RowImage:
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         if content is None and isinstance(cell, dict) and cell.get("path"):
             path = find_image(cell["path"], self.path, self.root)
-            if not os.path.isfile(path):
+            if os.path.exists(path) and not os.path.isfile(path):
                 raise ValueError(f"{where} names the image {path}, which is no file")
             with open(path, "rb") as file:
                 return file.read()

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,7 @@ from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
 from fastssl.beton.ranges import Range, format_range
+from fastssl.beton.reading import MISSING
 from fastssl.beton.source import (
     ORDER_SEED,
     Order,
@@ -45,6 +45,7 @@ from fastssl.common.system import free_memory, resolve_workers
 from fastssl.common.terminal import progress
 
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
+MOST_BAD = 10  # bad images of a split that are no problem, however small the split is
 SAMPLED = 512  # images of each split that are encoded for an estimate
 SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
 
@@ -60,6 +61,7 @@ class BuildOptions:
     workers: int | None = None  # processes; None: one for each core
     limit: int | None = None  # images to take from each split, spread over its classes; None: all
     strict: bool = False  # stop at the first bad image
+    allow_bad: float | None = None  # bad images of a split, in %, that are no problem; None: 1 %, or 10 images
     download: bool = False  # let the builder download the data set to `source` first
     value_range: Range = "full"  # (low, high) of pixels of more than 8 bits; "full": 0 to 65,535; "auto": by image
     max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
@@ -75,6 +77,8 @@ class BuildOptions:
             raise UserError(f"--quality is {self.quality}; it must be between 1 and 100.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit is {self.limit}; it must be 1 or more.")
+        if self.allow_bad is not None and not 0 <= self.allow_bad <= 100:
+            raise UserError(f"--allow-bad is {self.allow_bad:g} %; it must be from 0 to 100 %.")
         if self.max_megapixels < 1:
             raise UserError(f"--max-megapixels is {self.max_megapixels}; it must be 1 or more.")
         resolve_workers(self.workers)
@@ -92,6 +96,7 @@ class BuildReport:
     """The result of a build."""
 
     splits: list["SplitReport"]
+    problem: str | None  # a sentence about splits with too many bad images
     account: str  # a sentence that accounts for every file of the source, and for every image
 
 
@@ -122,6 +127,7 @@ def build_beton(
     workers: int | None = None,
     limit: int | None = None,
     strict: bool = False,
+    allow_bad: float | None = None,
     download: bool = False,
     value_range: Range = "full",
     max_megapixels: int = MAX_MEGAPIXELS,
@@ -136,8 +142,8 @@ def build_beton(
         builder: name of a module of beton_builders.
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
-        canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits: see
-            `BuildOptions`.
+        canvas, max_side, quality, order, workers, limit, strict, allow_bad, download, value_range, max_megapixels,
+            splits: see `BuildOptions`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written, or, with `strict`, an image is bad.
@@ -146,7 +152,18 @@ def build_beton(
         build_beton("imagefolder", Path("photos"), Path("data/photos"), max_side=500)
     """
     options = BuildOptions(
-        canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits
+        canvas,
+        max_side,
+        quality,
+        order,
+        workers,
+        limit,
+        strict,
+        allow_bad,
+        download,
+        value_range,
+        max_megapixels,
+        splits,
     )
     plan = options.plan(load_builder(builder).CANVAS)
     if source is not None and out.resolve().is_relative_to(source.resolve()):
@@ -179,7 +196,22 @@ def build_beton(
         with worker_pool(resolve_workers(workers)) as pool:
             reports = [_build_split(split, out, plan, pool, recorded, strict) for split in listed]
     stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
-    return BuildReport(reports, account_for_files(builder, source, listed, stored, bad))
+    problem = _too_many_bad(reports, allow_bad, out)
+    return BuildReport(reports, problem, account_for_files(builder, source, listed, stored, bad))
+
+
+def _too_many_bad(reports: list[SplitReport], allow_bad: float | None, out: Path) -> str | None:
+    """Return a sentence about the first split with more bad images than allowed; None if there is none."""
+    for report in reports:
+        images = report.samples + report.bad
+        allowed = max(MOST_BAD, images / 100) if allow_bad is None else images * allow_bad / 100
+        if report.bad > allowed:
+            return (
+                f"{report.bad:,} of the {images:,} images of the split {report.split!r} are bad, "
+                f"{report.bad / images:.1%}: see {out / 'bad_images.jsonl'} and repair them, or allow that with "
+                f"--allow-bad {np.ceil(100 * report.bad / images):.0f}%."
+            )
+    return None
 
 
 def _build_split(
@@ -188,7 +220,7 @@ def _build_split(
     """Build one split, unless it is up to date. `options` are those that the manifest records."""
     path = out / f"{split.name}.beton"
     key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
-    old = _read_if_up_to_date(path, key, split.samples)
+    old = _read_if_up_to_date(path, key, split)
     manifest = old or _build_file(split, path, plan, pool, key, strict)
     samples, bad = manifest["samples"], manifest["counts"]["bad"]
     return SplitReport(
@@ -211,7 +243,8 @@ def _build_file(
     """Build one file, or resume its build, and return its manifest."""
     key = {"fastssl": version("fastssl-trainer"), "pillow": version("pillow"), **key}
     with PartialBuild(path, key, capacity=len(split.order)) as partial:
-        if changed_since((split.samples[index] for index in partial.rows["index"]), partial.started):
+        missing = {image.index for image in partial.bad if image.reason == MISSING}
+        if changed_since(split.samples, np.sort(partial.rows["index"]).tolist(), partial.started, missing):
             partial.restart()
         _encode_images(split, partial, plan, pool, strict)
         bad_images = path.parent / "bad_images.jsonl"
@@ -222,6 +255,9 @@ def _build_file(
                 f"{partial.bad[0].reason}); all are listed in {bad_images}."
             )
         manifest = {**key, **_counts(partial.rows)}
+        not_found = sorted(image.index for image in partial.bad if image.reason == MISSING)
+        if not_found:
+            manifest["missing"] = not_found
         partial.finish(manifest, (sample.name for sample in split.samples))
     return manifest
 
@@ -260,7 +296,7 @@ def _refuse_bad_images(bad: list[BadImage], strict: bool) -> None:
         raise UserError(f"{bad[0].name} is bad: {bad[0].reason}; repair or remove it, or leave out --strict.")
 
 
-def _read_if_up_to_date(path: Path, key: dict[str, Any], samples: Sequence[Sample]) -> Manifest | None:
+def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> Manifest | None:
     """Return the manifest of the file if a build with this `key` would give the same file."""
     try:
         manifest: Manifest = json.loads(manifest_path(path).read_bytes())
@@ -268,9 +304,13 @@ def _read_if_up_to_date(path: Path, key: dict[str, Any], samples: Sequence[Sampl
         is_complete = path.stat().st_size == manifest["bytes"] and names_path(path).exists()
         # `finish` sets this to the time at which the build was started.
         started = manifest_path(path).stat().st_mtime_ns
+        missing = set(manifest.get("missing", ()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if is_same and is_complete and not changed_since(samples, started) else None
+    if not (is_same and is_complete):
+        return None
+    # Sorted: samples of one archive follow each other. Images outside of --limit do not matter.
+    return None if changed_since(split.samples, np.sort(split.order).tolist(), started, missing) else manifest
 
 
 def _counts(rows: np.ndarray) -> dict[str, Any]:

@@ -20,6 +20,7 @@ decoder decodes it without a warning. All other images are converted in this ord
 
 import contextlib
 import io
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,9 @@ from fastssl.beton import jpeg
 from fastssl.beton.format import JPG, PAGE_SIZE, RAW
 from fastssl.beton.metadata import without_metadata
 from fastssl.beton.ranges import Range, read_16_bit_color, to_8_bits
-from fastssl.beton.source import ImageFile, ImageSource
+from fastssl.beton.reading import error_number, machine_error, read_or_explain
+from fastssl.beton.source import ImageSource
+from fastssl.common.errors import UserError
 
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
@@ -110,20 +113,45 @@ def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | s
     """Encode some images. The result of a bad image is the reason why it is bad.
 
     Sets Pillow's limit of this process, which holds for every decoder: Pillow checks the size before others decode.
+    Raises UserError or MemoryError for trouble of the machine.
     """
     Image.MAX_IMAGE_PIXELS = plan.max_megapixels * 500_000  # Pillow refuses twice as many
+    if plan.storage == "jpg":
+        with _required("FFCV's library"):
+            jpeg.turbojpeg()
     results: list[Encoded | str] = []
     for image in images:
-        try:
-            content = image if isinstance(image, np.ndarray) else read_image_bytes(image)
-            results.append(encode_image(content, plan))
-        except MemoryError:  # the machine's fault, not the image's
-            raise
-        except UnidentifiedImageError:
-            results.append("not an image that Pillow can read")
-        except Exception as error:  # decoders raise nearly anything on a damaged file
-            results.append(f"{type(error).__name__}: {error}")
+        content = image if isinstance(image, np.ndarray) else read_or_explain(image)
+        results.append(content if isinstance(content, str) else _encode_or_explain(image, content, plan))
     return results
+
+
+def _encode_or_explain(source: ImageSource, content: bytes | np.ndarray, plan: StoragePlan) -> Encoded | str:
+    try:
+        return encode_image(content, plan)
+    except (MemoryError, UserError):  # the machine's fault, not the image's
+        raise
+    except UnidentifiedImageError:
+        return "not an image that Pillow can read"
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        if isinstance(error, ImportError) or (isinstance(error, OSError) and error_number(error) is not None):
+            raise machine_error(source, error, "cannot be converted") from error
+        return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _required(name: str) -> Iterator[None]:
+    """Turn any error of the block, which uses a library, into a UserError: it is not the fault of an image."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{name} does not work on this machine ({reason}): `fastssl doctor` may tell why. Run the same command "
+            "again when it works; what is finished is kept."
+        ) from error
 
 
 def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
@@ -154,9 +182,10 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
     else:
         pixels = _decode(image, file_bytes, target, plan)
         if (pixels.shape[1], pixels.shape[0]) != target:
-            from fastssl.beton.resize import resize  # imports numba, which not every build needs
+            with _required("numba"):
+                from fastssl.beton.resize import resize  # imports numba, which not every build needs
 
-            pixels = resize(pixels, target[1], target[0])
+                pixels = resize(pixels, target[1], target[0])
         image = Image.fromarray(pixels)
     if orientation in TRANSPOSITIONS:
         image = image.transpose(TRANSPOSITIONS[orientation])
@@ -277,18 +306,3 @@ def _to_rgb(image: Image.Image, file_bytes: bytes, plan: StoragePlan) -> Image.I
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def read_image_bytes(source: ImageFile) -> bytes:
-    """Return the bytes of an image file, from where `Sample.image` says."""
-    if isinstance(source, bytes):
-        return source
-    if callable(source):
-        return source()
-    path, offset, size = source if isinstance(source, tuple) else (source, 0, -1)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        content = file.read(size)
-    if size > len(content):
-        raise ValueError(f"{path} ends within this image, at byte {offset + len(content):,}")
-    return content

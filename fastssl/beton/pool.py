@@ -28,10 +28,12 @@ from fastssl.beton.format import ROW, allocate
 from fastssl.beton.images import Case, StoragePlan, encode_all
 from fastssl.beton.source import ImageSource
 from fastssl.common.errors import UserError
+from fastssl.common.files import machine_fix
 
 COPIED = (  # fields of images.Encoded that format.ROW has too
     *("case", "mode", "width", "height", "source_width", "source_height", "source_format", "is_nearly_black"),
 )
+NONE_FAILED = 2**63 - 1
 CHUNK = 32  # images per task
 TASKS_PER_WORKER = 16  # submitted at a time: enough to do while a worker waits for a slow disk
 
@@ -51,7 +53,7 @@ class Turns:
         self._changed = context.Condition()
         self._turn = context.Value("q", 0, lock=False)
         self._position = context.Value("q", 0, lock=False)
-        self._failed = context.Value("b", False, lock=False)
+        self._failed = context.Value("q", NONE_FAILED, lock=False)  # the first chunk that failed
 
     def restart(self, position: int) -> None:
         """Begin again with chunk 0, at byte `position` of the file. No worker may be waiting."""
@@ -61,8 +63,8 @@ class Turns:
     def reserve(self, turn: int, sizes: list[int]) -> list[int]:
         """Wait for chunk `turn` to be the next one. Return the positions in the file for samples of these sizes."""
         with self._changed:
-            self._changed.wait_for(lambda: self._turn.value == turn or self._failed.value)
             # If a later chunk has failed already, this one is still written: the user gets the first error in order.
+            self._changed.wait_for(lambda: self._turn.value == turn or self._failed.value < turn)
             if self._turn.value != turn:
                 raise RuntimeError("an earlier chunk failed")
             pointers, self._position.value = allocate(sizes, self._position.value)
@@ -70,10 +72,10 @@ class Turns:
             self._changed.notify_all()
         return pointers
 
-    def fail(self) -> None:
-        """Wake all workers that wait for a turn which will never be taken."""
+    def fail(self, turn: int) -> None:
+        """Wake all workers that wait for a turn after this one, which will never be taken."""
         with self._changed:
-            self._failed.value = True
+            self._failed.value = min(self._failed.value, turn)
             self._changed.notify_all()
 
 
@@ -115,7 +117,11 @@ class Pool:
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[Pool]:
     """Start worker processes that end with the block. A worker that dies raises UserError."""
-    pool = Pool(workers)
+    try:
+        pool = Pool(workers)
+    except OSError as error:
+        fix = machine_fix(error) or "make room in /dev/shm, or mount it, with write access"
+        raise UserError(f"The worker processes cannot be started ({error.strerror or error}): {fix}.") from error
     try:
         yield pool
     except (BrokenProcessPool, MemoryError) as error:
@@ -164,7 +170,7 @@ def _write_encoded(path: Path, turn: int, images: list[ImageSource], plan: Stora
         good = [result for result in results if not isinstance(result, str)]
         pointers = _turns.reserve(turn, [len(image.payload) for image in good])
     except BaseException:
-        _turns.fail()
+        _turns.fail(turn)
         raise
 
     with open(path, "r+b") as file:

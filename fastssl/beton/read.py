@@ -5,6 +5,7 @@ with numpy, in a fraction of a second per million samples: a truncated, damaged 
 Files of stock FFCV are read too. Images are not decoded here.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -125,17 +126,31 @@ class _Checked(NamedTuple):
     image_bytes: np.ndarray
 
 
+def map_file(path: Path) -> np.ndarray:
+    """Return the bytes of a file, mapped: they are read from the disk when they are used."""
+    try:
+        # numba dispatches slowly on a memmap.
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise UserError(
+            f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than the limit on the address space of a process "
+            "leaves: raise it (ulimit -v; on Grid Engine h_vmem). A mapped file takes address space, not memory."
+        ) from error
+
+
 def _read_checked(path: Path) -> _Checked:
     try:
         with open(path, "rb") as file:
             # numpy cannot map an empty file.
-            content = np.memmap(file, np.uint8, mode="r") if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
+            content = map_file(path) if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
     except FileNotFoundError:
         # Shipped recipes read data/DATASET/train.beton.
         builder = path.parent.name if path.parent.name in builder_names() else "imagefolder"
         command = f"fastssl build-beton {builder} --source DIR --out {path.parent}"
         raise UserError(f"No file {path}: make it with `{command}`, or name another.") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         return _check_tables(content)

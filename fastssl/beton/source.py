@@ -10,8 +10,9 @@ import itertools
 import os
 import pickle
 import pkgutil
+import stat
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
@@ -251,17 +252,34 @@ def file_of(image: ImageSource) -> str | os.PathLike[str] | None:
     return path if isinstance(path, str | os.PathLike) else None
 
 
-def changed_since(samples: Iterable[Sample], time_ns: int) -> bool:
-    """Return whether any sample's file is gone, or was written, moved or replaced after `time_ns` (since the epoch)."""
+def changed_since(
+    samples: Sequence[Sample], indices: Iterable[int], time_ns: int, missing: Container[int] = ()
+) -> bool:
+    """Return whether the file of any of these samples was written, moved, replaced or deleted after a time.
+
+    Args:
+        samples: all samples of the split.
+        indices: which of them to look at.
+        time_ns: since the epoch, by the clock of the file system.
+        missing: indices of samples whose files did not exist then: they have changed if they exist now.
+    """
     previous = None
-    for image, _, _ in samples:
-        path = file_of(image)
+    for index in indices:
+        path = file_of(samples[index].image)
         if path is None or path == previous:
             continue
         previous = path
         try:
-            if os.stat(path).st_ctime_ns > time_ns:
-                return True
+            found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode):
+                # The link may be new and its file old.
+                if found.st_ctime_ns > time_ns:
+                    return True
+                found = os.stat(path)
         except OSError:
+            if index not in missing:
+                return True
+            continue
+        if found.st_ctime_ns > time_ns or index in missing:
             return True
     return False

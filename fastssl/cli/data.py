@@ -1,5 +1,6 @@
 """`fastssl build-beton` and `fastssl inspect`: make .beton files and show their contents."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,6 +23,9 @@ def build_beton(
     workers: Annotated[int | None, Option(help="number of processes (default: all cores)")] = None,
     limit: Annotated[int | None, Option(help="use at most this many images of each split")] = None,
     strict: Annotated[bool, Option("--strict", help="stop at the first bad image")] = False,
+    allow_bad: Annotated[
+        str | None, Option(metavar="N%", help="share of bad images that is no error (default: 1%, or 10 images)")
+    ] = None,
     download: Annotated[bool, Option("--download", help="download the data set to --source first")] = False,
     range_: Annotated[
         str, Option("--range", help="values that become 0 and 255 of more than 8 bits: auto, full or LOW,HIGH")
@@ -44,9 +48,19 @@ def build_beton(
         return
     if builder is None or out is None:
         raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
-    value_range = parse_range(range_)
     options = beton.BuildOptions(
-        canvas, max_side, quality, order, workers, limit, strict, download, value_range, max_megapixels, splits
+        canvas=canvas,
+        max_side=max_side,
+        quality=quality,
+        order=order,
+        workers=workers,
+        limit=limit,
+        strict=strict,
+        allow_bad=None if allow_bad is None else _percent(allow_bad),
+        download=download,
+        value_range=parse_range(range_),
+        max_megapixels=max_megapixels,
+        splits=splits,
     )
     if dry_run:
         _print_estimate(beton.estimate_build(builder, source, out, options))
@@ -74,6 +88,16 @@ def build_beton(
     if any(report.bad for report in reports):
         print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
     print(printable(result.account))
+    if result.problem:
+        print(f"fastssl: {printable(result.problem)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--allow-bad is {text!r}; it must be a percentage such as 5%.") from None
 
 
 def _images_and_classes(images: int, classes: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import BetonInfo, read_names, read_samples
+from fastssl.beton.read import map_file
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
@@ -48,7 +49,7 @@ class Samples(NamedTuple):
 
         return cls(
             path=info.path,
-            file=np.asarray(np.memmap(info.path, np.uint8, mode="r")),  # numba dispatches slowly on a memmap
+            file=map_file(info.path),
             start_N=start_N,
             size_N=size_N,
             mode_N=np.ascontiguousarray(image["mode"]),

@@ -340,7 +340,7 @@ def test_a_worker_without_memory_is_a_user_error(tmp_path, monkeypatch):
 def test_a_chunk_is_written_although_a_later_one_has_failed():
     turns = pool.Turns(multiprocessing.get_context("spawn"))
     turns.restart(100)
-    turns.fail()  # as chunk 1 would
+    turns.fail(1)
     assert len(turns.reserve(0, [10, 20])) == 2
     with pytest.raises(RuntimeError, match="earlier chunk"):
         turns.reserve(2, [10])

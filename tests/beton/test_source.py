@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastssl.beton import LeftOut, Sample
-from fastssl.beton.images import read_image_bytes
+from fastssl.beton.reading import read_image_bytes
 from fastssl.beton.source import SampleList, changed_since, list_splits
 from fastssl.common.errors import UserError
 
@@ -70,8 +70,8 @@ def test_a_function_that_reads_an_image_tells_its_file_by_an_attribute(tmp_path)
     reader = partial(path.read_bytes)
     reader.path = str(path)
     for image in (reader, str(path), path, (str(path), 0, 3)):
-        assert not changed_since([Sample(image, 0, "a")], before)
-        assert changed_since([Sample(image, 0, "a")], before - 1)
+        assert not changed_since([Sample(image, 0, "a")], [0], before)
+        assert changed_since([Sample(image, 0, "a")], [0], before - 1)
     path.unlink()
-    assert changed_since([Sample(reader, 0, "a")], before)
-    assert not changed_since([Sample(lambda: b"", 0, "a")], before)
+    assert changed_since([Sample(reader, 0, "a")], [0], before)
+    assert not changed_since([Sample(lambda: b"", 0, "a")], [0], before)

@@ -17,7 +17,7 @@ from scipy.io import savemat
 from beton_builders import imagenet, imagenet100, tinyimagenet
 from beton_builders._shards import tar_members
 from fastssl.beton import Sample, build_beton, read_metadata
-from fastssl.beton.images import read_image_bytes
+from fastssl.beton.reading import read_image_bytes
 from fastssl.common.errors import UserError
 
 

@@ -14,7 +14,7 @@ from test_builders_large import colour, jpeg, listed, names, tar_bytes, write, w
 
 from beton_builders import csv, parquet, webdataset
 from fastssl.beton import LeftOut, Sample, build_beton, read_header, read_labels, read_metadata
-from fastssl.beton.images import read_image_bytes
+from fastssl.beton.reading import read_image_bytes
 
 
 def assert_built(report, expected: list[tuple[str, int]], pictures: list[str]) -> None:

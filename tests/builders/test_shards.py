@@ -13,7 +13,7 @@ from test_builders_large import jpeg, listed, tar_bytes, write_tar
 from beton_builders import parquet, webdataset
 from beton_builders._shards import files_by_split, split_of
 from fastssl.beton import LeftOut, Sample
-from fastssl.beton.images import read_image_bytes
+from fastssl.beton.reading import read_image_bytes
 
 IMAGES = [jpeg(f"{number}.jpg") for number in range(4)]
 
