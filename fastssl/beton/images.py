@@ -191,9 +191,9 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
         image = image.transpose(TRANSPOSITIONS[orientation])
 
     # Encode.
-    is_nearly_black = bool(np.asarray(image).max() < NEARLY_BLACK)
     if plan.storage == "raw":
         payload, mode = image.tobytes(), RAW
+        pixels = np.frombuffer(payload, np.uint8)
     else:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
@@ -203,6 +203,7 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
             f"takes {len(payload):,} bytes as a JPEG, more than a page of {PAGE_SIZE:,}; "
             "a smaller --max-side or --quality makes it fit"
         )
+    is_nearly_black = bool(pixels.max() < NEARLY_BLACK)
     size = image.height, image.width, source_height, source_width
     return Encoded(payload, mode, *size, case, is_nearly_black, source_format)
 
