@@ -268,9 +268,8 @@ def _choose_case(image: Image.Image, file_bytes: bytes, orientation: int, plan: 
     if len(file_bytes) > PAGE_SIZE:
         return Case.LARGER_THAN_PAGE
     try:
-        if jpeg.read_size(file_bytes) != (image.height, image.width):
-            return Case.DECODER_REFUSED
-        return Case.DECODER_WARNING if jpeg.check(file_bytes) else Case.PASSED_THROUGH
+        warning = jpeg.check(file_bytes, (image.height, image.width))
+        return Case.DECODER_WARNING if warning else Case.PASSED_THROUGH
     except ValueError:
         return Case.DECODER_REFUSED
 
@@ -282,10 +281,9 @@ def _decode(image: Image.Image, file_bytes: bytes, target: tuple[int, int], plan
         room = min(image.width // (2 * target[0]), image.height // (2 * target[1]))
         shrink = next((factor for factor in (8, 4, 2) if room >= factor), 1)
         with contextlib.suppress(ValueError):  # unusual sampling factors, for example
-            if jpeg.read_size(file_bytes) == (image.height, image.width):
-                decoded = jpeg.decode(file_bytes, shrink)
-                if not decoded.warning:
-                    return decoded.pixels
+            decoded = jpeg.decode(file_bytes, shrink, (image.height, image.width))
+            if not decoded.warning:
+                return decoded.pixels
         # Pillow decides whether the image is complete.
     image.draft(None, (2 * target[0], 2 * target[1]))
     return np.array(_to_rgb(image, file_bytes, plan))

@@ -34,9 +34,15 @@ def read_size(content: bytes) -> tuple[int, int]:
     return height.value, width.value
 
 
-def decode(content: bytes, shrink: int = 1) -> DecodedJpeg:
-    """Decode to RGB at 1/shrink of the size, shrink 1, 2, 4 or 8. Raises ValueError if that fails."""
-    height, width = (-(-side // shrink) for side in read_size(content))
+def decode(content: bytes, shrink: int = 1, size: tuple[int, int] | None = None) -> DecodedJpeg:
+    """Decode to RGB at 1/shrink of the size, shrink 1, 2, 4 or 8.
+
+    Raises ValueError if that fails, or if the header does not state the expected `size` (height, width).
+    """
+    stated = read_size(content)
+    if size not in (None, stated):  # checked before there is memory for what a damaged header states
+        raise ValueError(f"{stated} px instead of {size} px")
+    height, width = (-(-side // shrink) for side in stated)
     pixels = np.empty((height, width, 3), np.uint8)
     with _decompressor() as handle:
         target = (pixels.ctypes.data, width, 0, height, TJPF_RGB, 0)
@@ -44,13 +50,13 @@ def decode(content: bytes, shrink: int = 1) -> DecodedJpeg:
         return DecodedJpeg(pixels, _warning(handle) if failed else "")
 
 
-def check(content: bytes) -> str:
-    """Return the decoder's warning about a JPEG, "" without one. Raises ValueError if it cannot be decoded.
+def check(content: bytes, size: tuple[int, int] | None = None) -> str:
+    """Return the decoder's warning about a JPEG, "" without one. Raises ValueError as `decode` does.
 
     Decoding at an eighth of the size reads every bit of the compressed stream, so it warns and fails as decoding in
     full does (tested with damaged files), but skips half of the arithmetic: 0.8 ms instead of 1.5 for 110 KB.
     """
-    return decode(content, shrink=8).warning
+    return decode(content, 8, size).warning
 
 
 def _warning(handle: c_void_p) -> str:
