@@ -14,6 +14,8 @@ from fastssl.common.files import machine_fix
 
 MISSING = "missing"  # the reason of a bad image whose file does not exist: the next build looks for it again
 
+LARGEST_FILE = 4 << 30  # bytes
+
 # What opening an entry gives if it is, for example, a folder, below a file, or a link to itself.
 ENTRY_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
 # Libraries raise these without a number.
@@ -32,9 +34,15 @@ def read_image_bytes(source: ImageFile) -> bytes:
     if callable(source):
         return source()
     path, offset, size = source if isinstance(source, tuple) else (source, 0, -1)
-    # Opening a named pipe would wait for a writer, reading a device might never end.
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    # Opening a named pipe would wait for a writer, and reading a device might never end. The kernel's own files call
+    # themselves regular: /proc/kmsg is empty and waits, /proc/kcore has 128 TB.
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
+    if status.st_size == 0:
+        raise ValueError("the file is empty")
+    if size < 0 and status.st_size > LARGEST_FILE:
+        raise ValueError(f"has {status.st_size / 1e9:,.0f} GB, more than an image")
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         content = file.read(size)

@@ -82,6 +82,14 @@ def test_only_regular_files_are_opened(tmp_path):
     assert results == ["ValueError: not a regular file"] * 3
 
 
+def test_files_that_wait_or_have_no_end_are_not_read(tmp_path):
+    """The kernel's own, and one of which most is a hole."""
+    with open(tmp_path / "hole.jpg", "wb") as file:
+        file.truncate(5 << 30)
+    results = encode_all(["/proc/kmsg", str(tmp_path / "hole.jpg")], PLAN)
+    assert results == ["ValueError: the file is empty", "ValueError: has 5 GB, more than an image"]
+
+
 @pytest.mark.parametrize("kind", ["gone", "empty", "linked"])
 def test_a_disk_that_is_away_stops_the_build_and_the_next_one_goes_on(kind, tmp_path):
     """The disk's folder is gone, or an empty mount point, or the images are links to it."""
