@@ -152,9 +152,9 @@ def test_hyperparameters_do_not_depend_on_test_labels(run, photos, tmp_path, pro
     for label in range(3):
         shutil.copytree(photos / "val" / f"class{label}", tmp_path / "poisoned" / "val" / f"class{(label + 1) % 3}")
         shutil.copytree(photos / "train" / f"class{label}", tmp_path / "poisoned" / "train" / f"class{label}")
-    build_beton("imagefolder", tmp_path / "poisoned", tmp_path / "poisoned", canvas=32, workers=1)
+    build_beton("imagefolder", tmp_path / "poisoned", tmp_path / "poisoned_b", canvas=32, workers=1)
     honest = evaluate_linear(*opened(folder), protocol=protocol)
-    poisoned = evaluate_linear(*opened(folder, val=tmp_path / "poisoned" / "val.beton"), protocol=protocol)
+    poisoned = evaluate_linear(*opened(folder, val=tmp_path / "poisoned_b" / "val.beton"), protocol=protocol)
     for key in ("chosen", "candidates", "hyperparameters"):
         assert poisoned[key] == honest[key]
     # The same guesses, only counted against other labels: columns of the confusion matrix keep their sums.
@@ -252,13 +252,13 @@ def test_user_errors_name_the_cause_and_the_fix(run, canvas, photos, tmp_path):
 
     (tmp_path / "one" / "train" / "only").mkdir(parents=True)
     Image.new("RGB", (16, 16)).save(tmp_path / "one" / "train" / "only" / "0.png")
-    build_beton("imagefolder", tmp_path / "one", tmp_path / "one", canvas=16, workers=1)
+    build_beton("imagefolder", tmp_path / "one", tmp_path / "one_b", canvas=16, workers=1)
     with pytest.raises(UserError, match="one class only"):
-        opened(folder, train=tmp_path / "one" / "train.beton")
+        opened(folder, train=tmp_path / "one_b" / "train.beton")
     shutil.copytree(photos / "val" / "class1", tmp_path / "other" / "val" / "a")
     shutil.copytree(photos / "val" / "class2", tmp_path / "other" / "val" / "class0")
-    build_beton("imagefolder", tmp_path / "other", tmp_path / "other", canvas=32, workers=1)
-    (other,) = (tmp_path / "other").glob("*.beton")
+    build_beton("imagefolder", tmp_path / "other", tmp_path / "other_b", canvas=32, workers=1)
+    (other,) = (tmp_path / "other_b").glob("*.beton")
     with pytest.raises(UserError, match="number their classes differently .class0 and a"):
         opened(folder, val=other)
 
@@ -386,10 +386,10 @@ def test_classes_without_training_images_are_never_guessed(run, photos, tmp_path
     for name in ("a", "c", "e", "f", "g"):  # known from val alone
         shutil.copytree(photos / "val" / "class0", tmp_path / "gaps" / "val" / name)
         (tmp_path / "gaps" / "train" / name).mkdir()
-    build_beton("imagefolder", tmp_path / "gaps", tmp_path / "gaps", canvas=32, workers=1)
-    labels = np.unique(read_labels(tmp_path / "gaps" / "train.beton"))
+    build_beton("imagefolder", tmp_path / "gaps", tmp_path / "gaps_b", canvas=32, workers=1)
+    labels = np.unique(read_labels(tmp_path / "gaps_b" / "train.beton"))
     result = evaluate_transfer(
-        load_run_encoder(folder, device="cpu"), find_target("gaps", tmp_path / "gaps"), "finetune", overrides=QUICK
+        load_run_encoder(folder, device="cpu"), find_target("gaps", tmp_path / "gaps_b"), "finetune", overrides=QUICK
     )
     assert len(labels) == 3 and "accuracy_top5" not in result["metrics"]
     confusion = np.load(folder / "eval" / result["confusion"])

@@ -501,8 +501,8 @@ def test_single_test_image_is_refused(canvas, photos, tmp_path):
         (tmp_path / "one" / "val" / name).mkdir()
     source = next((photos / "val" / "class1").iterdir())
     (tmp_path / "one" / "val" / "class1" / source.name).write_bytes(source.read_bytes())
-    build_beton("imagefolder", tmp_path / "one", tmp_path / "one", canvas=32, workers=1)
-    (path,) = (tmp_path / "one").glob("*.beton")
+    build_beton("imagefolder", tmp_path / "one", tmp_path / "one_b", canvas=32, workers=1)
+    (path,) = (tmp_path / "one_b").glob("*.beton")
     folder, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton"), "val": str(path)})
     with pytest.raises(UserError, match="has a single image"):
         evaluate_uncertainty(*opened(folder))
