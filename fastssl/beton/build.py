@@ -166,11 +166,7 @@ def build_beton(
         splits,
     )
     plan = options.plan(load_builder(builder).CANVAS)
-    if source is not None and out.resolve().is_relative_to(source.resolve()):
-        raise UserError(
-            f"--out {out} is in --source {source}, where a later build would take it for a part of the data set: "
-            "choose a folder outside of it."
-        )
+    _refuse_output_in_source(source, out)
     if download:
         download_dataset(builder, source)
     recorded: dict[str, Any] = {
@@ -198,6 +194,14 @@ def build_beton(
     stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
     problem = _too_many_bad(reports, allow_bad, out)
     return BuildReport(reports, problem, account_for_files(builder, source, listed, stored, bad))
+
+
+def _refuse_output_in_source(source: Path | None, out: Path) -> None:
+    if source is not None and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"--out {out} is in --source {source}, where a later build would take it for a part of the data set: "
+            "choose a folder outside of it."
+        )
 
 
 def _too_many_bad(reports: list[SplitReport], allow_bad: float | None, out: Path) -> str | None:
@@ -363,6 +367,7 @@ class BuildEstimate(NamedTuple):
 
 def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
     """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
+    _refuse_output_in_source(source, out)
     plan = options.plan(load_builder(builder).CANVAS)
     splits = list_splits(builder, source, options.order, options.limit, options.splits)
     with worker_pool(resolve_workers(options.workers)) as pool:

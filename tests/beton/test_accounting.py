@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from synthetic_images import jpeg_bytes, photo
 
-from fastssl.beton import build_beton
+from fastssl.beton import BuildOptions, build_beton, estimate_build
 from fastssl.cli import main
 from fastssl.common.errors import UserError
 
@@ -114,4 +114,6 @@ def test_the_source_is_not_written_to(out, tmp_path):
     path = tmp_path / "link" if out == "link" else source / out
     with pytest.raises(UserError, match="choose a folder outside of it"):
         build(source, path)
+    with pytest.raises(UserError, match="choose a folder outside of it"):
+        estimate_build("imagefolder", source, path, BuildOptions(workers=1))
     assert sorted(os.listdir(source / "cat")) == ["a.png"]
