@@ -20,7 +20,15 @@ same folder are X.beton.json (how X.beton was built, its classes, a checksum per
 (line i + 1: the name of the image with index i).
 """
 
-from fastssl.beton.build import BuildEstimate, BuildOptions, BuildReport, SplitReport, build_beton, estimate_build
+from fastssl.beton.build import (
+    BuildEstimate,
+    BuildOptions,
+    BuildReport,
+    SplitReport,
+    build_beton,
+    estimate_build,
+    recorded_plan,
+)
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.inspection import inspect_beton, subset_table
 from fastssl.beton.read import (
@@ -58,6 +66,7 @@ __all__ = [
     "read_metadata",
     "read_names",
     "read_samples",
+    "recorded_plan",
     "subset_table",
     "verify",
 ]

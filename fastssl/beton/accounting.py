@@ -16,17 +16,20 @@ from fastssl.beton.source import SourceSplit, as_utf8, file_of
 MOST_NAMES = 4  # suffixes, folders or names that are listed for a number
 
 
-def account_for_files(builder: str, source: Path | None, splits: list[SourceSplit], stored: int, bad: int) -> str:
+def account_for_files(
+    builder: str, source: Path | None, splits: list[SourceSplit], used: int, bad: int, use: str = "stored"
+) -> str:
     """Return what happened to each file below `source`, if it is a folder, and to each image that the builder listed.
 
     Args:
-        stored, bad: numbers of images of all splits. The listed images that are neither were left out by `limit`.
+        used, bad: numbers of images of all splits. The listed images that are neither were left out by `limit`.
+        use: what was done with the images that are good.
     """
     listed = sum(len(split.samples) for split in splits)
     images = {
-        "stored": stored,
+        use: used,
         "bad": bad,
-        "left out by --limit": listed - stored - bad,
+        "left out by --limit": listed - used - bad,
     }
     for split in splits:
         for reason, count in split.left_out.items():

@@ -24,7 +24,7 @@ from fastssl.beton.format import ALLOCATION, UNLABELLED, Manifest, data_start, m
 from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
-from fastssl.beton.ranges import Range, format_range
+from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
 from fastssl.beton.source import (
     ORDER_SEED,
@@ -194,6 +194,18 @@ def build_beton(
     stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
     problem = _too_many_bad(reports, allow_bad, out)
     return BuildReport(reports, problem, account_for_files(builder, source, listed, stored, bad))
+
+
+def recorded_plan(manifest: Manifest) -> StoragePlan:
+    """Return how the images of a file are stored, by its manifest. Raises UserError if it holds impossible values."""
+    canvas, max_side = manifest.get("canvas"), manifest.get("max_side")
+    quality = manifest.get("quality") or BuildOptions.quality  # null where no JPEG was encoded
+    value_range, megapixels = manifest.get("range", "full"), manifest.get("max_megapixels", MAX_MEGAPIXELS)
+    numbers = [quality, megapixels, *(side for side in (canvas, max_side) if side is not None)]
+    if len(numbers) < 3 or any(type(number) is not int for number in numbers) or not isinstance(value_range, str):
+        raise UserError("it has no canvas and no max_side, or a value that build-beton does not write")
+    options = BuildOptions(canvas, max_side, quality, value_range=parse_range(value_range), max_megapixels=megapixels)
+    return options.plan(default_canvas=0)  # not used, as there is one of the sides
 
 
 def _refuse_output_in_source(source: Path | None, out: Path) -> None:

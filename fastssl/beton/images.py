@@ -20,7 +20,7 @@ decoder decodes it without a warning. All other images are converted in this ord
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -109,7 +109,7 @@ class Encoded(NamedTuple):
     source_format: str  # Pillow's name of the file format, or PIXELS
 
 
-def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | str]:
+def encode_all(images: Sequence[ImageSource | Image.Image], plan: StoragePlan) -> list[Encoded | str]:
     """Encode some images. The result of a bad image is the reason why it is bad.
 
     Sets Pillow's limit of this process, which holds for every decoder: Pillow checks the size before others decode.
@@ -121,12 +121,14 @@ def encode_all(images: list[ImageSource], plan: StoragePlan) -> list[Encoded | s
             jpeg.turbojpeg()
     results: list[Encoded | str] = []
     for image in images:
-        content = image if isinstance(image, np.ndarray) else read_or_explain(image)
+        content = image if isinstance(image, np.ndarray | Image.Image) else read_or_explain(image)
         results.append(content if isinstance(content, str) else _encode_or_explain(image, content, plan))
     return results
 
 
-def _encode_or_explain(source: ImageSource, content: bytes | np.ndarray, plan: StoragePlan) -> Encoded | str:
+def _encode_or_explain(
+    source: ImageSource | Image.Image, content: bytes | np.ndarray | Image.Image, plan: StoragePlan
+) -> Encoded | str:
     try:
         return encode_image(content, plan)
     except (MemoryError, UserError):  # the machine's fault, not the image's
@@ -135,7 +137,8 @@ def _encode_or_explain(source: ImageSource, content: bytes | np.ndarray, plan: S
         return "not an image that Pillow can read"
     except Exception as error:  # decoders raise nearly anything on a damaged file
         if isinstance(error, ImportError) or (isinstance(error, OSError) and error_number(error) is not None):
-            raise machine_error(source, error, "cannot be converted") from error
+            file = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
+            raise machine_error(file, error, "cannot be converted") from error
         return f"{type(error).__name__}: {error}"
 
 
@@ -150,15 +153,15 @@ def _required(name: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{name} does not work on this machine ({reason}): `fastssl doctor` may tell why. Run the same command "
-            "again when it works; what is finished is kept."
+            "again when it works; a build goes on where it stopped."
         ) from error
 
 
-def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
+def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -> Encoded:
     """Decode, convert, resize and encode one image. A bad image raises, whatever the decoder raises.
 
     Args:
-        content: the bytes of an image file, or uint8 pixels (H, W) or (H, W, 3).
+        content: the bytes of an image file, uint8 pixels (H, W) or (H, W, 3), or an image that Pillow has opened.
         plan: how the image is stored.
     """
     image, file_bytes = _open(content, plan)  # a JPEG is not decoded yet
@@ -208,11 +211,13 @@ def encode_image(content: bytes | np.ndarray, plan: StoragePlan) -> Encoded:
     return Encoded(payload, mode, *size, case, is_nearly_black, source_format)
 
 
-def _open(content: bytes | np.ndarray, plan: StoragePlan) -> tuple[Image.Image, bytes]:
+def _open(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -> tuple[Image.Image, bytes]:
     """Return the image and the bytes of its file (b"" for pixels). Only a JPEG is not decoded yet.
 
     If Pillow refuses the file, it is opened without its metadata; these are then the bytes that are returned.
     """
+    if isinstance(content, Image.Image):
+        return content.copy(), b""  # decoded, with its EXIF, without the name of a format
     if isinstance(content, np.ndarray):
         is_grey_or_rgb = content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)
         if content.dtype != np.uint8 or not is_grey_or_rgb:

@@ -80,7 +80,7 @@ def read_or_explain(source: ImageFile) -> bytes | str:
             return MISSING
         raise UserError(
             f"{os.fsdecode(file)} cannot be read, because the folder {folder} is missing or empty: mount its disk, or "
-            "take the file out of the source, and run the same command again; what is finished is kept."
+            "take the file out of the source, and run the same command again; a build goes on where it stopped."
         ) from error
     except ImportError as error:
         raise machine_error(source, error, "cannot be read") from error
@@ -99,7 +99,9 @@ def machine_error(source: ImageSource, error: Exception, what: str) -> UserError
     name = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else "An image"
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     fix = (machine_fix(error) if isinstance(error, OSError) else None) or "check the disk and the machine"
-    return UserError(f"{name} {what} ({reason}): {fix}, and run the same command again; what is finished is kept.")
+    return UserError(
+        f"{name} {what} ({reason}): {fix}, and run the same command again; a build goes on where it stopped."
+    )
 
 
 def _holds_anything(folder: str) -> bool:

@@ -7,6 +7,7 @@ priors.py         learned priors: a mixture of Gaussians, the VampPrior
 ssl_model.py      the self-supervised model, which joins the above; with BYOL's predictor and target network
 classifier.py     the supervised baseline
 interface.py      ModelInput, ViewOutput, Embedding: what goes into a model and what comes out
+embed.py          what `embed` takes: tensors, which are checked, or image files and images
 build.py          from a recipe to its untrained model
 sync_bn.py        batch norm over all processes
 averaging.py      moving averages of weights

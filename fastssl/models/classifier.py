@@ -1,11 +1,13 @@
 """The supervised baseline: the same encoder and h head, with a linear classifier in place of the projector."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.common.randomness import NOISE_H, normals
+from fastssl.models.embed import ImageLike, check_input, embed_files
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import GaussianHead
 from fastssl.models.interface import Draws, Embedding, ModelInput, ViewOutput
@@ -24,6 +26,7 @@ class Classifier(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
+        self.recipe = recipe
         self.seed, self.samples = recipe.seed, recipe.embedding.samples
         self.encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
         width = cast(int, self.encoder.num_features)
@@ -52,8 +55,11 @@ class Classifier(nn.Module):
         return self.classifier(h.to(self.classifier.weight.dtype))
 
     @torch.inference_mode()
-    def embed(self, images: Tensor) -> Embedding:
-        """Embed images (B, 3, size, size) after `fastssl.views.eval_transform`. Runs in eval mode, as SSLModel's."""
+    def embed(self, images: Tensor | Sequence[ImageLike]) -> Embedding:
+        """Embed a float tensor (B, 3, size, size), or a list of paths, images or pixels, as `SSLModel.embed` does."""
+        if not isinstance(images, Tensor):
+            return embed_files(self, images)
+        check_input(images, self.recipe)
         with evaluating(self):
             h = self.encoder(images)
             if "h" not in self.heads:

@@ -1,7 +1,7 @@
 """The self-supervised model: encoder, projector, Gaussian heads, priors, and for BYOL a predictor and a target."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.common.randomness import NOISE_H, NOISE_Z, normals
 from fastssl.models.averaging import move_towards
+from fastssl.models.embed import ImageLike, check_input, embed_files
 from fastssl.models.encoder import build_encoder
 from fastssl.models.gaussian import GaussianHead
 from fastssl.models.interface import Draws, Embedding, ModelInput, ViewOutput
@@ -41,6 +42,7 @@ class SSLModel(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
+        self.recipe = recipe
         sizes, embedding = recipe.model.projector, recipe.embedding
         self.seed = recipe.seed
         self.samples, self.chunk = embedding.samples, embedding.chunk
@@ -112,11 +114,25 @@ class SSLModel(nn.Module):
             return mean_embedding(self.projector, self.heads, h.to(next(self.projector.parameters()).dtype))
 
     @torch.inference_mode()
-    def embed(self, images: Tensor) -> Embedding:
-        """Embed images (B, 3, size, size) after `fastssl.views.eval_transform`.
+    def embed(self, images: Tensor | Sequence[ImageLike]) -> Embedding:
+        """Embed images, in eval mode; the former mode is restored. The batch norms' running statistics do not change.
 
-        Runs in eval mode and restores the former mode. The batch norms' running statistics do not change.
+        Args:
+            images: a float tensor (B, 3, size, size) after `fastssl.views.eval_transform`, on the model's device. Or a
+                list of B paths of image files, images that Pillow has opened, or uint8 pixels (H, W) or (H, W, 3):
+                these are converted as the model's training images were, and transformed. A path is best, as the file
+                is then read as `fastssl build-beton` reads it.
+
+        Raises:
+            TypeError, ValueError: the tensor cannot be a result of the evaluation transform, or an image of the list is
+                bad; `fastssl embed` goes on after bad images.
+
+        Example:
+            >>> h, mu, sigma, space = fastssl.load_model("runs/zprob_barlow").embed(["a.jpg", "b.png"])
         """
+        if not isinstance(images, Tensor):
+            return embed_files(self, images)
+        check_input(images, self.recipe)
         with evaluating(self):
             h = self.encoder(images)
             if "h" in self.heads:

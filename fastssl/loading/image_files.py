@@ -1,0 +1,119 @@
+"""Batches of images that are in no .beton: converted as `build-beton` converts them, decoded as BetonLoader decodes.
+
+So the pixels are those of a .beton, bit for bit: a detector of unusual images must not see how they were stored.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastssl.beton import read_header, recorded_plan
+from fastssl.beton.format import UNLABELLED
+from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
+from fastssl.common.errors import UserError
+from fastssl.common.system import available_cores
+from fastssl.loading import kernels
+from fastssl.loading.decoding import Buffers, ThreadDecoder
+from fastssl.loading.loader import Batch
+from fastssl.loading.samples import CropMode, Cropping, Samples
+from fastssl.recipe import ViewsConfig
+
+IN_MEMORY = Path("images in memory")  # in place of the path of a .beton
+DEFAULT_QUALITY = 90  # of build-beton
+DEFAULT_CANVASES = (32, 64, 256)  # px; of the builders whose images have about the size of the views
+
+
+class Conversion(NamedTuple):
+    """How images are converted before an encoder sees them."""
+
+    plan: StoragePlan
+    is_recorded: bool  # by the file that the encoder was trained on; False: chosen by views.size
+    reason: str  # a sentence for the user
+
+
+def find_conversion(train: str | Path, views: ViewsConfig) -> Conversion:
+    """Return the conversion of the training file, which its manifest records; otherwise canvases by views.size."""
+    train = Path(train)
+    problem = f"{train} is not here" if not train.is_file() else f"{train.name}.json is not next to {train}"
+    if train.is_file() and (manifest := read_header(train).manifest) is not None:
+        try:
+            plan = recorded_plan(manifest)
+            return Conversion(plan, True, f"Images are converted as {train} was built: {describe_plan(plan)}.")
+        except UserError as error:
+            problem = f"{train.name}.json does not tell ({error})"
+    side = next((side for side in DEFAULT_CANVASES if views.size <= side), DEFAULT_CANVASES[-1])
+    plan = StoragePlan("canvas", side, DEFAULT_QUALITY, "full", MAX_MEGAPIXELS)
+    return Conversion(
+        plan,
+        False,
+        f"How the training images were converted is not known, as {problem}: by views.size={views.size}, images are "
+        f"converted to a {describe_plan(plan)}.",
+    )
+
+
+def describe_plan(plan: StoragePlan) -> str:
+    """Describe in a few words how images are stored."""
+    if plan.layout == "full":
+        return f"whole images of at most {plan.side} px, JPEG quality {plan.quality} where they are encoded"
+    pixels = "pixels" if plan.storage == "raw" else f"JPEG quality {plan.quality}"
+    return f"canvas of {plan.side} x {plan.side} px, {pixels}"
+
+
+def decode_batch(
+    images: Sequence[Encoded],
+    index: Sequence[int],
+    plan: StoragePlan,
+    views: ViewsConfig,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    augmented: bool = False,
+) -> Batch:
+    """Decode images that `encode_all` has encoded, to a batch as BetonLoader makes it for an evaluation.
+
+    Args:
+        images: of one plan.
+        index: a number for each image, from which the randomness of its views is derived.
+        plan: their plan.
+        views: the recipe's section.
+        device: of the batch.
+        batch_size: fill the batch up to so many images with repeated ones, which `valid` marks.
+        augmented: cut the crops of the training views, not the box of the evaluation transform, where the CPU crops.
+    """
+    size = max(len(images), batch_size or 0)
+    position_B = np.arange(size)
+    row_B = position_B % len(images)
+    size_N = np.array([len(image.payload) for image in images])
+    shape_N2 = np.array([(image.height, image.width) for image in images], np.int64)
+    samples = Samples(
+        path=IN_MEMORY,
+        file=np.frombuffer(b"".join(image.payload for image in images), np.uint8),
+        start_N=np.cumsum(size_N) - size_N,
+        size_N=size_N,
+        mode_N=np.array([image.mode for image in images], np.uint8),
+        shape_N2=shape_N2,
+        page_N=np.zeros(len(images), np.int64),
+        label_N=np.full(len(images), UNLABELLED),
+        index_N=np.array(index, np.int64),
+        height_N=np.array([image.source_height for image in images], np.int64),
+        width_N=np.array([image.source_width for image in images], np.int64),
+    )
+    # As evaluation.features.eval_loader: canvases are cropped on the device.
+    crop: CropMode = "gpu" if plan.layout == "canvas" else "cpu" if augmented else "eval"
+    decoder = ThreadDecoder(samples, Cropping(crop, views, 0, 2), available_cores(), Buffers(pinned=False))
+    try:
+        pending = decoder.begin(decoder.prepare(row_B, epoch=0))
+        pending.wait()
+    finally:
+        decoder.close()
+    if (pending.task.arrays.status_B == kernels.FAILED).any():
+        raise RuntimeError("turbojpeg does not decode what was encoded for it: `fastssl doctor` may tell why.")
+    label_B, index_B, height_B, width_B = (
+        torch.from_numpy(column_N[row_B]).to(device)
+        for column_N in (samples.label_N, samples.index_N, samples.height_N, samples.width_N)
+    )
+    valid_B = torch.from_numpy(position_B < len(images)).to(device)
+    return Batch(pending.task.image.to(device), label_B, index_B, height_B, width_B, valid_B)
