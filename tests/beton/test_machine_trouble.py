@@ -55,7 +55,7 @@ def photos(folder, count=3):
     [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.ETIMEDOUT],
 )
 def test_errors_of_the_machine_stop_the_build(number):
-    with pytest.raises(UserError, match=f"/data/photo.jpg cannot be read .{os.strerror(number)}.*what is finished is"):
+    with pytest.raises(UserError, match=f"/data/photo.jpg cannot be read .{os.strerror(number)}.*a build goes on"):
         encode_all([JPEG, Failing(number)], PLAN)
 
 
