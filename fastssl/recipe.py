@@ -22,6 +22,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
+PerChannel = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -82,8 +83,9 @@ class ViewsConfig(Section):
     gray: Probability = 0.2
     first: PerViewConfig = PerViewConfig(blur=1.0)
     second: PerViewConfig = PerViewConfig(blur=0.1, solarize=0.2)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # Of each channel in [0, 1], or one value for all channels; the defaults are ImageNet's.
+    mean: PerChannel = (0.485, 0.456, 0.406)
+    std: PerChannel = (0.229, 0.224, 0.225)
 
     @model_validator(mode="after")
     def check(self) -> "ViewsConfig":
@@ -115,6 +117,7 @@ class ProjectorConfig(Section):
 class ModelConfig(Section):
     backbone: str = "resnet18"
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
+    in_chans: Annotated[int, Field(ge=1, le=64)] = 3  # channels of the images; 3: RGB
     projector: ProjectorConfig = ProjectorConfig()
     init: str | None = None  # start from the weights of a run, a checkpoint or a .safetensors of timm
 
@@ -282,6 +285,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def check(self) -> "Recipe":
         objective, embedding = self.objective, self.embedding
+        for name, values in (("mean", self.views.mean), ("std", self.views.std)):
+            if len(values) not in (1, self.model.in_chans):
+                raise ValueError(
+                    f"views.{name} has {len(values)} values, and the images have model.in_chans={self.model.in_chans} "
+                    "channels: give a value for each channel or one for all, such as views.mean=[0.5] views.std=[0.25]"
+                )
         if not objective.has_projector and "z" in embedding.stochastic:
             raise ValueError(
                 f"embedding.stochastic={embedding.stochastic} needs a projector's z, which "

@@ -150,3 +150,27 @@ def test_dumped_recipe_holds_every_key(minimal):
     dumped = yaml.safe_load(load_recipe(minimal).to_yaml())
     assert set(dumped) == set(Recipe.model_fields)
     assert dumped["views"]["jitter"]["hue"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["model.in_chans=1"], "views.mean has 3 values"),
+        (["model.in_chans=5", "views.mean=[0.5]"], "views.std has 3 values"),
+        (["model.in_chans=2", "views.mean=[0.5, 0.4, 0.3]", "views.std=[1]"], "views.mean has 3 values"),
+        (["views.mean=[0.5, 0.4]"], "views.mean has 2 values"),
+        (["views.mean=[]"], "views.mean: "),
+        (["model.in_chans=0"], "model.in_chans: "),
+        (["model.in_chans=65"], "model.in_chans: "),
+    ],
+)
+def test_mean_and_std_fit_the_number_of_channels(minimal, overrides, named):
+    with pytest.raises(UserError, match=named):
+        load_recipe(minimal, overrides)
+
+
+@pytest.mark.parametrize("in_chans, values", [(1, "[0.5]"), (5, "[0.5]"), (3, "[0.5]"), (2, "[0.5, 0.4]")])
+def test_recipes_of_other_channels_survive_a_round_trip(minimal, in_chans, values):
+    recipe = load_recipe(minimal, [f"model.in_chans={in_chans}", f"views.mean={values}", f"views.std={values}"])
+    minimal.write_text(recipe.to_yaml())
+    assert load_recipe(minimal) == recipe

@@ -41,7 +41,7 @@ CHUNK_BYTES = 1 << 26  # of an array in a file read at a time, and of noise draw
 ABANDONED_AFTER = 86_400  # seconds after which an unfinished cache folder is the leftover of a killed process
 
 DType = Literal["float32", "float16"]
-# From a batch to the input of `embed`: (B, 3, size, size), or (B, V, 3, size, size) for V views of each image.
+# From a batch to the input of `embed`: (B, C, size, size), or (B, V, C, size, size) for V views of each image.
 MakeInput = Callable[[Batch], Tensor]
 
 
@@ -185,13 +185,13 @@ def eval_loader(
 
 
 def eval_input(views: ViewsConfig) -> MakeInput:
-    """The evaluation transform of each image: (B, 3, size, size)."""
+    """The evaluation transform of each image: (B, C, size, size)."""
     transform = eval_transform(views)
     return lambda batch: transform(batch.image, batch.height, batch.width)
 
 
 def augmented_input(views: ViewsConfig) -> MakeInput:
-    """Both training views of each image, as in the first epoch of a run with seed 0: (B, 2, 3, size, size)."""
+    """Both training views of each image, as in the first epoch of a run with seed 0: (B, 2, C, size, size)."""
     pair = PairedViews(views)
     return lambda batch: torch.stack(pair(batch.image, batch.index, 0, batch.height, batch.width), dim=1)
 

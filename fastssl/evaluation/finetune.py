@@ -169,7 +169,7 @@ def finetune_recipe(
         "seed": seed,
         "data": {"train": str(train_data.path.resolve()), "subset": subset, "workers": run.data.workers},
         "views": run.views.model_copy(update={**CROP_AND_FLIP, "eval": view or published_view}).model_dump(),
-        "model": {"backbone": run.model.backbone, "stem": run.model.stem},
+        "model": {"backbone": run.model.backbone, "stem": run.model.stem, "in_chans": run.model.in_chans},
         "embedding": {"stochastic": stochastic, "samples": run.embedding.samples, "beta": 0.0},
         "objective": {"name": "supervised", "classes": classes},
         "optim": OPTIM,

@@ -12,6 +12,7 @@ from fastssl.models.classifier import Classifier
 from fastssl.models.encoder import has_fixed_size
 from fastssl.models.exported import short_path, without_folders
 from fastssl.models.gaussian import GaussianHead
+from fastssl.recipe import Recipe
 
 CARD = "model_card.md"
 LIBRARY = {"timm": "timm", "safetensors": "fastssl", "onnx": "onnx"}
@@ -65,7 +66,7 @@ A {recipe.model.backbone} image encoder that was trained {"with" if supervised e
 
 | | |
 |---|---|
-| image | RGB; `views.eval: {views.eval}`: {area}, resized to a square |
+| image | {kind_of_image(recipe)}; `views.eval: {views.eval}`: {area}, resized to a square |
 | size | {views.size} x {views.size}, bilinear, antialiased where it shrinks |
 | range | [0, 1], then minus mean, divided by std |
 | mean | {list(views.mean)} |
@@ -118,6 +119,12 @@ The recipe, with shortened paths:
 """)
 
 
+def kind_of_image(recipe: Recipe) -> str:
+    """What the encoder takes, for a sentence."""
+    channels = recipe.model.in_chans
+    return {1: "gray, one channel", 3: "RGB"}.get(channels, f"{channels} channels")
+
+
 def describe_outputs(source: Source, format: str, sigma: bool) -> str:
     if "h" not in source.spaces:
         h = "the representation h"
@@ -129,25 +136,36 @@ def describe_outputs(source: Source, format: str, sigma: bool) -> str:
 
 
 def example_code(source: Source, file: str, format: str, sigma: bool) -> str:
-    """A program that embeds photo.jpg with the exported file. Its evaluation transform needs only Pillow and numpy."""
-    views = source.recipe.views
-    area, crop, box = "whole image", "", ""
+    """A program that embeds one image with the exported file. Its evaluation transform needs only Pillow and numpy."""
+    views, channels = source.recipe.views, source.recipe.model.in_chans
+    file_embedded = "photo.jpg" if channels in (1, 3) else "image.npy"
+    crop = box = ""
     if views.eval == "center":
-        area = "image's center"
         box = ", box=box"
         crop = f"""\
     side = {CENTER} * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = left, top, left + side, top + side
 """
+    area = "image's center" if crop else "whole image"
+    resize = f"resize(({views.size}, {views.size}), Image.BILINEAR{box})"
+    if channels in (1, 3):
+        mode, each = ("RGB", "") if channels == 3 else ("L", "[..., None]")
+        read = f'    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")'
+        pixels = f"pixels = np.asarray(image.{resize}, np.float32){each} / 255"
+    else:
+        read = f"""\
+    bands = [Image.fromarray(band) for band in np.load(path)]  # uint8 ({channels}, H, W)
+    image = bands[0]"""
+        pixels = f"pixels = np.stack([np.float32(band.{resize}) for band in bands], 2) / 255"
     load = loading_code(source, file, format, sigma)
     if format == "onnx":
         imports = "import onnxruntime"
         outputs = "h, mu, sigma" if sigma else "(h,)"
-        use = f'session = {load}\n{outputs} = session.run(None, {{"images": preprocess("photo.jpg")}})'
+        use = f'session = {load}\n{outputs} = session.run(None, {{"images": preprocess("{file_embedded}")}})'
     else:
         imports = f"import {LIBRARY[format]}\nimport torch"
-        use = 'images = torch.from_numpy(preprocess("photo.jpg"))\n'
+        use = f'images = torch.from_numpy(preprocess("{file_embedded}"))\n'
         if sigma:
             use += f"model = {load}\nh, mu, sigma, space = model.embed(images)"
         else:
@@ -161,9 +179,9 @@ MEAN, STD = np.float32({list(views.mean)}), np.float32({list(views.std)})
 
 
 def preprocess(path):
-    """The {area} as a square of {views.size} pixels, normalized: (1, 3, {views.size}, {views.size}) float32."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-{crop}    pixels = np.asarray(image.resize(({views.size}, {views.size}), Image.BILINEAR{box}), np.float32) / 255
+    """The {area} as a square, normalized: (1, {channels}, {views.size}, {views.size}) float32."""
+{read}
+{crop}    {pixels}
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
 
 
@@ -177,6 +195,8 @@ def loading_code(source: Source, file: str, format: str, sigma: bool) -> str:
         backbone = source.recipe.model.backbone
         # Position embeddings must fit the image size.
         size = f", img_size={source.recipe.views.size}" if has_fixed_size(backbone) else ""
+        channels = source.recipe.model.in_chans
+        size += f", in_chans={channels}" if channels != 3 else ""
         return f'timm.create_model("{backbone}", num_classes=0{size}, checkpoint_path={name}).eval()'
     if format == "onnx":
         return f"onnxruntime.InferenceSession({name})"

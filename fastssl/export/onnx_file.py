@@ -19,7 +19,7 @@ BATCHES_CHECKED = (1, 3)  # batch sizes; the graph is traced with 2
 class EmbedTuple(nn.Module):
     """The model's `embed` with a tuple as its result, as ONNX needs it.
 
-    Images (B, 3, size, size) to h (B, D), and with `sigma` to mu and sigma (B, E).
+    Images (B, C, size, size) to h (B, D), and with `sigma` to mu and sigma (B, E).
     """
 
     def __init__(self, model: Model, sigma: bool):
@@ -49,7 +49,8 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
 
     Raises UserError if the backbone has an operation that ONNX lacks, or if the file's outputs differ from torch's.
     """
-    model, size, backbone = source.model, source.recipe.views.size, source.recipe.model.backbone
+    model, backbone = source.model, source.recipe.model.backbone
+    shape = (source.recipe.model.in_chans, source.recipe.views.size, source.recipe.views.size)
     parts: list[nn.Module] = [model.encoder]
     if sigma:
         parts.append(model.heads)
@@ -63,7 +64,7 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                embed, (torch.zeros(2, 3, size, size),), input_names=["images"], output_names=embed.output_names,
+                embed, (torch.zeros(2, *shape),), input_names=["images"], output_names=embed.output_names,
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, dynamo=True, verbose=False,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
@@ -76,10 +77,10 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
         node.metadata_props.clear()  # stack traces, which hold paths of this machine
     program.model.metadata_props.update({**source.header, "outputs": " ".join(embed.output_names)})
     program.save(path, external_data=False)
-    return compare_with_torch(path, embed, size)
+    return compare_with_torch(path, embed, shape)
 
 
-def compare_with_torch(path: Path, embed: EmbedTuple, size: int) -> float | None:
+def compare_with_torch(path: Path, embed: EmbedTuple, shape: tuple[int, int, int]) -> float | None:
     """The largest difference between onnxruntime and torch over all outputs, on random images; None: no onnxruntime.
 
     Raises UserError above TOLERANCE.
@@ -92,7 +93,7 @@ def compare_with_torch(path: Path, embed: EmbedTuple, size: int) -> float | None
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch in BATCHES_CHECKED:
-        images = torch.randn(batch, 3, size, size, generator=generator)
+        images = torch.randn(batch, *shape, generator=generator)
         for expected, found in zip(embed(images), session.run(None, {"images": images.numpy()})):
             difference = float(np.abs(found - expected.numpy()).max())
             # Written so that NaN is refused too.

@@ -57,6 +57,7 @@ class Source:
             "name": self.recipe.name,
             "backbone": self.recipe.model.backbone,
             "stem": self.recipe.model.stem,
+            "in_chans": str(self.recipe.model.in_chans),
             "stochastic": self.recipe.embedding.stochastic,
             "eval_transform": json.dumps(describe_eval_transform(self.recipe.views)),
             "checkpoint_sha256": self.checkpoint_sha256,

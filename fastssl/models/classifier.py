@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.common.randomness import NOISE_H, normals
 from fastssl.models.embed import ImageLike, check_input, embed_files
-from fastssl.models.encoder import build_encoder
+from fastssl.models.encoder import encoder_of
 from fastssl.models.gaussian import GaussianHead
 from fastssl.models.interface import Draws, Embedding, ModelInput, ViewOutput
 from fastssl.models.priors import make_prior
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.seed, self.samples = recipe.seed, recipe.embedding.samples
-        self.encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
+        self.encoder = encoder_of(recipe)
         width = cast(int, self.encoder.num_features)
         self.heads = nn.ModuleDict()
         self.priors = nn.ModuleDict()
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor | Sequence[ImageLike]) -> Embedding:
-        """Embed a float tensor (B, 3, size, size), or a list of paths, images or pixels, as `SSLModel.embed` does."""
+        """Embed a float tensor (B, C, size, size), or a list of paths, images or pixels, as `SSLModel.embed` does."""
         if not isinstance(images, Tensor):
             return embed_files(self, images)
         check_input(images, self.recipe)
@@ -68,5 +68,5 @@ class Classifier(nn.Module):
             return Embedding(q.mu, q.mu, q.sigma, "h")
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, size, size) as for `embed` -> logits (B, C), without noise."""
+        """Images as for `embed` -> logits (B, classes), without noise."""
         return self.mean_z(self.embed(images).h)

@@ -46,10 +46,10 @@ def check_input(images: Tensor, recipe: Recipe) -> None:
             not finite or far from normalized ones.
     """
     views = recipe.views
-    fix = "apply fastssl.views.eval_transform(recipe.views) to uint8 pixels (B, H, W, 3), or give a list of paths"
+    channels, shape = recipe.model.in_chans, tuple(images.shape)
+    fix = f"apply fastssl.views.eval_transform(recipe.views) to uint8 pixels (B, H, W, {channels}), or give a list of paths"
     if not images.is_floating_point():
         raise TypeError(f"embed takes a tensor of normalized floats, not of {images.dtype}: {fix}.")
-    channels, shape = len(views.mean), tuple(images.shape)
     if images.ndim != 4 or shape[1] != channels:
         one = " (images[None] makes a batch of one image)" if images.ndim == 3 else ""
         raise ValueError(f"embed takes a tensor (B, {channels}, H, W), not {shape}{one}: {fix}.")
@@ -63,7 +63,7 @@ def check_input(images: Tensor, recipe: Recipe) -> None:
     low, high = (float(x) for x in images.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("embed got values that are not finite: check what made the tensor.")
-    largest = max(max(mean, 1 - mean) / std for mean, std in zip(views.mean, views.std))
+    largest = max(max(mean, 1 - mean) / std for mean, std in np.broadcast(views.mean, views.std))
     if max(-low, high) > SLACK * largest:
         raise ValueError(
             f"embed takes normalized values, at most about {largest:.3g}, and got {low:.4g} to {high:.4g}: {fix}."
@@ -86,7 +86,7 @@ def embed_files(model: "Model", images: Sequence[ImageLike]) -> Embedding:
 
 
 def _input_batches(images: Sequence[ImageLike], recipe: Recipe, device: torch.device) -> Iterator[Tensor]:
-    """Yield the images after the evaluation transform, (B, 3, size, size)."""
+    """Yield the images after the evaluation transform, (B, C, size, size)."""
     conversion = find_conversion(recipe.data.train, recipe.views)
     if not conversion.is_recorded:
         warnings.warn(conversion.reason, stacklevel=2)

@@ -5,14 +5,21 @@ from typing import Any, Literal
 
 import timm
 from timm.models import is_model_in_modules
+from timm.models._manipulate import adapt_input_conv
 from timm.models.resnet import ResNet
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
+from fastssl.recipe import Recipe
 
 
-def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size: int) -> nn.Module:
-    """A timm model that maps views (B, 3, image_size, image_size) to h (B, encoder.num_features).
+def encoder_of(recipe: Recipe) -> nn.Module:
+    """The untrained encoder of a recipe."""
+    return build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size, recipe.model.in_chans)
+
+
+def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size: int, in_chans: int = 3) -> nn.Module:
+    """A timm model that maps views (B, in_chans, image_size, image_size) to h (B, encoder.num_features).
 
     Parameters keep timm's names. Weights are drawn from torch's global generator; nothing is ever downloaded.
 
@@ -31,7 +38,7 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             f"model.backbone: timm {timm.__version__} has no architecture {backbone!r}; "
             f"the nearest are {', '.join(nearest)}."
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"in_chans": in_chans}
     if has_fixed_size(backbone):  # a transformer, whose position embedding must fit our image size
         options["img_size"] = image_size
     # timm initializes the last batch norm of each block to zero. At 32 px with the ImageNet stem, that leaves only
@@ -48,11 +55,23 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
             raise UserError(
                 f"model.stem=small is defined for timm's ResNets only, not for {backbone}: set model.stem=imagenet."
             )
-        conv = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+        conv = nn.Conv2d(in_chans, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm initializes convolutions
         encoder.conv1 = conv
         encoder.maxpool = nn.Identity()
     return encoder
+
+
+def adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor | None:
+    """The weight of a layer that reads RGB images, for images of `in_chans` channels, as timm adapts it.
+
+    One channel: the sum over red, green and blue. More: the three are repeated in turn, scaled by 3 / in_chans. None if
+    timm cannot adapt such a layer.
+    """
+    try:
+        return adapt_input_conv(in_chans, weight)
+    except (NotImplementedError, AssertionError):
+        return None
 
 
 def has_fixed_size(backbone: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
 from fastssl.models.build import Model, build_model
-from fastssl.models.encoder import build_encoder
+from fastssl.models.encoder import encoder_of
 from fastssl.recipe import Recipe
 
 ENCODER = "encoder."
@@ -62,7 +62,7 @@ def load_exported_encoder(path: Path) -> nn.Module:
     recipe, weights = _read(path)
     own = {name.removeprefix(ENCODER): weight for name, weight in weights.items() if name.startswith(ENCODER)}
     try:
-        encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
+        encoder = encoder_of(recipe)
         encoder.load_state_dict(own)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise misfit(path, error) from None

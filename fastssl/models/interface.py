@@ -10,7 +10,7 @@ from fastssl.models.gaussian import DiagonalGaussian
 class ModelInput(NamedTuple):
     """One micro-batch of a training step."""
 
-    views: tuple[Tensor, ...]  # each (B, 3, size, size), normalized; as many as the objective takes (num_views)
+    views: tuple[Tensor, ...]  # each (B, C, size, size), normalized; as many as the objective takes (num_views)
     label: Tensor  # (B,) class, -1 where an image has none; only a Classifier reads it
     index: Tensor  # type: ignore[assignment]  # hides tuple.index; (B,) sample ids, from which the noise of an image is derived
     step: Tensor  # () int64, the optimizer step, from which the noise is derived too; a tensor, as torch.compile

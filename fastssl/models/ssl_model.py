@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastssl.common.randomness import NOISE_H, NOISE_Z, normals
 from fastssl.models.averaging import move_towards
 from fastssl.models.embed import ImageLike, check_input, embed_files
-from fastssl.models.encoder import build_encoder
+from fastssl.models.encoder import encoder_of
 from fastssl.models.gaussian import GaussianHead
 from fastssl.models.interface import Draws, Embedding, ModelInput, ViewOutput
 from fastssl.models.priors import make_prior
@@ -29,7 +29,7 @@ class TargetNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, v: Tensor) -> Tensor:
-        """View (B, 3, size, size) -> z (B, D), computed from the means where an embedding is stochastic."""
+        """View (B, C, size, size) -> z (B, D), computed from the means where an embedding is stochastic."""
         h = self.encoder(v)
         return mean_embedding(self.projector, self.heads, self.heads["h"](h).mu if "h" in self.heads else h)
 
@@ -46,7 +46,7 @@ class SSLModel(nn.Module):
         sizes, embedding = recipe.model.projector, recipe.embedding
         self.seed = recipe.seed
         self.samples, self.chunk = embedding.samples, embedding.chunk
-        self.encoder = build_encoder(recipe.model.backbone, recipe.model.stem, recipe.views.size)
+        self.encoder = encoder_of(recipe)
         widths = {"h": cast(int, self.encoder.num_features), "z": sizes.out}
         self.projector = Projector(widths["h"], sizes.hidden, sizes.out, sizes.layers)
         spaces = [] if embedding.stochastic == "none" else list(embedding.stochastic)
@@ -118,7 +118,7 @@ class SSLModel(nn.Module):
         """Embed images, in eval mode; the former mode is restored. The batch norms' running statistics do not change.
 
         Args:
-            images: a float tensor (B, 3, size, size) after `fastssl.views.eval_transform`, on the model's device. Or a
+            images: a float tensor (B, C, size, size) after `fastssl.views.eval_transform`, on the model's device. Or a
                 list of B paths of image files, images that Pillow has opened, or uint8 pixels (H, W) or (H, W, 3):
                 these are converted as the model's training images were, and transformed. A path is best, as the file
                 is then read as `fastssl build-beton` reads it.

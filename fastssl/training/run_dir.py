@@ -152,7 +152,7 @@ def _earlier_starts(path: Path) -> list[dict[str, object]]:
 def save_views(run_dir: Path, views: tuple[Tensor, ...], config: ViewsConfig) -> None:
     """Write views.png: the views of the first images as the encoder sees them, those of one image side by side.
 
-    views: (B, 3, size, size) each, normalized.
+    views: (B, C, size, size) each, normalized.
     """
     pixels = torch.cat([unnormalize(view[:IMAGES_SHOWN], config) for view in views], dim=3)
     size = views[0].shape[-1]

@@ -89,7 +89,7 @@ class TrainingRun:
     state: TrainState
     network: Network  # inside DistributedDataParallel and torch.compile, if the run has them
     no_sync: Callable[[], AbstractContextManager[None]]  # a context in which processes do not exchange gradients
-    views: Callable[[Batch, int], tuple[Tensor, ...]]  # batch and epoch -> views, each (B, 3, size, size)
+    views: Callable[[Batch, int], tuple[Tensor, ...]]  # batch and epoch -> views, each (B, C, size, size)
     guard: FiniteGuard
 
 

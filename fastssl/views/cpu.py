@@ -38,7 +38,7 @@ def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], v
     arrays: Parameters[np.ndarray] = Parameters(*[parameter.contiguous().numpy() for parameter in drawn])
     arguments = (
         source, box_N4.double().contiguous().numpy(), arrays,
-        np.array(views.mean, np.float32), np.array(views.std, np.float32), out.numpy(), np.zeros(1, np.int64),
+        np.full(3, views.mean, np.float32), np.full(3, views.std, np.float32), out.numpy(), np.zeros(1, np.int64),
     )  # fmt: skip
     # As many threads as torch may use, while the caller waits: never more busy threads than with torch alone.
     global _pool

@@ -1,7 +1,8 @@
 """The operations of the augmentation: pure functions of pixels and per-sample parameters, in torch operations.
 
 Each one equals torchvision's function of the same name, applied to each sample with its own parameters. After the crop,
-images are (N, 3, H, W) float32 RGB in [0, 1].
+images are (N, C, H, W) float32 in [0, 1]. Three channels are RGB. With another number of channels there is no color:
+the gray value is the mean over the channels, and saturation, hue and grayscale are left out.
 """
 
 import math
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastssl.recipe import ViewsConfig
-from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE
+from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 BLUR_RADIUS = 6  # pixels
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue, as in torchvision (ITU-R 601)
 SOLARIZE_THRESHOLD = 128 / 255
+RGB = 3  # channels of images that have colors
 
 
 def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int) -> Tensor:
@@ -29,7 +31,7 @@ def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_
 
     image_index_N: the image that each box belongs to. box_N4: top, left, height, width in pixels of the image, which
     may be fractional; pixels that a box touches count. flip_N: bool, True mirrors the result left to right.
-    Returns (N, 3, size, size) float32 in the range of the images.
+    Returns (N, C, size, size) float32 in the range of the images.
     """
     top_N, left_N, height_N, width_N = box_N4.float().unbind(1)
     y_NSK, weight_y_NSK = _taps(top_N, height_N, torch.zeros_like(flip_N), image_BHWC.shape[1], size)
@@ -69,6 +71,8 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """(N, 1, H, W): the gray value."""
+    if x.shape[1] != RGB:
+        return x.mean(dim=1, keepdim=True)
     r, g, b = x.unbind(1)
     return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b)[:, None]
 
@@ -80,14 +84,19 @@ def color_jitter(x: Tensor, apply_N: Tensor, order_N4: Tensor, factor_N4: Tensor
     one pointwise pass that ends in a mean, and contrast and the operations after it are another one.
 
     order_N4, factor_N4: see `Parameters`. Samples where apply_N is False stay as they are. with_hue=False leaves out
-    the arithmetic of the hue, for a strength of 0.
+    the hue, for a strength of 0; without RGB, saturation and hue are left out.
     """
+    is_rgb = x.shape[1] == RGB
+    with_hue &= is_rgb
+    skipped = () if with_hue else ((HUE,) if is_rgb else (SATURATION, HUE))
     contrast_at_N = (order_N4 == CONTRAST).int().argmax(dim=1)
 
     def pointwise(x: Tensor, stage: int, active_N: Tensor) -> Tensor:
         """Brightness (a blend with black), saturation (a blend with the gray image) or hue."""
         operation_N = order_N4[:, stage]
         factor = factor_N4.gather(1, operation_N[:, None])[:, :, None, None]
+        for skip in skipped:
+            active_N = active_N & (operation_N != skip)
         # CONTRAST stands for "no change" here.
         operation_N = torch.where(active_N, operation_N, CONTRAST)[:, None, None, None]
         other = torch.where(operation_N == BRIGHTNESS, 0.0, luma(x))
@@ -147,12 +156,12 @@ def solarize(x: Tensor, apply_N: Tensor) -> Tensor:
 
 
 def to_unit_range(image_BHWC: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [0, 1]."""
+    """(B, H, W, C) uint8 to (B, C, H, W) float32 in [0, 1]."""
     return image_BHWC.permute(0, 3, 1, 2).float() / 255
 
 
 def normalize(x: Tensor, views: ViewsConfig) -> Tensor:
-    """(x - views.mean) / views.std per channel."""
+    """(x - views.mean) / views.std, per channel or with one value for all channels."""
     return (x - _per_channel(views.mean, x)) / _per_channel(views.std, x)
 
 
@@ -161,5 +170,5 @@ def unnormalize(x: Tensor, views: ViewsConfig) -> Tensor:
     return (x * _per_channel(views.std, x) + _per_channel(views.mean, x)).clamp(0, 1)
 
 
-def _per_channel(values: tuple[float, float, float], x: Tensor) -> Tensor:
-    return torch.tensor(values, device=x.device).view(1, 3, 1, 1)
+def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
+    return torch.tensor(values, device=x.device).view(1, -1, 1, 1)

@@ -1,7 +1,7 @@
 """The augmented views of a batch, and the evaluation transform: from uint8 pixels to normalized floats.
 
 `torch_views` is the readable chain: the oracle of the tests, and what runs on a GPU, compiled. On a CPU the same chain
-runs in `cpu.cpu_views`, a kernel that is twenty times as fast as compiled torch operations.
+runs in `cpu.cpu_views`, a kernel for RGB images that is twenty times as fast as compiled torch operations.
 """
 
 from typing import Literal, Protocol
@@ -13,7 +13,7 @@ from fastssl.common.geometry import CENTER, crop_box, eval_box
 from fastssl.recipe import ViewsConfig
 from fastssl.views import operations
 from fastssl.views.cpu import cpu_views
-from fastssl.views.operations import crop_resize, normalize, to_unit_range
+from fastssl.views.operations import RGB, crop_resize, normalize, to_unit_range
 from fastssl.views.parameters import Parameters, draw_parameters, draw_uniforms, no_augmentation
 
 
@@ -40,9 +40,9 @@ class PairedViews(nn.Module):
         height: Tensor | None = None,
         width: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Make the views of a batch: `count` tensors (B, 3, size, size), float32, on the device of `image`.
+        """Make the views of a batch: `count` tensors (B, C, size, size), float32, on the device of `image`.
 
-        image: uint8, (B, H, W, 3), or (B, count, size, size, 3) with the crops that the loader has cut. index: (B,)
+        image: uint8, (B, H, W, C), or (B, count, size, size, 3) with the crops that the loader has cut. index: (B,)
         sample ids. height, width: (B,) sizes of the source images, in whose pixels the crop is drawn; None: those of
         `image`.
         """
@@ -52,7 +52,7 @@ class PairedViews(nn.Module):
         drawn = draw_parameters(u_NU, self.views, self.count)
         box_N4 = None if image.ndim == 5 else self.crop_boxes(u_NU, image, height, width)
         on_cpu = image.device.type == "cpu" and not torch.compiler.is_compiling()
-        make_views = cpu_views if on_cpu else torch_views
+        make_views = cpu_views if on_cpu and image.shape[-1] == RGB else torch_views
         return make_views(image, box_N4, drawn, self.views).chunk(self.count)
 
     def crop_boxes(self, u_NU: Tensor, image: Tensor, height: Tensor | None, width: Tensor | None) -> Tensor:
@@ -78,7 +78,7 @@ def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor],
     # A probability of 0 leaves out the operation's arithmetic, also in a compiled graph.
     if views.jitter.p > 0:
         x = operations.color_jitter(x, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=views.jitter.hue > 0)
-    if views.gray > 0:
+    if views.gray > 0 and x.shape[1] == RGB:
         x = operations.grayscale(x, drawn.gray_N)
     if max(view.blur for view in per_view) > 0:
         x = operations.gaussian_blur(x, drawn.blur_N, drawn.sigma_N)
@@ -88,9 +88,9 @@ def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor],
 
 
 class EvalTransform(Protocol):
-    """Map a uint8 batch to the input of an encoder: (B, 3, size, size) float32, normalized, on the batch's device.
+    """Map a uint8 batch to the input of an encoder: (B, C, size, size) float32, normalized, on the batch's device.
 
-    image: (B, H, W, 3), or (B, 1, size, size, 3) as cut by a loader with crop="eval". height, width: (B,) sizes of the
+    image: (B, H, W, C), or (B, 1, size, size, 3) as cut by a loader with crop="eval". height, width: (B,) sizes of the
     source images, in which the central square is square; None: those of `image`.
     """
 
@@ -118,7 +118,7 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
         height_B = torch.full_like(image_index_B, stored_h) if height is None else height
         width_B = torch.full_like(image_index_B, stored_w) if width is None else width
         box_B4 = eval_box(height_B, width_B, views.eval) * _stored_per_source(image, height_B, width_B)
-        if image.device.type == "cpu":
+        if image.device.type == "cpu" and image.shape[-1] == RGB:
             return cpu_views(image, box_B4, no_augmentation(count), views)
         no_flip_B = torch.zeros_like(image_index_B, dtype=torch.bool)
         return normalize(crop_resize(image, image_index_B, box_B4, no_flip_B, views.size) / 255, views)
@@ -127,7 +127,9 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
 
 
 def describe_eval_transform(views: ViewsConfig) -> dict[str, str | int | float | bool | list[float]]:
-    """Describe `eval_transform` for programs without fastssl, as values for a JSON file; its input is RGB in [0, 1].
+    """Describe `eval_transform` for programs without fastssl, as values for a JSON file; its input is in [0, 1].
+
+    mean and std have a value for each channel, or one for all of them.
 
     kind "squash": the whole image becomes a square of `size` pixels, whatever its aspect ratio. "center": its central
     square of `share` of the shorter side does.

@@ -281,12 +281,12 @@ def test_missing_onnx_packages_are_named_and_a_file_that_differs_is_refused(
     (h,) = run_onnx(path, images)
     np.testing.assert_allclose(h, model.embed(images).h.numpy(), rtol=1e-4, atol=1e-4)
     h = run_card(path.with_name("model_card.md"), photos / "train" / "class0" / "000.jpg", monkeypatch)["h"]
-    assert h.shape == (1, 96) and compare_with_torch(path, EmbedTuple(model, False), 32) < 1e-4
+    assert h.shape == (1, 96) and compare_with_torch(path, EmbedTuple(model, False), (3, 32, 32)) < 1e-4
     for change in (0.01, torch.nan):
         with torch.no_grad():
             model.encoder.bn1.bias[0] += change
         with pytest.raises(UserError, match="differs from torch by"):
-            compare_with_torch(path, EmbedTuple(model, False), 32)
+            compare_with_torch(path, EmbedTuple(model, False), (3, 32, 32))
 
 
 def run_card(card, photo, monkeypatch):

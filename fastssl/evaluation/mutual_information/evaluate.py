@@ -35,7 +35,7 @@ from fastssl.models import Classifier, Model
 from fastssl.models.gaussian import DiagonalGaussian, Prior
 from fastssl.models.ssl_model import SSLModel, evaluating
 
-# V is the evaluation transform of the image, averaged to SIDE x SIDE RGB pixels. It is a function of the image, so
+# V is the evaluation transform of the image, averaged to SIDE x SIDE pixels. It is a function of the image, so
 # I(V; .) is a lower bound of the information about the image itself.
 SIDE = 8
 ROWS = 4096  # representations that go through the projector at a time
@@ -182,7 +182,7 @@ def compute_representations(encoder: RunEncoder, images: BetonSubset, seed: int)
 
 @torch.inference_mode()
 def averaged_pixels(encoder: RunEncoder, images: BetonSubset) -> Tensor:
-    """Return V (N, 192): images under the evaluation transform, averaged to 8 x 8 RGB."""
+    """Return V (N, 64 C): images under the evaluation transform, averaged to 8 x 8 pixels of C channels."""
     views = encoder.recipe.views
     make_input = eval_input(views)
     parts = []

@@ -193,7 +193,7 @@ def minimum_norm_head(features_ND: Tensor, logits_NC: Tensor) -> LinearHead:
 
 
 def perturb_for_odin(model: Callable[[Tensor], Tensor], images: Tensor, std: tuple[float, ...]) -> Tensor:
-    """Move normalized images (B, 3, size, size) by 0.0014 of the pixel range towards their predicted class.
+    """Move normalized images (B, C, size, size) by 0.0014 of the pixel range towards their predicted class.
 
     model: computes logits from images, with gradients. std: the standard deviations by which images were normalized.
     """
