@@ -47,7 +47,8 @@ def check_input(images: Tensor, recipe: Recipe) -> None:
     """
     views = recipe.views
     channels, shape = recipe.model.in_chans, tuple(images.shape)
-    fix = f"apply fastssl.views.eval_transform(recipe.views) to uint8 pixels (B, H, W, {channels}), or give a list of paths"
+    pixels = f"uint8 pixels (B, H, W, {channels})"
+    fix = f"apply fastssl.views.eval_transform(recipe.views) to {pixels}, or give a list of paths"
     if not images.is_floating_point():
         raise TypeError(f"embed takes a tensor of normalized floats, not of {images.dtype}: {fix}.")
     if images.ndim != 4 or shape[1] != channels:
