@@ -29,7 +29,8 @@ class FiniteGuard:
 
     def remember(self) -> None:
         """Save the running statistics. Call it before the forward pass."""
-        torch._foreach_copy_(self.saved, self.buffers)
+        if self.buffers:  # a model without batch norms has none, and foreach functions refuse empty lists
+            torch._foreach_copy_(self.saved, self.buffers)
 
     def step(self, terms: dict[str, Tensor]) -> Tensor:
         """Step the optimizer, or skip the step. Call it after the backward pass.
