@@ -12,6 +12,7 @@ build.py          from a recipe to its untrained model
 sync_bn.py        batch norm over all processes
 averaging.py      moving averages of weights
 checkpoint.py     a training checkpoint, written and read; load_model, load_encoder
+image_size.py     which image sizes a backbone takes
 exported.py       the safetensors file of `fastssl export`, written and read
 """
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from fastssl.recipe import Recipe, ViewsConfig
 
+RESIZE_STEP = 32  # px between two sizes of views.progressive_resize
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -64,4 +66,11 @@ def image_size(views: ViewsConfig, epoch: int) -> int:
     if epoch >= end:
         return views.size
     share = max(0.0, (epoch - begin) / (end - begin))
-    return resize.size + int(share * (views.size - resize.size)) // 32 * 32
+    return resize.size + int(share * (views.size - resize.size)) // RESIZE_STEP * RESIZE_STEP
+
+
+def image_sizes(views: ViewsConfig) -> list[int]:
+    """All sides that `image_size` returns over the epochs, in px, the last one first."""
+    resize = views.progressive_resize
+    smaller = [] if resize is None else range(resize.size, views.size, RESIZE_STEP)
+    return [views.size, *smaller]

@@ -19,11 +19,12 @@ from fastssl.loading import Batch, BetonLoader, SampleSelection, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint, load_pretrained
 from fastssl.models.encoder import has_fixed_size
+from fastssl.models.image_size import check_image_size
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import make_optimizer
-from fastssl.training.schedule import Schedule, image_size, plan
+from fastssl.training.schedule import Schedule, image_size, image_sizes, plan
 from fastssl.training.state import TrainState
 from fastssl.training.tracking import require_trackers
 from fastssl.views import PairedViews
@@ -134,6 +135,8 @@ def check_combinations(recipe: Recipe, loader: BetonLoader) -> None:
         raise UserError(
             f"views.progressive_resize: {recipe.model.backbone} takes images of one size only, so leave it out."
         )
+    for size in image_sizes(recipe.views):
+        check_image_size(recipe.model, size, "views.size" if size == recipe.views.size else "views.progressive_resize")
     if isinstance(recipe.objective, SupervisedConfig):
         check_labels(loader, recipe.objective.classes)
 
