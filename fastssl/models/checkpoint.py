@@ -10,8 +10,6 @@ from typing import Any, TypedDict
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
@@ -165,48 +163,3 @@ def load_encoder(run_or_checkpoint: str | Path) -> nn.Module:
     if Path(run_or_checkpoint).suffix == ".safetensors":
         return load_exported_encoder(Path(run_or_checkpoint))
     return load_model(run_or_checkpoint).encoder
-
-
-def load_pretrained(model: Model, source: str) -> str:
-    """Fill a new model with the weights of `source`, for `model.init`. Returns a line about what was loaded.
-
-    All of the encoder must be in `source`; projector, classifier, heads and priors are loaded if names and shapes
-    agree.
-
-    Args:
-        source: a run, a checkpoint or an export of fastssl, or a .safetensors of timm for this backbone.
-    """
-    warning = ""
-    if Path(source).suffix == ".safetensors":
-        try:
-            weights = load_file(source)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"model.init: {source} is not a readable safetensors file: {error}.") from None
-        if not any(name.startswith("encoder.") for name in weights):  # timm's names; our exports have ours
-            weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-    else:
-        checkpoint = newest_checkpoint(source)
-        weights = checkpoint.weights
-        if not isinstance(weights, dict) or not all(_is_dense(value) for value in weights.values()):
-            raise UserError(f"model.init: {checkpoint.path} holds no weights that this version of fastssl knows.")
-        if checkpoint.warning:
-            warning = f"{checkpoint.warning} "
-    own = model.state_dict()
-    # BYOL's target starts as a copy of the online network, where the source has no target of its own.
-    online = {name: weights.get(name.removeprefix("target.")) for name in own if name.startswith("target.")}
-    weights = {name: tensor for name, tensor in online.items() if tensor is not None} | weights
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-    lacking = [name for name in own if name not in fitting]
-    of_encoder = [name for name in lacking if name.startswith("encoder.")]
-    if of_encoder:
-        raise UserError(
-            f"model.init: {source} lacks {len(of_encoder)} tensors of this encoder or has them in other shapes, such "
-            f"as {of_encoder[0]}: set model.backbone and model.stem to the values of that run."
-        )
-    model.load_state_dict(fitting, strict=False)
-    rest = f"; {len(lacking)} others start at random, such as {lacking[0]}" if lacking else ""
-    return f"{warning}Starting from {source}: {len(fitting)} tensors{rest}."
-
-
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided

@@ -17,9 +17,10 @@ from fastssl.common.distributed import broadcast_from_main, is_main_process, ran
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, SampleSelection, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
-from fastssl.models.checkpoint import Checkpoint, load_pretrained
+from fastssl.models.checkpoint import Checkpoint
 from fastssl.models.encoder import has_fixed_size
 from fastssl.models.image_size import check_image_size
+from fastssl.models.pretrained import load_pretrained
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
@@ -142,10 +143,10 @@ def check_combinations(recipe: Recipe, loader: BetonLoader) -> None:
 
 
 def make_model(recipe: Recipe, device: torch.device, pretrained: str | None) -> tuple[Model, list[str]]:
-    """The model in training mode with its first weights, and a remark on those that come from `pretrained`."""
+    """The model in training mode with its first weights, and remarks on those that come from `pretrained`."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe).to(device).to(memory_format=memory_format(recipe))
-    remarks = [load_pretrained(model, pretrained)] if pretrained else []
+    remarks = load_pretrained(model, recipe, pretrained) if pretrained else []
     if recipe.train.sync_bn and world_size() > 1:
         convert_batch_norms(model)
     return model.train(), remarks

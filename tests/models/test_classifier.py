@@ -189,7 +189,7 @@ def test_fine_tuning_starts_from_an_ssl_run_with_a_new_classifier(canvas, tmp_pa
 
     other = load_recipe("recipes/supervised.yaml", small(canvas, tmp_path / "x", THREE, "model.backbone=test_resnet",
                                                          f"model.init={ssl}", "model.stem=small"))  # fmt: skip
-    with pytest.raises(UserError, match="model.init: .* lacks 1 tensors of this encoder"):
+    with pytest.raises(UserError, match="model.init: .* has another stem: set model.stem=imagenet"):
         setup.prepare(other, torch.device("cpu"), None)
 
 

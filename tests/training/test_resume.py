@@ -408,7 +408,7 @@ def test_init_refuses_another_encoder_and_unreadable_files(canvas, tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("no weights")
     for init, keys, says in (
-        (old, ["model.backbone=resnet18"], "model.init: .* lacks .* encoder.conv1.weight"),
+        (old, ["model.backbone=resnet18"], "model.init: .* holds a test_resnet: set model.backbone=test_resnet"),
         (text, [], "not a readable safetensors"),
         (tmp_path / "nowhere", [], "holds no checkpoint"),
     ):
