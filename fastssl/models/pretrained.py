@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastssl.common.errors import UserError
 from fastssl.models.build import Model
-from fastssl.models.encoder import build_encoder
+from fastssl.models.encoder import adapt_input_channels, build_encoder
 from fastssl.models.exported import ENCODER
 from fastssl.models.weight_layouts import COUNTER, numbered, pair_by_order, sequences, torchvision_vit, without_chunks
 from fastssl.models.weights_file import WeightsFile, read_weights
@@ -62,9 +62,10 @@ class Keys(NamedTuple):
     backbone: str = "model.backbone="
     stem: str = "model.stem="
     size: str = "views.size="
+    in_chans: str | None = "model.in_chans="
 
 
-OPTIONS = Keys("--weights ", "--backbone ", "--stem ", "--size ")  # of `fastssl eval`
+OPTIONS = Keys("--weights ", "--backbone ", "--stem ", "--size ", None)  # of `fastssl eval`
 
 
 class Shapes(NamedTuple):
@@ -80,6 +81,7 @@ class Match:
     state: dict[str, Tensor] = field(repr=False)  # by the encoder's names
     used: set[str] = field(repr=False)  # names in the file
     resampled: dict[str, Shapes]
+    rgb: dict[str, Shapes]  # first convolutions for RGB images that were adapted to images of other channels
     other_shape: dict[str, Shapes]
     missing: list[str]
     matched: int  # elements of the encoder's parameters
@@ -227,28 +229,45 @@ def _candidates(inside: dict[str, Tensor], encoder: nn.Module) -> Iterator[_Cand
 def _fit(prefix: str, inside: Mapping[str, Tensor], candidate: _Candidate, encoder: nn.Module) -> Match:
     """Compare a state dict with the encoder's, tensor by tensor."""
     own = encoder.state_dict()
+    first_layers = _first_layers(encoder)
     state: dict[str, Tensor] = {}
     used: set[str] = set()
     resampled: dict[str, Shapes] = {}
+    rgb: dict[str, Shapes] = {}
     other_shape: dict[str, Shapes] = {}
     for name, target in own.items():
         if name not in candidate.state:
             continue
         tensor, old = candidate.state[name], candidate.origin[name]
         shapes = Shapes(tuple(inside[old].shape if old in inside else tensor.shape), tuple(target.shape))
+        changed = resampled
         if tensor.shape != target.shape:
             tensor = _resample_positions(name, tensor, target.shape)
+        if name in first_layers and _channels(tensor) == 3 != _channels(target):
+            adapted = adapt_input_channels(tensor, target.shape[1])
+            tensor, changed = (tensor, resampled) if adapted is None else (adapted, rgb)
         if tensor.shape != target.shape:
             other_shape[name] = shapes
             continue
         state[name] = tensor
         used.add(prefix + old)
         if shapes.there != shapes.here:
-            resampled[name] = shapes
+            changed[name] = shapes
     sizes = {name: parameter.numel() for name, parameter in encoder.named_parameters()}
     matched = sum(size for name, size in sizes.items() if name in state)
     missing = [name for name in own if name not in state and name not in other_shape and not name.endswith(COUNTER)]
-    return Match(prefix, state, used, resampled, other_shape, missing, matched, matched / sum(sizes.values()))
+    return Match(prefix, state, used, resampled, rgb, other_shape, missing, matched, matched / sum(sizes.values()))
+
+
+def _first_layers(encoder: nn.Module) -> list[str]:
+    """The names of the weights that images are multiplied with, as timm knows them."""
+    first = getattr(encoder, "pretrained_cfg", {}).get("first_conv") or ()
+    return [f"{name}.weight" for name in ([first] if isinstance(first, str) else first)]
+
+
+def _channels(weight: Tensor) -> int | None:
+    """Input channels of a convolution's weight."""
+    return weight.shape[1] if weight.ndim == 4 else None
 
 
 def _resample_positions(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -283,8 +302,8 @@ def require_encoder(weights: WeightsFile, encoder: nn.Module, recipe: Recipe, ke
 def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Recipe, keys: Keys) -> str:
     """Why a file does not fit, and what to do about it: the end of a sentence that begins with the file's name."""
     model, size = recipe.model, recipe.views.size
-    name, shapes = next(iter(match.other_shape.items()), ("", None))
-    wrong = f"{name} has shape {_text(shapes.there)} there and {_text(shapes.here)} here" if shapes else ""
+    name, shapes = next(iter(match.other_shape.items()), ("", Shapes((), ())))
+    wrong = f"{name} has shape {_text(shapes.there)} there and {_text(shapes.here)} here"
     if weights.recipe:
         theirs = weights.recipe.model
         if theirs.backbone != model.backbone:
@@ -293,7 +312,10 @@ def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Reci
             return f"has another stem: set {keys.stem}{theirs.stem}."
     elif stem := _fitting_stem(match, encoder):
         return f"has another stem, {wrong}: set {keys.stem}{stem}."
-    trained_at = _fitting_size(weights, recipe) if shapes and match.share >= MIN_SHARE else None
+    if name in _first_layers(encoder) and len(shapes.there) == 4 and shapes.there[1] != shapes.here[1]:
+        fix = f": set {keys.in_chans}{shapes.there[1]}" if keys.in_chans else ""
+        return f"is for images of {shapes.there[1]} channels, and these have {shapes.here[1]}{fix}."
+    trained_at = _fitting_size(weights, recipe) if name and match.share >= MIN_SHARE else None
     if trained_at:
         return (
             f"was trained at {keys.size}{trained_at}, and {name} of a {model.backbone} cannot be resampled to "
@@ -302,7 +324,7 @@ def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Reci
     holds = f"holds {100 * match.share:.3g} % of the parameters of {keys.backbone}{model.backbone}"
     if fitting := _suggest(weights, recipe, keys):
         return f"{holds}: it fits {fitting}."
-    if shapes:
+    if name:
         return f"{holds}; {wrong}: name the backbone that it was trained with."
     names = list(weights.tensors)
     some = ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
@@ -324,7 +346,7 @@ def _fitting_size(weights: WeightsFile, recipe: Recipe) -> int | None:
     if weights.recipe:
         return weights.recipe.views.size if weights.recipe.views.size != recipe.views.size else None
     for size in SIZES:
-        encoder = _try_to_build(recipe.model.backbone, recipe.model.stem, size)
+        encoder = _try_to_build(recipe, recipe.model.backbone, recipe.model.stem, size)
         if encoder is not None:
             match = find_encoder(weights, encoder)
             if match.share >= MIN_SHARE and not match.other_shape and not match.resampled:
@@ -332,11 +354,11 @@ def _fitting_size(weights: WeightsFile, recipe: Recipe) -> int | None:
     return None
 
 
-def _try_to_build(backbone: str, stem: Literal["imagenet", "small"], size: int) -> nn.Module | None:
+def _try_to_build(recipe: Recipe, backbone: str, stem: Literal["imagenet", "small"], size: int) -> nn.Module | None:
     """An encoder without memory for its weights, or None where it cannot be built for this image size."""
     try:
         with torch.device("meta"):
-            return build_encoder(backbone, stem, size)
+            return build_encoder(backbone, stem, size, recipe.model.in_chans)
     except Exception:  # of many types, raised by timm
         return None
 
@@ -346,7 +368,7 @@ def _suggest(weights: WeightsFile, recipe: Recipe, keys: Keys) -> str | None:
     best, settings = 0, None
     for backbone in COMMON_BACKBONES:
         for stem in STEMS if backbone.startswith("resnet") else STEMS[:1]:
-            encoder = _try_to_build(backbone, stem, recipe.views.size)
+            encoder = _try_to_build(recipe, backbone, stem, recipe.views.size)
             match = find_encoder(weights, encoder) if encoder is not None else None
             if match and match.share == 1 and not match.other_shape and match.matched > best:
                 best, settings = match.matched, f"{keys.backbone}{backbone} {keys.stem}{stem}"
@@ -384,6 +406,8 @@ def remarks_on(match: Match, weights: WeightsFile, used: set[str], recipe: Recip
             f"Resampled for {keys.size}{recipe.views.size}: {len(match.resampled)} tensors, such as {name} from "
             f"{_text(shapes.there)} to {_text(shapes.here)}."
         )
+    for name, shapes in match.rgb.items():
+        remarks.append(f"{name} was adapted from RGB to {shapes.here[1]} input channels, as timm does it.")
     if match.missing:
         remarks.append(f"Missing, so these keep their initial values: {_groups(match.missing, '')}.")
     left_out = [name for name in weights.tensors if name not in used and not name.endswith(COUNTER)]

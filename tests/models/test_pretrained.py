@@ -367,6 +367,32 @@ def test_where_a_size_cannot_be_changed_the_sentence_names_it(tmp_path, backbone
     assert "model.stem" not in str(error.value)
 
 
+# --- Other channels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnet18", "test_vit"])
+def test_weights_for_rgb_are_adapted_to_other_channels(tmp_path, backbone, channels):
+    recipe = recipe_for(backbone)
+    state = source_of(recipe).state_dict()
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"in_chans": channels})})
+    encoder = build_model(recipe).encoder
+    remarks = load_encoder_weights(encoder, recipe, str(saved(tmp_path, state)))
+    expected = timm.create_model(
+        backbone, num_classes=0, in_chans=channels, pretrained=True, **({"img_size": 32} if "vit" in backbone else {}),
+        pretrained_cfg_overlay={"state_dict": dict(state), "num_classes": 0},
+    ).eval()  # fmt: skip
+    images = torch.randn(2, channels, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.eval()(images), expected(images), rtol=1e-5, atol=1e-5)
+    assert f"was adapted from RGB to {channels} input channels" in " ".join(remarks)
+
+    back = recipe_for(backbone)
+    path = saved(tmp_path, encoder.state_dict())
+    with pytest.raises(UserError, match=f"is for images of {channels} channels, and these have 3: set model.in_chans="):
+        load_pretrained(build_model(back), back, str(path))
+
+
 # --- Wrong files -----------------------------------------------------------------------------------------------------
 
 
