@@ -119,7 +119,7 @@ class ModelConfig(Section):
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
     in_chans: Annotated[int, Field(ge=1, le=64)] = 3  # channels of the images; 3: RGB
     projector: ProjectorConfig = ProjectorConfig()
-    init: str | None = None  # start from the weights of a run, a checkpoint or a .safetensors of timm
+    init: str | None = None  # start from the weights of a run or of a file (docs/training.md, Weights from elsewhere)
 
 
 class EmbeddingConfig(Section):

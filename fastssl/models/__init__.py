@@ -13,6 +13,8 @@ sync_bn.py        batch norm over all processes
 averaging.py      moving averages of weights
 checkpoint.py     a training checkpoint, written and read; load_model, load_encoder
 image_size.py     which image sizes a backbone takes
+pretrained.py     weights from fastssl or from elsewhere into a new model: which part of a file is the encoder
+weights_file.py   all tensors of a file of weights; weight_layouts.py: the names of other libraries as timm's
 exported.py       the safetensors file of `fastssl export`, written and read
 """
 

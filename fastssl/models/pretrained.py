@@ -8,6 +8,7 @@ known layout, and resampled to the encoder's image size where timm can do it.
 import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,12 +47,11 @@ PREFERENCE: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 
 STEMS: tuple[Literal["imagenet", "small"], ...] = ("imagenet", "small")
-# Backbones that a sentence may suggest: small to large, so that a part of a large file does not suggest a small one.
+# Backbones that a sentence may suggest.
 COMMON_BACKBONES = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d", "convnext_tiny",
-    "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_small_patch8_224", "vit_base_patch16_224",
-    "vit_base_patch8_224", "vit_large_patch16_224", "vit_small_patch14_dinov2", "vit_base_patch14_dinov2",
-    "vit_large_patch14_dinov2", "swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "vit_tiny_patch16_224",
+    "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2",
+    "vit_base_patch14_dinov2", "convnext_tiny", "swin_tiny_patch4_window7_224",
 )  # fmt: skip
 
 
@@ -142,8 +142,11 @@ def load_encoder_weights(encoder: nn.Module, recipe: Recipe, source: str, keys: 
     require_finite(weights, match.state, keys)
     encoder.load_state_dict(match.state, strict=False)
     first = f"Weights of {source}: {len(match.state)} tensors{describe_match(match)}."
-    warnings = [weights.warning] if weights.warning else []
-    return [*warnings, first, *remarks_on(match, weights, match.used, recipe, keys)]
+    return [
+        *([weights.warning] if weights.warning else []),
+        first,
+        *remarks_on(match, weights, match.used, recipe, keys),
+    ]
 
 
 # --- The search for the encoder --------------------------------------------------------------------------------------
@@ -219,7 +222,8 @@ def _candidates(inside: dict[str, Tensor], encoder: nn.Module) -> Iterator[_Cand
         yield _Candidate(renamed, origin)
         if timm_filter is not None:
             try:
-                filtered = timm_filter(dict(renamed), encoder)
+                with warnings.catch_warnings(action="ignore"):  # about torch's functions that it calls
+                    filtered = timm_filter(dict(renamed), encoder)
             except Exception:  # noqa: S112, it was written for other names, and fails on these in its own ways
                 continue
             by_id = {id(renamed[name]): old for name, old in origin.items()}
@@ -401,10 +405,11 @@ def remarks_on(match: Match, weights: WeightsFile, used: set[str], recipe: Recip
     """What was resampled, what is missing, and what of the file was left out."""
     remarks = []
     if match.resampled:
-        name, shapes = next(iter(match.resampled.items()))
+        changes = [f"{name} from {_text(old)} to {_text(new)}" for name, (old, new) in match.resampled.items()]
+        rest = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         remarks.append(
-            f"Resampled for {keys.size}{recipe.views.size}: {len(match.resampled)} tensors, such as {name} from "
-            f"{_text(shapes.there)} to {_text(shapes.here)}."
+            f"Resampled as timm does for {keys.backbone}{recipe.model.backbone} and {keys.size}{recipe.views.size}: "
+            f"{', '.join(changes[:3])}{rest}."
         )
     for name, shapes in match.rgb.items():
         remarks.append(f"{name} was adapted from RGB to {shapes.here[1]} input channels, as timm does it.")
