@@ -10,7 +10,9 @@ A builder is a module of this package, found by its name (`fastssl build-beton N
 - `splits(source)`, which returns for each split its class names and its samples in a fixed order. It raises
   ValueError or FileNotFoundError with one sentence: what was expected, what was found, and how to fix it;
 - `SPLITS_BY_NAME = True`, if it takes splits from the names of folders or files. It then has
-  `splits(source, by_name=True)`, and with `by_name=False` (`--splits none`) no name is a split's.
+  `splits(source, by_name=True)`, and with `by_name=False` (`--splits none`) no name is a split's;
+- `LISTS_ARRAYS = True`, if it takes images by their suffix. `splits` then also has `arrays=False`, and with
+  `arrays=True` (`--channels` other than 3) .npy files are images.
 
 A builder may yield `LeftOut(reason, count)` among its samples: how many images of an archive or a table it leaves out,
 and why. (Files and folders of SOURCE that no sample names are counted without its help.)

@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
+ARRAY_SUFFIX = ".npy"  # an image only where --channels asks for another number of channels than RGB's
 # The words, in any case, by which the name of a folder or of a file tells its split: those of Hugging Face's datasets.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -103,12 +104,12 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in LITTER
 
 
-def has_image_suffix(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def has_image_suffix(name: str, arrays: bool = False) -> bool:
+    return name.lower().endswith((*IMAGE_SUFFIXES, ARRAY_SUFFIX) if arrays else IMAGE_SUFFIXES)
 
 
-def is_image(name: str) -> bool:
-    return has_image_suffix(name) and not is_litter(name)
+def is_image(name: str, arrays: bool = False) -> bool:
+    return has_image_suffix(name, arrays) and not is_litter(name)
 
 
 class Folder(NamedTuple):
@@ -184,18 +185,18 @@ def _is_loop(path: str) -> bool:
     return False
 
 
-def image_paths(folder: str) -> Iterator[str]:
+def image_paths(folder: str, arrays: bool = False) -> Iterator[str]:
     """Yield every image in `folder` and below it: the files of a folder first, then its subfolders, sorted by name."""
     for path, files, *_ in walk(folder):
         prefix = os.path.join(path, "")
         for name in files:
-            if has_image_suffix(name):
+            if has_image_suffix(name, arrays):
                 yield prefix + name
 
 
-def holds_images(folder: str) -> bool:
+def holds_images(folder: str, arrays: bool = False) -> bool:
     """Whether there is an image in the folder or below it."""
-    return next(image_paths(folder), None) is not None
+    return next(image_paths(folder, arrays), None) is not None
 
 
 def split_folders(builder: str, source: Path) -> dict[str, str]:

@@ -13,9 +13,9 @@ names such as train2017 and val2017. With
 The folder of a split may also hold images without class folders: they have no label. Classes are the folder names,
 sorted; every split with classes must have the same ones; a class may be empty. Folders inside a class are searched, and
 links to folders followed. Images are the files with a suffix of IMAGE_SUFFIXES in _files.py, such as .jpg .jpeg .jfif
-.png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .jp2 .tga, in upper or lower case. Hidden files and folders, and what
-other programs leave behind (LITTER there: __MACOSX, @eaDir, Thumbs.db, ...), are not read. Order: by class, then by
-path.
+.png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .jp2 .tga, in upper or lower case; with `--channels` other than 3 .npy
+too. Hidden files and folders, and what other programs leave behind (LITTER there: __MACOSX, @eaDir, Thumbs.db, ...),
+are not read. Order: by class, then by path.
 """
 
 import itertools
@@ -40,30 +40,34 @@ from fastssl.beton import Sample
 CANVAS = 256
 SOURCE = "the folder that holds your images"
 SPLITS_BY_NAME = True
+LISTS_ARRAYS = True
 
 
-def splits(source: Path, by_name: bool = True) -> Splits:
+def splits(source: Path, by_name: bool = True, arrays: bool = False) -> Splits:
     if not source.is_dir():
         raise ValueError(f"imagefolder expects a folder of images, and {source} is a file.")
     folders = split_folders("imagefolder", source) if by_name else {}
     if not folders:
-        classes = class_names(source)
+        classes = class_names(source, arrays)
         if by_name:
             refuse_split_words(source, classes)
         # Without split folders in SOURCE, one in a class at any depth means that SOURCE is a folder too high.
-        return {"train": (classes, samples(source, "", classes, by_name, any_depth=True))}
+        return {"train": (classes, samples(source, "", classes, by_name, arrays, any_depth=True))}
 
-    others = [name for name in class_folders(source) if split_word(name) is None and holds_images(f"{source}/{name}")]
+    others = [
+        name for name in class_folders(source) if split_word(name) is None and holds_images(f"{source}/{name}", arrays)
+    ]
     if others:
         raise ValueError(
             f"{source} holds {' and '.join(f'{name}/' for name in folders.values())} next to other folders of images, "
             f"{', '.join(f'{name}/' for name in others[:3])}{', ...' if len(others) > 3 else ''}: if all are classes, "
             "use --splits none; if only the first are splits, move the others elsewhere."
         )
-    classes_of = {split: class_names(source / folder) for split, folder in folders.items()}
+    classes_of = {split: class_names(source / folder, arrays) for split, folder in folders.items()}
     check_classes(source, folders, classes_of)
     return {
-        split: (classes, samples(source, folders[split], classes, by_name)) for split, classes in classes_of.items()
+        split: (classes, samples(source, folders[split], classes, by_name, arrays))
+        for split, classes in classes_of.items()
     }
 
 
@@ -93,11 +97,11 @@ def check_classes(source: Path, folders: dict[str, str], classes_of: dict[str, l
             )
 
 
-def class_names(root: Path) -> list[str]:
+def class_names(root: Path, arrays: bool) -> list[str]:
     """Return the class folders of `root`, sorted; none if the images lie directly in it."""
     folders = class_folders(root)
-    images = sorted(entry.name for entry in os.scandir(root) if is_image(entry.name) and not entry.is_dir())
-    filled = [name for name in folders if holds_images(f"{root}/{name}")] if images else folders
+    images = sorted(entry.name for entry in os.scandir(root) if is_image(entry.name, arrays) and not entry.is_dir())
+    filled = [name for name in folders if holds_images(f"{root}/{name}", arrays)] if images else folders
     if filled and images:
         raise ValueError(
             f"{root} holds both folders ({filled[0]}, ...) and images ({images[0]}, ...): move the images into class "
@@ -109,7 +113,7 @@ def class_names(root: Path) -> list[str]:
 
 
 def samples(
-    source: Path, split_folder: str, classes: list[str], by_name: bool, any_depth: bool = False
+    source: Path, split_folder: str, classes: list[str], by_name: bool, arrays: bool, any_depth: bool = False
 ) -> Iterator[Sample]:
     """Yield the images of a split, those of class folder n with label n.
 
@@ -121,7 +125,7 @@ def samples(
         top = os.path.join(prefix, split_folder, name).rstrip("/")
         # Images without classes lie directly in the folder.
         for folder in walk(top) if classes else itertools.islice(walk(top), 1):
-            images = [file for file in folder.files if has_image_suffix(file)]
+            images = [file for file in folder.files if has_image_suffix(file, arrays)]
             if images and by_name:
                 refuse_split_folder(source, top, folder.path, any_depth)
             for file in images:

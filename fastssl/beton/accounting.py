@@ -17,13 +17,20 @@ MOST_NAMES = 4  # suffixes, folders or names that are listed for a number
 
 
 def account_for_files(
-    builder: str, source: Path | None, splits: list[SourceSplit], used: int, bad: int, use: str = "stored"
+    builder: str,
+    source: Path | None,
+    splits: list[SourceSplit],
+    used: int,
+    bad: int,
+    use: str = "stored",
+    arrays: bool = False,
 ) -> str:
     """Return what happened to each file below `source`, if it is a folder, and to each image that the builder listed.
 
     Args:
         used, bad: numbers of images of all splits. The listed images that are neither were left out by `limit`.
         use: what was done with the images that are good.
+        arrays: whether .npy files are images.
     """
     listed = sum(len(split.samples) for split in splits)
     images = {
@@ -37,12 +44,12 @@ def account_for_files(
     noun = "images and other entries" if any(split.left_out for split in splits) else "images"
     parts = [f"Of {sum(images.values()):,} {noun}: " + _listed(images)]
     if source is not None and source.is_dir():
-        files = _classify(builder, str(source), splits)
+        files = _classify(builder, str(source), splits, arrays)
         parts.insert(0, f"Of {sum(files.values()):,} files in {source}: " + _listed(files))
     return as_utf8(" ".join(f"{part}." for part in parts))
 
 
-def _classify(builder: str, source: str, splits: list[SourceSplit]) -> dict[str, int]:
+def _classify(builder: str, source: str, splits: list[SourceSplit], arrays: bool) -> dict[str, int]:
     """Count the files below `source` by what they are to the builder."""
     rules = importlib.import_module("beton_builders._files")  # not at the start: it imports fastssl.beton
     hash_I = _hashes_of_files(splits)
@@ -60,7 +67,7 @@ def _classify(builder: str, source: str, splits: list[SourceSplit]) -> dict[str,
                 continue
             if folder.litter or rules.is_litter(name):
                 litter[folder.litter or name] += 1
-            elif rules.has_image_suffix(name):
+            elif rules.has_image_suffix(name, arrays):
                 unused_images += 1
                 folders[os.path.relpath(folder.path, source).split(os.sep)[0]] += 1
             else:

@@ -9,6 +9,7 @@ The same source and options give the same bytes, whatever the number of workers 
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -20,7 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastssl.beton.accounting import account_for_files
-from fastssl.beton.format import ALLOCATION, UNLABELLED, Manifest, data_start, manifest_path, names_path
+from fastssl.beton.format import (
+    ALLOCATION,
+    MOST_CHANNELS,
+    PAGE_SIZE,
+    RGB,
+    UNLABELLED,
+    Manifest,
+    data_start,
+    manifest_path,
+    names_path,
+)
 from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
@@ -66,6 +77,7 @@ class BuildOptions:
     value_range: Range = "full"  # (low, high) of pixels of more than 8 bits; "full": 0 to 65,535; "auto": by image
     max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
     splits: SplitRule = "auto"  # whether names such as train/ and validation/ tell splits; "none": no name does
+    channels: int = RGB  # of the stored images; 1: gray; others only of TIFF and .npy files (channels.py)
 
     def __post_init__(self) -> None:
         if self.canvas is not None and self.max_side is not None:
@@ -81,6 +93,12 @@ class BuildOptions:
             raise UserError(f"--allow-bad is {self.allow_bad:g} %; it must be from 0 to 100 %.")
         if self.max_megapixels < 1:
             raise UserError(f"--max-megapixels is {self.max_megapixels}; it must be 1 or more.")
+        if not 1 <= self.channels <= MOST_CHANNELS:
+            raise UserError(f"--channels is {self.channels}; it must be between 1 and {MOST_CHANNELS}.")
+        if self.channels != RGB and self.max_side is not None:
+            raise UserError(
+                f"--channels {self.channels} stores squares of pixels: use --canvas in place of --max-side."
+            )
         resolve_workers(self.workers)
 
     def plan(self, default_canvas: int) -> StoragePlan:
@@ -88,7 +106,12 @@ class BuildOptions:
         if self.max_side is not None:
             return StoragePlan("full", self.max_side, self.quality, self.value_range, self.max_megapixels)
         side = self.canvas or default_canvas
-        return StoragePlan("canvas", side, self.quality, self.value_range, self.max_megapixels)
+        if self.channels != RGB and side**2 * self.channels > PAGE_SIZE:
+            raise UserError(
+                f"Images of {side} x {side} px with {self.channels} channels take more than a page of "
+                f"{PAGE_SIZE:,} bytes: use --canvas {math.isqrt(PAGE_SIZE // self.channels)} or less."
+            )
+        return StoragePlan("canvas", side, self.quality, self.value_range, self.max_megapixels, self.channels)
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,7 @@ def build_beton(
     value_range: Range = "full",
     max_megapixels: int = MAX_MEGAPIXELS,
     splits: SplitRule = "auto",
+    channels: int = RGB,
 ) -> BuildReport:
     """Build OUT/SPLIT.beton, with its manifest and its list of names, for every split that the builder finds.
 
@@ -143,7 +167,7 @@ def build_beton(
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
         canvas, max_side, quality, order, workers, limit, strict, allow_bad, download, value_range, max_megapixels,
-            splits: see `BuildOptions`.
+            splits, channels: see `BuildOptions`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written, or, with `strict`, an image is bad.
@@ -164,6 +188,7 @@ def build_beton(
         value_range,
         max_megapixels,
         splits,
+        channels,
     )
     plan = options.plan(load_builder(builder).CANVAS)
     _refuse_output_in_source(source, out)
@@ -186,14 +211,17 @@ def build_beton(
         recorded["range"] = format_range(value_range)
     if max_megapixels != MAX_MEGAPIXELS:
         recorded["max_megapixels"] = max_megapixels
-    listed = list_splits(builder, source, order, limit, splits)
+    if channels != RGB:
+        recorded["channels"] = channels
+    arrays = channels != RGB
+    listed = list_splits(builder, source, order, limit, splits, arrays)
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with worker_pool(resolve_workers(workers)) as pool:
             reports = [_build_split(split, out, plan, pool, recorded, strict) for split in listed]
     stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
     problem = _too_many_bad(reports, allow_bad, out)
-    return BuildReport(reports, problem, account_for_files(builder, source, listed, stored, bad))
+    return BuildReport(reports, problem, account_for_files(builder, source, listed, stored, bad, arrays=arrays))
 
 
 def recorded_plan(manifest: Manifest) -> StoragePlan:
@@ -201,10 +229,18 @@ def recorded_plan(manifest: Manifest) -> StoragePlan:
     canvas, max_side = manifest.get("canvas"), manifest.get("max_side")
     quality = manifest.get("quality") or BuildOptions.quality  # null where no JPEG was encoded
     value_range, megapixels = manifest.get("range", "full"), manifest.get("max_megapixels", MAX_MEGAPIXELS)
-    numbers = [quality, megapixels, *(side for side in (canvas, max_side) if side is not None)]
-    if len(numbers) < 3 or any(type(number) is not int for number in numbers) or not isinstance(value_range, str):
+    channels = manifest.get("channels", RGB)
+    numbers = [quality, megapixels, channels, *(side for side in (canvas, max_side) if side is not None)]
+    if len(numbers) < 4 or any(type(number) is not int for number in numbers) or not isinstance(value_range, str):
         raise UserError("it has no canvas and no max_side, or a value that build-beton does not write")
-    options = BuildOptions(canvas, max_side, quality, value_range=parse_range(value_range), max_megapixels=megapixels)
+    options = BuildOptions(
+        canvas,
+        max_side,
+        quality,
+        value_range=parse_range(value_range),
+        max_megapixels=megapixels,
+        channels=channels,
+    )
     return options.plan(default_canvas=0)  # not used, as there is one of the sides
 
 
@@ -381,7 +417,7 @@ def estimate_build(builder: str, source: Path | None, out: Path, options: BuildO
     """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
     _refuse_output_in_source(source, out)
     plan = options.plan(load_builder(builder).CANVAS)
-    splits = list_splits(builder, source, options.order, options.limit, options.splits)
+    splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
     with worker_pool(resolve_workers(options.workers)) as pool:
         # Wait until the workers have started, so that their start does not count.
         for _ in pool.in_order(os.getpid, [()] * pool.workers):

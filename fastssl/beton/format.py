@@ -45,10 +45,20 @@ FIELD_TYPES = {
     5: ("JSONField", BYTES),
     6: ("TorchTensorField", np.dtype("<u8")),
 }
-INT_FIELD, IMAGE_FIELD = 1, 2
+INT_FIELD, IMAGE_FIELD, ARRAY_FIELD = 1, 2, 4
 
-# The fields of every .beton that fastssl writes, in this order.
+RGB = 3  # channels of the images of an IMAGE_FIELD
+MOST_CHANNELS = 64  # of other images, which are in an ARRAY_FIELD; also the most of model.in_chans
+# The arguments of an ARRAY_FIELD: the shape of every sample, (H, W, C) and zeros, and the length of its type, which
+# follows in JSON.
+ARRAY = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+UINT8 = b'[["", "|u1"]]'
+
+# The fields of every .beton of RGB images that fastssl writes, in this order.
 OUR_FIELDS = {"image": IMAGE_FIELD, "label": INT_FIELD, "index": INT_FIELD, "height": INT_FIELD, "width": INT_FIELD}
+
+# Those of images with another number of channels: each is a uint8 array (H, W, C).
+OUR_ARRAY_FIELDS = {**OUR_FIELDS, "image": ARRAY_FIELD}
 
 # The contents of X.beton.json. PartialBuild.finish and build.py write it; a file from elsewhere may lack any key.
 Manifest = dict[str, Any]
@@ -89,6 +99,32 @@ def metadata_type(fields: dict[str, int]) -> np.dtype[np.void]:
     return np.dtype([(name, FIELD_TYPES[type_id][1]) for name, type_id in fields.items()], align=True)
 
 
+def array_arguments(shape: tuple[int, int, int]) -> bytes:
+    """Return the arguments of an ARRAY_FIELD of uint8 pixels (H, W, C), as `ffcv.fields.NDArrayField.to_binary`."""
+    header = np.zeros(1, ARRAY)
+    header["shape"][0, :3] = shape
+    header["type_length"] = len(UINT8)
+    return header.tobytes() + UINT8
+
+
+def array_shape(arguments: np.ndarray) -> tuple[int, int, int]:
+    """Return the shape (H, W, C) that the arguments of an ARRAY_FIELD, uint8 (1024,), state.
+
+    Raises ValueError unless they are those of uint8 images.
+    """
+    content = arguments.tobytes()
+    header = np.frombuffer(content, ARRAY, 1)[0]
+    length, sides = int(header["type_length"]), header["shape"].tolist()
+    described = content[ARRAY.itemsize : ARRAY.itemsize + min(length, len(content))]
+    if described != UINT8:
+        raise ValueError("its images are arrays of another type than uint8")
+    height, width, channels = sides[:3]
+    if any(sides[3:]) or not (0 < height < 1 << 16 and 0 < width < 1 << 16 and 0 < channels <= MOST_CHANNELS):
+        shape = [side for side in sides if side]
+        raise ValueError(f"its images are arrays of shape {shape}, not (height, width, 1 to {MOST_CHANNELS} channels)")
+    return height, width, channels
+
+
 def align(offset: int, page_size: int = PAGE_SIZE) -> int:
     """Return the first page boundary at or after `offset`, in bytes."""
     return -(-offset // page_size) * page_size
@@ -97,7 +133,8 @@ def align(offset: int, page_size: int = PAGE_SIZE) -> int:
 def data_start(capacity: int) -> int:
     """Return the position of the first sample, in bytes: the first page after the metadata of `capacity` samples.
 
-    The number of bad images is known only at the end of a build, so there is room for the metadata of all images.
+    The number of bad images is known only at the end of a build, so there is room for the metadata of all images. That
+    of images that are not RGB is smaller.
     """
     tables = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize
     return align(tables + capacity * metadata_type(OUR_FIELDS).itemsize)
@@ -118,14 +155,19 @@ def allocate(sizes: Sequence[int], position: int) -> tuple[list[int], int]:
     return pointers, position
 
 
-def write_tables(file: BinaryIO, rows: np.ndarray, position: int) -> np.ndarray:
+def write_tables(file: BinaryIO, rows: np.ndarray, position: int, channels: int = RGB) -> np.ndarray:
     """Complete a file that holds only samples: write all tables, wait until they are on the disk, return the metadata.
 
-    `rows` has one ROW per sample, in the order of the file; the last sample ends at byte `position`.
+    `rows` has one ROW per sample, in the order of the file; the last sample ends at byte `position`. If `channels` is
+    not RGB, all samples are pixels of one size.
     """
-    metadata = np.zeros(len(rows), metadata_type(OUR_FIELDS))
-    for name in IMAGE.names or ():
-        metadata["image"][name] = rows[name]
+    fields = OUR_FIELDS if channels == RGB else OUR_ARRAY_FIELDS
+    metadata = np.zeros(len(rows), metadata_type(fields))
+    if channels == RGB:
+        for name in IMAGE.names or ():
+            metadata["image"][name] = rows[name]
+    else:
+        metadata["image"] = rows["data_ptr"]
     for name, column in (
         ("label", "label"),
         ("index", "index"),
@@ -133,10 +175,13 @@ def write_tables(file: BinaryIO, rows: np.ndarray, position: int) -> np.ndarray:
         ("width", "source_width"),
     ):
         metadata[name] = rows[column]
-    descriptors = np.zeros(len(OUR_FIELDS), FIELD)
-    for descriptor, (name, type_id) in zip(descriptors, OUR_FIELDS.items()):
+    descriptors = np.zeros(len(fields), FIELD)
+    for descriptor, (name, type_id) in zip(descriptors, fields.items()):
         descriptor["type_id"] = type_id
         descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+        if type_id == ARRAY_FIELD:
+            arguments = array_arguments((int(rows["height"][0]), int(rows["width"][0]), channels))
+            descriptor["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
     allocations = np.zeros(len(rows), ALLOCATION)
     allocations["sample_id"] = np.arange(len(rows))
     allocations["ptr"] = rows["data_ptr"]
@@ -152,7 +197,7 @@ def write_tables(file: BinaryIO, rows: np.ndarray, position: int) -> np.ndarray:
     os.fsync(file.fileno())
     # The header comes last: until then the version is 0, so a file that is cut off at any moment is refused.
     file.seek(0)
-    file.write(np.array((VERSION, len(OUR_FIELDS), PAGE_SIZE, len(rows), position), HEADER).tobytes())
+    file.write(np.array((VERSION, len(fields), PAGE_SIZE, len(rows), position), HEADER).tobytes())
     file.flush()
     os.fsync(file.fileno())
     return metadata

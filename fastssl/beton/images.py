@@ -16,6 +16,8 @@ decoder decodes it without a warning. All other images are converted in this ord
 3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks (torchvision's antialiased bilinear
    resize was made equal to it). For images that are stored as JPEG, resize.py computes it to within one grey level.
 4. Rotated according to the EXIF orientation.
+
+Images of one channel (`--channels 1`) become gray after step 2. Other numbers of channels are read by channels.py.
 """
 
 import contextlib
@@ -27,8 +29,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastssl.beton import jpeg
-from fastssl.beton.format import JPG, PAGE_SIZE, RAW
+from fastssl.beton import channels, jpeg
+from fastssl.beton.format import JPG, PAGE_SIZE, RAW, RGB
 from fastssl.beton.metadata import without_metadata
 from fastssl.beton.ranges import Range, read_16_bit_color, to_8_bits
 from fastssl.beton.reading import error_number, machine_error, read_or_explain
@@ -70,10 +72,12 @@ class StoragePlan(NamedTuple):
     quality: int  # of the JPEGs that are encoded, 1 to 100
     value_range: Range = "full"  # of pixels of more than 8 bits per channel
     max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
+    channels: int = RGB  # of the stored images; only a canvas may have others than RGB
 
     @property
     def storage(self) -> Literal["raw", "jpg"]:
-        return "raw" if self.layout == "canvas" and self.side <= RAW_UP_TO else "jpg"
+        is_raw = self.layout == "canvas" and (self.side <= RAW_UP_TO or self.channels != RGB)
+        return "raw" if is_raw else "jpg"
 
 
 class Case(IntEnum):
@@ -134,7 +138,8 @@ def _encode_or_explain(
     except (MemoryError, UserError):  # the machine's fault, not the image's
         raise
     except UnidentifiedImageError:
-        return "not an image that Pillow can read"
+        more = channels.describe_bands(content) if isinstance(content, bytes) else ""
+        return more or "not an image that Pillow can read"
     except Exception as error:  # decoders raise nearly anything on a damaged file
         if isinstance(error, ImportError) or (isinstance(error, OSError) and error_number(error) is not None):
             file = getattr(source, "filename", "") if isinstance(source, Image.Image) else source
@@ -162,9 +167,15 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
 
     Args:
         content: the bytes of an image file, uint8 pixels (H, W) or (H, W, 3), or an image that Pillow has opened.
+            With other channels than RGB also pixels (H, W, channels).
         plan: how the image is stored.
     """
+    is_array = isinstance(content, bytes) and content.startswith(channels.NPY_MAGIC)
+    if is_array or plan.channels not in (1, RGB):
+        return _encode_channels(content, plan)
     image, file_bytes = _open(content, plan)  # a JPEG is not decoded yet
+    if plan.channels == 1:
+        channels.refuse_channels(image)
     source_format = image.format or PIXELS
     orientation = _orientation(image)
     width, height = image.size
@@ -181,7 +192,10 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
     if plan.storage == "raw":  # small, so Pillow's exact pixels are affordable
         image.draft(None, (2 * target[0], 2 * target[1]))
-        image = _to_rgb(image, file_bytes, plan).resize(target, Image.Resampling.BILINEAR)
+        image = _to_rgb(image, file_bytes, plan)
+        if plan.channels == 1:
+            image = image.convert("L")  # a gray image keeps its values: the weights of RGB add up to 1
+        image = image.resize(target, Image.Resampling.BILINEAR)
     else:
         pixels = _decode(image, file_bytes, target, plan)
         if (pixels.shape[1], pixels.shape[0]) != target:
@@ -209,6 +223,31 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
     is_nearly_black = bool(pixels.max() < NEARLY_BLACK)
     size = image.height, image.width, source_height, source_width
     return Encoded(payload, mode, *size, case, is_nearly_black, source_format)
+
+
+def _encode_channels(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -> Encoded:
+    """Encode an image whose channels are neither gray nor RGB, or an array of a .npy file."""
+    if plan.channels == RGB:
+        raise ValueError("is an array in a .npy file, which --channels reads for other numbers of channels than 3")
+    most_values = plan.max_megapixels * 1_000_000 * RGB
+    if isinstance(content, Image.Image):
+        raise ValueError(f"is an image of {len(content.getbands())} channels, not of {plan.channels}")
+    if isinstance(content, np.ndarray):
+        if content.dtype != np.uint8 or content.ndim != 3 or content.shape[2] != plan.channels:
+            raise ValueError(f"pixels must be uint8 (H, W, {plan.channels}), not {content.dtype} {content.shape}")
+        pixels_HWC, source_format = content, PIXELS
+    elif content.startswith(channels.NPY_MAGIC):
+        pixels_HWC = channels.read_array(content, plan.channels, plan.value_range, most_values)
+        source_format = channels.NPY
+    elif not content:
+        raise ValueError("the file is empty")
+    else:
+        pixels_HWC = channels.read_tiff(content, plan.channels, plan.value_range, most_values)
+        source_format = "TIFF"
+    stored_HWC = channels.resize_channels(pixels_HWC, plan.side)
+    is_nearly_black = bool(stored_HWC.max() < NEARLY_BLACK)
+    size = plan.side, plan.side, pixels_HWC.shape[0], pixels_HWC.shape[1]
+    return Encoded(stored_HWC.tobytes(), RAW, *size, Case.RAW, is_nearly_black, source_format)
 
 
 def _open(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -> tuple[Image.Image, bytes]:

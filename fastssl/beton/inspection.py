@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.format import UNLABELLED, Manifest, names_path
+from fastssl.beton.format import RGB, UNLABELLED, Manifest, names_path
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.terminal import pairs_table, printable
@@ -62,6 +62,7 @@ def _file_table(info: BetonInfo) -> Table:
             "fields": ", ".join(f"{name} ({kind})" for name, kind in info.fields.items()),
             "layout": info.layout,
             "images stored as": STORAGE[info.storage],
+            **({"channels": str(info.channels)} if info.channels != RGB else {}),
             "height x width": f"{height} x {width} px" + (", all images" if info.resolution else " at most"),
             "manifest": f"{info.path.name}.json" if info.manifest else none,
             "checksums": "for every sample" if has_checksums else none,

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastssl.beton.format import ROW, data_start, manifest_path, names_path, write_tables
+from fastssl.beton.format import RGB, ROW, data_start, manifest_path, names_path, write_tables
 from fastssl.beton.images import Case
 from fastssl.common.errors import UserError
 from fastssl.common.files import replace_durably, sync, try_lock
@@ -145,7 +145,7 @@ class PartialBuild:
     def finish(self, manifest: dict[str, Any], names: Iterable[str]) -> None:
         """Complete the file, and give it, the list of names and the manifest their final names."""
         with open(self.pages, "r+b") as file:
-            metadata = write_tables(file, self.good, self.position)
+            metadata = write_tables(file, self.good, self.position, manifest.get("channels", RGB))
             size = file.seek(0, os.SEEK_END)
         checksums = {
             "algorithm": "crc32",

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastssl.beton.format import (
     ALLOCATION,
+    ARRAY_FIELD,
     FIELD,
     FIELD_TYPES,
     HEADER,
@@ -25,9 +26,11 @@ from fastssl.beton.format import (
     INT_FIELD,
     LARGEST_PAGE,
     RAW,
+    RGB,
     SMALLEST_PAGE,
     VERSION,
     Manifest,
+    array_shape,
     manifest_path,
     metadata_type,
     names_path,
@@ -48,9 +51,11 @@ class BetonInfo:
     fields: dict[str, str]  # name -> name of FFCV's field class, in the order of the file
     layout: Literal["canvas", "full"]  # the manifest's; without one "canvas" if all images have one size
     storage: Literal["raw", "jpg", "mixed"]
+    channels: int  # of the images; 3: RGB
     resolution: tuple[int, int] | None  # (height, width) in px of all stored images; None if they differ
     max_resolution: tuple[int, int]  # the largest height and the largest width in px
     classes: list[str] | None  # class names; None without a manifest
+    metadata_bytes: int  # size of the metadata table in the file
     manifest: Manifest | None  # the contents of X.beton.json, which build-beton writes
 
 
@@ -70,9 +75,11 @@ def read_header(path: str | Path) -> BetonInfo:
         fields={name: FIELD_TYPES[type_id][0] for name, type_id in checked.field_types.items()},
         layout=manifest["layout"] if manifest else ("canvas" if has_one_size else "full"),
         storage="raw" if is_raw.all() else ("mixed" if is_raw.any() else "jpg"),
+        channels=checked.channels,
         resolution=max_resolution if has_one_size else None,
         max_resolution=max_resolution,
         classes=manifest["classes"] if manifest else None,
+        metadata_bytes=checked.metadata_bytes,
         manifest=manifest,
     )
 
@@ -80,7 +87,7 @@ def read_header(path: str | Path) -> BetonInfo:
 def read_metadata(path: str | Path) -> np.ndarray:
     """Return one row per sample, with a column per field; the file is checked as by `read_header`.
 
-    The column "image" holds mode, width, height and data_ptr, as `format.IMAGE` declares them.
+    The column "image" holds mode, width, height and data_ptr, as `format.IMAGE` declares them, whatever their channels.
     """
     return _read_checked(Path(path)).metadata
 
@@ -122,8 +129,10 @@ class _Checked(NamedTuple):
 
     page_size: int
     field_types: dict[str, int]  # name -> FFCV's type id
-    metadata: np.ndarray
+    metadata: np.ndarray  # with a format.IMAGE as the column "image"
+    metadata_bytes: int  # in the file
     image_bytes: np.ndarray
+    channels: int
 
 
 def map_file(path: Path) -> np.ndarray:
@@ -178,8 +187,11 @@ def _check_tables(content: np.ndarray) -> _Checked:
     descriptors = _read_table(content, position, FIELD, int(header["num_fields"]), "the fields")
     field_types = _read_field_types(descriptors)
     position += descriptors.nbytes
-    metadata = np.array(_read_table(content, position, metadata_type(field_types), num_samples, "the metadata"))
-    position += metadata.nbytes
+    stored = _read_table(content, position, metadata_type(field_types), num_samples, "the metadata")
+    position += stored.nbytes
+    shape = _read_array_shape(descriptors, field_types)
+    metadata = np.array(stored) if shape is None else _with_image_column(stored, field_types, shape)
+    channels = RGB if shape is None else shape[2]
 
     table_ptr = int(header["alloc_table_ptr"])
     count, rest = divmod(len(content) - table_ptr, ALLOCATION.itemsize)
@@ -187,7 +199,8 @@ def _check_tables(content: np.ndarray) -> _Checked:
         raise ValueError("its allocation table is missing or cut off")
     table = _read_table(content, table_ptr, ALLOCATION, count, "the allocation table")
     _check_allocations(table, position, table_ptr, page_size, num_samples)
-    return _Checked(page_size, field_types, metadata, _check_images(metadata["image"], table))
+    image_bytes = _check_images(metadata["image"], table, channels)
+    return _Checked(page_size, field_types, metadata, stored.nbytes, image_bytes, channels)
 
 
 def _read_table(content: np.ndarray, start: int, dtype: np.dtype, count: int, name: str) -> np.ndarray:
@@ -208,9 +221,27 @@ def _read_field_types(descriptors: np.ndarray) -> dict[str, int]:
         if not name.isprintable() or not name or name in field_types:
             raise ValueError(f"its field names are damaged ({name!r})")
         field_types[name] = type_id
-    if field_types.get("image") != IMAGE_FIELD:
+    if field_types.get("image") not in (IMAGE_FIELD, ARRAY_FIELD):
         raise ValueError(f"it has no image field 'image'; its fields: {', '.join(field_types)}")
     return field_types
+
+
+def _read_array_shape(descriptors: np.ndarray, field_types: dict[str, int]) -> tuple[int, int, int] | None:
+    """Return the shape (H, W, C) of all images if they are in an array field; None for FFCV's own image field."""
+    if field_types["image"] == IMAGE_FIELD:
+        return None
+    return array_shape(descriptors["arguments"][list(field_types).index("image")])
+
+
+def _with_image_column(stored: np.ndarray, field_types: dict[str, int], shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the metadata of images in an array field, which is a pointer, as that of FFCV's own image field."""
+    metadata = np.zeros(len(stored), metadata_type({**field_types, "image": IMAGE_FIELD}))
+    for name in field_types:
+        if name != "image":
+            metadata[name] = stored[name]
+    image = metadata["image"]
+    image["mode"], image["height"], image["width"], image["data_ptr"] = RAW, shape[0], shape[1], stored["image"]
+    return metadata
 
 
 def _check_allocations(table: np.ndarray, start: int, end: int, page_size: int, num_samples: int) -> None:
@@ -227,7 +258,7 @@ def _check_allocations(table: np.ndarray, start: int, end: int, page_size: int, 
         raise ValueError("its allocation table names samples that it does not have")
 
 
-def _check_images(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+def _check_images(image: np.ndarray, table: np.ndarray, channels: int) -> np.ndarray:
     """Check that every image has its own allocation, found as FFCV finds it, of a valid size. Return the sizes."""
     by_ptr = table[np.argsort(table["ptr"])]
     found = np.searchsorted(by_ptr["ptr"], image["data_ptr"])
@@ -240,7 +271,7 @@ def _check_images(image: np.ndarray, table: np.ndarray) -> np.ndarray:
         raise ValueError("it holds images without pixels")
     if (image["mode"] > RAW).any():
         raise ValueError("it holds images stored neither as pixels nor as JPEG")
-    if ((image["mode"] == RAW) & (allocation["size"] != 3 * pixels)).any():
+    if ((image["mode"] == RAW) & (allocation["size"] != channels * pixels)).any():
         raise ValueError("the size of its images does not fit their height and width")
     return allocation["size"].astype(np.int64)
 

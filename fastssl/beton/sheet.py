@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.beton import jpeg
-from fastssl.beton.format import RAW, UNLABELLED
+from fastssl.beton.format import RAW, RGB, UNLABELLED
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
@@ -23,6 +23,7 @@ THUMBNAIL = 160  # px; the longer side of a thumbnail
 GAP = 14  # px, around everything
 LINE = 18  # px from one line of text to the next
 CELL_WIDTH, CELL_HEIGHT = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP  # px
+CHANNELS_SHOWN = {1: "", 2: "; the first of 2 channels is shown", RGB: ""}
 TITLE_HEIGHT = GAP + LINE + GAP  # px
 PAGE, GREY, PALE = (240, 240, 240), (100, 100, 100), (230, 180, 180)
 
@@ -59,6 +60,9 @@ def draw_samples(
     """
     info = read_header(path)
     metadata, image_bytes = read_samples(path)
+    more = f"; the first three of {info.channels} channels are shown as red, green and blue"
+    note_on_channels = CHANNELS_SHOWN.get(info.channels, more)
+    groups = [(title + note_on_channels, positions) for title, positions in groups]
     columns = min(columns, max(len(positions) for _, positions in groups))
     heights = [TITLE_HEIGHT + -(-len(positions) // columns) * CELL_HEIGHT for _, positions in groups]
     page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
@@ -71,7 +75,7 @@ def draw_samples(
                 row = metadata[position]
                 left = GAP + cell % columns * CELL_WIDTH
                 top = first_row + TITLE_HEIGHT + cell // columns * CELL_HEIGHT
-                thumbnail = _thumbnail(file, row["image"], int(image_bytes[position]))
+                thumbnail = _thumbnail(file, row["image"], int(image_bytes[position]), info.channels)
                 # Centered, directly above the caption.
                 page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
                 has_index = info.fields.get("index") == "IntField"
@@ -85,13 +89,17 @@ def draw_samples(
     write_atomically(Path(sheet), lambda part: page.save(part, "PNG"))
 
 
-def _thumbnail(file: BinaryIO, image: np.void, size: int) -> Image.Image:
-    """Return a stored image of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL px."""
+def _thumbnail(file: BinaryIO, image: np.void, size: int, channels: int) -> Image.Image:
+    """Return a stored image of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL px.
+
+    Of more than three channels the first three are shown, of two the first.
+    """
     try:
         file.seek(int(image["data_ptr"]))
         content = file.read(size)
         if image["mode"] == RAW:
-            pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], 3)
+            pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], channels)
+            pixels = np.ascontiguousarray(pixels[..., :RGB] if channels >= RGB else pixels[..., 0])
         else:
             # A large image is shrunk while it is decoded, but not below twice the size of the thumbnail.
             longer = max(jpeg.read_size(content))

@@ -64,7 +64,7 @@ class Builder(Protocol):
 
     CANVAS: int  # px, the side of the canvas unless --canvas sets another
 
-    # With SPLITS_BY_NAME it also takes `by_name`.
+    # With SPLITS_BY_NAME it also takes `by_name`, with LISTS_ARRAYS `arrays`.
     def splits(self, source: Path | None) -> Listed:
         """Return for each split the class names and the samples. Raises ValueError if `source` has another layout."""
 
@@ -138,12 +138,14 @@ def list_splits(
     order: Order = "shuffle",
     limit: int | None = None,
     split_rule: SplitRule = "auto",
+    arrays: bool = False,
 ) -> list[SourceSplit]:
     """List the splits of `source` (None: the builder brings its own images) with their samples.
 
     Order "shuffle" is a fixed random order, "source" the builder's. A `limit` takes only this many samples of each
-    split, chosen at random. With the `split_rule` "none" no name of a folder or file tells a split. Raises UserError if
-    `source` cannot be read or does not have the builder's layout.
+    split, chosen at random. With the `split_rule` "none" no name of a folder or file tells a split. With `arrays`,
+    builders that search folders list .npy files too. Raises UserError if `source` cannot be read or does not have the
+    builder's layout.
     """
     module = load_builder(builder)
     if source is None and hasattr(module, "SOURCE"):
@@ -151,12 +153,14 @@ def list_splits(
     if source is not None and not source.exists():
         hint = "; --download downloads it" if hasattr(module, "DOWNLOAD") else ""
         raise UserError(f"{source} does not exist; --source must be the folder or archive of {builder}{hint}.")
-    by_name = {"by_name": split_rule == "auto"} if hasattr(module, "SPLITS_BY_NAME") else {}
-    if split_rule == "none" and not by_name:
+    options = {"by_name": split_rule == "auto"} if hasattr(module, "SPLITS_BY_NAME") else {}
+    if split_rule == "none" and not options:
         raise UserError(f"{builder} does not take its splits from names: leave out --splits none.")
+    if hasattr(module, "LISTS_ARRAYS"):
+        options["arrays"] = arrays
     splits = []
     try:
-        for name, (classes, listed) in module.splits(source, **by_name).items():
+        for name, (classes, listed) in module.splits(source, **options).items():
             left_out: dict[str, int] = {}
             labels: set[int] = set()
             # Pixels that are in memory anyway stay in the builder's list.

@@ -83,7 +83,13 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
     problems: list[tuple[int, str]] = []
     chunks = (slice(start, start + SAMPLES_PER_TASK) for start in range(0, info.num_samples, SAMPLES_PER_TASK))
     tasks = (
-        (info.path, metadata["image"][chunk], image_bytes[chunk], None if crc32_N is None else crc32_N[chunk])
+        (
+            info.path,
+            metadata["image"][chunk],
+            info.channels,
+            image_bytes[chunk],
+            None if crc32_N is None else crc32_N[chunk],
+        )
         for chunk in chunks
     )
     with worker_pool(resolve_workers(workers)) as pool, progress("verifying", info.num_samples) as advance:
@@ -101,7 +107,7 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
         Fault(position, index_of.get(position), names.get(index_of.get(position, -1), ""), problem)
         for position, problem in problems
     ]
-    is_table_sound = crc32_N is None or _is_table_sound(info, metadata.nbytes)
+    is_table_sound = crc32_N is None or _is_table_sound(info)
     return Verification(info.path, info.num_samples, crc32_N is not None, is_table_sound, faults)
 
 
@@ -125,15 +131,17 @@ def _read_checksums(info: BetonInfo) -> np.ndarray | None:
     return np.frombuffer(content, ">u4")
 
 
-def _is_table_sound(info: BetonInfo, size: int) -> bool:
-    """Compare the checksum of the metadata table, which has `size` bytes, with the manifest's."""
+def _is_table_sound(info: BetonInfo) -> bool:
+    """Compare the checksum of the metadata table with the manifest's."""
     assert info.manifest is not None
     with open(info.path, "rb") as file:
         file.seek(HEADER.itemsize + len(info.fields) * FIELD.itemsize)
-        return zlib.crc32(file.read(size)) == int(info.manifest["checksums"]["metadata"], 16)
+        return zlib.crc32(file.read(info.metadata_bytes)) == int(info.manifest["checksums"]["metadata"], 16)
 
 
-def _check_chunk(path: Path, image: np.ndarray, image_bytes: np.ndarray, crc32_N: np.ndarray | None) -> list[str]:
+def _check_chunk(
+    path: Path, image: np.ndarray, channels: int, image_bytes: np.ndarray, crc32_N: np.ndarray | None
+) -> list[str]:
     """Return what is wrong with each sample of a chunk, "" if nothing is. A worker process runs this.
 
     `image` holds the format.IMAGE of the samples.
@@ -146,20 +154,20 @@ def _check_chunk(path: Path, image: np.ndarray, image_bytes: np.ndarray, crc32_N
             except OSError as error:  # the disk, not the file
                 problems.append(f"cannot be read: {error.strerror}")
                 continue
-            problem = _decoding_problem(content, size, row)
+            problem = _decoding_problem(content, size, row, channels)
             if crc32_N is not None and zlib.crc32(content) != crc32_N[number]:
                 problem = "does not match its checksum" + (f", and {problem}" if problem else ", but decodes")
             problems.append(problem)
     return problems
 
 
-def _decoding_problem(content: bytes, size: int, row: np.void) -> str:
+def _decoding_problem(content: bytes, size: int, row: np.void, channels: int) -> str:
     """Return what is wrong with a stored image of `size` bytes, "" if nothing is; `row` is its format.IMAGE."""
     height, width = int(row["height"]), int(row["width"])
     if len(content) != size:
         return "the file ends within it"
     if row["mode"] == RAW:
-        return "" if size == 3 * height * width else f"{size:,} bytes are not {height} x {width} pixels"
+        return "" if size == channels * height * width else f"{size:,} bytes are not {height} x {width} pixels"
     try:
         stated = jpeg.read_size(content)
         if stated != (height, width):  # checked before decoding, because a damaged header may state any size

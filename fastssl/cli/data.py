@@ -31,6 +31,9 @@ def build_beton(
         str, Option("--range", help="values that become 0 and 255 of more than 8 bits: auto, full or LOW,HIGH")
     ] = "full",
     max_megapixels: Annotated[int, Option(min=1, help="larger images are bad")] = 179,
+    channels: Annotated[
+        int, Option(min=1, help="channels of the images: 1 is gray, others of TIFF stacks and .npy files")
+    ] = 3,
     splits: Annotated[
         Literal["auto", "none"], Option(help="auto: folders and files named train, val, test are splits; none: never")
     ] = "auto",
@@ -61,6 +64,7 @@ def build_beton(
         value_range=parse_range(range_),
         max_megapixels=max_megapixels,
         splits=splits,
+        channels=channels,
     )
     if dry_run:
         _print_estimate(beton.estimate_build(builder, source, out, options))

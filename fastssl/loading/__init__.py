@@ -11,6 +11,6 @@ spans.py     named time intervals, for the metrics of training and for traces
 
 from fastssl.loading.loader import Batch, BetonLoader, estimate_memory
 from fastssl.loading.order import SampleSelection
-from fastssl.loading.samples import require_labels
+from fastssl.loading.samples import require_channels, require_labels
 
-__all__ = ["Batch", "BetonLoader", "SampleSelection", "estimate_memory", "require_labels"]
+__all__ = ["Batch", "BetonLoader", "SampleSelection", "estimate_memory", "require_channels", "require_labels"]

@@ -21,7 +21,7 @@ SMALL_BATCH = 1 << 20  # bytes; copying that many stored pixels takes as long as
 class DecodeTask(NamedTuple):
     """A batch to decode."""
 
-    image: Tensor  # uint8 (B, H, W, 3), or (B, V, size, size, 3); the memory of arrays.out
+    image: Tensor  # uint8 (B, H, W, C), or (B, V, size, size, 3); the memory of arrays.out
     arrays: DecodeArrays
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import read_header, recorded_plan
-from fastssl.beton.format import UNLABELLED
+from fastssl.beton.format import RGB, UNLABELLED
 from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
 from fastssl.common.errors import UserError
 from fastssl.common.system import available_cores
@@ -34,18 +34,20 @@ class Conversion(NamedTuple):
     reason: str  # a sentence for the user
 
 
-def find_conversion(train: str | Path, views: ViewsConfig) -> Conversion:
+def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) -> Conversion:
     """Return the conversion of the training file, which its manifest records; otherwise canvases by views.size."""
     train = Path(train)
     problem = f"{train} is not here" if not train.is_file() else f"{train.name}.json is not next to {train}"
     if train.is_file() and (manifest := read_header(train).manifest) is not None:
         try:
             plan = recorded_plan(manifest)
+            if plan.channels != in_chans:
+                raise UserError(f"its images have {plan.channels} channels, those of the encoder {in_chans}")
             return Conversion(plan, True, f"Images are converted as {train} was built: {describe_plan(plan)}.")
         except UserError as error:
             problem = f"{train.name}.json does not tell ({error})"
     side = next((side for side in DEFAULT_CANVASES if views.size <= side), DEFAULT_CANVASES[-1])
-    plan = StoragePlan("canvas", side, DEFAULT_QUALITY, "full", MAX_MEGAPIXELS)
+    plan = StoragePlan("canvas", side, DEFAULT_QUALITY, "full", MAX_MEGAPIXELS, in_chans)
     return Conversion(
         plan,
         False,
@@ -58,6 +60,8 @@ def describe_plan(plan: StoragePlan) -> str:
     """Describe in a few words how images are stored."""
     if plan.layout == "full":
         return f"whole images of at most {plan.side} px, JPEG quality {plan.quality} where they are encoded"
+    if plan.channels != RGB:
+        return f"canvas of {plan.side} x {plan.side} px, pixels of {plan.channels} channels"
     pixels = "pixels" if plan.storage == "raw" else f"JPEG quality {plan.quality}"
     return f"canvas of {plan.side} x {plan.side} px, {pixels}"
 
@@ -95,6 +99,7 @@ def decode_batch(
         size_N=size_N,
         mode_N=np.array([image.mode for image in images], np.uint8),
         shape_N2=shape_N2,
+        channels=plan.channels,
         page_N=np.zeros(len(images), np.int64),
         label_N=np.full(len(images), UNLABELLED),
         index_N=np.array(index, np.int64),

@@ -52,7 +52,7 @@ class DecodeArrays(NamedTuple):
     mode_B: np.ndarray  # RAW or JPG of beton.format
     shape_B2: np.ndarray  # int64: stored height and width in px
     box_BV4: np.ndarray  # float64: boxes to cut out (top, left, height, width), in stored px; V = 0 for whole images
-    out: np.ndarray  # uint8, filled by the threads: (B, H, W, 3), or (B, V, size, size, 3) for crops
+    out: np.ndarray  # uint8, filled by the threads: (B, H, W, C), or (B, V, size, size, 3) for crops
     status_B: np.ndarray  # int8, filled too: DECODED, WARNED or FAILED; a failed sample's pixels are undefined
     counter: np.ndarray  # int64 (1,): the next sample that no thread has taken
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl.beton import read_header
+from fastssl.beton.format import RGB
 from fastssl.common.distributed import rank, world_size
 from fastssl.common.errors import UserError
 from fastssl.common.system import available_cores, free_memory
@@ -33,7 +34,7 @@ READY_BATCHES = 1  # decoded, waiting for the caller
 class Batch(NamedTuple):
     """A batch on the device. The caller may keep it: it is never overwritten."""
 
-    image: Tensor  # uint8 (B, H, W, 3); crop="cpu": (B, crops, size, size, 3), not flipped yet; crop="eval": 1 crop
+    image: Tensor  # uint8 (B, H, W, C); crop="cpu": (B, crops, size, size, 3), not flipped yet; crop="eval": 1 crop
     label: Tensor  # int64 (B,); -1 for an image without a label
     index: Tensor  # type: ignore[assignment]  # int64 (B,): stable sample ids
     height: Tensor  # int64 (B,): of the source images, in pixels
@@ -120,6 +121,11 @@ class BetonLoader:
             raise UserError(
                 f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch: "
                 "set data.crop=cpu, or build it with --canvas."
+            )
+        if crop != "gpu" and info.channels != RGB:
+            raise UserError(
+                f"{self.path} holds images of {info.channels} channels, and data.crop={crop} cuts RGB images only: set "
+                "data.crop=gpu or leave it out."
             )
         orders: dict[bool | str, Order] = {True: "random", False: "sequential", "quasi_random": "quasi_random"}
         if shuffle not in orders:
@@ -365,7 +371,7 @@ def estimate_memory(loader: BetonLoader) -> dict[str, int]:
     batches = PENDING_BATCHES + READY_BATCHES + 2  # the caller holds two while it replaces one by the next
     used = {
         f"{batches} batches of {batch}{', pinned' if on_device else ''}": batches * batch_bytes,
-        "table of samples": sum(column.nbytes for column in samples[2:]),
+        "table of samples": sum(column.nbytes for column in samples[2:] if isinstance(column, np.ndarray)),
     }
     if loader.crop != "gpu":
         largest = int(samples.shape_N2.prod(axis=1).max()) * 3 + int(samples.shape_N2[:, 1].max()) * 12

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from fastssl.beton import BetonInfo, read_names, read_samples
+from fastssl.beton import BetonInfo, read_header, read_names, read_samples
 from fastssl.beton.read import map_file
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
@@ -29,6 +29,7 @@ class Samples(NamedTuple):
     size_N: np.ndarray  # stored bytes of the image
     mode_N: np.ndarray  # RAW or JPG of beton.format
     shape_N2: np.ndarray  # stored height and width in px
+    channels: int  # of every image; 3: RGB
     page_N: np.ndarray  # page of the file that contains the image
     label_N: np.ndarray
     index_N: np.ndarray  # stable sample ids
@@ -54,6 +55,7 @@ class Samples(NamedTuple):
             size_N=size_N,
             mode_N=np.ascontiguousarray(image["mode"]),
             shape_N2=shape_N2,
+            channels=info.channels,
             page_N=start_N // info.page_size,
             label_N=column("label", np.full(len(metadata), -1)),
             index_N=column("index", np.arange(len(metadata))),
@@ -94,6 +96,28 @@ def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes:
         raise UserError(f"{path} holds one class only, and {use} needs several: {fix}.")
 
 
+def require_channels(path: str | Path, in_chans: int, model: str = "") -> None:
+    """Check that the images of `path` have the channels that an encoder takes. All that loads images calls this.
+
+    Args:
+        model: the run that the encoder is from; "" for one that is to be trained.
+
+    Raises:
+        UserError: they have another number.
+    """
+    channels = read_header(path).channels
+    if channels == in_chans:
+        return
+    found = f"{path} holds images of {channels} channel{'' if channels == 1 else 's'}"
+    build = f"build it again with --channels {in_chans}"
+    if model:
+        raise UserError(f"{found}, and the encoder of {model} takes {in_chans}: {build}, or name another file.")
+    raise UserError(
+        f"{found}, and model.in_chans={in_chans}: set model.in_chans={channels} (with views.mean and views.std for "
+        f"such images), or {build}."
+    )
+
+
 class Cropping(NamedTuple):
     """What the CPU cuts out of every image."""
 
@@ -103,10 +127,10 @@ class Cropping(NamedTuple):
     crops: int  # per image, with mode "cpu"
 
     def image_shape(self, samples: Samples) -> tuple[int, ...]:
-        """The shape of a decoded image: (H, W, 3), or (crops, size, size, 3)."""
+        """The shape of a decoded image: (H, W, C), or (crops, size, size, 3)."""
         if self.mode == "gpu":  # all images of the file have this shape
             height, width = samples.shape_N2[0].tolist()
-            return height, width, 3
+            return height, width, samples.channels
         return self.crops if self.mode == "cpu" else 1, self.views.size, self.views.size, 3
 
     def boxes(self, samples: Samples, row_B: np.ndarray, epoch: int) -> np.ndarray:

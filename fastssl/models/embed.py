@@ -88,7 +88,7 @@ def embed_files(model: "Model", images: Sequence[ImageLike]) -> Embedding:
 
 def _input_batches(images: Sequence[ImageLike], recipe: Recipe, device: torch.device) -> Iterator[Tensor]:
     """Yield the images after the evaluation transform, (B, C, size, size)."""
-    conversion = find_conversion(recipe.data.train, recipe.views)
+    conversion = find_conversion(recipe.data.train, recipe.views, recipe.model.in_chans)
     if not conversion.is_recorded:
         warnings.warn(conversion.reason, stacklevel=2)
     transform = eval_transform(recipe.views)
