@@ -7,13 +7,14 @@ the nearest known one. Of our own modules it imports only common.errors, so that
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastssl.common.errors import UserError
 
@@ -22,6 +23,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
 PerChannel = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
@@ -32,13 +34,13 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str | None = None  # null: runs/NAME, or runs/NAME-2 and so on if that exists
+    dir: UserPath | None = None  # null: runs/NAME, or runs/NAME-2 and so on if that exists
 
 
 class DataConfig(Section):
-    train: str  # a .beton, or a pattern of its shards
-    val: str | None = None  # for the probe and the evaluation; training does not need it
-    subset: str | None = None  # a file that lists images by name or index: train on these only
+    train: UserPath  # a .beton, or a folder with train.beton
+    val: UserPath | None = None  # for the probe and the evaluation: a .beton, or a folder with val.beton
+    subset: UserPath | None = None  # a file that lists images by name or index: train on these only
     limit: Count | None = None  # train on this many images (of the subset), a fixed random choice
     crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for the full layout
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
@@ -119,7 +121,8 @@ class ModelConfig(Section):
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
     in_chans: Annotated[int, Field(ge=1, le=64)] = 3  # channels of the images; 3: RGB
     projector: ProjectorConfig = ProjectorConfig()
-    init: str | None = None  # start from the weights of a run or of a file (docs/training.md, Weights from elsewhere)
+    # Start from the weights of a run or of a file (docs/training.md, Weights from elsewhere).
+    init: UserPath | None = None
 
 
 class EmbeddingConfig(Section):
@@ -230,6 +233,8 @@ class OptimConfig(Section):
     head_lr_factor: Positive = 1.0  # learning rate of a supervised run's classifier / that of all other layers
     warmup_epochs: NonNegative = 4
     final_lr_factor: Probability = 0.5  # the cosine ends at this share of lr
+    # For a resume with more train.epochs. stretch: the cosine of all epochs; constant: its last rate in the new ones.
+    extend: Literal["stretch", "constant"] = "stretch"
     clip: Positive | None = 0.5  # largest norm of the gradient; null: no clipping
     # Parameters without weight decay, and without trust ratio in LARS and LAMB.
     exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")
@@ -253,6 +258,7 @@ class TrainConfig(Section):
 
 class ProbeConfig(Section):
     every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
+    train: UserPath | None = None  # labeled images to search for neighbors, a .beton; null: those of data.train
     split: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
     k: Count = 20  # nearest neighbors
 
@@ -319,6 +325,13 @@ class Recipe(Section):
             raise ValueError("train.cuda_graphs needs compiled steps: leave out train.compile=false")
         if self.train.cuda_graphs and self.train.accumulate > 1:
             raise ValueError("train.cuda_graphs keeps no gradients between micro-batches: leave out train.accumulate")
+        if self.train.batch_size < 2 * self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} splits train.batch_size={self.train.batch_size} into "
+                "micro-batches of one image, which have no batch statistics: lower train.accumulate"
+            )
+        if self.probe.split == "rest" and self.probe.train:
+            raise ValueError("probe.split=rest searches data.train, not probe.train: leave out one of them")
         if self.probe.split == "rest" and self.data.limit is None:
             raise ValueError("probe.split=rest uses the images that data.limit leaves out: set data.limit")
         return self

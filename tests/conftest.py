@@ -17,6 +17,7 @@ from synthetic_images import jpeg_bytes, photo
 
 from fastssl import cli
 from fastssl.beton import build_beton
+from fastssl.objectives import TotalLoss
 
 # The server has imported torch when it forks, so a test's process starts in 0.1 s instead of 5 s.
 multiprocessing.set_forkserver_preload(["fastssl.training", "fastssl.evaluation.probe"])
@@ -113,3 +114,20 @@ def fastssl(monkeypatch, capsys):
         return end.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, action): let `action` run inside the loss of step n (from 0)."""
+
+    def arrange(n, action):
+        real, steps = TotalLoss.forward, iter(range(1000))
+
+        def watched(self, *inputs):
+            if next(steps) == n:
+                action()
+            return real(self, *inputs)
+
+        monkeypatch.setattr(TotalLoss, "forward", watched)
+
+    return arrange

@@ -33,6 +33,7 @@ from fastssl.beton.index_list import read_index_list
 from fastssl.beton.inspection import inspect_beton, subset_table
 from fastssl.beton.read import (
     BetonInfo,
+    beton_file,
     data_checksum,
     read_header,
     read_labels,
@@ -52,6 +53,7 @@ __all__ = [
     "LeftOut",
     "Sample",
     "SplitReport",
+    "beton_file",
     "build_beton",
     "builder_names",
     "data_checksum",

@@ -59,6 +59,27 @@ class BetonInfo:
     manifest: Manifest | None  # the contents of X.beton.json, which build-beton writes
 
 
+def beton_file(path: str | Path, split: str) -> Path:
+    """Return the .beton file that a user means by `path`: SPLIT.beton in it if it is a folder. `~` is expanded.
+
+    Raises:
+        UserError: it is a folder without that file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    file = path / f"{split}.beton"
+    if file.exists():
+        return file
+    others = sorted(other.name for other in path.glob("*.beton"))
+    if others:
+        raise UserError(f"{path} is a folder without {split}.beton: name one of its files, {', '.join(others[:5])}.")
+    raise UserError(
+        f"{path} is a folder without {split}.beton: make it with `fastssl build-beton imagefolder --source {path} "
+        "--out DIR` if it holds images, and name DIR."
+    )
+
+
 def read_header(path: str | Path) -> BetonInfo:
     """Check the whole file except for its image data, and describe it. Raises UserError if it is not sound."""
     path = Path(path)
@@ -159,6 +180,8 @@ def _read_checked(path: Path) -> _Checked:
         builder = path.parent.name if path.parent.name in builder_names() else "imagefolder"
         command = f"fastssl build-beton {builder} --source DIR --out {path.parent}"
         raise UserError(f"No file {path}: make it with `{command}`, or name another.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a .beton file: name a file in it.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     try:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from fastssl.evaluation import EvaluationData, EvaluationResult, RunEncoder, SummaryRow
 
-NEIGHBORS = [20, 200]
 TEMPERATURES = [0.07, 0.1]
 
 Result = TypeVar("Result", bound="EvaluationResult")
@@ -41,7 +40,9 @@ def knn(
     runs: Runs,
     train: TrainData = None,
     val: ValData = None,
-    k: Annotated[list[int], Option(help="number of neighbors; repeatable")] = NEIGHBORS,
+    k: Annotated[
+        list[int] | None, Option(help="number of neighbors; repeatable (default: 20 and 200, or all images)")
+    ] = None,
     temperature: Annotated[list[float], Option(min=1e-6, help="temperature of the votes; repeatable")] = TEMPERATURES,
     draws: Draws = 0,
     untrained: Untrained = False,
@@ -53,7 +54,7 @@ def knn(
     """Accuracy of a weighted k-nearest-neighbor classifier on frozen features."""
     from fastssl.evaluation import evaluate_knn
 
-    evaluate = partial(evaluate_knn, ks=k, temperatures=temperature, draws=draws or 0, dtype=dtype)
+    evaluate = partial(evaluate_knn, ks=k or None, temperatures=temperature, draws=draws or 0, dtype=dtype)
     _evaluate(evaluate, _encoders(runs, untrained, view, device), train, val, out)
 
 

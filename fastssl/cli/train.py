@@ -7,18 +7,20 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from fastssl.common.errors import UserError
-from fastssl.recipe import find_recipe, load_recipe
+from fastssl.recipe import Recipe, find_recipe, load_recipe
 
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="recipe keys to change: train.epochs=1 ...")]
 
 
 def train(
-    recipe: Annotated[str, Argument(help="a YAML file; recipes/x.yaml also means the shipped one")],
+    recipe: Annotated[
+        str | None, Argument(help="a YAML file; recipes/x.yaml also means the shipped one; with --resume: the run's")
+    ] = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, Option(help="run directory to resume; auto: the recipe's own, if it exists")] = None,
+    resume: Annotated[str | None, Option(help="run to resume or extend; auto: the recipe's own, if it exists")] = None,
 ) -> None:
     """Train a recipe; on several GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
-    settings = load_recipe(recipe, overrides or [])
+    settings = _recipe_of(recipe, overrides or [], resume)
     from fastssl.evaluation.probe import probe_from_recipe
     from fastssl.profiling.bottleneck import explain_data_wait
     from fastssl.training import train
@@ -26,6 +28,20 @@ def train(
     run_dir = Path(resume) if resume and resume != "auto" else None
     probe = probe_from_recipe(settings)
     train(settings, resume="auto" if resume == "auto" else run_dir, probe=probe, diagnose=explain_data_wait)
+
+
+def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> Recipe:
+    """The recipe that the command line names, or that of the run to resume."""
+    if recipe and "=" in recipe and not Path(recipe).is_file():
+        overrides = [recipe, *overrides]
+        recipe = None
+    if recipe is None:
+        if resume is None or resume == "auto":
+            raise UserError("train needs a recipe, such as recipes/zprob_barlow.yaml, or --resume RUN.")
+        from fastssl.models.checkpoint import find_run_dir
+
+        recipe = str(find_run_dir(Path(resume)) / "recipe.yaml")
+    return load_recipe(recipe, overrides)
 
 
 def sweep(

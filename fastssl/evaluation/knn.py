@@ -34,7 +34,7 @@ def evaluate_knn(
     encoder: RunEncoder,
     data: EvaluationData,
     *,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
     draws: int | None = 0,
     dtype: DType = "float32",
@@ -42,11 +42,14 @@ def evaluate_knn(
     """Accuracy of the kNN classifier for every k with every temperature. Cached in RUN/eval/knn.json.
 
     data.train is searched for the neighbors of data.val. For a stochastic h, draws > 0 searches with the mean of that
-    many draws, each of length 1, in place of mu. dtype is that of the cached features.
+    many draws, each of length 1, in place of mu. dtype is that of the cached features. Without `ks`, the
+    numbers of neighbors are 20 and 200, or as many as there are images.
     """
     check_draws(encoder, draws)
     description = data.describe()
     images = description["train"]["images"]
+    if ks is None:
+        ks = sorted({min(k, images) for k in KS})
     for k in ks:
         # A k that is reduced to the number of images would be reported under the name of the published one.
         if not 1 <= k <= images:

@@ -1,9 +1,8 @@
 """The online probe: kNN accuracy of the encoder during training, in eval mode. No label changes its weights."""
 
-from pathlib import Path
-
 import torch
 
+from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
@@ -23,7 +22,9 @@ def probe_from_recipe(recipe: Recipe) -> Probe | None:
 
 
 def knn_probe(recipe: Recipe) -> Probe:
-    """A function that returns {"knn": accuracy} of a model, with up to 50,000 training images as the bank.
+    """A function that returns {"knn": accuracy} of a model.
+
+    Up to 50,000 images of probe.train, else of data.train, are searched for neighbors.
 
     It is tested on data.val. With probe.split=rest it is tested on those images of data.train that data.limit leaves
     out, as the published CIFAR-10 runs choose their checkpoint on 10,000 training images: the test set stays unseen.
@@ -32,11 +33,15 @@ def knn_probe(recipe: Recipe) -> Probe:
         UserError: there are no such images, or some have no label, or both parts do not have the same classes.
     """
     config = recipe.data
-    bank = BetonSubset(Path(config.train), config.subset, min(MAX_IMAGES, config.limit or MAX_IMAGES))
+    if recipe.probe.train:
+        bank = BetonSubset(beton_file(recipe.probe.train, "train"), limit=MAX_IMAGES)
+    else:
+        file = beton_file(config.train, "train")
+        bank = BetonSubset(file, config.subset, min(MAX_IMAGES, config.limit or MAX_IMAGES))
     if recipe.probe.split == "rest":
         tested, skip = BetonSubset(bank.path, config.subset, MAX_IMAGES), config.limit or 0
     else:
-        tested, skip = BetonSubset(Path(config.val or ""), limit=MAX_IMAGES), 0
+        tested, skip = BetonSubset(beton_file(config.val or "", "val"), limit=MAX_IMAGES), 0
     # Checked now, so that a missing file or label is reported before the training, not hours later.
     images = SampleSelection(tested.subset).count(tested.path)
     if recipe.probe.split == "rest" and images <= skip:
@@ -44,8 +49,13 @@ def knn_probe(recipe: Recipe) -> Probe:
             f"probe.split=rest finds no images: data.limit={skip} leaves out none of the {images} images of "
             f"{tested.path}; lower it, or set probe.split=val."
         )
-    fix_train = "set probe.every=0, or list images with labels of several classes in data.subset"
-    fix_val = fix_train if recipe.probe.split == "rest" else "set probe.every=0, or another data.val"
+    fix_val = "set probe.every=0, or another data.val"
+    if recipe.probe.train:
+        fix_train = "set probe.every=0, or another probe.train"
+    elif recipe.probe.split == "rest":
+        fix_train = fix_val = "set probe.every=0, or list images with labels of several classes in data.subset"
+    else:
+        fix_train = "set probe.every=0, or probe.train to labeled images of several classes"
     check_labels(bank, tested, "the kNN probe", fix_train=fix_train, fix_val=fix_val, skip=skip)
 
     def probe(model: Model) -> dict[str, float]:

@@ -10,18 +10,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastssl.beton import data_checksum, read_header, read_index_list
+from fastssl.beton import beton_file, data_checksum, read_header, read_index_list
 from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import console, print_line
 from fastssl.evaluation.results import DataDescription, EncoderDescription
 from fastssl.loading import SampleSelection, require_labels
 from fastssl.models import Model, build_model
-from fastssl.models.checkpoint import LAST, model_from_checkpoint, newest_checkpoint, run_dir_of
+from fastssl.models.checkpoint import (
+    LAST,
+    find_run_dir,
+    model_from_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    run_dir_of,
+)
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.views import describe_eval_transform
 
 # What to do if images have no labels, for messages.
 FIX_TRAIN = "name a labeled file with --train, or list those that have one in the run's data.subset"
 FIX_VAL = "name a labeled file with --val"
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -48,24 +59,23 @@ class RunEncoder:
 def load_run_encoder(
     run: str | Path, *, untrained: bool = False, view: Literal["squash", "center"] | None = None, device: str = "auto"
 ) -> RunEncoder:
-    """Load the model of a run directory, or of a checkpoint file in one, for evaluation.
+    """Load the model of a run directory or of a checkpoint file for evaluation.
 
     Args:
-        run: a run directory (its last checkpoint is loaded) or a checkpoint file.
+        run: a checkpoint file, or a path that `find_run_dir` takes: the last checkpoint of that run is loaded. The
+            results for a checkpoint that is in no run directory go to NAME_eval/ next to it.
         untrained: take the weights that the run started from, drawn from its seed, in place of a checkpoint.
         view: evaluation transform; None: the recipe's views.eval.
         device: "cpu", "cuda" or "auto" (a GPU if there is one).
 
     Raises:
-        UserError: `run` is neither, has no checkpoint, or there is no GPU for "cuda".
+        UserError: there is no run or checkpoint, or no GPU for "cuda".
     """
-    run = Path(run)
-    run_dir = run_dir_of(run) if run.is_file() else run
-    if run_dir is None or not (run_dir / "recipe.yaml").is_file():
-        raise UserError(
-            f"{run} is not a run directory, it has no recipe.yaml: name one that fastssl train made, or a checkpoint "
-            "in one."
-        )
+    run = Path(run).expanduser()
+    if run.is_file() and run.suffix in CHECKPOINT_SUFFIXES:
+        source, run_dir = run, run_dir_of(run) or directory_of_lone_checkpoint(run)
+    else:
+        source = run_dir = find_run_dir(run)
     recipe = load_recipe(run_dir / "recipe.yaml")
     if view:
         recipe = recipe.model_copy(update={"views": recipe.views.model_copy(update={"eval": view})})
@@ -80,14 +90,33 @@ def load_run_encoder(
         torch.manual_seed(recipe.seed)  # as training.setup.prepare does
         model, suffix = build_model(recipe).eval(), "-untrained"
     else:
-        checkpoint = newest_checkpoint(run)
+        checkpoint = newest_checkpoint(source)
         if checkpoint.warning:
             warnings.warn(checkpoint.warning, stacklevel=2)
         model, weights = model_from_checkpoint(checkpoint), checkpoint.path
-        suffix = f"-{weights.stem}" if run.is_file() and weights.name != LAST else ""
+        is_of_run = weights.parent.parent.resolve() == run_dir.resolve()
+        suffix = f"-{weights.stem}" if source.is_file() and is_of_run and weights.name != LAST else ""
     if view:
         suffix += f"-{view}"
     return RunEncoder(run_dir, recipe, model.to(device), torch.device(device), weights, suffix, weights_sha256(model))
+
+
+def directory_of_lone_checkpoint(path: Path) -> Path:
+    """The directory for results of a checkpoint that is in no run directory: NAME_eval/, with the checkpoint's recipe.
+
+    Raises UserError if the file is no checkpoint, or the directory holds the recipe of another one.
+    """
+    recipe = read_checkpoint(path).recipe
+    folder = path.with_name(f"{path.stem}_eval")
+    file = folder / "recipe.yaml"
+    if not file.exists():
+        with explain_write_errors(folder):
+            folder.mkdir(exist_ok=True)
+            write_atomically(file, recipe.to_yaml())
+        print_line(console(), f"{path} is in no run directory: results go to {folder}.")
+    elif load_recipe(file) != recipe:
+        raise UserError(f"{folder} holds results of another model: move it, or rename {path}.")
+    return folder
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -185,15 +214,18 @@ def find_evaluation_data(
         raise UserError(
             f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
         )
-    given = [(kind, Path(path).resolve()) for kind, path in (("train", train), ("val", val)) if path]
+    train_file, val_file = beton_file(train or config.train, "train"), beton_file(val_file, "val")
+    given = [
+        (kind, file.resolve()) for kind, path, file in (("train", train, train_file), ("val", val, val_file)) if path
+    ]
     if train_list:
-        train_data = BetonSubset(Path(train or config.train), str(train_list))
+        train_data = BetonSubset(train_file, str(train_list))
     elif train:
-        train_data = BetonSubset(Path(train))
+        train_data = BetonSubset(train_file)
     else:
-        train_data = BetonSubset(Path(config.train), config.subset, config.limit)
+        train_data = BetonSubset(train_file, config.subset, config.limit)
     suffix = "".join(f"-{kind}-{path.parent.name}-{path.stem}" for kind, path in given)
-    return EvaluationData(train_data, BetonSubset(Path(val_file)), suffix)
+    return EvaluationData(train_data, BetonSubset(val_file), suffix)
 
 
 def check_labels(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
@@ -39,8 +40,8 @@ def find_target(name: str, path: str | Path) -> TransferTarget:
     Raises:
         UserError: there is neither, or no labels.
     """
-    path = Path(path)
-    train = path / "train.beton" if path.is_dir() else path
+    path = Path(path).expanduser()
+    train = beton_file(path, "train")
     tests = [path / "test.beton", path / "val.beton"] if path.is_dir() else []
     test = next((file for file in tests if file.is_file()), None)
     fix = f"give --to {name}= labeled data"

@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from pydantic import ValidationError
@@ -34,6 +34,7 @@ class SavedState(TypedDict):
     loader: LoaderState
     skipped: Tensor  # int64 (): steps skipped because they were not finite
     step: int  # optimizer steps, skipped ones included
+    decay_epochs: NotRequired[int]  # until the learning rate has its final value
     epochs_probed: int
     best: dict[str, float]
     seconds: float  # of training
@@ -132,6 +133,30 @@ def run_dir_of(checkpoint: Path) -> Path | None:
     """The run directory that contains a checkpoint file, or None."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file() else None
+
+
+def find_run_dir(path: Path) -> Path:
+    """The run directory that a user means by its path, or that of `checkpoints`, a file in it, or its only run.
+
+    Raises:
+        UserError: if there is no run, or several.
+    """
+    path = path.expanduser()
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        for candidate in (folder, folder.parent) if folder.name == "checkpoints" else (folder,):
+            if is_run_dir(candidate):
+                return candidate
+    runs = sorted(child for child in path.iterdir() if is_run_dir(child)) if path.is_dir() else []
+    if len(runs) > 1:
+        raise UserError(f"{path} holds {len(runs)} runs, such as {runs[0]}: name one of them.")
+    if not runs:
+        raise UserError(f"{path} holds no run: name a run directory of fastssl train.")
+    return runs[0]
+
+
+def is_run_dir(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() or bool(path.is_dir() and find_checkpoints(path))
 
 
 def load_model(run_or_checkpoint: str | Path) -> Model:

@@ -46,13 +46,14 @@ def sees_whole_image(model: ModelConfig, size: int) -> bool:
     """
     # Without memory and arithmetic first: most sizes that do not work fail here.
     with torch.device("meta"):
-        encoder = build_encoder(model.backbone, model.stem, size).eval()
-        shape = encoder(torch.empty(1, 3, size, size)).shape
+        encoder = build_encoder(model.backbone, model.stem, size, model.in_chans).eval()
+        shape = encoder(torch.empty(1, model.in_chans, size, size)).shape
     if shape != (1, encoder.num_features):
         raise ValueError(f"the output has the shape {tuple(shape)}")
-    image = torch.zeros(1, 3, size, size)
+    image = torch.zeros(1, model.in_chans, size, size)
     image[:, :, -1] = float("nan")
-    return bool(build_encoder(model.backbone, model.stem, size).eval()(image).isnan().any())
+    encoder = build_encoder(model.backbone, model.stem, size, model.in_chans).eval()
+    return bool(encoder(image).isnan().any())
 
 
 def sizes_that_work(model: ModelConfig, size: int) -> list[int]:

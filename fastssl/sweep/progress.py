@@ -6,6 +6,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
+from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.common.files import try_lock
 from fastssl.loading import SampleSelection
@@ -93,7 +94,7 @@ def images_per_epoch(recipe: Recipe) -> int:
 
 @cache  # the count checks all tables of the file, so it is made once for all runs
 def _images_in(path: str, subset: str | None) -> int:
-    return SampleSelection(subset).count(path)
+    return SampleSelection(subset).count(beton_file(path, "train"))
 
 
 def read_progress(run: SweepRun) -> RunProgress:

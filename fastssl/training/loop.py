@@ -2,7 +2,8 @@
 
 fastssl train recipes/zprob_barlow.yaml
 fastssl train recipes/zprob_barlow.yaml train.epochs=1 data.train=x.beton
-fastssl train recipes/zprob_barlow.yaml --resume runs/zprob_barlow
+fastssl train --resume runs/zprob_barlow
+fastssl train --resume runs/zprob_barlow train.epochs=400
 torchrun --nproc-per-node 8 -m fastssl train recipes/zprob_barlow.yaml
 """
 

@@ -17,7 +17,7 @@ from fastssl.common.environment import describe_environment
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, machine_fix, try_lock, write_atomically, write_error
 from fastssl.common.terminal import console, print_line
-from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints
+from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints, find_run_dir
 from fastssl.recipe import Recipe, ViewsConfig
 from fastssl.views.operations import unnormalize
 
@@ -39,9 +39,9 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
 
     Args:
         recipe: its `run.dir` and `name` are used.
-        resume: a run directory, to continue its run; "auto", to continue the run in `run.dir` (else runs/NAME) if there
-            is one, and to start it if there is none; None, to start a new run in `run.dir`, else in the first of
-            runs/NAME, runs/NAME-2 and so on that does not exist.
+        resume: a path that `find_run_dir` takes, to continue that run; "auto", to continue the run in `run.dir` (else
+            runs/NAME) if there is one, and to start it if there is none; None, to start a new run in `run.dir`, else in
+            the first of runs/NAME, runs/NAME-2 and so on that does not exist.
         restarted: whether torchrun has restarted this process. Then None means the run that the same torchrun began.
 
     Raises:
@@ -52,9 +52,7 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
     if resume == "auto":
         path = named or Path("runs") / recipe.name
     elif resume is not None:
-        path = resume
-        if not find_checkpoints(path) and not (path / "recipe.yaml").exists():
-            raise UserError(f"{path} holds no run: name a run directory of fastssl train.")
+        path = find_run_dir(resume)
     elif restarted and _launcher_of(named or newest) == _launcher():
         path = named or newest
     elif named and (named / "recipe.yaml").exists():

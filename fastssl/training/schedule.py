@@ -13,6 +13,7 @@ class Schedule:
     """The length of a run, and the learning rate of each step."""
 
     total_steps: int
+    decay_steps: int  # until the learning rate has its final value; fewer than all in a run that was extended
     warmup_steps: int  # of the learning rate
     beta_warmup_steps: int  # of the KL's weight
     peak_rate: float
@@ -21,29 +22,33 @@ class Schedule:
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ...: linear up to `peak_rate`, then half a cosine down to the final rate.
 
-        The first warm-up step has peak_rate / warmup_steps, the last step of the run nearly the final rate.
+        The first warm-up step has peak_rate / warmup_steps, the last step of the cosine nearly the final rate.
         """
         if step < self.warmup_steps:
             return self.peak_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.decay_steps - self.warmup_steps))
         factor = self.final_factor + (1 - self.final_factor) * (1 + math.cos(math.pi * progress)) / 2
         return self.peak_rate * factor
 
 
-def plan(recipe: Recipe, steps_per_epoch: int) -> tuple[Schedule, list[str]]:
-    """The schedule of a recipe, and warnings. The peak rate is optim.lr x global batch / 256."""
-    total_steps = recipe.train.epochs * steps_per_epoch
+def plan(recipe: Recipe, steps_per_epoch: int, decay_epochs: int) -> tuple[Schedule, list[str]]:
+    """The schedule of a recipe, and warnings. The peak rate is optim.lr x global batch / 256.
+
+    decay_epochs: until the learning rate has its final value, at most train.epochs.
+    """
+    decay_steps = decay_epochs * steps_per_epoch
     warnings = []
 
     def count_warmup(key: str, epochs: float) -> int:
         steps = round(epochs * steps_per_epoch)
-        if steps < total_steps:
+        if steps < decay_steps:
             return steps
         warnings.append(f"{key}={epochs:g} is the whole run or more: shortened to 10% of its steps.")
-        return total_steps // 10
+        return decay_steps // 10
 
     schedule = Schedule(
-        total_steps=total_steps,
+        total_steps=recipe.train.epochs * steps_per_epoch,
+        decay_steps=decay_steps,
         warmup_steps=count_warmup("optim.warmup_epochs", recipe.optim.warmup_epochs),
         beta_warmup_steps=count_warmup("embedding.beta_warmup_epochs", recipe.embedding.beta_warmup_epochs),
         peak_rate=recipe.optim.lr * recipe.train.batch_size / 256,

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.beton import read_header
+from fastssl.beton import beton_file, read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, SampleSelection, require_labels
@@ -26,7 +27,7 @@ from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import make_optimizer
 from fastssl.training.schedule import Schedule, image_size, image_sizes, plan
-from fastssl.training.state import TrainState
+from fastssl.training.state import TrainState, epochs_of_decay
 from fastssl.training.tracking import require_trackers
 from fastssl.views import PairedViews
 
@@ -107,7 +108,8 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device)
     check_combinations(recipe, loader)
-    schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate)
+    decay_epochs = epochs_of_decay(recipe, checkpoint)
+    schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs)
 
     model, loaded = make_model(recipe, device, None if checkpoint else recipe.model.init)
     state = TrainState(
@@ -117,9 +119,15 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         loader,
         skipped=torch.zeros((), dtype=torch.int64, device=device),
+        decay_epochs=decay_epochs,
         average=WeightAverage(model, recipe.train.ema) if recipe.train.ema else None,
     )
     remarks += [*loaded, *resume_state(state, checkpoint)]
+    if checkpoint and (before := checkpoint.recipe.train.epochs) < recipe.train.epochs:
+        remarks.append(
+            f"Extended from {before} to {recipe.train.epochs} epochs. Learning rate of the next step: "
+            f"{schedule.rate(state.step):.4g} (optim.extend={recipe.optim.extend})."
+        )
 
     network = Network(model, TotalLoss(recipe, schedule.beta_warmup_steps), device, precision)
     wrapped, no_sync = wrap_network(network, recipe, compiled)
@@ -229,11 +237,16 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
+def training_file(recipe: Recipe) -> Path:
+    """The .beton that data.train means."""
+    return beton_file(recipe.data.train, "train")
+
+
 def crop_of(recipe: Recipe) -> Literal["gpu", "cpu"]:
     """Resolve data.crop: crops are cut on the device for a canvas file, on the CPU for a file in the full layout."""
     if recipe.data.crop != "auto":
         return recipe.data.crop
-    return "cpu" if read_header(recipe.data.train).resolution is None else "gpu"
+    return "cpu" if read_header(training_file(recipe)).resolution is None else "gpu"
 
 
 def is_resident(recipe: Recipe, device: torch.device) -> bool:
@@ -242,9 +255,9 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
         return recipe.data.resident
     if device.type != "cuda" or crop_of(recipe) != "gpu":
         return False
-    data = recipe.data
-    height, width = read_header(data.train).max_resolution
-    images = SampleSelection(data.subset, data.limit).count(data.train)
+    data, file = recipe.data, training_file(recipe)
+    height, width = read_header(file).max_resolution
+    images = SampleSelection(data.subset, data.limit).count(file)
     return images * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
 
 
@@ -273,8 +286,13 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
             f"train.batch_size={recipe.train.batch_size} does not divide by {world_size()} processes x "
             f"train.accumulate={recipe.train.accumulate}: choose a multiple of {shares}."
         )
+    if recipe.train.batch_size < 2 * shares:
+        raise UserError(
+            f"train.batch_size={recipe.train.batch_size} leaves one image for each of {world_size()} processes x "
+            f"train.accumulate={recipe.train.accumulate}, which has no batch statistics: set it to {2 * shares}."
+        )
     loader = kind(
-        data.train,
+        training_file(recipe),
         recipe.train.batch_size // shares,
         seed=recipe.seed,
         crop=crop_of(recipe),
@@ -289,7 +307,7 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
     )
     if len(loader) < recipe.train.accumulate:
         raise UserError(
-            f"{data.train} gives {len(loader.rows)} images, fewer than one batch of {recipe.train.batch_size}: "
+            f"{loader.path} gives {len(loader.rows)} images, fewer than one batch of {recipe.train.batch_size}: "
             "lower train.batch_size or add images."
         )
     return loader

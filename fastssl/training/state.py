@@ -20,8 +20,8 @@ from fastssl.recipe import Recipe
 # moved; the loader checks that the images are the same.
 FREE_KEYS = (
     "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "views.eval",
-    "embedding.chunk", "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps", "probe", "log",
-    "checkpoint",
+    "embedding.chunk", "optim.extend", "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps",
+    "probe", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ class TrainState:
     skipped: Tensor  # int64 () on the device: steps skipped because they were not finite
     average: WeightAverage[Model] | None = None
     step: int = 0  # optimizer steps, skipped ones included
+    decay_epochs: int = 0  # until the learning rate has its final value; see epochs_of_decay
     epochs_probed: int = 0  # epochs that were done at the last probe
     best: dict[str, float] = field(default_factory=dict)  # the probe's best metric by name, and its "step"
     seconds: float = 0.0  # of training, over all resumes, at `started`
@@ -59,6 +60,7 @@ class TrainState:
             "loader": self.loader.state_dict(),
             "skipped": self.skipped,
             "step": self.step,
+            "decay_epochs": self.decay_epochs,
             "epochs_probed": self.epochs_probed,
             "best": self.best,
             "seconds": self.count_seconds(),
@@ -80,6 +82,7 @@ class TrainState:
         Raises UserError if the checkpoint belongs to another recipe or does not fit its own.
         """
         changed = changed_keys(checkpoint.recipe.model_dump(mode="json"), self.recipe.model_dump(mode="json"))
+        changed = [key for key in changed if key != "train.epochs"]  # see epochs_of_decay
         if changed:
             raise UserError(
                 f"{checkpoint.path} is of a run with other values of {', '.join(changed)}: resume with that run's own "
@@ -114,6 +117,28 @@ class TrainState:
             torch.set_rng_state(saved["rng"])
             if self.skipped.is_cuda and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"])
+
+
+def epochs_of_decay(recipe: Recipe, checkpoint: Checkpoint | None) -> int:
+    """The epochs until the learning rate has its final value: all, unless a resume has extended the run.
+
+    A resume may raise train.epochs. With optim.extend=stretch the rate then follows the schedule of a run of that
+    length, from the next step on; with "constant" it keeps its final value in the new epochs.
+
+    Raises:
+        UserError: if train.epochs is lower than before, or BYOL's target would not move in the new epochs.
+    """
+    epochs = recipe.train.epochs
+    if checkpoint is None:
+        return epochs
+    before = checkpoint.recipe.train.epochs
+    if epochs < before:
+        raise UserError(f"train.epochs={epochs}, but the run in {checkpoint.path} has {before}: a resume can only add.")
+    if epochs > before and recipe.optim.extend == "stretch":
+        return epochs
+    if epochs > before and recipe.objective.name == "byol":
+        raise UserError("optim.extend=constant leaves BYOL's target where it is, with momentum 1: leave it out.")
+    return checkpoint.saved.get("decay_epochs", before)  # checkpoints of before this key have none
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -231,13 +231,13 @@ def test_training_images_are_limited_as_in_training(canvas, tmp_path):
 
 def test_user_errors_name_the_cause_and_the_fix(run, canvas, photos, tmp_path):
     folder, _, _ = run
-    with pytest.raises(UserError, match="not a run directory"):
+    with pytest.raises(UserError, match="nothing holds no run: name a run directory"):
         load_run_encoder(tmp_path / "nothing")
     (tmp_path / "x.pt").touch()
-    with pytest.raises(UserError, match="not a run directory"):
+    with pytest.raises(UserError, match="x.pt is not a readable checkpoint"):
         load_run_encoder(tmp_path / "x.pt")
     with pytest.raises(UserError, match="--k 200 is not between 1 and the 48 images"):
-        evaluate_knn(*opened(folder))
+        evaluate_knn(*opened(folder), ks=(20, 200))
     with pytest.raises(UserError, match="gone.beton"):
         opened(folder, val=tmp_path / "gone.beton")
     without_val, _, _ = make_run(tmp_path / "without_val", {"train": str(canvas / "train.beton")})

@@ -391,7 +391,9 @@ def test_optimizers_that_cannot_train_are_refused(keys, message):
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
-    schedule = Schedule(total_steps=100, warmup_steps=10, beta_warmup_steps=0, peak_rate=2.0, final_factor=0.5)
+    schedule = Schedule(
+        total_steps=100, decay_steps=100, warmup_steps=10, beta_warmup_steps=0, peak_rate=2.0, final_factor=0.5
+    )
     rates = [schedule.rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.5) and rates[100] == pytest.approx(1.0)

@@ -25,7 +25,6 @@ from training_runs import (
 
 import fastssl
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
-from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
 from fastssl.training import run_dir, run_writer, state, train
 
@@ -94,23 +93,6 @@ def test_sigterm_ends_a_real_process_with_its_step_saved(canvas, tmp_path):
 def undisturbed_barlow(canvas, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed")
     return train(load_recipe("recipes/barlow.yaml", small(canvas, run_dir, "log.every=4")))
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(n, action): let `action` run inside the loss of step n (from 0)."""
-
-    def arrange(n, action):
-        real, steps = TotalLoss.forward, iter(range(1000))
-
-        def watched(self, *inputs):
-            if next(steps) == n:
-                action()
-            return real(self, *inputs)
-
-        monkeypatch.setattr(TotalLoss, "forward", watched)
-
-    return arrange
 
 
 @pytest.mark.usefixtures("default_signals")

@@ -28,7 +28,7 @@ def test_views_grow_in_steps_of_32_pixels_between_the_two_epochs():
 
 def test_learning_rate_follows_the_global_batch_and_short_warm_ups_stay():
     recipe = load_recipe("recipes/barlow.yaml", ["train.batch_size=64", "optim.lr=0.4", "train.epochs=10"])
-    schedule, warnings = plan(recipe, steps_per_epoch=5)
+    schedule, warnings = plan(recipe, steps_per_epoch=5, decay_epochs=10)
     assert (schedule.total_steps, schedule.warmup_steps, schedule.peak_rate, warnings) == (50, 20, 0.1, [])
     assert schedule.rate(19) == pytest.approx(0.1) and schedule.rate(0) == pytest.approx(0.1 / 20)
 
@@ -94,7 +94,7 @@ def test_combine_takes_means_minima_and_maxima():
             ["model.backbone=vit_tiny_patch16_224", "views.progressive_resize={size: 16, epochs: [0, 1]}"],
             "views.progressive_resize: vit_tiny",
         ),
-        (["train.batch_size=24", "train.accumulate=24", "data.limit=20"], "fewer than one batch of 24"),
+        (["train.batch_size=24", "train.accumulate=12", "data.limit=20"], "fewer than one batch of 24"),
     ],
 )
 def test_wrong_combinations_are_refused_before_training(canvas, tmp_path, keys, message):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
@@ -115,7 +116,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
     file = data or encoder.recipe.data.val
     if file is None:
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name images with --data FILE.beton.")
-    images = BetonSubset(Path(file))
+    images = BetonSubset(beton_file(file, "val"))
     about = images.describe()
     if about["images"] < estimators.MIN_SAMPLES:
         raise UserError(
@@ -124,7 +125,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
         )
     name = "mi" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix
     if data:
-        name += f"-data-{Path(data).resolve().parent.name}-{Path(data).stem}"
+        name += f"-data-{images.path.resolve().parent.name}-{images.path.stem}"
 
     def compute() -> dict[str, Any]:
         representations = compute_representations(encoder, images, seed)

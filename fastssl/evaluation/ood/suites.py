@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.beton import read_header, read_metadata
+from fastssl.beton import beton_file, read_header, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.evaluation.results import DataDescription
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
@@ -73,8 +73,8 @@ def find_sets(
 
     Args:
         encoder: of the run.
-        near: files of near OOD sets.
-        far: files of far OOD sets.
+        near: near OOD sets: files, or folders with test.beton, val.beton or train.beton.
+        far: far OOD sets.
         suite: a key of `SUITES`, instead of `near` and `far`.
         root: the sets of a suite are root/NAME/test.beton, val.beton or train.beton.
         fit: file of training images; by default data.train of the run. At most 50,000 images are used.
@@ -84,25 +84,27 @@ def find_sets(
         UserError: if a file is missing, two sets have the same name, or the files were built with different options.
     """
     if suite:
-        near, far = ([_suite_file(Path(root) / name) for name in names] for names in SUITES[suite])
+        near, far = ([Path(root) / name for name in names] for names in SUITES[suite])
     if not near and not far:
         raise UserError("There are no OOD images: name files with --near and --far, or a --suite.")
     config = encoder.recipe.data
     id_file = id or config.val
     if id_file is None:
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name ID images with --id FILE.beton.")
-    fit_data = BetonSubset(Path(fit)) if fit else BetonSubset(Path(config.train), config.subset, config.limit)
+    near, far = ([_file_of_set(path) for path in paths] for paths in (near, far))
+    fit_file = beton_file(fit or config.train, "train")
+    fit_data = BetonSubset(fit_file) if fit else BetonSubset(fit_file, config.subset, config.limit)
     if fit_data.describe()["images"] > FIT_IMAGES:
         fit_data = BetonSubset(fit_data.path, fit_data.subset, FIT_IMAGES)
-    names = ["id", *(set_name(Path(path)) for path in (*near, *far))]
+    names = ["id", *(set_name(path) for path in (*near, *far))]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Two of the sets are called {name}: move one of them to a folder with another name.")
     sets = OODSets(
         fit=fit_data,
-        id=BetonSubset(Path(id_file)),
-        near={set_name(Path(path)): BetonSubset(Path(path)) for path in near},
-        far={set_name(Path(path)): BetonSubset(Path(path)) for path in far},
+        id=BetonSubset(beton_file(id_file, "val")),
+        near={set_name(path): BetonSubset(path) for path in near},
+        far={set_name(path): BetonSubset(path) for path in far},
         name=result_name(suite, near, far, id, fit),
     )
     check_same_build([data.path for data in (sets.id, sets.fit, *sets.ood.values())])
@@ -124,9 +126,9 @@ def result_name(
     return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _suite_file(folder: Path) -> Path:
-    paths = [folder / f"{split}.beton" for split in SPLITS]
-    return next((path for path in paths if path.is_file()), paths[0])
+def _file_of_set(path: Path) -> Path:
+    files = [path / f"{split}.beton" for split in SPLITS]
+    return next((file for file in files if file.is_file()), None) or beton_file(path, SPLITS[0])
 
 
 def set_name(path: Path) -> str:
