@@ -52,9 +52,7 @@ def test_resume_and_eval_take_such_a_path(finished, canvas, tmp_path, inside, fa
     shutil.copytree(finished, run)
     code, out, err = fastssl("train", "--resume", str(run / inside))
     assert code == 0, err
-    assert (
-        f"Done: {run.resolve()}" in " ".join(out.split()).replace("/..", "").replace("run/runs", "run") or "Done" in out
-    )
+    assert "Resuming barlow after step 3" in out and "Done: " in out
     assert load_run_encoder(run / inside).weights.name == "last.pt"
 
 
