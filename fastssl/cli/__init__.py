@@ -1,6 +1,7 @@
 """The command `fastssl`: one file per group of commands. Each command parses, calls one function and prints.
 
-`data.py` builds and inspects .beton files, `train.py` trains, sweeps and profiles, `evaluate.py` holds `fastssl eval`,
+`data.py` builds and inspects .beton files, `train.py` trains, sweeps and profiles, `embed.py` embeds
+photographs, `evaluate.py` holds `fastssl eval`,
 `export.py` writes a trained model for others, `setup.py` checks the machine, runs the demo and lists recipes. Commands
 import what they need when they run: `fastssl --help` is fast, and `fastssl doctor` runs where torch is missing.
 """
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fastssl.cli import data, evaluate, export, setup, train
+from fastssl.cli import data, embed, evaluate, export, setup, train
 from fastssl.common.errors import EXIT_INTERRUPTED, UserError
 
 
@@ -44,6 +45,7 @@ app.command()(data.inspect)
 app.command()(train.train)
 app.command()(train.sweep)
 app.command()(train.profile)
+app.command()(embed.embed)
 app.add_typer(evaluate.app, name="eval")
 app.command()(export.export)
 

@@ -173,13 +173,19 @@ def embed_batches(
 
 
 def eval_loader(
-    data: BetonSubset, views: ViewsConfig, device: torch.device, *, skip: int = 0, augmented: bool = False
+    data: BetonSubset,
+    views: ViewsConfig,
+    device: torch.device,
+    *,
+    skip: int = 0,
+    augmented: bool = False,
+    batch_size: int = BATCH_SIZE,
 ) -> BetonLoader:
     """Load each image once, in the order of the file, for `eval_input`, or for `augmented_input` if `augmented`."""
     # Images of one size go to the device as they are. Of images of several sizes, the CPU crops the view.
     crop: Literal["gpu", "cpu", "eval"] = "gpu" if read_header(data.path).resolution else "cpu" if augmented else "eval"
     return BetonLoader(
-        data.path, BATCH_SIZE, crop=crop, views=views, shuffle=False, drop_last=False, device=device,
+        data.path, batch_size, crop=crop, views=views, shuffle=False, drop_last=False, device=device,
         selection=SampleSelection(data.subset, data.limit, skip), shard=False,
     )  # fmt: skip
 

@@ -79,10 +79,7 @@ def load_run_encoder(
     recipe = load_recipe(run_dir / "recipe.yaml")
     if view:
         recipe = recipe.model_copy(update={"views": recipe.views.model_copy(update={"eval": view})})
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here: run `fastssl doctor`, or leave it out.")
+    chosen_device = find_device(device)
     weights: Path | None = None
     if untrained:
         if recipe.model.init:
@@ -98,7 +95,16 @@ def load_run_encoder(
         suffix = f"-{weights.stem}" if source.is_file() and is_of_run and weights.name != LAST else ""
     if view:
         suffix += f"-{view}"
-    return RunEncoder(run_dir, recipe, model.to(device), torch.device(device), weights, suffix, weights_sha256(model))
+    return RunEncoder(run_dir, recipe, model.to(chosen_device), chosen_device, weights, suffix, weights_sha256(model))
+
+
+def find_device(device: str) -> torch.device:
+    """Return the device for "cpu", "cuda" or "auto". Raises UserError if there is no GPU for "cuda"."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here: run `fastssl doctor`, or leave it out.")
+    return torch.device(device)
 
 
 def directory_of_lone_checkpoint(path: Path) -> Path:

@@ -58,6 +58,11 @@ class Detector:
         """Return the names of the arrays that `fit` and `score` need."""
         return _parameter_names(cls._fit) | _parameter_names(cls._score)
 
+    @classmethod
+    def learns(cls) -> bool:
+        """Whether `fit` learns anything from training images."""
+        return bool(_parameter_names(cls._fit))
+
     @torch.no_grad()
     def fit(
         self,
@@ -85,7 +90,7 @@ class Detector:
         Raises:
             ValueError: if an array that it needs is missing or not finite, or the score is undefined for an image.
         """
-        if _parameter_names(self._fit) and not self.fitted:
+        if self.learns() and not self.fitted:
             raise ValueError(f"{type(self).__name__} has not been fitted: call fit first.")
         score_M = self._call(self._score, features=features, logits=logits, sigma=sigma, mu=mu).double().cpu().numpy()
         if np.isnan(score_M).any():

@@ -14,6 +14,7 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.features import (
     CACHE_VERSION,
     Features,
+    MakeInput,
     cached_features,
     eval_input,
     in_fp32,
@@ -30,7 +31,7 @@ from fastssl.evaluation.ood.separation import MIN_INVERTED, DetectorResult, comp
 from fastssl.evaluation.ood.suites import OODSets, SetDescription
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
-from fastssl.loading import BetonLoader
+from fastssl.loading import Batch, BetonLoader
 from fastssl.models import Classifier, Model
 from fastssl.models.gaussian import Prior
 from fastssl.models.ssl_model import evaluating
@@ -189,6 +190,19 @@ def odin_logits(encoder: RunEncoder, data: BetonSubset, classifier: LinearHead) 
         "classifier": [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in classifier],
     }
 
+    def compute(loader: BetonLoader, advance: Callable[[int], object]) -> Iterator[Features]:
+        make_input = eval_input(encoder.recipe.views)
+        for batch in loader:
+            logits = logits_after_odin(encoder, batch, make_input, classifier)
+            label, index = valid_rows(batch.label, batch), valid_rows(batch.index, batch)
+            yield Features(logits, label, index)
+            advance(len(label))
+
+    return load_or_compute_features(encoder, data, depends_on, f"ODIN on {data.path}", compute).h
+
+
+def logits_after_odin(encoder: RunEncoder, batch: Batch, make_input: MakeInput, classifier: LinearHead) -> np.ndarray:
+    """Return the logits (B, C) of the valid images of a batch, perturbed for ODIN."""
     weight_CD, bias_C = (x.float() for x in classifier)
 
     def logits_with_gradient(images: Tensor) -> Tensor:
@@ -197,17 +211,8 @@ def odin_logits(encoder: RunEncoder, data: BetonSubset, classifier: LinearHead) 
             h = encoder.model.heads["h"](h).mu  # the h that `embed` returns
         return F.linear(h, weight_CD, bias_C)
 
-    def compute(loader: BetonLoader, advance: Callable[[int], object]) -> Iterator[Features]:
-        make_input = eval_input(encoder.recipe.views)
-        with evaluating(encoder.model):
-            for batch in loader:
-                with in_fp32(batch.image.device):
-                    images = make_input(batch)
-                    moved = label_based.perturb_for_odin(logits_with_gradient, images, encoder.recipe.views.std)
-                    with torch.no_grad():
-                        logits = logits_with_gradient(moved)
-                label, index = valid_rows(batch.label, batch), valid_rows(batch.index, batch)
-                yield Features(valid_rows(logits, batch), label, index)
-                advance(len(label))
-
-    return load_or_compute_features(encoder, data, depends_on, f"ODIN on {data.path}", compute).h
+    with evaluating(encoder.model), in_fp32(batch.image.device):
+        images = make_input(batch)
+        moved = label_based.perturb_for_odin(logits_with_gradient, images, encoder.recipe.views.std)
+        with torch.no_grad():
+            return valid_rows(logits_with_gradient(moved), batch)

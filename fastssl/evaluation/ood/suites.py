@@ -92,10 +92,7 @@ def find_sets(
     if id_file is None:
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name ID images with --id FILE.beton.")
     near, far = ([_file_of_set(path) for path in paths] for paths in (near, far))
-    fit_file = beton_file(fit or config.train, "train")
-    fit_data = BetonSubset(fit_file) if fit else BetonSubset(fit_file, config.subset, config.limit)
-    if fit_data.describe()["images"] > FIT_IMAGES:
-        fit_data = BetonSubset(fit_data.path, fit_data.subset, FIT_IMAGES)
+    fit_data = find_fit_images(encoder, fit)
     names = ["id", *(set_name(path) for path in (*near, *far))]
     for name in names:
         if names.count(name) > 1:
@@ -109,6 +106,15 @@ def find_sets(
     )
     check_same_build([data.path for data in (sets.id, sets.fit, *sets.ood.values())])
     return sets
+
+
+def find_fit_images(encoder: RunEncoder, fit: str | Path | None = None) -> BetonSubset:
+    """Return the images that detectors are fitted on: data.train of the run, or all of `fit`, at most 50,000."""
+    config = encoder.recipe.data
+    path = beton_file(fit or config.train, "train")
+    data = BetonSubset(path) if fit else BetonSubset(path, config.subset, config.limit)
+    is_small = data.describe()["images"] <= FIT_IMAGES
+    return data if is_small else BetonSubset(data.path, data.subset, FIT_IMAGES)
 
 
 def result_name(

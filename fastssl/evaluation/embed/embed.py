@@ -1,0 +1,239 @@
+"""The pass over the images of `fastssl embed`.
+
+Worker processes read and convert image files, a thread decodes the next batch to pixels, the main thread runs the
+encoder and writes. A .beton needs no conversion: BetonLoader reads it.
+"""
+
+import json
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from fastssl.beton import read_header, read_names
+from fastssl.beton.images import Encoded, encode_all
+from fastssl.beton.pool import CHUNK, Pool, in_chunks, worker_pool
+from fastssl.beton.source import as_utf8
+from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.system import resolve_workers
+from fastssl.common.terminal import progress
+from fastssl.evaluation.embed.images import BadImage, ImageFiles, list_images
+from fastssl.evaluation.embed.output import Rows, find_writer
+from fastssl.evaluation.embed.score import Scorer
+from fastssl.evaluation.features import BATCH_SIZE, check_finite, embed_batches, eval_input, eval_loader
+from fastssl.evaluation.ood.suites import check_same_build
+from fastssl.evaluation.runs import (
+    BetonSubset,
+    RunEncoder,
+    find_device,
+    load_run_encoder,
+    weights_sha256,
+)
+from fastssl.loading import Batch
+from fastssl.loading.image_files import Conversion, decode_batch, find_conversion
+from fastssl.loading.prefetch import run_ahead
+from fastssl.models.exported import load_exported_model
+
+READY_BATCHES = 1  # decoded, waiting for the encoder
+
+
+@dataclass
+class EmbedReport:
+    """The result of `embed_images`."""
+
+    out: Path
+    images: int = 0  # that were embedded
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)  # name -> shape of an image's value
+    space: str | None = None  # of mu and sigma: "h" or "z"; None: the model is deterministic
+    bad: list[BadImage] = field(default_factory=list)
+    bad_list: Path | None = None  # a line of JSON for each bad image; None: there are none
+    conversion: Conversion | None = None  # of image files
+    account: str | None = None  # a sentence that accounts for every file
+
+
+class Pixels(NamedTuple):
+    """A batch for the encoder."""
+
+    batch: Batch
+    augmented: Batch | None  # the same images with the crops of two training views, if the scorer needs them
+
+
+def load_embedder(run: str | Path, view: Literal["squash", "center"] | None = None, device: str = "auto") -> RunEncoder:
+    """Load what `load_run_encoder` loads, or the model of a .safetensors that was exported with --sigma.
+
+    What is computed of training images is cached next to such a file, in features/.
+    """
+    path = Path(run)
+    if path.suffix != ".safetensors":
+        return load_run_encoder(run, view=view, device=device)
+    model = load_exported_model(path)
+    views = model.recipe.views.model_copy(update={"eval": view or model.recipe.views.eval})
+    recipe = model.recipe.model_copy(update={"views": views})
+    chosen = find_device(device)
+    return RunEncoder(path.parent, recipe, model.to(chosen), chosen, path, f"-{path.stem}", weights_sha256(model))
+
+
+def embed_images(
+    encoder: RunEncoder,
+    images: str | Path,
+    out: str | Path,
+    *,
+    score: str | None = None,
+    fit: str | Path | None = None,
+    workers: int | None = None,
+) -> EmbedReport:
+    """Write names, h, mu, sigma and scores of images to one file, in the order of the images.
+
+    Image files are converted as the training images of the run were, and their pixels are those of a .beton that
+    `build-beton` makes of them. Bad images are left out and listed in OUT.bad.jsonl.
+
+    Args:
+        encoder: of `load_run_encoder`.
+        images: a folder with images at any depth, a text file with one path per line, a .beton, or an image.
+        out: a .npz, .csv or .parquet. An existing file is replaced when the new one is complete.
+        score: name of a detector of `fastssl.evaluation.ood.DETECTORS`; a higher score means more unusual.
+        fit: .beton that the detector is fitted to, and as which images are converted; None: the run's data.train.
+        workers: processes that convert image files; None: all cores.
+
+    Raises:
+        UserError: an argument is wrong, no image can be read, or `out` cannot be written.
+    """
+    images, out, train = Path(images), Path(out), Path(fit or encoder.recipe.data.train)
+    report = EmbedReport(out)
+    # What is quickly found wrong comes first; fitting a detector may take minutes.
+    write = find_writer(out)
+    processes = resolve_workers(workers)
+    if not images.exists():
+        raise UserError(f"{images} does not exist: name a folder of images, a list of paths or a .beton.")
+    scorer = Scorer(encoder, score, None if fit is None else train) if score is not None else None
+    if images.suffix == ".beton" and images.is_file():
+        if scorer is not None and scorer.fit_data is not None:
+            check_same_build([scorer.fit_data.path, images])
+        rows = _embed_beton(encoder, images, scorer, report)
+    else:
+        files = list_images(images)
+        report.conversion = find_conversion(train, encoder.recipe.views)
+        if scorer is not None and scorer.fit_data is not None:
+            _check_same_crops(scorer.fit_data.path, report.conversion)
+        rows = _embed_files(encoder, files, scorer, report, processes)
+    if scorer is not None:
+        scorer.fit()
+    with explain_write_errors(out):
+        write_atomically(out, lambda part: write(part, rows))
+        _list_bad_images(report)
+    return report
+
+
+def _check_same_crops(train: Path, conversion: Conversion) -> None:
+    """Raise UserError if the views of the training images are made in another way than those of image files."""
+    if conversion.plan.layout == "full" and read_header(train).resolution is not None:
+        raise UserError(
+            f"All images of {train} have one size, so their views are cropped on the device, and those of image files "
+            "on the CPU, which a detector could tell apart: build a .beton of the images, or leave out --score."
+        )
+
+
+def _embed_beton(encoder: RunEncoder, beton: Path, scorer: Scorer | None, report: EmbedReport) -> Iterator[Rows]:
+    data, views = BetonSubset(beton), encoder.recipe.views
+    count = read_header(beton).num_samples
+    size = min(BATCH_SIZE, count)
+    loader = eval_loader(data, views, encoder.device, batch_size=size)
+    augmented: Iterator[Batch | None] = iter([])
+    if scorer is not None and scorer.needs_views:
+        augmented = iter(eval_loader(data, views, encoder.device, batch_size=size, augmented=True))
+    names = read_names(beton, loader.samples.index_N.tolist())
+    with progress(f"Embedding {beton}", count) as advance:
+        for batch in loader:
+            pixels = Pixels(batch, next(augmented, None))
+            rows, index = _embed_batch(encoder, beton, pixels, scorer, report)
+            yield Rows([as_utf8(names.get(i, str(i))) for i in index], rows)
+            advance(len(index))
+
+
+def _embed_files(
+    encoder: RunEncoder, files: ImageFiles, scorer: Scorer | None, report: EmbedReport, workers: int
+) -> Iterator[Rows]:
+    report.bad += files.bad
+    total, done = len(files.samples), 0
+    with worker_pool(workers) as pool, progress(f"Embedding {files.path}", total) as advance:
+        batches = _decoded_batches(encoder, files, scorer, report, pool)
+        for pixels in run_ahead(batches, READY_BATCHES):
+            rows, index = _embed_batch(encoder, files.path, pixels, scorer, report)
+            yield Rows([files.samples[i].name for i in index], rows)
+            advance(index[-1] + 1 - done)  # with the bad images before it
+            done = index[-1] + 1
+        if done < total:
+            advance(total - done)
+    report.account = files.account(report.images, len(report.bad))
+    if not report.images:
+        _list_bad_images(report)
+        raise UserError(
+            f"None of the {len(report.bad):,} images of {files.path} could be read (the first: {report.bad[0].name}: "
+            f"{report.bad[0].reason}); {report.bad_list} lists them."
+        )
+
+
+def _decoded_batches(
+    encoder: RunEncoder, files: ImageFiles, scorer: Scorer | None, report: EmbedReport, pool: Pool
+) -> Generator[Pixels, None, None]:
+    """Yield batches of the good images in order, and add the bad ones to the report. Runs in a thread."""
+    assert report.conversion is not None
+    plan, views, size = report.conversion.plan, encoder.recipe.views, min(BATCH_SIZE, len(files.samples))
+    needs_views = scorer is not None and scorer.needs_views
+
+    def decode(images: list[Encoded], index: list[int]) -> Pixels:
+        batch, augmented = (
+            decode_batch(images, index, plan, views, encoder.device, batch_size=size, augmented=augmented)
+            if needs_views or not augmented
+            else None
+            for augmented in (False, True)
+        )
+        assert batch is not None
+        return Pixels(batch, augmented)
+
+    tasks = (([files.samples[i].image for i in chunk], plan) for chunk in in_chunks(range(len(files.samples)), CHUNK))
+    results = (result for chunk in pool.in_order(encode_all, tasks) for result in chunk)
+    images: list[Encoded] = []
+    index: list[int] = []
+    for number, result in enumerate(results):
+        if isinstance(result, str):
+            report.bad.append(BadImage(files.samples[number].name, result))
+            continue
+        images.append(result)
+        index.append(number)
+        if len(images) == size:
+            yield decode(images, index)
+            images, index = [], []
+    if images:
+        yield decode(images, index)
+
+
+def _embed_batch(
+    encoder: RunEncoder, source: Path, pixels: Pixels, scorer: Scorer | None, report: EmbedReport
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Return the columns of the valid images of a batch, and their indices. Counts them in the report."""
+    batches = embed_batches(encoder.model, [pixels.batch], eval_input(encoder.recipe.views))
+    (features,) = check_finite(batches, source, "float32")
+    columns: dict[str, np.ndarray] = {}
+    if scorer is not None:
+        columns["score"] = scorer.score(features, pixels.batch, pixels.augmented)
+    columns["h"] = features.h
+    if features.mu is not None and features.sigma is not None:
+        columns |= {"mu": features.mu, "sigma": features.sigma}
+    report.images += len(features.index)
+    report.columns = {name: x.shape[1:] for name, x in columns.items()}
+    report.space = features.space
+    return columns, features.index.tolist()
+
+
+def _list_bad_images(report: EmbedReport) -> None:
+    """Write OUT.bad.jsonl, or remove that of an earlier OUT if all images are good."""
+    path = report.out.with_name(report.out.name + ".bad.jsonl")
+    if not report.bad:
+        path.unlink(missing_ok=True)
+        return
+    write_atomically(path, "".join(json.dumps(image._asdict()) + "\n" for image in report.bad))
+    report.bad_list = path
