@@ -36,7 +36,8 @@ class Conversion(NamedTuple):
 
 def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) -> Conversion:
     """Return the conversion of the training file, which its manifest records; otherwise canvases by views.size."""
-    train = Path(train)
+    train = Path(train).expanduser()
+    train = train / "train.beton" if train.is_dir() else train
     problem = f"{train} is not here" if not train.is_file() else f"{train.name}.json is not next to {train}"
     if train.is_file() and (manifest := read_header(train).manifest) is not None:
         try:

@@ -115,6 +115,28 @@ def test_options_of_the_build_are_followed(tmp_path):
     assert [image.name for image in report.bad] == ["large.png"] and "1 megapixels" in report.bad[0].reason
 
 
+@pytest.mark.parametrize("channels, dtype", [(1, "uint8"), (2, "uint16"), (5, "uint8")])
+def test_images_of_other_channels(channels, dtype, canvas, tmp_path):
+    root, rng = tmp_path / "bands", np.random.default_rng(0)
+    root.mkdir()
+    for number in range(4):
+        pixels = rng.integers(0, np.iinfo(dtype).max, (40, 50, channels)).astype(dtype)
+        if channels == 1:
+            Image.fromarray(pixels[..., 0]).save(root / f"{number}.png")
+        else:
+            np.save(root / f"{number}.npy", pixels)
+    build_beton("imagefolder", root, tmp_path / "data", canvas=32, workers=1, channels=channels)
+    views = {"size": 16, "mean": [0.5] * channels, "std": [0.2] * channels, "gray": 0, "jitter": {"p": 0}}
+    model = {"backbone": "test_resnet", "in_chans": channels, "projector": {"layers": 2, "hidden": 16, "out": 8}}
+    encoder = load_run_encoder(run_of(tmp_path / "run", tmp_path / "data", views=views, model=model), device="cpu")
+    report = embed_images(encoder, root, tmp_path / "folder.npz", score="knn_euclidean", workers=1)
+    embed_images(encoder, tmp_path / "data/train.beton", tmp_path / "beton.npz", score="knn_euclidean")
+    assert_same_rows(read(tmp_path / "folder.npz"), read(tmp_path / "beton.npz"))
+    assert "4 read." in report.account and "4 embedded." in report.account
+    with pytest.raises(UserError, match="3 channels"):
+        embed_images(encoder, canvas / "val.beton", tmp_path / "x.npz")
+
+
 def test_batches_do_not_change_what_an_image_gives(encoder, photos, tmp_path, monkeypatch):
     """Several batches, the last one not full; the names belong to their rows."""
     embed_images(encoder, photos, tmp_path / "one.npz", workers=1)

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fastssl.beton import read_header, read_names
+from fastssl.beton.format import RGB
 from fastssl.beton.images import Encoded, encode_all
 from fastssl.beton.pool import CHUNK, Pool, in_chunks, worker_pool
 from fastssl.beton.source import as_utf8
@@ -32,7 +33,7 @@ from fastssl.evaluation.runs import (
     load_run_encoder,
     weights_sha256,
 )
-from fastssl.loading import Batch
+from fastssl.loading import Batch, require_channels
 from fastssl.loading.image_files import Conversion, decode_batch, find_conversion
 from fastssl.loading.prefetch import run_ahead
 from fastssl.models.exported import load_exported_model
@@ -101,21 +102,23 @@ def embed_images(
     Raises:
         UserError: an argument is wrong, no image can be read, or `out` cannot be written.
     """
-    images, out, train = Path(images), Path(out), Path(fit or encoder.recipe.data.train)
+    images, out = Path(images).expanduser(), Path(out).expanduser()
+    in_chans = encoder.recipe.model.in_chans
     report = EmbedReport(out)
     # What is quickly found wrong comes first; fitting a detector may take minutes.
     write = find_writer(out)
     processes = resolve_workers(workers)
     if not images.exists():
         raise UserError(f"{images} does not exist: name a folder of images, a list of paths or a .beton.")
-    scorer = Scorer(encoder, score, None if fit is None else train) if score is not None else None
+    scorer = Scorer(encoder, score, fit) if score is not None else None
     if images.suffix == ".beton" and images.is_file():
+        require_channels(images, in_chans, str(encoder.run_dir))
         if scorer is not None and scorer.fit_data is not None:
             check_same_build([scorer.fit_data.path, images])
         rows = _embed_beton(encoder, images, scorer, report)
     else:
-        files = list_images(images)
-        report.conversion = find_conversion(train, encoder.recipe.views)
+        files = list_images(images, arrays=in_chans != RGB)
+        report.conversion = find_conversion(fit or encoder.recipe.data.train, encoder.recipe.views, in_chans)
         if scorer is not None and scorer.fit_data is not None:
             _check_same_crops(scorer.fit_data.path, report.conversion)
         rows = _embed_files(encoder, files, scorer, report, processes)

@@ -31,20 +31,21 @@ class ImageFiles(NamedTuple):
     path: Path  # the folder or the list
     samples: SampleList
     bad: list[BadImage]  # lines of a list that name a file in a folder that does not exist
+    arrays: bool  # whether .npy files are images
 
     def account(self, embedded: int, bad: int) -> str:
         """Say what happened to each file of the folder, or to each line of the list."""
         if not self.path.is_dir():
             return f"Of {embedded + bad:,} images of {self.path}: {embedded:,} embedded, {bad:,} bad."
         split = SourceSplit("images", [], self.samples, np.arange(len(self.samples)), [], {})
-        return account_for_files("embed", self.path, [split], embedded, bad, "embedded")
+        return account_for_files("embed", self.path, [split], embedded, bad, "embedded", self.arrays)
 
 
-def list_images(path: Path) -> ImageFiles:
+def list_images(path: Path, arrays: bool = False) -> ImageFiles:
     """List the images of a folder, at any depth, or of a text file with one path per line; or one image.
 
-    In a folder, the rules of build-beton say which files are images. Relative paths of a list start at its folder.
-    Nothing is opened.
+    In a folder, the rules of build-beton say which files are images, with `arrays` also .npy files. Relative paths of a
+    list start at its folder. No image is opened.
 
     Raises:
         UserError: the folder or the list cannot be read, or there is no image.
@@ -54,8 +55,8 @@ def list_images(path: Path) -> ImageFiles:
     found: Iterator[tuple[str, str]]
     if path.is_dir():
         prefix = os.path.join(path, "")
-        found = ((image, image.removeprefix(prefix)) for image in rules.image_paths(str(path)))
-    elif rules.has_image_suffix(path.name):
+        found = ((image, image.removeprefix(prefix)) for image in rules.image_paths(str(path), arrays))
+    elif rules.has_image_suffix(path.name, arrays):
         found = iter([(str(path), path.name)])
     else:
         found = _paths_in_list(path, bad)
@@ -67,7 +68,7 @@ def list_images(path: Path) -> ImageFiles:
         raise UserError(f"{file} cannot be read ({error.strerror}): make it readable for your user.") from error
     except ValueError as error:  # too many links to one folder
         raise UserError(str(error)) from error
-    images = ImageFiles(path, samples, bad)
+    images = ImageFiles(path, samples, bad, arrays)
     if not len(samples) and not bad:
         raise UserError(f"{path} holds no images: {images.account(0, 0)} A .beton in it must be named itself.")
     return images

@@ -34,7 +34,7 @@ class Scorer:
         UserError: there is no such detector, the run does not support it, or the training images cannot be read.
     """
 
-    def __init__(self, encoder: RunEncoder, name: str, fit: Path | None = None) -> None:
+    def __init__(self, encoder: RunEncoder, name: str, fit: str | Path | None = None) -> None:
         if name not in DETECTORS:
             nearest = difflib.get_close_matches(name, DETECTORS, n=1, cutoff=0.0)[0]
             raise UserError(f"--score {name}: did you mean {nearest}? The detectors are {', '.join(DETECTORS)}.")
