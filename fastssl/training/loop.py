@@ -32,7 +32,8 @@ from fastssl.loading.spans import span
 from fastssl.models import Model, ModelInput, SSLModel
 from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.objectives.metrics import rankme
-from fastssl.recipe import BYOLConfig, Recipe
+from fastssl.recipe import BYOLConfig, Recipe, SupervisedConfig
+from fastssl.training.collapse import CollapseWarning
 from fastssl.training.meters import DataWaitWarning, Meter, MeterReading, compile_counts, speed_metrics
 from fastssl.training.optim import clip_gradients
 from fastssl.training.run_dir import choose_run_dir, locked_run_dir, rename_damaged
@@ -93,6 +94,7 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
     """
     recipe, state, loader, total_steps = run.recipe, run.state, run.state.loader, run.schedule.total_steps
     meter, data_wait_warning = Meter(run.device), DataWaitWarning(partial(diagnose, run))
+    collapse_warning = CollapseWarning(recipe.train.batch_size // recipe.train.accumulate, embedding_width(recipe))
     while True:
         # Between two epochs. A resumed run may have probed already after its last epoch: the state knows.
         at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
@@ -114,7 +116,9 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
 
             logs = state.step % recipe.log.every == 0 or state.step == total_steps
             if logs:
-                log_step(run, writer, meter, data_wait_warning, step_output, {"epoch": epoch, "lr": rate})
+                metrics = log_step(run, writer, meter, data_wait_warning, step_output, {"epoch": epoch, "lr": rate})
+                if warning := collapse_warning.check(state.step, metrics):
+                    writer.print(warning)
             # All processes stop if one of them received a signal. They agree by a message between CPUs.
             stops = any_rank(stop.received is not None)
             if stops or state.step % recipe.checkpoint.every == 0 or (logs and writer.save_failed):
@@ -123,7 +127,13 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
                 writer.stop(stop)
         if recipe.checkpoint.keep and loader.epoch % recipe.checkpoint.keep == 0:
             writer.save(f"epoch-{loader.epoch:04}.pt")
-    writer.finish()
+    writer.finish(collapse_warning.problem())
+
+
+def embedding_width(recipe: Recipe) -> int:
+    """The dimensions of z: those of the projector, or the logits of a classifier."""
+    objective = recipe.objective
+    return objective.classes if isinstance(objective, SupervisedConfig) else recipe.model.projector.out
 
 
 def train_step(run: TrainingRun, batches: list[Batch], epoch: int, rate: float) -> StepOutput:
@@ -180,9 +190,10 @@ def log_step(
     data_wait_warning: DataWaitWarning,
     step_output: StepOutput,
     more: dict[str, float],
-) -> None:
+) -> dict[str, float]:
     """Log the metrics of the last step and the speed since the last log step. The CPU waits for the device here.
 
+    Returns the metrics of the step, without those of the speed.
     Raises UserError if more steps were skipped than train.max_skipped_steps allows.
     """
     state = run.state
@@ -191,13 +202,15 @@ def log_step(
         writer.save()
         raise UserError(run.guard.error_message(writer.run_dir))
     h = gather_rows(step_output.h, None)
-    ranks = {"rankme_h": rankme(h), "rankme_z": rankme(state.model.mean_z(h))}
+    z = state.model.mean_z(h)
+    metrics |= {"rankme_h": rankme(h), "rankme_z": rankme(z), "std_z": z.std(dim=0).mean().item()}
     reading = meter.read()
     speed = speed_metrics(reading, state.loader)
     compiled = compile_counts() if run.compiled else {}
-    writer.log({**more, **metrics, **ranks, **speed, **compiled, "seconds": state.count_seconds()})
+    writer.log({**more, **metrics, **speed, **compiled, "seconds": state.count_seconds()})
     if warning := data_wait_warning.check(speed["data_wait"], reading):
         writer.print(warning)
+    return metrics
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -130,8 +130,10 @@ class RunWriter:
         self.print(f"Stopped by {name} after step {step}, which is saved: --resume {self.run_dir} continues.")
         raise Stopped(request.exit_code if request.received else EXIT_REQUEUE)
 
-    def finish(self) -> None:
+    def finish(self, problem: str | None = None) -> None:
         """Write the last checkpoint, and encoder.safetensors: the backbone's weights under timm's names.
+
+        problem: a sentence about the training that the user should read before using the result.
 
         Raises:
             UserError: if one of them cannot be written.
@@ -153,4 +155,7 @@ class RunWriter:
         best = ", ".join(f"{name} {value:.4g}" for name, value in state.best.items() if name != "step")
         if best:
             self.print(f"Best probe: {best} at step {state.best['step']} (checkpoints/best.pt)")
+        if problem:
+            self.print(f"Finished, but {problem} The run is in {self.run_dir}.")
+            return
         self.print(f"Done: {self.run_dir} (look at {self.run_dir / 'views.png'} first)")
