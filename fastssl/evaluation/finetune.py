@@ -192,8 +192,9 @@ def write_start_weights(encoder: RunEncoder, folder: Path) -> Path:
         for name, weight in encoder.model.state_dict().items()
         if name.startswith(("encoder.", "heads.h."))
     }
+    header = {"recipe": encoder.recipe.model_dump_json()}  # for an error about another views.size
     with explain_write_errors(path):
-        write_atomically(path, lambda temporary: save_file(weights, temporary))
+        write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=header))
     return path
 
 

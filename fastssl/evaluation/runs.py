@@ -25,6 +25,7 @@ from fastssl.models.checkpoint import (
     read_checkpoint,
     run_dir_of,
 )
+from fastssl.models.encoder_only import EncoderOnly
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.views import describe_eval_transform
 
@@ -41,7 +42,7 @@ class RunEncoder:
 
     run_dir: Path
     recipe: Recipe  # the run's, with the evaluation transform of this evaluation in views.eval
-    model: Model  # eval mode
+    model: Model | EncoderOnly  # eval mode; EncoderOnly: of `load_foreign_encoder`
     device: torch.device
     weights: Path | None  # checkpoint file; None: untrained weights, drawn from the run's seed
     suffix: str  # ends the names of its results: "" for the last checkpoint, else such as "-best" or "-untrained"

@@ -8,6 +8,7 @@ ssl_model.py      the self-supervised model, which joins the above; with BYOL's 
 classifier.py     the supervised baseline
 interface.py      ModelInput, ViewOutput, Embedding: what goes into a model and what comes out
 embed.py          what `embed` takes: tensors, which are checked, or image files and images
+encoder_only.py   an encoder without the rest, for evaluations of weights from elsewhere
 build.py          from a recipe to its untrained model
 sync_bn.py        batch norm over all processes
 averaging.py      moving averages of weights

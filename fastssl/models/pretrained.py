@@ -266,7 +266,8 @@ def _fit(prefix: str, inside: Mapping[str, Tensor], candidate: _Candidate, encod
 def _first_layers(encoder: nn.Module) -> list[str]:
     """The names of the weights that images are multiplied with, as timm knows them."""
     first = getattr(encoder, "pretrained_cfg", {}).get("first_conv") or ()
-    return [f"{name}.weight" for name in ([first] if isinstance(first, str) else first)]
+    names = [f"{name}.weight" for name in ([first] if isinstance(first, str) else first)]
+    return [*names, "conv1.weight"] if isinstance(encoder, ResNet) else names  # which model.stem=small replaces
 
 
 def _channels(weight: Tensor) -> int | None:
@@ -294,13 +295,18 @@ def _resample_positions(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
 def require_encoder(weights: WeightsFile, encoder: nn.Module, recipe: Recipe, keys: Keys) -> Match:
     """`find_encoder`. Raises UserError, with the key to change, unless enough of the encoder is in the file.
 
-    Tensors of another shape are an error, too: they belong to another architecture. Of a run of fastssl all must fit.
+    Tensors of another shape are an error, too, as they belong to another architecture, and so is a missing first layer.
+    Of a run of fastssl all must fit.
     """
     match = find_encoder(weights, encoder)
-    enough = not match.missing if weights.recipe else match.share >= MIN_SHARE
-    if enough and not match.other_shape:
+    if _is_enough(match, encoder) and not (weights.recipe and match.missing):
         return match
     raise UserError(f"{keys.source}{weights.path} {_reason(weights, match, encoder, recipe, keys)}")
+
+
+def _is_enough(match: Match, encoder: nn.Module) -> bool:
+    lacks_first_layer = not set(match.missing).isdisjoint(_first_layers(encoder))
+    return match.share >= MIN_SHARE and not match.other_shape and not lacks_first_layer
 
 
 def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Recipe, keys: Keys) -> str:
@@ -314,8 +320,8 @@ def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Reci
             return f"holds a {theirs.backbone}: set {keys.backbone}{theirs.backbone}."
         if theirs.stem != model.stem:
             return f"has another stem: set {keys.stem}{theirs.stem}."
-    elif stem := _fitting_stem(match, encoder):
-        return f"has another stem, {wrong}: set {keys.stem}{stem}."
+    elif stem := _fitting_stem(weights, recipe):
+        return f"has another stem: set {keys.stem}{stem}."
     if name in _first_layers(encoder) and len(shapes.there) == 4 and shapes.there[1] != shapes.here[1]:
         fix = f": set {keys.in_chans}{shapes.there[1]}" if keys.in_chans else ""
         return f"is for images of {shapes.there[1]} channels, and these have {shapes.here[1]}{fix}."
@@ -337,12 +343,11 @@ def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Reci
     )
 
 
-def _fitting_stem(match: Match, encoder: nn.Module) -> str | None:
-    """The model.stem that fits the file, where only a ResNet's first convolution does not."""
-    shapes = match.other_shape.get("conv1.weight")
-    if not isinstance(encoder, ResNet) or shapes is None or match.share < MIN_SHARE:
-        return None
-    return {3: "small", 7: "imagenet"}.get(shapes.there[-1]) if shapes.there[-1] != shapes.here[-1] else None
+def _fitting_stem(weights: WeightsFile, recipe: Recipe) -> str | None:
+    """The other model.stem, if the file fits with it."""
+    other = STEMS[1 - STEMS.index(recipe.model.stem)]
+    encoder = _try_to_build(recipe, recipe.model.backbone, other, recipe.views.size)
+    return other if encoder is not None and _is_enough(find_encoder(weights, encoder), encoder) else None
 
 
 def _fitting_size(weights: WeightsFile, recipe: Recipe) -> int | None:
@@ -353,7 +358,7 @@ def _fitting_size(weights: WeightsFile, recipe: Recipe) -> int | None:
         encoder = _try_to_build(recipe, recipe.model.backbone, recipe.model.stem, size)
         if encoder is not None:
             match = find_encoder(weights, encoder)
-            if match.share >= MIN_SHARE and not match.other_shape and not match.resampled:
+            if _is_enough(match, encoder) and not match.resampled:
                 return size
     return None
 
@@ -390,7 +395,9 @@ def require_finite(weights: WeightsFile, loaded: Mapping[str, Tensor], keys: Key
 def describe_match(match: Match) -> str:
     """Where in the file the encoder was found, and how much of it: follows a number of tensors."""
     parts = []
-    if match.share < 1:
+    if match.share == 1 and not match.missing:
+        parts.append("all of the encoder")
+    else:
         parts.append(f"{math.floor(1000 * match.share) / 10:g} % of the encoder's parameters")
     if match.prefix not in ("", ENCODER):
         parts.append(f"under {match.prefix[:-1]}")

@@ -32,7 +32,8 @@ from fastssl.evaluation.mutual_information.gaussian_bounds import BATCH, posteri
 from fastssl.evaluation.mutual_information.plots import draw_learning_curves
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
-from fastssl.models import Classifier, Model
+from fastssl.models import Model
+from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.gaussian import DiagonalGaussian, Prior
 from fastssl.models.ssl_model import SSLModel, evaluating
 
@@ -80,7 +81,7 @@ class Representations(NamedTuple):
 
     v_NP: Tensor
     h_ND: Tensor
-    z_NE: Tensor | None = None  # None for a supervised run, which has no z
+    z_NE: Tensor | None = None  # None for an encoder without a projector, which has no z
     view_z_2NE: Tensor | None = None  # z of two augmented views
     h_given_v: DiagonalGaussian | None = None  # if h is stochastic: its distribution, of which h_ND is a draw
     z_given_h: DiagonalGaussian | None = None  # if z is stochastic: its distribution, of which z_NE is a draw
@@ -172,7 +173,7 @@ def compute_representations(encoder: RunEncoder, images: BetonSubset, seed: int)
     features = cached_features(encoder, images)
     v_NP = averaged_pixels(encoder, images)
     h_ND, h_given_v = draw_h(features, None, seed, encoder.device)
-    if isinstance(model, Classifier):
+    if not isinstance(model, SSLModel):  # there is no projector
         return Representations(v_NP, h_ND, h_given_v=h_given_v)
     z_NE, z_given_h = draw_z(model, h_ND, features.index, None, seed)
     augmented = cached_features(encoder, images, augmented=True)
@@ -269,7 +270,7 @@ def gaussian_pair(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def compute_bounds(
-    model: Model, representations: Representations, seed: int, device: Device
+    model: Model | EncoderOnly, representations: Representations, seed: int, device: Device
 ) -> dict[str, dict[str, Any]]:
     """Compute the bounds of stochastic embeddings: of h given the image, and of z given h.
 

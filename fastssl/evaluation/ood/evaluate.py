@@ -33,6 +33,7 @@ from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader
 from fastssl.models import Classifier, Model
+from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.gaussian import Prior
 from fastssl.models.ssl_model import evaluating
 from fastssl.views import describe_eval_transform
@@ -121,7 +122,7 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
     return cast(OODResult, load_or_compute(encoder.run_dir, name, request, compute))
 
 
-def unsupported_detectors(model: Model, label_N: np.ndarray) -> dict[str, str]:
+def unsupported_detectors(model: Model | EncoderOnly, label_N: np.ndarray) -> dict[str, str]:
     """Return the detectors that cannot run, each with the reason, for training images with these labels."""
     supervised = isinstance(model, Classifier)
     count_C = np.unique(label_N, return_counts=True)[1]
@@ -142,7 +143,7 @@ def unsupported_detectors(model: Model, label_N: np.ndarray) -> dict[str, str]:
     return reasons
 
 
-def embedding_prior(model: Model) -> Prior | None:
+def embedding_prior(model: Model | EncoderOnly) -> Prior | None:
     """Return the prior of the embedding that `embed` returns: that of h if h is stochastic, otherwise that of z."""
     priors = [cast(Prior, model.priors[space]) for space in ("h", "z") if space in model.priors]
     return priors[0] if priors else None

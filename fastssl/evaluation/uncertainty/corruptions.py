@@ -16,6 +16,7 @@ from fastssl.common.randomness import CORRUPTION, normals, uniforms
 from fastssl.evaluation.features import in_fp32
 from fastssl.loading import Batch
 from fastssl.models import Model
+from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import ViewsConfig
 from fastssl.views import eval_transform
@@ -107,7 +108,7 @@ def _crop(image_BHWC: np.ndarray, index_B: np.ndarray, share: float, seed: int) 
 
 @torch.inference_mode()
 def embed_versions(
-    model: Model, loader: Iterable[Batch], views: ViewsConfig, seed: int, advance: Callable[[int], object]
+    model: Model | EncoderOnly, loader: Iterable[Batch], views: ViewsConfig, seed: int, advance: Callable[[int], object]
 ) -> np.ndarray:
     """Embed all `VERSIONS` of the N images of a loader.
 

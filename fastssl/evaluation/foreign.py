@@ -1,0 +1,112 @@
+"""Evaluate an encoder that is not a run of fastssl: a file of weights and the name of its backbone."""
+
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.evaluation.runs import RunEncoder, find_device, weights_sha256
+from fastssl.models.encoder_only import EncoderOnly
+from fastssl.models.image_size import check_image_size
+from fastssl.models.pretrained import load_encoder_weights
+from fastssl.recipe import Recipe, load_recipe
+
+SMALL_STEM_SIZE = 32  # px; the small stem is for images of 32 to 64 px
+SMALL_IMAGES = 64  # px: up to this size the default transform is the squashed image, above it the center crop
+
+
+def load_foreign_encoder(
+    weights: str | Path,
+    backbone: str,
+    *,
+    train: str | Path,
+    val: str | Path | None = None,
+    stem: Literal["imagenet", "small"] = "imagenet",
+    size: int | None = None,
+    view: Literal["squash", "center"] | None = None,
+    device: str = "auto",
+    out_dir: str | Path | None = None,
+) -> tuple[RunEncoder, list[str]]:
+    """Load a file of weights for evaluation. Returns the encoder and remarks about what was loaded and how it is used.
+
+    Args:
+        weights: a file in one of the layouts of docs/training.md.
+        backbone: an architecture of timm. With a tag, such as vit_small_patch16_224.augreg_in1k, the evaluation
+            transform has the mean, standard deviation and size of those weights of timm, else ImageNet's mean and
+            standard deviation.
+        train, val: the default files of evaluations.
+        stem: "small" for a ResNet with a 3x3 convolution and no max-pool.
+        size: side of the images in px; None: the size that timm names for the backbone, 32 for a small stem.
+        view: evaluation transform; None: the center crop above 64 px, else the squashed image.
+        device: "cpu", "cuda" or "auto".
+        out_dir: folder for results and cached features; None: NAME_eval next to the file NAME.
+
+    Raises:
+        UserError: the weights do not fit the backbone, or `out_dir` belongs to something else.
+    """
+    weights = Path(weights).expanduser()
+    recipe = _recipe_of(weights, backbone, str(train), str(val) if val else None, stem, size, view)
+    chosen = find_device(device)
+    folder = Path(out_dir).expanduser() if out_dir else weights.with_name(f"{recipe.name}_eval")
+    check_image_size(recipe.model, recipe.views.size, "--size")
+    torch.manual_seed(recipe.seed)  # of tensors that the file lacks
+    model = EncoderOnly(recipe).eval()
+    remarks = load_encoder_weights(model.encoder, recipe, str(weights))
+    if _is_new(folder, recipe):
+        with explain_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+    views = recipe.views
+    remarks.append(
+        f"Evaluated at {views.size} px ({views.eval}), mean {_text(views.mean)}, std {_text(views.std)}; results go to "
+        f"{folder}/eval."
+    )
+    suffix = f"-{view}" if view else ""
+    return RunEncoder(folder, recipe, model.to(chosen), chosen, weights, suffix, weights_sha256(model)), remarks
+
+
+def _recipe_of(
+    weights: Path, backbone: str, train: str, val: str | None, stem: str, size: int | None, view: str | None
+) -> Recipe:
+    """The recipe that stands for the encoder: its data, evaluation transform and model."""
+    architecture, _, tag = backbone.partition(".")
+    if tag and backbone not in (known := timm.list_pretrained(f"{architecture}.*")):
+        names = f"those of {architecture} are {', '.join(known)}" if known else f"{architecture} has none"
+        raise UserError(f"--backbone {backbone}: timm {timm.__version__} has no such weights; {names}.")
+    config = timm.get_pretrained_cfg(backbone) if timm.is_model(architecture) else None
+    if size is None:
+        size = SMALL_STEM_SIZE if stem == "small" else config.input_size[-1] if config else 224
+    return Recipe.model_validate({
+        "name": weights.name.partition(".")[0],
+        "data": {"train": train, "val": val},
+        "views": {
+            "size": size, "eval": view or ("center" if size > SMALL_IMAGES else "squash"),
+            "mean": config.mean if tag and config else IMAGENET_DEFAULT_MEAN,
+            "std": config.std if tag and config else IMAGENET_DEFAULT_STD,
+        },
+        "model": {"backbone": architecture, "stem": stem, "init": str(weights.resolve())},
+        "probe": {"every": 0},
+    })  # fmt: skip
+
+
+def _is_new(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder has no results yet. Raises UserError if it has those of a run or of other weights."""
+    path = folder / "recipe.yaml"
+    if (folder / "checkpoints").exists():
+        raise UserError(f"{folder} is a run of fastssl train: name another folder for results with --out-dir.")
+    if not path.is_file():
+        return True
+    old = load_recipe(path)
+    if old.model != recipe.model or old.views.model_copy(update={"eval": recipe.views.eval}) != recipe.views:
+        raise UserError(
+            f"{folder} has results of other weights or of another --size: name another folder with --out-dir."
+        )
+    return False
+
+
+def _text(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:g}" for value in values)
