@@ -135,7 +135,8 @@ def unsupported_detectors(model: Model | EncoderOnly, label_N: np.ndarray) -> di
         if {"mu", "sigma"} & arrays and not len(model.heads):
             reasons[name] = "the embedding is deterministic"
         elif kind.needs_supervised_encoder and not supervised:
-            reasons[name] = "the encoder was trained without labels"
+            known = not isinstance(model, EncoderOnly)
+            reasons[name] = "the encoder was trained without labels" if known else "needs a supervised run"
         elif not labeled and ("labels" in arrays or ("logits" in arrays and not supervised)):
             reasons[name] = problem if unlabelled else "the training images have no labels of two classes"
         elif kind.needs_pytorch_ood and label_based.pytorch_ood_version() is None:
