@@ -19,8 +19,9 @@ def test_strange_photographs(canvas, photos, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "library/strange.png")
     (tmp_path / "library/bad.jpg").write_text("no image")
+    program = [sys.executable, ROOT / "examples/strange_photographs.py", run, tmp_path / "library"]
     done = subprocess.run(
-        [sys.executable, ROOT / "examples/strange_photographs.py", run, tmp_path / "library", "--count", "3"],
+        [*program, "--count", "3", "--score", "knn_euclidean"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
