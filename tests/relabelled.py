@@ -1,16 +1,20 @@
 """Copies of .beton files with other labels, for tests of what needs labels."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 
 from fastssl.beton import read_labels
-from fastssl.beton.format import FIELD, HEADER, OUR_FIELDS, metadata_type
+from fastssl.beton.format import FIELD, HEADER, OUR_FIELDS, manifest_path, metadata_type
 
 
-def relabelled(beton: Path, copy: Path, labels: np.ndarray) -> Path:
-    """Copy a .beton of build-beton, with its manifest and names, and write `labels` (N,) in the order of the file."""
+def relabelled(beton: Path, copy: Path, labels: np.ndarray, classes: list[str] | None = None) -> Path:
+    """Copy a .beton of build-beton with its manifest and names, and write `labels` (N,) in the order of the file.
+
+    classes: other class names for the manifest.
+    """
     copy.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("", ".json", ".names.txt"):
         shutil.copy(f"{beton}{suffix}", f"{copy}{suffix}")
@@ -18,6 +22,9 @@ def relabelled(beton: Path, copy: Path, labels: np.ndarray) -> Path:
     metadata = np.memmap(copy, metadata_type(OUR_FIELDS), "r+", offset, len(labels))
     metadata["label"] = labels
     metadata.flush()
+    if classes:
+        manifest = manifest_path(copy)
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "classes": classes}))
     return copy
 
 

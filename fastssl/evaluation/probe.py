@@ -2,7 +2,7 @@
 
 import torch
 
-from fastssl.beton import beton_file
+from fastssl.beton import beton_file, read_header
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
@@ -17,8 +17,13 @@ MAX_IMAGES = 50_000  # of either side: all of CIFAR-10, and 4 % of ImageNet, whe
 
 def probe_from_recipe(recipe: Recipe) -> Probe | None:
     """The probe of a recipe; None without probe.every, or without images to test on."""
-    enabled = recipe.probe.every and (recipe.data.val or recipe.probe.split == "rest")
-    return knn_probe(recipe) if enabled else None
+    if not recipe.probe.every or not (recipe.data.val or recipe.probe.split == "rest"):
+        return None
+    read_header(beton_file(recipe.data.train, "train"))  # an error here is not the probe's
+    try:
+        return knn_probe(recipe)
+    except UserError as error:
+        raise UserError(f"The kNN probe, which probe.every=0 switches off, cannot run: {error}") from None
 
 
 def knn_probe(recipe: Recipe) -> Probe:
@@ -49,13 +54,13 @@ def knn_probe(recipe: Recipe) -> Probe:
             f"probe.split=rest finds no images: data.limit={skip} leaves out none of the {images} images of "
             f"{tested.path}; lower it, or set probe.split=val."
         )
-    fix_val = "set probe.every=0, or another data.val"
+    fix_val = "set another data.val"
     if recipe.probe.train:
-        fix_train = "set probe.every=0, or another probe.train"
+        fix_train = "set another probe.train"
     elif recipe.probe.split == "rest":
-        fix_train = fix_val = "set probe.every=0, or list images with labels of several classes in data.subset"
+        fix_train = fix_val = "list images with labels of several classes in data.subset"
     else:
-        fix_train = "set probe.every=0, or probe.train to labeled images of several classes"
+        fix_train = "set probe.train to labeled images of several classes"
     check_labels(bank, tested, "the kNN probe", fix_train=fix_train, fix_val=fix_val, skip=skip)
 
     def probe(model: Model) -> dict[str, float]:

@@ -31,7 +31,8 @@ def test_the_probe_of_unlabelled_training_images_is_refused_before_the_run_begin
     code, out, err = fastssl("train", "recipes/barlow.yaml", *keys)
     assert code == 2 and not (tmp_path / "run").exists()
     one_line = " ".join(err.split())
-    assert re.search(message(kind, use="the kNN probe", fix="set probe.every=0, or"), one_line)
+    assert re.search(message(kind, use="the kNN probe", fix="set probe.train to"), one_line)
+    assert "The kNN probe, which probe.every=0 switches off, cannot run: " in one_line
     assert probe_from_recipe(load_recipe("recipes/barlow.yaml", [*keys, "probe.every=0"])) is None
 
 
@@ -43,6 +44,17 @@ def test_the_probe_on_unlabelled_validation_images_is_refused(kind, canvas, tmp_
     keys = small(canvas, tmp_path / "run", "probe.every=1", f"data.val={file}")
     count = "12 of the 12 images .* have" if kind == "none" else "1 of the 12 images .* has"
     with pytest.raises(UserError, match=f"{count} no label, which the kNN probe needs: .* another data.val"):
+        probe_from_recipe(load_recipe("recipes/barlow.yaml", keys))
+
+
+@pytest.mark.parametrize("change", ["swapped", "renamed", "one more"])
+def test_the_probe_on_classes_that_are_numbered_differently_is_refused(change, canvas, tmp_path):
+    classes = ["class0", "class1", "class2"]
+    other = {"swapped": ["class1", "class0", "class2"], "renamed": ["a", "b", "c"], "one more": ["another", *classes]}
+    label_N = read_labels(canvas / "val.beton")
+    file = relabelled(canvas / "val.beton", tmp_path / "other.beton", label_N, other[change])
+    keys = small(canvas, tmp_path / "run", "probe.every=1", f"data.val={file}")
+    with pytest.raises(UserError, match="number their classes differently"):
         probe_from_recipe(load_recipe("recipes/barlow.yaml", keys))
 
 
