@@ -7,7 +7,7 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
 from fastssl.evaluation.runs import BetonSubset, check_labels
-from fastssl.loading import SampleSelection
+from fastssl.loading import SampleSelection, require_channels
 from fastssl.models import Model
 from fastssl.recipe import Recipe
 from fastssl.training.loop import Probe
@@ -48,6 +48,8 @@ def knn_probe(recipe: Recipe) -> Probe:
     else:
         tested, skip = BetonSubset(beton_file(config.val or "", "val"), limit=MAX_IMAGES), 0
     # Checked now, so that a missing file or label is reported before the training, not hours later.
+    for file in (bank.path, tested.path):
+        require_channels(file, recipe.model.in_chans)
     images = SampleSelection(tested.subset).count(tested.path)
     if recipe.probe.split == "rest" and images <= skip:
         raise UserError(

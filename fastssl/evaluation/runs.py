@@ -15,7 +15,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import console, print_line
 from fastssl.evaluation.results import DataDescription, EncoderDescription
-from fastssl.loading import SampleSelection, require_labels
+from fastssl.loading import SampleSelection, require_channels, require_labels
 from fastssl.models import Model, build_model
 from fastssl.models.checkpoint import (
     LAST,
@@ -47,6 +47,11 @@ class RunEncoder:
     weights: Path | None  # checkpoint file; None: untrained weights, drawn from the run's seed
     suffix: str  # ends the names of its results: "" for the last checkpoint, else such as "-best" or "-untrained"
     sha256: str = field(repr=False)  # weights_sha256 of the model
+
+    def check_channels(self, *files: str | Path) -> None:
+        """Raise UserError unless the images of these files have the channels that the encoder takes."""
+        for file in files:
+            require_channels(file, self.recipe.model.in_chans, str(self.run_dir))
 
     def describe(self) -> EncoderDescription:
         return {
@@ -222,6 +227,7 @@ def find_evaluation_data(
             f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
         )
     train_file, val_file = beton_file(train or config.train, "train"), beton_file(val_file, "val")
+    encoder.check_channels(train_file, val_file)
     given = [
         (kind, file.resolve()) for kind, path, file in (("train", train, train_file), ("val", val, val_file)) if path
     ]

@@ -80,6 +80,7 @@ def evaluate_transfer(
         view: of fine-tuning: evaluation transform of the test.
         overrides: of fine-tuning: KEY=VALUE of its recipe.
     """
+    encoder.check_channels(target.train, target.test)
     what = f"linear-{protocol}" if method == "linear" else "finetune"
     evaluation = f"transfer-{target.name}-{what}"
     name = f"{evaluation}-seed{seed}{'' if draws is None else f'-draws{draws}'}{encoder.suffix}"

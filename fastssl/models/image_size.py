@@ -32,9 +32,22 @@ def check_image_size(model: ModelConfig, size: int, key: str = "views.size") -> 
         if any(word in str(error) for word in MACHINE_TROUBLE):
             raise
         problem = f"takes no images of {key}={size}"
+        if model.in_chans != 3 and takes_rgb_only(model, size):
+            raise UserError(
+                f"model.backbone={model.backbone} takes RGB images only, not model.in_chans={model.in_chans}: choose "
+                "another one."
+            ) from None
     sizes = sizes_that_work(model, size)
     fix = f"set {key} to {' or '.join(map(str, sizes))}" if sizes else "choose another one"
     raise UserError(f"model.backbone={model.backbone} {problem}: {fix}.")
+
+
+def takes_rgb_only(model: ModelConfig, size: int) -> bool:
+    """Whether the backbone would take images of this size if they were RGB."""
+    try:
+        return sees_whole_image(model.model_copy(update={"in_chans": 3}), size)
+    except Exception:  # see check_image_size
+        return False
 
 
 @torch.no_grad()

@@ -189,7 +189,8 @@ class Profiler:
             self.loader_stages.add_results(stages, copy_peak(self.run.device))
         self.device_stages.add_results(stages, peak)
         # What has to move at least for an image's views: the pixels in, the floats out.
-        stages.views.bytes_per_image = self.loader.image_bytes + self.recipe.objective.num_views * 3 * self.size**2 * 4
+        floats = self.recipe.objective.num_views * self.recipe.model.in_chans * self.size**2
+        stages.views.bytes_per_image = self.loader.image_bytes + 4 * floats
         stages.step.peak_memory_bytes = self.peak_memory
         stages.end_to_end = self.end_to_end.result()
         return stages

@@ -150,9 +150,10 @@ def _earlier_starts(path: Path) -> list[dict[str, object]]:
 def save_views(run_dir: Path, views: tuple[Tensor, ...], config: ViewsConfig) -> None:
     """Write views.png: the views of the first images as the encoder sees them, those of one image side by side.
 
-    views: (B, C, size, size) each, normalized.
+    views: (B, C, size, size) each, normalized. Of more than three channels the first three are shown, of two the first.
     """
-    pixels = torch.cat([unnormalize(view[:IMAGES_SHOWN], config) for view in views], dim=3)
+    shown = {1: 1, 2: 1}.get(views[0].shape[1], 3)
+    pixels = torch.cat([unnormalize(view[:IMAGES_SHOWN], config)[:, :shown] for view in views], dim=3)
     size = views[0].shape[-1]
     sheet = make_grid(pixels, nrow=4, padding=max(2, size // 16), pad_value=1.0)
     if size < 100:

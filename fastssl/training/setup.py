@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.beton import beton_file, read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
-from fastssl.loading import Batch, BetonLoader, SampleSelection, require_labels
+from fastssl.loading import Batch, BetonLoader, SampleSelection, require_channels, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint
 from fastssl.models.encoder import has_fixed_size
@@ -30,6 +30,7 @@ from fastssl.training.schedule import Schedule, image_size, image_sizes, plan
 from fastssl.training.state import TrainState, epochs_of_decay
 from fastssl.training.tracking import require_trackers
 from fastssl.views import PairedViews
+from fastssl.views.operations import RGB
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,7 +123,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         decay_epochs=decay_epochs,
         average=WeightAverage(model, recipe.train.ema) if recipe.train.ema else None,
     )
-    remarks += [*loaded, *resume_state(state, checkpoint)]
+    remarks += [*skipped_operations(recipe), *loaded, *resume_state(state, checkpoint)]
     if checkpoint and (before := checkpoint.recipe.train.epochs) < recipe.train.epochs:
         remarks.append(
             f"Extended from {before} to {recipe.train.epochs} epochs. Learning rate of the next step: "
@@ -258,7 +259,24 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
     data, file = recipe.data, training_file(recipe)
     height, width = read_header(file).max_resolution
     images = SampleSelection(data.subset, data.limit).count(file)
-    return images * height * width * 3 <= torch.cuda.get_device_properties(device).total_memory / 8
+    return images * height * width * recipe.model.in_chans <= torch.cuda.get_device_properties(device).total_memory / 8
+
+
+def skipped_operations(recipe: Recipe) -> list[str]:
+    """A remark on the operations of the recipe that are defined for RGB only, if its images have other channels."""
+    views, in_chans = recipe.views, recipe.model.in_chans
+    if in_chans == RGB:
+        return []
+    jitter = views.jitter.p > 0
+    strengths = {
+        "views.jitter.saturation": views.jitter.saturation if jitter else 0,
+        "views.jitter.hue": views.jitter.hue if jitter else 0,
+        "views.gray": views.gray,
+    }
+    skipped = [key for key, strength in strengths.items() if strength > 0]
+    if not skipped:
+        return []
+    return [f"The images have no colors (model.in_chans={in_chans}): left out of the views are {', '.join(skipped)}."]
 
 
 def check_labels(loader: BetonLoader, classes: int) -> None:
@@ -280,6 +298,7 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
     Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate.
     """
     data = recipe.data
+    require_channels(training_file(recipe), recipe.model.in_chans)
     shares = world_size() * recipe.train.accumulate
     if recipe.train.batch_size % shares:
         raise UserError(

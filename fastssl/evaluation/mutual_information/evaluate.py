@@ -118,6 +118,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
     if file is None:
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name images with --data FILE.beton.")
     images = BetonSubset(beton_file(file, "val"))
+    encoder.check_channels(images.path)
     about = images.describe()
     if about["images"] < estimators.MIN_SAMPLES:
         raise UserError(

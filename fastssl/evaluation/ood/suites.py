@@ -14,7 +14,7 @@ from fastssl.evaluation.runs import BetonSubset, RunEncoder
 
 MAX_NAME = 100  # characters of a result's name; longer ones are replaced by a hash
 FIT_IMAGES = 50_000  # training images at most: all of CIFAR-10, 4 % of ImageNet
-BUILD_OPTIONS = ("layout", "canvas", "max_side", "storage", "quality")
+BUILD_OPTIONS = ("layout", "canvas", "max_side", "storage", "quality", "channels")
 SPLITS = ("test", "val", "train")  # of a suite's set the first of these files that exists is used
 
 # OpenOOD v1.5 (arXiv 2306.09301): near and far sets by the names of their builders (ssb_hard, ninco and openimage_o:
@@ -93,6 +93,7 @@ def find_sets(
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name ID images with --id FILE.beton.")
     near, far = ([_file_of_set(path) for path in paths] for paths in (near, far))
     fit_data = find_fit_images(encoder, fit)
+    encoder.check_channels(fit_data.path, beton_file(id_file, "val"), *near, *far)
     names = ["id", *(set_name(path) for path in (*near, *far))]
     for name in names:
         if names.count(name) > 1:

@@ -20,6 +20,7 @@ from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import ViewsConfig
 from fastssl.views import eval_transform
+from fastssl.views.operations import RGB
 
 Corruption = Literal["blur", "noise", "jpeg", "crop"]
 # From weak to strong. Blur and crop scale with the size of the image; noise and JPEG act on single pixels.
@@ -54,7 +55,7 @@ def corrupt(
     noise is a multiple of a weaker one, and a smaller crop lies inside a larger one.
 
     Args:
-        image_BHWC: the images.
+        image_BHWC: the images, of any number of channels.
         index_B: their ids.
         name: a key of `CORRUPTIONS`.
         strength: one of `CORRUPTIONS[name]`.
@@ -73,7 +74,8 @@ def _blur(image_HWC: np.ndarray, share: float) -> np.ndarray:
     import cv2
 
     height, width = image_HWC.shape[:2]
-    return cv2.GaussianBlur(image_HWC, (0, 0), sigmaX=share * width, sigmaY=share * height)
+    blurred = cv2.GaussianBlur(image_HWC, (0, 0), sigmaX=share * width, sigmaY=share * height)
+    return np.asarray(blurred).reshape(image_HWC.shape)  # cv2 drops the axis of a single channel
 
 
 def _compress(image_HWC: np.ndarray, quality: float) -> np.ndarray:
@@ -82,6 +84,10 @@ def _compress(image_HWC: np.ndarray, quality: float) -> np.ndarray:
     # cv2 expects channels in the order blue, green, red. Colors are reversed and back, so JPEG weighs them correctly.
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
     options = [cv2.IMWRITE_JPEG_QUALITY, int(quality), *sampling]
+    if image_HWC.shape[2] != RGB:  # JPEG has no such images: each channel is compressed as a gray one
+        planes = [np.ascontiguousarray(plane) for plane in np.moveaxis(image_HWC, 2, 0)]
+        contents = [cv2.imencode(".jpg", plane, options)[1] for plane in planes]
+        return np.stack([np.asarray(cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)) for content in contents], 2)
     content = cv2.imencode(".jpg", image_HWC[..., ::-1], options)[1]
     return np.asarray(cv2.imdecode(content, cv2.IMREAD_COLOR))[..., ::-1]
 
