@@ -48,8 +48,8 @@ def knn_probe(recipe: Recipe) -> Probe:
     else:
         tested, skip = BetonSubset(beton_file(config.val or "", "val"), limit=MAX_IMAGES), 0
     # Checked now, so that a missing file or label is reported before the training, not hours later.
-    for file in (bank.path, tested.path):
-        require_channels(file, recipe.model.in_chans)
+    require_channels(bank.path, recipe.model.in_chans, fix="set another probe.train" if recipe.probe.train else "")
+    require_channels(tested.path, recipe.model.in_chans, fix="set another data.val")
     images = SampleSelection(tested.subset).count(tested.path)
     if recipe.probe.split == "rest" and images <= skip:
         raise UserError(

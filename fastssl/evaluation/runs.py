@@ -51,7 +51,7 @@ class RunEncoder:
     def check_channels(self, *files: str | Path) -> None:
         """Raise UserError unless the images of these files have the channels that the encoder takes."""
         for file in files:
-            require_channels(file, self.recipe.model.in_chans, str(self.run_dir))
+            require_channels(file, self.recipe.model.in_chans, f"the encoder of {self.run_dir}", "name another file")
 
     def describe(self) -> EncoderDescription:
         return {

@@ -96,26 +96,24 @@ def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes:
         raise UserError(f"{path} holds one class only, and {use} needs several: {fix}.")
 
 
-def require_channels(path: str | Path, in_chans: int, model: str = "") -> None:
-    """Check that the images of `path` have the channels that an encoder takes. All that loads images calls this.
+def require_channels(path: str | Path, in_chans: int, encoder: str = "", fix: str = "") -> None:
+    """Check that the images of `path` have the channels that an encoder takes. All that embeds images calls this.
 
     Args:
-        model: the run that the encoder is from; "" for one that is to be trained.
+        in_chans: channels that the encoder takes.
+        encoder: which one it is, and `fix`: what to do; parts of the message. "": that of a run that is to be trained.
 
     Raises:
-        UserError: they have another number.
+        UserError: the images have another number of channels.
     """
     channels = read_header(path).channels
-    if channels == in_chans:
-        return
-    found = f"{path} holds images of {channels} channel{'' if channels == 1 else 's'}"
-    build = f"build it again with --channels {in_chans}"
-    if model:
-        raise UserError(f"{found}, and the encoder of {model} takes {in_chans}: {build}, or name another file.")
-    raise UserError(
-        f"{found}, and model.in_chans={in_chans}: set model.in_chans={channels} (with views.mean and views.std for "
-        f"such images), or {build}."
-    )
+    if channels != in_chans:
+        encoder = encoder or "the encoder (model.in_chans)"
+        fix = fix or f"set model.in_chans={channels}, with views.mean and views.std for such images"
+        raise UserError(
+            f"{path} holds images of {channels} channel{'' if channels == 1 else 's'}, and {encoder} takes {in_chans}: "
+            f"{fix}, or build it again with --channels {in_chans}."
+        )
 
 
 class Cropping(NamedTuple):
