@@ -8,12 +8,11 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.evaluation.runs import RunEncoder, find_device, weights_sha256
+from fastssl.evaluation.runs import RunEncoder, find_device, make_results_dir, weights_sha256
 from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.image_size import check_image_size
 from fastssl.models.pretrained import load_encoder_weights
-from fastssl.recipe import Recipe, load_recipe
+from fastssl.recipe import Recipe
 
 SMALL_STEM_SIZE = 32  # px; the small stem is for images of 32 to 64 px
 SMALL_IMAGES = 64  # px: up to this size the default transform is the squashed image, above it the center crop
@@ -56,10 +55,7 @@ def load_foreign_encoder(
     torch.manual_seed(recipe.seed)  # of tensors that the file lacks
     model = EncoderOnly(recipe).eval()
     remarks = load_encoder_weights(model.encoder, recipe, str(weights))
-    if _is_new(folder, recipe):
-        with explain_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+    make_results_dir(folder, recipe, "name another folder with --out-dir")
     views = recipe.views
     remarks.append(
         f"Evaluated at {views.size} px ({views.eval}), mean {_text(views.mean)}, std {_text(views.std)}; results go to "
@@ -91,21 +87,6 @@ def _recipe_of(
         "model": {"backbone": architecture, "stem": stem, "init": str(weights.resolve())},
         "probe": {"every": 0},
     })  # fmt: skip
-
-
-def _is_new(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder has no results yet. Raises UserError if it has those of a run or of other weights."""
-    path = folder / "recipe.yaml"
-    if (folder / "checkpoints").exists():
-        raise UserError(f"{folder} is a run of fastssl train: name another folder for results with --out-dir.")
-    if not path.is_file():
-        return True
-    old = load_recipe(path)
-    if old.model != recipe.model or old.views.model_copy(update={"eval": recipe.views.eval}) != recipe.views:
-        raise UserError(
-            f"{folder} has results of other weights or of another --size: name another folder with --out-dir."
-        )
-    return False
 
 
 def _text(values: tuple[float, ...]) -> str:

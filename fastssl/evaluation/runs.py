@@ -114,21 +114,34 @@ def find_device(device: str) -> torch.device:
 
 
 def directory_of_lone_checkpoint(path: Path) -> Path:
-    """The directory for results of a checkpoint that is in no run directory: NAME_eval/, with the checkpoint's recipe.
+    """Make the directory for results of a checkpoint that is in no run directory: NAME_eval/ next to it.
 
-    Raises UserError if the file is no checkpoint, or the directory holds the recipe of another one.
+    Raises UserError if the file is no checkpoint of fastssl, or as `make_results_dir`.
     """
     recipe = read_checkpoint(path).recipe
     folder = path.with_name(f"{path.stem}_eval")
+    make_results_dir(folder, recipe, f"move it, or rename {path}")
+    print_line(console(), f"{path} is in no run directory: results go to {folder}.")
+    return folder
+
+
+def make_results_dir(folder: Path, recipe: Recipe, fix: str) -> None:
+    """Make the directory for results of weights that are in no run directory. Its recipe.yaml says of which.
+
+    Raises:
+        UserError: the folder is a run, or has results of another model, with `fix` as the end of the message.
+    """
     file = folder / "recipe.yaml"
+    if (folder / "checkpoints").exists():
+        raise UserError(f"{folder}, where the results would go, is a run of fastssl train: {fix}.")
     if not file.exists():
         with explain_write_errors(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, recipe.to_yaml())
-        print_line(console(), f"{path} is in no run directory: results go to {folder}.")
-    elif load_recipe(file) != recipe:
-        raise UserError(f"{folder} holds results of another model: move it, or rename {path}.")
-    return folder
+        return
+    old = load_recipe(file)
+    if old.model != recipe.model or old.views.model_copy(update={"eval": recipe.views.eval}) != recipe.views:
+        raise UserError(f"{folder} has results of other weights, or at another image size: {fix}.")
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -96,7 +96,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
     if missing:
-        raise UserError(f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}.")
+        raise UserError(
+            f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}. Weights from elsewhere are "
+            "for model.init, and for fastssl eval --weights FILE --backbone NAME."
+        )
     return Checkpoint(path, saved, hashlib.sha256(data).hexdigest())
 
 

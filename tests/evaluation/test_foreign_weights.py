@@ -161,7 +161,7 @@ def test_a_folder_is_of_one_file_and_one_size(weights, canvas, tmp_path):
 
     load()
     assert load(train="other.beton", view="center")[0].suffix == "-center"
-    with pytest.raises(UserError, match="has results of other weights or of another --size: .* --out-dir"):
+    with pytest.raises(UserError, match="has results of other weights, or at another image size: .* --out-dir"):
         load(size=64)
     run, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton")})
     with pytest.raises(UserError, match="is a run of fastssl train"):

@@ -65,8 +65,8 @@ def test_eval_takes_a_lone_checkpoint(finished, canvas, tmp_path, fastssl):
         assert "k = 48" in out or "48" in out
     assert (tmp_path / "model_eval" / "eval" / "knn.json").is_file()
     other = tmp_path / "model_eval" / "recipe.yaml"
-    other.write_text(other.read_text().replace("seed: 0", "seed: 1"))
-    with pytest.raises(UserError, match="model_eval holds results of another model: move it"):
+    other.write_text(other.read_text().replace("backbone: test_resnet", "backbone: resnet18"))
+    with pytest.raises(UserError, match="model_eval has results of other weights, .*: move it, or rename"):
         load_run_encoder(lone)
     (tmp_path / "broken.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="not a readable checkpoint"):
