@@ -1,5 +1,6 @@
 """Evaluate an encoder that is not a run of fastssl: a file of weights and the name of its backbone."""
 
+import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -7,6 +8,7 @@ import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from fastssl.beton import read_header
 from fastssl.common.errors import UserError
 from fastssl.evaluation.runs import RunEncoder, find_device, make_results_dir, weights_sha256
 from fastssl.models.encoder_only import EncoderOnly
@@ -37,7 +39,7 @@ def load_foreign_encoder(
         backbone: an architecture of timm. With a tag, such as vit_small_patch16_224.augreg_in1k, the evaluation
             transform has the mean, standard deviation and size of those weights of timm, else ImageNet's mean and
             standard deviation.
-        train, val: the default files of evaluations.
+        train, val: the default files of evaluations. If the images of `train` are not RGB, the first layer is adapted.
         stem: "small" for a ResNet with a 3x3 convolution and no max-pool.
         size: side of the images in px; None: the size that timm names for the backbone, 32 for a small stem.
         view: evaluation transform; None: the center crop above 64 px, else the squashed image.
@@ -76,18 +78,22 @@ def _recipe_of(
     config = timm.get_pretrained_cfg(backbone) if timm.is_model(architecture) else None
     if size is None:
         size = SMALL_STEM_SIZE if stem == "small" else config.input_size[-1] if config else 224
+    mean = tuple(config.mean) if tag and config else IMAGENET_DEFAULT_MEAN
+    std = tuple(config.std) if tag and config else IMAGENET_DEFAULT_STD
+    channels = read_header(train).channels
+    if channels != len(mean):  # not RGB: one value for all channels, as the first layer is adapted to them
+        mean, std = (statistics.fmean(mean),), (statistics.fmean(std),)
     return Recipe.model_validate({
         "name": weights.name.partition(".")[0],
         "data": {"train": train, "val": val},
         "views": {
             "size": size, "eval": view or ("center" if size > SMALL_IMAGES else "squash"),
-            "mean": config.mean if tag and config else IMAGENET_DEFAULT_MEAN,
-            "std": config.std if tag and config else IMAGENET_DEFAULT_STD,
+            "mean": mean, "std": std,
         },
-        "model": {"backbone": architecture, "stem": stem, "init": str(weights.resolve())},
+        "model": {"backbone": architecture, "stem": stem, "in_chans": channels, "init": str(weights.resolve())},
         "probe": {"every": 0},
     })  # fmt: skip
 
 
 def _text(values: tuple[float, ...]) -> str:
-    return "/".join(f"{value:g}" for value in values)
+    return "/".join(f"{value:.4g}" for value in values)

@@ -47,11 +47,11 @@ PREFERENCE: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 
 STEMS: tuple[Literal["imagenet", "small"], ...] = ("imagenet", "small")
-# Backbones that a sentence may suggest.
+# Backbones that a sentence may suggest. The large ones come first, as a ResNet-34 holds all tensors of a ResNet-18.
 COMMON_BACKBONES = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "vit_tiny_patch16_224",
-    "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2",
-    "vit_base_patch14_dinov2", "convnext_tiny", "swin_tiny_patch4_window7_224",
+    "vit_large_patch16_224", "vit_base_patch16_224", "vit_base_patch14_dinov2", "vit_small_patch16_224",
+    "vit_small_patch14_dinov2", "vit_tiny_patch16_224", "wide_resnet50_2", "resnet152", "resnet101", "resnet50",
+    "resnet34", "resnet18", "swin_tiny_patch4_window7_224", "convnext_tiny",
 )  # fmt: skip
 
 
@@ -373,15 +373,14 @@ def _try_to_build(recipe: Recipe, backbone: str, stem: Literal["imagenet", "smal
 
 
 def _suggest(weights: WeightsFile, recipe: Recipe, keys: Keys) -> str | None:
-    """The settings for a common backbone that is in the file as a whole; of several the largest."""
-    best, settings = 0, None
+    """The settings for a common backbone that is in the file as a whole."""
     for backbone in COMMON_BACKBONES:
         for stem in STEMS if backbone.startswith("resnet") else STEMS[:1]:
             encoder = _try_to_build(recipe, backbone, stem, recipe.views.size)
             match = find_encoder(weights, encoder) if encoder is not None else None
-            if match and match.share == 1 and not match.other_shape and match.matched > best:
-                best, settings = match.matched, f"{keys.backbone}{backbone} {keys.stem}{stem}"
-    return settings
+            if match and match.share == 1 and not match.other_shape:
+                return f"{keys.backbone}{backbone} {keys.stem}{stem}"
+    return None
 
 
 def require_finite(weights: WeightsFile, loaded: Mapping[str, Tensor], keys: Keys) -> None:

@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 from small_models import features_of, make_run
+from synthetic_images import photo
 
+from fastssl.beton import build_beton
 from fastssl.common.errors import UserError
 from fastssl.evaluation import evaluate_semisup, find_evaluation_data, linear, load_foreign_encoder, load_run_encoder
 from fastssl.evaluation.mutual_information import evaluate as mi_evaluate
@@ -144,13 +146,14 @@ def test_wrong_options_are_one_sentence(fastssl, options, data, canvas, tmp_path
         (["ood", "--weights", "x.pth", "--far", "x"], "name images with --fit FILE.beton and --id"),
         (["mi", "--weights", "x.pth", "--backbone", "resnet18"], "name images with --data"),
         (["knn", "--weights", "x.pth", "--train", "a", "--val", "b"], "add --backbone NAME"),
-        (["mi", "--weights", "x.pth", "--backbone", "resnet18", "--data", "a"], "x.pth holds no checkpoint|No such"),
+        (["mi", "--weights", "x.pth", "--backbone", "resnet18", "--data", "VAL"], "x.pth holds no checkpoint"),
+        (["mi", "--weights", "x.pth", "--backbone", "resnet18", "--data", "a"], "No file a"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(fastssl, arguments, says, canvas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton")})
-    code, _, err = fastssl("eval", *[run if each == "RUN" else each for each in arguments])
+    code, _, err = fastssl("eval", *[{"RUN": run, "VAL": canvas / "val.beton"}.get(each, each) for each in arguments])
     assert code == 2 and re.search(says, err), err
 
 
@@ -160,7 +163,7 @@ def test_a_folder_is_of_one_file_and_one_size(weights, canvas, tmp_path):
         return load_foreign_encoder(weights, "test_resnet", **(arguments | changes))
 
     load()
-    assert load(train="other.beton", view="center")[0].suffix == "-center"
+    assert load(train=canvas / "val.beton", view="center")[0].suffix == "-center"
     with pytest.raises(UserError, match="has results of other weights, or at another image size: .* --out-dir"):
         load(size=64)
     run, _, _ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton")})
@@ -168,11 +171,29 @@ def test_a_folder_is_of_one_file_and_one_size(weights, canvas, tmp_path):
         load(out_dir=run)
 
 
-def test_a_tag_of_timm_brings_mean_std_and_size(tmp_path):
+def test_the_first_layer_is_adapted_to_the_channels_of_the_images(fastssl, weights, tmp_path):
+    for number in range(12):
+        folder = tmp_path / "gray" / "train" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(number, 40, 40).convert("L").save(folder / f"{number}.png")
+    build_beton("imagefolder", tmp_path / "gray", tmp_path / "built", canvas=32, channels=1, workers=1)
+    file = tmp_path / "built" / "train.beton"
+    arguments = ["--weights", weights, "--backbone", "test_resnet", "--size", "32", "--train", file, "--val", file]
+    code, out, err = fastssl("eval", "knn", *arguments, "--k", "5")
+    assert code == 0, err
+    assert "conv1.0.weight was adapted from RGB to 1 input channels" in out and "mean 0.449, std 0.226" in out
+    assert result_in(tmp_path / "moco_eval", "knn")["view"]["mean"] == pytest.approx([0.449], abs=1e-3)
+
+
+def test_a_tag_of_timm_brings_mean_std_and_size(canvas, tmp_path):
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
     config = timm.get_pretrained_cfg("test_vit.r160_in1k")
     encoder, _ = load_foreign_encoder(
-        tmp_path / "vit.pth", "test_vit.r160_in1k", train="x.beton", out_dir=tmp_path / "out", device="cpu"
+        tmp_path / "vit.pth",
+        "test_vit.r160_in1k",
+        train=canvas / "train.beton",
+        out_dir=tmp_path / "out",
+        device="cpu",
     )
     views = encoder.recipe.views
     assert (views.mean, views.std, views.size) == (config.mean, config.std, 160)
