@@ -62,7 +62,8 @@ def describe_plan(plan: StoragePlan) -> str:
     if plan.layout == "full":
         return f"whole images of at most {plan.side} px, JPEG quality {plan.quality} where they are encoded"
     if plan.channels != RGB:
-        return f"canvas of {plan.side} x {plan.side} px, pixels of {plan.channels} channels"
+        channels = "one channel" if plan.channels == 1 else f"{plan.channels} channels"
+        return f"canvas of {plan.side} x {plan.side} px, pixels of {channels}"
     pixels = "pixels" if plan.storage == "raw" else f"JPEG quality {plan.quality}"
     return f"canvas of {plan.side} x {plan.side} px, {pixels}"
 

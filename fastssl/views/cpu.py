@@ -15,7 +15,7 @@ from fastssl.beton.resize import resize_line, resize_weights
 from fastssl.common.compiled import compiled
 from fastssl.loading.kernels import take
 from fastssl.recipe import ViewsConfig
-from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
+from fastssl.views.operations import BLUR_RADIUS, LUMA, RGB, SOLARIZE_THRESHOLD
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
 _pool: ThreadPoolExecutor | None = None
@@ -24,27 +24,30 @@ _inlined = compiled(inline="always")
 
 
 def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
-    """(N, 3, size, size) float32, normalized: N = count * B views of a batch, all first ones before all second ones.
+    """(N, C, size, size) float32, normalized: N = count * B views of a batch, all first ones before all second ones.
 
-    image: uint8, (B, H, W, 3), with the crops' boxes (top, left, height, width) in its pixels, or already cropped, (B,
-    count, size, size, 3). drawn: the parameters of the N views.
+    image: uint8, (B, H, W, C), with the crops' boxes (top, left, height, width) in its pixels, or already cropped, (B,
+    count, size, size, C). drawn: the parameters of the N views.
     """
     if box_N4 is None:
         source = image.transpose(0, 1).flatten(0, 1).contiguous().numpy()
         box_N4 = torch.tensor([0, 0, views.size, views.size]).expand(len(source), 4)
     else:
         source = image.contiguous().numpy()
-    out = torch.empty(len(box_N4), 3, views.size, views.size)
+    channels = source.shape[3]
+    out = torch.empty(len(box_N4), channels, views.size, views.size)
     arrays: Parameters[np.ndarray] = Parameters(*[parameter.contiguous().numpy() for parameter in drawn])
     arguments = (
         source, box_N4.double().contiguous().numpy(), arrays,
-        np.full(3, views.mean, np.float32), np.full(3, views.std, np.float32), out.numpy(), np.zeros(1, np.int64),
+        np.full(channels, views.mean, np.float32), np.full(channels, views.std, np.float32), out.numpy(),
+        np.zeros(1, np.int64),
     )  # fmt: skip
+    make_views = _make_views if channels == RGB else _make_views_without_colors
     # As many threads as torch may use, while the caller waits: never more busy threads than with torch alone.
     global _pool
     if _pool is None:
         _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-views")
-    for thread in [_pool.submit(_make_views, *arguments) for _ in range(torch.get_num_threads())]:
+    for thread in [_pool.submit(make_views, *arguments) for _ in range(torch.get_num_threads())]:
         thread.result()
     return out
 
@@ -59,7 +62,7 @@ def _make_views(
     out: np.ndarray,
     counter: np.ndarray,
 ) -> None:
-    """Make views until none is left to take; several threads run this at the same time."""
+    """Make views of RGB images until none is left to take; several threads run this at the same time."""
     size = out.shape[2]
     line = np.empty(3 * source.shape[2], np.float32)
     scratch = np.empty((size, size), np.float32)
@@ -87,6 +90,68 @@ def _make_views(
         for channel in range(3):
             _finish(x[channel].reshape(-1), drawn.solarize_N[n], mean[channel], np.float32(1) / std[channel])
         n = take(counter)
+
+
+@_kernel
+def _make_views_without_colors(
+    source: np.ndarray,
+    box_N4: np.ndarray,
+    drawn: Parameters[np.ndarray],
+    mean: np.ndarray,
+    std: np.ndarray,
+    out: np.ndarray,
+    counter: np.ndarray,
+) -> None:
+    """The same for images of any number of channels, without the operations on colors."""
+    channels, size = out.shape[1], out.shape[2]
+    line = np.empty(channels * source.shape[2], np.float32)
+    scratch = np.empty((size, size), np.float32)
+    padded = np.empty(size + 2 * BLUR_RADIUS, np.float32)
+    n = take(counter)
+    while n < len(out):
+        x = out[n]
+        _resize_channels_to_planes(source[n % len(source)], box_N4[n], drawn.flip_N[n], x, line)
+        if drawn.jitter_N[n]:
+            for stage in range(4):
+                operation = drawn.order_N4[n, stage]
+                if operation == BRIGHTNESS or operation == CONTRAST:
+                    _blend_with_gray(x.reshape(-1), operation, drawn.factor_N4[n, operation])
+        kernel_K = _gaussian(drawn.sigma_N[n])
+        for channel in range(channels):
+            if drawn.blur_N[n]:
+                _blur(x[channel], kernel_K, scratch, padded)
+            _finish(x[channel].reshape(-1), drawn.solarize_N[n], mean[channel], np.float32(1) / std[channel])
+        n = take(counter)
+
+
+@_kernel
+def _resize_channels_to_planes(
+    pixels_HWC: np.ndarray, box: np.ndarray, flip: bool, out_CSS: np.ndarray, line: np.ndarray
+) -> None:
+    """Like `_resize_to_planes`, for any number of channels; `line` is as long as a row of all channels."""
+    channels, size = out_CSS.shape[0], out_CSS.shape[1]
+    top, left, height, width = box
+    first_Y, weight_YK = resize_weights(top, height, size, pixels_HWC.shape[0])
+    first_X, weight_XK = resize_weights(left, width, size, pixels_HWC.shape[1])
+    weight_YK /= np.float32(255)
+    begin, end = first_X[0], first_X[-1] + weight_XK.shape[1]
+    for y in range(size):
+        part = line[: channels * (end - begin)]
+        part[:] = 0
+        for k in range(weight_YK.shape[1]):
+            weight = weight_YK[y, k]
+            if weight > 0:
+                row = pixels_HWC[first_Y[y] + k, begin:end].reshape(-1)
+                for j in range(len(part)):
+                    part[j] += weight * np.float32(row[j])
+        for x in range(size):
+            column = size - 1 - x if flip else x
+            start = channels * (first_X[x] - begin)
+            for channel in range(channels):
+                value = np.float32(0)
+                for k in range(weight_XK.shape[1]):
+                    value += weight_XK[x, k] * part[start + channels * k + channel]
+                out_CSS[channel, y, column] = value
 
 
 @_kernel
@@ -139,6 +204,20 @@ def _blend(red: np.ndarray, green: np.ndarray, blue: np.ndarray, operation: int,
             red[i] = _clamp(factor * red[i] + other)
             green[i] = _clamp(factor * green[i] + other)
             blue[i] = _clamp(factor * blue[i] + other)
+
+
+@_kernel
+def _blend_with_gray(values: np.ndarray, operation: int, factor: float) -> None:
+    """Brightness and contrast of an image without colors, all of its channels in one array."""
+    mean = np.float32(0)
+    if operation == CONTRAST:
+        total: float | np.floating = 0.0
+        for i in range(len(values)):
+            total += values[i]
+        mean = np.float32(total / len(values))
+    rest = np.float32(1) - factor
+    for i in range(len(values)):
+        values[i] = _clamp(factor * values[i] + rest * mean)
 
 
 @_kernel

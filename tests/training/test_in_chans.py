@@ -94,6 +94,25 @@ def test_files_are_embedded_as_the_training_images(runs, betons, channels):
     assert model.embed([pixels[..., 0] if channels == 1 else pixels]).h.shape == (1, 96)
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_fastssl_embed_reads_the_same_files(runs, betons, channels, tmp_path, monkeypatch, capsys):
+    """A folder of files and the .beton that was built of them give the same embeddings."""
+    found = {}
+    for name, images in (
+        ("files", betons[channels].parent / "source" / "val"),
+        ("beton", betons[channels] / "val.beton"),
+    ):
+        out = tmp_path / f"{name}.npz"
+        code, _, err = command(monkeypatch, capsys, "embed", runs[channels], images, "--out", out, "--workers", 1)
+        assert code == 0, err
+        found[name] = dict(zip(*(np.load(out)[column] for column in ("name", "h"))))
+    assert len(found["files"]) == 24 and len(found["beton"]) == 24
+    for name, h in found["files"].items():
+        np.testing.assert_allclose(found["beton"][f"{name}" if name in found["beton"] else f"val/{name}"], h, atol=1e-5)
+    code, _, err = command(monkeypatch, capsys, "embed", runs[channels], betons[3] / "val.beton", "--out", out)
+    assert code == 2 and f"takes {channels}: name another file, or build it again with --channels {channels}." in err
+
+
 def test_files_of_other_channels_are_named(runs, tmp_path):
     (tmp_path / "x.tif").write_bytes(stack([values(0, (9, 9))] * 4))
     with pytest.raises(ValueError, match=r"x.tif\) is bad: .*has 4 pages, and --channels 5"):

@@ -5,6 +5,9 @@ import torch
 
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, describe_eval_transform, eval_transform, operations
+from fastssl.views.cpu import cpu_views
+from fastssl.views.paired import torch_views
+from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 CHANNELS = [1, 2, 4, 5]
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -77,6 +80,21 @@ def test_the_evaluation_transform_of_a_channel_is_that_of_rgb(channels, eval):
     assert ours.shape == (4, channels, 16, 16)
     want = eval_transform(views)(image[..., -1:].expand(-1, -1, -1, 3))
     torch.testing.assert_close(ours[:, -1], want[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("shape", [(24, 24), (70, 40), (9, 20)])
+def test_the_cpu_kernel_equals_the_torch_chain(channels, shape):
+    views = views_config(first=PerViewConfig(blur=0.5, solarize=0.5), mean=(0.4,) * channels, std=(0.3,))
+    count = 40
+    image = torch.randint(0, 256, (count, *shape, channels), dtype=torch.uint8)
+    drawn_uniforms = draw_uniforms(1, 0, torch.arange(count))
+    drawn = draw_parameters(drawn_uniforms, views)
+    box_N4 = PairedViews(views).crop_boxes(drawn_uniforms, image, None, None)
+    ours, want = cpu_views(image, box_N4, drawn, views), torch_views(image, box_N4, drawn, views)
+    difference = (ours - want).abs() * 0.3
+    assert (difference < 1e-5).float().mean() > 0.999  # solarize jumps at its threshold
+    assert difference.median() < 1e-6
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])

@@ -33,7 +33,7 @@ from fastssl.evaluation.runs import (
     load_run_encoder,
     weights_sha256,
 )
-from fastssl.loading import Batch, require_channels
+from fastssl.loading import Batch
 from fastssl.loading.image_files import Conversion, decode_batch, find_conversion
 from fastssl.loading.prefetch import run_ahead
 from fastssl.models.exported import load_exported_model
@@ -112,7 +112,7 @@ def embed_images(
         raise UserError(f"{images} does not exist: name a folder of images, a list of paths or a .beton.")
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if images.suffix == ".beton" and images.is_file():
-        require_channels(images, in_chans, str(encoder.run_dir))
+        encoder.check_channels(images)
         if scorer is not None and scorer.fit_data is not None:
             check_same_build([scorer.fit_data.path, images])
         rows = _embed_beton(encoder, images, scorer, report)

@@ -93,7 +93,7 @@ def find_sets(
         raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name ID images with --id FILE.beton.")
     near, far = ([_file_of_set(path) for path in paths] for paths in (near, far))
     fit_data = find_fit_images(encoder, fit)
-    encoder.check_channels(fit_data.path, beton_file(id_file, "val"), *near, *far)
+    encoder.check_channels(beton_file(id_file, "val"), *near, *far)
     names = ["id", *(set_name(path) for path in (*near, *far))]
     for name in names:
         if names.count(name) > 1:
@@ -113,6 +113,7 @@ def find_fit_images(encoder: RunEncoder, fit: str | Path | None = None) -> Beton
     """Return the images that detectors are fitted on: data.train of the run, or all of `fit`, at most 50,000."""
     config = encoder.recipe.data
     path = beton_file(fit or config.train, "train")
+    encoder.check_channels(path)
     data = BetonSubset(path) if fit else BetonSubset(path, config.subset, config.limit)
     is_small = data.describe()["images"] <= FIT_IMAGES
     return data if is_small else BetonSubset(data.path, data.subset, FIT_IMAGES)
