@@ -31,7 +31,7 @@ def embed(
     from fastssl.evaluation.embed import embed_images, load_embedder
 
     report = embed_images(load_embedder(run, view, device), images, out, score=score, fit=fit, workers=workers)
-    if report.conversion is not None:
+    if report.conversion is not None and report.conversion.is_recorded:
         print(printable(report.conversion.reason))
     columns = ", ".join(f"{name} {shape[0]}" if shape else name for name, shape in report.columns.items())
     space = f" (mu and sigma of {report.space})" if report.space else ""

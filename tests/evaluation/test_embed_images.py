@@ -364,7 +364,10 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
         (["{photos}", "--out", "x.npz", "--score", "knn_supervised"], "was trained without labels; this run supports"),
         (["{photos}", "--out", "x.npz", "--workers", "0"], "--workers is 0"),
         (["{photos}", "--out", "x.npz", "--score", "knn_cosine", "--fit", "no.beton"], "No file no.beton"),
-        (["empty", "--out", "x.npz"], "empty holds no images: Of 1 files in empty: 0 read, 1 not images"),
+        (
+            ["empty", "--out", "x.npz"],
+            "empty holds no images: name one of its files, train.beton. Of 1 files in empty: 0 read",
+        ),
         (["empty/train.beton", "--out", "x.npz"], "is not a .beton file"),
         (["list.txt", "--out", "x.npz"], "None of the 2 images of list.txt could be read (the first: no/a.jpg"),
         (["model.bin", "--out", "x.npz"], "no text file with one path per line"),

@@ -20,7 +20,7 @@ from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.system import resolve_workers
-from fastssl.common.terminal import progress
+from fastssl.common.terminal import console, print_line, printable, progress
 from fastssl.evaluation.embed.images import BadImage, ImageFiles, list_images
 from fastssl.evaluation.embed.output import Rows, find_writer
 from fastssl.evaluation.embed.score import Scorer
@@ -51,7 +51,7 @@ class EmbedReport:
     space: str | None = None  # of mu and sigma: "h" or "z"; None: the model is deterministic
     bad: list[BadImage] = field(default_factory=list)
     bad_list: Path | None = None  # a line of JSON for each bad image; None: there are none
-    conversion: Conversion | None = None  # of image files
+    conversion: Conversion | None = None  # of image files; printed before the work if it is not a recorded one
     account: str | None = None  # a sentence that accounts for every file
 
 
@@ -119,6 +119,8 @@ def embed_images(
     else:
         files = list_images(images, arrays=in_chans != RGB)
         report.conversion = find_conversion(fit or encoder.recipe.data.train, encoder.recipe.views, in_chans)
+        if not report.conversion.is_recorded:
+            print_line(console(), printable(report.conversion.reason))
         if scorer is not None and scorer.fit_data is not None:
             _check_same_crops(scorer.fit_data.path, report.conversion)
         rows = _embed_files(encoder, files, scorer, report, processes)

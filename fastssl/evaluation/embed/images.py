@@ -70,7 +70,9 @@ def list_images(path: Path, arrays: bool = False) -> ImageFiles:
         raise UserError(str(error)) from error
     images = ImageFiles(path, samples, bad, arrays)
     if not len(samples) and not bad:
-        raise UserError(f"{path} holds no images: {images.account(0, 0)} A .beton in it must be named itself.")
+        betons = ", ".join(sorted(file.name for file in path.glob("*.beton"))) if path.is_dir() else ""
+        fix = f"name one of its files, {betons}" if betons else "name another folder, a list of paths or a .beton"
+        raise UserError(f"{path} holds no images: {fix}. {images.account(0, 0)}")
     return images
 
 
