@@ -240,8 +240,8 @@ def _fit(prefix: str, inside: Mapping[str, Tensor], candidate: _Candidate, encod
     rgb: dict[str, Shapes] = {}
     other_shape: dict[str, Shapes] = {}
     for name, target in own.items():
-        if name not in candidate.state:
-            continue
+        if name not in candidate.state or candidate.state[name].is_floating_point() != target.is_floating_point():
+            continue  # integers in place of floats are those of a quantized model
         tensor, old = candidate.state[name], candidate.origin[name]
         shapes = Shapes(tuple(inside[old].shape if old in inside else tensor.shape), tuple(target.shape))
         changed = resampled

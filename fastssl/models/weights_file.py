@@ -91,7 +91,7 @@ def _read_torch_file(path: Path, key: str) -> object:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+                raise _BadChecksum(f"the checksum of {damaged} is wrong")
         # DINO and MAE save their command line with the weights, as a Namespace: a class without code of its own.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -102,16 +102,23 @@ def _read_torch_file(path: Path, key: str) -> object:
                 f"{key}{path} holds Python objects ({forbidden[1]}), which are not loaded as they could run "
                 "code: where you trust the file, write its weights alone with torch.save(model.state_dict(), ...)."
             ) from None
-        raise UserError(
-            f"{key}{path} is not a readable file of weights, it is damaged or of another format: "
-            f"{in_short(str(error).split(chr(10))[0])}."
-        ) from None
+        # torch's own words about other kinds of damage advise to load without weights_only.
+        reason = "it is damaged, or was not written by torch.save"
+        if isinstance(error, MemoryError) or "not enough memory" in str(error):
+            reason = "there is not enough memory for it, or it is damaged"
+        elif isinstance(error, OSError | _BadChecksum):
+            reason = str(error)
+        raise UserError(f"{key}{path} is not a readable file of weights: {reason}.") from None
+
+
+class _BadChecksum(Exception):
+    """A part of an archive has another checksum than the one that was written with it."""
 
 
 def _flatten(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested dictionaries with their keys joined by dots, without the names of wrappers."""
     if isinstance(value, Tensor):
-        if _is_dense(value):
+        if name and _is_dense(value):
             value = value.float() if value.is_floating_point() else value
             yield ".".join(part for part in name.split(".") if part not in WRAPPERS), value.detach()
     elif isinstance(value, Mapping) and depth < MAX_DEPTH:
