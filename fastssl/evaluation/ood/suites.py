@@ -84,7 +84,7 @@ def find_sets(
         UserError: if a file is missing, two sets have the same name, or the files were built with different options.
     """
     if suite:
-        near, far = ([Path(root) / name for name in names] for names in SUITES[suite])
+        near, far = ([_file_in_suite(Path(root) / name) for name in names] for names in SUITES[suite])
     if not near and not far:
         raise UserError("There are no OOD images: name files with --near and --far, or a --suite.")
     config = encoder.recipe.data
@@ -132,6 +132,11 @@ def result_name(
             parts += [kind, set_name(Path(path))]
     name = "-".join(parts)
     return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def _file_in_suite(folder: Path) -> Path:
+    """The folder, or if it is missing the file that belongs into it, so that a message names the builder."""
+    return folder if folder.is_dir() else folder / f"{SPLITS[0]}.beton"
 
 
 def _file_of_set(path: Path) -> Path:
