@@ -13,6 +13,7 @@ from training_runs import SMALL
 
 from fastssl.common import randomness
 from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_evaluation_data, load_run_encoder
+from fastssl.evaluation.embed import embed_images
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader
 from fastssl.loading.spans import span
@@ -268,3 +269,20 @@ def test_a_profile_of_a_gpu_has_every_stage(canvas_jpeg, tmp_path, compiled):
     ours = [event for event in trace if event.get("cat") == "fastssl"]
     begin, end = min(e["ts"] for e in ours), max(e["ts"] + e["dur"] for e in ours)
     assert kernels and all(begin <= e["ts"] <= end + 1e6 for e in kernels)
+
+
+def test_embeddings_of_files_and_of_their_beton_are_equal_on_the_device(canvas, photos, tmp_path):
+    folder, *_ = make_run(tmp_path / "run", {"train": str(canvas / "train.beton")}, embedding={"stochastic": "z"})
+    for device in ("cuda", "cpu"):
+        encoder = load_run_encoder(folder, device=device)
+        embed_images(encoder, photos / "val", tmp_path / f"{device}.npz", score="knn_cosine", workers=1)
+    embed_images(load_run_encoder(folder), canvas / "val.beton", tmp_path / "beton.npz", score="knn_cosine")
+    files, beton, on_cpu = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("cuda", "beton", "cpu"))
+    order = np.argsort(beton["name"])
+    for name in ("score", "h", "mu", "sigma"):
+        np.testing.assert_allclose(files[name], beton[name][order], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(files[name], on_cpu[name], rtol=1e-3, atol=1e-3)
+    paths = [photos / "val" / name for name in files["name"]]
+    found = encoder.model.cuda().embed(paths)
+    assert found.h.is_cuda
+    np.testing.assert_allclose(found.h.cpu(), files["h"], rtol=1e-2, atol=1e-2)  # with TF32

@@ -88,7 +88,12 @@ class Pool:
         self._turns = Turns(context)
         self.executor = ProcessPoolExecutor(workers, context, _start_worker, (self._turns,))
 
-    def in_order(self, function: Callable[..., Result], tasks: Iterable[tuple[object, ...]]) -> Iterator[Result]:
+    def in_order(
+        self,
+        function: Callable[..., Result],
+        tasks: Iterable[tuple[object, ...]],
+        tasks_per_worker: int = TASKS_PER_WORKER,
+    ) -> Iterator[Result]:
         """Yield function(*task) for every task, in the order of the tasks.
 
         A limited number of tasks is submitted at a time, so memory does not grow with their number.
@@ -96,7 +101,7 @@ class Pool:
         tasks = iter(tasks)
         pending: deque[Future[Result]] = deque()
         while True:
-            for task in itertools.islice(tasks, TASKS_PER_WORKER * self.workers - len(pending)):
+            for task in itertools.islice(tasks, tasks_per_worker * self.workers - len(pending)):
                 pending.append(self.executor.submit(function, *task))
             if not pending:
                 return

@@ -372,6 +372,7 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
         (["list.txt", "--out", "x.npz"], "None of the 2 images of list.txt could be read (the first: no/a.jpg"),
         (["model.bin", "--out", "x.npz"], "no text file with one path per line"),
         (["void.txt", "--out", "x.npz"], "void.txt holds no images"),
+        (["list.csv", "--out", "./list.csv"], "is the list of images: name another file"),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments, message, fastssl, run, photos, tmp_path, monkeypatch):
@@ -380,6 +381,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, fastssl, run, photos, 
         Path(folder).mkdir()
     Path("empty/train.beton").write_text("x")
     Path("list.txt").write_text("no/a.jpg\nno/b.jpg\n")
+    Path("list.csv").write_text(f"{photos}/val/class0/000.jpg")
     Path("model.bin").write_bytes(bytes(100))
     Path("void.txt").write_text("\n# nothing\n")
     code, _, err = fastssl("embed", run, *(argument.format(photos=photos) for argument in arguments))

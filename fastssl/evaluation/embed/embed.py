@@ -39,6 +39,9 @@ from fastssl.loading.prefetch import run_ahead
 from fastssl.models.exported import load_exported_model
 
 READY_BATCHES = 1  # decoded, waiting for the encoder
+TASKS_PER_WORKER = (
+    4  # submitted at a time; fewer than in a build, because the converted images come back to this process
+)
 
 
 @dataclass
@@ -110,6 +113,8 @@ def embed_images(
     processes = resolve_workers(workers)
     if not images.exists():
         raise UserError(f"{images} does not exist: name a folder of images, a list of paths or a .beton.")
+    if out.resolve() == images.resolve():
+        raise UserError(f"--out {out} is the list of images: name another file.")
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if images.suffix == ".beton" and images.is_file():
         encoder.check_channels(images)
@@ -200,7 +205,7 @@ def _decoded_batches(
         return Pixels(batch, augmented)
 
     tasks = (([files.samples[i].image for i in chunk], plan) for chunk in in_chunks(range(len(files.samples)), CHUNK))
-    results = (result for chunk in pool.in_order(encode_all, tasks) for result in chunk)
+    results = (result for chunk in pool.in_order(encode_all, tasks, TASKS_PER_WORKER) for result in chunk)
     images: list[Encoded] = []
     index: list[int] = []
     for number, result in enumerate(results):
