@@ -79,7 +79,11 @@ def read_tiff(content: bytes, channels: int, value_range: Range, most_values: in
     if page.is_only:
         if page.bands != channels:
             raise ValueError(f"has {page.bands} channel{'' if page.bands == 1 else 's'}, {expected}")
-        return _to_uint8(read_bands(content, page.tags, most_values), value_range)
+        try:
+            pixels = read_bands(content, page.tags, most_values)
+        except KeyError as error:
+            raise ValueError(f"is a TIFF that lacks the tag {error}") from error
+        return _to_uint8(pixels, value_range)
     image = Image.open(io.BytesIO(content), formats=("TIFF",))
     pages, size = getattr(image, "n_frames", 1), image.size
     if pages != channels:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastssl.beton import beton_file, read_header
+from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import compute_features
 from fastssl.evaluation.knn import knn_accuracy
@@ -19,7 +19,7 @@ def probe_from_recipe(recipe: Recipe) -> Probe | None:
     """The probe of a recipe; None without probe.every, or without images to test on."""
     if not recipe.probe.every or not (recipe.data.val or recipe.probe.split == "rest"):
         return None
-    read_header(beton_file(recipe.data.train, "train"))  # an error here is not the probe's
+    require_channels(beton_file(recipe.data.train, "train"), recipe.model.in_chans)  # an error here is not the probe's
     try:
         return knn_probe(recipe)
     except UserError as error:
@@ -48,8 +48,10 @@ def knn_probe(recipe: Recipe) -> Probe:
     else:
         tested, skip = BetonSubset(beton_file(config.val or "", "val"), limit=MAX_IMAGES), 0
     # Checked now, so that a missing file or label is reported before the training, not hours later.
-    require_channels(bank.path, recipe.model.in_chans, fix="set another probe.train" if recipe.probe.train else "")
-    require_channels(tested.path, recipe.model.in_chans, fix="set another data.val")
+    if recipe.probe.train:
+        require_channels(bank.path, recipe.model.in_chans, fix="set another probe.train")
+    if recipe.probe.split == "val":
+        require_channels(tested.path, recipe.model.in_chans, fix="set another data.val")
     images = SampleSelection(tested.subset).count(tested.path)
     if recipe.probe.split == "rest" and images <= skip:
         raise UserError(

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import struct
 import sys
 
 import numpy as np
@@ -214,6 +215,13 @@ def claim(shape: str) -> bytes:
 )  # fmt: skip
 def test_damaged_and_hostile_files_are_bad_images_too(content):
     assert isinstance(encode(content, 5), str)
+
+
+def test_a_missing_tag_is_named():
+    content = bands(SQUARE)
+    entry = struct.pack("<HH", 273, 4)  # StripOffsets
+    assert content.count(entry) == 1
+    assert "is a TIFF that lacks the tag 273" in encode(content.replace(entry, struct.pack("<HH", 272, 4)), 5)
 
 
 def test_a_deflate_bomb_takes_no_more_memory_than_the_image():

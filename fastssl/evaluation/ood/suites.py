@@ -141,7 +141,10 @@ def _file_in_suite(folder: Path) -> Path:
 
 def _file_of_set(path: Path) -> Path:
     files = [path / f"{split}.beton" for split in SPLITS]
-    return next((file for file in files if file.is_file()), None) or beton_file(path, SPLITS[0])
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    # Of a suite's set that is missing, the message names the builder, which it finds by the folder of the file.
+    return files[0] if not path.exists() and path.suffix != ".beton" else beton_file(path, SPLITS[0])
 
 
 def set_name(path: Path) -> str:
