@@ -407,8 +407,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(canvas, t
         path.unlink()
     train(recipe, resume=run)
     assert [step for step, _ in losses_of(run)] == [1, 2, 3]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
-        train(recipe, resume=tmp_path)
+        train(recipe, resume=tmp_path / "empty")
 
 
 def test_a_restart_takes_over_its_own_run_only(canvas, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def find_sets(
         UserError: if a file is missing, two sets have the same name, or the files were built with different options.
     """
     if suite:
-        near, far = ([_file_in_suite(Path(root) / name) for name in names] for names in SUITES[suite])
+        near, far = ([Path(root) / name for name in names] for names in SUITES[suite])
     if not near and not far:
         raise UserError("There are no OOD images: name files with --near and --far, or a --suite.")
     config = encoder.recipe.data
@@ -134,17 +134,12 @@ def result_name(
     return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _file_in_suite(folder: Path) -> Path:
-    """The folder, or if it is missing the file that belongs into it, so that a message names the builder."""
-    return folder if folder.is_dir() else folder / f"{SPLITS[0]}.beton"
-
-
 def _file_of_set(path: Path) -> Path:
+    """The .beton of a set, which may be given as its folder. The message about a missing one names its builder."""
+    if path.suffix == ".beton":
+        return beton_file(path, SPLITS[0])
     files = [path / f"{split}.beton" for split in SPLITS]
-    if found := next((file for file in files if file.is_file()), None):
-        return found
-    # Of a suite's set that is missing, the message names the builder, which it finds by the folder of the file.
-    return files[0] if not path.exists() and path.suffix != ".beton" else beton_file(path, SPLITS[0])
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def set_name(path: Path) -> str:
