@@ -2,8 +2,8 @@
 
 What one file gives as its N channels, with `--channels N`:
 - N = 1: the gray value of any image that Pillow reads, or an array (H, W), (1, H, W) or (H, W, 1) in a .npy file.
-- other N: the N pages of a TIFF, all of one size and of one channel; the N bands per pixel of a TIFF with one page
-  (tiff_bands.py); or an array (N, H, W) or (H, W, N) in a .npy file.
+- other N: the N pages of a TIFF, all of one size and of one channel; the N bands per pixel of a TIFF whose
+  other pages, if any, are overviews of another size (tiff_bands.py); or an array (N, H, W) or (H, W, N) in a .npy file.
 Values of more than 8 bits are converted by the range (ranges.py), with one range for all channels of an image.
 """
 
@@ -61,7 +61,7 @@ def _channel_axis(shape: tuple[int, ...], channels: int) -> int | None:
 
 
 def read_tiff(content: bytes, channels: int, value_range: Range, most_values: int) -> np.ndarray:
-    """Return the uint8 pixels (H, W, channels) of the pages of a TIFF, or of the bands of its only page.
+    """Return the uint8 pixels (H, W, channels) of the pages of a TIFF, or of the bands of its first page.
 
     Args:
         content: of the file.
@@ -76,9 +76,11 @@ def read_tiff(content: bytes, channels: int, value_range: Range, most_values: in
     page = first_page(content)
     if page is None:
         raise ValueError(f"is no TIFF, {expected}")
-    if page.is_only:
-        if page.bands != channels:
-            raise ValueError(f"has {page.bands} channel{'' if page.bands == 1 else 's'}, {expected}")
+    if page.bands != channels and not page.has_others:
+        raise ValueError(f"has {page.bands} channel{'' if page.bands == 1 else 's'}, {expected}")
+    if page.bands == channels:
+        if page.has_twins:
+            raise ValueError(f"has several pages of {channels} bands: save each in a file of its own")
         try:
             pixels = read_bands(content, page.tags, most_values)
         except KeyError as error:

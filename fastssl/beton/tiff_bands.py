@@ -1,8 +1,8 @@
 """Read a TIFF of many bands per pixel, such as a satellite image, of which Pillow shows three bands or none.
 
-What it reads: one page, integers or floats of 8 to 64 bits, in strips or tiles, bands next to each other or one after
-the other, not compressed or compressed with deflate, with or without horizontal differences. All else is refused: sizes
-and positions come from the file, and are checked against its bytes before memory is taken.
+What it reads: the first page, integers or floats of 8 to 64 bits, in strips or tiles, bands next to each other or one
+after the other, not compressed or compressed with deflate, with or without horizontal differences. All else is refused:
+sizes and positions come from the file, and are checked against its bytes before memory is taken.
 """
 
 import io
@@ -13,13 +13,14 @@ import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 # Numbers of tags.
-WIDTH, HEIGHT, BITS, COMPRESSION, ORIENTATION, BANDS, PLANAR = 256, 257, 258, 259, 274, 277, 284
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, BANDS, PLANAR = 256, 257, 258, 259, 262, 274, 277, 284
 STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_SIZES = 273, 278, 279
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
 PREDICTOR, SAMPLE_FORMAT = 317, 339
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + : BigTIFF
 NONE, DEFLATE = 1, (8, 32946)
+MOST_PAGES = 10_000  # of a file; a limit on what a damaged one can make us read
 KINDS = {1: "u", 2: "i", 3: "f"}  # SampleFormat -> numpy's kind
 LIKELY = {5: "LZW", 7: "JPEG", 32773: "PackBits", 50000: "zstd"}  # other compressions, for messages
 
@@ -29,18 +30,34 @@ class Page(NamedTuple):
 
     tags: ImageFileDirectory_v2
     bands: int  # per pixel
-    is_only: bool  # there are no other pages
+    has_others: bool  # there are other pages
+    has_twins: bool  # some of them are of its size; smaller ones are overviews
 
 
 def first_page(content: bytes) -> Page | None:
     """Return the tags of the first page; None for a file that is no TIFF."""
     if not content.startswith(MAGIC):
         return None
+    tags = _read_tags(content)
+    size, has_twins = (tags.get(WIDTH), tags.get(HEIGHT)), False
+    seen, position = {0}, tags.next
+    while position not in seen:  # the pages of a damaged file may go in circles
+        seen.add(position)
+        if len(seen) > MOST_PAGES:
+            raise ValueError(f"has more than {MOST_PAGES:,} pages")
+        other = _read_tags(content, position)
+        has_twins |= (other.get(WIDTH), other.get(HEIGHT)) == size
+        position = other.next
+    return Page(tags, int(tags.get(BANDS, 1)), len(seen) > 1, has_twins)
+
+
+def _read_tags(content: bytes, position: int | None = None) -> ImageFileDirectory_v2:
+    """Return the tags of the page at a position, of the first page by default."""
     tags = ImageFileDirectory_v2(content[:16] if b"+" in content[:4] else content[:8])
     file = io.BytesIO(content)
-    file.seek(tags.next)
+    file.seek(tags.next if position is None else position)
     tags.load(file)
-    return Page(tags, int(tags.get(BANDS, 1)), tags.next == 0)
+    return tags
 
 
 def read_bands(content: bytes, tags: ImageFileDirectory_v2, most_values: int) -> np.ndarray:
@@ -53,6 +70,8 @@ def read_bands(content: bytes, tags: ImageFileDirectory_v2, most_values: int) ->
         raise ValueError(f"has {bands} bands compressed with {name}: save it uncompressed, with deflate, or as pages")
     if predictor not in (1, 2) or (predictor == 2 and dtype.kind == "f"):
         raise ValueError(f"has bands with the predictor {predictor}: save it without one")
+    if int(tags.get(PHOTOMETRIC, 1)) == 0:
+        raise ValueError("stores white as 0: save it with black as 0")
     if int(tags.get(ORIENTATION, 1)) != 1:
         raise ValueError(f"is stored turned (orientation {tags[ORIENTATION]}): save it upright")
     is_tiled = TILE_OFFSETS in tags

@@ -217,6 +217,33 @@ def test_damaged_and_hostile_files_are_bad_images_too(content):
     assert isinstance(encode(content, 5), str)
 
 
+def chained(first: bytes, second: bytes) -> bytes:
+    """A TIFF with the pages of both files; `first` has one page."""
+    shift = len(first) + len(first) % 2
+    count = struct.unpack_from("<H", second, 8)[0]
+    moved = bytearray(second)
+    inline = {3: 2, 4: 1}  # values that fit into an entry
+    for entry in range(10, 10 + 12 * count, 12):
+        tag, type_, number = struct.unpack_from("<HHI", moved, entry)
+        if number > inline[type_] or tag in (273, 324):
+            struct.pack_into("<I", moved, entry + 8, struct.unpack_from("<I", moved, entry + 8)[0] + shift)
+    pages = struct.unpack_from("<H", first, 8)[0]
+    whole = bytearray(first.ljust(shift, b"\0") + moved)
+    struct.pack_into("<I", whole, 10 + 12 * pages, shift + 8)
+    return bytes(whole)
+
+
+def test_overviews_are_no_channels():
+    """As in cloud-optimized GeoTIFFs."""
+    image, small = values(0, (24, 20, 5)), values(1, (12, 10, 5))
+    np.testing.assert_array_equal(pixels_of(encode(chained(bands(image), bands(small)), 5), 5), resized(image))
+    assert "has several pages of 5 bands" in encode(chained(bands(image), bands(image)), 5)
+    loop = bytearray(bands(image))
+    struct.pack_into("<I", loop, 10 + 12 * struct.unpack_from("<H", loop, 8)[0], 8)
+    assert "has several pages of 5 bands" in encode(bytes(loop), 5)
+    assert "white as 0" in encode(bands(image, more={262: 0}), 5)
+
+
 def test_a_missing_tag_is_named():
     content = bands(SQUARE)
     entry = struct.pack("<HH", 273, 4)  # StripOffsets
