@@ -47,6 +47,18 @@ def test_views_equal_the_cpu_ones(canvas, compiled):
         assert ((a - b.cpu()).abs() > 1e-3).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_views_of_other_channels_equal_the_cpu_ones(channels, compiled):
+    views = ViewsConfig(size=32, mean=(0.5,), std=(0.25,))
+    image, index = torch.randint(0, 256, (16, 48, 40, channels), dtype=torch.uint8), torch.arange(16)
+    on_cpu, on_gpu = PairedViews(views, seed=1), PairedViews(views, seed=1)
+    on_gpu = torch.compile(on_gpu, fullgraph=True, dynamic=False) if compiled else on_gpu
+    for a, b in zip(on_cpu(image, index, 2), on_gpu(image.cuda(), index.cuda(), torch.tensor(2, device="cuda"))):
+        assert a.shape == (16, channels, 32, 32)
+        assert ((a - b.cpu()).abs() > 1e-3).float().mean() < 1e-3
+
+
 def test_batches_on_the_device_are_never_overwritten(canvas):
     """Copies overlap with work on the caller's stream; every kept batch stays what the file holds."""
     want = [b.image for b in BetonLoader(canvas / "train.beton", 4, shuffle=False)]
