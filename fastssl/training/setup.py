@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import beton_file, read_header
+from fastssl.beton.format import RGB
 from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, SampleSelection, require_channels, require_labels
@@ -30,7 +31,6 @@ from fastssl.training.schedule import Schedule, image_size, image_sizes, plan
 from fastssl.training.state import TrainState, epochs_of_decay
 from fastssl.training.tracking import require_trackers
 from fastssl.views import PairedViews
-from fastssl.views.operations import RGB
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.beton.format import RGB
 from fastssl.beton.resize import resize_line, resize_weights
 from fastssl.common.compiled import compiled
 from fastssl.loading.kernels import take
 from fastssl.recipe import ViewsConfig
-from fastssl.views.operations import BLUR_RADIUS, LUMA, RGB, SOLARIZE_THRESHOLD
+from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
 _pool: ThreadPoolExecutor | None = None

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastssl.beton.format import RGB
 from fastssl.recipe import ViewsConfig
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 BLUR_RADIUS = 6  # pixels
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue, as in torchvision (ITU-R 601)
 SOLARIZE_THRESHOLD = 128 / 255
-RGB = 3  # channels of images that have colors
 
 
 def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int) -> Tensor:

@@ -9,11 +9,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastssl.beton.format import RGB
 from fastssl.common.geometry import CENTER, crop_box, eval_box
 from fastssl.recipe import ViewsConfig
 from fastssl.views import operations
 from fastssl.views.cpu import cpu_views
-from fastssl.views.operations import RGB, crop_resize, normalize, to_unit_range
+from fastssl.views.operations import crop_resize, normalize, to_unit_range
 from fastssl.views.parameters import Parameters, draw_parameters, draw_uniforms, no_augmentation
 
 

@@ -259,7 +259,7 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.beton"
     with pytest.raises(UserError, match="x.beton: make it with `fastssl build-beton imagefolder"):
         read_header(path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a .beton file"):
         read_header(tmp_path)
     refused(path, b"", "not a .beton file: the header would end at byte 24 of 0")
     refused(path, b"\2\0", "not a .beton file: the header would end")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.beton.format import RGB
 from fastssl.common.randomness import CORRUPTION, normals, uniforms
 from fastssl.evaluation.features import in_fp32
 from fastssl.loading import Batch
@@ -20,7 +21,6 @@ from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import ViewsConfig
 from fastssl.views import eval_transform
-from fastssl.views.operations import RGB
 
 Corruption = Literal["blur", "noise", "jpeg", "crop"]
 # From weak to strong. Blur and crop scale with the size of the image; noise and JPEG act on single pixels.
