@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.evaluation.embed import embed_images, load_embedder
-
 
 def main() -> None:
+    # Here, not at the top: the processes that convert images import this file, and need no torch.
+    from fastssl.evaluation.embed import embed_images, load_embedder
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory of fastssl train")
     parser.add_argument("photographs", help="folder of images, at any depth")
@@ -28,5 +29,5 @@ def main() -> None:
         print(f"{score[position]:.4g}\t{Path(options.photographs) / names[position]}")
 
 
-if __name__ == "__main__":  # the processes that convert images import this file
+if __name__ == "__main__":
     main()

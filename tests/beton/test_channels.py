@@ -212,6 +212,7 @@ def claim(shape: str) -> bytes:
         b"II*\0\xff\xff\xff\xff",
         b"MM\0+" + bytes(12),
     ],
+    ids=lambda content: f"{len(content)} bytes",
 )  # fmt: skip
 def test_damaged_and_hostile_files_are_bad_images_too(content):
     assert isinstance(encode(content, 5), str)
