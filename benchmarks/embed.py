@@ -75,9 +75,10 @@ def embed_with_torchvision(encoder, images: str, out: str) -> None:
         for batch, _ in DataLoader(dataset, batch_size=256, num_workers=workers):
             embedding = encoder.model.embed(batch)
             for name, parts in columns.items():
-                parts.append(getattr(embedding, name).numpy())
+                if (column := getattr(embedding, name)) is not None:  # mu, sigma of a stochastic model
+                    parts.append(column.numpy())
     names = np.array([path for path, _ in dataset.samples])
-    np.savez(out, name=names, **{name: np.concatenate(parts) for name, parts in columns.items()})
+    np.savez(out, name=names, **{name: np.concatenate(parts) for name, parts in columns.items() if parts})
 
 
 def main() -> None:
