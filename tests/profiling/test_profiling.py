@@ -62,6 +62,13 @@ def recipe_of(folder, *more):
     return load_recipe("recipes/zprob_barlow.yaml", [*SMALL, *keys, "embedding.stochastic=none", *more])
 
 
+@pytest.mark.parametrize("keys", [["objective={name: supervised, classes: 3}", "optim.head_lr_factor=10"], []])
+def test_a_model_without_batch_norms_is_profiled(canvas, keys):
+    recipe = recipe_of(canvas, "model.backbone=test_vit", "model.projector={layers: 1, hidden: 8, out: 8}", *keys)
+    measured = profile_recipe(recipe)
+    assert measured.stages.step.images_per_second.median > 0
+
+
 def slow_down(monkeypatch, seconds):
     """Let each part sleep for some seconds per batch before its work: a resource of its own, whose speed is known."""
 

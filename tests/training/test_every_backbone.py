@@ -8,6 +8,13 @@ from torch import nn
 from training_runs import metrics_of, small
 
 import fastssl
+from fastssl.evaluation import (
+    evaluate_semisup,
+    evaluate_transfer,
+    find_evaluation_data,
+    find_target,
+    load_run_encoder,
+)
 from fastssl.recipe import load_recipe
 from fastssl.training import train
 
@@ -91,3 +98,14 @@ def test_models_without_batch_norms_skip_steps_that_are_not_finite(canvas, tmp_p
     )
     assert metrics["loss"] is None and metrics["skipped_steps"] == 1 and change == 0
     assert not list(nn.Module.buffers(fastssl.load_model(tmp_path / "run")))
+
+
+def test_runs_without_batch_norms_are_fine_tuned(canvas, tmp_path):
+    keys = small(canvas, tmp_path / "run", "model.backbone=test_vit", "model.projector={layers: 1, hidden: 8, out: 8}")
+    recipe = load_recipe("recipes/barlow.yaml", [*keys, "train.epochs=1"])
+    encoder = load_run_encoder(train(recipe), device="cpu")
+    overrides = ["train.epochs=1", "train.batch_size=8"]
+    few = evaluate_semisup(encoder, find_evaluation_data(encoder), percent=50, overrides=overrides)
+    transferred = evaluate_transfer(encoder, find_target("same", canvas), "finetune", overrides=overrides)
+    for result in (few, transferred):
+        assert 0 <= result["metrics"]["accuracy"] <= 1
