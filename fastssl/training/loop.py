@@ -56,8 +56,8 @@ def train(
     """Train to the recipe's last epoch and return the run directory.
 
     Args:
-        resume: a run to continue, by its directory or a path that `find_run_dir` takes; or "auto": continue the recipe's
-            own run if there is one.
+        resume: a path that `find_run_dir` takes, to continue that run; or "auto": continue the recipe's own run if
+            there is one.
         probe: a function of the model, called in the main process every `probe.every` epochs and at the end. The
             metrics that it returns are logged, and the checkpoint with the best first metric is kept as best.pt.
         diagnose: returns the sentence that a warning about long waits for data ends with.
