@@ -387,6 +387,8 @@ def find_recipe(path: Path) -> Path:
         shipped = shipped_recipes().joinpath(*path.parts[1:])
         if shipped.is_file():
             return shipped
+    if path.name == "recipe.yaml":  # of a run directory
+        raise UserError(f"No recipe at {path}: put the run's recipe.yaml back there, or name another run.")
     known = ["recipes/" + str(p.relative_to(shipped_recipes())) for p in sorted(shipped_recipes().rglob("*.yaml"))]
     near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(known)}."

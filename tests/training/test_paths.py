@@ -56,6 +56,15 @@ def test_resume_and_eval_take_such_a_path(finished, canvas, tmp_path, inside, fa
     assert load_run_encoder(run / inside).weights.name == "last.pt"
 
 
+def test_a_run_without_its_recipe_is_one_sentence(finished, tmp_path, fastssl):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "recipe.yaml").unlink()
+    for arguments in (["train", "--resume", run], ["eval", "knn", run]):
+        code, _, err = fastssl(*arguments)
+        assert code == 2 and "recipe.yaml: put the run's recipe.yaml back there" in " ".join(err.split())
+
+
 def test_eval_takes_a_lone_checkpoint(finished, canvas, tmp_path, fastssl):
     lone = tmp_path / "model.pt"
     shutil.copy(finished / "checkpoints" / "best.pt", lone)
