@@ -109,6 +109,10 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device)
     check_combinations(recipe, loader)
+    if checkpoint is None:  # a run that goes on has passed this, or is older than the check
+        for size in image_sizes(recipe.views):
+            key = "views.size" if size == recipe.views.size else "views.progressive_resize"
+            check_image_size(recipe.model, size, key)
     decay_epochs = epochs_of_decay(recipe, checkpoint)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs)
 
@@ -145,8 +149,6 @@ def check_combinations(recipe: Recipe, loader: BetonLoader) -> None:
         raise UserError(
             f"views.progressive_resize: {recipe.model.backbone} takes images of one size only, so leave it out."
         )
-    for size in image_sizes(recipe.views):
-        check_image_size(recipe.model, size, "views.size" if size == recipe.views.size else "views.progressive_resize")
     if isinstance(recipe.objective, SupervisedConfig):
         check_labels(loader, recipe.objective.classes)
 
