@@ -252,12 +252,14 @@ def mi(
     out: Out = None,
 ) -> None:
     """Mutual information of image, h, z and the z of two views, in nats (docs/mutual_information.md)."""
+    from fastssl.beton import beton_file
     from fastssl.evaluation.mutual_information import evaluate_mi, mi_summary_table, mi_table
 
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
     if weights and not data:
         raise UserError("--weights has no data of its own: name images with --data FILE.beton.")
-    results = [evaluate_mi(encoder, data, seed=seed) for encoder in _encoders(source, view, device, data, data)]
+    file = beton_file(data, "val") if data else None
+    results = [evaluate_mi(encoder, file, seed=seed) for encoder in _encoders(source, view, device, file, file)]
     _show(results, out, mi_table, mi_summary_table)
 
 

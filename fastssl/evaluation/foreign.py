@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from fastssl.beton import read_header
+from fastssl.beton import beton_file, read_header
 from fastssl.common.errors import UserError
 from fastssl.evaluation.runs import RunEncoder, find_device, make_results_dir, weights_sha256
 from fastssl.models.encoder_only import EncoderOnly
@@ -50,7 +50,8 @@ def load_foreign_encoder(
         UserError: the weights do not fit the backbone, or `out_dir` belongs to something else.
     """
     weights = Path(weights).expanduser()
-    recipe = _recipe_of(weights, backbone, str(train), str(val) if val else None, stem, size, view)
+    train_file, val_file = str(beton_file(train, "train")), str(beton_file(val, "val")) if val else None
+    recipe = _recipe_of(weights, backbone, train_file, val_file, stem, size, view)
     chosen = find_device(device)
     folder = Path(out_dir).expanduser() if out_dir else weights.with_name(f"{recipe.name}_eval")
     check_image_size(recipe.model, recipe.views.size, "--size")

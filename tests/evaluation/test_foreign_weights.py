@@ -89,6 +89,15 @@ def test_linear_semisup_and_transfer(fastssl, options, data, canvas, tmp_path, m
     ]  # fmt: skip
 
 
+def test_folders_of_data_mean_their_files(weights, fastssl, options, canvas, tmp_path):
+    code, _, err = fastssl("eval", "knn", *options, "--train", canvas, "--val", canvas, "--k", 5)
+    assert code == 0, err
+    found = result_in(tmp_path / "out", "knn")
+    assert [Path(found[split]["path"]).name for split in ("train", "val")] == ["train.beton", "val.beton"]
+    code, _, err = fastssl("eval", "mi", *options, "--data", canvas)
+    assert code == 2 and "val.beton has 12 images, too few for mutual information" in " ".join(err.split())
+
+
 def test_ood_and_uncertainty_leave_out_what_needs_sigma(fastssl, options, data, canvas, canvas_jpeg, tmp_path):
     sets = ["--fit", canvas / "train.beton", "--id", canvas / "val.beton", "--far", canvas / "train.beton"]
     code, _, err = fastssl("eval", "ood", *options, *sets)
