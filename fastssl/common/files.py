@@ -1,8 +1,14 @@
-"""Write files that are complete or not there at all, even after a crash or a power cut."""
+"""Files that are opened safely, and written whole or not at all, even after a crash or a power cut.
+
+A path may come from somebody else, with an archive or a data set. So what is read or written is a regular file: opening
+a named pipe waits for its other end, a device has no end, and a link in an output directory leads to a file elsewhere.
+"""
 
 import errno
 import fcntl
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +24,96 @@ MACHINE_FIXES = {
     errno.EAGAIN: "raise the limit on processes and threads (ulimit -u), or end some of them",
     errno.ENOMEM: "free some memory, or raise the limit on the address space (ulimit -v)",
 }
+# The temporary file of write_atomically: .NAME.PID.part with the suffix of NAME, such as .last.pt.4711.part.pt.
+PART_NAME = re.compile(r"\.(?P<name>.+)\.(?P<pid>[1-9]\d{0,9})\.part(?P<suffix>\.[^.]+)?")
+LARGEST_TEXT = 64 << 20  # bytes of a file of text that is read whole; a metrics.jsonl of a month has about 10 MB
+
+
+class UnsafeFile(OSError):
+    """A path that is not opened. `strerror` says what it is, such as "a named pipe or a device"."""
+
+    def __init__(self, path: str | Path, what: str):
+        super().__init__(errno.EINVAL, what, str(path))
+
+
+def open_regular(path: str | Path, mode: str = "rb", **options: Any) -> IO[Any]:
+    """Open a regular file, as `open` does.
+
+    For reading, links are followed. For writing they are not: another file than the named one would change.
+
+    Raises:
+        UnsafeFile: `path` is a named pipe, a device or a socket, or, for writing, a link.
+        OSError: as `open`.
+    """
+    return open(path, mode, opener=_open_regular, **options)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    writes = flags & os.O_ACCMODE != os.O_RDONLY
+    try:
+        status = os.lstat(path) if writes else os.stat(path)
+    except FileNotFoundError:
+        pass
+    else:
+        if stat.S_ISLNK(status.st_mode):
+            raise UnsafeFile(path, "a symbolic link")
+        if stat.S_ISREG(status.st_mode) and writes and status.st_nlink > 1:
+            raise UnsafeFile(path, "a hard link, so another file would change too")
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # `open` itself refuses folders
+            raise UnsafeFile(path, "a named pipe, a socket or a device, not a regular file")
+    # O_NONBLOCK: the kernel's own files, such as /proc/kmsg, call themselves regular and may wait.
+    return os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Return the content of a regular file. Raises OSError, also if it has more than `limit` bytes."""
+    with open_regular(path) as file:
+        content: bytes = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnsafeFile(path, f"larger than the {limit:,} bytes that such a file may have")
+    return content
+
+
+def read_text(path: str | Path, limit: int = LARGEST_TEXT, errors: str = "strict") -> str:
+    """Return the text of a regular UTF-8 file. Raises OSError as `read_bytes`, and UnicodeDecodeError."""
+    return read_bytes(path, limit).decode("utf-8", errors)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, to write files into. Raises UnsafeFile if it is a symbolic link."""
+    if path.is_symlink():
+        raise UnsafeFile(path, "a symbolic link")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Return the temporary name of a file or folder that this process writes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+
+
+def abandoned_parts(folder: Path) -> Iterator[Path]:
+    """Yield what `part_of` names in a folder, files or folders, where the process that wrote it is gone."""
+    for path in sorted(folder.glob(".*.part*")):
+        match = PART_NAME.fullmatch(path.name)
+        if match and Path(match["name"]).suffix == (match["suffix"] or "") and not _is_running(int(match["pid"])):
+            yield path
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes have left, and nothing else."""
+    for path in abandoned_parts(folder):
+        if stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user, or no number of a process
+        return True
+    return True
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object], keep: Path | None = None) -> None:
@@ -32,8 +128,11 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
         write_atomically(Path("scores.npy"), lambda part: np.save(part, scores))
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    part = part_of(path)
+    # What has this name is of an ended process with our number, or a link from elsewhere. "x" makes a new file.
+    part.unlink(missing_ok=True)
     try:
+        open(part, "xb").close()
         if isinstance(content, str):
             part.write_text(content, encoding="utf-8")
         elif isinstance(content, bytes):
@@ -91,6 +190,8 @@ def machine_fix(error: OSError) -> str | None:
 def write_error(path: Path, error: OSError) -> UserError:
     """Return what to tell the user about `error`, which came while `path` was written: what is at fault, the fix."""
     reason = error.strerror or str(error)
+    if isinstance(error, UnsafeFile):
+        return UserError(f"{error.filename} is {reason}, so nothing is written to it: remove it, or use another path.")
     if fix := machine_fix(error):
         return UserError(f"{path} was not written, because this machine has reached a limit ({reason}): {fix}.")
     if isinstance(error.filename, str | bytes) and not _belongs_to(Path(os.fsdecode(error.filename)), path):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from fastssl.common.errors import EXIT_REQUEUE, UserError
-from fastssl.common.files import try_lock
+from fastssl.common.files import open_regular, try_lock
 from fastssl.evaluation.probe import probe_from_recipe
 from fastssl.recipe import Recipe
 from fastssl.training import train
@@ -30,7 +30,7 @@ def run_child(recipe: Recipe, parent: int) -> None:
     run_dir = Path(recipe.run.dir or "")
     run_dir.mkdir(parents=True, exist_ok=True)
     # The log stays open as long as the process lives, and the lock on it tells other sweeps that this run is taken.
-    log = open(run_dir / "output.log", "a")
+    log = open_regular(run_dir / "output.log", "a")
     try:
         try_lock(log)
     except BlockingIOError:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
-from fastssl.common.files import try_lock
+from fastssl.common.files import UnsafeFile, open_regular, read_text, try_lock, write_error
 from fastssl.loading import SampleSelection
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.sweep.grid import SweepRun
@@ -66,14 +66,16 @@ def is_finished(run: SweepRun) -> bool:
 
 
 def is_locked(run: SweepRun) -> bool:
-    """Whether any process trains in the run's directory now."""
+    """Whether any process trains in the run's directory now. Raises UserError if a file there cannot be locked."""
     # The first file is locked by processes of sweeps, from their start; the second by everything that trains.
     for path in (log_path(run), run.dir / ".lock"):
         try:
-            with open(path, "r+") as file:
+            with open_regular(path, "r+b") as file:
                 try_lock(file)
         except BlockingIOError:
             return True
+        except UnsafeFile as error:
+            raise write_error(path, error) from None
         except OSError:
             continue  # no such file
     return False
@@ -109,7 +111,7 @@ def read_progress(run: SweepRun) -> RunProgress:
 def last_knn(run: SweepRun) -> float | None:
     """Accuracy of the last kNN probe, from 0 to 1, however long ago it was; None if there was no probe."""
     path = run.dir / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = read_text(path, errors="replace").splitlines() if path.exists() else []
     probes = [entry["knn"] for entry in parse_metrics(line for line in lines if '"knn"' in line) if "knn" in entry]
     return probes[-1] if probes else None
 
@@ -123,7 +125,7 @@ def last_log_line(run: SweepRun) -> str:
 def _tail(path: Path) -> list[str]:
     """The last lines of a file, the first of them perhaps incomplete; an empty list if there is no file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, path.stat().st_size - TAIL))
             return file.read().decode(errors="replace").splitlines()
     except OSError:

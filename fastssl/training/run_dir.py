@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,14 +16,27 @@ from torchvision.utils import make_grid, save_image
 
 from fastssl.common.environment import describe_environment
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, machine_fix, try_lock, write_atomically, write_error
+from fastssl.common.files import (
+    UnsafeFile,
+    explain_write_errors,
+    machine_fix,
+    make_folder,
+    open_regular,
+    read_text,
+    remove_abandoned_files,
+    try_lock,
+    write_atomically,
+    write_error,
+)
 from fastssl.common.terminal import console, print_line
-from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints, find_run_dir
+from fastssl.models.checkpoint import LAST, Checkpoint, find_checkpoints, find_run_dir, is_run_dir
 from fastssl.recipe import Recipe, ViewsConfig
 from fastssl.views.operations import unnormalize
 
 IMAGES_SHOWN = 16  # in views.png
 LOCK = ".lock"
+LOCK_CONTENT = re.compile(r"(\S+ \d+)?")  # see _launcher
+WRITTEN = ("recipe.yaml", "environment.json", "metrics.jsonl", "views.png", "encoder.safetensors")
 
 
 class RunDirBusy(UserError):
@@ -55,12 +69,22 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
         path = find_run_dir(resume)
     elif restarted and _launcher_of(named or newest) == _launcher():
         path = named or newest
-    elif named and (named / "recipe.yaml").exists():
+    elif named and is_run_dir(named):
         raise UserError(f"{named} already holds a run: continue it with --resume {named}, or set another run.dir.")
     else:
-        return RunDir(named or free, resumes=False)
+        path = named or free
     # A run that was killed before it wrote a checkpoint starts over.
+    if not is_run_dir(path):
+        _refuse_to_overwrite(path)
     return RunDir(path, resumes=bool(find_checkpoints(path)))
+
+
+def _refuse_to_overwrite(path: Path) -> None:
+    """Raise UserError if a new run would write over files in an existing directory, which are not of a run."""
+    in_the_way = [path / name for name in WRITTEN if os.path.lexists(path / name)]
+    in_the_way += sorted((path / "checkpoints").glob("[!.]*"))
+    if in_the_way:
+        raise UserError(f"{in_the_way[0]} is in the way of a new run, which might overwrite it: set another run.dir.")
 
 
 def _numbered_dirs(name: str) -> tuple[Path, Path]:
@@ -81,8 +105,8 @@ def _launcher() -> str:
 
 def _launcher_of(run_dir: Path) -> str | None:
     try:
-        return (run_dir / LOCK).read_text()
-    except OSError:
+        return read_text(run_dir / LOCK)
+    except (OSError, ValueError):
         return None
 
 
@@ -95,10 +119,11 @@ def locked_run_dir(path: Path) -> Iterator[None]:
         UserError: if the directory cannot be written.
     """
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "ab", buffering=0)
+        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path / "checkpoints")
+        lock = open_regular(path / LOCK, "a+b", buffering=0)
     except OSError as error:
-        if machine_fix(error):
+        if machine_fix(error) or isinstance(error, UnsafeFile):
             raise write_error(path, error) from None
         raise UserError(f"The run directory {path} cannot be made ({error.strerror}): set another run.dir.") from None
     with lock:
@@ -110,12 +135,13 @@ def locked_run_dir(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 busy = f"Another process is training in {path}: wait for it, or set another run.dir."
                 raise RunDirBusy(busy) from None
+            lock.seek(0)
+            if not LOCK_CONTENT.fullmatch(lock.read(500).decode(errors="replace")):
+                raise UserError(f"{path / LOCK} is a file of another program: set another run.dir.")
             lock.truncate(0)
             lock.write(_launcher().encode())
-        # Partial files of a process that was killed while it wrote.
-        for folder in (path, path / "checkpoints"):
-            for part in folder.glob(".*.part*"):
-                part.unlink()
+            for folder in (path, path / "checkpoints"):
+                remove_abandoned_files(folder)
         yield
 
 
@@ -141,7 +167,7 @@ def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int)
 
 def _earlier_starts(path: Path) -> list[dict[str, object]]:
     try:
-        last = json.loads(path.read_text())
+        last = json.loads(read_text(path))
         return [*last.pop("earlier", []), last]
     except (OSError, ValueError, AttributeError):  # no such file, or not one of ours
         return []

@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import make_folder, open_regular, read_text, write_atomically
 from fastssl.recipe import Recipe
 
 
@@ -23,11 +23,11 @@ class MetricsFile:
         """resumed_at, epochs_probed: of the checkpoint. Lines after it are removed, because they will come again."""
         self.path = path
         self.warn = warn
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = read_text(path, errors="replace").splitlines() if path.exists() else []
         earlier = [line + "\n" for line in lines if _is_earlier(line, resumed_at, epochs_probed)]
         write_atomically(path, "".join(earlier))
         # Unbuffered, so that it is known how much of a failed write has reached the file.
-        self._file = open(path, "ab", buffering=0)
+        self._file = open_regular(path, "ab", buffering=0)
         self._waiting: list[bytes] = []
         self._warned = False
 
@@ -84,6 +84,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, recipe: Recipe, resumed_at: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        make_folder(run_dir / "tensorboard")
         # purge_step hides the steps after the checkpoint, which come again.
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_at + 1)
         self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}\n```")
@@ -104,13 +105,14 @@ class WeightsAndBiases:
         import wandb
 
         id_file = run_dir / "wandb_id.txt"
+        make_folder(run_dir / "wandb")
         if not (resumed_at and id_file.exists()):
-            id_file.write_text(uuid4().hex[:12])
+            write_atomically(id_file, uuid4().hex[:12])
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fastssl"),
                 name=recipe.name,
-                id=id_file.read_text(),
+                id=read_text(id_file),
                 resume="allow",
                 dir=str(run_dir),
                 config=recipe.model_dump(mode="json"),

@@ -3,12 +3,26 @@
 import errno
 import fcntl
 import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, replace_durably, sync, try_lock, write_atomically
+from fastssl.common.files import (
+    UnsafeFile,
+    explain_write_errors,
+    make_folder,
+    open_regular,
+    part_of,
+    read_bytes,
+    remove_abandoned_files,
+    replace_durably,
+    sync,
+    try_lock,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("content", ["käse\n", "käse\n".encode(), lambda part: part.write_bytes("käse\n".encode())])
@@ -136,3 +150,110 @@ def test_a_sync_that_fails_is_an_error(tmp_path, monkeypatch, name):
     for path in (tmp_path, Path(__file__)):
         with pytest.raises(OSError):
             sync(path)
+
+
+# --- what is not a regular file -------------------------------------------------------------------
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    folder = os.open(path.parent, os.O_RDONLY)  # the whole path may be longer than a socket's name can be
+    try:
+        socket.socket(socket.AF_UNIX).bind(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)
+
+
+def link_to_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+SPECIAL = {"named pipe": make_pipe, "socket": make_socket, "device": link_to_a_device}
+
+
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("mode", ["rb", "ab", "r+b", "w"])
+def test_only_regular_files_are_opened(tmp_path, make, mode):
+    make(tmp_path / "x")
+    with pytest.raises(UnsafeFile, match="a named pipe, a socket or a device|a symbolic link"):
+        open_regular(tmp_path / "x", mode)
+
+
+@pytest.mark.parametrize("mode", ["ab", "r+b", "w", "wb"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_link(tmp_path, link, mode):
+    (tmp_path / "precious").write_text("content")
+    link(tmp_path / "precious", tmp_path / "x")
+    with pytest.raises(UserError, match="x is a (symbolic|hard) link.*, so nothing is written to it: remove it"):
+        with explain_write_errors(tmp_path / "x"):
+            open_regular(tmp_path / "x", mode)
+    assert (tmp_path / "precious").read_text() == "content"
+    with open_regular(tmp_path / "x") as file:  # reading follows links
+        assert file.read() == b"content"
+
+
+def test_a_regular_file_is_opened_as_open_does(tmp_path):
+    for mode, text in (("w", "one"), ("a", "two"), ("w", "three"), ("x", None)):
+        try:
+            with open_regular(tmp_path / "x", mode, encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            assert mode == "x"
+    assert (tmp_path / "x").read_text() == "three"
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "gone")
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+
+
+def test_a_file_that_is_read_whole_has_a_limit(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "x", limit=5) == b"12345"
+    with pytest.raises(OSError, match="larger than the 4 bytes"):
+        read_bytes(tmp_path / "x", limit=4)
+
+
+def test_a_linked_folder_is_not_written_to(tmp_path):
+    make_folder(tmp_path / "new" / "x")
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    (tmp_path / "broken").symlink_to(tmp_path / "gone")
+    for name in ("link", "broken"):
+        with pytest.raises(UnsafeFile, match="a symbolic link"):
+            make_folder(tmp_path / name)
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("content")
+    part_of(tmp_path / "x.txt").symlink_to(tmp_path / "precious")
+    for content in ("text", b"bytes", lambda part: part.write_text("function")):
+        write_atomically(tmp_path / "x.txt", content)
+    assert (tmp_path / "precious").read_text() == "content" and (tmp_path / "x.txt").read_text() == "function"
+
+
+# --- what killed processes leave ------------------------------------------------------------------
+
+
+def ended_process():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    gone, alive = ended_process(), os.getppid()
+    ours = [f".last.pt.{gone}.part.pt", f".recipe.yaml.{gone}.part.yaml", f".LICENSE.{gone}.part"]
+    others = [
+        f".last.pt.{alive}.part.pt",  # is being written
+        ".notes.part", ".notes.part.md", ".video.mp4.part", ".x.0.part", ".x.-1.part", ".x.99999999999.part",
+        f".last.pt.{gone}.part.txt", f".last.pt.{gone}.partial", f"last.pt.{gone}.part.pt",
+    ]  # fmt: skip
+    for name in (*ours, *others):
+        (tmp_path / name).write_text("content")
+    folder, link = tmp_path / f".folder.{gone}.part", tmp_path / f".link.{gone}.part"
+    folder.mkdir()
+    link.symlink_to(tmp_path / ".notes.part")
+    remove_abandoned_files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, folder.name, link.name}

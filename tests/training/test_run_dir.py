@@ -1,0 +1,116 @@
+"""A run directory may hold other people's files, or come from somebody else: nothing outside the run is touched."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training_runs import small
+
+from fastssl.common.errors import UserError
+from fastssl.recipe import load_recipe
+from fastssl.training import train
+from fastssl.training.run_dir import WRITTEN, choose_run_dir, locked_run_dir
+
+
+def recipe_in(path):
+    return load_recipe("recipes/barlow.yaml", ["data.train=gone.beton", f"run.dir={path}"])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_of_the_user_in_a_run_directory_stay(tmp_path):
+    """Once every `.*.part*` was deleted, in the directory and in checkpoints/."""
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        folder.mkdir(exist_ok=True)
+        for name in (".thesis.part", ".video.mp4.part", ".download.part3", ".archive.1.partial", "notes.txt"):
+            (folder / name).write_text("of the user")
+    before = contents(tmp_path)
+    with locked_run_dir(tmp_path):
+        assert before.items() <= contents(tmp_path).items()
+    assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/mine.pt"])
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_new_run_overwrites_no_file(tmp_path, name, resume):
+    if resume == "auto" and name in ("recipe.yaml", "checkpoints/last.pt", "checkpoints/previous.pt"):
+        pytest.skip("that makes it a run, which `auto` continues")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("of the user")
+    with pytest.raises(UserError, match="already holds a run|is in the way of a new run"):
+        choose_run_dir(recipe_in(tmp_path), resume, restarted=False)
+
+
+def test_a_run_killed_before_its_first_file_starts_over(tmp_path):
+    with locked_run_dir(tmp_path / "run"):
+        pass
+    assert not choose_run_dir(recipe_in(tmp_path / "run"), None, restarted=False).resumes
+
+
+def test_a_lock_file_of_another_program_is_not_truncated(tmp_path):
+    for text in ("a lock of mine\n", "x" * 5000):
+        (tmp_path / ".lock").write_text(text)
+        with pytest.raises(UserError, match=r"\.lock is a file of another program"):
+            with locked_run_dir(tmp_path):
+                pass
+        assert (tmp_path / ".lock").read_text() == text
+
+
+LINKED = [".lock", "metrics.jsonl", "checkpoints"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("kind", ["symbolic link", "broken link", "hard link", "named pipe"])
+def test_nothing_outside_a_run_directory_is_written(canvas, tmp_path, name, kind):
+    """A run that came in an archive: `.lock` was opened through a link, and the file that it led to was truncated."""
+    outside = tmp_path / "outside"
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    if name == "checkpoints":
+        if kind in ("hard link", "named pipe"):
+            return  # no folder can be one; a file there is refused by mkdir
+        outside.mkdir()
+    else:
+        outside.write_text("precious")
+    if kind == "symbolic link":
+        path.symlink_to(outside)
+    elif kind == "broken link":
+        path.symlink_to(tmp_path / "not there")
+    elif kind == "hard link":
+        os.link(outside, path)
+    else:
+        os.mkfifo(path)
+    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1", "probe.every=0"))
+    expected = "is in the way of a new run" if name == "metrics.jsonl" else f"{name} is a .*remove it, or use another"
+    with pytest.raises(UserError, match=expected):
+        train(recipe)
+    assert not (tmp_path / "not there").exists()
+    assert outside.read_text() == "precious" if outside.is_file() else not list(outside.iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished(canvas, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(load_recipe("recipes/barlow.yaml", small(canvas, run, "train.epochs=1", "probe.every=0")))
+    return run
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "recipe.yaml", "environment.json", "checkpoints/last.pt"])
+def test_named_pipes_in_a_run_that_goes_on_do_not_hang(finished, tmp_path, name):
+    """In a process of its own, as some of these waits outlived SIGTERM."""
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", finished, run], check=True)
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    command = [sys.executable, "-m", "fastssl", "train", "--resume", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    if name in ("environment.json", "checkpoints/last.pt"):  # what they hold is written again, and previous.pt is read
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 2 and name in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
