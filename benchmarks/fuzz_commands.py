@@ -26,6 +26,7 @@ import contextlib
 import copy
 import faulthandler
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -57,6 +58,7 @@ from safetensors.torch import load_file, save_file
 
 from fastssl import cli
 from fastssl.beton import build_beton
+from fastssl.common.terminal import progress
 from fastssl.recipe import load_recipe
 from fastssl.training import train
 
@@ -548,14 +550,13 @@ def fuzz(base: Path, kinds: list[str], seed: int, minutes: float, cases: int | N
     process = Child(base)
     end = time.monotonic() + 60 * minutes
     try:
-        number = 0
-        while number != cases and time.monotonic() < end:
-            for kind in kinds:
-                with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as root:
-                    record(tallies[kind], f"{kind} {number}", process.run(Path(root), kind, number, seed))
+        with progress("Fuzz", None, "cases") as advance:
+            for number, kind in itertools.product(range(cases or 10**9), kinds):
                 if time.monotonic() > end:
                     break
-            number += 1
+                with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as root:
+                    record(tallies[kind], f"{kind} {number}", process.run(Path(root), kind, number, seed))
+                advance()
     finally:
         process.stop()
     return tallies
