@@ -433,6 +433,7 @@ def run_case(root: Path, base: Path, kind: str, number: int, seed: int) -> Outco
     outcome.failures += [("leftover", str(path)) for path in left]
     if peak_memory() > MEMORY:
         outcome.failures.append(("memory", f"{peak_memory() / (1 << 30):.1f} GiB"))
+    faulthandler.cancel_dump_traceback_later()
     return outcome
 
 
@@ -495,8 +496,9 @@ def peak_memory() -> int:
 class Child:
     """The child process; a new one is started after it hung or died."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, target: Callable[[Connection, Path], None] = child) -> None:
         self.base = base
+        self.target = target
         self.process: Any = None
 
     def run(self, root: Path, kind: str, number: int, seed: int) -> Outcome:
@@ -517,7 +519,7 @@ class Child:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=child, args=(other, self.base))
+        self.process = context.Process(target=self.target, args=(other, self.base))
         self.process.start()
         other.close()
         # The first commands import and compile, which may take longer than HANG.
@@ -548,10 +550,11 @@ def fuzz(base: Path, kinds: list[str], seed: int, minutes: float, cases: int | N
     """Try cases of all kinds in turn, for some minutes or until there are `cases` of each."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     process = Child(base)
+    numbers = itertools.count() if cases is None else range(cases)
     end = time.monotonic() + 60 * minutes
     try:
         with progress("Fuzz", None, "cases") as advance:
-            for number, kind in itertools.product(range(cases or 10**9), kinds):
+            for number, kind in ((number, kind) for number in numbers for kind in kinds):
                 if time.monotonic() > end:
                     break
                 with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as root:
