@@ -33,7 +33,7 @@ from fastssl.beton.format import (
     names_path,
 )
 from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
-from fastssl.beton.partial_build import BadImage, PartialBuild
+from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
 from fastssl.beton.pool import Pool, in_chunks, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
@@ -170,7 +170,8 @@ def build_beton(
             splits, channels: see `BuildOptions`.
 
     Raises:
-        UserError: an option or the source is wrong, `out` cannot be written, or, with `strict`, an image is bad.
+        UserError: an option or the source is wrong, `out` cannot be written or holds a .beton that is not of
+            build-beton, or, with `strict`, an image is bad.
 
     Example:
         build_beton("imagefolder", Path("photos"), Path("data/photos"), max_side=500)
@@ -271,6 +272,10 @@ def _build_split(
 ) -> SplitReport:
     """Build one split, unless it is up to date. `options` are those that the manifest records."""
     path = out / f"{split.name}.beton"
+    if os.path.lexists(path) and not manifest_path(path).exists() and not partial_folder(path).exists():
+        raise UserError(
+            f"{path} exists without a manifest, so it may not be of build-beton: move it, or use another --out."
+        )
     key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
     old = _read_if_up_to_date(path, key, split)
     manifest = old or _build_file(split, path, plan, pool, key, strict)

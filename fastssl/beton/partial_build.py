@@ -44,6 +44,11 @@ class BadImage:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
+def partial_folder(path: Path) -> Path:
+    """Return the folder in which X.beton is built: X.beton.part."""
+    return path.with_name(path.name + ".part")
+
+
 class PartialBuild:
     """The folder X.beton.part/, as a context manager: locked, so that one process at a time builds X.beton.
 
@@ -59,7 +64,7 @@ class PartialBuild:
         `key` is everything that the content of the file depends on. `capacity` counts all images, good or bad.
         """
         self.path = path
-        self.folder = path.with_name(path.name + ".part")
+        self.folder = partial_folder(path)
         self.pages = self.folder / "pages"
         self.capacity = capacity
         self.bad: list[BadImage] = []

@@ -516,6 +516,22 @@ def test_a_partial_build_restarts_if_its_sources_have_changed(forty_photos, tmp_
     assert built(tmp_path / "out") == built(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("make", ["file", "link", "folder"])
+def test_a_beton_that_is_not_ours_is_not_overwritten(forty_photos, tmp_path, make):
+    """Such as one of FFCV's own writer, which took days."""
+    path, other = tmp_path / "train.beton", tmp_path / "other"
+    other.write_bytes(b"of the user")
+    if make == "file":
+        other.rename(path)
+    elif make == "link":
+        path.symlink_to(other)
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match="train.beton exists without a manifest, .* move it, or use another --out"):
+        build_beton("imagefolder", forty_photos, tmp_path, canvas=32, workers=1)
+    assert path.is_dir() or path.read_bytes() == b"of the user"
+
+
 def test_a_build_killed_between_two_renames_is_finished(forty_photos, tmp_path, monkeypatch):
     """The file has its final name, the manifest has not: the next build moves the file back and finishes it."""
     out = tmp_path / "out"
