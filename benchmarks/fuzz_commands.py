@@ -323,10 +323,13 @@ YAML_PARTS = (
 
 def sweep(rng: Random, folder: Path, base: Path, outside: Path) -> list[Command]:
     path = folder / "sweep.yaml"
+    grid = {"recipe": str(base / "run" / "recipe.yaml"), "name": "one", "set": {"train.epochs": 2}}
+    axes: dict[str, list[Any]] = {"seed": [0, 1], "optim.lr": [0.001, 0.01], "embedding.prior": ["mixture"]}
     values = {
-        "recipe": str(base / "run" / "recipe.yaml"),
+        "name": "ablation",
         "dir": str(folder / "sweeps"),
-        "grids": {"one": {"set": {"train.epochs": 1}, "axes": {"seed": [0, 1], "optim.lr": [0.001, 0.01]}}},
+        "set": {"log.every": 5},
+        "grids": [grid | {"axes": axes}],
     }
     values = mutate_value(rng, values, lambda: hostile(rng, outside))
     path.write_text(yaml.safe_dump(values, sort_keys=False), errors="surrogatepass")
