@@ -3,7 +3,8 @@
     recipe = load_recipe("recipes/zprob_barlow.yaml", ["train.epochs=1", "data.train=x.beton"])
 
 This file is the one place for keys, defaults, limits and forbidden combinations. An unknown key is an error that names
-the nearest known one. Of our own modules it imports only common.errors, so that every other file may import it.
+the nearest known one. Of our own modules it imports only common.errors and common.files, so that every other file may
+import it.
 """
 
 import difflib
@@ -15,22 +16,56 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, in_short, quote
+from fastssl.common.files import UnsafeFile, read_text
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+# Limits that no run comes near. Below them the numbers of values in tensors do not overflow.
+Width = Annotated[int, Field(ge=1, le=10**6)]
+Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in px
 Range = tuple[float, float]
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
-PerChannel = Annotated[tuple[float, ...], Field(min_length=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+MAX_CHANNELS = 64
+MAX_VALUES = 100_000  # in a recipe or a sweep file
+CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
+PerChannel = Annotated[tuple[float, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+
+
+def _user_path(path: str) -> str:
+    """~ is the home directory."""
+    if not _is_file_name(path):
+        raise PydanticCustomError("path", "Input should be a path without control characters")
+    return os.path.expanduser(path)
+
+
+def _run_name(name: str) -> str:
+    folders = name.split("/")
+    if len(name) > 200 or not _is_file_name(name) or any(not part or part.startswith(".") for part in folders):
+        raise PydanticCustomError(
+            "name",
+            "Input should name a folder within runs/: 1 to 200 characters, no control character, no dot in front",
+        )
+    return name
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether no character commands a terminal, and the system can encode all."""
+    return not CONTROL.search(text) and all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in text)
+
+
+UserPath = Annotated[str, AfterValidator(_user_path)]
+RunName = Annotated[str, AfterValidator(_run_name)]
 
 
 class Section(BaseModel):
-    """One group of keys. Unknown keys are errors; values never change after loading."""
+    """One group of keys. Unknown keys are errors; values never change after loading. No number is infinite or NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -46,7 +81,7 @@ class DataConfig(Section):
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
     resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: if they take at most 1/8 of a GPU
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: replace it by the next sample of the batch
-    workers: Count | None = None  # decoding threads; null: all cores that this process may use
+    workers: Threads | None = None  # that decode; null: all cores that this process may use
 
 
 class JitterConfig(Section):
@@ -69,12 +104,12 @@ class PerViewConfig(Section):
 class ProgressiveResizeConfig(Section):
     """Training views that start small, as FFCV's progressive resizing. Evaluation always uses views.size."""
 
-    size: Annotated[int, Field(ge=8)]  # of the first epochs, in px
+    size: Side  # of the first epochs
     epochs: tuple[NonNegative, float]  # the views grow from the first of these epochs to the second, in steps of 32 px
 
 
 class ViewsConfig(Section):
-    size: Annotated[int, Field(ge=8)] = 224  # side in px
+    size: Side = 224
     progressive_resize: ProgressiveResizeConfig | None = None
     scale: Range = (0.08, 1.0)  # area of the crop / area of the source image
     ratio: Range = (3 / 4, 4 / 3)  # width / height of the crop
@@ -96,7 +131,7 @@ class ViewsConfig(Section):
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"views.ratio must be 0 < low <= high, not {list(self.ratio)}")
         if min(self.std) <= 0:
-            raise ValueError(f"views.std must be above 0, not {list(self.std)}")
+            raise ValueError(f"views.std must be above 0, not {quote(self.std)}")
         resize = self.progressive_resize
         if resize and not (resize.size < self.size and resize.epochs[0] < resize.epochs[1]):
             raise ValueError(
@@ -111,15 +146,15 @@ class ViewsConfig(Section):
 
 
 class ProjectorConfig(Section):
-    layers: Count = 3
-    hidden: Count = 1024
-    out: Count = 1024
+    layers: Annotated[int, Field(ge=1, le=100)] = 3
+    hidden: Width = 1024
+    out: Width = 1024
 
 
 class ModelConfig(Section):
     backbone: str = "resnet18"
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
-    in_chans: Annotated[int, Field(ge=1, le=64)] = 3  # channels of the images; 3: RGB
+    in_chans: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 3  # channels of the images; 3: RGB
     projector: ProjectorConfig = ProjectorConfig()
     # Start from the weights of a run or of a file (docs/training.md, Weights from elsewhere).
     init: UserPath | None = None
@@ -133,7 +168,7 @@ class EmbeddingConfig(Section):
     beta_warmup_epochs: NonNegative = 0  # beta grows linearly from 0
     free_bits: NonNegative = 0  # nats per dimension below which the KL of an image costs nothing
     prior: Literal["standard_normal", "mixture", "vamp"] = "standard_normal"
-    mixture_components: Count = 10  # of a mixture or vamp prior
+    mixture_components: Width = 10  # of a mixture or vamp prior
     mixture_mode: Literal["joint", "per_dim", "reference"] = "joint"
     kl: Literal["auto", "closed", "mc"] = "auto"  # auto: the closed form for a standard normal, else Monte Carlo
 
@@ -201,7 +236,7 @@ class BYOLConfig(ObjectiveConfig):
 
     name: Literal["byol"] = "byol"
     momentum: Probability = 0.996  # of the target network at the first step; it grows to 1 at the last
-    predictor_hidden: Count = 4096  # width of the predictor's hidden layer
+    predictor_hidden: Width = 4096  # width of the predictor's hidden layer
 
 
 class SupervisedConfig(ObjectiveConfig):
@@ -212,7 +247,7 @@ class SupervisedConfig(ObjectiveConfig):
     has_projector: ClassVar[bool] = False
 
     name: Literal["supervised"] = "supervised"
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2, le=10**6)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
@@ -243,7 +278,7 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     epochs: Count = 100
-    batch_size: Annotated[int, Field(ge=2)] = 256  # over all processes
+    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 256  # over all processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
     accumulate: Count = 1  # micro-batches per step; loss and batch norms have the statistics of one micro-batch
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
@@ -274,7 +309,7 @@ class CheckpointConfig(Section):
 
 
 class Recipe(Section):
-    name: str
+    name: RunName  # of the run and of its folder in runs/
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     run: RunConfig = RunConfig()
     data: DataConfig
@@ -287,6 +322,22 @@ class Recipe(Section):
     probe: ProbeConfig = ProbeConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_size(cls, values: Any) -> Any:
+        """Refuse what pydantic would describe for ever: in a checkpoint, lists may share and contain each other."""
+        waiting, count = [values], 0
+        while waiting:
+            value = waiting.pop()
+            count += 1
+            if count > MAX_VALUES:
+                raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+            if isinstance(value, dict):
+                waiting.extend(value.values())
+            elif isinstance(value, list | tuple):
+                waiting.extend(value)
+        return values
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
@@ -358,10 +409,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {sentence(error, Recipe)}") from None
 
 
-def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with `key=value` overrides. Raises UserError as `load_recipe` does."""
+def make_recipe(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe with these values and then `key=value` overrides. Raises UserError as `load_recipe` does."""
     try:
-        return _validate(recipe.model_dump(mode="json"), overrides)
+        return _validate(Recipe.model_validate(values).model_dump(mode="json"), overrides)
     except ValidationError as error:
         raise UserError(sentence(error, Recipe)) from None
 
@@ -383,6 +434,8 @@ def find_recipe(path: Path) -> Path:
     """The file at `path`, else the shipped recipe of that name. Raises UserError if there is neither."""
     if path.is_file():
         return path
+    if path.exists():
+        raise UserError(f"{path} is a folder or a device, not a file: name a YAML file.")
     if path.parts[:1] == ("recipes",):
         shipped = shipped_recipes().joinpath(*path.parts[1:])
         if shipped.is_file():
@@ -390,33 +443,121 @@ def find_recipe(path: Path) -> Path:
     if path.name == "recipe.yaml":  # of a run directory
         raise UserError(f"No recipe at {path}: put the run's recipe.yaml back there, or name another run.")
     known = ["recipes/" + str(p.relative_to(shipped_recipes())) for p in sorted(shipped_recipes().rglob("*.yaml"))]
-    near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(path)[:LONGEST_PATH], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(known)}."
-    raise UserError(f"No recipe at {path}: {hint}")
+    raise UserError(f"No recipe at {in_short(path)}: {hint}")
+
+
+MAX_BYTES = 128 * 1024  # of a YAML file: recipes and sweeps have a few KB, and PyYAML reads about 100 KB a second
+LONGEST_PATH = 4096  # of Linux
+TAG = "tag:yaml.org,2002:"  # begins the names of YAML's types
+NOT_READ = ("timestamp", "binary", "set", "omap", "pairs")  # types of YAML 1.1 that no setting has
+NUMBERS = {
+    "int": r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)",
+    "float": r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-3 is a number, where YAML 1.1 reads a string and wants 1.0e-3."""
+    """Numbers, strings, true, false and null, in lists and dictionaries: no dates, sets or binary values.
+
+    As in YAML 1.2, 1e-3 is a number, where YAML 1.1 wants 1.0e-3, and neither 2020-01-01 nor 1:30 is one.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, OverflowError) as error:  # of a value that does not have the form of its tag
+            problem = f"no value of the type {node.tag.rpartition(':')[2]} is {quote(node.value)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_Loader.yaml_constructors = {
+    tag: build
+    for tag, build in yaml.SafeLoader.yaml_constructors.items()
+    if tag not in [TAG + name for name in NOT_READ]
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (TAG + "timestamp", TAG + "int", TAG + "float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in NUMBERS.items():
+    _Loader.add_implicit_resolver(TAG + _name, re.compile(f"({_pattern})$"), list("-+.0123456789"))
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader, which builds plain values only
+    """The values of a text in YAML. Raises YAMLError."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("its values are nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
+    """The number of values in a node, with every alias replaced by what it stands for.
+
+    Raises YAMLError for too many values (a few nested aliases stand for billions), an alias within what it stands for,
+    and keys that are no names or that are there twice.
+
+    counts: those of the nodes before; None: of the nodes around this one.
+    """
+
+    def error(problem: str, at: yaml.Node) -> yaml.YAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+    if node in counts:
+        before = counts[node]
+        if before is None:
+            raise error("an alias is within its own anchor", node)
+        return before
+    counts[node] = None
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
+        for key, value in node.value:
+            if key.tag not in (TAG + "str", TAG + "merge"):
+                raise error("a key is not a name", key)
+            if key.value in names:
+                raise error(f"the key {quote(key.value)} is there twice: leave out one of them", key)
+            names.add(key.value)
+            count += _count_values(value, counts)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_count_values(value, counts) for value in node.value)
+    if count > MAX_VALUES:
+        raise error(f"it holds more than {MAX_VALUES:,} values, those behind aliases included", node)
+    counts[node] = count
+    return count
+
+
+def read_recipe_text(path: Path) -> str:
+    """The text of a recipe or sweep file. Raises UserError if it cannot be read."""
+    try:
+        return read_text(path, MAX_BYTES)
+    except UnsafeFile as error:
+        raise UserError(f"{path} is {error.strerror}: name a recipe or a sweep file.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name another file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not readable as YAML: it is not text in UTF-8.") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises UserError if it is not YAML, or holds no keys."""
+    text = read_recipe_text(path)
     try:
-        values = _parse(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not readable as YAML: {reason}") from None
+        values = _parse(text)
+    except yaml.YAMLError as error:
+        reason: object = error
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise UserError(f"{path} is not readable as YAML: {in_short(reason)}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a recipe: it should hold keys such as name, data and train.")
     return values
@@ -424,20 +565,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"'{override}' is not an override: write key=value, such as train.epochs=1.")
-    *parents, last = key.split(".")
+    *parents, last = words = key.split(".")
+    if not equals or not all(words):
+        raise UserError(f"{quote(override)} is not an override: write key=value, such as train.epochs=1.")
     section = values
     for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
+        below = {} if section.get(parent) is None else section[parent]
+        if not isinstance(below, dict):
+            raise UserError(f"Override {in_short(key)}: {in_short(parent)} is a single value and has no keys below it.")
+        section[parent] = dict(below)  # a copy, because in YAML an alias elsewhere may stand for the same values
         section = section[parent]
-        if not isinstance(section, dict):
-            raise UserError(f"Override {key}: {parent} is a single value and has no keys below it.")
     try:
         section[last] = _parse(text)
     except yaml.YAMLError:
-        raise UserError(f"Override {key}: '{text}' is not a value in YAML syntax.") from None
+        raise UserError(f"Override {in_short(key)}: {quote(text)} is not a value in YAML syntax.") from None
 
 
 def sentence(error: ValidationError, section: type[BaseModel]) -> str:
@@ -449,8 +590,9 @@ def sentence(error: ValidationError, section: type[BaseModel]) -> str:
     if len(parts) > 1 and parts[0] == "objective":
         objective = parts.pop(1)
     if parts[:2] == ["optim", "options"] and len(parts) > 2:
-        return f"{'.'.join(parts[:3])} should be a number, true, false or a list of numbers, not {first['input']!r}."
-    key = ".".join(parts)
+        key = in_short(".".join(parts[:3]))
+        return f"{key} should be a number, true, false or a list of numbers, not {quote(first['input'])}."
+    key = in_short(".".join(parts))
     if first["type"] == "extra_forbidden":
         known = _keys(section)
         if objective:
@@ -466,14 +608,15 @@ def sentence(error: ValidationError, section: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"the key {key} is missing."
     if first["type"] == "union_tag_invalid":
-        return f"objective.name should be one of {first['ctx']['expected_tags']}, not {first['input'].get('name')!r}."
+        name = quote(first["input"].get("name"))
+        return f"objective.name should be one of {first['ctx']['expected_tags']}, not {name}."
     if first["type"] == "union_tag_not_found":
         return f"the key objective.name is missing: {', '.join(list(OBJECTIVES)[:-1])} or {list(OBJECTIVES)[-1]}."
     if first["type"] == "value_error":  # from our own validators: already a sentence
         return f"{first['ctx']['error']}."
     # pydantic's own messages, such as "Input should be greater than 0".
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {message}, not {first['input']!r}."
+    return f"{key}: {in_short(message)}, not {quote(first['input'])}."
 
 
 def _nearest(parts: list[str], keys: list[str]) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastssl.beton.format import names_path
 from fastssl.beton.read import read_header, read_metadata
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 
 SUFFIX = re.compile(rb"\.[A-Za-z]{3,4}$")  # the .2 of n01440764.2 is not a suffix
 MOST_DIGITS = 18  # of an index that int64 holds
@@ -37,7 +37,7 @@ class _List(NamedTuple):
         count = int(is_wrong_L.sum())
         others = f" ({count:,} such lines in all)" if count > 1 else ""
         line = _text(self.lines[first])
-        return UserError(f"Line {self.numbers[first]} of {self.path}, {line!r}, {problem}{others}; {fix}.")
+        return UserError(f"Line {self.numbers[first]} of {self.path}, {quote(line)}, {problem}{others}; {fix}.")
 
 
 def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray:
@@ -114,7 +114,7 @@ def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
         index_L[missing], count_L[missing] = _match(keys, (SUFFIX.sub(b"", name) for name in _read_names(names)))
     if not count_L.all():
         example = _text(next(_read_names(names), b""))
-        raise listed.error(count_L == 0, f"names no image of {beton_path}", f"its names look like {example!r}")
+        raise listed.error(count_L == 0, f"names no image of {beton_path}", f"its names look like {quote(example)}")
     if (count_L > 1).any():
         count = count_L[np.argmax(count_L > 1)]
         fix = "write more of the path before it, or its suffix"

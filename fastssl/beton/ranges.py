@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 
 Range = Literal["auto", "full"] | tuple[float, float]
 
@@ -34,7 +34,7 @@ def parse_range(text: str) -> Range:
     try:
         low, high = (float(bound) for bound in text.split(","))
     except ValueError:
-        raise UserError(f"--range is {text!r}; it must be auto, full or LOW,HIGH, such as 0,4095.") from None
+        raise UserError(f"--range is {quote(text)}; it must be auto, full or LOW,HIGH, such as 0,4095.") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"--range is {text}; LOW must be below HIGH.")
     return low, high

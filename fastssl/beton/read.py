@@ -36,7 +36,7 @@ from fastssl.beton.format import (
     names_path,
 )
 from fastssl.beton.source import builder_names
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 
 MOST_FIELDS = 256  # far above any real file; limits what a damaged header can make us read
 
@@ -240,9 +240,9 @@ def _read_field_types(descriptors: np.ndarray) -> dict[str, int]:
         name = descriptor["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")
         type_id = int(descriptor["type_id"])
         if type_id not in FIELD_TYPES:
-            raise ValueError(f"its field {name!r} has a type (number {type_id}) that is not one of FFCV's own")
+            raise ValueError(f"its field {quote(name)} has a type (number {type_id}) that is not one of FFCV's own")
         if not name.isprintable() or not name or name in field_types:
-            raise ValueError(f"its field names are damaged ({name!r})")
+            raise ValueError(f"its field names are damaged ({quote(name)})")
         field_types[name] = type_id
     if field_types.get("image") not in (IMAGE_FIELD, ARRAY_FIELD):
         raise ValueError(f"it has no image field 'image'; its fields: {', '.join(field_types)}")

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 from fastssl.common.terminal import progress
 
 ORDER_SEED = 0
@@ -110,7 +110,7 @@ def load_builder(name: str) -> Builder:
     if name not in names:
         similar = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {similar[0]}?" if similar else "no builder has a similar name."
-        raise UserError(f"Unknown builder {name!r}; {hint} Builders: {', '.join(names)}.")
+        raise UserError(f"Unknown builder {quote(name)}; {hint} Builders: {', '.join(names)}.")
     return cast(Builder, importlib.import_module(f"beton_builders.{name}"))
 
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from fastssl.cli import data, embed, evaluate, export, setup, train
 from fastssl.common.errors import EXIT_INTERRUPTED, UserError
+from fastssl.common.terminal import printable
 
 
 class Commands(TyperGroup):
@@ -51,7 +52,7 @@ app.command()(export.export)
 
 
 def main() -> NoReturn:
-    """Run the command in `sys.argv`. A UserError becomes one line on stderr and exit code 2.
+    """Run the command in `sys.argv`. A UserError becomes one line on stderr, all printable, and exit code 2.
 
     With `--debug`, anywhere on the command line, the UserError is raised with its traceback.
     """
@@ -63,6 +64,6 @@ def main() -> NoReturn:
         if debug:
             raise
         process = f" process {os.environ.get('RANK')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"fastssl{process}: {error}", file=sys.stderr)
+        print(f"fastssl{process}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     sys.exit()

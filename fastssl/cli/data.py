@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 
 if TYPE_CHECKING:
     from fastssl.beton import BuildEstimate
@@ -101,7 +101,7 @@ def _percent(text: str) -> float:
     try:
         return float(text.removesuffix("%"))
     except ValueError:
-        raise UserError(f"--allow-bad is {text!r}; it must be a percentage such as 5%.") from None
+        raise UserError(f"--allow-bad is {quote(text)}; it must be a percentage such as 5%.") from None
 
 
 def _images_and_classes(images: int, classes: int) -> str:

@@ -1,6 +1,6 @@
 """`fastssl doctor`, `fastssl demo` and `fastssl recipes`: check the machine, try it, choose a recipe."""
 
-import shutil
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,9 @@ from typing import Annotated
 from typer import Argument, Typer
 
 from fastssl.common.errors import UserError
-from fastssl.recipe import find_recipe, shipped_recipes
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import printable
+from fastssl.recipe import find_recipe, read_recipe_text, shipped_recipes
 
 recipes = Typer(help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
 RecipePath = Annotated[str, Argument(help="such as recipes/zprob_barlow.yaml")]
@@ -39,12 +41,15 @@ def ls() -> None:
 @recipes.command()
 def show(recipe: RecipePath) -> None:
     """Print a recipe."""
-    print(find_recipe(Path(recipe)).read_text(), end="")
+    lines = read_recipe_text(find_recipe(Path(recipe))).splitlines()
+    print("\n".join(printable(line) for line in lines))
 
 
 @recipes.command()
 def copy(recipe: RecipePath, to: Annotated[Path, Argument(help="file to write, which must not exist")]) -> None:
     """Copy a recipe to a file, to change it."""
-    if to.exists():
+    text = read_recipe_text(find_recipe(Path(recipe)))
+    if os.path.lexists(to):
         raise UserError(f"{to} exists already: name another file.")
-    shutil.copyfile(find_recipe(Path(recipe)), to)
+    with explain_write_errors(to):
+        write_atomically(to, text)

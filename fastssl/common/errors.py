@@ -1,4 +1,6 @@
-"""The exceptions that end a command: a mistake of the user, or a request to stop."""
+"""The exceptions that end a command (a mistake of the user, a request to stop), and how they quote values."""
+
+import reprlib
 
 EXIT_REQUEUE = 75  # exit code after SIGTERM, SIGUSR1 or SIGHUP: sysexits.h's EX_TEMPFAIL, "try again later"
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
@@ -10,3 +12,36 @@ class UserError(Exception):
 
 class Stopped(SystemExit):
     """Training was asked to stop and has saved its state. `code` is EXIT_REQUEUE or EXIT_INTERRUPTED."""
+
+
+LONGEST_QUOTE = 200  # characters of a value, or of another library's message, within a message
+
+
+class _ShortRepr(reprlib.Repr):
+    """repr() that looks at the first items and levels only: a value of a few bytes can have an endless repr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 20
+        self.maxstring = self.maxother = LONGEST_QUOTE
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"a number of {x.bit_length()} bits" if x.bit_length() > 1000 else repr(x)  # Python limits the digits
+
+
+_short_repr = _ShortRepr()
+
+
+def quote(value: object) -> str:
+    """The repr of a value from a file or a command line, for a message: at most 200 characters, all printable."""
+    return _cut(_short_repr.repr(value))
+
+
+def in_short(reason: object) -> str:
+    """An error's text, or a key, on one line, for a message: at most 200 characters."""
+    return _cut(" ".join(str(reason).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + "..."

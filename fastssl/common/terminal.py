@@ -27,9 +27,9 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_line(console: Console, message: str) -> None:
-    """Print one line, neither wrapped nor highlighted. Long work goes on where it cannot be written."""
+    """Print one line, all printable, neither wrapped nor highlighted. Long work goes on where it cannot be written."""
     try:
-        console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(printable(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
     except OSError:
         pass  # stdout is a file on a full disk, or a pipe whose reader has ended
 
@@ -79,7 +79,7 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
     title_column = TextColumn("{task.description}", markup=False)
     columns = title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
     with Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(title, total=total, completed=done, rate="")
+        task = bar.add_task(printable(title), total=total, completed=done, rate="")
 
         def advance(count: int = 1, size_B: int = 0) -> None:
             nonlocal done, size, last_line

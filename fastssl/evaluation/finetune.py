@@ -26,7 +26,7 @@ from fastssl.evaluation.splits import stratified_share
 from fastssl.loading import SampleSelection
 from fastssl.models import Classifier, load_model
 from fastssl.models.ssl_model import evaluating
-from fastssl.recipe import JitterConfig, PerViewConfig, Recipe, ViewsConfig, with_overrides
+from fastssl.recipe import JitterConfig, PerViewConfig, Recipe, ViewsConfig, make_recipe
 from fastssl.training import train
 from fastssl.views import describe_eval_transform
 
@@ -165,7 +165,7 @@ def finetune_recipe(
     subset = train_data.subset and str(Path(train_data.subset).resolve())
     stochastic = "h" if "h" in run.embedding.stochastic else "none"
     values = {
-        "name": f"{run.name}_finetune",
+        "name": f"{run.name[:190]}_finetune",
         "seed": seed,
         "data": {"train": str(train_data.path.resolve()), "subset": subset, "workers": run.data.workers},
         "views": run.views.model_copy(update={**CROP_AND_FLIP, "eval": view or published_view}).model_dump(),
@@ -176,7 +176,7 @@ def finetune_recipe(
         "train": {"epochs": EPOCHS, "batch_size": batch_size, "device": encoder.device.type},
         "probe": {"every": 0},
     }
-    recipe = with_overrides(Recipe.model_validate(values), overrides)
+    recipe = make_recipe(values, overrides)
     if "optim.lr" in keys or "optim" in keys:
         return recipe
     # optim.lr is the rate at batch size 256, and is scaled by batch_size / 256 in training.

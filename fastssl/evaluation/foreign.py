@@ -10,11 +10,12 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastssl.beton import beton_file, read_header
 from fastssl.common.errors import UserError
+from fastssl.common.terminal import printable
 from fastssl.evaluation.runs import RunEncoder, find_device, make_results_dir, weights_sha256
 from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.image_size import check_image_size
 from fastssl.models.pretrained import load_encoder_weights
-from fastssl.recipe import Recipe
+from fastssl.recipe import Recipe, make_recipe
 
 SMALL_STEM_SIZE = 32  # px; the small stem is for images of 32 to 64 px
 SMALL_IMAGES = 64  # px: up to this size the default transform is the squashed image, above it the center crop
@@ -84,8 +85,8 @@ def _recipe_of(
     channels = read_header(train).channels
     if channels != len(mean):  # not RGB: one value for all channels, as the first layer is adapted to them
         mean, std = (statistics.fmean(mean),), (statistics.fmean(std),)
-    return Recipe.model_validate({
-        "name": weights.name.partition(".")[0],
+    return make_recipe({
+        "name": printable(weights.name.partition(".")[0])[:200] or "weights",
         "data": {"train": train, "val": val},
         "views": {
             "size": size, "eval": view or ("center" if size > SMALL_IMAGES else "squash"),

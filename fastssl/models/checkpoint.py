@@ -16,8 +16,8 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import write_atomically
 from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
-from fastssl.models.exported import in_short, load_exported_encoder, load_exported_model, misfit
-from fastssl.recipe import Recipe
+from fastssl.models.exported import load_exported_encoder, load_exported_model, misfit
+from fastssl.recipe import Recipe, sentence
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
 StateDict = dict[str, Any]
@@ -65,7 +65,7 @@ class Checkpoint:
             return Recipe.model_validate(self.saved["recipe"])
         except ValidationError as error:
             raise UserError(
-                f"{self.path} holds a recipe that this version of fastssl does not know: {in_short(error)}"
+                f"{self.path} holds a recipe that this version of fastssl does not know: {sentence(error, Recipe)}"
             ) from None
 
 

@@ -9,7 +9,7 @@ from timm.models._manipulate import adapt_input_conv
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 from fastssl.recipe import Recipe
 
 
@@ -33,9 +33,9 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
     """
     names = timm.list_models()
     if backbone not in names:  # also refuses hf-hub: and local-dir: names, which may download
-        nearest = difflib.get_close_matches(backbone, names, n=3, cutoff=0.0)
+        nearest = difflib.get_close_matches(backbone[:100], names, n=3, cutoff=0.0)
         raise UserError(
-            f"model.backbone: timm {timm.__version__} has no architecture {backbone!r}; "
+            f"model.backbone: timm {timm.__version__} has no architecture {quote(backbone)}; "
             f"the nearest are {', '.join(nearest)}."
         )
     options: dict[str, Any] = {"in_chans": in_chans}

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, in_short
 from fastssl.models.build import Model, build_model
 from fastssl.models.encoder import encoder_of
-from fastssl.recipe import Recipe
+from fastssl.recipe import Recipe, sentence
 
 ENCODER = "encoder."
 TRAINING_ONLY = ("predictor.", "target.")  # of BYOL; they are not exported
@@ -106,15 +106,10 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
         raise UserError(f"{path} is not a readable safetensors file: {in_short(error)}") from None
     except ValidationError as error:
         raise UserError(
-            f"{path} holds a recipe that this version of fastssl does not know: {in_short(error)}"
+            f"{path} holds a recipe that this version of fastssl does not know: {sentence(error, Recipe)}"
         ) from None
 
 
 def misfit(path: Path, reason: object) -> UserError:
     """The error for a file whose weights do not match its recipe."""
     return UserError(f"{path}: its weights do not fit its own recipe: {in_short(reason)}")
-
-
-def in_short(reason: object) -> str:
-    """An error's text on one line, cut after 200 characters."""
-    return " ".join(str(reason).split())[:200]

@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, in_short
 from fastssl.models.checkpoint import Checkpoint, newest_checkpoint
-from fastssl.models.exported import in_short
 from fastssl.recipe import Recipe
 
 MAX_DEPTH = 10  # of the dictionaries in a file

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
@@ -113,7 +113,7 @@ def _unknown_part(part: str, name: str) -> str:
     hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; storage is {', '.join(STORAGE)}."
     if near:
         hint = f"did you mean {part.removesuffix(name)}{near[0]}?"
-    return f"--plan: {part!r} is not a GPU, a number of cores, a storage or a memory size: {hint}"
+    return f"--plan: {quote(part)} is not a GPU, a number of cores, a storage or a memory size: {hint}"
 
 
 def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) -> None:

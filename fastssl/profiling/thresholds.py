@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 from fastssl.profiling.profile import STAGES, Profile
 
 RATE = "images_per_second"
@@ -27,7 +27,7 @@ def parse_thresholds(texts: list[str]) -> list[Threshold]:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
-            raise UserError(f"--fail-under {text}: unknown key {key!r}: {hint}")
+            raise UserError(f"--fail-under {text}: unknown key {quote(key)}: {hint}")
         example = f"{key}={0.9 if key in SHARES else 1000}"
         # float() would also accept nan, which no value is below, and 1_000.
         minimum = float(number) if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", number) else math.nan

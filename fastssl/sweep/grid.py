@@ -8,7 +8,9 @@ A grid is a recipe and some axes, which are dotted keys with a list of values ea
 
 import itertools
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +18,31 @@ from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError
 
-from fastssl.common.errors import UserError
-from fastssl.recipe import Recipe, Section, find_recipe, load_recipe, read_yaml, sentence
+from fastssl.common.errors import UserError, in_short
+from fastssl.recipe import Recipe, Section, UserPath, find_recipe, load_recipe, read_yaml, sentence
 
 JOBS_FOLDER = "slurm"  # next to the folders of the grids
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]  # a name that can be a folder
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]  # a name that can be a folder
+Settings = Annotated[dict[str, JsonValue], Field(max_length=500)]
+MAX_RUNS = 10_000
+LONGEST_NAME = 200  # of the folder of a run; file systems take 255 bytes
 
 
 class Grid(Section):
     """One entry of `grids` in a sweep file."""
 
-    recipe: str
+    recipe: UserPath
     name: Name | None = None  # folder of its runs; None: the recipe's file name
-    set: dict[str, JsonValue] = {}
-    axes: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = {}
+    set: Settings = {}
+    axes: Annotated[dict[str, Annotated[list[JsonValue], Field(min_length=1)]], Field(max_length=20)] = {}
 
 
 class Sweep(Section):
     """A sweep file."""
 
     name: Name
-    dir: str | None = None  # None: runs/NAME
-    set: dict[str, JsonValue] = {}  # for the runs of all grids
+    dir: UserPath | None = None  # None: runs/NAME
+    set: Settings = {}  # for the runs of all grids
     grids: Annotated[list[Grid], Field(min_length=1)]
 
     @property
@@ -78,13 +83,20 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
     """All runs of the sweep, each with its validated recipe.
 
     Later ones win: the recipe, the sweep's `set`, the grid's `set`, overrides (`key=value`, for every run), axes.
-    Raises UserError for a run with an invalid recipe, for keys that an axis would overwrite, and for names used twice.
+    Raises UserError for a run with an invalid recipe, for keys that an axis would overwrite, for names used twice, and
+    for more than MAX_RUNS runs.
     """
     runs = []
+    count = sum(math.prod(map(len, grid.axes.values())) for grid in sweep.grids)
+    if count > MAX_RUNS:
+        raise UserError(f"The sweep {sweep.name} has {in_short(count)} runs, more than {MAX_RUNS:,}: shorten its axes.")
     names = [grid.name or Path(grid.recipe).stem for grid in sweep.grids]
+    repeated = Counter(names)
     for grid, name in zip(sweep.grids, names):
-        if names.count(name) > 1:
+        if repeated[name] > 1:
             raise UserError(f"Two grids of the sweep {sweep.name} are named {name}: give one another `name:`.")
+        if name.startswith("."):
+            raise UserError(f"A grid of {sweep.name} would be named {name}: give it a `name:`.")
         if name == JOBS_FOLDER:
             raise UserError(f"A grid of {sweep.name} is named {name}, like the folder of SLURM's logs: rename it.")
         for_grid = [*as_overrides(grid.set), *overrides]
@@ -100,8 +112,14 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
 
 
 def make_run(folder: Path, grid: str, recipe: str, overrides: list[str], values: dict[str, JsonValue]) -> SweepRun:
-    parts = [f"{short}={name_part(value)}" for short, value in zip(short_names(list(values)), values.values())]
+    shorts = map(name_part, short_names(list(values)))
+    parts = [f"{short}={name_part(value)}" for short, value in zip(shorts, values.values())]
     name = f"{grid}/{','.join(parts)}" if parts else grid
+    if len(name) > LONGEST_NAME:
+        raise UserError(
+            f"Run {in_short(name)}: a folder cannot have a name of {len(name):,} characters: shorten its values, or "
+            "sweep over fewer axes."
+        )
     try:
         loaded = load_recipe(recipe, [*overrides, *as_overrides({**values, "run.dir": str(folder / name)})])
     except UserError as error:

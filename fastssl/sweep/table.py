@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.common.terminal import console, print_line
+from fastssl.common.terminal import console, print_line, printable
 from fastssl.sweep.grid import SweepRun, short_names
 from fastssl.sweep.progress import Task, images_per_epoch, is_finished, last_knn, read_progress
 
@@ -32,7 +32,7 @@ class SweepDisplay:
             disable=not self.console.is_terminal,
             speed_estimate_period=600,  # seconds; the speed changes when runs start and end
         )
-        self.sweep_bar = self.bars.add_task(title, status="")
+        self.sweep_bar = self.bars.add_task(printable(title), status="")
         self.run_bars: dict[str, TaskID] = {}
         self.total_steps: dict[str, int] = {}
         for task in tasks:

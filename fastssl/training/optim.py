@@ -9,7 +9,7 @@ import torch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, in_short, quote
 from fastssl.recipe import OptimConfig
 
 MOMENTUM = 0.9  # of SGD and LARS, as in SimCLR, BYOL and Barlow Twins
@@ -60,8 +60,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
         constructor: Any = kind
         optimizer: Optimizer = constructor(groups, lr=optim.lr, **options)
     except Exception as error:  # constructors and steps of other packages raise errors of many types
-        given = f" with optim.options={optim.options}" if optim.options else ""
-        raise UserError(f"optim.name: {name}{given} does not train here: {' '.join(str(error).split())}") from error
+        given = f" with optim.options={quote(optim.options)}" if optim.options else ""
+        raise UserError(f"optim.name: {name}{given} does not train here: {in_short(error)}") from error
     if kind is torch.optim.SGD and options["momentum"]:
         # The fused step creates these uninitialized, and leaves them so if the first step is skipped.
         for p in (*decay, *plain):
@@ -81,9 +81,9 @@ def optimizer_class(name: str) -> type[Optimizer]:
     if name in REFUSED:
         raise UserError(f"optim.name: {name} does not work here: it {REFUSED[name]}.")
     if name not in known:
-        near = difflib.get_close_matches(name, known.keys() - REFUSED.keys(), n=1)
+        near = difflib.get_close_matches(name[:100], known.keys() - REFUSED.keys(), n=1)
         hint = f"did you mean {near[0]}?" if near else "adamw, sgd, lars and lamb are some of those that it has."
-        raise UserError(f"optim.name: no optimizer {name} in torch.optim or torch_optimizer; {hint}")
+        raise UserError(f"optim.name: no optimizer {in_short(name)} in torch.optim or torch_optimizer; {hint}")
     return known[name]
 
 
@@ -98,7 +98,9 @@ def check_options(name: str, kind: type[Optimizer], optim: OptimConfig) -> dict[
         if key in NOT_OPTIONS:
             raise UserError(f"optim.options.{key}: the trainer sets this itself, so leave it out.")
         if key not in allowed:
-            raise UserError(f"optim.options.{key}: {name} has no such option; its options are {', '.join(allowed)}.")
+            raise UserError(
+                f"optim.options.{in_short(key)}: {name} has no such option; its options are {', '.join(allowed)}."
+            )
     if optim.options.get("dampening"):
         # Dampening treats the first step differently, and only the device knows whether that step was skipped.
         raise UserError("optim.options.dampening: not with steps that may be skipped on the device, so leave it out.")

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fastssl.common.distributed import is_main_process
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, in_short
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
 from fastssl.models.checkpoint import LAST, Checkpoint, SavedState, write_checkpoint
-from fastssl.models.exported import in_short
 from fastssl.recipe import Recipe
 
 # A resumed run may change these keys; another value of any other key would make it another run. The data may have

@@ -99,12 +99,12 @@ def test_directories_are_short_readable_and_safe(write_sweep):
         {
             "recipe": "recipes/zprob_barlow.yaml",
             "name": "mine",
-            "axes": {"views.first.blur": [0.0, 1e-3], "views.second.blur": [1.0], "name": ["a b/../c"]},
+            "axes": {"views.first.blur": [0.0, 1e-3], "views.second.blur": [1.0], "data.val": ["a b/../c"]},
         }
     )
     _, runs = loaded(path)
     assert [run.name for run in runs] == [
-        "mine/first.blur=0,second.blur=1,name=a-b-..-c", "mine/first.blur=0.001,second.blur=1,name=a-b-..-c",
+        "mine/first.blur=0,second.blur=1,val=a-b-..-c", "mine/first.blur=0.001,second.blur=1,val=a-b-..-c",
     ]  # fmt: skip
     assert runs[1].dir == Path("out") / runs[1].name and runs[1].recipe.views.first.blur == 1e-3
 
