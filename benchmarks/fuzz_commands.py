@@ -72,6 +72,7 @@ SMALL = [
     "embedding.samples=3", "train.batch_size=8", "train.epochs=1", "train.device=cpu", "log.every=1",
     "probe={every: 1, k: 3}", "optim.warmup_epochs=0", "data.workers=1",
 ]  # fmt: skip
+PROFILE = Path(__file__).parents[1] / "records" / "profile-canvas.json"
 USER_FILES = ("notes.txt", ".thesis.part", ".film.mp4.part", "checkpoints/.mine.part.pt", "checkpoints/mine.pt")
 
 Command = list[str]
@@ -281,6 +282,7 @@ def on_a_run(rng: Random, folder: Path) -> Command:
         ["export", run, "--format", "safetensors"],
         ["export", run, "--format", "timm", "--out", str(folder / "model.safetensors")],
         ["embed", run, data, "--out", str(folder / "out.csv")],
+        ["embed", run, data, "--out", str(folder / "out.npz"), "--score", "knn_cosine"],
     ))  # fmt: skip
 
 
@@ -370,9 +372,17 @@ def weights(rng: Random, folder: Path, base: Path, outside: Path) -> list[Comman
     ]
 
 
+def profile(rng: Random, folder: Path, base: Path, outside: Path) -> list[Command]:
+    path = folder / "profile.json"
+    shutil.copy(PROFILE, path)
+    (mutate_json if rng.randrange(4) else mutate_file)(rng, path, outside)
+    return [["profile", "--compare", str(PROFILE), str(path)]]
+
+
 Kind = Callable[[Random, Path, Path, Path], list[Command]]
 KINDS: dict[str, Kind] = {
-    "beton": beton, "checkpoint": checkpoint, "recipe": recipe, "run": run, "sweep": sweep, "weights": weights,
+    "beton": beton, "checkpoint": checkpoint, "profile": profile, "recipe": recipe, "run": run, "sweep": sweep,
+    "weights": weights,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fastssl.beton import read_header
 from fastssl.common.distributed import broadcast_from_main, is_main_process, joined_processes, world_size
 from fastssl.common.environment import describe_environment, device_name
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import open_regular, part_of
 from fastssl.common.system import available_cores, free_memory
 from fastssl.common.terminal import progress
 from fastssl.profiling.bottleneck import Cost, CostModel, describe_bottleneck, setup_of
@@ -113,9 +113,9 @@ def trace_path(path: Path) -> Path:
         raise UserError(f"--json {path}: name a file that ends in .json; page and trace are written next to it.")
     trace = path.with_suffix(".trace.json.gz")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
-    probe = existing / f"{trace.name}.try"
+    probe = part_of(existing / trace.name)
     try:
-        write_atomically(probe, "")
+        open_regular(probe, "xb").close()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --json.") from None
