@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,11 +35,12 @@ from fastssl.beton.format import (
 )
 from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
-from fastssl.beton.pool import Pool, in_chunks, worker_pool
+from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, in_chunks, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
 from fastssl.beton.source import (
     ORDER_SEED,
+    ImageSource,
     Order,
     Sample,
     SourceSplit,
@@ -53,7 +55,7 @@ from fastssl.beton.source import (
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.system import free_memory, resolve_workers
-from fastssl.common.terminal import progress
+from fastssl.common.terminal import console, print_line, printable, progress
 
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
 MOST_BAD = 10  # bad images of a split that are no problem, however small the split is
@@ -320,23 +322,47 @@ def _build_file(
 
 
 def _encode_images(split: SourceSplit, partial: PartialBuild, plan: StoragePlan, pool: Pool, strict: bool) -> None:
-    """Encode and write the images that have not been processed yet."""
-    done = len(partial.rows)
-    images = (_check_label(split.samples[index], split).image for index in split.order[done:])
+    """Encode and write the images that have not been processed yet, without those of which a worker process dies."""
     _refuse_bad_images(partial.bad, strict)
-    with progress(split.name, len(split.order), done=done) as advance:
-        for rows, reasons in pool.write_encoded(partial.pages, partial.position, images, plan):
-            rows["index"] = split.order[done : done + len(rows)]
-            rows["label"] = [split.samples[index].label for index in rows["index"]]
-            bad_indices = rows["index"][rows["case"] == Case.BAD].tolist()
-            bad = [
-                BadImage(split.name, as_utf8(split.samples[index].name), index, as_utf8(reason))
-                for index, reason in zip(bad_indices, reasons, strict=True)
-            ]
-            _refuse_bad_images(bad, strict)
-            partial.add(rows, bad)
-            done += len(rows)
-            advance(len(rows), int(rows["size"].sum()))
+    total = len(split.order)
+    with progress(split.name, total, done=len(partial.rows)) as advance:
+
+        def images(end: int) -> Iterator[ImageSource]:
+            for index in split.order[len(partial.rows) : end]:
+                yield _check_label(split.samples[index], split).image
+
+        def record(written: Iterable[WrittenChunk]) -> None:
+            for rows, reasons in written:
+                _record(split, partial, rows, reasons, strict)
+                advance(len(rows), int(rows["size"].sum()))
+
+        while (done := len(partial.rows)) < total:
+            try:
+                record(pool.write_encoded(partial.pages, partial.position, images(total), plan))
+            except WORKER_DIED:
+                begun = min(done + pool.count_begun(), total)
+                bad_before = len(partial.bad)
+                record(pool.write_one_by_one(partial.pages, partial.position, images(begun), plan))
+                deadly = [image.name for image in partial.bad[bad_before:] if image.reason in (DIED, NO_MEMORY)]
+                names = (
+                    ", ".join(deadly)
+                    or "no image, but perhaps of too many --workers (dmesg tells what the kernel kills)"
+                )
+                print_line(console(stderr=True), printable(f"{split.name}: a worker process died of {names}."))
+
+
+def _record(split: SourceSplit, partial: PartialBuild, rows: np.ndarray, reasons: list[str], strict: bool) -> None:
+    """Add the next images, which have been written, to the partial build."""
+    done = len(partial.rows)
+    rows["index"] = split.order[done : done + len(rows)]
+    rows["label"] = [split.samples[index].label for index in rows["index"]]
+    bad_indices = rows["index"][rows["case"] == Case.BAD].tolist()
+    bad = [
+        BadImage(split.name, as_utf8(split.samples[index].name), index, as_utf8(reason))
+        for index, reason in zip(bad_indices, reasons, strict=True)
+    ]
+    _refuse_bad_images(bad, strict)
+    partial.add(rows, bad)
 
 
 def _check_label(sample: Sample, split: SourceSplit) -> Sample:

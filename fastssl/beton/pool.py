@@ -3,6 +3,10 @@
 Images are handed out in chunks. A worker that has encoded its chunk waits for its turn, reserves its range of the file,
 passes the turn on and only then writes. So the file does not depend on the number of workers, and no image passes
 through another process.
+
+A worker may die: of a damaged image that crashes a decoder, of an image for which there is no memory, or because
+somebody or the kernel kills it. Then the images that the workers had are encoded again, in one process that has one of
+them at a time, and an image is bad only if the process dies again.
 """
 
 import contextlib
@@ -36,6 +40,11 @@ COPIED = (  # fields of images.Encoded that format.ROW has too
 NONE_FAILED = 2**63 - 1
 CHUNK = 32  # images per task
 TASKS_PER_WORKER = 16  # submitted at a time: enough to do while a worker waits for a slow disk
+# What a future raises whose process has died, or lacks memory.
+WORKER_DIED = (BrokenProcessPool, MemoryError)
+# Reasons of bad images.
+DIED = "the worker process died"
+NO_MEMORY = "there is not enough memory to decode it"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -72,6 +81,11 @@ class Turns:
             self._changed.notify_all()
         return pointers
 
+    @property
+    def turn(self) -> int:
+        """How many chunks have reserved their range."""
+        return int(self._turn.value)
+
     def fail(self, turn: int) -> None:
         """Wake all workers that wait for a turn after this one, which will never be taken."""
         with self._changed:
@@ -84,9 +98,17 @@ class Pool:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._start(workers)
+
+    def _start(self, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._turns = Turns(context)
         self.executor = ProcessPoolExecutor(workers, context, _start_worker, (self._turns,))
+
+    def _restart(self, workers: int) -> None:
+        """Replace the processes, one of which has died."""
+        self.executor.shutdown(cancel_futures=True)
+        self._start(workers)
 
     def in_order(
         self,
@@ -118,6 +140,33 @@ class Pool:
         tasks = ((path, turn, chunk, plan) for turn, chunk in enumerate(in_chunks(images, CHUNK)))
         return self.in_order(_write_encoded, tasks)
 
+    def count_begun(self) -> int:
+        """Return how many of the images of the last `write_encoded` workers may have begun, also if one has died."""
+        # Workers take the chunks in order, and a worker that has one waits for its turn before it takes the next.
+        return (self._turns.turn + self.workers) * CHUNK
+
+    def write_one_by_one(
+        self, path: Path, position: int, images: Iterable[ImageSource], plan: StoragePlan
+    ) -> Iterator[WrittenChunk]:
+        """Do as `write_encoded` after a worker has died: an image that ends a process in which it is alone is bad.
+
+        Raises BrokenProcessPool or MemoryError if a plain image ends the process too: then the machine is at fault.
+        """
+        self._restart(1)
+        for image in images:
+            try:
+                (written,) = self.write_encoded(path, position, [image], plan)
+            except WORKER_DIED as error:
+                self._restart(1)
+                channels = () if plan.channels == 1 else (plan.channels,)
+                plain = np.zeros((8, 8, *channels), np.uint8)
+                list(self.in_order(encode_all, [([plain], plan)]))
+                written = np.zeros(1, ROW), [NO_MEMORY if isinstance(error, MemoryError) else DIED]
+            rows, _ = written
+            position = max(position, int(rows["data_ptr"][0]) + int(rows["size"][0]))
+            yield written
+        self._restart(self.workers)
+
 
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[Pool]:
@@ -129,7 +178,7 @@ def worker_pool(workers: int) -> Iterator[Pool]:
         raise UserError(f"The worker processes cannot be started ({error.strerror or error}): {fix}.") from error
     try:
         yield pool
-    except (BrokenProcessPool, MemoryError) as error:
+    except WORKER_DIED as error:
         raise UserError(
             "A worker process died or ran out of memory (dmesg names what the kernel killed): try again "
             f"with {f'fewer than {workers} --workers' if workers > 1 else 'more memory'}. A build resumes where "
@@ -156,6 +205,9 @@ def _start_worker(turns: Turns) -> None:
     _turns = turns
     # Pillow warns about unusual but readable files, of which a million files have many.
     warnings.simplefilter("ignore")
+    # Where memory runs out, the kernel is to end a worker, and not another program of the user.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     # Ctrl-C reaches the whole process group; only the main process reacts to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A main process that is killed cannot end its workers, so they watch for that themselves.

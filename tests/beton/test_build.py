@@ -48,6 +48,7 @@ def add_builder(tmp_path: Path, monkeypatch, name: str, source: str) -> None:
     folder = tmp_path / "builders"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.py").write_text(source)
+    monkeypatch.delitem(sys.modules, f"beton_builders.{name}", raising=False)  # that of another test
     monkeypatch.setattr(beton_builders, "__path__", [*beton_builders.__path__, str(folder)])
 
 
@@ -318,23 +319,56 @@ class Deadly:
         return os._exit, (1,)  # unpickling, in the worker, ends it
 
 def splits(source):
-    good = [Sample(np.zeros((8, 8, 3), np.uint8), 0, str(n)) for n in range(200)]
-    return {"train": (["a"], good + [Sample(Deadly(), 0, "deadly")] + good)}
+    good = [Sample(np.full((8, 8, 3), n, np.uint8), 0, str(n)) for n in range(80)]
+    return {"train": (["a"], good[:40] + [Sample(DEADLY, 0, 'deadly')] + good[40:])}
 """
 
 
-def test_a_worker_that_dies_is_a_user_error(tmp_path, monkeypatch):
-    add_builder(tmp_path, monkeypatch, "deadly", DEADLY)
+# What a worker calls in place of an image: of the modules that it can import.
+KILL = "partial(eval, \"__import__('os').kill(__import__('os').getpid(), 9)\")"
+CRASH = "partial(eval, \"__import__('ctypes').string_at(0)\")"
+FILL = """partial(exec, 'import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, -1)); bytearray(4 << 30)')"""
+
+
+@pytest.mark.parametrize(
+    ("deadly", "reason"),
+    [
+        ("Deadly()", "the worker process died"),  # while its task is read
+        (KILL, "the worker process died"),
+        (CRASH, "the worker process died"),
+        ("partial(bytes, 1 << 60)", "there is not enough memory to decode it"),
+        (FILL, "there is not enough memory to decode it"),
+    ],
+)
+def test_a_build_goes_on_without_an_image_of_which_its_workers_die(deadly, reason, tmp_path, monkeypatch, capsys):
+    """It is the second of three chunks; the result is that of a build without it."""
+    add_builder(tmp_path, monkeypatch, "deadly", DEADLY.replace("DEADLY", deadly))
+    add_builder(tmp_path, monkeypatch, "sound", DEADLY.replace("[Sample(DEADLY", "[Sample(b'no image'"))
+    for builder in ("deadly", "sound"):
+        report = build_beton(builder, None, tmp_path / builder, workers=2, order="source").splits[0]
+        assert (report.samples, report.bad) == (80, 1)
+    (bad,) = map(json.loads, (tmp_path / "deadly" / "bad_images.jsonl").read_text().splitlines())
+    assert bad == {"split": "train", "name": "deadly", "index": 40, "reason": reason}
+    contents = [(tmp_path / builder / "train.beton").read_bytes() for builder in ("deadly", "sound")]
+    assert contents[0] == contents[1]
+    assert "train: a worker process died of deadly." in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"deadly is bad: {reason}; repair or remove it"):
+        build_beton("deadly", None, tmp_path / "strict", workers=2, strict=True)
+
+
+def test_several_images_of_which_workers_die(tmp_path, monkeypatch):
+    source = DEADLY.replace("[Sample(DEADLY, 0, 'deadly')]", f"[Sample({KILL}, 0, str(n)) for n in range(3)]")
+    add_builder(tmp_path, monkeypatch, "deadly", source)
+    report = build_beton("deadly", None, tmp_path / "out", workers=2).splits[0]
+    assert (report.samples, report.bad) == (80, 3)
+
+
+def test_workers_that_cannot_work_at_all_are_a_user_error_and_no_image_is_bad(forty_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_start_worker", os._exit)  # its argument is none, so each worker ends with an error
     with pytest.raises(UserError, match="A worker process died"):
-        build_beton("deadly", None, tmp_path / "out", workers=2)
+        build_beton("imagefolder", forty_photos, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out" / "bad_images.jsonl").exists()
     assert not (tmp_path / "out" / "train.beton").exists()
-
-
-def test_a_worker_without_memory_is_a_user_error(tmp_path, monkeypatch):
-    """The other workers must not wait for a turn that this one never takes."""
-    add_builder(tmp_path, monkeypatch, "greedy", DEADLY.replace("Deadly()", "partial(bytes, 1 << 60)"))
-    with pytest.raises(UserError, match="A worker process died or ran out of memory"):
-        build_beton("greedy", None, tmp_path / "out", workers=2)
 
 
 def test_a_chunk_is_written_although_a_later_one_has_failed():
@@ -386,28 +420,28 @@ def start_build(tmp_path: Path, source: Path, out: Path, rows: int) -> subproces
 
 
 def test_a_build_that_was_killed_resumes_and_gives_the_same_files(slow_source, tmp_path):
-    """Interrupted as by a terminal, then killed, then one worker killed."""
+    """Interrupted as by a terminal, then killed. Where one worker is killed, the build goes on: no image is to blame."""
     out, part = tmp_path / "out", tmp_path / "out" / "train.beton.part"
     rows = 0
-    for kill in ("ctrl-c", "kill -9", "a worker"):
+    for kill in ("ctrl-c", "kill -9"):
         build = start_build(tmp_path, slow_source, out, rows)
         if kill == "ctrl-c":
             os.killpg(build.pid, signal.SIGINT)
-        elif kill == "kill -9":
-            build.kill()
         else:
-            os.kill(workers_of(build)[0], signal.SIGKILL)
-        stderr = build.communicate(timeout=20)[1]  # returns when the workers have ended too
+            build.kill()
+        build.communicate(timeout=20)  # returns when the workers have ended too
         assert build.returncode != 0
         assert not (out / "train.beton").exists()
         assert (part / "rows").stat().st_size > rows
         rows = (part / "rows").stat().st_size
-        if kill == "a worker":
-            assert "A worker process died" in stderr
-    assert rows < 600 * partial_build.ROW.itemsize
-
-    build_beton("imagefolder", slow_source, out, canvas=256, workers=1)
+    build = start_build(tmp_path, slow_source, out, rows)
+    os.kill(workers_of(build)[0], signal.SIGKILL)
+    stderr = build.communicate(timeout=120)[1]
+    assert build.returncode == 0, stderr
+    assert "train: a worker process died of no image, but perhaps of too many --workers" in stderr
+    assert not (out / "bad_images.jsonl").exists()
     assert not part.exists()
+
     straight = tmp_path / "straight"
     build_beton("imagefolder", slow_source, straight, canvas=256, workers=2)
     assert built(out) == built(straight)
