@@ -47,6 +47,7 @@ UNLABELLED = -1
 # What people write for "none", in any case, and what pandas and numpy write.
 NO_LABEL_WORDS = frozenset(("", "-1", "-1.0", "none", "nan", "null", "na", "n/a", "<na>"))
 BROKEN_LINK = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # besides a link to what does not exist
+LARGEST_TEXT = 1 << 30  # bytes of a list that is read whole; the largest, of iNaturalist, has 0.2 GB
 MAX_LABEL = 10**6  # a larger number is not a class but, for example, the number of the image
 
 # scipy.io.loadmat crashes the process on some damaged files (SIGSEGV within a few hundred mutated files, scipy 1.17),
@@ -93,7 +94,8 @@ def find_folder(builder: str, source: Path, below: Sequence[str], holds: Sequenc
     fix: what the message of the FileNotFoundError says how to get them.
     """
     for folder in below:
-        if all((source / folder / name).exists() for name in holds):
+        found = [source / folder / name for name in holds]
+        if all(path.is_file() or path.is_dir() for path in found):  # and no pipe
             return source / folder
     others = "".join(f" or {folder}/ in it" for folder in below if folder)
     raise FileNotFoundError(f"{builder} found no {' and '.join(holds)} in {source}{others}: {fix}.")
@@ -247,11 +249,20 @@ def parse_lines(
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a small UTF-8 text file, stripped, without empty ones at its end."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+        return [line.strip() for line in read_text(path).rstrip().split("\n")]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: unpack the archive again.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file ({error}): unpack the archive again.") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises ValueError if it is no regular file, or a very large one."""
+    if path.exists() and not path.is_file():  # a pipe would wait, a device might have no end
+        raise ValueError(f"{path} is no regular file: unpack the archive again.")
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than a list: unpack the archive again.")
+    return path.read_text(encoding="utf-8")
 
 
 def read_mat(path: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -261,6 +272,8 @@ def read_mat(path: Path, names: Sequence[str]) -> dict[str, Any]:
     """
     from scipy.io import loadmat
 
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or no regular file: download it again.")
     command = [sys.executable, "-W", "ignore", "-c", READ_MAT_SAFELY, str(path), *names]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

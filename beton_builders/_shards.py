@@ -1,6 +1,7 @@
 """Files that hold many images, such as tar files: where they are, the split of each, and what a tar file holds."""
 
 import bisect
+import io
 import os
 import posixpath
 import re
@@ -14,6 +15,7 @@ from beton_builders._files import split_word, walk
 
 MOST_LINKS = 40  # from one member of a tar to the next; the limit of Linux for symbolic links
 SCANNED = 1 << 20  # bytes at a time
+LARGEST_HEADER = 1 << 20  # bytes of a member's header: longer ones are not of names
 
 
 def files_by_split(source: Path, suffixes: tuple[str, ...], by_name: bool = True) -> dict[str, list[tuple[str, str]]]:
@@ -81,6 +83,15 @@ def split_of(name: str) -> str | None:
 def splits_in(name: str) -> set[str]:
     """Return the splits that words of the name stand for. A word is separated by anything but letters."""
     return {split for word in re.findall(r"[^\W\d_]+", name) if (split := split_word(word))}
+
+
+class TarHeaders(io.BufferedReader):
+    """A tar of which only headers are read: tarfile takes the memory that a header claims to have."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return super().read(size)
 
 
 class TarMember(NamedTuple):
@@ -156,7 +167,7 @@ def _headers(path: str, start: int, size: int | None) -> Iterator[tarfile.TarInf
     end = os.path.getsize(path) if size is None else start + size
     position: int | None = start
     try:
-        with open(path, "rb") as file:
+        with TarHeaders(io.FileIO(path)) as file:
             while position is not None:
                 file.seek(position)
                 with tarfile.open(fileobj=file, mode="r:") as archive:

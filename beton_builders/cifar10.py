@@ -63,9 +63,11 @@ def samples(dataset: Any, name_of: Callable[[int], str]) -> list[Sample]:
 def read_official(builder: str, source: Path, name: str) -> tuple[Any, Any]:
     """Return the training and test set of torchvision.datasets.NAME, from the archive or its unpacked folder.
 
-    They are pickles, which could run any program. So every file is compared with its published checksum first.
+    They are pickles, which could run any program, and an archive may unpack to any size. So every file is compared with
+    its published checksum first.
     """
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
     kind = getattr(datasets, name)
     root = source.parent if source.name == kind.base_folder else source
@@ -76,6 +78,10 @@ def read_official(builder: str, source: Path, name: str) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"{builder} found neither {kind.filename} nor {kind.base_folder} in {source}: get the archive from "
             "https://www.cs.toronto.edu/~kriz/cifar.html and name its folder."
+        )
+    if not check_integrity(str(archive), kind.tgz_md5):
+        raise ValueError(
+            f"{archive} is not the whole {kind.filename} (its MD5 is not {kind.tgz_md5}): download it again."
         )
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -22,6 +22,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ PATHS = ("file_name", "filename", "filepath", "image")  # other names of the col
 LABELS = ("labels", "class", "class_name", "classname", "category", "target")  # not read, but probably meant
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 NO_LABEL = ""
+LONGEST_LINE = 1 << 20  # characters
 SPLIT_NAME = re.compile(r"\w[\w-]*")
 
 
@@ -177,8 +179,11 @@ def find_encoding(source: Path) -> str:
 def decoded(file: io.BufferedReader, source: Path, encoding: str) -> Iterator[str]:
     # The file is decoded by the block. What is not UTF-8 becomes surrogates, so that the line is known that has it.
     errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+    text = io.TextIOWrapper(file, encoding, errors, newline="")
     try:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding, errors, newline=""), 1):
+        for number, line in enumerate(iter(partial(text.readline, LONGEST_LINE), ""), 1):
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"Line {number} of {source} has {LONGEST_LINE:,} characters or more: save it as CSV.")
             try:
                 line.encode()
             except UnicodeEncodeError as error:

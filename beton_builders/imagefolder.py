@@ -100,7 +100,7 @@ def check_classes(source: Path, folders: dict[str, str], classes_of: dict[str, l
 def class_names(root: Path, arrays: bool) -> list[str]:
     """Return the class folders of `root`, sorted; none if the images lie directly in it."""
     folders = class_folders(root)
-    images = sorted(entry.name for entry in os.scandir(root) if is_image(entry.name, arrays) and not entry.is_dir())
+    images = [name for name in next(walk(str(root))).files if is_image(name, arrays)]
     filled = [name for name in folders if holds_images(f"{root}/{name}", arrays)] if images else folders
     if filled and images:
         raise ValueError(

@@ -22,6 +22,7 @@ registration.
 
 import csv
 import gzip
+import io
 import os
 import re
 import tarfile
@@ -32,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from beton_builders import Splits
-from beton_builders._files import image_paths, is_image, read_mat, split_folders
+from beton_builders._files import image_paths, is_image, read_mat, read_text, split_folders
 from beton_builders._shards import tar_members
 from fastssl.beton import Sample
 
@@ -42,6 +43,7 @@ SOURCE = "the folder of ImageNet's tars or images"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT, SOLUTION = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+LARGEST_DEVKIT = 1 << 28  # bytes unpacked; the official one has 12 million
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 
 Images = list[tuple[str, str | tuple[str, int, int]]]  # file name, and its path or (tar, offset, size)
@@ -156,7 +158,11 @@ def validation_wnids(source: Path) -> dict[str, str]:
         )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with tarfile.open(archive, "r:gz") as opened:
+            with gzip.open(archive) as packed:
+                content = packed.read(LARGEST_DEVKIT)
+            if len(content) == LARGEST_DEVKIT:
+                raise ValueError(f"it has {LARGEST_DEVKIT:,} bytes or more")
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as opened:
                 for name in (META, TRUTH):
                     opened.extract(f"{DEVKIT}/{name}", folder, filter="data")
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, KeyError, ValueError) as error:
@@ -172,7 +178,7 @@ def read_devkit(folder: Path, path: Path) -> dict[str, str]:
     try:
         synsets = read_mat(folder / META, ["synsets"])["synsets"].reshape(-1)
         wnids = {int(synset["ILSVRC2012_ID"].item()): str(synset["WNID"].item()) for synset in synsets}
-        numbers = (folder / TRUTH).read_text().split()
+        numbers = read_text(folder / TRUTH).split()
         return {f"ILSVRC2012_val_{position:08}": wnids[int(number)] for position, number in enumerate(numbers, 1)}
     except (ValueError, LookupError, OverflowError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not hold ImageNet's {META} and {TRUTH} ({error}): download it again.") from error

@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 
 from beton_builders import Splits
-from beton_builders._files import class_folders, samples_by_class
+from beton_builders._files import class_folders, read_text, samples_by_class
 from fastssl.beton import Sample
 
 CANVAS = 256
@@ -96,8 +96,7 @@ def from_lists(source: Path, lists: dict[str, Path]) -> Splits:
 def read_list(path: Path) -> tuple[dict[int, str], list[tuple[str, int]]]:
     """Return the name of each category by its id, and the file name of each image with its category."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(read_text(path))
         categories = {int(each["id"]): str(each["name"]) for each in content["categories"]}
         category = {each["image_id"]: int(each["category_id"]) for each in content["annotations"]}
         images = [(str(each["file_name"]), category[each["id"]]) for each in content["images"]]

@@ -25,6 +25,7 @@ SOURCE = "the folder with train-images-idx3-ubyte.gz"
 DOWNLOAD = [{"dataset": "MNIST"}]
 
 CLASSES = [str(digit) for digit in range(10)]
+LARGEST = 1 << 28  # bytes uncompressed; the largest official file has 47 million
 PREFIXES = {"train": "train", "test": "t10k"}
 
 
@@ -72,12 +73,13 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     The format: two zeros, the code of the type (8: uint8), the number of dimensions; their sizes, 4 bytes each, most
     significant byte first; the values.
     """
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error}): download it again.") from error
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = file.read(LARGEST)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}): download it again.") from error
+    if len(content) == LARGEST:
+        raise ValueError(f"{path} has {LARGEST:,} bytes uncompressed, or more: download it again.")
     dimensions = 1 + len(shape)
     start = 4 + 4 * dimensions
     sizes = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from beton_builders import Splits
-from beton_builders._files import UNLABELLED, find_folder
+from beton_builders._files import UNLABELLED, find_folder, read_lines
 from fastssl.beton import Sample
 
 CANVAS = 96
@@ -27,6 +27,7 @@ DOWNLOAD = [{"dataset": "STL10", "split": "train"}]  # the archive holds every s
 
 ARCHIVE = "stl10_binary.tar.gz"
 IMAGE_BYTES = 3 * 96 * 96
+MOST_LABELS = 1_000_000  # that are read; the official files have 5,000 and 8,000
 HOW_TO_GET = f"get {ARCHIVE} from https://cs.stanford.edu/~acoates/stl10/ and unpack it there (tar -xzf {ARCHIVE})"
 
 
@@ -35,7 +36,7 @@ def splits(source: Path) -> Splits:
     unpack = f"unpack it first: tar -xzf '{archive}' -C '{archive.parent}'"
     fix = unpack if archive.is_file() else HOW_TO_GET
     folder = find_folder("stl10", source, ["", "stl10_binary"], ["train_X.bin"], fix)
-    classes = require(folder / "class_names.txt").read_text(errors="replace").splitlines()
+    classes = read_lines(require(folder / "class_names.txt"))
     if len(classes) != 10:
         raise ValueError(f"{folder}/class_names.txt has {len(classes)} lines instead of 10: unpack {ARCHIVE} again.")
     found: Splits = {}
@@ -71,7 +72,7 @@ def open_images(path: Path) -> np.ndarray:
 
 def read_labels(path: Path) -> list[int]:
     """Return the labels, counted from 0."""
-    labels = np.fromfile(require(path), np.uint8)
+    labels = np.fromfile(require(path), np.uint8, MOST_LABELS)
     if not ((labels >= 1) & (labels <= 10)).all():
         raise ValueError(f"{path} does not hold labels from 1 to 10: unpack {ARCHIVE} again.")
     return (labels - 1).tolist()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from beton_builders import Splits
-from beton_builders._files import IMAGE_SUFFIXES, MAX_LABEL, UNLABELLED, is_no_label
+from beton_builders._files import IMAGE_SUFFIXES, MAX_LABEL, UNLABELLED, is_no_label, read_text
 from beton_builders._shards import TarMember, files_by_split, tar_contents
 from fastssl.beton import LeftOut, Sample
 
@@ -194,10 +194,10 @@ def class_names(source: Path, shards: list[Shard]) -> list[str]:
     """Return the lines of classes.txt, or the numbers up to the largest label of any split."""
     path = (source if source.is_dir() else source.parent) / "classes.txt"
     largest = max(max(shard.labels, default=-1) for shard in shards)
-    if not path.is_file():
+    if not path.exists():
         return [str(label) for label in range(largest + 1)]
     try:
-        names = [name.strip() for name in path.read_text(encoding="utf-8").split("\n") if name.strip()]
+        names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as such.") from error
     if largest >= len(names):

@@ -8,7 +8,6 @@ store a JPEG's bytes as they are, nor resume after it was stopped.
 The same source and options give the same bytes, whatever the number of workers and however often the build was stopped.
 """
 
-import json
 import math
 import os
 import shutil
@@ -53,10 +52,11 @@ from fastssl.beton.source import (
     load_builder,
 )
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import explain_write_errors, read_text, write_atomically
 from fastssl.common.system import free_memory, resolve_workers
 from fastssl.common.terminal import console, print_line, printable, progress
 
+LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
 MOST_BAD = 10  # bad images of a split that are no problem, however small the split is
 SAMPLED = 512  # images of each split that are encoded for an estimate
@@ -248,7 +248,8 @@ def recorded_plan(manifest: Manifest) -> StoragePlan:
 
 
 def _refuse_output_in_source(source: Path | None, out: Path) -> None:
-    if source is not None and out.resolve().is_relative_to(source.resolve()):
+    # realpath, because Path.resolve raises an error for a link to itself.
+    if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise UserError(
             f"--out {out} is in --source {source}, where a later build would take it for a part of the data set: "
             "choose a folder outside of it."
@@ -303,7 +304,10 @@ def _build_file(
     key = {"fastssl": version("fastssl-trainer"), "pillow": version("pillow"), **key}
     with PartialBuild(path, key, capacity=len(split.order)) as partial:
         missing = {image.index for image in partial.bad if image.reason == MISSING}
-        if changed_since(split.samples, np.sort(partial.rows["index"]).tolist(), partial.started, missing):
+        is_of_split = np.array_equal(partial.rows["index"], split.order[: len(partial.rows)])
+        if not is_of_split or changed_since(
+            split.samples, np.sort(partial.rows["index"]).tolist(), partial.started, missing
+        ):
             partial.restart()
         _encode_images(split, partial, plan, pool, strict)
         bad_images = path.parent / "bad_images.jsonl"
@@ -381,14 +385,17 @@ def _refuse_bad_images(bad: list[BadImage], strict: bool) -> None:
 
 def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> Manifest | None:
     """Return the manifest of the file if a build with this `key` would give the same file."""
+    from fastssl.beton.manifest import read_manifest
+
     try:
-        manifest: Manifest = json.loads(manifest_path(path).read_bytes())
+        manifest = read_manifest(path, len(split.samples))
         is_same = all(manifest[name] == value for name, value in key.items())
         is_complete = path.stat().st_size == manifest["bytes"] and names_path(path).exists()
         # `finish` sets this to the time at which the build was started.
         started = manifest_path(path).stat().st_mtime_ns
         missing = set(manifest.get("missing", ()))
-    except (OSError, ValueError, KeyError, TypeError):
+        is_complete &= "bad" in manifest["counts"]
+    except (OSError, ValueError, KeyError):
         return None
     if not (is_same and is_complete):
         return None
@@ -409,19 +416,22 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
         "nearly_black": int(rows["is_nearly_black"].sum()),
         "counts": counts,
         "encoded_because": cases,
-        "source_formats": {name.decode(): number for name, number in zip(formats, numbers.tolist())},
+        "source_formats": {
+            name.decode("ascii", "backslashreplace"): number for name, number in zip(formats, numbers.tolist())
+        },
     }
 
 
 def _list_bad_images(path: Path, split: str, bad: list[BadImage]) -> None:
     """Replace the bad images of a split in the list of all splits. An empty list has no file."""
     try:
-        entries = [BadImage(**json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
-    except (FileNotFoundError, ValueError, TypeError):  # there is none, or not one of ours
+        lines = read_text(path, LARGEST_LIST).split("\n")
+        entries = [BadImage.from_json(line) for line in lines if line]
+    except (FileNotFoundError, ValueError, RecursionError):  # there is none, or not one of ours
         entries = []
     entries = [entry for entry in entries if entry.split != split] + sorted(bad, key=lambda entry: entry.index)
     if entries:
-        write_atomically(path, "".join(entry.to_json() for entry in entries))
+        write_atomically(path, b"".join(entry.to_json() for entry in entries))
     else:
         path.unlink(missing_ok=True)
 

@@ -10,15 +10,17 @@ Names are bytes here: a million take half of the memory that strings take, and t
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fastssl.beton.format import names_path
-from fastssl.beton.read import read_header, read_metadata
+from fastssl.beton.read import LONGEST_NAME, all_names, read_header, read_metadata
 from fastssl.common.errors import UserError, quote
+from fastssl.common.files import UnsafeFile, open_regular
 
 SUFFIX = re.compile(rb"\.[A-Za-z]{3,4}$")  # the .2 of n01440764.2 is not a suffix
 MOST_DIGITS = 18  # of an index that int64 holds
@@ -69,8 +71,7 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
     index_N = read_metadata(beton_path)["index"]
     is_absent_L = ~np.isin(index_L, index_N)
     if is_absent_L.any():
-        names = names_path(beton_path)
-        total = sum(1 for _ in _read_names(names)) if names.exists() else index_N.max() + 1
+        total = sum(1 for _ in all_names(beton_path)) if names_path(beton_path).exists() else int(index_N.max()) + 1
         is_outside_L = index_L >= total
         if is_outside_L.any():
             raise listed.error(is_outside_L, f"is no index of {beton_path}", f"the last one is {total - 1}")
@@ -84,8 +85,10 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
 def _read_list(path: Path) -> _List:
     listed = _List(path, [], [])
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_NAME), b""), 1):
+                if len(line) == LONGEST_NAME:
+                    raise UnsafeFile(path, f"a file with lines of {LONGEST_NAME:,} bytes")
                 line = line.removeprefix(b"\xef\xbb\xbf").strip()  # some editors begin a file with this mark
                 if line and not line.startswith(b"#"):
                     listed.lines.append(line.removeprefix(b"./"))
@@ -101,19 +104,18 @@ def _read_list(path: Path) -> _List:
 
 def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
     """Return the index of the image that each line names, int64 (lines,)."""
-    names = names_path(beton_path)
-    if not names.exists():
+    if not names_path(beton_path).exists():
         raise UserError(
-            f"{names} is missing, so the images of {beton_path} have no names: stock FFCV or an older version built "
-            "it; build it with fastssl build-beton, or list indices."
+            f"{names_path(beton_path)} is missing, so the images of {beton_path} have no names: stock FFCV or an older "
+            "version built it; build it with fastssl build-beton, or list indices."
         )
-    index_L, count_L = _match(listed.lines, _read_names(names))
+    index_L, count_L = _match(listed.lines, all_names(beton_path))
     if not count_L.all():
         missing = np.flatnonzero(count_L == 0)
         keys = [SUFFIX.sub(b"", listed.lines[line]) for line in missing]
-        index_L[missing], count_L[missing] = _match(keys, (SUFFIX.sub(b"", name) for name in _read_names(names)))
+        index_L[missing], count_L[missing] = _match(keys, (SUFFIX.sub(b"", name) for name in all_names(beton_path)))
     if not count_L.all():
-        example = _text(next(_read_names(names), b""))
+        example = _text(next(all_names(beton_path), b""))
         raise listed.error(count_L == 0, f"names no image of {beton_path}", f"its names look like {quote(example)}")
     if (count_L > 1).any():
         count = count_L[np.argmax(count_L > 1)]
@@ -147,13 +149,6 @@ def _match(keys: list[bytes], names: Iterable[bytes]) -> tuple[np.ndarray, np.nd
     index_K = np.where(is_whole_K, index_K, end_index_K)
     count_K = np.where(is_whole_K, count_K, end_count_K)
     return index_K[first_K], count_K[first_K]
-
-
-def _read_names(path: Path) -> Iterator[bytes]:
-    """Yield the names in the order of their index. Only b"\\n" ends a name; str.splitlines would split at more."""
-    with open(path, "rb") as file:
-        for line in file:
-            yield line.removesuffix(b"\n")
 
 
 def _text(name: bytes) -> str:

@@ -12,11 +12,10 @@ To start a build from the beginning, delete the folder.
 import contextlib
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,9 +24,10 @@ import numpy as np
 from fastssl.beton.format import RGB, ROW, data_start, manifest_path, names_path, write_tables
 from fastssl.beton.images import Case
 from fastssl.common.errors import UserError
-from fastssl.common.files import replace_durably, sync, try_lock
+from fastssl.common.files import make_folder, open_regular, replace_durably, sync, try_lock
 from fastssl.common.terminal import console, print_line
 
+FILES = ("build.json", "pages", "rows", "bad.jsonl", "names.txt", "manifest.json", "lock")
 SAVE_EVERY = 5.0  # seconds; at most this much work is repeated
 
 
@@ -40,8 +40,18 @@ class BadImage:
     index: int  # the sample's
     reason: str
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Raises ValueError for what `to_json` does not write, RecursionError for deep nesting."""
+        content = json.loads(line)
+        kinds = {field.name: field.type for field in fields(cls)}
+        if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != kinds:
+            raise ValueError("no line of bad_images.jsonl")
+        return cls(**content)
+
+    def to_json(self) -> bytes:
+        # A surrogate, which JSON may hold and UTF-8 may not, stays an escape.
+        return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def partial_folder(path: Path) -> Path:
@@ -74,8 +84,12 @@ class PartialBuild:
         self._last_save = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        make_folder(self.folder)
+        for name in FILES:
+            # An earlier build left it, or somebody else: a link would lead to another file.
+            with contextlib.suppress(FileNotFoundError):
+                open_regular(self.folder / name, "r+b").close()
+        self._lock = open_regular(self.folder / "lock", "w")
         try:
             if not try_lock(self._lock):
                 warning = f"Warning: {self.path} is on a file system without locks: build it with one process."
@@ -92,7 +106,10 @@ class PartialBuild:
             with contextlib.suppress(OSError):  # a full disk; what was saved before stays true
                 self.save()
         if kind is None or not len(self.good):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what else is in the folder is not ours, and stays with it
+                for name in FILES:
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rmdir()
         self._lock.close()
 
     @property
@@ -141,7 +158,7 @@ class PartialBuild:
         """
         sync(self.pages)
         # There are few, so all are written again.
-        _write_at(self.folder / "bad.jsonl", 0, "".join(image.to_json() for image in self.bad).encode())
+        _write_at(self.folder / "bad.jsonl", 0, b"".join(image.to_json() for image in self.bad))
         new_rows = self.rows[self._rows_saved :]
         _write_at(self.folder / "rows", self._rows_saved * ROW.itemsize, new_rows.tobytes())
         self._rows_saved = self._processed
@@ -181,12 +198,14 @@ class PartialBuild:
         try:
             if (self.folder / "manifest.json").exists() and not self.pages.exists():
                 # The process was stopped in `finish`, after the file had got its final name.
+                open_regular(self.path, "r+b").close()  # and no link to another file
                 os.replace(self.path, self.pages)
             size = self.pages.stat().st_size
             key = json.loads((self.folder / "build.json").read_bytes())
             rows = np.frombuffer((self.folder / "rows").read_bytes()[: self._rows.nbytes], np.uint8)
             lines = (self.folder / "bad.jsonl").read_text("utf-8").split("\n")
-        except (OSError, ValueError):
+            bad = [BadImage.from_json(line) for line in lines if line]
+        except (OSError, ValueError, RecursionError):
             return False
         self._processed = len(rows) // ROW.itemsize
         self._rows[: self._processed] = rows[: self._processed * ROW.itemsize].view(ROW)
@@ -195,8 +214,8 @@ class PartialBuild:
         # Cut off what was written after the last complete save.
         os.truncate(self.pages, self.position if len(self.good) else 0)
         os.truncate(self.folder / "rows", self.rows.nbytes)
-        self.bad = [BadImage(**json.loads(line)) for line in lines[: len(self.rows) - len(self.good)]]
-        (self.folder / "bad.jsonl").write_text("".join(image.to_json() for image in self.bad), "utf-8")
+        self.bad = bad[: len(self.rows) - len(self.good)]
+        (self.folder / "bad.jsonl").write_bytes(b"".join(image.to_json() for image in self.bad))
         self._rows_saved = self._processed
         return True
 

@@ -9,8 +9,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,7 +38,11 @@ from fastssl.beton.format import (
 )
 from fastssl.beton.source import builder_names
 from fastssl.common.errors import UserError, quote
+from fastssl.common.files import UnsafeFile, open_regular
+from fastssl.common.terminal import printable
 
+LARGEST_SOURCE_SIDE = 2**31 - 1  # px; areas then fit into 64 bits
+LONGEST_NAME = 1 << 20  # bytes of a line of X.beton.names.txt
 MOST_FIELDS = 256  # far above any real file; limits what a damaged header can make us read
 
 
@@ -89,6 +94,8 @@ def read_header(path: str | Path) -> BetonInfo:
     has_one_size = max_resolution == (int(image["height"].min()), int(image["width"].min()))
     is_raw = image["mode"] == RAW
     manifest = _read_manifest(path, len(image))
+    if manifest and checked.field_types.get("label") == INT_FIELD:
+        _check_labels(path, checked.metadata["label"], len(manifest["classes"]))
     return BetonInfo(
         path=path,
         num_samples=len(image),
@@ -140,9 +147,26 @@ def read_names(path: Path, indices: Iterable[int]) -> dict[int, str]:
     wanted = {int(index) for index in indices}
     if not wanted or not names_path(path).exists():
         return {}
-    with open(names_path(path), "rb") as file:
-        lines = {index: line.removesuffix(b"\n") for index, line in enumerate(file) if index in wanted}
-    return {index: line.decode("utf-8", "surrogateescape") for index, line in lines.items()}
+    found = {index: name for index, name in enumerate(all_names(path)) if index in wanted}
+    return {index: name.decode("utf-8", "surrogateescape") for index, name in found.items()}
+
+
+def all_names(path: Path) -> Iterator[bytes]:
+    """Yield the names in X.beton.names.txt in the order of their index: a million are never in memory.
+
+    Only b"\\n" ends a name; str.splitlines would split at more. Raises UserError if the file cannot be read.
+    """
+    names = names_path(path)
+    try:
+        with open_regular(names) as file:
+            for line in iter(partial(file.readline, LONGEST_NAME), b""):
+                if len(line) == LONGEST_NAME:
+                    raise UnsafeFile(names, f"a file with lines of {LONGEST_NAME:,} bytes")
+                yield line.removesuffix(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"{names} cannot be read ({error.strerror}): delete it, and the images of {path} have no names."
+        ) from error
 
 
 class _Checked(NamedTuple):
@@ -172,7 +196,7 @@ def map_file(path: Path) -> np.ndarray:
 
 def _read_checked(path: Path) -> _Checked:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             # numpy cannot map an empty file.
             content = map_file(path) if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
     except FileNotFoundError:
@@ -182,6 +206,8 @@ def _read_checked(path: Path) -> _Checked:
         raise UserError(f"No file {path}: make it with `{command}`, or name another.") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a .beton file: name a file in it.") from None
+    except UnsafeFile as error:
+        raise UserError(f"{path} is {error.strerror}: name a .beton file.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     try:
@@ -223,6 +249,7 @@ def _check_tables(content: np.ndarray) -> _Checked:
     table = _read_table(content, table_ptr, ALLOCATION, count, "the allocation table")
     _check_allocations(table, position, table_ptr, page_size, num_samples)
     image_bytes = _check_images(metadata["image"], table, channels)
+    _check_numbers(metadata, field_types)
     return _Checked(page_size, field_types, metadata, stored.nbytes, image_bytes, channels)
 
 
@@ -299,16 +326,53 @@ def _check_images(image: np.ndarray, table: np.ndarray, channels: int) -> np.nda
     return allocation["size"].astype(np.int64)
 
 
+def _check_numbers(metadata: np.ndarray, field_types: dict[str, int]) -> None:
+    """Check the sizes of the source images, from which crop boxes are computed, and the indices, which are ids."""
+    for side in ("height", "width"):
+        if field_types.get(side) == INT_FIELD:
+            is_wrong_N = (metadata[side] < 1) | (metadata[side] > LARGEST_SOURCE_SIDE)
+            if is_wrong_N.any():
+                sample = int(np.argmax(is_wrong_N))
+                raise ValueError(
+                    f"the source of its sample {sample} cannot have a {side} of {metadata[side][sample]} px"
+                )
+    if field_types.get("index") == INT_FIELD:
+        order_N = np.argsort(metadata["index"], kind="stable")
+        index_N = metadata["index"][order_N]
+        if index_N[0] < 0:
+            raise ValueError(f"its sample {order_N[0]} has the negative index {index_N[0]}")
+        is_repeated_N = index_N[1:] == index_N[:-1]
+        if is_repeated_N.any():
+            first = int(np.argmax(is_repeated_N))
+            raise ValueError(
+                f"its samples {order_N[first]} and {order_N[first + 1]} have the same index {index_N[first]}"
+            )
+
+
+def _check_labels(path: Path, label_N: np.ndarray, classes: int) -> None:
+    """Raise UserError if a label is that of no class, and is not negative, which is no label."""
+    is_wrong_N = label_N >= classes
+    if is_wrong_N.any():
+        sample = int(np.argmax(is_wrong_N))
+        raise UserError(
+            f"{path} is damaged: its sample {sample} has the label {label_N[sample]}, and {manifest_path(path).name} "
+            f"names {classes:,} classes; copy both again, or build the file again."
+        )
+
+
 def _read_manifest(path: Path, num_samples: int) -> Manifest | None:
     """Return the contents of X.beton.json, None if there is no such file."""
+    from fastssl.beton.manifest import read_manifest
+
     try:
-        manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-        belongs = manifest["samples"] == num_samples and isinstance(manifest["classes"], list)
-        belongs &= manifest["layout"] in ("canvas", "full")
+        manifest = read_manifest(path, num_samples)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest_path(path)} is damaged; delete it, and {path} is read without it.") from error
-    if not belongs:
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error))
+        raise UserError(
+            f"{manifest_path(path)} is damaged ({reason:.200}); delete it, and {path} is read without it."
+        ) from error
+    if manifest["samples"] != num_samples:
         raise UserError(f"{manifest_path(path)} does not belong to {path}; delete it, and the file is read without it.")
     return manifest

@@ -150,6 +150,10 @@ def list_splits(
     module = load_builder(builder)
     if source is None and hasattr(module, "SOURCE"):
         raise UserError(f"{builder} needs --source, {module.SOURCE}.")
+    if source is not None and source.exists() and not (source.is_file() or source.is_dir()):
+        raise UserError(
+            f"{source} is a pipe, a socket or a device: --source must be the folder or archive of {builder}."
+        )
     if source is not None and not source.exists():
         hint = "; --download downloads it" if hasattr(module, "DOWNLOAD") else ""
         raise UserError(f"{source} does not exist; --source must be the folder or archive of {builder}{hint}.")
@@ -178,6 +182,8 @@ def list_splits(
         raise UserError(f"{error.filename} cannot be read: make it readable for your user.") from error
     except (OSError, ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+    if not splits:
+        raise UserError(f"{source} holds no files of {builder}: --source must be its folder or archive.")
     for split in splits:
         if not split.samples:
             raise UserError(f"{source} holds no images for the split {split.name!r}.")

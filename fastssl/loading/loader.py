@@ -18,7 +18,7 @@ from fastssl.beton import read_header
 from fastssl.beton.format import RGB
 from fastssl.common.distributed import rank, world_size
 from fastssl.common.errors import UserError
-from fastssl.common.system import available_cores, free_memory
+from fastssl.common.system import available_cores, free_memory, total_memory
 from fastssl.loading import kernels
 from fastssl.loading.decoding import Buffers, PendingBatch, ThreadDecoder, is_small
 from fastssl.loading.order import Order, SampleSelection, epoch_order
@@ -29,6 +29,7 @@ from fastssl.recipe import ViewsConfig
 
 PENDING_BATCHES = 2  # being decoded: while one waits for its last sample, threads work on the next one
 READY_BATCHES = 1  # decoded, waiting for the caller
+BATCHES = PENDING_BATCHES + READY_BATCHES + 2  # in memory: the caller holds two while it replaces one by the next
 
 
 class Batch(NamedTuple):
@@ -163,6 +164,14 @@ class BetonLoader:
                 f"{self.path} gives {len(self.rows)} images, fewer than one batch of "
                 f"{batch_size * self.world}: lower train.batch_size or add images."
             )
+        needed = BATCHES * batch_size * self.image_bytes + self.scratch_bytes
+        if needed > total_memory():
+            height, width = info.max_resolution
+            raise UserError(
+                f"Batches of {batch_size} images of {self.path}, of up to {height} x {width} px, take "
+                f"{needed / 1e9:,.0f} GB, and this machine has {total_memory() / 1e9:,.0f} GB of memory: lower "
+                "train.batch_size, or build the file again with a smaller --canvas or --max-side."
+            )
         size = self.path.stat().st_size
         memory = free_memory()
         if self.order == "random" and not resident and size > memory:
@@ -186,6 +195,13 @@ class BetonLoader:
     def image_bytes(self) -> int:
         """Bytes of one decoded image, with all of its crops."""
         return math.prod(self.cropping.image_shape(self.samples))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that the decoding threads hold to cut crops: the largest image each, and a row of the widest."""
+        shape_N2 = self.samples.shape_N2
+        largest = int(shape_N2.prod(axis=1).max()) * 3 + int(shape_N2[:, 1].max()) * 12
+        return 0 if self.crop == "gpu" else self.workers * largest
 
     @property
     def decodes_in_reader(self) -> bool:
@@ -368,14 +384,12 @@ def estimate_memory(loader: BetonLoader) -> dict[str, int]:
     batch = loader.batch_size
     batch_bytes = batch * loader.image_bytes
     on_device = loader.device.type != "cpu"
-    batches = PENDING_BATCHES + READY_BATCHES + 2  # the caller holds two while it replaces one by the next
     used = {
-        f"{batches} batches of {batch}{', pinned' if on_device else ''}": batches * batch_bytes,
+        f"{BATCHES} batches of {batch}{', pinned' if on_device else ''}": BATCHES * batch_bytes,
         "table of samples": sum(column.nbytes for column in samples[2:] if isinstance(column, np.ndarray)),
     }
     if loader.crop != "gpu":
-        largest = int(samples.shape_N2.prod(axis=1).max()) * 3 + int(samples.shape_N2[:, 1].max()) * 12
-        used[f"scratch of {loader.workers} threads"] = loader.workers * largest
+        used[f"scratch of {loader.workers} threads"] = loader.scratch_bytes
     if on_device:
         used[f"{READY_BATCHES + 2} batches of {batch}, device"] = (READY_BATCHES + 2) * batch_bytes
     if loader.resident:

@@ -420,7 +420,7 @@ def start_build(tmp_path: Path, source: Path, out: Path, rows: int) -> subproces
 
 
 def test_a_build_that_was_killed_resumes_and_gives_the_same_files(slow_source, tmp_path):
-    """Interrupted as by a terminal, then killed. Where one worker is killed, the build goes on: no image is to blame."""
+    """Interrupted as by a terminal, then killed. Where one worker is killed, no image is at fault."""
     out, part = tmp_path / "out", tmp_path / "out" / "train.beton.part"
     rows = 0
     for kill in ("ctrl-c", "kill -9"):

@@ -124,8 +124,9 @@ def official_archive(root: Path) -> Path:
     return root / "cifar-10-python.tar.gz"
 
 
-def test_cifar10_archive_becomes_train_and_val(tmp_path, made_up_checksums):
+def test_cifar10_archive_becomes_train_and_val(tmp_path, made_up_checksums, monkeypatch):
     archive = official_archive(tmp_path)
+    checksums.publish_archive(monkeypatch, torchvision.datasets.CIFAR10, archive)
     reports = build_beton("cifar10", archive, tmp_path / "out", workers=1).splits
     assert [(report.split, report.samples) for report in reports] == [("train", 100), ("val", 20)]
     info = read_header(reports[0].path)
@@ -140,8 +141,9 @@ def test_cifar10_archive_becomes_train_and_val(tmp_path, made_up_checksums):
         assert row["label"] == expected["labels"][position]
 
 
-def test_cifar10_finds_archive_and_folder(tmp_path, made_up_checksums):
+def test_cifar10_finds_archive_and_folder(tmp_path, made_up_checksums, monkeypatch):
     archive = official_archive(tmp_path)
+    checksums.publish_archive(monkeypatch, torchvision.datasets.CIFAR10, archive)
     unpacked = tmp_path / "unpacked"
     sources = (archive, archive.parent, unpacked, unpacked / "cifar-10-batches-py")
     expected = listed(cifar10, archive)

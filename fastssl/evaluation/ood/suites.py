@@ -176,6 +176,6 @@ def describe_set(data: BetonSubset) -> SetDescription:
         **data.describe(),
         "builder": info.manifest.get("builder"),
         "source_formats": info.manifest.get("source_formats"),
-        "own_bytes": info.manifest["counts"]["passed_through"] / info.num_samples,
+        "own_bytes": info.manifest.get("counts", {}).get("passed_through", 0) / info.num_samples,
         "source_px": [float(np.median(metadata[side])) for side in ("height", "width")],
     }
