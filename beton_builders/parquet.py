@@ -45,6 +45,7 @@ SPLITS_BY_NAME = True
 
 IMAGES, LABELS = ("image", "img", "images"), ("label", "labels", "fine_label")
 CACHED = 128 << 20  # bytes of images that a process keeps in memory
+LARGEST_IMAGE = 1 << 30  # bytes; a larger file is a bad image, and so is a larger cell
 BATCH_ROWS, BATCH_BYTES = 16, 16 << 20  # read at a time: at most so many rows, and about so many bytes
 BUFFER = 1 << 20  # bytes; without it pyarrow reads all of a group's bytes at once
 
@@ -138,7 +139,7 @@ class RowImage:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ValueError(f"{where} names the image {path}, which is no file")
             with open(path, "rb") as file:
-                return file.read()
+                return file.read(LARGEST_IMAGE + 1)
         if not isinstance(content, bytes):
             raise ValueError(f"{where} holds no image")
         return content
@@ -188,7 +189,10 @@ class GroupReader:
             self.starts.append(self.starts[-1] + len(images))
             self.size += images.nbytes
         position = bisect.bisect_right(self.starts, row) - 1
-        return self.kept[position][row - self.starts[position]].as_py()
+        cell = self.kept[position].slice(row - self.starts[position], 1)
+        if cell.nbytes > LARGEST_IMAGE:  # as_py would copy it
+            raise ValueError(f"has {cell.nbytes / 1e9:,.1f} GB, more than an image file may have")
+        return cell[0].as_py()
 
 
 _readers: OrderedDict[tuple[str, str, int], GroupReader] = OrderedDict()  # the one used last is at the end

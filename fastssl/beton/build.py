@@ -108,6 +108,11 @@ class BuildOptions:
         if self.max_side is not None:
             return StoragePlan("full", self.max_side, self.quality, self.value_range, self.max_megapixels)
         side = self.canvas or default_canvas
+        if side**2 > self.max_megapixels * 1_000_000:
+            raise UserError(
+                f"A canvas of {side} x {side} px has {side**2 / 1e6:,.0f} megapixels, more than --max-megapixels "
+                f"{self.max_megapixels}: use --canvas {math.isqrt(self.max_megapixels * 1_000_000)} or less."
+            )
         if self.channels != RGB and side**2 * self.channels > PAGE_SIZE:
             raise UserError(
                 f"Images of {side} x {side} px with {self.channels} channels take more than a page of "

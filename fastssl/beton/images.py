@@ -40,6 +40,7 @@ from fastssl.common.errors import UserError
 RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
+LONGEST_REASON = 300  # characters; decoders quote what they do not understand
 NEARLY_BLACK = 32  # an eighth of the range of 8 bits
 
 # The formats that are opened, in Pillow's order. Left out: EPS, for which Pillow runs Ghostscript; WMF, BUFR, GRIB and
@@ -126,7 +127,8 @@ def encode_all(images: Sequence[ImageSource | Image.Image], plan: StoragePlan) -
     results: list[Encoded | str] = []
     for image in images:
         content = image if isinstance(image, np.ndarray | Image.Image) else read_or_explain(image)
-        results.append(content if isinstance(content, str) else _encode_or_explain(image, content, plan))
+        result = content if isinstance(content, str) else _encode_or_explain(image, content, plan)
+        results.append(result[:LONGEST_REASON] if isinstance(result, str) else result)
     return results
 
 

@@ -14,7 +14,9 @@ from fastssl.common.files import machine_fix
 
 MISSING = "missing"  # the reason of a bad image whose file does not exist: the next build looks for it again
 
-LARGEST_FILE = 4 << 30  # bytes
+# Bytes of an image file, wherever it is read from. An image of 179 megapixels, the limit of Pillow, has as many without
+# compression in 16-bit RGB; an entry that states more is a hole, a device or no image.
+LARGEST_FILE = 1 << 30
 
 # What opening an entry gives if it is, for example, a folder, below a file, or a link to itself.
 ENTRY_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
@@ -28,11 +30,11 @@ NUMBERS = {
 
 
 def read_image_bytes(source: ImageFile) -> bytes:
-    """Return the bytes of an image file, from where `Sample.image` says."""
-    if isinstance(source, bytes):
-        return source
-    if callable(source):
-        return source()
+    """Return the bytes of an image file, from where `Sample.image` says. Raises ValueError if they are too many."""
+    if isinstance(source, bytes) or callable(source):
+        content = source if isinstance(source, bytes) else source()
+        _refuse_large(len(content))
+        return content
     path, offset, size = source if isinstance(source, tuple) else (source, 0, -1)
     # Opening a named pipe would wait for a writer, and reading a device might never end. The kernel's own files call
     # themselves regular: /proc/kmsg is empty and waits, /proc/kcore has 128 TB.
@@ -41,8 +43,7 @@ def read_image_bytes(source: ImageFile) -> bytes:
         raise ValueError("not a regular file")
     if status.st_size == 0:
         raise ValueError("the file is empty")
-    if size < 0 and status.st_size > LARGEST_FILE:
-        raise ValueError(f"has {status.st_size / 1e9:,.0f} GB, more than an image")
+    _refuse_large(size if size >= 0 else status.st_size)
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         content = file.read(size)
@@ -52,6 +53,12 @@ def read_image_bytes(source: ImageFile) -> bytes:
     if size > len(content):
         raise ValueError(f"{path} ends within this image, at byte {offset + len(content):,}")
     return content
+
+
+def _refuse_large(size: int) -> None:
+    if size > LARGEST_FILE:
+        limit = f"{LARGEST_FILE >> 30} GiB"
+        raise ValueError(f"has {size / 1e9:,.1f} GB, more than the {limit} that an image file may have")
 
 
 def read_or_explain(source: ImageFile) -> bytes | str:

@@ -334,6 +334,7 @@ def test_a_million_samples_are_checked_in_a_second(tmp_path):
     position = np.arange(count)
     rows = np.zeros(count, format.ROW)
     rows["mode"], rows["width"], rows["height"], rows["size"] = format.RAW, 2, 2, 12
+    rows["index"], rows["source_height"], rows["source_width"] = position[::-1], 2, 2
     rows["data_ptr"] = start + position // per_page * format.PAGE_SIZE + position % per_page * 12
     with open(tmp_path / "large.beton", "wb") as file:
         format.write_tables(file, rows, int(rows["data_ptr"][-1]) + 12)

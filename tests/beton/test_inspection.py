@@ -213,7 +213,7 @@ def test_one_wrong_bit_is_found_in_a_pixel_a_checksum_and_the_table(copied):
     assert [fault.index for fault in found.faults] == metadata["index"][[11, 25]].tolist()
     assert found.is_table_sound
 
-    change_byte(path, table_position(3, "label"))
+    change_byte(path, table_position(3, "height"))
     path.with_name("train.beton.names.txt").unlink()
     found = verify(path, workers=1)
     assert not found.is_table_sound and len(found.faults) == 2 and found.faults[0].name == ""
@@ -258,7 +258,7 @@ def test_damaged_checksums_are_a_user_error(copied, damage):
     manifest = json.loads(manifest_path.read_text())
     damage(manifest["checksums"])
     manifest_path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"The checksums in .*train.beton.json are damaged: .*'checksums'"):
+    with pytest.raises(UserError, match=r"train.beton.json (is|are) damaged.*checksums"):
         verify(path, workers=1)
 
 
