@@ -1,0 +1,67 @@
+"""The schema of X.beton.json, which may come from elsewhere with its .beton.
+
+Not part of read.py: only who reads a manifest imports pydantic, and no worker process does.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from fastssl.beton.format import Manifest, manifest_path
+from fastssl.common.files import read_bytes
+
+# Bytes: a checksum takes 8, class names and missing images may take more.
+LARGEST, LARGEST_PER_SAMPLE = 64 << 20, 64
+Count = Annotated[int, Field(ge=0)]
+
+
+class Checksums(BaseModel, strict=True):
+    algorithm: str
+    metadata: str
+    samples: str
+
+
+class Schema(BaseModel, strict=True):
+    """The types of what fastssl reads. A file from elsewhere may lack all but the first three keys, or have others."""
+
+    samples: Count
+    classes: list[str]
+    layout: Literal["canvas", "full"]
+    bytes: Count = 0
+    builder: str | None = None
+    source: str | None = None
+    fastssl: str | None = None
+    pillow: str | None = None
+    canvas: int | None = None
+    max_side: int | None = None
+    quality: int | None = None
+    range: str | None = None
+    limit: int | None = None
+    channels: int = 3
+    max_megapixels: int = 0
+    order: dict[str, int] | str | None = None
+    unlabelled: Count = 0
+    nearly_black: Count = 0
+    missing: list[int] = []
+    counts: dict[str, Count] = {}
+    encoded_because: dict[str, Count] = {}
+    source_formats: dict[str, Count] = {}
+    checksums: Checksums | None = None
+
+
+def read_manifest(path: Path, samples: int) -> Manifest:
+    """Return the contents of the manifest of a .beton with at most so many samples.
+
+    Raises OSError if it cannot be read, and ValueError, which says what is wrong first, if it has another form.
+    """
+    content = read_bytes(manifest_path(path), LARGEST + samples * LARGEST_PER_SAMPLE)
+    try:
+        Schema.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{key}: {first['msg']}" if key else first["msg"]) from error
+    manifest: dict[str, Any] = json.loads(content)
+    return manifest
