@@ -8,16 +8,18 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastssl.beton import read_header
 from fastssl.beton.format import RGB
 from fastssl.common.distributed import rank, world_size
 from fastssl.common.errors import UserError
+from fastssl.common.schema import Count, Text
 from fastssl.common.system import available_cores, free_memory, total_memory
 from fastssl.loading import kernels
 from fastssl.loading.decoding import Buffers, PendingBatch, ThreadDecoder, is_small
@@ -61,11 +63,11 @@ class StartedBatch(NamedTuple):
 class LoaderState(TypedDict):
     """A position in the epochs of a loader."""
 
-    epoch: int
-    position: int  # samples handed out in this epoch, over all processes
-    seed: int
+    epoch: Count
+    position: Count  # samples handed out in this epoch, over all processes
+    seed: Count
     order: Order
-    samples: str  # hash of the file's samples
+    samples: Text  # hash of the file's samples
 
 
 class BetonLoader:

@@ -6,41 +6,107 @@ import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import IO, Annotated, Any, NotRequired
 
 import torch
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, Strict, TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import open_regular, write_atomically
+from fastssl.common.schema import Count, Finite, first_problem
+from fastssl.common.system import total_memory
 from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
 from fastssl.models.exported import load_exported_encoder, load_exported_model, misfit
 from fastssl.recipe import Recipe, sentence
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
-StateDict = dict[str, Any]
+MAX_RECIPE_VALUES, MAX_RECIPE_DEPTH = 10_000, 20
+
+
+def check_dense(tensor: Tensor) -> Tensor:
+    """Raise ValueError unless a tensor holds plain numbers, each of them in the file."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        raise ValueError(f"a tensor of a kind that no weights have ({tensor.layout}, {tensor.dtype}, {tensor.device})")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor that repeats its numbers")
+    return tensor
+
+
+def _check_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError unless an object is one of JSON, as large as a recipe may be. Pickles can nest without end."""
+    waiting: list[tuple[object, int]] = [(value, 0)]
+    for _ in range(MAX_RECIPE_VALUES):
+        if not waiting:
+            return value
+        inner, depth = waiting.pop()
+        if isinstance(inner, dict | list | tuple) and depth < MAX_RECIPE_DEPTH:
+            parts = [*inner, *inner.values()] if isinstance(inner, dict) else inner
+            waiting += [(part, depth + 1) for part in parts[:MAX_RECIPE_VALUES]]
+        elif not isinstance(inner, str | int | float | None):
+            raise ValueError(f"a value of type {type(inner).__name__}, or nested too deeply")
+    raise ValueError(f"more than {MAX_RECIPE_VALUES:,} values")
+
+
+def _check_best(best: dict[str, float]) -> dict[str, float]:
+    if best and "step" not in best:
+        raise ValueError('metrics without their "step"')
+    return best
+
+
+DenseTensor = Annotated[InstanceOf[Tensor], AfterValidator(check_dense)]
+Weights = dict[str, DenseTensor]
+Positive = Annotated[Finite, Field(gt=0)]
+
+
+class SavedScaler(TypedDict, total=False):
+    """torch.amp.GradScaler's state. Empty unless the precision is fp16."""
+
+    scale: Positive
+    growth_factor: Positive
+    backoff_factor: Positive
+    growth_interval: Count
+    _growth_tracker: Count
+
+
+class SavedOptimizer(TypedDict):
+    """torch.optim.Optimizer's state. `load_optimizer` in training/optim.py compares it with the optimizer's own."""
+
+    # By the number of the parameter; AggMo has a buffer for each momentum.
+    state: dict[Count, dict[str, DenseTensor | bool | int | float | dict[Finite, DenseTensor] | None]]
+    param_groups: list[dict[str, Any]]
 
 
 class SavedState(TypedDict):
-    """The contents of a checkpoint file, as torch.save writes them."""
+    """The contents of a checkpoint file, as torch.save writes them.
 
-    recipe: dict[str, Any]  # Recipe.model_dump(mode="json")
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor] | None  # the moving average of the model, with train.ema
-    optimizer: StateDict
-    scaler: StateDict  # of the gradients, for fp16
-    loader: LoaderState
-    skipped: Tensor  # int64 (): steps skipped because they were not finite
-    step: int  # optimizer steps, skipped ones included
-    decay_epochs: NotRequired[int]  # until the learning rate has its final value
-    epochs_probed: int
-    best: dict[str, float]
-    seconds: float  # of training
-    torch_threads: int
-    rng: Tensor  # of torch's CPU generator
-    cuda_rng: Tensor | None
+    The first three keys are enough for a model; a resume needs all of them.
+    """
+
+    recipe: Annotated[dict[str, Any], AfterValidator(_check_json)]  # Recipe.model_dump(mode="json")
+    model: Weights
+    step: Count  # optimizer steps, skipped ones included
+    ema: NotRequired[Weights | None]  # the moving average of the model, with train.ema
+    optimizer: NotRequired[SavedOptimizer]
+    scaler: NotRequired[SavedScaler]  # of the gradients
+    loader: NotRequired[LoaderState]
+    skipped: NotRequired[DenseTensor]  # int64 (): steps skipped because they were not finite
+    decay_epochs: NotRequired[Annotated[Count, Field(ge=1)]]  # until the learning rate has its final value
+    epochs_probed: NotRequired[Count]
+    best: NotRequired[Annotated[dict[str, Finite], Field(max_length=100), AfterValidator(_check_best)]]
+    seconds: NotRequired[Annotated[Finite, Field(ge=0)]]  # of training
+    torch_threads: NotRequired[Annotated[int, Strict(), Field(ge=1, le=2**31)]]
+    rng: NotRequired[DenseTensor]  # of torch's CPU generator
+    cuda_rng: NotRequired[DenseTensor | None]
+
+
+SAVED_STATE = TypeAdapter(SavedState)
+
+
+class DamagedArchive(ValueError):
+    """An archive is not as torch.save wrote it."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +151,44 @@ def write_checkpoint(run_dir: Path, name: str, saved: SavedState) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one file. Raises UserError if it is damaged, or no checkpoint of fastssl."""
     try:
-        data = path.read_bytes()
-        # torch does not verify the archive's checksums; a flipped bit would become a weight.
-        damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        with open_regular(path) as file:
+            check_archive(file)
+            file.seek(0)
+            data = file.read()
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         missing = {"recipe", "model", "step"} - (saved.keys() if isinstance(saved, dict) else set())
     except Exception as error:  # damaged bytes raise errors of many types
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
+        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {in_short(reason)}.") from None
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}. Weights from elsewhere are "
             "for model.init, and for fastssl eval --weights FILE --backbone NAME."
         )
+    try:
+        SAVED_STATE.validate_python(saved)
+    except ValidationError as error:
+        raise UserError(f"{path} is a damaged checkpoint ({first_problem(error)}): take another one.") from None
     return Checkpoint(path, saved, hashlib.sha256(data).hexdigest())
+
+
+def check_archive(file: IO[bytes]) -> None:
+    """Check the archive that torch.save has written: torch itself does not verify its checksums.
+
+    Raises:
+        DamagedArchive: a part has another checksum (a flipped bit would become a weight), or the parts are compressed
+            or overlap, so that a small file could fill the memory.
+        zipfile.BadZipFile: it is no archive.
+    """
+    size = file.seek(0, io.SEEK_END)
+    if size > total_memory():
+        raise DamagedArchive(f"its {size / 1e9:,.0f} GB are more than this machine's memory")
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(x.file_size for x in parts) > size:
+            raise DamagedArchive("its parts are compressed or overlap, as torch.save does not write them")
+        if damaged := archive.testzip():
+            raise DamagedArchive(f"the checksum of {damaged} is wrong")
 
 
 def find_checkpoints(run_or_checkpoint: str | Path) -> list[Path]:

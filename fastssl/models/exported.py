@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl.common.errors import UserError, in_short
+from fastssl.common.files import open_regular
 from fastssl.models.build import Model, build_model
 from fastssl.models.encoder import encoder_of
 from fastssl.recipe import Recipe, sentence
@@ -93,6 +94,7 @@ def short_path(path: str) -> str:
 
 def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
     try:
+        open_regular(path).close()  # safe_open would wait at a named pipe
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if "recipe" not in header:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastssl.common.errors import UserError, in_short
-from fastssl.models.checkpoint import Checkpoint, newest_checkpoint
+from fastssl.common.files import open_regular
+from fastssl.models.checkpoint import Checkpoint, DamagedArchive, check_archive, check_dense, newest_checkpoint
 from fastssl.recipe import Recipe
 
 MAX_DEPTH = 10  # of the dictionaries in a file
@@ -43,7 +44,7 @@ def read_weights(source: str, key: str) -> WeightsFile:
     """
     path = Path(source).expanduser()
     if not path.is_file():
-        return _of_checkpoint(newest_checkpoint(path), key)
+        return _of_checkpoint(newest_checkpoint(path))
     recipe: Recipe | None = None
     values: object
     if path.suffix == ".safetensors":
@@ -51,22 +52,19 @@ def read_weights(source: str, key: str) -> WeightsFile:
     else:
         values = _read_torch_file(path, key)
         if isinstance(values, dict) and {"recipe", "model", "step"} <= values.keys():
-            return _of_checkpoint(newest_checkpoint(path), key)
+            return _of_checkpoint(newest_checkpoint(path))
     tensors = dict(_flatten(values))
     if not tensors:
         raise UserError(f"{key}{source} holds no weights: name a file with a model's state dict.")
     return WeightsFile(path, tensors, path.suffix != ".safetensors", recipe)
 
 
-def _of_checkpoint(checkpoint: Checkpoint, key: str) -> WeightsFile:
-    weights = checkpoint.weights
-    if not isinstance(weights, dict) or not all(_is_dense(value) for value in weights.values()):
-        raise UserError(f"{key}{checkpoint.path} holds no weights that this version of fastssl knows.")
+def _of_checkpoint(checkpoint: Checkpoint) -> WeightsFile:
     try:
         recipe = checkpoint.recipe
     except UserError:  # of another version of fastssl: the weights may fit all the same
         recipe = None
-    return WeightsFile(checkpoint.path, dict(_flatten(weights)), True, recipe, checkpoint.warning)
+    return WeightsFile(checkpoint.path, dict(_flatten(checkpoint.weights)), True, recipe, checkpoint.warning)
 
 
 def _read_safetensors(path: Path, key: str) -> tuple[dict[str, Tensor], Recipe | None]:
@@ -86,11 +84,8 @@ def _read_safetensors(path: Path, key: str) -> tuple[dict[str, Tensor], Recipe |
 def _read_torch_file(path: Path, key: str) -> object:
     try:
         if zipfile.is_zipfile(path):  # else the format of torch before 1.6
-            # torch does not verify the archive's checksums; a flipped bit would become a weight.
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise _BadChecksum(f"the checksum of {damaged} is wrong")
+            with open_regular(path) as file:
+                check_archive(file)
         # DINO and MAE save their command line with the weights, as a Namespace: a class without code of its own.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -105,13 +100,9 @@ def _read_torch_file(path: Path, key: str) -> object:
         reason = "it is damaged, or was not written by torch.save"
         if isinstance(error, MemoryError) or "not enough memory" in str(error):
             reason = "there is not enough memory for it, or it is damaged"
-        elif isinstance(error, OSError | _BadChecksum):
+        elif isinstance(error, OSError | DamagedArchive):
             reason = str(error)
         raise UserError(f"{key}{path} is not a readable file of weights: {reason}.") from None
-
-
-class _BadChecksum(Exception):
-    """A part of an archive has another checksum than the one that was written with it."""
 
 
 def _flatten(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -126,4 +117,7 @@ def _flatten(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[st
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    try:
+        return isinstance(value, Tensor) and check_dense(value) is value
+    except ValueError:
+        return False

@@ -1,20 +1,25 @@
 """Optimizers by name, LARS and LAMB that never wait for the device, and gradient clipping."""
 
+import copy
 import difflib
 import inspect
-from typing import Any
+from collections import defaultdict
+from typing import Any, cast
 
 import torch
 import torch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from fastssl.common.errors import UserError, in_short, quote
+from fastssl.models.checkpoint import SavedOptimizer
 from fastssl.recipe import OptimConfig
 
 MOMENTUM = 0.9  # of SGD and LARS, as in SimCLR, BYOL and Barlow Twins
 TRUST = 1e-3  # of LARS, as in Barlow Twins
 DEFAULTS = {"sgd": {"momentum": MOMENTUM}, "lars": {"momentum": MOMENTUM, "trust_coefficient": TRUST}}
+CHANGED_BY_STEPS = ("lr", "phase", "k")  # options that the trainer, SWATS and MADGRAD change
 
 ParamGroup = dict[str, Any]
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -117,6 +122,56 @@ def step_once(kind: type[Optimizer], options: dict[str, Any]) -> None:
         p.grad = torch.ones_like(p)
     constructor: Any = kind
     constructor(params, lr=1e-3, **options).step()
+
+
+def load_optimizer(optimizer: Optimizer, saved: SavedOptimizer) -> None:
+    """Continue from the saved state of an optimizer of the same recipe.
+
+    Its options stay those of the recipe. What it has for each parameter must be what one step gives it, in tensors of
+    the same shape: the kernels of fused steps do not compare shapes.
+
+    Raises:
+        ValueError: if the state is another optimizer's, or of other parameters.
+    """
+    groups = []
+    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        changed = {key: group[key] for key in CHANGED_BY_STEPS if key in own and type(group[key]) is type(own[key])}
+        groups.append({**own, **changed, "params": group["params"]})
+    expected = {
+        p: _state_after_a_step(optimizer, group, p) for group in optimizer.param_groups for p in group["params"]
+    }
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for p, state in expected.items():
+        if optimizer.state[p]:
+            _compare_state(optimizer.state[p], state)
+
+
+def _state_after_a_step(optimizer: Optimizer, group: ParamGroup, p: Tensor) -> dict[str, Any]:
+    """What a new optimizer has for a parameter like `p` after a step, in tensors without memory.
+
+    The optimizer does not change.
+    """
+    other = nn.Parameter(torch.ones_like(p))
+    other.grad = torch.ones_like(p)
+    trial = object.__new__(type(optimizer))
+    trial.__dict__.update(optimizer.__dict__)
+    trial.param_groups, trial.state = [{**group, "params": [other]}], defaultdict(dict)
+    if optimizer.state[p]:
+        trial.state[other] = copy.deepcopy(optimizer.state[p])
+    trial.step()
+    return cast(dict[str, Any], tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), trial.state[other]))
+
+
+def _compare_state(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        found = saved.get(name)
+        if isinstance(value, dict) and isinstance(found, dict):
+            _compare_state(found, value)
+        elif isinstance(value, Tensor) and isinstance(found, Tensor):
+            if (found.shape, found.dtype) != (value.shape, value.dtype):
+                raise ValueError(f"optimizer: {name} is {found.dtype} {tuple(found.shape)}, not {tuple(value.shape)}")
+        elif type(found) is not type(value):
+            raise ValueError(f"optimizer: {name} is no {type(value).__name__}")
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

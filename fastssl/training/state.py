@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import UserError, in_short
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
-from fastssl.models.checkpoint import LAST, Checkpoint, SavedState, write_checkpoint
+from fastssl.models.checkpoint import LAST, Checkpoint, SavedOptimizer, SavedScaler, SavedState, write_checkpoint
 from fastssl.recipe import Recipe
+from fastssl.training.optim import load_optimizer
 
 # A resumed run may change these keys; another value of any other key would make it another run. The data may have
 # moved; the loader checks that the images are the same.
@@ -54,8 +55,8 @@ class TrainState:
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
             "ema": self.average.model.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": cast(SavedOptimizer, self.optimizer.state_dict()),
+            "scaler": cast(SavedScaler, self.scaler.state_dict()),
             "loader": self.loader.state_dict(),
             "skipped": self.skipped,
             "step": self.step,
@@ -89,12 +90,12 @@ class TrainState:
             )
         try:
             self._fill_from(checkpoint.saved)
+            threads = checkpoint.saved["torch_threads"]
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{checkpoint.path} does not fit its own recipe, so no run goes on from it: {in_short(error)}."
             ) from None
         warnings = [checkpoint.warning] if checkpoint.warning else []
-        threads = checkpoint.saved["torch_threads"]
         if threads != torch.get_num_threads():
             warnings.append(
                 f"torch ran with {threads} threads before and has {torch.get_num_threads()} now, so results agree to "
@@ -106,9 +107,10 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         if self.average:
             self.average.model.load_state_dict(saved["ema"] or {})
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        load_optimizer(self.optimizer, saved["optimizer"])
+        self.scaler.load_state_dict(dict(saved["scaler"]))
         self.loader.load_state_dict(saved["loader"])
+        self._check_progress(saved)
         self.skipped.copy_(saved["skipped"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.epochs_probed, self.best = saved["epochs_probed"], saved["best"]
@@ -116,6 +118,21 @@ class TrainState:
             torch.set_rng_state(saved["rng"])
             if self.skipped.is_cuda and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"])
+
+    def _check_progress(self, saved: SavedState) -> None:
+        """Raise ValueError unless step, epoch and position are one point of the run, and not after its end."""
+        step, epoch, position = saved["step"], saved["loader"]["epoch"], saved["loader"]["position"]
+        steps_per_epoch = len(self.loader) // self.recipe.train.accumulate
+        steps, rest = divmod(position, self.recipe.train.batch_size)
+        if rest or steps > steps_per_epoch or step != epoch * steps_per_epoch + steps:
+            raise ValueError(f"step {step} is not at image {position} of epoch {epoch}")
+        if step > self.recipe.train.epochs * steps_per_epoch:
+            raise ValueError(f"step {step} is after the end of {self.recipe.train.epochs} epochs")
+        if saved["epochs_probed"] > epoch:
+            raise ValueError(f"a probe after {saved['epochs_probed']} epochs, but {epoch} are done")
+        skipped = saved["skipped"]
+        if skipped.dtype != torch.int64 or skipped.ndim or not 0 <= int(skipped) <= step:
+            raise ValueError(f"skipped steps that are no number from 0 to {step}")
 
 
 def epochs_of_decay(recipe: Recipe, checkpoint: Checkpoint | None) -> int:
@@ -137,7 +154,10 @@ def epochs_of_decay(recipe: Recipe, checkpoint: Checkpoint | None) -> int:
         return epochs
     if epochs > before and recipe.objective.name == "byol":
         raise UserError("optim.extend=constant leaves BYOL's target where it is, with momentum 1: leave it out.")
-    return checkpoint.saved.get("decay_epochs", before)  # checkpoints of before this key have none
+    decay_epochs = checkpoint.saved.get("decay_epochs", before)  # checkpoints of before this key have none
+    if decay_epochs > before:
+        raise UserError(f"{checkpoint.path} is a damaged checkpoint (decay_epochs: {decay_epochs}): take another one.")
+    return decay_epochs
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -272,21 +272,10 @@ def test_a_list_with_the_right_keys_is_not_a_checkpoint(canvas, tmp_path):
     for odd in (torch.zeros(2), {"x": torch.zeros(2, 2).to_sparse()}):
         torch.save({**saved, "ema": odd}, path)
         keys = small(canvas, tmp_path / "new", f"model.init={path}")
-        with pytest.raises(UserError, match="holds no weights"):
+        with pytest.raises(UserError, match=r"is a damaged checkpoint \(ema"):
             train(load_recipe("recipes/barlow.yaml", keys))
-        with pytest.raises(UserError, match="do not fit its own recipe"):
+        with pytest.raises(UserError, match=r"is a damaged checkpoint \(ema"):
             fastssl.load_model(path)
-
-
-def test_a_checkpoint_of_another_kind_of_state_is_one_sentence(canvas, tmp_path):
-    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "train.epochs=1"))
-    run = train(recipe)
-    saved = checkpoint_in(run)
-    for key, value in (("optimizer", {}), ("loader", {"epoch": 0}), ("model", {"x": torch.zeros(1)}), ("rng", 3)):
-        torch.save({**saved, key: value}, run / "checkpoints" / "last.pt")
-        with pytest.raises(UserError, match="no run goes on from it") as error:
-            train(recipe, resume=run)
-        assert "\n" not in str(error.value)
 
 
 def test_auto_starts_a_run_and_returns_immediately_when_it_is_finished(canvas, tmp_path, capsys):
