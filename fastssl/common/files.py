@@ -26,7 +26,8 @@ MACHINE_FIXES = {
 }
 # The temporary file of write_atomically: .NAME.PID.part with the suffix of NAME, such as .last.pt.4711.part.pt.
 PART_NAME = re.compile(r"\.(?P<name>.+)\.(?P<pid>[1-9]\d{0,9})\.part(?P<suffix>\.[^.]+)?")
-LARGEST_TEXT = 64 << 20  # bytes of a file of text that is read whole; a metrics.jsonl of a month has about 10 MB
+LARGEST_TEXT = 64 << 20  # bytes of a file of text that is read whole
+LARGEST_LOG, LONGEST_LINE = 4 << 30, 1 << 20  # bytes of a file that is read line by line, and of a line
 
 
 class UnsafeFile(OSError):
@@ -79,6 +80,19 @@ def read_text(path: str | Path, limit: int = LARGEST_TEXT, errors: str = "strict
     return read_bytes(path, limit).decode("utf-8", errors)
 
 
+def read_lines(path: str | Path) -> Iterator[str]:
+    """Yield the lines of a regular file without their ends. Lines of more than 1 MiB are left out. Raises OSError."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_LOG:
+            raise UnsafeFile(path, f"larger than the {LARGEST_LOG:,} bytes that such a file may have")
+        is_start = True
+        while piece := file.readline(LONGEST_LINE):
+            is_end = piece.endswith(b"\n") or len(piece) < LONGEST_LINE
+            if is_start and is_end:
+                yield piece.decode("utf-8", "replace").rstrip("\r\n")
+            is_start = is_end
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, to write files into. Raises UnsafeFile if it is a symbolic link."""
     if path.is_symlink():
@@ -99,11 +113,14 @@ def abandoned_parts(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def remove_abandoned_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes have left, and nothing else."""
+def remove_abandoned_files(folder: Path, start: str = "") -> None:
+    """Remove the temporary files of killed processes, and nothing else.
+
+    start: with which the names of the files begin that those processes wrote.
+    """
     for path in abandoned_parts(folder):
-        if stat.S_ISREG(path.lstat().st_mode):
-            path.unlink()
+        if path.name.startswith(f".{start}") and stat.S_ISREG(path.lstat().st_mode):
+            path.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

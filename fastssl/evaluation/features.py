@@ -7,8 +7,8 @@ never stale: with other weights, another file or another view the name differs. 
 import hashlib
 import json
 import os
+import platform
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,16 +21,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.lib.format import open_memmap
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from fastssl.beton import read_header
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors
+from fastssl.common.files import (
+    LARGEST_TEXT,
+    abandoned_parts,
+    explain_write_errors,
+    make_folder,
+    open_regular,
+    part_of,
+    read_bytes,
+)
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Advance, Device, as_tensor
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader, SampleSelection
+from fastssl.loading.samples import Samples
+from fastssl.models.gaussian import GaussianHead
 from fastssl.models.ssl_model import Embedding, evaluating
 from fastssl.recipe import ViewsConfig
 from fastssl.views import PairedViews, describe_eval_transform, eval_transform
@@ -38,11 +50,25 @@ from fastssl.views import PairedViews, describe_eval_transform, eval_transform
 CACHE_VERSION = 2  # raise it when the same inputs give other numbers
 BATCH_SIZE = 256
 CHUNK_BYTES = 1 << 26  # of an array in a file read at a time, and of noise drawn at a time
-ABANDONED_AFTER = 86_400  # seconds after which an unfinished cache folder is the leftover of a killed process
+ABANDONED_AFTER = 86_400  # seconds after which an unfinished cache of another machine is a leftover
+ARRAYS = ("h", "label", "index", "mu", "sigma")  # of Features
 
 DType = Literal["float32", "float16"]
 # From a batch to the input of `embed`: (B, C, size, size), or (B, V, C, size, size) for V views of each image.
 MakeInput = Callable[[Batch], Tensor]
+
+
+class About(TypedDict):
+    """about.json of a cache."""
+
+    space: Literal["h", "z"] | None
+    crc32: dict[Literal["h", "label", "index", "mu", "sigma"], int]  # of the numbers in each array
+
+
+class Host(TypedDict):
+    """about.json of a cache that is being written."""
+
+    host: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +117,18 @@ def cached_features(
 
     title = f"Features of {data.path}" + (", two views" if augmented else "")
     depends_on = {"view": view, "dtype": dtype}
-    return load_or_compute_features(encoder, data, depends_on, title, compute, dtype, augmented=augmented)
+
+    def fits(features: Features) -> bool:
+        width = cast(int, encoder.model.encoder.num_features)
+        widths: dict[str, int | None] = {"h": width, "mu": None, "sigma": None}
+        if len(encoder.model.heads):
+            head = cast(GaussianHead, encoder.model.heads["h" if "h" in encoder.model.heads else "z"])
+            widths["mu"] = widths["sigma"] = head.mu.out_features
+        views = (2,) if augmented else ()
+        found = {name: None if x is None else x.shape[1:] for name, x in vars(features).items() if name in widths}
+        return found == {name: width and (*views, width) for name, width in widths.items()}
+
+    return load_or_compute_features(encoder, data, depends_on, title, compute, dtype, augmented=augmented, fits=fits)
 
 
 def load_or_compute_features(
@@ -103,6 +140,7 @@ def load_or_compute_features(
     dtype: DType = "float32",
     *,
     augmented: bool = False,
+    fits: Callable[[Features], bool] = lambda features: True,
 ) -> Features:
     """Return the cache of these inputs, or write it with what `compute` yields, in the order of the loader.
 
@@ -111,6 +149,7 @@ def load_or_compute_features(
             time) and the chosen images.
         compute: called with a loader of the images and the function that advances the progress bar by images.
         dtype: of the floats in the cache.
+        fits: whether a cache has the widths that this encoder gives; else it is written again.
     """
     path = read_header(data.path).path
     stat = path.stat()
@@ -124,12 +163,16 @@ def load_or_compute_features(
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
     folder = encoder.run_dir / "features" / f"{data.path.stem}-{key}"
     features = read_features(folder)
-    if features is None:
+
+    def is_sound(features: Features) -> bool:
+        return fits(features) and _are_of(data, features)
+
+    if features is None or not is_sound(features):
         loader = eval_loader(data, encoder.recipe.views, encoder.device, augmented=augmented)
         with progress(title, len(loader.rows), "images") as advance:
-            write_features(folder, compute(loader, advance), len(loader.rows), dtype)
+            write_features(folder, compute(loader, advance), len(loader.rows), dtype, is_sound)
         features = read_features(folder)
-        if features is None:
+        if features is None or not is_sound(features):
             raise UserError(f"{folder} is damaged although it was just written: check the disk.")
     return features
 
@@ -142,6 +185,14 @@ def compute_features(model: nn.Module, data: BetonSubset, views: ViewsConfig, *,
     """
     loader = eval_loader(data, views, next(model.parameters()).device, skip=skip)
     return concatenate(list(embed_batches(model, loader, eval_input(views))))
+
+
+def _are_of(data: BetonSubset, features: Features) -> bool:
+    """Whether the features have the ids and labels of these images, in their order."""
+    samples = Samples.read(read_header(data.path))
+    rows = SampleSelection(data.subset, data.limit).rows(samples)
+    pairs = (features.index, samples.index_N[rows]), (features.label, samples.label_N[rows])
+    return all(np.array_equal(cached, own) for cached, own in pairs)
 
 
 def concatenate(batches: list[Features]) -> Features:
@@ -229,19 +280,27 @@ def check_finite(batches: Iterable[Features], beton: Path, dtype: DType) -> Iter
         yield batch
 
 
-def write_features(folder: Path, batches: Iterable[Features], count: int, dtype: DType = "float32") -> None:
+def write_features(
+    folder: Path,
+    batches: Iterable[Features],
+    count: int,
+    dtype: DType = "float32",
+    fits: Callable[[Features], bool] = lambda features: True,
+) -> None:
     """Write `count` samples, batch by batch, to one .npy file per field of Features.
 
     The files are written to a temporary folder that is renamed at the end, so `folder` is complete or not there. Raises
     UserError if they cannot be written, and what iterating over the batches raises.
     """
+    temporary = part_of(folder)
     with explain_write_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Of processes that were killed a day or more ago.
-        for part in folder.parent.glob(".*.part"):
-            if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
-                shutil.rmtree(part, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        make_folder(folder.parent)
+        for part in abandoned_parts(folder.parent):
+            _remove_abandoned(part)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an ended process with our number
+        temporary.mkdir()
+        # Which machine the number in the folder's name belongs to.
+        (temporary / "about.json").write_text(json.dumps({"host": platform.node()}))
     try:
         maps: dict[str, np.memmap] = {}
         checksums: dict[str, int] = {}
@@ -264,7 +323,7 @@ def write_features(folder: Path, batches: Iterable[Features], count: int, dtype:
                 array.flush()
             (temporary / "about.json").write_text(json.dumps({"space": space, "crc32": checksums}))
             # Another process may have written the same cache in the meantime.
-            if read_features(folder) is None:
+            if (other := read_features(folder)) is None or not fits(other):
                 shutil.rmtree(folder, ignore_errors=True)  # a damaged one
                 temporary.rename(folder)
     finally:
@@ -279,25 +338,63 @@ def _new_map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
+def _remove_abandoned(part: Path) -> None:
+    """Remove the unfinished cache of a process that is gone, and nothing else."""
+    try:
+        host = TypeAdapter(Host).validate_json(read_bytes(part / "about.json", LARGEST_TEXT))["host"]
+        files = list(part.iterdir())
+        # Of a process on another machine it is not known whether it is gone, only when it wrote last.
+        is_gone = host == platform.node() or time.time() - max(x.stat().st_mtime for x in files) > ABANDONED_AFTER
+        is_ours = {file.name for file in files} <= {"about.json", *(f"{name}.npy" for name in ARRAYS)}
+        if is_gone and is_ours and not part.is_symlink():
+            shutil.rmtree(part)
+    except (OSError, ValidationError):  # of something else, or another process has removed it
+        pass
+
+
 def read_features(folder: Path) -> Features | None:
     """Read a cache folder as memory maps. None if it does not exist or is damaged. No code in it is run (no pickle)."""
     try:
-        about = json.loads((folder / "about.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in about["crc32"]}
-        if any(_crc32(x) != about["crc32"][name] for name, x in arrays.items()):
-            return None
+        about = TypeAdapter(About).validate_json(read_bytes(folder / "about.json", LARGEST_TEXT), strict=True)
+        arrays = {name: _read_map(folder / f"{name}.npy", crc) for name, crc in about["crc32"].items()}
         if about["space"] == "h":
             arrays["mu"] = arrays["h"]
-        return Features(**arrays, space=about["space"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # damaged in some way
+        features = Features(**arrays, space=about["space"])
+        _check_shapes(features)
+        return features
+    except Exception:  # damaged bytes raise errors of many types
         return None
 
 
-def _crc32(array: np.ndarray) -> int:
-    crc, rows = 0, max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+def _read_map(path: Path, crc: int) -> np.ndarray:
+    """Map an array into memory. Raises ValueError if it has another checksum, or a number that is not finite."""
+    open_regular(path).close()
+    array: np.ndarray = open_memmap(path, "r")
+    if array.dtype not in (np.float32, np.float16, np.int64):
+        raise ValueError(f"{array.dtype}")
+    found, rows = 0, max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
     for first in range(0, len(array), rows):
-        crc = zlib.crc32(np.ascontiguousarray(array[first : first + rows]).data, crc)
-    return crc
+        chunk = np.ascontiguousarray(array[first : first + rows])
+        found = zlib.crc32(chunk.data, found)
+        if not np.isfinite(chunk).all():
+            raise ValueError("not finite")
+    if found != crc:
+        raise ValueError("checksum")
+    return array
+
+
+def _check_shapes(features: Features) -> None:
+    """Raise ValueError unless the arrays have the types and shapes of Features, with a row per image each."""
+    h, rows = features.h, features.label.shape
+    stochastic = [x for x in (features.mu, features.sigma) if x is not None]
+    if h.ndim not in (2, 3) or any(x.shape[:-1] != h.shape[:-1] or x.dtype != h.dtype for x in stochastic):
+        raise ValueError("shapes of h, mu and sigma")
+    if rows != h.shape[:1] or features.index.shape != rows:
+        raise ValueError("rows of h, label and index")
+    if (h.dtype == np.int64) or features.label.dtype != np.int64 or features.index.dtype != np.int64:
+        raise ValueError("types")
+    if len(stochastic) != (0 if features.space is None else 2):
+        raise ValueError("mu and sigma")
 
 
 def mean_of_draws(features: Features, draws: int, seed: int, *, normalize: bool, device: Device = "cpu") -> np.ndarray:

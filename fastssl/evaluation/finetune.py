@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from fastssl.beton import read_index_list, read_metadata
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import explain_write_errors, make_folder, write_atomically
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
 from fastssl.evaluation.metrics import classification_metrics
-from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification, without_paths
+from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute, save_classification, without_paths
 from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder
 from fastssl.evaluation.splits import stratified_share
 from fastssl.loading import SampleSelection
@@ -141,7 +141,7 @@ def finetune(
         (folder / "checkpoints" / "previous.pt").unlink(missing_ok=True)
         return {"folder": folder.name, **save_classification(encoder.run_dir, name, result, data.val.path)}
 
-    return load_or_compute(encoder.run_dir, name, request, compute)
+    return load_or_compute(encoder.run_dir, name, request, compute, RESULT)
 
 
 def finetune_recipe(
@@ -194,6 +194,8 @@ def write_start_weights(encoder: RunEncoder, folder: Path) -> Path:
     }
     header = {"recipe": encoder.recipe.model_dump_json()}  # for an error about another views.size
     with explain_write_errors(path):
+        make_folder(folder.parent)
+        make_folder(folder)
         write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=header))
     return path
 
@@ -228,5 +230,6 @@ def write_sample_list(run_dir: Path, name: str, index_N: np.ndarray, title: str)
     """Write RUN/eval/NAME.txt: one sample id per line, in the format of data.subset."""
     path = run_dir / "eval" / f"{name}.txt"
     with explain_write_errors(path):
+        make_folder(path.parent)
         write_atomically(path, "\n".join([f"# {title}", *map(str, index_N.tolist())]) + "\n")
     return path

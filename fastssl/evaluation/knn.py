@@ -22,7 +22,7 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Advance, Array, Device, as_labels, as_tensor
 from fastssl.evaluation.features import DType, cached_features, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval
-from fastssl.evaluation.results import EvaluationResult, load_or_compute
+from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
 KS, TEMPERATURES = (20, 200), (0.07, 0.1)
@@ -78,7 +78,7 @@ def evaluate_knn(
         **description,
     }
     name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + data.suffix
-    return load_or_compute(encoder.run_dir, name, request, compute)
+    return load_or_compute(encoder.run_dir, name, request, compute, RESULT)
 
 
 def knn_accuracy(

@@ -5,17 +5,28 @@ import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Annotated, Any, NotRequired, TypeVar, cast
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from fastssl.beton import read_header
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import (
+    LARGEST_TEXT,
+    explain_write_errors,
+    make_folder,
+    read_bytes,
+    remove_abandoned_files,
+    write_atomically,
+)
+from fastssl.common.schema import Finite
 from fastssl.evaluation.metrics import ClassificationResult
 from fastssl.evaluation.plots import draw_confusion
 
 PATH_KEYS = ("run", "weights", "path", "subset", "list")  # fields that hold the path of a file: they change nothing
 MAX_CLASSES_DRAWN = 50  # in the plot of a confusion matrix: more cannot be read
+Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]  # 95 % [low, high]
 
 
 class DataDescription(TypedDict):
@@ -42,6 +53,13 @@ class EncoderDescription(TypedDict):
     view: dict[str, Any]  # the evaluation transform
 
 
+class Spread(TypedDict):
+    mean: Finite
+    std: Finite
+    min: Finite
+    max: Finite
+
+
 class EvaluationResult(EncoderDescription):
     """One RUN/eval/NAME.json. The evaluations add fields of their own."""
 
@@ -54,24 +72,32 @@ class EvaluationResult(EncoderDescription):
     val: DataDescription  # tested on
     layout: NotRequired[str]  # "full" where both files are, else "canvas"
     # What was measured.
-    metrics: dict[str, float]  # shares from 0 to 1 unless tables.UNITS names another unit
-    intervals: dict[str, list[float]]  # 95 % [low, high] of metrics, bootstrap over the test images
+    metrics: dict[str, Finite]  # shares from 0 to 1 unless tables.UNITS names another unit
+    intervals: NotRequired[dict[str, Interval]]  # of metrics, bootstrap over the test images
     confusion: NotRequired[str]  # file with the (K, K) confusion matrix
     confusion_classes: NotRequired[list[int]]  # its K labels
     hyperparameters: NotRequired[dict[str, int]]  # of a linear classifier, as they follow from the data
     chosen: NotRequired[dict[str, float]]  # the candidate with the best accuracy on held-out training images
     candidates: NotRequired[list[dict[str, float]]]  # each with its held-out accuracy and nll
     folder: NotRequired[str]  # of a fine-tuning run, in RUN/eval/
-    uncertainty: NotRequired[dict[str, float]]  # mean, std, min and max over the test images
+    uncertainty: NotRequired[Spread]  # of the uncertainty over the test images
     saturated: NotRequired[list[str]]  # metrics that are lower limits
     failed: NotRequired[list[str]]  # self-checks
     fastssl: str  # version
     measured_at: str  # ISO 8601
 
 
+RESULT = TypeAdapter(EvaluationResult)
+Result = TypeVar("Result", bound=EvaluationResult)
+
+
 def load_or_compute(
-    run_dir: Path, name: str, request: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
-) -> EvaluationResult:
+    run_dir: Path,
+    name: str,
+    request: Mapping[str, Any],
+    compute: Callable[[], Mapping[str, Any]],
+    schema: TypeAdapter[Result],
+) -> Result:
     """Return RUN/eval/NAME.json if it answers this request; else call `compute`, and write what it returns there.
 
     Args:
@@ -80,20 +106,26 @@ def load_or_compute(
         request: all that the metrics depend on. A file answers it if all fields but those in PATH_KEYS are equal, so a
             run or data that moved are not measured again.
         compute: returns the other fields of the result.
+        schema: of the result. A file with other fields is measured again.
     """
     request = {**request, "fastssl": importlib.metadata.version("fastssl-trainer")}
     fields: dict[str, Any] = json.loads(json.dumps(request))  # tuples become lists, as in the file
     path = run_dir / "eval" / f"{name}.json"
     cached = read_json_object(path)
     if cached and without_paths({key: cached.get(key) for key in fields}) == without_paths(fields):
-        return cast(EvaluationResult, cached | fields)
+        try:
+            schema.validate_python(cached | fields, strict=True)
+            return cast(Result, cached | fields)
+        except ValidationError:  # another version, or edited
+            pass
     with explain_write_errors(path):  # before the work: a folder that cannot be written to is refused at once
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
+        remove_abandoned_files(path.parent, f"{name}.")
     result = {**fields, **compute(), "measured_at": datetime.now().astimezone().isoformat(timespec="seconds")}
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     with explain_write_errors(path):
         write_atomically(path, text)
-    return cast(EvaluationResult, json.loads(text))
+    return cast(Result, json.loads(text))
 
 
 def save_classification(run_dir: Path, name: str, result: ClassificationResult, test: Path) -> dict[str, Any]:
@@ -124,7 +156,6 @@ def without_paths(value: object) -> object:
 def read_json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file does not exist, is damaged or holds something else."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        return TypeAdapter(dict[str, Any]).validate_json(read_bytes(path, LARGEST_TEXT))
+    except (OSError, ValidationError):
         return None
-    return value if isinstance(value, dict) else None

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastssl.beton import beton_file, data_checksum, read_header, read_index_list
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import explain_write_errors, make_folder, write_atomically
 from fastssl.common.terminal import console, print_line
 from fastssl.evaluation.results import DataDescription, EncoderDescription
 from fastssl.loading import SampleSelection, require_channels, require_labels
@@ -136,7 +136,7 @@ def make_results_dir(folder: Path, recipe: Recipe, fix: str) -> None:
         raise UserError(f"{folder}, where the results would go, is a run of fastssl train: {fix}.")
     if not file.exists():
         with explain_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_atomically(file, recipe.to_yaml())
         return
     old = load_recipe(file)

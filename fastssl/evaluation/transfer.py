@@ -12,7 +12,7 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
-from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
+from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import BetonSubset, EvaluationData, RunEncoder, check_labels
 from fastssl.evaluation.splits import stratified_holdout
 
@@ -110,4 +110,4 @@ def evaluate_transfer(
         return save_classification(encoder.run_dir, name, result, target.test) | choice
 
     request |= {"protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}
-    return load_or_compute(encoder.run_dir, name, request, compute)
+    return load_or_compute(encoder.run_dir, name, request, compute, RESULT)

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from fastssl.common.geometry import CENTER
-from fastssl.export.source import Source
+from fastssl.export.source import Environment, Source
 from fastssl.models.classifier import Classifier
 from fastssl.models.encoder import has_fixed_size
 from fastssl.models.exported import short_path, without_folders
@@ -43,8 +43,8 @@ def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard
         area = f"the central square of {CENTER} of the shorter side"
     epochs = "unknown number" if source.epochs_done is None else source.epochs_done
     rate, batch_size = recipe.optim.lr, recipe.train.batch_size
-    packages = source.environment.get("packages")
-    packages = packages if isinstance(packages, dict) else {}
+    environment = source.environment or Environment()
+    packages = environment.packages
     known_limits = "\n".join(f"- {limit}" for limit in limits(source, format, sigma))
     return ModelCard(f"""\
 ---
@@ -88,7 +88,7 @@ A {recipe.model.backbone} image encoder that was trained {"with" if supervised e
 |---|---|
 | images | {UNKNOWN if source.train_images is None else f"{source.train_images:,}"} |
 | epochs | {epochs} of {recipe.train.epochs} |
-| steps | {UNKNOWN if source.step is None else f"{source.step:,}"} |
+| steps | {source.step:,} |
 | batch size | {batch_size} |
 | peak learning rate | {rate * batch_size / 256:.4g} ({rate:g} at batch size 256) |
 
@@ -108,8 +108,8 @@ The recipe, with shortened paths:
 | fastssl | {escape(packages.get("fastssl-trainer") or UNKNOWN)} |
 | torch | {escape(packages.get("torch") or UNKNOWN)} |
 | timm | {escape(packages.get("timm") or UNKNOWN)} |
-| git state | {escape(source.environment.get("git") or UNKNOWN)} |
-| device | {escape(source.environment.get("device") or UNKNOWN)} |
+| git state | {escape(environment.git or UNKNOWN)} |
+| device | {escape(environment.device or UNKNOWN)} |
 | checkpoint | {escape(source.checkpoint.name)} |
 | sha256 of the checkpoint | {source.checkpoint_sha256} |
 
@@ -236,8 +236,8 @@ def limits(source: Source, format: str, sigma: bool) -> Iterator[str]:
     if source.epochs_done is None:
         yield "The checkpoint does not tell how many epochs were trained."
     elif source.epochs_done < epochs:
-        steps = "" if source.step is None else f", at step {source.step:,}"
-        yield f"Exported from an unfinished run: {source.epochs_done} of {epochs} epochs were done{steps}."
+        done = f"{source.epochs_done} of {epochs} epochs were done, at step {source.step:,}"
+        yield f"Exported from an unfinished run: {done}."
     if not source.results:
         yield "No accuracy was measured on these weights" + (" except by the probe." if source.probe else ".")
     for file in source.stale:
@@ -246,7 +246,7 @@ def limits(source: Source, format: str, sigma: bool) -> Iterator[str]:
         yield f"`{escape(file)}` could not be read and is left out."
     if source.run_dir is None:
         yield "Made from a checkpoint file outside a run directory: environment and results are not known."
-    elif not source.environment:
+    elif source.environment is None:
         yield "The run directory holds no environment.json: the versions that trained it are not known."
     if "h" in source.spaces and not sigma and format != "onnx":
         yield (

@@ -9,7 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import (
+    UnsafeFile,
+    make_folder,
+    read_bytes,
+    remove_abandoned_files,
+    write_atomically,
+    write_error,
+)
 from fastssl.export.card import CARD, loading_code, model_card
 from fastssl.export.onnx_file import require_onnx, write_onnx
 from fastssl.export.source import read_run
@@ -58,8 +65,10 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
     if path.suffix != SUFFIX[format]:  # timm and load_encoder look at it
         raise UserError(f"--out {path}: the name of a {format} file ends in {SUFFIX[format]}.")
     card = path.with_name(CARD)
+    text = str(model_card(source, path.name, format, sigma)).encode("utf-8", "replace")
     for file in (path, card):
-        if file.exists():
+        # An export that was killed before it wrote the file has left a card, which is the same.
+        if file.exists() and not (file == card and _has_content(card, text)):
             raise UserError(f"{file} exists already and is not overwritten: move it, or name another file with --out.")
     difference = None
 
@@ -74,10 +83,16 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
         else:
             write_exported(part, source.model, source.recipe, header, whole=sigma)
 
-    text = str(model_card(source, path.name, format, sigma))
     try:
-        write_atomically(card, text.encode("utf-8", "replace"))
+        if out is None:
+            make_folder(folder.parent)
+            make_folder(folder)
+        for file in (path, card):
+            remove_abandoned_files(file.parent, file.name)
+        write_atomically(card, text)
         write_atomically(path, write)
+    except UnsafeFile as error:
+        raise write_error(path, error) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}): name another file with --out.") from None
     finally:
@@ -85,3 +100,10 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
         if card.exists() and not path.exists():
             card.unlink()
     return Exported(path, card, loading_code(source, str(path), format, sigma), difference)
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    try:
+        return read_bytes(path, len(content)) == content
+    except OSError:
+        return False

@@ -3,17 +3,49 @@
 import importlib.metadata
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.results import read_json_object
+from fastssl.common.files import LARGEST_TEXT, read_bytes, read_lines
+from fastssl.common.schema import Count, Finite, Text
 from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model
 from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, run_dir_of
 from fastssl.recipe import Recipe
 from fastssl.training.tracking import parse_metrics
 from fastssl.views import describe_eval_transform
+
+
+class MeasuredImages(BaseModel):
+    path: Text | None = None
+    images: Count | None = None
+
+
+class MeasuredResult(BaseModel):
+    """One file in RUN/eval/, as far as a card shows it."""
+
+    evaluation: Text | None = None
+    encoder_sha256: Text | None = None
+    weights: Text | None = None
+    metrics: dict[Text, Finite]
+    train: MeasuredImages = MeasuredImages()
+    val: MeasuredImages = MeasuredImages()
+
+
+class Environment(BaseModel):
+    """environment.json, as far as a card shows it."""
+
+    packages: dict[Text, Text | None] = {}
+    git: Text | None = None
+    device: Text | None = None
+
+
+File = TypeVar("File", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -34,10 +66,10 @@ class Source:
     recipe: Recipe
     checkpoint: Path
     checkpoint_sha256: str
-    step: int | None  # optimizer steps done; None: the checkpoint does not tell
+    step: int  # optimizer steps done
     epochs_done: int | None  # None: the checkpoint does not tell
     run_dir: Path | None  # None: the checkpoint is not in a run directory, and nothing below is known
-    environment: dict[str, object] = field(default_factory=dict)  # environment.json
+    environment: Environment | None = None  # environment.json
     results: list[EvaluationSummary] = field(default_factory=list)
     probe: dict[str, float] | None = None  # metrics of the last probe up to the exported step, and its `step`
     train_images: int | None = None  # number of training images
@@ -74,9 +106,7 @@ def read_run(run: str | Path) -> Source:
     model = model_from_checkpoint(checkpoint).requires_grad_(False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
-    loader = saved.get("loader")
-    epochs_done = _count(loader.get("epoch")) if isinstance(loader, dict) else None
-    step = _count(saved["step"])
+    step, epochs_done = saved["step"], saved["loader"]["epoch"] if "loader" in saved else None
     run_dir = run_dir_of(path)
     source = Source(model, checkpoint.recipe, path, checkpoint.sha256, step, epochs_done, run_dir)
     if run_dir is None:
@@ -84,55 +114,42 @@ def read_run(run: str | Path) -> Source:
 
     environment = run_dir / "environment.json"
     if environment.is_file():
-        source.environment = read_json_object(environment) or {}
-        if not source.environment:
+        source.environment = _read(environment, Environment)
+        if source.environment is None:
             source.damaged.append(environment.name)
     sha256 = weights_sha256(model)
     for file in sorted((run_dir / "eval").glob("*.json")):
-        result = read_json_object(file)
+        result = _read(file, MeasuredResult)
         if result is None:
             source.damaged.append(f"eval/{file.name}")
-        elif result.get("encoder_sha256", sha256) != sha256 and result.get("weights") != "untrained":
+        elif result.weights == "untrained":
+            continue
+        elif result.encoder_sha256 not in (None, sha256):
             source.stale.append(f"eval/{file.name}")
-        elif result.get("weights") != "untrained":
-            val = result.get("val")
-            val = val if isinstance(val, dict) else {}
-            data = val.get("path")
-            source.results.append(
-                EvaluationSummary(
-                    name=str(result.get("evaluation", file.stem)),
-                    metrics=_numbers(result.get("metrics")),
-                    images=_count(val.get("images")),
-                    data=data if isinstance(data, str) else None,
-                )
-            )
-            train = result.get("train")
-            if isinstance(train, dict) and train.get("path") == source.recipe.data.train:
-                source.train_images = _count(train.get("images"))
+        else:
+            name = result.evaluation or file.stem
+            source.results.append(EvaluationSummary(name, result.metrics, result.val.images, result.val.path))
+            if result.train.path == source.recipe.data.train:
+                source.train_images = result.train.images
     source.probe = last_probe(run_dir / "metrics.jsonl", step)
     return source
 
 
-def last_probe(path: Path, last_step: int | None) -> dict[str, float] | None:
+def last_probe(path: Path, last_step: int) -> dict[str, float] | None:
     """The last line of metrics.jsonl that holds a probe, up to `last_step`; invalid lines are skipped."""
-    if not path.is_file():
-        return None
     last = None
-    for entry in parse_metrics(path.read_text(errors="replace").splitlines()):
-        metrics = _numbers(entry)
-        is_probe = "loss" not in entry and metrics.keys() - {"step", "epoch"}
-        if is_probe and (last_step is None or metrics["step"] <= last_step):
-            last = metrics
+    with suppress(OSError):  # no such file, or none that is read
+        for entry in parse_metrics(read_lines(path)):
+            metrics = {name: value for name, value in entry.items() if value is not None}
+            is_probe = "loss" not in entry and metrics.keys() - {"step", "epoch"}
+            if is_probe and metrics["step"] <= last_step:
+                last = metrics
     return last
 
 
-def _count(value: object) -> int | None:
-    """The value if it is a count. Files from other people may hold anything under any key."""
-    return value if type(value) is int and value >= 0 else None
-
-
-def _numbers(values: object) -> dict[str, float]:
-    """The numbers in an object; integers only if they can be formatted as a float."""
-    if not isinstance(values, dict):
-        return {}
-    return {key: x for key, x in values.items() if type(x) is float or (type(x) is int and abs(x) < 2**63)}
+def _read(path: Path, kind: type[File]) -> File | None:
+    """Read a file of a run directory; None if it is damaged. Other people's files may hold anything under any key."""
+    try:
+        return kind.model_validate_json(read_bytes(path, LARGEST_TEXT))
+    except (OSError, ValidationError):
+        return None

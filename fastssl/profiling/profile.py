@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StrictBool, ValidationError, model_validator
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import LARGEST_TEXT, explain_write_errors, read_bytes, write_atomically
 from fastssl.common.terminal import printable
 
 
@@ -231,7 +231,7 @@ def write_profile(path: Path, profile: Profile) -> None:
 def read_profile(path: Path) -> Profile:
     """Read profile.json. Raises UserError with one sentence for any other or damaged file."""
     try:
-        text = path.read_bytes()
+        text = read_bytes(path, LARGEST_TEXT)
     except FileNotFoundError:
         raise UserError(f"No profile at {path}: `fastssl profile RECIPE --json {path}` makes one.") from None
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
-from fastssl.common.files import UnsafeFile, open_regular, read_text, try_lock, write_error
+from fastssl.common.files import UnsafeFile, open_regular, read_lines, try_lock, write_error
 from fastssl.loading import SampleSelection
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.sweep.grid import SweepRun
@@ -111,7 +111,7 @@ def read_progress(run: SweepRun) -> RunProgress:
 def last_knn(run: SweepRun) -> float | None:
     """Accuracy of the last kNN probe, from 0 to 1, however long ago it was; None if there was no probe."""
     path = run.dir / "metrics.jsonl"
-    lines = read_text(path, errors="replace").splitlines() if path.exists() else []
+    lines = read_lines(path) if path.exists() else ()
     probes = [entry["knn"] for entry in parse_metrics(line for line in lines if '"knn"' in line) if "knn" in entry]
     return probes[-1] if probes else None
 

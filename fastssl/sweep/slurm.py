@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter, ValidationError
+
 from fastssl.common.errors import UserError
-from fastssl.common.files import write_atomically
+from fastssl.common.files import LARGEST_TEXT, read_bytes, write_atomically
 from fastssl.common.terminal import console
 from fastssl.sweep.grid import JOBS_FOLDER, Sweep, SweepRun
 from fastssl.sweep.local import GRACE, run_tasks
@@ -89,7 +91,7 @@ def submit_to_slurm(
     tasks = make_tasks(runs)
     folder = (sweep.folder / JOBS_FOLDER).absolute()
     jobs_file = folder / "jobs.json"
-    last_ids: dict[str, str] = json.loads(jobs_file.read_text()) if jobs_file.exists() else {}
+    last_ids = read_jobs(jobs_file)
     in_queue = ids_in_queue()
     waiting = [task.run for task in tasks if task.state == "waiting"]
     queued = {run.name: last_ids[run.name] for run in waiting if last_ids.get(run.name) in in_queue}
@@ -126,6 +128,18 @@ def submit_to_slurm(
     if finished < len(runs):
         print(f"The jobs' logs are in {sweep.folder / JOBS_FOLDER}. The same command shows the progress.")
     return 0
+
+
+def read_jobs(path: Path) -> dict[str, str]:
+    """The job of each run, by the name of the run, as the last submission wrote them."""
+    if not path.exists():
+        return {}
+    try:
+        return TypeAdapter(dict[str, str]).validate_json(read_bytes(path, LARGEST_TEXT))
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{path} cannot be read, so it is not known which runs are in SLURM's queue: remove it when none is."
+        ) from None
 
 
 def submit_array(folder: Path, jobs: list[SlurmJob], **parameters: object) -> list[str]:

@@ -8,20 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from fastssl.common.environment import describe_environment
 from fastssl.common.errors import UserError
 from fastssl.common.files import (
+    LARGEST_TEXT,
     UnsafeFile,
     explain_write_errors,
     machine_fix,
     make_folder,
     open_regular,
+    read_bytes,
     read_text,
     remove_abandoned_files,
     try_lock,
@@ -167,10 +170,11 @@ def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int)
 
 def _earlier_starts(path: Path) -> list[dict[str, object]]:
     try:
-        last = json.loads(read_text(path))
-        return [*last.pop("earlier", []), last]
-    except (OSError, ValueError, AttributeError):  # no such file, or not one of ours
+        last = TypeAdapter(dict[str, Any]).validate_json(read_bytes(path, LARGEST_TEXT))
+        earlier = TypeAdapter(list[dict[str, Any]]).validate_python(last.pop("earlier", []))
+    except (OSError, ValidationError):  # no such file, or not one of ours
         return []
+    return [*earlier, last]
 
 
 def save_views(run_dir: Path, views: tuple[Tensor, ...], config: ViewsConfig) -> None:

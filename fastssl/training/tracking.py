@@ -4,13 +4,22 @@ import importlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+from pydantic import TypeAdapter, ValidationError
+
 from fastssl.common.errors import UserError
-from fastssl.common.files import make_folder, open_regular, read_text, write_atomically
+from fastssl.common.files import make_folder, open_regular, read_lines, read_text, write_atomically
+from fastssl.common.schema import Count
 from fastssl.recipe import Recipe
+
+OBJECT, COUNT = TypeAdapter(dict[str, Any]), TypeAdapter(Count)
+WANDB_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
+LARGEST = 1e300  # of a number in a line: a sum of some is still finite
 
 
 class MetricsFile:
@@ -23,9 +32,14 @@ class MetricsFile:
         """resumed_at, epochs_probed: of the checkpoint. Lines after it are removed, because they will come again."""
         self.path = path
         self.warn = warn
-        lines = read_text(path, errors="replace").splitlines() if path.exists() else []
-        earlier = [line + "\n" for line in lines if _is_earlier(line, resumed_at, epochs_probed)]
-        write_atomically(path, "".join(earlier))
+
+        def write_earlier(part: Path) -> None:
+            with open(part, "w", encoding="utf-8") as file:
+                for line in read_lines(path) if path.exists() else ():
+                    if _is_earlier(line, resumed_at, epochs_probed):
+                        file.write(line + "\n")
+
+        write_atomically(path, write_earlier)
         # Unbuffered, so that it is known how much of a failed write has reached the file.
         self._file = open_regular(path, "ab", buffering=0)
         self._waiting: list[bytes] = []
@@ -58,14 +72,18 @@ class MetricsFile:
 
 
 def parse_metrics(lines: Iterable[str]) -> Iterator[dict[str, float | None]]:
-    """Yield the numbers and nulls of each line of a metrics.jsonl. Incomplete and other lines are skipped."""
+    """Yield the finite numbers and nulls of each line of a metrics.jsonl. Incomplete and other lines are skipped."""
     for line in lines:
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = OBJECT.validate_json(line)
+            step = COUNT.validate_python(entry.get("step"))
+        except ValidationError:
             continue
-        if isinstance(entry, dict) and type(entry.get("step")) is int:
-            yield {name: value for name, value in entry.items() if type(value) in (int, float, type(None))}
+        yield {name: value for name, value in entry.items() if value is None or _is_number(value)} | {"step": step}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]  # false for NaN
 
 
 def _is_earlier(line: str, resumed_at: int, epochs_probed: int) -> bool:
@@ -108,11 +126,14 @@ class WeightsAndBiases:
         make_folder(run_dir / "wandb")
         if not (resumed_at and id_file.exists()):
             write_atomically(id_file, uuid4().hex[:12])
+        run_id = read_text(id_file, errors="replace").strip()
+        if not WANDB_ID.fullmatch(run_id):
+            raise UserError(f"{id_file} holds no id of a W&B run: remove it, and the run gets a new one.")
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fastssl"),
                 name=recipe.name,
-                id=read_text(id_file),
+                id=run_id,
                 resume="allow",
                 dir=str(run_dir),
                 config=recipe.model_dump(mode="json"),

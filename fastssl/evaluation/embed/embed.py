@@ -18,7 +18,7 @@ from fastssl.beton.images import Encoded, encode_all
 from fastssl.beton.pool import CHUNK, Pool, in_chunks, worker_pool
 from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import explain_write_errors, remove_abandoned_files, write_atomically
 from fastssl.common.system import resolve_workers
 from fastssl.common.terminal import console, print_line, printable, progress
 from fastssl.evaluation.embed.images import BadImage, ImageFiles, list_images
@@ -132,6 +132,8 @@ def embed_images(
     if scorer is not None:
         scorer.fit()
     with explain_write_errors(out):
+        if out.parent.is_dir():
+            remove_abandoned_files(out.parent, out.name)
         write_atomically(out, lambda part: write(part, rows))
         _list_bad_images(report)
     return report

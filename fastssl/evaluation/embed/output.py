@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -48,35 +49,31 @@ def find_writer(out: Path) -> Writer:
 def write_npz(path: Path, batches: Iterable[Rows]) -> None:
     """Write the arrays `name` (N,) and those of the columns, as np.savez would; np.load reads them without pickle.
 
-    The bytes of each column wait in a temporary file next to `path`, as the number of rows comes first in an array.
+    The bytes of each column wait in a file without a name, as the number of rows comes first in an array.
     """
     names: list[str] = []
     shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}  # of a row
-    with tempfile.TemporaryDirectory(prefix=path.name, dir=path.parent) as folder:
+    with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
-        try:
-            for batch in batches:
-                names += batch.names
-                for name, x in batch.columns.items():
-                    if name not in files:
-                        files[name] = open(Path(folder) / name, "w+b")
-                        shapes[name] = x.dtype, x.shape[1:]
-                    files[name].write(np.ascontiguousarray(x).data)
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-                text = np.dtype(("U", max(1, max(map(len, names)))))
-                with archive.open("name.npy", "w", force_zip64=True) as entry:
-                    _write_header(entry, text, (len(names),))
-                    for first in range(0, len(names), NAMES_AT_A_TIME):
-                        entry.write(np.array(names[first : first + NAMES_AT_A_TIME], text).tobytes())
-                for name, file in files.items():
-                    dtype, shape = shapes[name]
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                        _write_header(entry, dtype, (len(names), *shape))
-                        file.seek(0)
-                        shutil.copyfileobj(file, entry, 1 << 20)
-        finally:
-            for file in files.values():
-                file.close()
+        for batch in batches:
+            names += batch.names
+            for name, x in batch.columns.items():
+                if name not in files:
+                    files[name] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+                    shapes[name] = x.dtype, x.shape[1:]
+                files[name].write(np.ascontiguousarray(x).data)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            text = np.dtype(("U", max(1, max(map(len, names)))))
+            with archive.open("name.npy", "w", force_zip64=True) as entry:
+                _write_header(entry, text, (len(names),))
+                for first in range(0, len(names), NAMES_AT_A_TIME):
+                    entry.write(np.array(names[first : first + NAMES_AT_A_TIME], text).tobytes())
+            for name, file in files.items():
+                dtype, shape = shapes[name]
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    _write_header(entry, dtype, (len(names), *shape))
+                    file.seek(0)
+                    shutil.copyfileobj(file, entry, 1 << 20)
 
 
 def _write_header(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.linear.reference import SCHEDULES, ScheduleName, fit_reference
 from fastssl.evaluation.linear.sweep import fit_sweep
 from fastssl.evaluation.metrics import ClassificationResult, classification_metrics
-from fastssl.evaluation.results import EvaluationResult, load_or_compute, save_classification
+from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute, save_classification
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
 Protocol = Literal["sweep", "reference", "lbfgs"]
@@ -52,7 +52,7 @@ def evaluate_linear(
         "evaluation": evaluation, "protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed,
         **encoder.describe(), **data.describe(),
     }  # fmt: skip
-    return load_or_compute(encoder.run_dir, name, request, compute)
+    return load_or_compute(encoder.run_dir, name, request, compute, RESULT)
 
 
 def linear_settings(

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import NOISE_EVALUATION, normals
+from fastssl.common.schema import Finite
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Device
 from fastssl.evaluation.features import (
@@ -93,14 +96,44 @@ class SelfCheck(TypedDict):
     passed: bool | None  # None if a saturated estimate makes the check meaningless
 
 
+class SavedEstimate(TypedDict):
+    """The fields of Estimate."""
+
+    nats: Finite
+    error: Finite
+    ceiling: Finite
+    saturated: bool
+    unseen: Finite
+
+
+class SavedPair(TypedDict):
+    """The fields of PairEstimates."""
+
+    js: SavedEstimate
+    mine: SavedEstimate
+
+
+class SavedBounds(TypedDict):
+    """The fields of PosteriorBounds, and the rate in nats."""
+
+    lower: Finite
+    upper: Finite
+    ceiling: Finite
+    saturated: bool
+    rate: Finite
+
+
 class MIResult(EvaluationResult):
     """RUN/eval/mi.json. Quantities are such as "I(V;H)"."""
 
     infinite: list[str]  # quantities that are infinite in theory
-    quantities: dict[str, dict[str, dict[str, Any]]]  # quantity -> js, mine, shuffled, added -> fields of Estimate
-    bounds: dict[str, dict[str, Any]]  # of stochastic embeddings: fields of PosteriorBounds, and the rate in nats
+    quantities: dict[str, SavedPair]
+    bounds: dict[str, SavedBounds]  # of stochastic embeddings
     checks: list[SelfCheck]
     plot: str  # file name of the learning curves
+
+
+MI_RESULT = TypeAdapter(MIResult)
 
 
 def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0) -> MIResult:
@@ -165,7 +198,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
         **encoder.describe(),
         "val": about,
     }
-    return cast(MIResult, load_or_compute(encoder.run_dir, name, request, compute))
+    return load_or_compute(encoder.run_dir, name, request, compute, MI_RESULT)
 
 
 def compute_representations(encoder: RunEncoder, images: BetonSubset, seed: int) -> Representations:

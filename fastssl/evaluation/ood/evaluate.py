@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, TypeAdapter
 from torch import Tensor
 
 from fastssl.common.files import explain_write_errors, write_atomically
@@ -66,6 +67,18 @@ class OODResult(EvaluationResult):
     scores: str  # name of the file with the scores of all images
 
 
+def _check_sets(result: OODResult) -> OODResult:
+    """Raise ValueError unless each detector has a result for each set, and for each group of sets."""
+    for name, row in result["detectors"].items():
+        groups = {group for group in ("near", "far") if result[group]}
+        if row["sets"].keys() != result["near"].keys() | result["far"].keys() or not groups <= row.keys():
+            raise ValueError(f"{name} lacks results of a set")
+    return result
+
+
+OOD_RESULT: TypeAdapter[OODResult] = TypeAdapter(Annotated[OODResult, AfterValidator(_check_sets)])
+
+
 def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODResult:
     """Evaluate all detectors, and write RUN/eval/ood-NAME.json with the scores of all images and three plots.
 
@@ -119,7 +132,7 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
         **encoder.describe(),
         **sets.describe(),
     }
-    return cast(OODResult, load_or_compute(encoder.run_dir, name, request, compute))
+    return load_or_compute(encoder.run_dir, name, request, compute, OOD_RESULT)
 
 
 def unsupported_detectors(model: Model | EncoderOnly, label_N: np.ndarray) -> dict[str, str]:

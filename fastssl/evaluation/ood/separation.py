@@ -1,17 +1,21 @@
 """Metrics of how well scores separate data sets, with bootstrap intervals. Only the order of the scores counts."""
 
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired
 
 import numba
 import numpy as np
+from pydantic import AfterValidator
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from typing_extensions import TypedDict
 
+from fastssl.common.schema import Finite
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Array, as_numpy
 from fastssl.evaluation.metrics import LEVEL, RESAMPLES
 from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.evaluation.results import Interval
 
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_ood_positive", "fpr95_id_positive")
 TPR = 0.95
@@ -19,17 +23,24 @@ MIN_INVERTED = 30  # images per set: with fewer, resamples vary too little to ca
 SUMMARIZED = ("auroc", "fpr95_id_positive")  # metrics, of the means over near and over far sets, in tables of runs
 
 
+def _check_metrics(values: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError unless every metric is there. For files from elsewhere."""
+    if missing := set(METRICS) - values.keys():
+        raise ValueError(f"lacks {', '.join(sorted(missing))}")
+    return values
+
+
 class SeparationResult(TypedDict):
     """How well a detector separates one OOD set from the ID images, or the mean over several sets."""
 
-    metrics: dict[str, float]  # of METRICS
-    intervals: dict[str, list[float]]  # 95 % [low, high]
+    metrics: Annotated[dict[str, Finite], AfterValidator(_check_metrics)]  # of METRICS
+    intervals: Annotated[dict[str, Interval], AfterValidator(_check_metrics)]
     inverted: bool  # the interval of AUROC is below 0.5: the opposite direction of the score would have been right
 
 
 class DetectorResult(TypedDict):
     labels: bool  # whether the detector uses labels
-    norm_correlation: float  # Spearman's, of the score with the length of h, over ID images
+    norm_correlation: Finite  # Spearman's, of the score with the length of h, over ID images
     sets: dict[str, SeparationResult]
     near: NotRequired[SeparationResult]  # mean over the near sets
     far: NotRequired[SeparationResult]

@@ -13,7 +13,7 @@ from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_f
 from fastssl.evaluation.linear import lbfgs
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
 from fastssl.evaluation.metrics import Interval, Rows, bootstrap_intervals, classification_metrics
-from fastssl.evaluation.results import EvaluationResult, load_or_compute
+from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import EvaluationData, RunEncoder
 from fastssl.evaluation.splits import HOLDOUT_SHARE, holdout_split
 from fastssl.evaluation.uncertainty import measures
@@ -123,7 +123,7 @@ def evaluate_uncertainty(
         **encoder.describe(),
         **about,
     }
-    return load_or_compute(encoder.run_dir, name, request, compute)
+    return load_or_compute(encoder.run_dir, name, request, compute, RESULT)
 
 
 def neighbor_metrics(test: Features, uncertainty_M: np.ndarray, device: Device, seed: int) -> MetricGroup:
