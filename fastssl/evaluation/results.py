@@ -77,8 +77,8 @@ class EvaluationResult(EncoderDescription):
     confusion: NotRequired[str]  # file with the (K, K) confusion matrix
     confusion_classes: NotRequired[list[int]]  # its K labels
     hyperparameters: NotRequired[dict[str, int]]  # of a linear classifier, as they follow from the data
-    chosen: NotRequired[dict[str, float]]  # the candidate with the best accuracy on held-out training images
-    candidates: NotRequired[list[dict[str, float]]]  # each with its held-out accuracy and nll
+    chosen: NotRequired[dict[str, float | bool]]  # the candidate with the best accuracy on held-out training images
+    candidates: NotRequired[list[dict[str, float | bool]]]  # each with its held-out accuracy and nll
     folder: NotRequired[str]  # of a fine-tuning run, in RUN/eval/
     uncertainty: NotRequired[Spread]  # of the uncertainty over the test images
     saturated: NotRequired[list[str]]  # metrics that are lower limits

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import shutil
 import sys
@@ -393,15 +394,22 @@ def test_the_card_of_a_checkpoint_alone_names_what_is_not_known(checkpoint, tmp_
 
 def test_the_card_of_a_damaged_run_names_what_is_damaged(copy, tmp_path):
     """Results of other weights, damaged lines and steps after the checkpoint's are left out."""
+    damaged = ["list", "deep", "bytes"]
     (copy / "environment.json").write_text("{")
     result = json.loads((copy / "eval" / "knn.json").read_text())
     (copy / "eval" / "knn.json").write_text(json.dumps({**result, "encoder_sha256": "another"}))
     (copy / "eval" / "list.json").write_text("[1, 2]")
     (copy / "eval" / "deep.json").write_text("[" * 100_000)
     (copy / "eval" / "bytes.json").write_bytes(b"\xff\xfe{")
-    metrics = {"auroc": 0.875, "n": "7", "nested": {"x": 0.5}, "huge": 10**400, "a": None}
-    strange = {"evaluation": "<b>x|y\n# z", "metrics": metrics, "val": {"path": 3, "images": "many"}, "train": 7}
+    strange = {"evaluation": "<b>x|y\n# z", "metrics": {"auroc": 0.875}}
     (copy / "eval" / "strange.json").write_text(json.dumps(strange))
+    for name, change in (
+        ("text", {"metrics": {"n": "7"}}), ("nested", {"metrics": {"nested": {"x": 0.5}}}), ("number", {"train": 7}),
+        ("huge", {"metrics": {"n": 10**400}}), ("nan", {"metrics": {"n": math.nan}}), ("path", {"val": {"path": 3}}),
+        ("null", {"metrics": {"n": None}}), ("count", {"val": {"images": -1}}), ("sha", {"encoder_sha256": []}),
+    ):  # fmt: skip
+        damaged.append(name)
+        (copy / "eval" / f"{name}.json").write_text(json.dumps({**strange, **change}))
     (copy / "metrics.jsonl").write_text(
         '{"step": 3, "epoch": 0, "knn": 0.25}\n{"step": 4, "loss": 1.0}\nnull\n7\n{"step": 5, "epoch": 1, "kn'
         '\n{"step": 5}\n\xff\n{"step": 900, "epoch": 9, "knn": 0.99}\n{"step": 6, "epoch"'
@@ -409,11 +417,13 @@ def test_the_card_of_a_damaged_run_names_what_is_damaged(copy, tmp_path):
     _, text = parts_of(export_run(copy, "timm", tmp_path / "x.safetensors").card)
     for sentence in (
         "`environment.json` could not be read", "`eval/knn.json` was measured on other weights",
-        "`eval/list.json` could not be read", "`eval/deep.json` could", "`eval/bytes.json` could",
+        *(f"`eval/{name}.json` could not be read" for name in damaged),
         "| &lt;b>x\\|y # z | auroc | 0.875 |  |", "at step 3: knn 0.25.", "torch | not recorded in the run",
     ):  # fmt: skip
         assert sentence in text, sentence
-    assert "0.99" not in text and "huge" not in text and "nested" not in text and "accuracy_k5_t0.07" not in text
+    assert (
+        "0.99" not in text and text.count("could not be read") == 1 + len(damaged) and "accuracy_k5_t0.07" not in text
+    )
 
 
 def test_the_card_of_an_unfinished_run_says_so(copy, tmp_path):
