@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, InstanceOf, Strict, TypeAdapter, Val
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, in_short
 from fastssl.common.files import open_regular, write_atomically
 from fastssl.common.schema import Count, Finite, first_problem
 from fastssl.common.system import total_memory
