@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, NotRequired
 
 import torch
-from pydantic import AfterValidator, Field, InstanceOf, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, SkipValidation, Strict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -23,7 +23,6 @@ from fastssl.models.exported import load_exported_encoder, load_exported_model, 
 from fastssl.recipe import Recipe, sentence
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
-MAX_RECIPE_VALUES, MAX_RECIPE_DEPTH = 10_000, 20
 
 
 def check_dense(tensor: Tensor) -> Tensor:
@@ -33,21 +32,6 @@ def check_dense(tensor: Tensor) -> Tensor:
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise ValueError("a tensor that repeats its numbers")
     return tensor
-
-
-def _check_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Raise ValueError unless an object is one of JSON, as large as a recipe may be. Pickles can nest without end."""
-    waiting: list[tuple[object, int]] = [(value, 0)]
-    for _ in range(MAX_RECIPE_VALUES):
-        if not waiting:
-            return value
-        inner, depth = waiting.pop()
-        if isinstance(inner, dict | list | tuple) and depth < MAX_RECIPE_DEPTH:
-            parts = [*inner, *inner.values()] if isinstance(inner, dict) else inner
-            waiting += [(part, depth + 1) for part in parts[:MAX_RECIPE_VALUES]]
-        elif not isinstance(inner, str | int | float | None):
-            raise ValueError(f"a value of type {type(inner).__name__}, or nested too deeply")
-    raise ValueError(f"more than {MAX_RECIPE_VALUES:,} values")
 
 
 def _check_best(best: dict[str, float]) -> dict[str, float]:
@@ -85,7 +69,7 @@ class SavedState(TypedDict):
     The first three keys are enough for a model; a resume needs all of them.
     """
 
-    recipe: Annotated[dict[str, Any], AfterValidator(_check_json)]  # Recipe.model_dump(mode="json")
+    recipe: SkipValidation[dict[str, Any]]  # Recipe.model_dump(mode="json"); checked by Checkpoint.recipe
     model: Weights
     step: Count  # optimizer steps, skipped ones included
     ema: NotRequired[Weights | None]  # the moving average of the model, with train.ema

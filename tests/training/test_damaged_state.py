@@ -75,7 +75,6 @@ def test_counts(finished, key):
         ("model.encoder.conv1.0.weight", [ONE.expand(10**12), ONE.to_sparse(), torch.ones(2, device="meta")]),
         ("skipped", [0, None, "x", torch.zeros(1).to_sparse()]),
         ("rng", [3, None, torch.zeros(2, device="meta")]),
-        ("recipe", [None, [], {"a": ONE}, {"a": {1, 2}}]),
     ],
 )  # fmt: skip
 def test_values_of_the_wrong_type_sign_or_range(finished, key, values):
@@ -188,16 +187,16 @@ def test_small_files_that_would_fill_the_memory(finished, tmp_path):
     sparse = tmp_path / "sparse.pt"
     with open(sparse, "wb") as file:
         file.truncate(1 << 42)
-    nested = {}
+    nested = []
     for _ in range(40):  # 2^40 objects for whoever walks through it
-        nested = {"a": nested, "b": nested}
-    torch.save({**saved, "recipe": nested}, tmp_path / "nested.pt")
-    torch.save({**saved, "recipe": {**saved["recipe"], "name": [0] * 10**6}}, tmp_path / "long.pt")
+        nested = [nested, nested]
+    torch.save({**saved, "optimizer": nested}, tmp_path / "nested.pt")
+    torch.save({**saved, "best": {str(i): 1.0 for i in range(10**6)}}, tmp_path / "long.pt")
     for name, says in (
         ("bomb.pt", "compressed or overlap"),
         ("sparse.pt", "GB are more than this machine's memory"),
-        ("nested.pt", "is a damaged checkpoint (recipe: "),
-        ("long.pt", "is a damaged checkpoint (recipe: more than"),
+        ("nested.pt", "is a damaged checkpoint (optimizer: "),
+        ("long.pt", "is a damaged checkpoint (best: "),
     ):
         with pytest.raises(UserError) as error:
             read_checkpoint(tmp_path / name)
