@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastssl.cli import data, embed, evaluate, export, setup, train
-from fastssl.common.errors import EXIT_INTERRUPTED, UserError
+from fastssl.common.errors import EXIT_INTERRUPTED, UserError, in_short, is_out_of_memory
 from fastssl.common.terminal import printable
 
 
@@ -65,5 +65,11 @@ def main() -> NoReturn:
             raise
         process = f" process {os.environ.get('RANK')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"fastssl{process}: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        fix = "end other programs, or ask for smaller batches or images"
+        print(f"fastssl: there was not enough memory ({printable(in_short(error))}): {fix}.", file=sys.stderr)
         sys.exit(2)
     sys.exit()

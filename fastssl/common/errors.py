@@ -1,5 +1,6 @@
 """The exceptions that end a command (a mistake of the user, a request to stop), and how they quote values."""
 
+import errno
 import reprlib
 
 EXIT_REQUEUE = 75  # exit code after SIGTERM, SIGUSR1 or SIGHUP: sysexits.h's EX_TEMPFAIL, "try again later"
@@ -14,6 +15,8 @@ class Stopped(SystemExit):
     """Training was asked to stop and has saved its state. `code` is EXIT_REQUEUE or EXIT_INTERRUPTED."""
 
 
+# Words of torch's and Python's errors where memory is short. CUDA's have a class of their own, with such a text.
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED", "bad_alloc", "start new thread")
 LONGEST_QUOTE = 200  # characters of a value, or of another library's message, within a message
 
 
@@ -31,6 +34,15 @@ class _ShortRepr(reprlib.Repr):
 
 
 _short_repr = _ShortRepr()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a GPU did not suffice. No file and no value is to blame for that."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
 
 
 def quote(value: object) -> str:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, InstanceOf, SkipValidation, Strict, 
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from fastssl.common.errors import UserError, in_short
+from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.files import open_regular, write_atomically
 from fastssl.common.schema import Count, Finite, first_problem
 from fastssl.common.system import total_memory
@@ -142,6 +142,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         missing = {"recipe", "model", "step"} - (saved.keys() if isinstance(saved, dict) else set())
     except Exception as error:  # damaged bytes raise errors of many types
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
         raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {in_short(reason)}.") from None
     if missing:
@@ -253,7 +255,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> Model:
     try:
         model = build_model(recipe)
         model.load_state_dict(checkpoint.weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, UserError) as error:
         raise misfit(checkpoint.path, error) from None
     return model.eval()
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastssl.models.encoder import encoder_of
 from fastssl.models.interface import Embedding
+from fastssl.models.memory import require_memory
 from fastssl.models.ssl_model import evaluating
 from fastssl.recipe import Recipe
 
@@ -14,6 +15,8 @@ class EncoderOnly(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
+        with torch.device("meta"):
+            require_memory(encoder_of(recipe))
         self.encoder = encoder_of(recipe)
         self.heads = nn.ModuleDict()  # empty, as those of a deterministic SSLModel
         self.priors = nn.ModuleDict()

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastssl.common.errors import UserError, in_short
+from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.files import open_regular
 from fastssl.models.build import Model, build_model
 from fastssl.models.encoder import encoder_of
+from fastssl.models.memory import require_memory
 from fastssl.recipe import Recipe, sentence
 
 ENCODER = "encoder."
@@ -46,7 +47,7 @@ def load_exported_model(path: Path) -> Model:
         if model.target is not None:
             model.target = model.predictor = None
         missing, unknown = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, UserError) as error:
         raise misfit(path, error) from None
     if all(name.startswith(ENCODER) for name in weights) and missing:
         raise UserError(
@@ -63,9 +64,11 @@ def load_exported_encoder(path: Path) -> nn.Module:
     recipe, weights = _read(path)
     own = {name.removeprefix(ENCODER): weight for name, weight in weights.items() if name.startswith(ENCODER)}
     try:
+        with torch.device("meta"):
+            require_memory(encoder_of(recipe))
         encoder = encoder_of(recipe)
         encoder.load_state_dict(own)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, UserError) as error:
         raise misfit(path, error) from None
     return encoder.eval()
 
@@ -112,6 +115,10 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
         ) from None
 
 
-def misfit(path: Path, reason: object) -> UserError:
-    """The error for a file whose weights do not match its recipe."""
+def misfit(path: Path, reason: object) -> Exception:
+    """The error for a file whose weights do not match its recipe, or whose recipe asks for too large a model."""
+    if isinstance(reason, UserError):
+        return UserError(f"{path}: {reason}")
+    if isinstance(reason, Exception) and is_out_of_memory(reason):
+        return reason
     return UserError(f"{path}: its weights do not fit its own recipe: {in_short(reason)}")

@@ -3,13 +3,14 @@
 import timm
 import torch
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import NO_MEMORY, UserError
 from fastssl.models.encoder import build_encoder
+from fastssl.models.memory import require_memory
 from fastssl.recipe import ModelConfig
 
 MULTIPLES = (8, 14)  # px; a size that is suggested is a multiple of one of these, as patches and strides ask for
 # Words in errors of torch that are no fault of the size.
-MACHINE_TROUBLE = ("memory", "CUDA", "cuDNN")
+MACHINE_TROUBLE = (*NO_MEMORY, "CUDA", "cuDNN")
 
 
 def check_image_size(model: ModelConfig, size: int, key: str = "views.size") -> None:
@@ -60,6 +61,7 @@ def sees_whole_image(model: ModelConfig, size: int) -> bool:
     # Without memory and arithmetic first: most sizes that do not work fail here.
     with torch.device("meta"):
         encoder = build_encoder(model.backbone, model.stem, size, model.in_chans).eval()
+        require_memory(encoder)
         shape = encoder(torch.empty(1, model.in_chans, size, size)).shape
     if shape != (1, encoder.num_features):
         raise ValueError(f"the output has the shape {tuple(shape)}")

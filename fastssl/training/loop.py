@@ -34,6 +34,7 @@ from fastssl.models.checkpoint import newest_checkpoint
 from fastssl.objectives.metrics import rankme
 from fastssl.recipe import BYOLConfig, Recipe, SupervisedConfig
 from fastssl.training.collapse import CollapseWarning
+from fastssl.training.memory import explain_out_of_memory
 from fastssl.training.meters import DataWaitWarning, Meter, MeterReading, compile_counts, speed_metrics
 from fastssl.training.optim import clip_gradients
 from fastssl.training.run_dir import choose_run_dir, locked_run_dir, rename_damaged
@@ -71,6 +72,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         restarted = any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         run_dir, resumes = broadcast_from_main(lambda: choose_run_dir(recipe, resume, restarted))
+        stack.enter_context(explain_out_of_memory(recipe, device, run_dir))
         open_run_dir = partial(stack.enter_context, locked_run_dir(run_dir))
         if resumes:  # lock the directory before reading what another process might still write
             broadcast_from_main(open_run_dir)

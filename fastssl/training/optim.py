@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from fastssl.common.errors import UserError, in_short, quote
+from fastssl.common.errors import UserError, in_short, is_out_of_memory, quote
 from fastssl.models.checkpoint import SavedOptimizer
 from fastssl.recipe import OptimConfig
 
@@ -65,6 +65,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
         constructor: Any = kind
         optimizer: Optimizer = constructor(groups, lr=optim.lr, **options)
     except Exception as error:  # constructors and steps of other packages raise errors of many types
+        if is_out_of_memory(error):
+            raise
         given = f" with optim.options={quote(optim.options)}" if optim.options else ""
         raise UserError(f"optim.name: {name}{given} does not train here: {in_short(error)}") from error
     if kind is torch.optim.SGD and options["momentum"]:

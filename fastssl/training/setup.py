@@ -26,6 +26,7 @@ from fastssl.models.pretrained import load_pretrained
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
+from fastssl.training.memory import check_memory
 from fastssl.training.optim import make_optimizer
 from fastssl.training.schedule import Schedule, image_size, image_sizes, plan
 from fastssl.training.state import TrainState, epochs_of_decay
@@ -113,6 +114,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         for size in image_sizes(recipe.views):
             key = "views.size" if size == recipe.views.size else "views.progressive_resize"
             check_image_size(recipe.model, size, key)
+    check_memory(recipe, device)
     decay_epochs = epochs_of_decay(recipe, checkpoint)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs)
 

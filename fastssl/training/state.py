@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.common.distributed import is_main_process
-from fastssl.common.errors import UserError, in_short
+from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
 from fastssl.models.checkpoint import LAST, Checkpoint, SavedOptimizer, SavedScaler, SavedState, write_checkpoint
@@ -92,6 +92,8 @@ class TrainState:
             self._fill_from(checkpoint.saved)
             threads = checkpoint.saved["torch_threads"]
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"{checkpoint.path} does not fit its own recipe, so no run goes on from it: {in_short(error)}."
             ) from None

@@ -1,0 +1,79 @@
+"""The memory that training takes: a lower limit before a run starts, and a sentence if it ends for lack of memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from fastssl.common.distributed import world_size
+from fastssl.common.errors import UserError, in_short, is_out_of_memory
+from fastssl.common.system import free_memory
+from fastssl.models.build import outline_model
+from fastssl.models.checkpoint import find_checkpoints
+from fastssl.models.memory import count_bytes, suggest_smaller
+from fastssl.recipe import Recipe
+
+FLOAT = 4  # bytes: weights, views, noise and draws are fp32 under any autocast
+# Copies of the weights that an optimizer keeps. Of others it is not known: this is a lower limit.
+OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1}
+
+
+def check_memory(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a run that needs more memory than is free, before any of it is taken.
+
+    The need is a lower limit: the activations of the encoder, most of what training takes, are not in it. So no run is
+    refused that would fit.
+
+    Raises:
+        UserError: with the keys that make it smaller.
+    """
+    model = outline_model(recipe)
+    copies = 2 + OPTIMIZER_COPIES.get(recipe.optim.name.lower(), 0) + (1 if recipe.train.ema else 0)
+    views = recipe.objective.num_views * (recipe.train.batch_size // (world_size() * recipe.train.accumulate))
+    widths = {"h": cast(int, model.encoder.num_features), "z": recipe.model.projector.out}
+    spaces = [] if recipe.embedding.stochastic == "none" else list(recipe.embedding.stochastic)
+    draws = recipe.embedding.samples * sum(widths[space] for space in spaces)
+    image = recipe.model.in_chans * recipe.views.size**2
+    needs = {
+        # Weights, gradients, and the averages of the optimizer.
+        suggest_smaller(model): count_bytes(model) * copies,
+        # The backward pass needs the views, and of each draw its noise and its value.
+        "lower train.batch_size or views.size": views * image * FLOAT,
+        "lower embedding.samples or train.batch_size": views * draws * 2 * FLOAT,
+    }
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        free = free_memory()
+    if sum(needs.values()) > free:
+        raise UserError(
+            f"This run needs at least {sum(needs.values()) / 1e9:,.1f} GB of memory on the {_name(device)}, and "
+            f"{free / 1e9:,.1f} GB are free: {max(needs, key=lambda fix: needs[fix])}."
+        )
+
+
+@contextmanager
+def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path) -> Iterator[None]:
+    """Turn an error for lack of memory, of the machine or of the GPU, into a UserError that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        train = recipe.train
+        fixes = f"lower train.batch_size={train.batch_size} or views.size={recipe.views.size}"
+        if recipe.embedding.stochastic != "none" and recipe.objective.is_mean_over_draws:
+            fixes += ", set embedding.chunk=1, which takes one draw at a time"
+        fixes += f", or raise train.accumulate={train.accumulate}"
+        resume = ""
+        if find_checkpoints(run_dir):
+            resume = f"; --resume {run_dir} continues from the last checkpoint where more memory is free"
+        raise UserError(
+            f"There was not enough memory ({in_short(error)}) on the {_name(device)}: {fixes}{resume}."
+        ) from error
+
+
+def _name(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "machine"
