@@ -139,7 +139,8 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
     Args:
         path: the file; its folder is made if it is missing.
         content: text (written as UTF-8), bytes, or a function that writes the file at the path that it is given.
-        keep: where to move the old file. Between the two renames `path` is missing and `keep` is the old file.
+        keep: where to move the old file. At every moment `path` is there (on a file system without hard links, it is
+            missing between two renames).
 
     Example:
         write_atomically(Path("scores.npy"), lambda part: np.save(part, scores))
@@ -158,10 +159,25 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
             content(part)
         sync(part)
         if keep and path.exists():
-            os.replace(path, keep)
+            _move_aside(path, keep)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _move_aside(path: Path, keep: Path) -> None:
+    """Give the file the name `keep`. Its own name is there until another file takes it."""
+    second = part_of(keep)
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+        os.replace(second, keep)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EMLINK):
+            raise
+        os.replace(path, keep)
+    finally:
+        second.unlink(missing_ok=True)  # a rename does nothing where both names are of one file already
 
 
 def replace_durably(part: Path, final: Path) -> None:

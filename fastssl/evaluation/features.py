@@ -299,9 +299,10 @@ def write_features(
             _remove_abandoned(part)
         shutil.rmtree(temporary, ignore_errors=True)  # of an ended process with our number
         temporary.mkdir()
-        # Which machine the number in the folder's name belongs to.
-        (temporary / "about.json").write_text(json.dumps({"host": platform.node()}))
     try:
+        with explain_write_errors(folder):
+            # Which machine the number in the folder's name belongs to.
+            (temporary / "about.json").write_text(json.dumps({"host": platform.node()}))
         maps: dict[str, np.memmap] = {}
         checksums: dict[str, int] = {}
         space, done = None, 0

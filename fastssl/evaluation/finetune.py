@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from fastssl.beton import read_index_list, read_metadata
 from fastssl.common.errors import UserError
@@ -196,7 +196,7 @@ def write_start_weights(encoder: RunEncoder, folder: Path) -> Path:
     with explain_write_errors(path):
         make_folder(folder.parent)
         make_folder(folder)
-        write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=header))
+        write_atomically(path, to_safetensors(weights, header))  # save_file raises errors of its own on a full disk
     return path
 
 
