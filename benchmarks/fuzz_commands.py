@@ -52,7 +52,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from fuzz_inputs import mutate_bytes
+from fuzz_inputs import mutate_beton, mutate_bytes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -235,7 +235,9 @@ def beton(rng: Random, folder: Path, base: Path, outside: Path) -> list[Command]
     size = path.stat().st_size
     others = sorted(each for each in (folder / "data").iterdir() if each.name.startswith("train.beton."))
     how = rng.randrange(8)
-    if how <= 3:  # header and field descriptors
+    if how <= 1:
+        path.write_bytes(mutate_beton(rng, path.read_bytes()))
+    elif how <= 3:  # header and field descriptors
         path.write_bytes(mutate_bytes(rng, path.read_bytes(), end=600))
     elif how <= 5:  # the tables at the end
         path.write_bytes(mutate_bytes(rng, path.read_bytes(), start=max(0, size - 2500)))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastssl.beton.format import ALLOCATION, FIELD, HEADER, metadata_type
+
 NUMBERS = (0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
 ROWS = 12  # images in a container
 
@@ -53,6 +55,31 @@ def mutate_bytes(rng: Random, content: bytes, start: int = 0, end: int | None = 
         else:
             data[at : at + size] = rng.choice((b"\0", b"\xff", rng.randbytes(1))) * min(size, len(data) - at)
     return bytes(data)
+
+
+def mutate_beton(rng: Random, content: bytes) -> bytes:
+    """Write unexpected numbers into the tables of a sound .beton: into one or two columns, of one row or of many."""
+    data = np.frombuffer(bytearray(content), np.uint8)
+    header = data[: HEADER.itemsize].view(HEADER)
+    end = HEADER.itemsize + int(header["num_fields"][0]) * FIELD.itemsize
+    fields = data[HEADER.itemsize : end].view(FIELD)
+    types = {each["name"].tobytes().rstrip(b"\0").decode(): int(each["type_id"]) for each in fields}
+    metadata = metadata_type(types)
+    samples = data[end : end + int(header["num_samples"][0]) * metadata.itemsize].view(metadata)
+    allocations = data[int(header["alloc_table_ptr"][0]) :].view(ALLOCATION)
+    table = rng.choice((header, fields, samples, samples, samples, allocations))
+    for _ in range(rng.choice((1, 1, 2))):
+        rows = table[rng.choice((slice(None), slice(rng.randrange(len(table)), None), slice(0, 1)))][
+            :: rng.choice((1, 2))
+        ]
+        names = [name for name in table.dtype.names or () if name]
+        column = rows[rng.choice(names)]
+        while column.dtype.names:
+            column = column[rng.choice(column.dtype.names)]
+        at = column.reshape(len(rows), -1)
+        value = number(rng, 8 * column.dtype.itemsize).to_bytes(column.dtype.itemsize, "little")
+        at[:, rng.randrange(at.shape[1])] = np.frombuffer(value, column.dtype)[0]
+    return data.tobytes()
 
 
 def number(rng: Random, bits: int) -> int:

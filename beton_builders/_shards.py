@@ -15,6 +15,7 @@ from beton_builders._files import split_word, walk
 
 MOST_LINKS = 40  # from one member of a tar to the next; the limit of Linux for symbolic links
 SCANNED = 1 << 20  # bytes at a time
+MOST_ZEROS = 1 << 27  # bytes after the end of a tar that are searched for another one
 LARGEST_HEADER = 1 << 20  # bytes of a member's header: longer ones are not of names
 
 
@@ -188,7 +189,10 @@ def _headers(path: str, start: int, size: int | None) -> Iterator[tarfile.TarInf
 
 def _next_tar(file: BinaryIO, start: int, position: int, end: int) -> int | None:
     """Return where another tar begins after the end of one (`cat a.tar b.tar`); None if none does."""
+    zeros = position
     while position < end:
+        if position - zeros > MOST_ZEROS:
+            raise tarfile.ReadError(f"more than {MOST_ZEROS:,} zeros at byte {zeros:,}")
         file.seek(position)
         block = file.read(min(SCANNED, end - position))
         content = block.lstrip(b"\0")

@@ -186,8 +186,8 @@ def read_devkit(folder: Path, path: Path) -> dict[str, str]:
 
 def read_solution(path: Path) -> dict[str, str]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in lines}
     except (csv.Error, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold Kaggle's columns ImageId and PredictionString ({error}): download it again."

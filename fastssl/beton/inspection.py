@@ -44,7 +44,8 @@ def subset_table(path: str | Path, list_path: str | Path) -> Table:
     listed = read_index_list(path, list_path)
     info = read_header(path)
     metadata, _ = read_samples(path)
-    title = f"{list_path} names {len(listed):,} of {info.num_samples:,} images, {len(listed) / info.num_samples:.2%}"
+    share = f"{len(listed):,} of {info.num_samples:,} images, {len(listed) / info.num_samples:.2%}"
+    title = f"{printable(str(list_path))} names {share}"
     if info.fields.get("label") != "IntField":
         return _table(title, "")
     return _classes_table(title, metadata["label"][np.isin(metadata["index"], listed)], info.classes or [])

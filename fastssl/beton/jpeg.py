@@ -31,6 +31,8 @@ def read_size(content: bytes) -> tuple[int, int]:
     with _decompressor() as handle:
         if turbojpeg().tjDecompressHeader3(handle, content, len(content), *results):
             _warning(handle)
+    if height.value < 1 or width.value < 1:  # what turbojpeg read of a damaged header before its warning
+        raise ValueError("the header states no size")
     return height.value, width.value
 
 

@@ -70,7 +70,7 @@ def draw_samples(
     first_row = 0
     with open(info.path, "rb") as file:
         for (title, positions), height in zip(groups, heights):
-            draw.text((GAP, first_row + GAP), _shorten(title, page.width - 2 * GAP), "black", _font())
+            draw.text((GAP, first_row + GAP), _shorten(printable(title), page.width - 2 * GAP), "black", _font())
             for cell, position in enumerate(positions):
                 row = metadata[position]
                 left = GAP + cell % columns * CELL_WIDTH

@@ -73,28 +73,37 @@ def build_beton(
     result = beton.build_beton(builder, source, out, **vars(options))
     reports = result.splits
     for report in reports:
-        print(
+        _print(
             f"{report.path} holds {_images_and_classes(report.samples, report.classes)}, {report.bytes / 1e6:,.1f} MB"
             + (f", {report.unlabelled:,} without a label" if report.unlabelled and report.classes else "")
             + (f", {report.bad} bad images skipped" if report.bad else "")
             + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
         )
         if report.empty_classes:
-            names = ", ".join(printable(name) for name in report.empty_classes[:5])
+            names = ", ".join(report.empty_classes[:5])
             more = ", ..." if len(report.empty_classes) > 5 else ""
-            print(f"Classes without images in the split {report.split}: {len(report.empty_classes):,} ({names}{more}).")
+            _print(
+                f"Classes without images in the split {report.split}: {len(report.empty_classes):,} ({names}{more})."
+            )
     for report in reports:
         if report.nearly_black:
-            print(
+            _print(
                 f"{report.nearly_black:,} images of {report.path} are nearly black: no value is above 1/8 of the "
                 "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
             )
     if any(report.bad for report in reports):
-        print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
-    print(printable(result.account))
+        _print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+    _print(result.account)
     if result.problem:
         print(f"fastssl: {printable(result.problem)}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _print(text: str) -> None:
+    """Print a line with names of files or classes, which may hold anything."""
+    from fastssl.common.terminal import printable
+
+    print(printable(text))
 
 
 def _percent(text: str) -> float:
@@ -111,7 +120,7 @@ def _images_and_classes(images: int, classes: int) -> str:
 
 def _print_estimate(estimate: "BuildEstimate") -> None:
     for split in estimate.splits:
-        print(
+        _print(
             f"{split.path} would hold about {_images_and_classes(split.images, split.classes)}, "
             f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
@@ -148,9 +157,9 @@ def inspect(
     if subset is not None:
         screen.print(beton.subset_table(file, subset))
     if sheet is not None:
-        print(f"{sheet} shows {beton.draw_sheet(file, sheet)} samples.")
+        _print(f"{sheet} shows {beton.draw_sheet(file, sheet)} samples.")
     if verify:
         verification = beton.verify(file, workers)
         for line in verification.lines():
-            print(line)
-        print(verification.verdict())
+            _print(line)
+        _print(verification.verdict())

@@ -41,7 +41,7 @@ def printable(text: str) -> str:
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     """Return a table of two columns: names and their values."""
-    table = Table(title=Text(title), title_justify="left", box=None, show_header=False)
+    table = Table(title=Text(printable(title)), title_justify="left", box=None, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs.items():

@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ from fastssl.beton.accounting import account_for_files
 from fastssl.beton.format import UNLABELLED
 from fastssl.beton.source import Sample, SampleList, SourceSplit, as_utf8
 from fastssl.common.errors import UserError
+from fastssl.common.files import UnsafeFile, open_regular
 from fastssl.common.terminal import Advance, progress
 
+LONGEST_LINE = 1 << 20  # characters of a list
 LISTED_AT_A_TIME = 10_000  # files, between two updates of the progress
 
 
@@ -63,6 +65,8 @@ def list_images(path: Path, arrays: bool = False) -> ImageFiles:
     try:
         with progress(f"Listing {path}", None) as advance:
             samples = SampleList(_samples(found, advance))
+    except UnsafeFile as error:
+        raise UserError(f"{path} is {error.strerror}: name a folder, a list of paths, an image or a .beton.") from error
     except OSError as error:
         file = os.fsdecode(error.filename or path)
         raise UserError(f"{file} cannot be read ({error.strerror}): make it readable for your user.") from error
@@ -90,10 +94,10 @@ def _paths_in_list(path: Path, bad: list[BadImage]) -> Iterator[tuple[str, str]]
     """
     folder_exists = lru_cache(maxsize=1000)(os.path.isdir)
     is_first = True
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line in file:
+    with open_regular(path, "r", encoding="utf-8-sig", errors="surrogateescape") as file:
+        for line in iter(partial(file.readline, LONGEST_LINE), ""):
             name = line.rstrip("\r\n")
-            if "\0" in name:
+            if "\0" in name or len(line) == LONGEST_LINE:
                 raise UserError(f"{path} is no folder, no .beton and no text file with one path per line: name one.")
             if not name.strip() or name.startswith("#"):
                 continue
