@@ -39,14 +39,16 @@ def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) 
     train = Path(train).expanduser()
     train = train / "train.beton" if train.is_dir() else train
     problem = f"{train} is not here" if not train.is_file() else f"{train.name}.json is not next to {train}"
-    if train.is_file() and (manifest := read_header(train).manifest) is not None:
+    if train.is_file():
         try:
-            plan = recorded_plan(manifest)
-            if plan.channels != in_chans:
+            manifest = read_header(train).manifest
+            plan = None if manifest is None else recorded_plan(manifest)
+            if plan and plan.channels != in_chans:
                 raise UserError(f"its images have {plan.channels} channels, those of the encoder {in_chans}")
-            return Conversion(plan, True, f"Images are converted as {train} was built: {describe_plan(plan)}.")
+            if plan:
+                return Conversion(plan, True, f"Images are converted as {train} was built: {describe_plan(plan)}.")
         except UserError as error:
-            problem = f"{train.name}.json does not tell ({error})"
+            problem = f"{train.name}.json does not tell ({str(error).rstrip('.')})"
     side = next((side for side in DEFAULT_CANVASES if views.size <= side), DEFAULT_CANVASES[-1])
     plan = StoragePlan("canvas", side, DEFAULT_QUALITY, "full", MAX_MEGAPIXELS, in_chans)
     return Conversion(
