@@ -444,7 +444,7 @@ def find_recipe(path: Path) -> Path:
         raise UserError(f"No recipe at {path}: put the run's recipe.yaml back there, or name another run.")
     known = ["recipes/" + str(p.relative_to(shipped_recipes())) for p in sorted(shipped_recipes().rglob("*.yaml"))]
     near = difflib.get_close_matches(str(path)[:LONGEST_PATH], known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(known)}."
+    hint = f"did you mean {near[0]}?" if near else "`fastssl recipes ls` lists the shipped ones."
     raise UserError(f"No recipe at {in_short(path)}: {hint}")
 
 
@@ -608,7 +608,8 @@ def sentence(error: ValidationError, section: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"the key {key} is missing."
     if first["type"] == "union_tag_invalid":
-        name = quote(first["input"].get("name"))
+        objective_given = first["input"]  # in a checkpoint it may be anything
+        name = quote(objective_given.get("name") if isinstance(objective_given, dict) else objective_given)
         return f"objective.name should be one of {first['ctx']['expected_tags']}, not {name}."
     if first["type"] == "union_tag_not_found":
         return f"the key objective.name is missing: {', '.join(list(OBJECTIVES)[:-1])} or {list(OBJECTIVES)[-1]}."

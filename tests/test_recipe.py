@@ -1,10 +1,12 @@
 """Recipes: the shipped ones load, and mistakes are refused with one sentence that names the fix."""
 
 import pytest
+import torch
 import yaml
+from pydantic import ValidationError
 
 from fastssl.common.errors import UserError
-from fastssl.recipe import Recipe, _keys, load_recipe, shipped_recipes
+from fastssl.recipe import Recipe, _keys, load_recipe, sentence, shipped_recipes
 
 SHIPPED = sorted(
     str(path.relative_to(shipped_recipes()))
@@ -174,3 +176,11 @@ def test_recipes_of_other_channels_survive_a_round_trip(minimal, in_chans, value
     recipe = load_recipe(minimal, [f"model.in_chans={in_chans}", f"views.mean={values}", f"views.std={values}"])
     minimal.write_text(recipe.to_yaml())
     assert load_recipe(minimal) == recipe
+
+
+@pytest.mark.parametrize("objective", [torch.tensor(1.0), 3, "vicreg", ["vicreg"], None, object()])
+def test_an_objective_that_is_no_section_is_one_sentence(objective):
+    """A checkpoint may hold anything in the place of a recipe's section."""
+    with pytest.raises(ValidationError) as error:
+        Recipe.model_validate({"name": "x", "data": {"train": "x.beton"}, "objective": objective})
+    assert sentence(error.value, Recipe).startswith(("objective", "the key objective.name"))
