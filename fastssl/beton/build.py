@@ -32,9 +32,9 @@ from fastssl.beton.format import (
     manifest_path,
     names_path,
 )
-from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan, encode_all
+from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
-from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, in_chunks, worker_pool
+from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
 from fastssl.beton.source import (
@@ -395,7 +395,7 @@ def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> 
     try:
         manifest = read_manifest(path, len(split.samples))
         is_same = all(manifest[name] == value for name, value in key.items())
-        is_complete = path.stat().st_size == manifest["bytes"] and names_path(path).exists()
+        is_complete = path.stat().st_size == manifest["bytes"] and names_path(path).is_file()
         # `finish` sets this to the time at which the build was started.
         started = manifest_path(path).stat().st_mtime_ns
         missing = set(manifest.get("missing", ()))
@@ -479,8 +479,7 @@ def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool
     # Every n-th image, because with order "source" the first ones are not a fair sample.
     step = max(1, images // SAMPLED)
     sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
-    tasks = ((chunk, plan) for chunk in in_chunks(sampled, SAMPLED_PER_TASK))
-    results = [result for chunk in pool.in_order(encode_all, tasks) for result in chunk]
+    results = list(pool.encode(sampled, plan, SAMPLED_PER_TASK))
     seconds = time.monotonic() - start
     good = [result for result in results if not isinstance(result, str)]
     bytes_per_image = sum(len(result.payload) for result in good) / len(results)

@@ -29,7 +29,7 @@ from typing import TypeVar
 import numpy as np
 
 from fastssl.beton.format import ROW, allocate
-from fastssl.beton.images import Case, StoragePlan, encode_all
+from fastssl.beton.images import Case, Encoded, StoragePlan, encode_all
 from fastssl.beton.source import ImageSource
 from fastssl.common.errors import UserError
 from fastssl.common.files import machine_fix
@@ -148,23 +148,76 @@ class Pool:
     def write_one_by_one(
         self, path: Path, position: int, images: Iterable[ImageSource], plan: StoragePlan
     ) -> Iterator[WrittenChunk]:
-        """Do as `write_encoded` after a worker has died: an image that ends a process in which it is alone is bad.
+        """Do as `write_encoded` after a worker has died: an image that ends a process in which it is alone is bad."""
+
+        def write(image: ImageSource) -> WrittenChunk:
+            (written,) = self.write_encoded(path, position, [image], plan)
+            return written
+
+        for written in self._in_one_process(write, images, plan):
+            if isinstance(written, str):
+                written = np.zeros(1, ROW), [written]
+            rows, _ = written
+            position = max(position, int(rows["data_ptr"][0]) + int(rows["size"][0]))
+            yield written
+
+    def encode(
+        self,
+        images: Iterable[ImageSource],
+        plan: StoragePlan,
+        images_per_task: int = CHUNK,
+        tasks_per_worker: int = TASKS_PER_WORKER,
+    ) -> Iterator[Encoded | str]:
+        """Yield what `encode_all` returns for each image, in order, and why an image is bad of which a process dies."""
+        chunks = in_chunks(images, images_per_task)
+        pending: deque[tuple[list[ImageSource], Future[list[Encoded | str]] | None]] = deque()
+
+        def encode_alone(image: ImageSource) -> Encoded | str:
+            ((result,),) = self.in_order(encode_all, [([image], plan)])
+            return result
+
+        while True:
+            for chunk in itertools.islice(chunks, tasks_per_worker * self.workers - len(pending)):
+                pending.append((chunk, self._submit(chunk, plan)))
+            if not pending:
+                return
+            chunk, future = pending.popleft()
+            try:
+                if future is None:
+                    raise BrokenProcessPool
+                yield from future.result()
+            except WORKER_DIED:
+                # If it was another chunk of which the process died, this comes again with the next one.
+                yield from list(self._in_one_process(encode_alone, chunk, plan))
+                pending = deque(
+                    each if _has_result(each[1]) else (each[0], self._submit(each[0], plan)) for each in pending
+                )
+
+    def _submit(self, images: list[ImageSource], plan: StoragePlan) -> "Future[list[Encoded | str]] | None":
+        """Let a worker encode the images. Returns None if one has died."""
+        try:
+            return self.executor.submit(encode_all, images, plan)
+        except BrokenProcessPool:
+            return None
+
+    def _in_one_process(
+        self, function: Callable[[ImageSource], Result], images: Iterable[ImageSource], plan: StoragePlan
+    ) -> Iterator[Result | str]:
+        """Yield function(image), which has the pool encode one image, or why the image is bad: its process dies.
 
         Raises BrokenProcessPool or MemoryError if a plain image ends the process too: then the machine is at fault.
         """
         self._restart(1)
         for image in images:
             try:
-                (written,) = self.write_encoded(path, position, [image], plan)
+                result: Result | str = function(image)
             except WORKER_DIED as error:
                 self._restart(1)
                 channels = () if plan.channels == 1 else (plan.channels,)
                 plain = np.zeros((8, 8, *channels), np.uint8)
                 list(self.in_order(encode_all, [([plain], plan)]))
-                written = np.zeros(1, ROW), [NO_MEMORY if isinstance(error, MemoryError) else DIED]
-            rows, _ = written
-            position = max(position, int(rows["data_ptr"][0]) + int(rows["size"][0]))
-            yield written
+                result = NO_MEMORY if isinstance(error, MemoryError) else DIED
+            yield result
         self._restart(self.workers)
 
 
@@ -193,6 +246,10 @@ def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
+
+
+def _has_result(future: Future[Result] | None) -> bool:
+    return future is not None and future.done() and not future.cancelled() and future.exception() is None
 
 
 # --- in the worker processes --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -38,6 +39,7 @@ from fastssl.beton import (
     read_metadata,
     subset_table,
 )
+from fastssl.beton.images import StoragePlan
 from fastssl.common.errors import UserError
 
 FILES = ("train.beton", "train.beton.json", "train.beton.names.txt")
@@ -361,6 +363,24 @@ def test_several_images_of_which_workers_die(tmp_path, monkeypatch):
     add_builder(tmp_path, monkeypatch, "deadly", source)
     report = build_beton("deadly", None, tmp_path / "out", workers=2).splits[0]
     assert (report.samples, report.bad) == (80, 3)
+
+
+@pytest.mark.parametrize("deadly", [KILL, FILL])
+def test_images_of_which_workers_die_are_bad_without_a_build_too(deadly):
+    """As `embed` encodes them: three of 40, in several chunks, among arrays and files."""
+    good = [np.full((8, 8, 3), number, np.uint8) for number in range(40)]
+    images = list(good)
+    for position in (5, 6, 35):
+        images[position] = eval(deadly, {"partial": functools.partial})
+    with pool.worker_pool(2) as workers:
+        results = list(workers.encode(images, StoragePlan("canvas", 32, 90), images_per_task=4))
+        assert [number for number, result in enumerate(results) if isinstance(result, str)] == [5, 6, 35]
+        assert {result for result in results if isinstance(result, str)} <= {pool.DIED, pool.NO_MEMORY}
+        assert [result.payload[0] for result in results if not isinstance(result, str)] == [
+            number for number in range(40) if number not in (5, 6, 35)
+        ]
+        again = list(workers.encode(good, StoragePlan("canvas", 32, 90)))  # with both workers again
+        assert len(again) == 40 and workers.executor._max_workers == 2
 
 
 def test_workers_that_cannot_work_at_all_are_a_user_error_and_no_image_is_bad(forty_photos, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import numpy as np
 
 from fastssl.beton import read_header, read_names
 from fastssl.beton.format import RGB
-from fastssl.beton.images import Encoded, encode_all
-from fastssl.beton.pool import CHUNK, Pool, in_chunks, worker_pool
+from fastssl.beton.images import Encoded
+from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, remove_abandoned_files, write_atomically
@@ -206,8 +206,7 @@ def _decoded_batches(
         assert batch is not None
         return Pixels(batch, augmented)
 
-    tasks = (([files.samples[i].image for i in chunk], plan) for chunk in in_chunks(range(len(files.samples)), CHUNK))
-    results = (result for chunk in pool.in_order(encode_all, tasks, TASKS_PER_WORKER) for result in chunk)
+    results = pool.encode((sample.image for sample in files.samples), plan, tasks_per_worker=TASKS_PER_WORKER)
     images: list[Encoded] = []
     index: list[int] = []
     for number, result in enumerate(results):
