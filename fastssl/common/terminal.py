@@ -86,14 +86,15 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
             done += count
             size += size_B
             now = time.monotonic()
-            per_second = (done - done_before) / (now - start)
-            rate = f"{per_second:,.1f} {unit}/s" + (f", {size / 1e6 / (now - start):,.1f} MB/s" if size else "")
+            seconds = max(now - start, 1e-9)  # some clocks have steps
+            per_second = (done - done_before) / seconds
+            rate = f"{per_second:,.1f} {unit}/s" + (f", {size / 1e6 / seconds:,.1f} MB/s" if size else "")
             bar.update(task, completed=done, rate=rate)
             is_last = total is not None and done >= total
             if not stderr.is_terminal and (is_last or now - last_line >= PLAIN_LINE_EVERY):
                 last_line = now
                 line = f"{title}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}, {rate}"
-                line += f", {(total - done) / per_second:,.0f} s left" if total else ""
+                line += f", {(total - done) / per_second:,.0f} s left" if total and per_second else ""
                 print_line(stderr, line)
 
         yield advance

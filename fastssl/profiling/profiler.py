@@ -44,6 +44,7 @@ from fastssl.profiling.storage import StorageStage
 from fastssl.profiling.timing import StageTimer
 from fastssl.profiling.trace import write_trace
 from fastssl.recipe import Recipe
+from fastssl.training.memory import explain_out_of_memory
 from fastssl.training.schedule import image_size
 from fastssl.training.setup import TrainingRun, choose_device, prepare
 
@@ -80,6 +81,7 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report on stderr that it starts and stops
     with ExitStack() as stack:
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
+        stack.enter_context(explain_out_of_memory(recipe, device))
         run, remarks = prepare(recipe, device, None)
         profiler = Profiler(run, stack)
         profiler.measure()

@@ -55,8 +55,11 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path) -> Iterator[None]:
-    """Turn an error for lack of memory, of the machine or of the GPU, into a UserError that says what helps."""
+def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path | None = None) -> Iterator[None]:
+    """Turn an error for lack of memory, of the machine or of the GPU, into a UserError that says what helps.
+
+    run_dir: of a run that may have checkpoints to continue from.
+    """
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -68,7 +71,7 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path) -
             fixes += ", set embedding.chunk=1, which takes one draw at a time"
         fixes += f", or raise train.accumulate={train.accumulate}"
         resume = ""
-        if find_checkpoints(run_dir):
+        if run_dir and find_checkpoints(run_dir):
             resume = f"; --resume {run_dir} continues from the last checkpoint where more memory is free"
         raise UserError(
             f"There was not enough memory ({in_short(error)}) on the {_name(device)}: {fixes}{resume}."
