@@ -108,6 +108,8 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
             recipe = Recipe.model_validate_json(header["recipe"])
             return recipe, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} is not a readable safetensors file: {in_short(error)}") from None
     except ValidationError as error:
         raise UserError(

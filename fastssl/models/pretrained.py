@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, is_out_of_memory
 from fastssl.models.build import Model
 from fastssl.models.encoder import adapt_input_channels, build_encoder
 from fastssl.models.exported import ENCODER
@@ -224,7 +224,9 @@ def _candidates(inside: dict[str, Tensor], encoder: nn.Module) -> Iterator[_Cand
             try:
                 with warnings.catch_warnings(action="ignore"):  # about torch's functions that it calls
                     filtered = timm_filter(dict(renamed), encoder)
-            except Exception:  # noqa: S112, it was written for other names, and fails on these in its own ways
+            except Exception as error:  # it was written for other names, and fails on these in its own ways
+                if is_out_of_memory(error):
+                    raise
                 continue
             by_id = {id(renamed[name]): old for name, old in origin.items()}
             yield _Candidate(filtered, {name: by_id.get(id(t), origin.get(name, name)) for name, t in filtered.items()})

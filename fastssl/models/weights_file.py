@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastssl.common.errors import UserError, in_short
+from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.files import open_regular
 from fastssl.models.checkpoint import Checkpoint, DamagedArchive, check_archive, check_dense, newest_checkpoint
 from fastssl.recipe import Recipe
@@ -73,6 +73,8 @@ def _read_safetensors(path: Path, key: str) -> tuple[dict[str, Tensor], Recipe |
             header = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{key}{path} is not a readable safetensors file: {in_short(error)}.") from None
     try:
         recipe = Recipe.model_validate_json(header["recipe"]) if "recipe" in header else None

@@ -15,9 +15,9 @@ from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes, suggest_smaller
 from fastssl.recipe import Recipe
 
-FLOAT = 4  # bytes: weights, views, noise and draws are fp32 under any autocast
-# Copies of the weights that an optimizer keeps. Of others it is not known: this is a lower limit.
-OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1}
+VIEW, DRAW = 4, 2  # bytes of a value: views are fp32 under any autocast, a draw that is kept may be bf16
+# Averages of the gradient that an optimizer keeps. Of others it is not known: this is a lower limit.
+AVERAGES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1}
 
 
 def check_memory(recipe: Recipe, device: torch.device) -> None:
@@ -30,18 +30,18 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
         UserError: with the keys that make it smaller.
     """
     model = outline_model(recipe)
-    copies = 2 + OPTIMIZER_COPIES.get(recipe.optim.name.lower(), 0) + (1 if recipe.train.ema else 0)
+    weights = count_bytes(model) * (2 if recipe.train.ema else 1)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    gradients = trained * (1 + AVERAGES.get(recipe.optim.name.lower(), 0))
     views = recipe.objective.num_views * (recipe.train.batch_size // (world_size() * recipe.train.accumulate))
     widths = {"h": cast(int, model.encoder.num_features), "z": recipe.model.projector.out}
     spaces = [] if recipe.embedding.stochastic == "none" else list(recipe.embedding.stochastic)
     draws = recipe.embedding.samples * sum(widths[space] for space in spaces)
     image = recipe.model.in_chans * recipe.views.size**2
     needs = {
-        # Weights, gradients, and the averages of the optimizer.
-        suggest_smaller(model): count_bytes(model) * copies,
-        # The backward pass needs the views, and of each draw its noise and its value.
-        "lower train.batch_size or views.size": views * image * FLOAT,
-        "lower embedding.samples or train.batch_size": views * draws * 2 * FLOAT,
+        suggest_smaller(model): weights + gradients,
+        "lower train.batch_size or views.size": views * image * VIEW,
+        "lower embedding.samples or train.batch_size": views * draws * DRAW,
     }
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from fastssl import cli, load_encoder, load_model
 from fastssl.common.errors import UserError, is_out_of_memory
 from fastssl.evaluation import probe
 from fastssl.loading import loader as loader_module
-from fastssl.models import build_model
+from fastssl.models import build_model, exported, weights_file
 from fastssl.models import memory as model_memory
 from fastssl.models.build import outline_model
 from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes
+from fastssl.models.weights_file import read_weights
 from fastssl.recipe import load_recipe
 from fastssl.training import loop, run_writer, train
 from fastssl.training import memory as training_memory
@@ -247,6 +249,12 @@ def test_a_lack_of_memory_is_never_a_damaged_file(finished, tmp_path, monkeypatc
                 assert code == 2 and "here was not enough memory (" in err and err.count("\n") == 1, err
                 assert "half-written" not in err and "damaged" not in err and "does not fit" not in err
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+
+    for module in (exported, weights_file):
+        monkeypatch.setattr(module, "safe_open", fails)
+    for load in (load_model, partial(read_weights, key="model.init: ")):
+        with pytest.raises(type(error)):
+            load(str(finished / "encoder.safetensors"))
 
 
 def test_other_errors_are_no_lack_of_memory():
