@@ -35,7 +35,7 @@ def embed(
         print(printable(report.conversion.reason))
     columns = ", ".join(f"{name} {shape[0]}" if shape else name for name, shape in report.columns.items())
     space = f" (mu and sigma of {report.space})" if report.space else ""
-    print(f"{out} holds {report.images:,} images: name, {columns}{space}.")
+    print(printable(f"{out} holds {report.images:,} images: name, {columns}{space}."))
     if report.bad:
         first = ", ".join(f"{image.name} ({image.reason})" for image in report.bad[:BAD_NAMES])
         more = ", ..." if len(report.bad) > BAD_NAMES else ""

@@ -280,6 +280,7 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
 
     train, val: of the images, for weights, which have no recipe that names them.
     """
+    from fastssl.common.terminal import console, print_line
     from fastssl.evaluation import load_foreign_encoder, load_run_encoder
 
     if source.weights is None:
@@ -302,7 +303,7 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
         view=view, device=device, out_dir=source.out_dir,
     )  # fmt: skip
     for remark in remarks:
-        print(remark)
+        print_line(console(), remark)
     yield encoder
 
 
@@ -340,7 +341,7 @@ def _show(
     table_of_several: "Callable[[list[SummaryRow]], RenderableType] | None" = None,
 ) -> None:
     """Print one result with its intervals, or several in one table with mean and standard deviation over seeds."""
-    from fastssl.common.terminal import console
+    from fastssl.common.terminal import console, print_line
     from fastssl.evaluation import result_table, summarize_runs, summary_table, write_summary
 
     if len(results) == 1:
@@ -349,4 +350,4 @@ def _show(
         console().print((table_of_several or summary_table)(summarize_runs(results)))
     if out:
         write_summary(out, summarize_runs(results))
-        print(f"{out} holds these results.")
+        print_line(console(), f"{out} holds these results.")

@@ -16,11 +16,13 @@ def export(
     sigma: Annotated[bool, Option("--sigma", help="include the heads of mu and sigma (safetensors, onnx)")] = False,
 ) -> None:
     """Write the trained encoder as one file for other programs, with a model card."""
+    from fastssl.common.terminal import printable
     from fastssl.export import export_run
 
     exported = export_run(run, format, out, sigma)
-    print(f"{exported.path} holds {exported.path.stat().st_size / 1e6:,.1f} MB; {exported.card} describes it.")
-    print(f"Load it with: {exported.load_with}")
+    size = exported.path.stat().st_size / 1e6
+    print(printable(f"{exported.path} holds {size:,.1f} MB; {exported.card} describes it."))
+    print(printable(f"Load it with: {exported.load_with}"))
     if exported.difference is not None:
         print(f"On random images, onnxruntime differs from torch by {exported.difference:.1e} at most.")
     elif format == "onnx":

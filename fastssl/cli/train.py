@@ -90,7 +90,7 @@ def profile(
 ) -> None:
     """Find the bottleneck of a run and what to change. Trains for about a minute and discards the result."""
     from fastssl import profiling
-    from fastssl.common.terminal import console
+    from fastssl.common.terminal import console, print_line
 
     screen = console()
     if compare:
@@ -113,8 +113,8 @@ def profile(
         return
     screen.print(profiling.profile_table(measured, screen.width))
     profiling.write_files(path, measured)
-    print(f"{path} holds these values; {path.with_suffix('.html')} shows them.")
-    print(f"Open {measured.trace} in https://ui.perfetto.dev.")
+    print_line(screen, f"{path} holds these values; {path.with_suffix('.html')} shows them.")
+    print_line(screen, f"Open {measured.trace} in https://ui.perfetto.dev.")
     if machine:
         screen.print(profiling.plan_table(profiling.plan_training(measured, settings, machine)))
     if below := profiling.failed_thresholds(measured, thresholds):

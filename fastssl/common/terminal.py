@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,14 +16,21 @@ WIDTH_OF_FILES = 160  # columns of tables that go to a file or a pipe
 PLAIN_LINE_EVERY = 10.0  # seconds
 
 
+class PlainConsole(Console):
+    """A console that shows text as it is: paths and class names may hold [brackets], :colons: or control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # of messages, cells and titles
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
 def console(stderr: bool = False) -> Console:
-    """Return a rich Console that prints text as it is, because paths and class names may hold [brackets] or :colons:.
+    """Return a console that shows text as it is.
 
     Without a terminal, tables are WIDTH_OF_FILES wide unless the environment variable COLUMNS is set.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal or "COLUMNS" in os.environ else WIDTH_OF_FILES
-    return Console(stderr=stderr, width=width, markup=False, emoji=False)
+    return PlainConsole(stderr=stderr, width=width, markup=False, emoji=False)
 
 
 def print_line(console: Console, message: str) -> None:

@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import printable
 from fastssl.evaluation.metrics import ClassificationResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def plain_label(name: str) -> str:
+    """A name as matplotlib shows it as it is: no formula, and not hidden because of an underscore in front."""
+    return ("\u200b" if name.startswith("_") else "") + printable(name).replace("$", r"\$")
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
@@ -29,7 +35,8 @@ def draw_confusion(path: Path, result: ClassificationResult, class_names: list[s
     count_K1 = result.confusion_KK.sum(axis=1, keepdims=True)
     percent_KK = 100 * result.confusion_KK / np.maximum(count_K1, 1)
     names = [
-        class_names[label] if class_names and 0 <= label < len(class_names) else str(label) for label in result.label_K
+        plain_label(class_names[label] if class_names and 0 <= label < len(class_names) else str(label))
+        for label in result.label_K
     ]
     side = 2.5 + 0.4 * len(names)  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -39,8 +46,8 @@ def draw_confusion(path: Path, result: ClassificationResult, class_names: list[s
         if value >= 0.5:
             color = "white" if value > 50 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("guess")
     axes.set_ylabel("truth")
     axes.set_title(f"% of each class, accuracy {100 * result.metrics['accuracy']:.1f} %")

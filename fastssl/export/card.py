@@ -1,12 +1,15 @@
 """model_card.md: what a run tells about its model, and what it does not tell. Every value comes from the run."""
 
+import html
 import json
+import re
 from collections.abc import Iterator
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from fastssl.common.geometry import CENTER
+from fastssl.common.terminal import printable
 from fastssl.export.source import Environment, Source
 from fastssl.models.classifier import Classifier
 from fastssl.models.encoder import has_fixed_size
@@ -54,13 +57,11 @@ def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard
 # {escape(recipe.name)}
 
 A {recipe.model.backbone} image encoder that was trained {"with" if supervised else "without"} labels \
-({OBJECTIVES[objective]}) and exported by fastssl. `{file}` gives {describe_outputs(source, format, sigma)}.
+({OBJECTIVES[objective]}) and exported by fastssl. {code(file)} gives {describe_outputs(source, format, sigma)}.
 
 ## Use
 
-```python
-{example_code(source, file, format, sigma)}
-```
+{code_block(example_code(source, file, format, sigma), "python")}
 
 ## Input
 
@@ -94,8 +95,7 @@ A {recipe.model.backbone} image encoder that was trained {"with" if supervised e
 
 The recipe, with shortened paths:
 
-```yaml
-{without_folders(recipe).to_yaml()}```
+{code_block(without_folders(recipe).to_yaml(), "yaml")}
 
 ## Results
 
@@ -190,7 +190,7 @@ def preprocess(path):
 
 def loading_code(source: Source, file: str, format: str, sigma: bool) -> str:
     """A Python expression that loads the file."""
-    name = json.dumps(file, ensure_ascii=False)
+    name = printable(json.dumps(file, ensure_ascii=False))  # its escapes are those of Python
     if format == "timm":
         backbone = source.recipe.model.backbone
         # Position embeddings must fit the image size.
@@ -241,9 +241,9 @@ def limits(source: Source, format: str, sigma: bool) -> Iterator[str]:
     if not source.results:
         yield "No accuracy was measured on these weights" + (" except by the probe." if source.probe else ".")
     for file in source.stale:
-        yield f"`{escape(file)}` was measured on other weights of this run and is left out."
+        yield f"{code(file)} was measured on other weights of this run and is left out."
     for file in source.damaged:
-        yield f"`{escape(file)}` could not be read and is left out."
+        yield f"{code(file)} could not be read and is left out."
     if source.run_dir is None:
         yield "Made from a checkpoint file outside a run directory: environment and results are not known."
     elif source.environment is None:
@@ -268,6 +268,24 @@ def count_parameters(*modules: nn.Module) -> int:
 
 
 def escape(value: object) -> str:
-    """The value as one line of Markdown that cannot end its table cell or contain HTML."""
-    text = " ".join(str(value).split())
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    """The value as one line of Markdown that shows it as it is: no formatting, no link, no HTML, no second cell."""
+    text = html.escape(printable(" ".join(str(value).split())), quote=False)
+    # An underscore within a word, as in zprob_barlow, is no formatting.
+    return re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def code(value: object) -> str:
+    """The value as code within a line."""
+    text = printable(" ".join(str(value).split()))
+    fence = _fence(text, 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
+def code_block(text: str, language: str) -> str:
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than the text has in a row."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])

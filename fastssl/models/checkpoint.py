@@ -17,6 +17,7 @@ from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.files import open_regular, write_atomically
 from fastssl.common.schema import Count, Finite, first_problem
 from fastssl.common.system import total_memory
+from fastssl.common.terminal import printable
 from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
 from fastssl.models.exported import load_exported_encoder, load_exported_model, misfit
@@ -144,8 +145,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # damaged bytes raise errors of many types
         if is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
-        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {in_short(reason)}.") from None
+        reason = printable(in_short((str(error) or type(error).__name__).split("\n")[0].rstrip(".")))
+        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}. Weights from elsewhere are "

@@ -54,9 +54,9 @@ def run_locally(sweep: Sweep, runs: list[SweepRun], *, per_gpu: int = 1, retries
         print(f"Stopped with {finished} of {len(runs)} runs finished; the same command resumes the sweep.")
         return EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_REQUEUE
     failed = [task for task in tasks if task.state == "failed"]
-    print(f"{finished} of {len(runs)} runs are finished, in {sweep.folder}.")
+    print_line(console(), f"{finished} of {len(runs)} runs are finished, in {sweep.folder}.")
     for task in failed:
-        print(f"Failed: {task.run.name}: {task.error} (full output: {log_path(task.run)})")
+        print_line(console(), f"Failed: {task.run.name}: {task.error} (full output: {log_path(task.run)})")
     if failed:
         print("The same command tries the failed runs again.")
     return 1 if failed else 0

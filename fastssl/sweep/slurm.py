@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import LARGEST_TEXT, read_bytes, write_atomically
-from fastssl.common.terminal import console
+from fastssl.common.terminal import console, print_line
 from fastssl.sweep.grid import JOBS_FOLDER, Sweep, SweepRun
 from fastssl.sweep.local import GRACE, run_tasks
 from fastssl.sweep.progress import images_per_epoch, last_log_line, log_path, make_tasks
@@ -124,7 +124,7 @@ def submit_to_slurm(
     )
     for run in missing:
         previous = f"  (its previous job ended with: {last_log_line(run)})" if log_path(run).exists() else ""
-        print(f"{submitted[run.name]}  {run.name}{previous}")
+        print_line(console(), f"{submitted[run.name]}  {run.name}{previous}")
     if finished < len(runs):
         print(f"The jobs' logs are in {sweep.folder / JOBS_FOLDER}. The same command shows the progress.")
     return 0

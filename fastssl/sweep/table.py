@@ -6,7 +6,6 @@ from collections import Counter
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from fastssl.common.terminal import console, print_line, printable
 from fastssl.sweep.grid import SweepRun, short_names
@@ -81,7 +80,7 @@ class SweepDisplay:
     def _show_run(self, task: Task) -> None:
         name = task.run.name
         if name not in self.run_bars:
-            self.run_bars[name] = self.bars.add_task(name, total=self.total_steps[name], status="")
+            self.run_bars[name] = self.bars.add_task(printable(name), total=self.total_steps[name], status="")
         progress = read_progress(task.run)
         status = f"on {task.device}"
         if progress.loss is not None:
@@ -104,7 +103,7 @@ def results_table(runs: list[SweepRun]) -> Table:
     for (grid, setting), group in groups.items():
         finished = [run for run in group if is_finished(run)]
         accuracies = [100 * knn for run in finished if (knn := last_knn(run)) is not None]
-        table.add_row(grid, Text(setting), f"{len(finished)} of {len(group)}", mean_and_deviation(accuracies))
+        table.add_row(grid, setting, f"{len(finished)} of {len(group)}", mean_and_deviation(accuracies))
     return table
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.common.terminal import console, print_line
+from fastssl.common.terminal import console, print_line, printable
 
 
 class Display:
@@ -18,7 +18,7 @@ class Display:
 
     def __init__(self, title: str, first_step: int, total_steps: int):
         self.console = console()
-        self.title = title
+        self.title = printable(title)
         self.first_step = first_step
         self.total_steps = total_steps
         self.began = time.monotonic()

@@ -418,7 +418,7 @@ def test_the_card_of_a_damaged_run_names_what_is_damaged(copy, tmp_path):
     for sentence in (
         "`environment.json` could not be read", "`eval/knn.json` was measured on other weights",
         *(f"`eval/{name}.json` could not be read" for name in damaged),
-        "| &lt;b>x\\|y # z | auroc | 0.875 |  |", "at step 3: knn 0.25.", "torch | not recorded in the run",
+        "| &lt;b&gt;x\\|y # z | auroc | 0.875 |  |", "at step 3: knn 0.25.", "torch | not recorded in the run",
     ):  # fmt: skip
         assert sentence in text, sentence
     assert (

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_curve
 
 from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import OODSets
-from fastssl.evaluation.plots import save_figure
+from fastssl.evaluation.plots import plain_label, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def _draw_histograms(panel: "Axes", score: Mapping[str, np.ndarray], colors: Map
     panel.hist(np.clip(score["id"], edges[0], edges[-1]), edges, density=True, color="lightgrey", label="ID")
     for other, color in colors.items():
         values = np.clip(score[other], edges[0], edges[-1])
-        panel.hist(values, edges, density=True, histtype="step", color=color, label=_escape(other))
+        panel.hist(values, edges, density=True, histtype="step", color=color, label=plain_label(other))
     panel.set_yticks([])
 
 
@@ -74,7 +74,7 @@ def _draw_roc(panel: "Axes", score: Mapping[str, np.ndarray], colors: Mapping[st
     for other, color in colors.items():
         is_ood = np.repeat([0, 1], [len(score["id"]), len(score[other])])
         fpr, tpr, _ = roc_curve(is_ood, np.r_[score["id"], score[other]])
-        panel.plot(fpr, tpr, color=color, linewidth=1.1, label=_escape(other))
+        panel.plot(fpr, tpr, color=color, linewidth=1.1, label=plain_label(other))
     panel.set_aspect("equal")
 
 
@@ -89,15 +89,10 @@ def _draw_auroc(path: Path, detectors: Mapping[str, DetectorResult], sets: OODSe
     for (row, column), value in np.ndenumerate(auroc):
         color = "white" if abs(value - 0.5) > 0.35 else "black"
         axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=color)
-    headings = [f"{_escape(other)}\n({'near' if other in sets.near else 'far'})" for other in sets.ood]
+    headings = [f"{plain_label(other)}\n({'near' if other in sets.near else 'far'})" for other in sets.ood]
     axes.set_xticks(range(len(headings)), headings, fontsize=8)
     labels = [name + (" *" if detector["labels"] else "") for name, detector in detectors.items()]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.xaxis.tick_top()
     axes.set_xlabel("AUROC in %; below 50 the score is inverted. * uses labels", fontsize=8)
     save_figure(path, figure)
-
-
-def _escape(name: str) -> str:
-    """Return a label that matplotlib shows as it is: no formulas, and not hidden because of a leading underscore."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastssl.beton import draw_samples, read_header
 from fastssl.common.files import explain_write_errors
-from fastssl.evaluation.plots import save_figure
+from fastssl.evaluation.plots import plain_label, save_figure
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
@@ -47,7 +47,7 @@ def draw_risk_coverage(
     axes.set_ylim(bottom=0)
     axes.set_xlabel("coverage: % of test images, least uncertain first")
     axes.set_ylabel("risk: % of wrong predictions among them")
-    axes.set_title(f"{run}: risk-coverage curve", parse_math=False)
+    axes.set_title(plain_label(f"{run}: risk-coverage curve"))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     save_figure(path, figure)
@@ -81,7 +81,7 @@ def draw_corruptions(path: Path, run: str, result: Mapping[str, Any], score: str
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
     title = f"{run}: mean uncertainty of {result['corrupted_images']:,} corrupted test images, with 95 % intervals"
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(plain_label(title))
     save_figure(path, figure)
 
 
