@@ -20,19 +20,10 @@ from fastssl.common.system import total_memory
 from fastssl.common.terminal import printable
 from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
-from fastssl.models.exported import load_exported_encoder, load_exported_model, misfit
+from fastssl.models.exported import check_dense, load_exported_encoder, load_exported_model, misfit
 from fastssl.recipe import Recipe, sentence
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
-
-
-def check_dense(tensor: Tensor) -> Tensor:
-    """Raise ValueError unless a tensor holds plain numbers, each of them in the file."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
-        raise ValueError(f"a tensor of a kind that no weights have ({tensor.layout}, {tensor.dtype}, {tensor.device})")
-    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise ValueError("a tensor that repeats its numbers")
-    return tensor
 
 
 def _check_best(best: dict[str, float]) -> dict[str, float]:

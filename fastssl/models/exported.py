@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
                     "it with timm.create_model(..., checkpoint_path=...)."
                 )
             recipe = Recipe.model_validate_json(header["recipe"])
-            return recipe, {name: file.get_tensor(name) for name in file.keys()}
+            return recipe, {name: check_dense(file.get_tensor(name)) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
@@ -115,6 +115,17 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
         raise UserError(
             f"{path} holds a recipe that this version of fastssl does not know: {sentence(error, Recipe)}"
         ) from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # tensors of a type that torch or fastssl lacks
+        raise misfit(path, error) from None
+
+
+def check_dense(tensor: Tensor) -> Tensor:
+    """Raise ValueError unless a tensor holds plain numbers, each of them in the file."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        raise ValueError(f"a tensor of a kind that no weights have ({tensor.layout}, {tensor.dtype}, {tensor.device})")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor that repeats its numbers")
+    return tensor
 
 
 def misfit(path: Path, reason: object) -> Exception:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.files import open_regular
-from fastssl.models.checkpoint import Checkpoint, DamagedArchive, check_archive, check_dense, newest_checkpoint
+from fastssl.models.checkpoint import Checkpoint, DamagedArchive, check_archive, newest_checkpoint
+from fastssl.models.exported import check_dense
 from fastssl.recipe import Recipe
 
 MAX_DEPTH = 10  # of the dictionaries in a file
