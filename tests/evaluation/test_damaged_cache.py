@@ -12,11 +12,16 @@ import time
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from small_models import make_run
 
 from fastssl.evaluation import evaluate_knn, features, load_run_encoder
 from fastssl.evaluation import find_evaluation_data as data_of_run
 from fastssl.evaluation.features import Features, read_features, write_features
+from fastssl.evaluation.mutual_information import estimators
+from fastssl.evaluation.mutual_information import evaluate as mi
+from fastssl.evaluation.ood import evaluate as ood
+from fastssl.evaluation.ood import find_sets
 
 
 def saved_features(folder, **changes):
@@ -201,3 +206,61 @@ def test_nothing_is_written_through_a_linked_folder(run, tmp_path, name):
     with pytest.raises(Exception, match="is a symbolic link, so nothing is written to it"):
         knn(run)
     assert list(outside.iterdir()) == []
+
+
+def changed(value, path, new):
+    """The JSON value with another value at a path of keys; `new` None removes the key."""
+    key, *rest = path
+    inner = {name: x for name, x in value.items() if name != key or rest or new is not None}
+    return inner | ({key: changed(value[key], rest, new) if rest else new} if rest or new is not None else {})
+
+
+def assert_every_field_is_needed(schema, result, paths, values):
+    schema.validate_python(result, strict=True)
+    for path in paths:
+        for odd in (None, *values):
+            with pytest.raises(ValidationError):
+                schema.validate_python(changed(result, path, odd), strict=True)
+
+
+def test_a_result_of_ood_without_its_fields_is_not_used(run, canvas, monkeypatch):
+    monkeypatch.setattr(ood, "DETECTORS", {name: ood.DETECTORS[name] for name in ("knn_cosine", "mahalanobis")})
+    monkeypatch.setattr(ood.plots, "draw_ood_plots", lambda *arguments: None)
+    encoder = load_run_encoder(run)
+    result = ood.evaluate_ood(encoder, find_sets(encoder, near=[canvas / "train.beton"]))
+    detector = ("detectors", "knn_cosine")
+    near = (*detector, "near")
+    (name,) = result["near"]
+    paths = [("detectors",), ("scores",), near, (*near, "metrics"), (*near, "metrics", "auroc")]
+    paths += [
+        (*near, "intervals", "auroc"),
+        (*near, "inverted"),
+        (*detector, "norm_correlation"),
+        (*detector, "labels"),
+    ]
+    paths += [(*detector, "sets", name), (*detector, "sets", name, "metrics", "auroc")]
+    assert_every_field_is_needed(ood.OOD_RESULT, result, paths, [3j, {"a": "b"}, math.nan])
+    for path, odd in ((near, 3), ((*near, "metrics", "auroc"), math.nan), ((*near, "intervals", "auroc"), [0.5])):
+        with pytest.raises(ValidationError):
+            ood.OOD_RESULT.validate_python(changed(result, path, odd), strict=True)
+    path = next((run / "eval").glob("ood-*.json"))
+    path.write_text(json.dumps(changed(result, (*near, "metrics", "auroc"), None)))
+    again = ood.evaluate_ood(encoder, find_sets(encoder, near=[canvas / "train.beton"]))
+    assert again["detectors"] == result["detectors"]
+
+
+def test_a_result_of_mi_without_its_fields_is_not_used(canvas, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimators, "STEPS", 20)
+    data = {"train": str(canvas / "train.beton"), "val": str(canvas / "train.beton")}
+    folder, _, _ = make_run(tmp_path / "run", data, embedding={"stochastic": "z", "samples": 2})
+    result = mi.evaluate_mi(load_run_encoder(folder))
+    quantity = ("quantities", "I(V;H)")
+    bound = ("bounds", next(iter(result["bounds"])))
+    paths = [("quantities",), ("bounds",), ("checks",), ("infinite",), ("plot",), (*quantity, "js"), (*bound, "rate")]
+    paths += [
+        (*quantity, "mine", "nats"),
+        (*quantity, "js", "saturated"),
+        (*quantity, "js", "ceiling"),
+        (*bound, "upper"),
+    ]
+    assert_every_field_is_needed(mi.MI_RESULT, result, paths, [3j, {"a": "b"}, [[]], math.nan])

@@ -97,7 +97,8 @@ def test_a_run_goes_on_and_is_shown_among_odd_lines(run):
     "content",
     [
         b"", b"{", b"[1]", b"7", b'{"earlier": 3}', b'{"earlier": "abc"}', b'{"earlier": [1, 2]}',
-        b'{"earlier": {"a": 1}}', b"[" * 10**6, b'{"a": ' * 10**4, b"\xff\xfe", b'{"earlier": null}', b'{"x": ' + b"9" * 5000 + b"}",
+        b'{"earlier": {"a": 1}}', b"[" * 10**6, b'{"a": ' * 10**4, b"\xff\xfe", b'{"earlier": null}',
+        b'{"x": ' + b"9" * 5000 + b"}",
     ],
 )  # fmt: skip
 def test_an_odd_environment_is_left_out(run, content):
