@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.beton import jpeg
-from fastssl.beton.format import FIELD, HEADER, RAW, manifest_path
+from fastssl.beton.format import FIELD, HEADER, RAW, manifest_path, names_path
 from fastssl.beton.pool import worker_pool
-from fastssl.beton.read import BetonInfo, read_header, read_names, read_samples
+from fastssl.beton.read import BetonInfo, all_names, read_header, read_names, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.system import resolve_workers
 from fastssl.common.terminal import printable, progress
@@ -78,6 +78,9 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
         workers: number of processes; None: one for each core.
     """
     info = read_header(path)
+    if names_path(info.path).exists():
+        for _ in all_names(info.path):  # raises an error if they cannot be read
+            pass
     crc32_N = _read_checksums(info)
     metadata, image_bytes = read_samples(path)
     problems: list[tuple[int, str]] = []

@@ -178,12 +178,13 @@ def test_a_beton_and_what_lies_next_to_it_are_regular_files_of_some_size(kind, c
     uses = {
         "train.beton.json": lambda: read_header(path),
         "train.beton.names.txt": lambda: read_names(path, [0]),
+        "train.beton.names.txt ": lambda: verify(path, workers=1),
         "list.txt": lambda: read_index_list(path, listed),
     }
     if kind != "hole":  # a .beton is mapped, not read
         uses["train.beton"] = lambda: read_header(path)
     for name, use in uses.items():
-        file = listed if name == "list.txt" else path.with_name(name)
+        file = listed if name == "list.txt" else path.with_name(name.strip())
         kept = file.read_bytes()
         make_special(file, kind)
         with pytest.raises(UserError, match=str(file)):
