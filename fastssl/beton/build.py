@@ -54,10 +54,11 @@ from fastssl.beton.source import (
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, read_text, write_atomically
 from fastssl.common.system import free_memory, resolve_workers
-from fastssl.common.terminal import console, print_line, printable, progress
+from fastssl.common.terminal import console, print_line, progress
 
 LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
+MOST_NAMED = 5  # images of which workers have died
 MOST_BAD = 10  # bad images of a split that are no problem, however small the split is
 SAMPLED = 512  # images of each split that are encoded for an estimate
 SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
@@ -352,12 +353,16 @@ def _encode_images(split: SourceSplit, partial: PartialBuild, plan: StoragePlan,
                 begun = min(done + pool.count_begun(), total)
                 bad_before = len(partial.bad)
                 record(pool.write_one_by_one(partial.pages, partial.position, images(begun), plan))
-                deadly = [image.name for image in partial.bad[bad_before:] if image.reason in (DIED, NO_MEMORY)]
-                names = (
-                    ", ".join(deadly)
-                    or "no image, but perhaps of too many --workers (dmesg tells what the kernel kills)"
-                )
-                print_line(console(stderr=True), printable(f"{split.name}: a worker process died of {names}."))
+                _say_what_died(split.name, partial.bad[bad_before:])
+
+
+def _say_what_died(split: str, bad: list[BadImage]) -> None:
+    """Say of which of the new bad images a worker process has died; if of none, what else it may have been."""
+    names = [image.name for image in bad if image.reason in (DIED, NO_MEMORY)]
+    named = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+    no_image = "but of no image: perhaps there are too many --workers (dmesg tells what the kernel kills)"
+    line = f"{split}: a worker process died or had too little memory, {f'of {named}' if names else no_image}."
+    print_line(console(stderr=True), line)
 
 
 def _record(split: SourceSplit, partial: PartialBuild, rows: np.ndarray, reasons: list[str], strict: bool) -> None:

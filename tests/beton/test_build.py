@@ -353,7 +353,7 @@ def test_a_build_goes_on_without_an_image_of_which_its_workers_die(deadly, reaso
     assert bad == {"split": "train", "name": "deadly", "index": 40, "reason": reason}
     contents = [(tmp_path / builder / "train.beton").read_bytes() for builder in ("deadly", "sound")]
     assert contents[0] == contents[1]
-    assert "train: a worker process died of deadly." in capsys.readouterr().err
+    assert "train: a worker process died or had too little memory, of deadly." in capsys.readouterr().err
     with pytest.raises(UserError, match=f"deadly is bad: {reason}; repair or remove it"):
         build_beton("deadly", None, tmp_path / "strict", workers=2, strict=True)
 
@@ -458,7 +458,7 @@ def test_a_build_that_was_killed_resumes_and_gives_the_same_files(slow_source, t
     os.kill(workers_of(build)[0], signal.SIGKILL)
     stderr = build.communicate(timeout=120)[1]
     assert build.returncode == 0, stderr
-    assert "train: a worker process died of no image, but perhaps of too many --workers" in stderr
+    assert "train: a worker process died or had too little memory, but of no image" in stderr
     assert not (out / "bad_images.jsonl").exists()
     assert not part.exists()
 

@@ -249,6 +249,18 @@ def test_entries_of_a_list_that_are_no_images_are_bad(kind, tmp_path):
     assert result == f"ValueError: {reason}"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "hole"])
+def test_a_list_of_images_to_embed_is_a_regular_file_with_lines(kind, tmp_path):
+    from fastssl.evaluation.embed.images import list_images
+
+    make_special(tmp_path / "list", kind)
+    with pytest.raises(UserError, match=f"{tmp_path / 'list'} is .*(name a folder, a list|name one)"):
+        list_images(tmp_path / "list")
+    make_special(tmp_path / "photo.jpg", kind)
+    (sample,) = list_images(tmp_path / "photo.jpg").samples
+    assert isinstance(encode_all([sample.image], PLAN)[0], str)
+
+
 def test_a_link_to_itself_is_a_bad_image_and_no_source(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "good.jpg").write_bytes(JPEG)
