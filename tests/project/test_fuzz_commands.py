@@ -30,6 +30,24 @@ def base(fuzz_commands, canvas, canvas_jpeg, full, tmp_path_factory):
     return folder
 
 
+def fuzz_for(seconds, fuzz_commands, base, seed):
+    tallies = fuzz_commands.fuzz(base, list(fuzz_commands.KINDS), seed, minutes=seconds / 60)
+    assert sum(tally.failures for tally in tallies.values()) == 0, fuzz_commands.report(tallies)
+    return tallies
+
+
+def test_five_seconds_of_hostile_files(fuzz_commands, base):
+    """records/robustness.md has ten minutes."""
+    assert set(fuzz_for(5, fuzz_commands, base, seed=1)) == set(fuzz_commands.KINDS)
+
+
+@pytest.mark.slow
+def test_a_minute_of_hostile_files(fuzz_commands, base):
+    tallies = fuzz_for(60, fuzz_commands, base, seed=2)
+    for tally in tallies.values():
+        assert tally.cases >= 5 and tally.codes[2], "no file of this kind was refused"
+
+
 def run_with(monkeypatch, fuzz_commands, base, tmp_path, main):
     """The failures of a case whose command does `main()`."""
     monkeypatch.setattr(fuzz_commands.cli, "main", main)
