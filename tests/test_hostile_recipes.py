@@ -11,6 +11,7 @@ import pytest
 from fastssl.common.errors import LONGEST_QUOTE, UserError, in_short, quote
 from fastssl.recipe import MAX_BYTES, Recipe, load_recipe
 from fastssl.sweep import expand, load_sweep
+from fastssl.sweep.progress import last_log_line
 
 MINE = "name: mine\ndata: {train: x.beton}\n"
 NINES = "9" * 5000
@@ -307,3 +308,18 @@ def test_numbers_have_limits_that_leave_room_for_every_run(tmp_path):
          "views.size=1024", "embedding.samples=1000", "checkpoint.every=1000000000", "data.workers=512"],
     )  # fmt: skip
     assert isinstance(recipe, Recipe) and recipe.views.size == 1024
+
+
+def test_a_sweep_shows_no_escape_sequences(tmp_path, fastssl, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    axes = 'optim.name: ["a\\e[2Jb", "c\\e]0;x\\ad"], "optim.options.k\\e": [1]'
+    path = sweep_file(tmp_path, f"dir: {tmp_path}/out\n" + grids(axes))
+    for run in expand(load_sweep(path)):  # what a run from elsewhere may hold
+        run.dir.mkdir(parents=True)
+        (run.dir / "recipe.yaml").write_text(run.recipe.to_yaml())
+        (run.dir / "encoder.safetensors").touch()
+        (run.dir / "output.log").write_text(f"fastssl: {ESCAPE}\n")
+        assert last_log_line(run) == ESCAPE
+    _, out, err = fastssl("sweep", path, "--dry-run")
+    assert "2 runs, 2 finished" in out and r"a\x1b[2Jb" in out, err
+    assert "\x1b" not in out + err and "\x07" not in out + err

@@ -193,7 +193,7 @@ def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
         except UserError as error:
             errors.append(error)
             continue
-        warning = f"{errors[0]} Taking {path}, of step {found.saved['step']}." if errors else None
+        warning = printable(f"{errors[0]} Taking {path}, of step {found.saved['step']}.") if errors else None
         return replace(found, warning=warning)
     raise errors[0]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastssl.common.errors import UserError
-from fastssl.common.terminal import console
+from fastssl.common.terminal import console, printable
 from fastssl.recipe import Recipe
 from fastssl.sweep.grid import Sweep, SweepRun, short_names
 from fastssl.sweep.local import run_tasks, visible_devices
@@ -60,7 +60,8 @@ def dry_run(
         print(f"{grid}: {len(estimate.tasks)} runs, {finished_here} finished")
         grid_runs = [task.run for task in estimate.tasks]
         for key, short in zip(grid_runs[0].values, short_names(list(grid_runs[0].values))):
-            print(f"    {short}: {', '.join(dict.fromkeys(str(run.values[key]) for run in grid_runs))}")
+            values = dict.fromkeys(str(run.values[key]) for run in grid_runs)
+            print(printable(f"    {short}: {', '.join(values)}"))
         if estimate.hours is not None:
             print(f"    {estimate.hours:,.1f} hours at {estimate.rate:,.0f} images/s ({estimate.source})")
         for task in estimate.tasks:
@@ -70,7 +71,7 @@ def dry_run(
         console().print(results_table(runs))
     print(f"{len(runs)} runs in {sweep.folder}, {finished} of them finished; the recipes of all are valid.")
     if missing:
-        print(f"No hours are predicted: {missing}")
+        print(printable(f"No hours are predicted: {missing}"))
         return
     devices = visible_devices([run.recipe for run in runs])
     parallel = min((jobs or len(devices)) * per_gpu, max(1, len(runs) - finished))
