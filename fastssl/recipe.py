@@ -25,6 +25,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
+Epochs = Annotated[float, Field(ge=0, le=10**12)]
 # Limits that no run comes near. Below them the numbers of values in tensors do not overflow.
 Width = Annotated[int, Field(ge=1, le=10**6)]
 Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in px
@@ -105,7 +106,7 @@ class ProgressiveResizeConfig(Section):
     """Training views that start small, as FFCV's progressive resizing. Evaluation always uses views.size."""
 
     size: Side  # of the first epochs
-    epochs: tuple[NonNegative, float]  # the views grow from the first of these epochs to the second, in steps of 32 px
+    epochs: tuple[Epochs, Epochs]  # the views grow from the first of these epochs to the second, in steps of 32 px
 
 
 class ViewsConfig(Section):
@@ -165,7 +166,7 @@ class EmbeddingConfig(Section):
     samples: Count = 12  # Monte Carlo draws S
     chunk: Count | None = None  # draws per pass, computed again in the backward pass; null: all in one pass
     beta: NonNegative = 1e-3  # weight of the KL term
-    beta_warmup_epochs: NonNegative = 0  # beta grows linearly from 0
+    beta_warmup_epochs: Epochs = 0  # beta grows linearly from 0
     free_bits: NonNegative = 0  # nats per dimension below which the KL of an image costs nothing
     prior: Literal["standard_normal", "mixture", "vamp"] = "standard_normal"
     mixture_components: Width = 10  # of a mixture or vamp prior
@@ -266,7 +267,7 @@ class OptimConfig(Section):
     lr: Positive = 1e-3  # at global batch 256; the run uses lr x train.batch_size / 256
     weight_decay: NonNegative = 1e-4
     head_lr_factor: Positive = 1.0  # learning rate of a supervised run's classifier / that of all other layers
-    warmup_epochs: NonNegative = 4
+    warmup_epochs: Epochs = 4
     final_lr_factor: Probability = 0.5  # the cosine ends at this share of lr
     # For a resume with more train.epochs. stretch: the cosine of all epochs; constant: its last rate in the new ones.
     extend: Literal["stretch", "constant"] = "stretch"

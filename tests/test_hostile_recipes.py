@@ -88,6 +88,7 @@ def test_a_few_aliases_are_taken_and_an_override_changes_one_of_them(tmp_path):
         (f"seed: 0x{'f' * 50_000}", "200000 bits"),
         (f"train: {{epochs: {NINES[:4000]}}}", "13288 bits"),
         ("train: {epochs: .inf}", "finite"),
+        ("optim: {warmup_epochs: 1e308}", "optim.warmup_epochs"),
         ("optim: {lr: .inf}", "optim.lr: input should be a finite number"),
         ("optim: {options: {eps: .nan}}", "optim.options.eps"),
         ("views: {std: [.nan]}", "views.std"),
