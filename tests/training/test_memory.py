@@ -21,6 +21,7 @@ from fastssl.models.build import outline_model
 from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes
 from fastssl.models.weights_file import read_weights
+from fastssl.profiling import profiler
 from fastssl.recipe import load_recipe
 from fastssl.training import loop, run_writer, train
 from fastssl.training import memory as training_memory
@@ -266,3 +267,15 @@ def test_other_errors_are_no_lack_of_memory():
         OSError(28, "No space left on device"),
     ):
         assert not is_out_of_memory(error)
+
+
+def test_a_profile_for_which_there_is_not_enough_memory_is_one_sentence(canvas, tmp_path, monkeypatch, fastssl):
+    def fails(*_):
+        raise torch.OutOfMemoryError(GPU_ERROR)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiler.Profiler, "measure", fails)
+    monkeypatch.setattr(profiler, "OTHERS_SECONDS", 0.01)
+    code, _, err = fastssl("profile", "recipes/barlow.yaml", *small(canvas, tmp_path / "run"))
+    assert code == 2 and err.startswith("fastssl: There was not enough memory (CUDA out of memory.")
+    assert "train.batch_size=16" in err and "--resume" not in err and not (tmp_path / "run").exists()
