@@ -152,8 +152,8 @@ def find_image(path: str, parquet_path: str, root: str) -> str:
     inside = [each for each in found if os.path.relpath(each, root).split(os.sep)[0] != os.pardir]
     if os.path.isabs(path) or not inside:
         raise ValueError(
-            f"{parquet_path} names the image {path[:99]!r}, which is not within {root}: store the images in the file, or "
-            "copy them there and write paths relative to it."
+            f"{parquet_path} names the image {path[:99]!r}, which is not within {root}: store the images in the file, "
+            "or copy them there and write paths relative to it."
         )
     return next((each for each in inside if os.path.lexists(each)), inside[0])
 
