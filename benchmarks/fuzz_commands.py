@@ -354,16 +354,15 @@ def weights(rng: Random, folder: Path, base: Path, outside: Path) -> list[Comman
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])
         if how == 2:
-            header["__metadata__"] = mutate_value(rng, header["__metadata__"], lambda: str(hostile(rng, outside)))
-            if "recipe" in header["__metadata__"]:
-                with contextlib.suppress(ValueError):
-                    values = json.loads(header["__metadata__"]["recipe"])
-                    values = mutate_value(rng, values, lambda: hostile(rng, outside))
-                    header["__metadata__"]["recipe"] = json.dumps(values)
-            tensors = load_file(path)
-            metadata = {str(key): str(value) for key, value in header["__metadata__"].items()}
-            with contextlib.suppress(ValueError, UnicodeError):
-                save_file(tensors, path, metadata)
+            metadata = header["__metadata__"]
+            if rng.randrange(2):
+                values = mutate_value(rng, json.loads(metadata["recipe"]), lambda: hostile(rng, outside))
+                metadata["recipe"] = json.dumps(values)
+            else:
+                metadata = mutate_value(rng, metadata, lambda: str(hostile(rng, outside)))
+            metadata = {str(key): str(value) for key, value in metadata.items()}
+            with contextlib.suppress(ValueError):  # a surrogate
+                save_file(load_file(path), path, metadata)
         else:
             text = json.dumps(mutate_value(rng, header, lambda: hostile(rng, outside))).encode()
             path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
