@@ -517,7 +517,7 @@ class Child:
 
     def run(self, root: Path, kind: str, number: int, seed: int) -> Outcome:
         if self.process is None:
-            self._start()
+            self.start()
         try:
             self.connection.send((root, kind, number, seed))
             if self.connection.poll(HANG):
@@ -530,7 +530,7 @@ class Child:
         self.stop()
         return Outcome(failures=[failure])
 
-    def _start(self) -> None:
+    def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=self.target, args=(other, self.base))
@@ -561,15 +561,16 @@ class Tally:
 
 
 def fuzz(base: Path, kinds: list[str], seed: int, minutes: float, cases: int | None = None) -> dict[str, Tally]:
-    """Try cases of all kinds in turn, for some minutes or until there are `cases` of each."""
+    """Try cases of all kinds in turn, at least one of each, for some minutes or until there are `cases` of each."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     process = Child(base)
     numbers = itertools.count() if cases is None else range(cases)
-    end = time.monotonic() + 60 * minutes
     try:
+        process.start()
+        end = time.monotonic() + 60 * minutes
         with progress("Fuzz", None, "cases") as advance:
             for number, kind in ((number, kind) for number in numbers for kind in kinds):
-                if time.monotonic() > end:
+                if number and time.monotonic() > end:
                     break
                 with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as root:
                     record(tallies[kind], f"{kind} {number}", process.run(Path(root), kind, number, seed))
