@@ -1,5 +1,6 @@
 """The checkpoint file of a training run, written and read, and the models in it. Untrusted files run no code."""
 
+import errno
 import hashlib
 import io
 import warnings
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
-from fastssl.common.files import open_regular, write_atomically
+from fastssl.common.files import machine_fix, open_regular, write_atomically
 from fastssl.common.schema import Count, Finite, first_problem
 from fastssl.common.system import total_memory
 from fastssl.common.terminal import printable
@@ -81,6 +82,14 @@ class SavedState(TypedDict):
 SAVED_STATE = TypeAdapter(SavedState)
 
 
+# Numbers of errors of a disk, of permissions and of limits: what is in the file is not known.
+MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
+
+
+class DamagedCheckpoint(UserError):
+    """A file is no checkpoint, or a damaged one. The one before it may be good."""
+
+
 class DamagedArchive(ValueError):
     """An archive is not as torch.save wrote it."""
 
@@ -125,7 +134,7 @@ def write_checkpoint(run_dir: Path, name: str, saved: SavedState) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one file. Raises UserError if it is damaged, or no checkpoint of fastssl."""
+    """Read one file. Raises DamagedCheckpoint, and UserError if the machine cannot read it."""
     try:
         with open_regular(path) as file:
             check_archive(file)
@@ -136,17 +145,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # damaged bytes raise errors of many types
         if is_out_of_memory(error):
             raise
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            fix = machine_fix(error) or "check the disk, and whether your user may read the file"
+            raise UserError(f"{path} cannot be read ({error.strerror}): {fix}.") from None
         reason = printable(in_short((str(error) or type(error).__name__).split("\n")[0].rstrip(".")))
-        raise UserError(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
+        raise DamagedCheckpoint(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
     if missing:
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}. Weights from elsewhere are "
             "for model.init, and for fastssl eval --weights FILE --backbone NAME."
         )
     try:
         SAVED_STATE.validate_python(saved)
     except ValidationError as error:
-        raise UserError(f"{path} is a damaged checkpoint ({first_problem(error)}): take another one.") from None
+        raise DamagedCheckpoint(f"{path} is a damaged checkpoint ({first_problem(error)}): take another one.") from None
     return Checkpoint(path, saved, hashlib.sha256(data).hexdigest())
 
 
@@ -179,18 +191,18 @@ def find_checkpoints(run_or_checkpoint: str | Path) -> list[Path]:
 def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     """Read the last checkpoint of a run, or the one before it if the last is damaged.
 
-    Raises UserError if no checkpoint can be read.
+    Raises UserError if no checkpoint can be read, or the machine cannot read one.
     """
     files = find_checkpoints(run_or_checkpoint)
     if not files:
         raise UserError(
             f"{run_or_checkpoint} holds no checkpoint: name a run directory of fastssl train or a .pt file."
         )
-    errors: list[UserError] = []
+    errors: list[DamagedCheckpoint] = []
     for path in files:
         try:
             found = read_checkpoint(path)
-        except UserError as error:
+        except DamagedCheckpoint as error:
             errors.append(error)
             continue
         warning = printable(f"{errors[0]} Taking {path}, of step {found.saved['step']}.") if errors else None

@@ -1,7 +1,10 @@
 """A checkpoint with wrong values, however it came about, is one sentence, and no run goes on from it."""
 
 import copy
+import errno
 import math
+import os
+import shutil
 import zipfile
 
 import pytest
@@ -10,6 +13,7 @@ from training_runs import checkpoint_in, losses_of, small
 
 import fastssl
 from fastssl.common.errors import UserError
+from fastssl.models import checkpoint
 from fastssl.models.checkpoint import read_checkpoint
 from fastssl.recipe import load_recipe
 from fastssl.training import optim, train
@@ -204,3 +208,24 @@ def test_small_files_that_would_fill_the_memory(finished, tmp_path):
     with pytest.raises(UserError, match="compressed or overlap"):
         train(load_recipe(str(run / "recipe.yaml"), [f"model.init={bomb}", f"run.dir={tmp_path}/new"]))
     assert fastssl.load_model(tmp_path / "good.pt") is not None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_trouble_of_the_machine_is_no_damage(finished, tmp_path, monkeypatch, number):
+    """The run does not go back to previous.pt, and last.pt is not set aside as damaged."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    checkpoints = run / "checkpoints"
+    torch.save(finished[1], checkpoints / "last.pt")
+    shutil.copy(checkpoints / "last.pt", checkpoints / "previous.pt")
+    real = checkpoint.open_regular
+
+    def fail(path, *arguments):
+        if path.name == "last.pt":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "open_regular", fail)
+    with pytest.raises(UserError, match=r"last\.pt cannot be read \(.*\): "):
+        train(load_recipe(run / "recipe.yaml"), resume=run)
+    assert (checkpoints / "last.pt").exists() and not (checkpoints / "damaged.pt").exists()
