@@ -3,13 +3,21 @@
 The limit on the size of files stands for a full disk: the kernel refuses to write more, to any library.
 """
 
+import contextlib
+import io
 import json
+import resource
 import shutil
-import subprocess
+import signal
 import sys
+import warnings
 
 import pytest
+import torch
 from small_models import make_run
+from training_runs import FORKS, PATIENCE
+
+from fastssl import cli
 
 COMMANDS = {
     "knn": "eval knn RUN --k 3",
@@ -28,29 +36,25 @@ COMMANDS = {
 LIMITS = (0, 1000, 20_000, 300_000, 10**9)  # bytes of a file
 QUICK = ("semisup", "npz", "timm")
 
-CHILD = """
-import contextlib, io, json, resource, signal, sys, warnings
-import torch
-from fastssl.cli import main
 
-torch.set_num_threads(1)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-warnings.simplefilter("ignore")
-argv, limits = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-for limit in limits:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        sys.argv = ["fastssl", *argv]
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException as error:
-            code = repr(error)
-    print(json.dumps([code, err.getvalue()]), flush=True)
-    input()
-"""
+def run_under_limits(argv, connection):
+    """Run a command under each of LIMITS: (exit code or exception, stderr), and wait for an answer after each."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    for limit in LIMITS:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            sys.argv = ["fastssl", *argv]
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException as error:
+                code = repr(error)
+        connection.send((code, err.getvalue()))
+        connection.recv()
 
 
 @pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in COMMANDS])
@@ -65,15 +69,14 @@ def test_a_file_that_cannot_be_written_is_one_sentence(canvas, tmp_path, name):
     for word, path in places.items():
         argv = argv.replace(word, str(path))
     before = {path for path in tmp_path.rglob("*")}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(argv.split()), json.dumps(LIMITS)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=run_under_limits, args=(argv.split(), theirs))
+    process.start()
+    theirs.close()
     codes = []
     for limit in LIMITS:
-        line = child.stdout.readline()
-        assert line, child.communicate()[1]
-        code, err = json.loads(line)
+        assert ours.poll(PATIENCE)
+        code, err = ours.recv()
         codes.append(code)
         after = {path for path in tmp_path.rglob("*")} - before
         left = [path for path in after if path.name.startswith((".", "tmp")) and path.name != ".lock"]
@@ -85,7 +88,6 @@ def test_a_file_that_cannot_be_written_is_one_sentence(canvas, tmp_path, name):
         for path in after:
             if path.suffix == ".json":
                 json.loads(path.read_text())
-        child.stdin.write("\n")
-        child.stdin.flush()
-    child.communicate()
+        ours.send(None)
+    process.join(PATIENCE)
     assert codes[0] == 2 and codes[-1] == 0, codes

@@ -1,13 +1,14 @@
 """An export or an embedding that was killed is repeated by the same command, and leaves nothing behind."""
 
+import importlib
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 from small_models import make_run
+from training_runs import FORKS, PATIENCE
 
 from fastssl.cli import main
 from fastssl.common.errors import UserError
@@ -16,15 +17,19 @@ from fastssl.models import load_encoder
 
 
 def killed_in(place, *arguments):
-    """Run a command in a process that is killed when it comes to `place`."""
-    program = (
-        "import os, sys, fastssl.cli, fastssl.export.run, fastssl.evaluation.embed.output\n"
-        f"{place} = lambda *arguments, **options: os.kill(os.getpid(), 9)\n"
-        f"sys.argv = {['fastssl', *map(str, arguments)]}\n"
-        "fastssl.cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """Run a command in a process that is killed when it comes to the function `place`."""
+    process = FORKS.Process(target=run_and_kill, args=(place, ["fastssl", *map(str, arguments)]))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def run_and_kill(place, argv):
+    torch.set_num_threads(1)
+    module, _, name = place.rpartition(".")
+    setattr(importlib.import_module(module), name, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
+    sys.argv = argv
+    main()
 
 
 @pytest.fixture
