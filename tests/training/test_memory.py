@@ -215,7 +215,12 @@ def train_with_little_memory(arguments: list[str], output: Path, place: str, spa
     cli.main()
 
 
-@pytest.mark.parametrize("place, spare", [("step", 50 << 20), ("checkpoint", 5 << 20), ("loader", 1 << 20)])
+SPARE = {"step": 50 << 20, "checkpoint": 5 << 20, "loader": 1 << 20}  # bytes
+
+
+@pytest.mark.parametrize(
+    "place, spare", [pytest.param(*each, marks=() if each[0] == "step" else pytest.mark.slow) for each in SPARE.items()]
+)
 def test_memory_that_is_really_full_ends_a_run_in_order(canvas, tmp_path, fastssl, place, spare):
     run, output = tmp_path / "run", tmp_path / "output"
     # A step at 160 px takes more than 50 MB, and a checkpoint more than 5 MB.
