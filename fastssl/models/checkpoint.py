@@ -166,16 +166,15 @@ def check_archive(file: IO[bytes]) -> None:
     """Check the archive that torch.save has written: torch itself does not verify its checksums.
 
     Raises:
-        DamagedArchive: a part has another checksum (a flipped bit would become a weight), or the parts are compressed
-            or overlap, so that a small file could fill the memory.
+        DamagedArchive: a part has another checksum (a flipped bit would become a weight), or the parts are larger than
+            the file, as they are compressed or overlap: a small file could fill the memory.
         zipfile.BadZipFile: it is no archive.
     """
     size = file.seek(0, io.SEEK_END)
     if size > total_memory():
         raise DamagedArchive(f"its {size / 1e9:,.0f} GB are more than this machine's memory")
     with zipfile.ZipFile(file) as archive:
-        parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(x.file_size for x in parts) > size:
+        if sum(part.file_size for part in archive.infolist()) > size:
             raise DamagedArchive("its parts are compressed or overlap, as torch.save does not write them")
         if damaged := archive.testzip():
             raise DamagedArchive(f"the checksum of {damaged} is wrong")
