@@ -1,4 +1,4 @@
-"""An export or an embedding that was killed is repeated by the same command, and leaves nothing behind."""
+"""An export or an embedding that was killed is repeated by the same command, and leaves no other files."""
 
 import importlib
 import os

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 FLOW = [
     "beton", "loading", "views", "models", "objectives", "training", "evaluation", "profiling", "reporting", "export",
 ]  # fmt: skip
-COMMON = {"recipe", "common"}  # every folder may import these; recipe imports common.errors and common.files
+COMMON = {"recipe", "common"}  # every folder may import these; recipe imports common
 APPLICATION = {"cli", "demo", "sweep", "__main__", "__init__"}  # these files and folders may import everything
 
 

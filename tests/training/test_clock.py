@@ -1,4 +1,4 @@
-"""A clock that goes backwards, as after a change of it by hand, a reboot without a battery or a copy to other disks."""
+"""A clock that goes backwards, as after a user changed it, a reboot without a battery or a copy to other disks."""
 
 import datetime
 import itertools

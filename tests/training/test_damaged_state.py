@@ -117,7 +117,7 @@ def test_counts_that_contradict_each_other(finished):
 
 
 def test_the_state_of_an_optimizer_must_fit_its_parameters(finished):
-    """The kernels of fused steps do not compare shapes: they would read behind the end of a tensor."""
+    """The kernels of fused steps do not compare shapes: they would read after the end of a tensor."""
     run, saved = finished
     groups = saved["optimizer"]["param_groups"]
     for key, value in (
@@ -192,7 +192,7 @@ def test_small_files_that_would_fill_the_memory(finished, tmp_path):
     with open(sparse, "wb") as file:
         file.truncate(1 << 42)
     nested = []
-    for _ in range(40):  # 2^40 objects for whoever walks through it
+    for _ in range(40):  # 2^40 objects for a function that visits each
         nested = [nested, nested]
     torch.save({**saved, "optimizer": nested}, tmp_path / "nested.pt")
     torch.save({**saved, "best": {str(i): 1.0 for i in range(10**6)}}, tmp_path / "long.pt")
