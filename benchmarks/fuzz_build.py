@@ -19,7 +19,6 @@ File i of a kind is a function of (seed, kind, i). The exit code is 1 if there w
 import argparse
 import contextlib
 import io
-import multiprocessing
 import platform
 import re
 import resource
@@ -33,11 +32,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import PIL
 from fuzz_inputs import KINDS, ROWS, Case, valid_jpeg
+from fuzz_process import ChildProcess
 from PIL import Image, ImageOps
 
 from fastssl.beton import jpeg
@@ -237,16 +236,13 @@ def differs(result: Encoded, view: View, plan: StoragePlan) -> str:
 # --- in the main process ------------------------------------------------------------------------
 
 
-class Child:
+class Child(ChildProcess):
     """A child process that is started again after it was killed or has died."""
-
-    def __init__(self) -> None:
-        self.process: Any = None
 
     def run(self, case: Case, seed: int) -> Outcome:
         try:
             if self.process is None:
-                self._start()
+                self.start()
             self.connection.send((case, seed))
             if not self.connection.poll(HANG):
                 self.stop()
@@ -263,24 +259,13 @@ class Child:
             self.stop()
             return Outcome(failures=[("crash", f"the process died with exit code {code}")])
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=child, args=(other,), daemon=True)
-        self.process.start()
-        other.close()
+    def start(self) -> None:
+        super().start()
         # The first image compiles the resize, which may take longer than HANG.
         self.connection.send((Case(valid_jpeg(Random(0)), ".jpg"), 0))
         for _ in range(2):
             assert self.connection.poll(PATIENCE), "the child process does not start"
             self.connection.recv()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.connection.close()
-            self.process.kill()
-            self.process.join()
-            self.process = None
 
 
 @dataclass
@@ -296,7 +281,7 @@ def fuzz(kinds: list[str], seed: int, minutes: float, files: int | None, out: Pa
     """Try files of all kinds in turn, for some minutes or until `files` of each."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     end = time.monotonic() + 60 * minutes
-    process = Child()
+    process = Child(child)
     try:
         for kind, number in in_turn(kinds, files):
             if time.monotonic() > end:

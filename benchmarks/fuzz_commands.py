@@ -29,7 +29,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -53,6 +52,7 @@ import numpy as np
 import torch
 import yaml
 from fuzz_inputs import mutate_beton, mutate_bytes
+from fuzz_process import ChildProcess
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -507,13 +507,8 @@ def peak_memory() -> int:
 # --- in the main process ------------------------------------------------------------------------
 
 
-class Child:
+class Child(ChildProcess):
     """The child process; a new one is started after it hung or died."""
-
-    def __init__(self, base: Path, target: Callable[[Connection, Path], None] = child) -> None:
-        self.base = base
-        self.target = target
-        self.process: Any = None
 
     def run(self, root: Path, kind: str, number: int, seed: int) -> Outcome:
         if self.process is None:
@@ -531,23 +526,12 @@ class Child:
         return Outcome(failures=[failure])
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=self.target, args=(other, self.base))
-        self.process.start()
-        other.close()
+        super().start()
         # The first commands import and compile, which may take longer than HANG.
         with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
             self.connection.send((Path(root), "beton", 0, 0))
             assert self.connection.poll(START), "the child process does not start"
             self.connection.recv()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.connection.close()
-            self.process.kill()
-            self.process.join()
-            self.process = None
 
 
 @dataclass
@@ -563,7 +547,7 @@ class Tally:
 def fuzz(base: Path, kinds: list[str], seed: int, minutes: float, cases: int | None = None) -> dict[str, Tally]:
     """Try cases of all kinds in turn, at least one of each, for some minutes or until there are `cases` of each."""
     tallies: dict[str, Tally] = defaultdict(Tally)
-    process = Child(base)
+    process = Child(child, base)
     numbers = itertools.count() if cases is None else range(cases)
     try:
         process.start()

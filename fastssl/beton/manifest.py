@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 from fastssl.beton.format import Manifest, manifest_path
 from fastssl.common.files import read_bytes
 
-# Bytes: a checksum takes 8, class names and missing images may take more.
-LARGEST, LARGEST_PER_SAMPLE = 64 << 20, 64
+LARGEST = 64 << 20  # bytes, and for each sample as many as the next line says
+LARGEST_PER_SAMPLE = 64  # a checksum takes 8; class names and missing images may take more
 Count = Annotated[int, Field(ge=0)]
 
 

@@ -27,7 +27,8 @@ MACHINE_FIXES = {
 # The temporary file of write_atomically: .NAME.PID.part with the suffix of NAME, such as .last.pt.4711.part.pt.
 PART_NAME = re.compile(r"\.(?P<name>.+)\.(?P<pid>[1-9]\d{0,9})\.part(?P<suffix>\.[^.]+)?")
 LARGEST_TEXT = 64 << 20  # bytes of a file of text that is read whole
-LARGEST_LOG, LONGEST_LINE = 4 << 30, 1 << 20  # bytes of a file that is read line by line, and of a line
+LARGEST_LOG = 4 << 30  # bytes of a file that is read line by line
+LONGEST_LINE = 1 << 20  # bytes of a line in it
 
 
 class UnsafeFile(OSError):

@@ -17,7 +17,8 @@ from fastssl.common.files import make_folder, open_regular, read_lines, read_tex
 from fastssl.common.schema import Count
 from fastssl.recipe import Recipe
 
-OBJECT, COUNT = TypeAdapter(dict[str, Any]), TypeAdapter(Count)
+OBJECT = TypeAdapter(dict[str, Any])
+COUNT = TypeAdapter(Count)
 WANDB_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 LARGEST = 1e300  # of a number in a line: a sum of some is still finite
 

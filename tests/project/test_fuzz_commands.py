@@ -128,7 +128,7 @@ def hangs(connection, base):
 @pytest.mark.parametrize("target, what", [(ends_itself, "crash"), (is_killed, "crash"), (hangs, "hang")])
 def test_the_fuzz_finds_dead_and_endless_processes(target, what, fuzz_commands, tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz_commands, "HANG", 1)
-    process = fuzz_commands.Child(tmp_path, target)
+    process = fuzz_commands.Child(target, tmp_path)
     for _ in range(2):  # the next case has a new process
         outcome = process.run(tmp_path, "run", 0, 0)
         assert [failure for failure, _ in outcome.failures] == [what]
