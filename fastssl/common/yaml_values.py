@@ -89,8 +89,6 @@ def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
     elif isinstance(node, yaml.SequenceNode):
         count += sum(_count_values(value, counts) for value in node.value)
     if count > MAX_VALUES:
-        raise error(
-            f"it holds more than {MAX_VALUES:,} values, counting all that aliases stand for", node
-        )
+        raise error(f"it holds more than {MAX_VALUES:,} values, counting all that aliases stand for", node)
     counts[node] = count
     return count
