@@ -123,6 +123,8 @@ class ViewsConfig(Section):
     # Of each channel in [0, 1], or one value for all channels; the defaults are ImageNet's.
     mean: PerChannel = (0.485, 0.456, 0.406)
     std: PerChannel = (0.229, 0.224, 0.225)
+    # On a GPU. auto: Triton's, after the first batch was made by both and compared.
+    kernel: Literal["auto", "triton", "torch"] = "auto"
 
     @model_validator(mode="after")
     def check(self) -> "ViewsConfig":

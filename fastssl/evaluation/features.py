@@ -212,7 +212,7 @@ def embed_batches(
     embed = cast(Callable[[Tensor], Embedding], model.embed)
     with evaluating(model):
         for batch in loader:
-            with in_fp32(batch.image.device):
+            with in_fp32(batch.index.device):
                 images = make_input(batch)
                 embedding = embed(images.flatten(0, -4))
             outputs = {"h": embedding.h, "mu": embedding.mu, "sigma": embedding.sigma}
@@ -244,13 +244,13 @@ def eval_loader(
 def eval_input(views: ViewsConfig) -> MakeInput:
     """The evaluation transform of each image: (B, C, size, size)."""
     transform = eval_transform(views)
-    return lambda batch: transform(batch.image, batch.height, batch.width)
+    return lambda batch: transform(batch.pixels(), batch.height, batch.width)
 
 
 def augmented_input(views: ViewsConfig) -> MakeInput:
     """Both training views of each image, as in the first epoch of a run with seed 0: (B, 2, C, size, size)."""
     pair = PairedViews(views)
-    return lambda batch: torch.stack(pair(batch.image, batch.index, 0, batch.height, batch.width), dim=1)
+    return lambda batch: torch.stack(pair(batch.pixels(), batch.index, 0, batch.height, batch.width), dim=1)
 
 
 @contextmanager

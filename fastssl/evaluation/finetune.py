@@ -208,7 +208,7 @@ def test_logits(model: Classifier, beton: Path, views: ViewsConfig) -> tuple[np.
     loader = eval_loader(BetonSubset(beton), views, next(model.parameters()).device)
     with evaluating(model), progress(f"Testing on {beton}", len(loader.rows), "images") as advance:
         for batch in loader:
-            with in_fp32(batch.image.device):
+            with in_fp32(batch.index.device):
                 logits_BC = model.logits(make_input(batch))
             logits.append(valid_rows(logits_BC, batch))
             labels.append(valid_rows(batch.label, batch))

@@ -9,8 +9,16 @@ image_files.py  batches of images that are in no .beton, for `embed`
 spans.py     named time intervals, for the metrics of training and for traces
 """
 
-from fastssl.loading.loader import Batch, BetonLoader, estimate_memory
+from fastssl.loading.loader import Batch, BetonLoader, ImageRows, estimate_memory
 from fastssl.loading.order import SampleSelection
 from fastssl.loading.samples import require_channels, require_labels
 
-__all__ = ["Batch", "BetonLoader", "SampleSelection", "estimate_memory", "require_channels", "require_labels"]
+__all__ = [
+    "Batch",
+    "BetonLoader",
+    "ImageRows",
+    "SampleSelection",
+    "estimate_memory",
+    "require_channels",
+    "require_labels",
+]

@@ -34,15 +34,36 @@ READY_BATCHES = 1  # decoded, waiting for the caller
 BATCHES = PENDING_BATCHES + READY_BATCHES + 2  # in memory: the caller holds two while it replaces one by the next
 
 
+class ImageRows(NamedTuple):
+    """Images of a batch, where they are: rows of all images of a resident set."""
+
+    images: Tensor  # uint8 (images, H, W, C)
+    row_B: Tensor  # int64
+
+    def gather(self) -> Tensor:
+        """(B, H, W, C): a copy of the images of the batch."""
+        return self.images[self.row_B]
+
+
 class Batch(NamedTuple):
     """A batch on the device. The caller may keep it: it is never overwritten."""
 
-    image: Tensor  # uint8 (B, H, W, C); crop="cpu": (B, crops, size, size, 3), not flipped yet; crop="eval": 1 crop
+    # uint8 (B, H, W, C); crop="cpu": (B, crops, size, size, 3), not flipped yet; crop="eval": 1 crop. An ImageRows of a
+    # resident set with gather=False only.
+    image: Tensor | ImageRows
     label: Tensor  # int64 (B,); -1 for an image without a label
     index: Tensor  # type: ignore[assignment]  # int64 (B,): stable sample ids
     height: Tensor  # int64 (B,): of the source images, in pixels
     width: Tensor
     valid: Tensor  # bool (B,): False for the rows that fill up a last batch
+
+    def pixels(self) -> Tensor:
+        """The images as one uint8 tensor."""
+        return self.image.gather() if isinstance(self.image, ImageRows) else self.image
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All fields, with the images as one tensor."""
+        return self.pixels(), *self[1:]
 
 
 class ReadyBatch(NamedTuple):
@@ -89,6 +110,8 @@ class BetonLoader:
         shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see `epoch_order`).
         drop_last: False fills up the last batch with repeated samples, which `valid` marks.
         resident: True keeps all images on the device after one decode, and makes the same batches from there.
+        gather: False leaves the images of resident batches where they are: `image` is an `ImageRows`, which the views
+            take.
         on_bad_sample: "error" raises a UserError that names a sample that cannot be decoded. "skip" uses the next
             sample of its batch instead, with its label and index, and counts it in `bad_samples`.
         selection: the samples of the file that are used.
@@ -114,6 +137,7 @@ class BetonLoader:
         drop_last: bool = True,
         device: str | torch.device = "cpu",
         resident: bool = False,
+        gather: bool = True,
         on_bad_sample: Literal["error", "skip"] = "error",
         selection: SampleSelection = SampleSelection(),  # noqa: B008 - it is frozen
         shard: bool = True,
@@ -148,6 +172,7 @@ class BetonLoader:
         self.drop_last = drop_last
         self.device = torch.device(device)
         self.resident = resident
+        self.gather = gather
         self.on_bad_sample = on_bad_sample
         self.selection = selection
         self.rank = rank() if shard else 0
@@ -271,7 +296,7 @@ class BetonLoader:
                 # The caller's stream waits for the copies. The allocator has to know that this stream uses the memory.
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(copied)
-                for tensor in batch:
+                for tensor in batch.tensors():
                     tensor.record_stream(stream)
             yield batch
 
@@ -310,7 +335,7 @@ class BetonLoader:
             if copies is None:
                 return ReadyBatch(batch, None)
             # Copies from memory that is not pinned would wait for the device.
-            pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in batch]
+            pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in batch.tensors()]
             on_device = Batch._make([tensor.to(self.device, non_blocking=True) for tensor in pinned])
             return ReadyBatch(on_device, copies.record_event())
 
@@ -349,8 +374,9 @@ class BetonLoader:
         for first in self._remaining_positions():
             position_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)
             row_B = order[position_B % len(order)]
-            columns = [column[row_B] for column in self._whole_file[:-1]]
-            yield Batch._make([*columns, position_B < len(order)])
+            image = ImageRows(self._whole_file.pixels(), row_B)
+            columns = [column[row_B] for column in self._whole_file[1:-1]]
+            yield Batch._make([image.gather() if self.gather else image, *columns, position_B < len(order)])
 
     def _load_whole_file(self) -> Batch:
         """All selected samples, in the file's order, on the device. Raises UserError if they do not fit."""
@@ -367,9 +393,11 @@ class BetonLoader:
         try:
             for batch in reader:
                 if whole is None:
-                    whole = Batch._make([column.new_empty((len(self.rows), *column.shape[1:])) for column in batch])
+                    whole = Batch._make(
+                        [column.new_empty((len(self.rows), *column.shape[1:])) for column in batch.tensors()]
+                    )
                 count = min(reader.batch_size, len(self.rows) - filled)
-                for column, part in zip(whole, batch):
+                for column, part in zip(whole.tensors(), batch.tensors()):
                     column[filled : filled + count] = part[:count]
                 filled += count
         except torch.OutOfMemoryError:

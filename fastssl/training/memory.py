@@ -15,7 +15,8 @@ from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes, suggest_smaller
 from fastssl.recipe import Recipe
 
-VIEW, DRAW = 4, 2  # bytes of a value: views are fp32 under any autocast, a draw that is kept may be bf16
+DRAW = 2  # bytes of a value: a draw that is kept may be bf16
+VIEW = {"cpu": 4, "cuda": 2}  # views are fp32 on a CPU, and may be bf16 on a GPU
 # Averages of the gradient that an optimizer keeps. Of others it is not known: this is a lower limit.
 AVERAGES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1}
 
@@ -40,7 +41,7 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
     image = recipe.model.in_chans * recipe.views.size**2
     needs = {
         suggest_smaller(model): weights + gradients,
-        "lower train.batch_size or views.size": views * image * VIEW,
+        "lower train.batch_size or views.size": views * image * VIEW[device.type],
         "lower embedding.samples or train.batch_size": views * draws * DRAW,
     }
     if device.type == "cuda":

@@ -65,21 +65,24 @@ class Network(nn.Module):
 class TrainingViews:
     """The augmented views of a batch, as many as the objective takes, at the size of the epoch."""
 
-    def __init__(self, recipe: Recipe, compiled: bool):
+    def __init__(self, recipe: Recipe, device: torch.device, precision: str, compiled: bool):
         self.recipe, self.compiled = recipe, compiled
-        self.layout = memory_format(recipe)
-        self._by_size: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+        # On a GPU the views are written as autocast's first convolution takes them: no cast follows.
+        self.dtype = DTYPES.get(precision, torch.float32) if device.type == "cuda" else torch.float32
+        self._by_size: dict[int, PairedViews] = {}
 
     def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
-        size = image_size(self.recipe.views, epoch)
+        recipe = self.recipe
+        size = image_size(recipe.views, epoch)
         if size not in self._by_size:
-            views_config = self.recipe.views.model_copy(update={"size": size})
-            make_views = PairedViews(views_config, self.recipe.seed, self.recipe.objective.num_views)
-            self._by_size[size] = torch.compile(make_views, dynamic=False) if self.compiled else make_views
+            self._by_size[size] = PairedViews(
+                recipe.views.model_copy(update={"size": size}), recipe.seed, recipe.objective.num_views,
+                dtype=self.dtype, memory_format=memory_format(recipe), compiled=self.compiled,
+            )  # fmt: skip
         # A tensor, not a number: torch.compile would compile the views again for each number.
-        epoch_tensor = torch.full((), epoch, device=batch.image.device)
-        views = self._by_size[size](batch.image, batch.index, epoch_tensor, batch.height, batch.width)
-        return tuple(v.contiguous(memory_format=self.layout) for v in views)
+        epoch_tensor = torch.full((), epoch, device=batch.index.device)
+        make_views = self._by_size[size]
+        return cast(tuple[Tensor, ...], make_views(batch.image, batch.index, epoch_tensor, batch.height, batch.width))
 
 
 @dataclass
@@ -138,7 +141,8 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
 
     network = Network(model, TotalLoss(recipe, schedule.beta_warmup_steps), device, precision)
     wrapped, no_sync = wrap_network(network, recipe, compiled)
-    views, guard = TrainingViews(recipe, compiled), FiniteGuard(model, state)
+    views = TrainingViews(recipe, device, precision, compiled)
+    guard = FiniteGuard(model, state)
     run = TrainingRun(recipe, device, precision, compiled, schedule, state, wrapped, no_sync, views, guard)
     return run, remarks
 
@@ -325,6 +329,7 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
         resident=is_resident(recipe, device),
+        gather=False,
         on_bad_sample=data.on_bad_sample,
         selection=SampleSelection(data.subset, data.limit),
     )

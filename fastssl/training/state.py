@@ -20,8 +20,8 @@ from fastssl.training.optim import load_optimizer
 # moved; the loader checks that the images are the same.
 FREE_KEYS = (
     "run", "data.train", "data.val", "data.resident", "data.on_bad_sample", "data.workers", "views.eval",
-    "embedding.chunk", "optim.extend", "train.device", "train.compile", "train.cuda_graphs", "train.max_skipped_steps",
-    "probe", "log", "checkpoint",
+    "views.kernel", "embedding.chunk", "optim.extend", "train.device", "train.compile", "train.cuda_graphs",
+    "train.max_skipped_steps", "probe", "log", "checkpoint",
 )  # fmt: skip
 
 

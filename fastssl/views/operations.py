@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastssl.beton.format import RGB
+from fastssl.common.constants import constant
 from fastssl.recipe import ViewsConfig
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
@@ -124,7 +125,7 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     chroma = value - x.amin(1, keepdim=True)
     safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
     sextant = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    n = constant((5.0, 3.0, 1.0), x.device).view(1, 3, 1, 1)
     k = torch.remainder(n + sextant + 6 * turn, 6.0)
     return (value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
 
@@ -171,4 +172,4 @@ def unnormalize(x: Tensor, views: ViewsConfig) -> Tensor:
 
 
 def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
-    return torch.tensor(values, device=x.device).view(1, -1, 1, 1)
+    return constant(values, x.device).view(1, -1, 1, 1)

@@ -1,9 +1,11 @@
 """The augmented views of a batch, and the evaluation transform: from uint8 pixels to normalized floats.
 
-`torch_views` is the readable chain: the oracle of the tests, and what runs on a GPU, compiled. On a CPU the same chain
-runs in `cpu.cpu_views`, a kernel that is twenty times as fast as compiled torch operations.
+`torch_views` is the readable chain: the oracle of the fast kernels, and what runs where they do not. On a CPU the same
+chain runs in `cpu.cpu_views`, a kernel that is twenty times as fast as compiled torch operations; on a GPU in
+`gpu.triton_views`, which moves a fifteenth of their bytes.
 """
 
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from fastssl.beton.format import RGB
 from fastssl.common.geometry import CENTER, crop_box, eval_box
-from fastssl.recipe import ViewsConfig
+from fastssl.loading import ImageRows
+from fastssl.recipe import PerViewConfig, ViewsConfig
 from fastssl.views import operations
 from fastssl.views.cpu import cpu_views
+from fastssl.views.kernel_choice import TritonChoice, find_difference
 from fastssl.views.operations import crop_resize, normalize, to_unit_range
 from fastssl.views.parameters import Parameters, draw_parameters, draw_uniforms, no_augmentation
 
@@ -22,48 +26,114 @@ class PairedViews(nn.Module):
     """Two independent augmentations: crop, resize, flip, color jitter, grayscale, blur, solarize, normalize.
 
     Every parameter is a function of (seed, epoch, sample index, view), so a view does not depend on the batch that it
-    is in. count=1 makes the first view only, bit for bit the same as with 2. The module holds no weights. It is not
-    compiled unless the caller does: torch.compile(views).
+    is in. The module holds no weights.
+
+    Args:
+        views: the recipe's section; views.kernel is about GPUs.
+        count: 1 makes the first view only, bit for bit the same as with 2.
+        dtype, memory_format: of the views.
+        compiled: torch.compile what does not run in a fast kernel: on a GPU, the drawing of the parameters.
     """
 
-    def __init__(self, views: ViewsConfig, seed: int = 0, count: Literal[1, 2] = 2):
+    def __init__(
+        self,
+        views: ViewsConfig,
+        seed: int = 0,
+        count: Literal[1, 2] = 2,
+        *,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        compiled: bool = False,
+    ):
         super().__init__()
         self.views = views
         self.seed = seed
         self.count = count
+        self.dtype = dtype
+        self.memory_format = memory_format
+        self.triton = TritonChoice(views.kernel)
+        self._make, self._draw_table = self.make, self.draw_table
+        if compiled:
+            self._make = torch.compile(self.make, dynamic=False)
+            self._draw_table = torch.compile(self.draw_table, dynamic=False)
 
     @torch.no_grad()
     def forward(
         self,
-        image: Tensor,
+        image: Tensor | ImageRows,
         index: Tensor,
         epoch: int | Tensor,
         height: Tensor | None = None,
         width: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Make the views of a batch: `count` tensors (B, C, size, size), float32, on the device of `image`.
+        """Make the views of a batch: `count` tensors (B, C, size, size) on the device of `image`.
 
-        image: uint8, (B, H, W, C), or (B, count, size, size, 3) with the crops that the loader has cut. index: (B,)
-        sample ids. height, width: (B,) sizes of the source images, in whose pixels the crop is drawn; None: those of
-        `image`.
+        image: uint8, (B, H, W, C), or rows of a larger tensor, or (B, count, size, size, 3) with the crops that the
+        loader has cut. index: (B,) sample ids. height, width: (B,) sizes of the source images, in whose pixels the crop
+        is drawn; None: those of `image`.
         """
-        if image.ndim == 5 and image.shape[1] != self.count:
-            raise ValueError(f"The loader cut {image.shape[1]} crops from each image for {self.count} views.")
-        u_NU = draw_uniforms(self.seed, epoch, index, self.count)
-        drawn = draw_parameters(u_NU, self.views, self.count)
-        box_N4 = None if image.ndim == 5 else self.crop_boxes(u_NU, image, height, width)
+        stored, row_B = image if isinstance(image, ImageRows) else (image, None)
+        if stored.ndim == 5 and stored.shape[1] != self.count:
+            raise ValueError(f"The loader cut {stored.shape[1]} crops from each image for {self.count} views.")
+        arguments = (index, epoch, height, width)
+
+        def by_triton() -> Tensor:
+            from fastssl.views.gpu import triton_views  # Triton comes with torch for GPUs
+
+            table = self._draw_table(stored, *arguments)
+            return triton_views(stored, table, self.views, self.dtype, self.memory_format, row_B)
+
+        def pixels() -> Tensor:
+            return image.gather() if isinstance(image, ImageRows) else image
+
+        def compare() -> str | None:
+            box_N4, drawn = self.draw(stored, *arguments)
+            return find_difference(by_triton, partial(self._some_by_torch, pixels(), box_N4, drawn), drawn, len(index))
+
+        views = by_triton() if self.triton.takes(stored, compare) else self._make(pixels(), *arguments)
+        return views.chunk(self.count)
+
+    def make(
+        self, image: Tensor, index: Tensor, epoch: int | Tensor, height: Tensor | None, width: Tensor | None
+    ) -> Tensor:
+        """(N, C, size, size): the views by numba's kernel on a CPU, else by torch operations."""
+        box_N4, drawn = self.draw(image, index, epoch, height, width)
         on_cpu = image.device.type == "cpu" and not torch.compiler.is_compiling()
         make_views = cpu_views if on_cpu else torch_views
-        return make_views(image, box_N4, drawn, self.views).chunk(self.count)
+        views = make_views(image, box_N4, drawn, self.views)
+        return views.to(self.dtype).contiguous(memory_format=self.memory_format)
 
-    def crop_boxes(self, u_NU: Tensor, image: Tensor, height: Tensor | None, width: Tensor | None) -> Tensor:
-        """(N, 4) float32: the crop boxes in pixels of the stored image, N = count * B."""
-        stored_h, stored_w = image.shape[1:3]
-        ones = torch.ones(len(u_NU), dtype=torch.int64, device=image.device)
+    def draw(
+        self, stored: Tensor, index: Tensor, epoch: int | Tensor, height: Tensor | None, width: Tensor | None
+    ) -> tuple[Tensor | None, Parameters[Tensor]]:
+        """Draw the crop boxes, None if the loader has cut the crops, and all other parameters of the views."""
+        u_NU = draw_uniforms(self.seed, epoch, index, self.count)
+        box_N4 = None if stored.ndim == 5 else self.crop_boxes(u_NU, stored, height, width)
+        return box_N4, draw_parameters(u_NU, self.views, self.count)
+
+    def draw_table(
+        self, stored: Tensor, index: Tensor, epoch: int | Tensor, height: Tensor | None, width: Tensor | None
+    ) -> Tensor:
+        """`draw`, as the table that Triton's kernels take."""
+        from fastssl.views.gpu import parameter_table
+
+        box_N4, drawn = self.draw(stored, index, epoch, height, width)
+        return parameter_table(box_N4, drawn, self.views.size)
+
+    def _some_by_torch(self, image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], images: slice) -> Tensor:
+        """The views of some images of a batch by `torch_views`."""
+        n = torch.arange(len(drawn.flip_N), device=image.device).view(self.count, -1)[:, images].flatten()
+        some = Parameters(*(parameter[n] for parameter in drawn))
+        return torch_views(image[images], None if box_N4 is None else box_N4[n], some, self.views)
+
+    def crop_boxes(self, u_NU: Tensor, stored: Tensor, height: Tensor | None, width: Tensor | None) -> Tensor:
+        """(N, 4) float32: the crop boxes in pixels of the stored images, N = count * B."""
+        stored_h, stored_w = stored.shape[1:3]
+        ones = torch.ones(len(u_NU), dtype=torch.int64, device=stored.device)
         height_N = ones * stored_h if height is None else height.repeat(self.count)
         width_N = ones * stored_w if width is None else width.repeat(self.count)
         box_N4 = crop_box(u_NU, height_N, width_N, self.views.scale, self.views.ratio)
-        return box_N4 * _stored_per_source(image, height_N, width_N)
+        return box_N4 * _stored_per_source(stored, height_N, width_N)
 
 
 def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
@@ -108,6 +178,8 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
         >>> transform = eval_transform(recipe.views)
         >>> h = encoder(transform(batch.image, batch.height, batch.width))
     """
+    choice = TritonChoice(views.kernel)
+    without_blur = views.model_copy(update={"first": PerViewConfig(), "second": PerViewConfig()})
 
     def transform(image: Tensor, height: Tensor | None = None, width: Tensor | None = None) -> Tensor:
         if image.ndim == 5:
@@ -119,10 +191,24 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
         height_B = torch.full_like(image_index_B, stored_h) if height is None else height
         width_B = torch.full_like(image_index_B, stored_w) if width is None else width
         box_B4 = eval_box(height_B, width_B, views.eval) * _stored_per_source(image, height_B, width_B)
+        drawn = no_augmentation(count, image.device)
         if image.device.type == "cpu":
-            return cpu_views(image, box_B4, no_augmentation(count), views)
-        no_flip_B = torch.zeros_like(image_index_B, dtype=torch.bool)
-        return normalize(crop_resize(image, image_index_B, box_B4, no_flip_B, views.size) / 255, views)
+            return cpu_views(image, box_B4, drawn, views)
+
+        def by_triton() -> Tensor:
+            from fastssl.views.gpu import parameter_table, triton_views  # Triton comes with torch for GPUs
+
+            table = parameter_table(box_B4, drawn, views.size)
+            return triton_views(image, table, without_blur, memory_format=torch.contiguous_format)
+
+        def by_torch(some: slice) -> Tensor:
+            index = image_index_B[: len(image_index_B[some])]
+            x = crop_resize(image[some], index, box_B4[some], drawn.flip_N[some], views.size)
+            return normalize(x / 255, views)
+
+        if choice.takes(image, lambda: find_difference(by_triton, by_torch, drawn, count)):
+            return by_triton()
+        return by_torch(slice(None))
 
     return transform
 

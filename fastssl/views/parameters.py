@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.common.constants import constant
 from fastssl.common.geometry import UNIFORMS_PER_BOX
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
@@ -17,6 +18,7 @@ from fastssl.recipe import ViewsConfig
 Array = TypeVar("Array", Tensor, np.ndarray)
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+ORDERS = tuple(itertools.permutations(range(4)))  # in which the jitter may apply them
 BLUR_SIGMA = (0.1, 2.0)  # in output pixels (BYOL, appendix B)
 
 # Columns of the uniform numbers of a view. The first ones are the crop box's.
@@ -53,7 +55,7 @@ def draw_uniforms(seed: int, epoch: int | Tensor, index_B: Tensor, count: Litera
 def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) -> Parameters[Tensor]:
     """Map uniform numbers to the parameters of everything but the crop."""
     jitter = views.jitter
-    orders = torch.tensor(list(itertools.permutations(range(4))), device=u_NU.device)
+    orders = constant(ORDERS, u_NU.device)
     order_N4 = orders[(u_NU[:, _ORDER] * len(orders)).long()]
     ranges = [(max(0.0, 1 - s), 1 + s) for s in (jitter.brightness, jitter.contrast, jitter.saturation)]
     ranges.append((-jitter.hue, jitter.hue))
@@ -72,8 +74,9 @@ def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) 
     )
 
 
-def no_augmentation(count: int) -> Parameters[Tensor]:
-    """Parameters, on the CPU, under which no operation applies."""
-    no = torch.zeros(count, dtype=torch.bool)
-    order_N4 = torch.arange(4).expand(count, 4)
-    return Parameters(no, no, order_N4, torch.ones(count, 4), no, no, torch.ones(count), no)
+def no_augmentation(count: int, device: torch.device) -> Parameters[Tensor]:
+    """Parameters under which no operation applies."""
+    no = torch.zeros(count, dtype=torch.bool, device=device)
+    one = torch.ones(count, device=device)
+    order_N4 = torch.arange(4, device=device).expand(count, 4)
+    return Parameters(no, no, order_N4, one[:, None].expand(count, 4), no, no, one, no)

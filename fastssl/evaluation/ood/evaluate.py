@@ -226,7 +226,7 @@ def logits_after_odin(encoder: RunEncoder, batch: Batch, make_input: MakeInput, 
             h = encoder.model.heads["h"](h).mu  # the h that `embed` returns
         return F.linear(h, weight_CD, bias_C)
 
-    with evaluating(encoder.model), in_fp32(batch.image.device):
+    with evaluating(encoder.model), in_fp32(batch.index.device):
         images = make_input(batch)
         moved = label_based.perturb_for_odin(logits_with_gradient, images, encoder.recipe.views.std)
         with torch.no_grad():

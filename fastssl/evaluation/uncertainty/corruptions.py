@@ -128,7 +128,7 @@ def embed_versions(
     parts_V: list[list[np.ndarray]] = [[] for _ in VERSIONS]
     with evaluating(model):
         for batch in loader:
-            image = batch.image
+            image = batch.pixels()
             sizes: tuple[Tensor, ...] = (batch.height, batch.width)
             transform = eval_transform(views)
             if image.ndim == 5:  # (B, 1, H, W, 3): cropped already, so only resized from here on
