@@ -105,6 +105,7 @@ class Statistics:
         sizes = [len(part) for part in self.parts]
         self.saved, self.now = (torch.zeros(sum(sizes), dtype=torch.uint8, device=device) for _ in range(2))
         self.parts_now = list(self.now.split(sizes))
+        self.save()
 
     def save(self) -> None:
         if self.parts:  # a model without batch norms has none
