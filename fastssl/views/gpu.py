@@ -38,7 +38,8 @@ def parameter_table(box_N4: Tensor | None, drawn: Parameters[Tensor], size: int)
     box_N4: the crop boxes in pixels of the stored image; None: the loader cut crops of size x size pixels.
     """
     if box_N4 is None:
-        box_N4 = torch.stack([drawn.sigma_N * 0, drawn.sigma_N * 0, *2 * [torch.full_like(drawn.sigma_N, size)]], dim=1)
+        zero_N, size_N = torch.zeros_like(drawn.sigma_N), torch.full_like(drawn.sigma_N, size)
+        box_N4 = torch.stack([zero_N, zero_N, size_N, size_N], dim=1)
     offset_K = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=box_N4.device)
     taps_NK = torch.exp(-0.5 * (offset_K / drawn.sigma_N[:, None]) ** 2)
     before_N = torch.where(drawn.jitter_N, (drawn.order_N4 == CONTRAST).int().argmax(dim=1), 0)
@@ -62,20 +63,23 @@ def triton_views(
     """(N, 3, size, size), normalized: N = count * B views of a batch, all first ones before all second ones.
 
     Args:
-        image: uint8, contiguous: (B, H, W, 3), or crops of the final size, (B, count, size, size, 3).
+        image: uint8, (B, H, W, 3), or crops of the final size, (B, count, size, size, 3).
         table: the parameters of the N views, from `parameter_table`.
         dtype, memory_format: of the result. For bf16 and fp16, pixels in between are fp16 in [0, 1].
         row_B: int64. If given, `image` holds more images, and image b of the batch is its row row_B[b].
     """
+    image = image.contiguous()
     size, count = views.size, len(table)
     crops = image.shape[1] if image.ndim == 5 else 1
     batch = len(image) if row_B is None else len(row_B)
     height, width = image.shape[-3:-1]
     across = triton.cdiv(size, TILE)
     tiles = across * across
-    planes = image.new_empty(count, 3, size, size, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
-    gray_sums = image.new_empty(count, tiles, dtype=torch.float32)
-    out = torch.empty(count, 3, size, size, dtype=dtype, device=image.device, memory_format=memory_format)
+    device = image.device
+    between = torch.float32 if dtype == torch.float32 else torch.float16
+    planes = torch.empty(count, 3, size, size, dtype=between, device=device)
+    gray_sums = torch.empty(count, tiles, device=device)
+    out = torch.empty(count, 3, size, size, dtype=dtype, device=device, memory_format=memory_format)
     step_C, step_P = (1, 3) if memory_format == torch.channels_last else (size * size, 1)
     mean, scale = ((*values, *values, *values)[:3] for values in (views.mean, [1 / std for std in views.std]))
     finish = (*mean, *scale, step_C, step_P)
@@ -89,7 +93,7 @@ def triton_views(
             planes, table, gray_sums, out, *finish, size, tiles, triton.next_power_of_2(tiles), TILE, **OPTIONS
         )
         if blurs:
-            halfway = torch.empty_like(planes)
+            halfway = torch.empty(planes.shape, dtype=between, device=device)
             blur_columns_kernel[(count * 3 * tiles,)](planes, table, halfway, size, TILE, **OPTIONS)
             blur_rows_kernel[(count * tiles,)](halfway, table, out, *finish, size, TILE, **OPTIONS)
     return out
