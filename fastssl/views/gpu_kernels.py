@@ -43,11 +43,15 @@ def crop_kernel(
     source = n % batch
     if BY_ROW:
         source = tl.load(row_B + source)
-    pixels = image + (source.to(tl.int64) * CROPS + (n // batch) % CROPS) * in_height * in_width * 3
+    if CROPS > 1:  # an image holds a crop for each view
+        source = source * CROPS + n // batch
+    pixels = image + source.to(tl.int64) * (in_height * in_width * 3)
 
-    x = tl.where(tl.load(parameters + FLIP) > 0, SIZE - 1 - x, x)
+    mirrored_x = tl.where(tl.load(parameters + FLIP) > 0, SIZE - 1 - x, x)
     center_y, reach_y, low_y, high_y = _filter(y, tl.load(parameters + TOP), tl.load(parameters + HEIGHT), SIZE)
-    center_x, reach_x, low_x, high_x = _filter(x, tl.load(parameters + LEFT), tl.load(parameters + WIDTH), SIZE)
+    center_x, reach_x, low_x, high_x = _filter(
+        mirrored_x, tl.load(parameters + LEFT), tl.load(parameters + WIDTH), SIZE
+    )
     first_y, first_x = tl.floor(center_y - reach_y + 0.5), tl.floor(center_x - reach_x + 0.5)
     per_pixel_y, per_pixel_x = 1.0 / reach_y, 1.0 / reach_x
     red = tl.zeros([TILE, TILE], tl.float32)
@@ -75,7 +79,6 @@ def crop_kernel(
         red, green, blue = _jitter(red, green, blue, parameters, stage)
     gray = tl.where(inside, _luma(red, green, blue), 0.0)
     tl.store(gray_sums + tl.program_id(0), tl.sum(gray))
-    _, y, x, _ = _tile(SIZE, TILE)
     _store_planes(planes + n.to(tl.int64) * 3 * SIZE * SIZE + y * SIZE + x, red, green, blue, inside, SIZE)
 
 
@@ -141,9 +144,8 @@ def blur_rows_kernel(
             red += weight * r
             green += weight * g
             blue += weight * b
-        red, green, blue = tl.trans(red), tl.trans(green), tl.trans(blue)
-        y, x, inside = tl.trans(y), tl.trans(x), tl.trans(inside)
-        _finish(red, green, blue, parameters, out, n, y, x, inside,
+        _finish(tl.trans(red), tl.trans(green), tl.trans(blue),
+                parameters, out, n, tl.trans(y), tl.trans(x), tl.trans(inside),
                 mean_r, mean_g, mean_b, scale_r, scale_g, scale_b, STEP_C, STEP_P, SIZE)  # fmt: skip
 
 
