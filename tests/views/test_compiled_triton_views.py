@@ -23,7 +23,8 @@ def compiled(name, capability, out="bf16", size=224, step_C=1, step_P=3, **given
     between = "*fp32" if out == "fp32" else "*fp16"
     tiles = triton.cdiv(size, gpu.TILE) ** 2
     types = {
-        "image": "*u8", "row_B": "*i64" if "BY_ROW" in given else "*u8", "table": "*fp32", "planes": between, "halfway": between, "gray_sums": "*fp32",
+        "image": "*u8", "row_B": "*i64" if "BY_ROW" in given else "*u8", "table": "*fp32", "planes": between,
+        "halfway": between, "gray_sums": "*fp32",
         "out": f"*{out}", "batch": "i32", "in_height": "i32", "in_width": "i32", **FINISH,
     }  # fmt: skip
     constants = {
@@ -57,7 +58,7 @@ def test_small_fp32_views_do_not_spill_either(name):
 
 
 def test_the_blur_reads_eight_neighboring_pixels_at_once():
-    """A load for each of 13 taps and, where a program makes three channels, each of them; further ones read the table."""
+    """A load for each of 13 taps and each channel that a program makes; further ones read the table."""
     for name, loads in (("blur_columns_kernel", 13), ("blur_rows_kernel", 39)):
         found = compiled(name, 90).instructions["LDG"]
         assert loads < found < loads + 20, (name, found)
