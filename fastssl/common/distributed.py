@@ -140,11 +140,16 @@ def broadcast_from_main(make: Callable[[], Value]) -> Value:
 
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on at least one rank. Ranks wait for each other here, but not for their GPUs."""
+    return any_rank_each([flag])[0]
+
+
+def any_rank_each(flags: list[bool]) -> list[bool]:
+    """The same for each of several flags, in one message."""
     if not dist.is_initialized():
-        return flag
-    raised = torch.tensor(int(flag))
+        return flags
+    raised = torch.tensor(flags, dtype=torch.uint8)
     dist.all_reduce(raised, dist.ReduceOp.MAX, group=_control)
-    return bool(raised)
+    return raised.bool().tolist()
 
 
 def all_gather_values(values_N: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, NotRequired
+from typing import IO, Annotated, Any, NotRequired, cast
 
 import torch
 from pydantic import AfterValidator, Field, InstanceOf, SkipValidation, Strict, TypeAdapter, ValidationError
@@ -125,12 +125,40 @@ def write_checkpoint(run_dir: Path, name: str, saved: SavedState) -> None:
 
     A reader sees the old file or the new one, whole. Raises OSError if the disk is full; the old files then stay.
     """
-    # Into memory first: torch.save on a full disk raises errors that depend on the part of the archive it was in.
-    data = io.BytesIO()
-    torch.save(saved, data)
+
+    def write(part: Path) -> None:
+        with open(part, "wb") as file:
+            output = _Output(file)
+            torch.save(saved, cast(IO[bytes], output))
+            if output.error:
+                raise output.error
+
     folder = run_dir / "checkpoints"
     keep = folder / PREVIOUS if name == LAST else None
-    write_atomically(folder / name, lambda path: path.write_bytes(data.getbuffer()), keep=keep)
+    write_atomically(folder / name, write, keep=keep)
+
+
+class _Output:
+    """A file for torch.save. After the first error of the disk, which it keeps, it takes all bytes and writes none.
+
+    torch.save itself raises other errors then, which depend on the part of the archive that it was in. Serialized in
+    memory first, a checkpoint would take its size again, and no other thread would run while a tensor is copied there.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            if not self.error:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: closing the file does it."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

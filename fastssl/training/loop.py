@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastssl.common.distributed import (
     any_rank,
+    any_rank_each,
     broadcast_from_main,
     combine,
     gather_rows,
@@ -123,8 +124,8 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
                 if warning := collapse_warning.check(state.step, metrics):
                     writer.print(warning)
             # All processes stop if one of them received a signal. They agree by a message between CPUs.
-            stops = any_rank(stop.received is not None)
-            if stops or state.step % recipe.checkpoint.every == 0 or (logs and writer.save_failed):
+            stops, save_is_due = any_rank_each([stop.received is not None, writer.save_is_due(logs)])
+            if stops or save_is_due or state.step % recipe.checkpoint.every == 0:
                 writer.save()
             if stops:
                 writer.stop(stop)
@@ -246,7 +247,8 @@ def run_probe(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Pro
     if name and value > state.best.get(name, float("-inf")):
         before, state.best = state.best, {name: value, "step": state.step}
         # Written before last.pt, whose `best` must not name a file that the disk did not take.
-        if not writer.save("best.pt"):
+        writer.save("best.pt")
+        if not writer.wait_for_save():
             state.best = before
     writer.save()  # a resume from an earlier checkpoint would have to probe again
 

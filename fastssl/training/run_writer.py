@@ -1,8 +1,11 @@
 """Everything that a run shows and writes: messages, metrics, checkpoints, and the files at its end."""
 
 import signal
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -10,25 +13,37 @@ from torch import Tensor
 from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
 from fastssl.common.files import write_atomically, write_error
-from fastssl.models.checkpoint import LAST
+from fastssl.models.checkpoint import LAST, SavedState, write_checkpoint
 from fastssl.training.display import Display
 from fastssl.training.run_dir import describe_run, save_views
 from fastssl.training.setup import TrainingRun
 from fastssl.training.signals import StopRequest
+from fastssl.training.snapshot import Snapshot
 from fastssl.training.tracking import MetricsFile, start_trackers
+
+
+class PendingSave(NamedTuple):
+    """A checkpoint that the thread writes."""
+
+    name: str
+    step: int
+    written: Future[None]
 
 
 class RunWriter:
     """Writes what a run shows and stores. Use as a context manager.
 
-    Only the main process writes; on other ranks the methods write nothing. A full disk does not end training: a
-    checkpoint that cannot be written costs a warning, and the next log step tries again.
+    Only the main process writes; on other ranks the methods write nothing. A thread writes the checkpoints, one at a
+    time, from copies of the state, while training goes on. A full disk does not end training: a checkpoint that cannot
+    be written costs a warning, and the next log step tries again.
     """
 
     def __init__(self, run: TrainingRun, run_dir: Path):
         self.run = run
         self.run_dir = run_dir
-        self.save_failed = False  # whether last.pt is missing the last step that was to be saved
+        self.save_failed = False  # whether last.pt is missing the last step that was to be saved, as far as is known
+        self.saved_at = time.monotonic()  # when the last.pt that was begun last was
+        self.pending_save: PendingSave | None = None
         self.display: Display | None = None
         if not is_main_process():
             return
@@ -39,6 +54,8 @@ class RunWriter:
             self.trackers = start_trackers(run_dir, recipe, state.step)
         except OSError as error:
             raise write_error(run_dir, error) from None
+        self.snapshot = Snapshot()
+        self.save_thread = ThreadPoolExecutor(1, "fastssl-checkpoint")
         title = f"{recipe.name}  ({run.device.type}, {run.precision})"
         self.display = Display(title, state.step, run.schedule.total_steps)
 
@@ -50,12 +67,18 @@ class RunWriter:
         if step == 0:
             self.print(f"Training {name} {where}")
             self.save()  # a run that is killed before its first regular checkpoint can be resumed too
+            self.wait_for_save()
         else:
             self.print(f"Resuming {name} after step {step} {where}")
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.display:
+        if not self.display:
+            return
+        try:
+            self.wait_for_save()  # after an error too: it may be the newest checkpoint, or the only one
+        finally:
+            self.save_thread.shutdown(wait=False)
             self.metrics_file.close()
             for tracker in self.trackers.values():
                 tracker.close()
@@ -94,24 +117,51 @@ class RunWriter:
             except OSError as error:
                 self.print(f"Warning: views.png cannot be written ({error.strerror}).")
 
-    def save(self, name: str = LAST) -> bool:
-        """Write checkpoints/NAME. Returns whether that worked; prints a warning where it did not."""
-        if self.display:
-            self.metrics_file.flush()  # before the checkpoint: a resume continues after the last line that it covers
+    def save(self, name: str = LAST) -> None:
+        """Begin to write checkpoints/NAME with the state of this step, once the checkpoint before it is written."""
+        if not self.display:
+            return
+        self.wait_for_save()
+        self.metrics_file.flush()  # before the checkpoint: a resume continues after the last line that it covers
+        saved = self.snapshot.take(self.run.state.state_dict())
+        written = self.save_thread.submit(self._write_checkpoint, name, saved)
+        self.pending_save = PendingSave(name, self.run.state.step, written)
+        if name == LAST:
+            self.saved_at = time.monotonic()
+
+    def _write_checkpoint(self, name: str, saved: SavedState) -> None:
+        self.snapshot.wait_for_device()
+        write_checkpoint(self.run_dir, name, saved)
+
+    def wait_for_save(self) -> bool:
+        """Wait until the pending checkpoint is written. Returns whether that worked; prints a warning if it did not."""
+        if not self.pending_save:
+            return True
+        name, step, written = self.pending_save
         failure = None
         try:
-            self.run.state.save(self.run_dir, name)
+            written.result()
         except OSError as error:
             failure = error.strerror
+        self.pending_save = None
         if failure and not (name == LAST and self.save_failed):
             then = "the next log step tries again" if name == LAST else f"{name} is left out"
             self.print(
-                f"Warning: the checkpoint of step {self.run.state.step} cannot be written ({failure}): "
-                f"training continues, and {then}."
+                f"Warning: the checkpoint of step {step} cannot be written ({failure}): training continues, and {then}."
             )
         if name == LAST:
             self.save_failed = failure is not None
         return failure is None
+
+    def save_is_due(self, is_log_step: bool) -> bool:
+        """Return whether last.pt is older than checkpoint.every_minutes, or should be tried again. Does not wait."""
+        if not self.display:
+            return False
+        if self.pending_save and self.pending_save.written.done():
+            self.wait_for_save()
+        minutes = self.run.recipe.checkpoint.every_minutes
+        is_old = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        return is_old or (is_log_step and self.save_failed)
 
     def stop(self, request: StopRequest) -> None:
         """End the process after the checkpoint that a signal asked for.
@@ -120,6 +170,7 @@ class RunWriter:
             Stopped: with the exit code that belongs to the signal.
             UserError: if the checkpoint could not be written.
         """
+        self.wait_for_save()
         step = self.run.state.step
         if self.save_failed:
             raise UserError(
@@ -139,6 +190,7 @@ class RunWriter:
             UserError: if one of them cannot be written.
         """
         self.save()
+        self.wait_for_save()
         state = self.run.state
         encoder = (state.average.model if state.average else state.model).encoder
         try:

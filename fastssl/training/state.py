@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.loading import BetonLoader
 from fastssl.models import Model, WeightAverage
-from fastssl.models.checkpoint import LAST, Checkpoint, SavedOptimizer, SavedScaler, SavedState, write_checkpoint
+from fastssl.models.checkpoint import Checkpoint, SavedOptimizer, SavedScaler, SavedState
 from fastssl.recipe import Recipe
 from fastssl.training.optim import load_optimizer
 
@@ -47,11 +46,9 @@ class TrainState:
     seconds: float = 0.0  # of training, over all resumes, at `started`
     started: float = field(default_factory=time.monotonic)
 
-    def save(self, run_dir: Path, name: str = LAST) -> None:
-        """Write RUN/checkpoints/NAME in the main process. Raises OSError if the disk is full."""
-        if not is_main_process():
-            return
-        saved: SavedState = {
+    def state_dict(self) -> SavedState:
+        """Return what a checkpoint holds. Its tensors are the run's own, so training changes them."""
+        return {
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
             "ema": self.average.model.state_dict() if self.average else None,
@@ -68,7 +65,6 @@ class TrainState:
             "rng": torch.get_rng_state(),  # for backbones with dropout
             "cuda_rng": torch.cuda.get_rng_state() if self.skipped.is_cuda else None,
         }
-        write_checkpoint(run_dir, name, saved)
 
     def count_seconds(self) -> float:
         """Seconds of training so far, over all resumes."""

@@ -26,7 +26,7 @@ from fastssl.recipe import load_recipe
 from fastssl.training import loop, run_writer, train
 from fastssl.training import memory as training_memory
 from fastssl.training.memory import check_memory
-from fastssl.training.state import TrainState
+from fastssl.training.snapshot import Snapshot
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -155,9 +155,10 @@ PLACES = {  # what fails, and where it does
     "optimizer": (loop, "optimize"),
     "loader": (loader_module.BetonLoader, "_assemble"),
     "probe": (probe, "compute_features"),
-    "checkpoint": (TrainState, "save"),
+    "checkpoint": (run_writer, "write_checkpoint"),  # in its thread
     "first batch": (run_writer.RunWriter, "save_views"),
     "model": (loop, "prepare"),
+    "snapshot": (Snapshot, "take"),
 }
 
 
@@ -171,7 +172,7 @@ def test_a_lack_of_memory_is_one_sentence_and_the_run_goes_on_later(canvas, tmp_
     def fails(*arguments, **options):
         calls.append(1)
         if place in ("model", "first batch") or len(calls) == 5 or (place == "probe" and len(calls) == 2):
-            raise LACKS[list(PLACES).index(place)]
+            raise LACKS[list(PLACES).index(place) % len(LACKS)]
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
@@ -215,7 +216,7 @@ def train_with_little_memory(arguments: list[str], output: Path, place: str, spa
     cli.main()
 
 
-SPARE = {"step": 50 << 20, "checkpoint": 5 << 20, "loader": 1 << 20}  # bytes
+SPARE = {"step": 50 << 20, "snapshot": 5 << 20, "loader": 1 << 20}  # bytes
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ SPARE = {"step": 50 << 20, "checkpoint": 5 << 20, "loader": 1 << 20}  # bytes
 )
 def test_memory_that_is_really_full_ends_a_run_in_order(canvas, tmp_path, fastssl, place, spare):
     run, output = tmp_path / "run", tmp_path / "output"
-    # A step at 160 px takes more than 50 MB, and a checkpoint more than 5 MB.
+    # A step at 160 px takes more than 50 MB, and a snapshot more than 5 MB.
     overrides = small(canvas, run, "views.size=160", "model.projector.hidden=1024", "train.batch_size=48")
     arguments = ["recipes/barlow.yaml", *overrides]
     process = FORKS.Process(target=train_with_little_memory, args=(arguments, output, place, spare))

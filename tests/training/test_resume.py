@@ -26,7 +26,7 @@ from training_runs import (
 import fastssl
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
 from fastssl.recipe import load_recipe
-from fastssl.training import run_dir, run_writer, state, train
+from fastssl.training import run_dir, run_writer, train
 
 # Every objective, every space, both learned priors, EMA, micro-batches, growing views, other optimizers. An epoch has
 # six steps and every fourth step is saved: in the middle of an epoch, after a probe or before one.
@@ -136,15 +136,15 @@ def test_a_best_checkpoint_that_could_not_be_written_does_not_count_as_best(canv
     keys = small(canvas, tmp_path / "run", "probe.every=1", "train.epochs=3")
     recipe = load_recipe("recipes/barlow.yaml", keys)
     values, refused = iter([0.9, 0.8, 0.7]), []
-    real = state.TrainState.save
+    real = run_writer.write_checkpoint
 
-    def save(self, run_dir, name="last.pt"):
+    def write(run_dir, name, saved):
         if name == "best.pt" and not refused:
             refused.append(name)
             raise OSError(28, "No space left on device")
-        real(self, run_dir, name)
+        real(run_dir, name, saved)
 
-    monkeypatch.setattr(state.TrainState, "save", save)
+    monkeypatch.setattr(run_writer, "write_checkpoint", write)
     train(recipe, probe=lambda model: {"knn": next(values)})
     assert checkpoint_in(tmp_path / "run", "best.pt")["best"] == {"knn": 0.8, "step": 6}
     assert checkpoint_in(tmp_path / "run")["best"] == {"knn": 0.8, "step": 6}
@@ -203,6 +203,7 @@ def test_a_full_disk_gives_one_warning_and_loses_no_line(canvas, tmp_path, at_st
 
     def save(self, *arguments):
         real_save(self, *arguments)
+        self.wait_for_save()
         saved_while_full.append((self.run.state.step, self.save_failed))
         if self.run.state.step == 9:
             full_disk(False)
