@@ -307,7 +307,7 @@ class LogConfig(Section):
 
 class CheckpointConfig(Section):
     every: Count = 1000  # steps
-    every_minutes: Positive | None = None  # also once last.pt is this old; null: by steps only
+    every_minutes: Positive | None = None  # also when last.pt is that old; null: by steps only
     keep: Annotated[int, Field(ge=0)] = 0  # epochs between checkpoints that are never deleted; 0: none
 
 

@@ -3,13 +3,14 @@
 import gzip
 import json
 import shutil
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from small_models import make_run
-from training_runs import SMALL
+from training_runs import SMALL, checkpoint_in
 
 from fastssl.common import randomness
 from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_evaluation_data, load_run_encoder
@@ -19,7 +20,7 @@ from fastssl.loading import BetonLoader
 from fastssl.loading.spans import span
 from fastssl.profiling import profile_recipe
 from fastssl.recipe import ViewsConfig, load_recipe
-from fastssl.training import loop, train
+from fastssl.training import loop, run_writer, train
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
 from fastssl.views import PairedViews
@@ -149,7 +150,10 @@ def losses(run):
 
 
 def test_the_loop_waits_for_the_device_at_log_steps_only(canvas, tmp_path, monkeypatch):
-    """Steps 9 to 16 of 24, the next log step, run under CUDA's sync debug mode, where every wait is an error."""
+    """Steps 9 to 16 of 24, the next log step, run under CUDA's sync debug mode, where every wait is an error.
+
+    Checkpoints of steps 10 and 15 are among them.
+    """
     real_step, real_read, watched = loop.forward_and_backward, FiniteGuard.read, []
 
     def step(run, batches, epoch):
@@ -165,7 +169,11 @@ def test_the_loop_waits_for_the_device_at_log_steps_only(canvas, tmp_path, monke
     monkeypatch.setattr(loop, "forward_and_backward", step)
     monkeypatch.setattr(FiniteGuard, "read", read)
     try:
-        train(gpu_recipe(canvas, tmp_path / "run", "log.every=8", "train.ema=0.9", "data.resident=false"))
+        train(
+            gpu_recipe(
+                canvas, tmp_path / "run", "log.every=8", "checkpoint.every=5", "train.ema=0.9", "data.resident=false"
+            )
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watched == list(range(8, 16))
@@ -191,6 +199,36 @@ def test_a_resumed_run_goes_on_where_it_was(canvas, tmp_path):
         train(recipe, probe=stop)  # behind step 12: steps 11 and 12 come again
     resumed = losses(train(recipe, resume="auto"))
     assert len(resumed) == 24 and resumed[10] == pytest.approx(straight[10], rel=1e-3)
+
+
+def test_a_checkpoint_of_the_device_holds_its_step_although_training_went_on(canvas, tmp_path, monkeypatch):
+    """The thread writes the file of step 10 after step 14; the pinned memory of step 5 holds the copy of step 10."""
+    real_write, real_step, goes_on, found = run_writer.write_checkpoint, loop.train_step, threading.Event(), {}
+    weights, averages = {}, {}
+
+    def step(run, *arguments):
+        output = real_step(run, *arguments)
+        state = run.state.state_dict()
+        if run.state.step in (5, 10):
+            weights[run.state.step] = {name: tensor.cpu() for name, tensor in state["model"].items()}
+            averages[run.state.step] = state["optimizer"]["state"][0]["exp_avg"].cpu()
+        if run.state.step == 14:
+            goes_on.set()
+        return output
+
+    def write(run_dir, name, saved):
+        assert saved["step"] != 10 or goes_on.wait(60)
+        real_write(run_dir, name, saved)
+        found[saved["step"]] = checkpoint_in(run_dir, name)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(run_writer, "write_checkpoint", write)
+    train(gpu_recipe(canvas, tmp_path / "run", "checkpoint.every=5", "log.every=100"))
+    for number in (5, 10):
+        saved = found[number]
+        assert all(torch.equal(saved["model"][name], tensor) for name, tensor in weights[number].items())
+        assert torch.equal(saved["optimizer"]["state"][0]["exp_avg"], averages[number])
+    assert saved["model"]["encoder.conv1.weight"].device.type == "cpu"
 
 
 def test_an_evaluation_on_the_device_gives_the_cpu_s_figures(canvas, tmp_path):

@@ -1,13 +1,14 @@
 """The memory that training takes: a lower limit before a run starts, and a sentence if it ends for lack of memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
-from fastssl.common.distributed import world_size
+from fastssl.common.distributed import is_main_process, world_size
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.system import free_memory
 from fastssl.models.build import outline_model
@@ -24,23 +25,24 @@ AVERAGES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1}
 def check_memory(recipe: Recipe, device: torch.device) -> None:
     """Refuse a run that needs more memory than is free, before any of it is taken.
 
-    The need is a lower limit: the activations of the encoder, most of what training takes, are not in it. So no run is
-    refused that would fit.
+    The need of a step is a lower limit: the activations of the encoder, most of what training takes, are not in it. So
+    no run is refused that would fit. The main process also needs the host's memory for the copy of a checkpoint.
 
     Raises:
         UserError: with the keys that make it smaller.
     """
     model = outline_model(recipe)
-    weights = count_bytes(model) * (2 if recipe.train.ema else 1)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    gradients = trained * (1 + AVERAGES.get(recipe.optim.name.lower(), 0))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    copies_of_weights, averages = (2 if recipe.train.ema else 1), AVERAGES.get(recipe.optim.name.lower(), 0)
+    state = count_bytes(model) * copies_of_weights + gradients * averages
     views = recipe.objective.num_views * (recipe.train.batch_size // (world_size() * recipe.train.accumulate))
     widths = {"h": cast(int, model.encoder.num_features), "z": recipe.model.projector.out}
     spaces = [] if recipe.embedding.stochastic == "none" else list(recipe.embedding.stochastic)
     draws = recipe.embedding.samples * sum(widths[space] for space in spaces)
     image = recipe.model.in_chans * recipe.views.size**2
     needs = {
-        suggest_smaller(model): weights + gradients,
+        suggest_smaller(model): state + gradients,
         "lower train.batch_size or views.size": views * image * VIEW[device.type],
         "lower embedding.samples or train.batch_size": views * draws * DRAW,
     }
@@ -48,11 +50,27 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     else:
         free = free_memory()
-    if sum(needs.values()) > free:
+    _require(sum(needs.values()), free, _name(device), max(needs, key=lambda fix: needs[fix]))
+    if is_main_process():
+        if device.type == "cuda":
+            weights = _pinned_bytes({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+            need = weights * copies_of_weights + _pinned_bytes(trained) * averages
+        else:
+            need = 2 * state  # the state and its copy
+        _require(need, free_memory(), "machine", suggest_smaller(model))
+
+
+def _require(need: int, free: int, where: str, fix: str) -> None:
+    if need > free:
         raise UserError(
-            f"This run needs at least {sum(needs.values()) / 1e9:,.1f} GB of memory on the {_name(device)}, and "
-            f"{free / 1e9:,.1f} GB are free: {max(needs, key=lambda fix: needs[fix])}."
+            f"This run needs at least {need / 1e9:,.1f} GB of memory on the {where}, and {free / 1e9:,.1f} GB are "
+            f"free: {fix}."
         )
+
+
+def _pinned_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the pinned memory for a copy of each tensor. torch rounds each up to a power of two."""
+    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.nbytes)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """The checkpoint file: its keys do not change by accident, and files with the fewest keys still load."""
 
+import resource
+import signal
+
+import pytest
 import torch
 from small_models import make_run
 from training_runs import checkpoint_in, small
@@ -38,3 +42,22 @@ def test_weights_are_the_moving_average_if_there_is_one(tmp_path):
     assert all(torch.equal(loaded[name], average[name]) for name in average)
     before = newest_checkpoint(run / "checkpoints" / "previous.pt").weights
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_disk_that_is_full_at_any_byte_is_an_error_of_the_disk_and_the_old_file_stays(tmp_path):
+    """torch.save itself raises a RuntimeError for most of these sizes."""
+    run, *_ = make_run(tmp_path / "run", {"train": "x.beton"})
+    saved, path = newest_checkpoint(run).saved, run / "checkpoints" / "last.pt"
+    whole = path.read_bytes()
+    handler, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (0, 100, 5000, 70_000, len(whole) // 2, len(whole) - 3000, len(whole) - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            with pytest.raises(OSError, match="File too large"):
+                write_checkpoint(run, "last.pt", {**saved, "step": 7})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == whole and [file.name for file in path.parent.iterdir()] == ["last.pt"]
+    write_checkpoint(run, "last.pt", {**saved, "step": 7})
+    assert newest_checkpoint(run).saved["step"] == 7

@@ -11,7 +11,14 @@ from small_models import recipe_of
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.common import distributed
-from fastssl.common.distributed import all_gather_values, any_rank, broadcast_from_main, gather_rows, sum_over_ranks
+from fastssl.common.distributed import (
+    all_gather_values,
+    any_rank,
+    any_rank_each,
+    broadcast_from_main,
+    gather_rows,
+    sum_over_ranks,
+)
 from fastssl.common.errors import UserError
 from fastssl.models import GlobalBatchNorm, ModelInput, SSLModel, build_model, convert_batch_norms, sync_bn
 from fastssl.objectives import (
@@ -248,6 +255,7 @@ def check_host_values(rank, world):
     with pytest.raises(UserError, match="taken"):
         broadcast_from_main(refuse)
     assert any_rank(rank == world - 1) and not any_rank(False)
+    assert any_rank_each([False, rank == 0, rank == 1]) == [False, True, True]
     assert all_gather_values(torch.tensor([rank, 7])).tolist() == [[r, 7] for r in range(world)]
 
 

@@ -82,6 +82,22 @@ def test_what_fits_into_24_gb_is_not_refused(name, overrides, monkeypatch):
     check_memory(recipe_of(*overrides, name=name), CPU)
 
 
+def test_the_copy_of_a_checkpoint_is_part_of_the_need(monkeypatch):
+    """With train.ema and AdamW's two averages the state is four times the weights: on a CPU twice, on a GPU once."""
+    recipe = recipe_of("model.projector={layers: 3, hidden: 8192, out: 8192}", "train.batch_size=2", "train.ema=0.9")
+    weights = count_bytes(outline_model(recipe))  # 0.6 GB, nearly all in matrices of 2**n bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    free = [0]
+    monkeypatch.setattr(training_memory, "free_memory", lambda: free[0])
+    for device, copies, rounded in (("cpu", 8, 1.0), ("cuda", 4, 1.2)):
+        free[0] = int(copies * weights * 0.999)
+        with pytest.raises(UserError, match=r"of memory on the machine, .*: lower model\.projector\.hidden"):
+            check_memory(recipe, torch.device(device))
+        free[0] = int(copies * weights * 1.001 * rounded)
+        check_memory(recipe, torch.device(device))
+
+
 @pytest.mark.parametrize("overrides", [[], ["embedding={stochastic: hz, prior: vamp}"], ["embedding.stochastic=none"]])
 def test_an_outline_has_the_size_of_the_model_and_leaves_the_generator_alone(overrides):
     recipe = recipe_of(*overrides)
