@@ -15,7 +15,6 @@ Parameters come from parameters.py; the pixels equal those of paired.torch_views
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 
 from fastssl.recipe import ViewsConfig
 from fastssl.views.gpu_kernels import (
@@ -43,13 +42,14 @@ def parameter_table(box_N4: Tensor | None, drawn: Parameters[Tensor], size: int)
     offset_K = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=box_N4.device)
     taps_NK = torch.exp(-0.5 * (offset_K / drawn.sigma_N[:, None]) ** 2)
     before_N = torch.where(drawn.jitter_N, (drawn.order_N4 == CONTRAST).int().argmax(dim=1), 0)
-    columns = [
-        box_N4, drawn.flip_N[:, None], drawn.jitter_N[:, None], before_N[:, None], drawn.order_N4, drawn.factor_N4,
-        drawn.gray_N[:, None], drawn.blur_N[:, None], drawn.solarize_N[:, None],
+    flags = [drawn.flip_N, drawn.jitter_N, drawn.gray_N, drawn.blur_N, drawn.solarize_N]
+    # In few parts: torch.compile makes a kernel for each part of a concatenation of more than eight.
+    parts = [
+        box_N4, torch.stack(flags, dim=1), before_N[:, None], drawn.order_N4, drawn.factor_N4,
         taps_NK / taps_NK.sum(dim=1, keepdim=True),
     ]  # fmt: skip
-    table = torch.cat([column.float() for column in columns], dim=1)
-    return functional.pad(table, (0, COLUMNS.value - table.shape[1]))
+    unused = box_N4.new_zeros(len(box_N4), COLUMNS.value - sum(part.shape[1] for part in parts))
+    return torch.cat([*(part.float() for part in parts), unused.float()], dim=1)
 
 
 def triton_views(

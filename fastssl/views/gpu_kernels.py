@@ -14,14 +14,10 @@ from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 # Columns of the table of parameters: one row of float32 for each view.
 TOP, LEFT, HEIGHT, WIDTH = (tl.constexpr(column) for column in range(4))  # the crop box, in pixels of the stored image
-FLIP = tl.constexpr(4)
-JITTER = tl.constexpr(5)
-BEFORE = tl.constexpr(6)  # number of the jitter's operations before contrast; 0 without jitter
-ORDER = tl.constexpr(7)  # and the next three: the jitter's operations, first to last
-FACTOR = tl.constexpr(11)  # and the next three: by operation
-GRAY = tl.constexpr(15)
-BLUR = tl.constexpr(16)
-SOLARIZE = tl.constexpr(17)
+FLIP, JITTER, GRAY, BLUR, SOLARIZE = (tl.constexpr(column) for column in range(4, 9))  # 1 if the view drew it, else 0
+BEFORE = tl.constexpr(9)  # number of the jitter's operations before contrast; 0 without jitter
+ORDER = tl.constexpr(10)  # and the next three: the jitter's operations, first to last
+FACTOR = tl.constexpr(14)  # and the next three: by operation
 TAPS = tl.constexpr(18)  # and the next twelve: weights of the blur
 COLUMNS = tl.constexpr(32)
 
