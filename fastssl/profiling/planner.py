@@ -31,7 +31,9 @@ REFERENCE_FLOPS = 3 * 2 * 4.09e9
 # 2.5. On an H100 it is 1.85x as fast as on an A100 (MLPerf Training 3.0, https://silvertonconsulting.com/2023/07/12/
 # mlperf-results-show-h100-v-a100-and-v-habana-gaudi2-gpus/): this share gives 2.2, the peaks alone 3.2.
 BANDWIDTH_BOUND = 0.5
-VIEW_PASSES, VIEW_SHARE = 10, 0.5  # assumed: how often views move their bytes, and their share of the bandwidth
+# How often views move their bytes, counted in Triton's kernels (records/gpu-budget.md), at an assumed share of the
+# bandwidth.
+VIEW_PASSES, VIEW_SHARE = 2.5, 0.5
 BACKWARD = 2 / 3  # of a step: gradients are exchanged while it runs
 MEMORY_PER_CORE = 4e9  # bytes of the host, assumed if --plan does not give the memory
 RESIDENT_SHARE = 1 / 8  # of the GPU's memory: data.resident=auto (training/setup.py)
