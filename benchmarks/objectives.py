@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py                                  # on a CPU: 32 px, batch 128
     python benchmarks/objectives.py --device cuda                    # 224 px, batch 256, bf16, ours compiled too
+    python benchmarks/objectives.py --spaces none z h --ways "ours"  # a part of it; --json FILE writes the rows too
 
 A step is forward pass, objective, KL and backward pass of two views, without the optimizer, for a ResNet-18 with the
 ImageNet stem and the projector of the ImageNet recipes, 512-1024-1024-1024. "After the encoder" leaves the encoder out:
@@ -13,10 +14,12 @@ step: of the process on a CPU, of torch's allocator on a GPU.
 
 import argparse
 import ctypes
+import json
 import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe
 
 SPACES = {"none": "deterministic", "z": "Z-prob", "h": "H-prob", "hz": "HZ-prob"}
+WAYS = ["ours", "ours, compiled", "ours, in chunks of 4", "ours, in chunks of 4, compiled", "naive loop"]
+PARTS = {"projector": "after the encoder", "step": "the whole step"}
 STEP = 3
 
 
@@ -135,6 +140,8 @@ def measure(options, objective: str, space: str, samples: int, whole: bool) -> d
     for name, chunk in {"ours": None, "ours, in chunks of 4": 4, "naive loop": None}.items():
         if (chunk and samples <= chunk) or (name != "ours" and space == "none"):
             continue
+        if not {name, name + ", compiled"} & set(options.ways):
+            continue
         torch.manual_seed(0)
         recipe = recipe_of(objective, space, samples, chunk, options.size)
         model = SSLModel(recipe).to(options.device, memory_format=torch.channels_last)
@@ -146,8 +153,9 @@ def measure(options, objective: str, space: str, samples: int, whole: bool) -> d
             views = tuple(h)
             model.encoder = nn.Identity()
         make = naive_loop if name == "naive loop" else ours
-        ways[name] = Step(make(model, recipe), model, views, options.precision)
-        if cuda and name != "naive loop":
+        if name in options.ways:
+            ways[name] = Step(make(model, recipe), model, views, options.precision)
+        if cuda and name + ", compiled" in options.ways:
             compiled = torch.compile(make(model, recipe), dynamic=False)
             ways[name + ", compiled"] = Step(compiled, model, views, options.precision)
     for step in ways.values():
@@ -164,33 +172,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--objectives", nargs="+", default=list(NAIVE), choices=NAIVE)
+    parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=SPACES)
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 12, 36])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="compiled: on a GPU only")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--size", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     cuda = options.device == "cuda"
     options.batch, options.size = options.batch or (256 if cuda else 128), options.size or (224 if cuda else 32)
     options.precision = "bf16" if cuda else "fp32"
     machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"{machine}, torch {torch.__version__}, {options.precision}, batch {options.batch}, {options.size} px")
-    for whole in (False, True):
-        print(f"\n{'the whole step' if whole else 'after the encoder'}")
+    rows = []
+    for part in options.parts:
+        print(f"\n{PARTS[part]}")
         print("| objective | embedding | S | implementation | ms | / deterministic | / naive loop | peak MB |")
         print("|---|---|---|---|---|---|---|---|")
         for objective in options.objectives:
             deterministic: dict[str, float] = {}
-            for space, label in SPACES.items():
+            for space in options.spaces:
+                label = SPACES[space]
                 for samples in options.samples if space != "none" else [1]:
-                    measured = measure(options, objective, space, samples, whole)
+                    measured = measure(options, objective, space, samples, part == "step")
                     for way, (milliseconds, megabytes) in measured.items():
                         if space == "none":
                             deterministic[way] = milliseconds
-                        base = deterministic["ours, compiled" if way.endswith("compiled") else "ours"]
+                        base = deterministic.get("ours, compiled" if way.endswith("compiled") else "ours", float("nan"))
                         loop = measured.get("naive loop", (float("nan"),))[0]
                         print(f"| {objective} | {label} | {samples if space != 'none' else ''} | {way} | "
                               f"{milliseconds:.1f} | {milliseconds / base:.2f} | {milliseconds / loop:.2f} | "
                               f"{megabytes:.0f} |", flush=True)  # fmt: skip
+                        rows.append({
+                            "part": part, "objective": objective, "space": space, "samples": samples, "way": way,
+                            "milliseconds": milliseconds, "megabytes": megabytes, "batch": options.batch,
+                        })  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

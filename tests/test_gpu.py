@@ -196,11 +196,8 @@ def test_the_loop_waits_for_the_device_at_log_steps_only(canvas, tmp_path, monke
     monkeypatch.setattr(loop, "forward_and_backward", step)
     monkeypatch.setattr(FiniteGuard, "read", read)
     try:
-        train(
-            gpu_recipe(
-                canvas, tmp_path / "run", "log.every=8", "checkpoint.every=5", "train.ema=0.9", "data.resident=false"
-            )
-        )
+        keys = ["log.every=8", "checkpoint.every=5", "train.ema=0.9", "data.resident=false"]
+        train(gpu_recipe(canvas, tmp_path / "run", *keys))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watched == list(range(8, 16))
