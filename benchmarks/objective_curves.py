@@ -45,6 +45,7 @@ def recipe_of(name: str, data: Path, out: Path, steps: int) -> Recipe:
         f"recipes/{base}.yaml",
         [f"data.train={data}/train.beton", f"data.val={data}/val.beton", f"data.limit={steps * BATCH}",
          "train.epochs=1", f"run.dir={out}/{name}", "model.stem=imagenet", f"train.batch_size={BATCH}", "log.every=10",
+         "log.rank_every=10",
          "data.workers=1", "probe.every=0", *overrides],
     )  # fmt: skip
 

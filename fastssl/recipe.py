@@ -302,6 +302,8 @@ class ProbeConfig(Section):
 
 class LogConfig(Section):
     every: Count = 50  # steps
+    # Steps between log lines with RankMe, which waits for the GPU; epoch: one in each, 0: none.
+    rank_every: Literal["epoch"] | Annotated[int, Field(ge=0)] = "epoch"
     to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # in addition to metrics.jsonl
 
 

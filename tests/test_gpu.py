@@ -21,7 +21,6 @@ from fastssl.loading.spans import span
 from fastssl.profiling import profile_recipe
 from fastssl.recipe import ViewsConfig, load_recipe
 from fastssl.training import loop, run_writer, train
-from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
 from fastssl.views import PairedViews, eval_transform
 
@@ -176,31 +175,28 @@ def losses(run):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_the_loop_waits_for_the_device_at_log_steps_only(canvas, tmp_path, monkeypatch):
-    """Steps 9 to 16 of 24, the next log step, run under CUDA's sync debug mode, where every wait is an error.
+def test_the_loop_and_its_log_never_wait_for_the_device(canvas, tmp_path, monkeypatch):
+    """Steps 9 to 23 of 24 run under CUDA's sync debug mode, where every wait for the whole queue is an error.
 
-    Checkpoints of steps 10 and 15 are among them.
+    Log steps 12, 16 and 20 are among them, and checkpoints of steps 10, 15 and 20.
     """
-    real_step, real_read, watched = loop.forward_and_backward, FiniteGuard.read, []
+    real_step, watched = loop.forward_and_backward, []
 
     def step(run, batches, epoch):
-        if 8 <= run.state.step < 16:
-            torch.cuda.set_sync_debug_mode("error")
-            watched.append(run.state.step)
+        torch.cuda.set_sync_debug_mode("error" if 8 <= run.state.step < 23 else "default")
+        watched.append((run.state.step, torch.cuda.get_sync_debug_mode()))
         return real_step(run, batches, epoch)
 
-    def read(self, terms):
-        torch.cuda.set_sync_debug_mode("default")
-        return real_read(self, terms)
-
     monkeypatch.setattr(loop, "forward_and_backward", step)
-    monkeypatch.setattr(FiniteGuard, "read", read)
+    keys = ["log.every=4", "log.rank_every=0", "checkpoint.every=5", "train.ema=0.9", "data.resident=false"]
     try:
-        keys = ["log.every=8", "checkpoint.every=5", "train.ema=0.9", "data.resident=false"]
-        train(gpu_recipe(canvas, tmp_path / "run", *keys))
+        run = train(gpu_recipe(canvas, tmp_path / "run", *keys))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert watched == list(range(8, 16))
+    assert [step for step, mode in watched if mode == 2] == list(range(8, 23))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24]
+    assert all(line["loss"] > 0 and line["images_per_second"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
 
 
 @pytest.mark.parametrize("more", [["train.cuda_graphs=true"], ["train.precision=tf32"], ["train.precision=fp16"]])

@@ -10,14 +10,15 @@ class Streak(NamedTuple):
     first_step: int
     last_step: int
     readings: int
-    value: float  # RankMe of the last one, or the loss of the first one
+    value: float | None  # RankMe of the last one, None if it was not computed; or the loss of the first one
 
 
 class CollapseWarning:
     """Watches the metrics of the log steps. Warns once during training if they stay bad, and once more at the end.
 
-    RankMe and the standard deviation of z are those of one batch. The limits rest on records/collapse.md: in healthy
-    runs RankMe was never below 5.9, and it was 1.01 in a collapsed one.
+    RankMe and the standard deviation of z are those of one batch. RankMe is not in all metrics (`log.rank_every`), but
+    in those of every log step while `is_suspicious`. The limits rest on records/collapse.md: in healthy runs RankMe was
+    never below 5.9, and it was 1.01 in a collapsed one.
     """
 
     RANK = 2.0  # RankMe below which the embeddings of all images have nearly one direction; of few dimensions less
@@ -35,11 +36,14 @@ class CollapseWarning:
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Take the metrics of a log step. Return the warning if it is due now."""
-        rank, loss = min(metrics["rankme_h"], metrics["rankme_z"]), metrics["loss"]
-        is_collapsed = rank < self.rank or metrics["std_z"] < self.STD  # false for NaN, FiniteGuard's task
+        rank, loss = None, metrics["loss"]
+        if "rankme_h" in metrics:
+            rank = min(metrics["rankme_h"], metrics["rankme_z"])
+        # Both are false for NaN, FiniteGuard's task.
+        is_collapsed = (rank is not None and rank < self.rank) or metrics["std_z"] < self.STD
         self.collapsed = self._continue(self.collapsed, step, rank) if is_collapsed else None
         last = self.same_loss
-        if last and abs(loss - last.value) <= self.LOSS * abs(loss):
+        if last and last.value is not None and abs(loss - last.value) <= self.LOSS * abs(loss):
             self.same_loss = self._continue(last, step, last.value)
         else:
             self.same_loss = self._continue(None, step, loss)
@@ -49,13 +53,18 @@ class CollapseWarning:
         self.given = True
         return f"Warning: {problem}"
 
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the last metrics were those of collapsed embeddings."""
+        return self.collapsed is not None
+
     def problem(self) -> str | None:
         """What has been wrong up to the last log step and how to fix it, one sentence; None if nothing is."""
         if self._lasts(self.collapsed):
+            rank = "" if self.collapsed.value is None else f" (RankMe {self.collapsed.value:.3g})"
             return (
                 f"the embeddings have collapsed: since step {self.collapsed.first_step} all images have nearly the "
-                f"same one (RankMe {self.collapsed.value:.3g}), so nothing useful is learned; lower optim.lr, or see "
-                "Collapse in docs/objectives.md."
+                f"same one{rank}, so nothing useful is learned; lower optim.lr, or see Collapse in docs/objectives.md."
             )
         if self._lasts(self.same_loss):
             return (
@@ -64,7 +73,7 @@ class CollapseWarning:
             )
         return None
 
-    def _continue(self, streak: Streak | None, step: int, value: float) -> Streak:
+    def _continue(self, streak: Streak | None, step: int, value: float | None) -> Streak:
         return Streak(streak.first_step if streak else step, step, streak.readings + 1 if streak else 1, value)
 
     def _lasts(self, streak: Streak | None) -> TypeGuard[Streak]:

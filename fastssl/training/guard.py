@@ -16,7 +16,7 @@ class FiniteGuard:
 
     A flag on the device makes the optimizer skip the step and restores the batch norms' running statistics. With an
     optimizer that takes no flag (see `skips_on_device`), the CPU waits once per step. The first such step and its terms
-    stay on the device until they are read at a log step.
+    stay on the device.
     """
 
     def __init__(self, model: nn.Module, state: TrainState):
@@ -74,11 +74,11 @@ class FiniteGuard:
         state.skipped += counts
         return bad
 
-    def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """The terms over all processes and the number of skipped steps, as Python numbers, in one copy."""
+    def over_ranks(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms over all processes and the number of skipped steps, float64 scalars on the device."""
         values = torch.stack([*(term.detach().double() for term in terms.values()), self.state.skipped.double()])
-        *numbers, skipped = combine([*terms, "skipped"], all_gather_values(values)).tolist()
-        return {**dict(zip(terms, numbers)), "skipped_steps": int(skipped)}
+        names = [*terms, "skipped_steps"]
+        return dict(zip(names, combine(names, all_gather_values(values)).unbind()))
 
     def error_message(self, run_dir: Path) -> str:
         """One sentence about the first step that was not finite, for train.max_skipped_steps."""

@@ -23,29 +23,24 @@ from fastssl.common.distributed import (
     any_rank_each,
     broadcast_from_main,
     combine,
-    gather_rows,
     is_main_process,
     joined_processes,
 )
-from fastssl.common.errors import UserError
 from fastssl.loading import Batch
 from fastssl.loading.spans import span
 from fastssl.models import Model, ModelInput, SSLModel
 from fastssl.models.checkpoint import newest_checkpoint
-from fastssl.objectives.metrics import rankme
-from fastssl.recipe import BYOLConfig, Recipe, SupervisedConfig
-from fastssl.training.collapse import CollapseWarning
+from fastssl.recipe import BYOLConfig, Recipe
 from fastssl.training.memory import explain_out_of_memory
-from fastssl.training.meters import DataWaitWarning, Meter, MeterReading, compile_counts, speed_metrics
 from fastssl.training.optim import clip_gradients
 from fastssl.training.run_dir import choose_run_dir, locked_run_dir, rename_damaged
 from fastssl.training.run_writer import RunWriter
 from fastssl.training.schedule import image_size, target_momentum
 from fastssl.training.setup import StepOutput, TrainingRun, choose_device, prepare
 from fastssl.training.signals import ProbeInterrupted, StopRequest
+from fastssl.training.step_log import Diagnose, StepLog
 
 Probe = Callable[[Model], dict[str, float]]
-Diagnose = Callable[[TrainingRun, MeterReading], str]
 
 
 def train(
@@ -93,51 +88,47 @@ def train(
 def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
     """Train from the state's step to the last one.
 
-    On a GPU the CPU only queues work and runs ahead of the device. It waits for the device in `log_step` and nowhere
-    else (with an optimizer that cannot skip a step on the device, at every step: see FiniteGuard).
+    On a GPU the CPU only queues work and runs ahead of the device. It waits until the device has finished everything
+    before a checkpoint, a probe, and where a log step computes RankMe, and nowhere else (with an optimizer that cannot
+    skip a step on the device, at every step: see FiniteGuard).
     """
-    recipe, state, loader, total_steps = run.recipe, run.state, run.state.loader, run.schedule.total_steps
-    meter, data_wait_warning = Meter(run.device), DataWaitWarning(partial(diagnose, run))
-    collapse_warning = CollapseWarning(recipe.train.batch_size // recipe.train.accumulate, embedding_width(recipe))
+    recipe, state, loader = run.recipe, run.state, run.state.loader
+    log = StepLog(run, writer, diagnose)
     while True:
         # Between two epochs. A resumed run may have probed already after its last epoch: the state knows.
         at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
         if probe and at_epoch_end and is_probe_epoch(recipe, loader.epoch):
+            log.finish()
             run_probe(run, writer, stop, probe)
-            meter.restart()  # leaves the probe's time out of the training's
+            log.meter.restart()  # leaves the probe's time out of the training's
         if loader.epoch == recipe.train.epochs:
             break
 
         epoch = loader.epoch
         loader.views = recipe.views.model_copy(update={"size": image_size(recipe.views, epoch)})
-        for batches in in_groups(meter.watch(loader), recipe.train.accumulate):
+        for batches in in_groups(log.meter.watch(loader), recipe.train.accumulate):
             if state.step == 0:
                 writer.save_views(run.views(batches[0], epoch))
             rate = run.schedule.rate(state.step)
             step_output = train_step(run, batches, epoch, rate)
-            meter.images += recipe.train.batch_size
+            log.meter.images += recipe.train.batch_size
             writer.show_step(state.step)
 
-            logs = state.step % recipe.log.every == 0 or state.step == total_steps
+            logs = log.is_log_step()
             if logs:
-                metrics = log_step(run, writer, meter, data_wait_warning, step_output, {"epoch": epoch, "lr": rate})
-                if warning := collapse_warning.check(state.step, metrics):
-                    writer.print(warning)
+                log.log(step_output, epoch, rate)
             # All processes stop if one of them received a signal. They agree by a message between CPUs.
             stops, save_is_due = any_rank_each([stop.received is not None, writer.save_is_due(logs)])
             if stops or save_is_due or state.step % recipe.checkpoint.every == 0:
+                log.finish()
                 writer.save()
             if stops:
                 writer.stop(stop)
         if recipe.checkpoint.keep and loader.epoch % recipe.checkpoint.keep == 0:
+            log.finish()
             writer.save(f"epoch-{loader.epoch:04}.pt")
-    writer.finish(collapse_warning.problem())
-
-
-def embedding_width(recipe: Recipe) -> int:
-    """The dimensions of z: those of the projector, or the logits of a classifier."""
-    objective = recipe.objective
-    return objective.classes if isinstance(objective, SupervisedConfig) else recipe.model.projector.out
+    log.finish()
+    writer.finish(log.collapse_warning.problem())
 
 
 def train_step(run: TrainingRun, batches: list[Batch], epoch: int, rate: float) -> StepOutput:
@@ -187,36 +178,6 @@ def optimize(run: TrainingRun, terms: dict[str, Tensor]) -> None:
         state.average.update(state.step, skip=skipped)
 
 
-def log_step(
-    run: TrainingRun,
-    writer: RunWriter,
-    meter: Meter,
-    data_wait_warning: DataWaitWarning,
-    step_output: StepOutput,
-    more: dict[str, float],
-) -> dict[str, float]:
-    """Log the metrics of the last step and the speed since the last log step. The CPU waits for the device here.
-
-    Returns the metrics of the step, without those of the speed.
-    Raises UserError if more steps were skipped than train.max_skipped_steps allows.
-    """
-    state = run.state
-    metrics = run.guard.read(step_output.terms)
-    if metrics["skipped_steps"] > run.recipe.train.max_skipped_steps:
-        writer.save()
-        raise UserError(run.guard.error_message(writer.run_dir))
-    h = gather_rows(step_output.h, None)
-    z = state.model.mean_z(h)
-    metrics |= {"rankme_h": rankme(h), "rankme_z": rankme(z), "std_z": z.std(dim=0).mean().item()}
-    reading = meter.read()
-    speed = speed_metrics(reading, state.loader)
-    compiled = compile_counts() if run.compiled else {}
-    writer.log({**more, **metrics, **speed, **compiled, "seconds": state.count_seconds()})
-    if warning := data_wait_warning.check(speed["data_wait"], reading):
-        writer.print(warning)
-    return metrics
-
-
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """The batches in lists of `size`; an incomplete last list is left out."""
     batches = iter(batches)
@@ -242,7 +203,7 @@ def run_probe(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Pro
         writer.stop(stop)
     metrics = broadcast_from_main(lambda: metrics)
     state.epochs_probed = epochs_done
-    writer.log({"epoch": epochs_done - 1, **metrics})
+    writer.log({"epoch": epochs_done - 1, **metrics}, state.step)
     name, value = next(iter(metrics.items()), ("", float("-inf")))
     if name and value > state.best.get(name, float("-inf")):
         before, state.best = state.best, {name: value, "step": state.step}

@@ -3,12 +3,12 @@
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from fastssl.common.distributed import all_gather_values, world_size
-from fastssl.loading import Batch, BetonLoader
+from fastssl.loading import Batch
 from fastssl.loading.spans import Total, span, take_totals
 
 Moment = float | torch.cuda.Event  # seconds of time.perf_counter(); on a GPU, an event in its stream
@@ -23,12 +23,36 @@ class MeterReading(NamedTuple):
     spans: dict[str, Total]  # time of the loader's threads and of the loop's parts, by name
 
 
+class Interval(NamedTuple):
+    """What was recorded between two readings. On a GPU, `read` waits until the device has passed its end."""
+
+    images: int  # of this process
+    begin: Moment
+    end: Moment
+    waits: list[tuple[Moment, Moment]]  # for batches, those that `waited` does not contain yet
+    waited: float
+    spans: dict[str, Total]
+
+    def read(self) -> MeterReading:
+        if isinstance(self.end, torch.cuda.Event):
+            self.end.synchronize()
+        waited = self.waited + sum(seconds_between(asked, received) for asked, received in self.waits)
+        return MeterReading(self.images, seconds_between(self.begin, self.end), waited, self.spans)
+
+
+def seconds_between(first: Moment, second: Moment) -> float:
+    """On a GPU, the device must have passed both."""
+    if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
+        return first.elapsed_time(second) / 1000
+    assert isinstance(first, float) and isinstance(second, float)
+    return second - first
+
+
 class Meter:
     """Measures images per second and the time spent waiting for the loader, since the last reading.
 
-    On a GPU the loop runs ahead of the device, so the time that the loop waits means nothing. There, two events are
-    recorded in the stream around each wait, and the device was idle for the time between them. Only `read` waits for
-    the device.
+    On a GPU the loop runs ahead of the device, so the times of the loop mean nothing. There, events are recorded in the
+    stream: two around each wait, between which the device was idle, and one at each reading.
     """
 
     def __init__(self, device: torch.device):
@@ -38,8 +62,8 @@ class Meter:
     def restart(self) -> None:
         self.images = 0  # of all processes: the loop adds a global batch per step
         self.waited = 0.0
-        self.since = time.perf_counter()
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet reached by the device
+        self._waits: deque[tuple[Moment, Moment]] = deque()  # on a GPU: those that the device has not passed yet
+        self._begin = self._now()
         take_totals()
 
     def watch(self, loader: Iterable[Batch]) -> Generator[Batch, None, None]:
@@ -63,33 +87,39 @@ class Meter:
         return event
 
     def _count_wait(self, asked: Moment, received: Moment) -> None:
-        if isinstance(asked, torch.cuda.Event) and isinstance(received, torch.cuda.Event):
-            self._waits.append((asked, received))
-            while self._waits and self._waits[0][1].query():  # the device has passed both events
-                first, second = self._waits.popleft()
-                self.waited += first.elapsed_time(second) / 1000
-        elif isinstance(asked, float) and isinstance(received, float):
-            self.waited += received - asked
+        if isinstance(received, float):
+            self.waited += seconds_between(asked, received)
+            return
+        self._waits.append((asked, received))
+        while self._waits and cast(torch.cuda.Event, self._waits[0][1]).query():  # the device has passed both
+            self.waited += seconds_between(*self._waits.popleft())
+
+    def take(self) -> Interval:
+        """Return what was recorded since the last call, and restart. Does not wait for the device."""
+        now = self._now()
+        interval = Interval(
+            self.images // world_size(), self._begin, now, list(self._waits), self.waited, take_totals()
+        )
+        self.restart()
+        self._begin = now
+        return interval
 
     def read(self) -> MeterReading:
         """Return the reading of this process, and restart. Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.waited += sum(asked.elapsed_time(received) for asked, received in self._waits) / 1000
-        seconds = time.perf_counter() - self.since
-        reading = MeterReading(self.images // world_size(), seconds, self.waited, take_totals())
-        self.restart()
-        return reading
+        return self.take().read()
 
 
-def speed_metrics(reading: MeterReading, loader: BetonLoader) -> dict[str, float]:
-    """Return the metrics of all processes from the reading of each: data_wait is that of the one that waits most."""
-    own = torch.tensor([reading.waited / reading.seconds, loader.bad_samples], dtype=torch.float64)
+def speed_metrics(reading: MeterReading, bad_samples: int, resident: bool) -> dict[str, float]:
+    """Return the metrics of all processes from the reading of each: data_wait is that of the one that waits most.
+
+    bad_samples, resident: of the loader.
+    """
+    own = torch.tensor([reading.waited / reading.seconds, bad_samples], dtype=torch.float64)
     data_wait_R, bad_samples_R = all_gather_values(own).unbind(1)
     speed = reading.images * world_size() / reading.seconds
     metrics = {"images_per_second": speed, "data_wait": data_wait_R.max().item()}
     # With resident data every process decodes the whole file.
-    bad_samples = int(bad_samples_R.max() if loader.resident else bad_samples_R.sum())
+    bad_samples = int(bad_samples_R.max() if resident else bad_samples_R.sum())
     return metrics | ({"bad_samples": bad_samples} if bad_samples else {})
 
 

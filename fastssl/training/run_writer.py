@@ -93,14 +93,13 @@ class RunWriter:
         if self.display:
             self.display.step(step)
 
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of the current step to metrics.jsonl, the trackers and the terminal.
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write the metrics of a step to metrics.jsonl, the trackers and the terminal.
 
         A tracker whose disk is full is left out from then on.
         """
         if not self.display:
             return
-        step = self.run.state.step
         self.metrics_file.write(step, metrics)
         for name, tracker in list(self.trackers.items()):
             try:

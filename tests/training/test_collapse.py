@@ -68,6 +68,20 @@ def test_a_constant_z_counts_whatever_its_rank():
     assert given[4] is not None and "all images have nearly the same one (RankMe 30)" in given[4]
 
 
+def test_rankme_may_be_missing():
+    """It is asked for while it is low; without it, std_z alone decides."""
+    low, none = {"rankme_h": 40.0, "rankme_z": 1.01, "std_z": 0.5}, {"std_z": 0.5}
+    warning = CollapseWarning(images=64, dims=64)
+    asked = []
+    for n, metrics in enumerate([none, low, low, none, none]):
+        warning.check(5 * n, {**metrics, "loss": 1 / (n + 1)})
+        asked.append(warning.is_suspicious)
+    assert asked == [False, True, True, False, False]
+    constant = CollapseWarning(images=64, dims=64)
+    given = [constant.check(5 * n, {"std_z": 1e-4, "loss": 1 / (n + 1)}) for n in range(9)]
+    assert given[4] is not None and "all images have nearly the same one, so nothing" in given[4]
+
+
 def test_logits_of_two_classes_have_a_low_rank_anyway():
     metrics = {"rankme_h": 9.0, "rankme_z": 1.02, "std_z": 2.0}
     two, many = CollapseWarning(images=64, dims=2), CollapseWarning(images=64, dims=10)

@@ -29,7 +29,11 @@ from fastssl.models import SSLModel
 from fastssl.recipe import load_recipe
 from fastssl.training import train
 
-TWENTY_STEPS = ["train.epochs=20", "train.batch_size=48", "optim.warmup_epochs=0"]  # one batch an epoch
+TWENTY_STEPS = [
+    "train.epochs=20",
+    "train.batch_size=48",
+    "optim.warmup_epochs=0",
+]  # one batch an epoch
 SGD = "optim={name: sgd, lr: 2e-3, final_lr_factor: 1.0}"
 
 
