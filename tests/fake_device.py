@@ -4,6 +4,9 @@ Results are those of the CPU, as each operation runs immediately. What is faked 
 operation only `lag` operations after the host has queued it. Events, pinned memory and copies to it behave accordingly.
 """
 
+import threading
+from collections import deque
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,16 +25,19 @@ class FakeDevice(TorchFunctionMode):
         self.lag = lag
         self.queued = 0  # operations
         self.done = 0  # of them, those that the device has finished
-        self.waits: list[str] = []  # why the host has waited for the device, each time
+        self.waits: list[str] = []  # why the main thread has waited for the device, each time
         self._host = WeakIdKeyDictionary()  # its keys are the tensors on the host
-        self._copies: list[tuple[int, Tensor, Tensor]] = []  # when they end, to where, what
+        self._copies: deque[tuple[int, Tensor, Tensor]] = deque()  # when they end, to where, what
+        self._lock = threading.Lock()  # another thread may write checkpoints
         self._counting = CountingMode(self)
 
     def install(self, monkeypatch) -> "FakeDevice":
         device = self
 
         class Event:
-            def __init__(self, enable_timing: bool = False):
+            device = None
+
+            def __init__(self, enable_timing: bool = False, blocking: bool = False):
                 self.position = -1
 
             def record(self) -> None:
@@ -49,6 +55,7 @@ class FakeDevice(TorchFunctionMode):
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: self.wait("synchronize"))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         return self
 
@@ -80,15 +87,16 @@ class FakeDevice(TorchFunctionMode):
         """The host waits until the device has finished the first `until` operations, all by default."""
         until = self.queued if until is None else until
         if until > self.done:
-            self.waits.append(reason)
+            if threading.current_thread() is threading.main_thread():
+                self.waits.append(reason)
             self._advance(until)
 
     def _advance(self, done: int) -> None:
-        self.done = max(self.done, done)
-        for copy in [copy for copy in self._copies if copy[0] <= self.done]:
-            self._copies.remove(copy)
-            _, target, values = copy
-            self.on_host(target.copy_)(values)
+        with self._lock:
+            self.done = max(self.done, done)
+            while self._copies and self._copies[0][0] <= self.done:
+                _, target, values = self._copies.popleft()
+                self.on_host(target.copy_)(values)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -96,14 +104,13 @@ class FakeDevice(TorchFunctionMode):
         inputs += [x for part in args if isinstance(part, list | tuple) for x in part if isinstance(x, Tensor)]
         device = kwargs.get("device")
         # As in torch, what is made without a device is the host's, and so is what is computed from such tensors alone.
-        is_host = all(map(self.is_host, inputs)) and (device is None or torch.device(device).type == "cpu")
+        is_host = all(map(self.is_host, inputs)) if device is None else torch.device(device).type == "cpu"
         if device is not None:
             kwargs["device"] = "cpu"
         if kwargs.pop("pin_memory", False):
-            assert is_host
-            result = func(*args, **kwargs).fill_(float("nan"))
+            result = self.on_host(func)(*args, **kwargs)
             self._host[result] = True
-            return result
+            return result.fill_(float("nan") if result.is_floating_point() else 0)
         if func == IS_CUDA:
             return not is_host
         name = getattr(func, "__name__", "")
