@@ -31,18 +31,18 @@ CANVAS, SIZE = 256, 224
 RECIPE = ViewsConfig(size=SIZE, first=PerViewConfig(blur=1.0), second=PerViewConfig(blur=0.1, solarize=0.2))
 
 
-def kornia_chain(own: PerViewConfig, device: torch.device) -> Callable:
+def kornia_chain(views: ViewsConfig, own: PerViewConfig, device: torch.device) -> Callable:
     import kornia.augmentation as K
 
-    jitter = RECIPE.jitter
+    jitter = views.jitter
     return K.AugmentationSequential(
-        K.RandomResizedCrop((SIZE, SIZE), scale=RECIPE.scale, ratio=RECIPE.ratio),
-        K.RandomHorizontalFlip(RECIPE.flip),
+        K.RandomResizedCrop((views.size, views.size), scale=views.scale, ratio=views.ratio),
+        K.RandomHorizontalFlip(views.flip),
         K.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue, p=jitter.p),
-        K.RandomGrayscale(torch.tensor([0.299, 0.587, 0.114]), p=RECIPE.gray),
+        K.RandomGrayscale(torch.tensor([0.299, 0.587, 0.114]), p=views.gray),
         K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=own.blur),
         K.RandomSolarize(0.0, 0.0, p=own.solarize),
-        K.Normalize(RECIPE.mean, RECIPE.std),
+        K.Normalize(views.mean, views.std),
     ).to(device)
 
 
@@ -71,7 +71,7 @@ def chains(image: Tensor) -> dict[str, Callable]:
         "fastssl, torch chain, eager": eager,
     }
     if importlib.util.find_spec("kornia"):
-        first, second = (kornia_chain(own, device) for own in (RECIPE.first, RECIPE.second))
+        first, second = (kornia_chain(RECIPE, own, device) for own in (RECIPE.first, RECIPE.second))
 
         def kornia_pair() -> tuple[Tensor, Tensor]:
             x = image.permute(0, 3, 1, 2).float() / 255
