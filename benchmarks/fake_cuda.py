@@ -11,7 +11,6 @@ list of operations.
 `install` replaces functions of torch in the whole process: use a process of its own for it.
 """
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -94,6 +93,7 @@ def install() -> None:
     # These two would compute on the device.
     GraphLowering.constant_name = lambda self, name, device_override: name
     config.joint_graph_constant_folding = False
+    config.compile_threads = 1  # no processes that compile kernels
     # A graph out of a cache generates no code.
     config.force_disable_caches = True
     warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
@@ -115,7 +115,7 @@ def generate(call: Callable[[Callable[..., Any]], None], computes: bool = False)
 
     def lower(gm: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
         phase = "backward" if options.get("is_backward") else "inference" if options.get("is_inference") else "forward"
-        on_cpu = copy.deepcopy(gm) if computes else None
+        on_cpu = copied(gm) if computes else None
         outputs = fx.map_arg(gm.graph.output_node().args[0], lambda node: node.meta["val"])
         mode = detect_fake_mode(example_inputs)
         move_to_cuda(gm, mode)
@@ -145,6 +145,13 @@ def generate(call: Callable[[Callable[..., Any]], None], computes: bool = False)
 
     call(lambda gm, inputs: compile_fx.compile_fx(gm, inputs, inner_compile=lower))
     return graphs
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with nodes of its own, and the same tensors."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
 
 
 def on_cuda(value: Any) -> Any:

@@ -157,8 +157,9 @@ def kornia_budgets(recipe: Recipe, stored: int, bandwidth: float) -> list[Budget
 
     What kornia does between its graphs is not counted.
     """
-    from views import kornia_chain
+    from views import kornia_chain  # kornia is not a dependency
 
+    torch._dynamo.config.recompile_limit = 64  # its classes share methods, which are compiled once for each class
     views = recipe.views
     chains = [kornia_chain(views, own, CPU) for own in (views.first, views.second)[: recipe.objective.num_views]]
 
