@@ -18,19 +18,23 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import fake_cuda
 import torch
-from torch import nn
+from fake_cuda import Kernel
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastssl.beton.format import RGB
 from fastssl.common import randomness
 from fastssl.models import ModelInput
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.training.meters import compile_counts
-from fastssl.training.setup import Network, choose_precision, make_model, memory_format
-from fastssl.views import PairedViews
+from fastssl.training.setup import DTYPES, Network, choose_precision, make_model, memory_format
+from fastssl.views import PairedViews, gpu, gpu_kernels
+from fastssl.views.gpu_kernels import COLUMNS
 
 CPU = torch.device("cpu")
 CALLS = 3  # steps, or epochs
@@ -54,10 +58,10 @@ class Budget:
     extern_kernels: int  # of cuDNN, cuBLAS and ATen
     bytes: int
     milliseconds: float  # that the bytes take
-    graphs: int
-    graph_breaks: int
-    recompilations: int
     largest: list[Traffic]  # the kernels with most bytes
+    graphs: int = 0  # of torch.compile
+    graph_breaks: int = 0
+    recompilations: int = 0
 
 
 def main() -> None:
@@ -98,19 +102,76 @@ def main() -> None:
 
 
 def views_budgets(recipe: Recipe, stored: int, bandwidth: float) -> list[Budget]:
-    """The chain of torch operations under torch.compile."""
-    batch, mode = recipe.train.batch_size, fake_mode()
+    """The views by Triton's kernels, the drawing of their parameters, and the compiled chain of torch operations."""
+    batch, channels = recipe.train.batch_size, recipe.model.in_chans
+    paired_views = PairedViews(
+        recipe.views, recipe.seed, recipe.objective.num_views,
+        dtype=views_dtype(recipe), memory_format=memory_format(recipe),
+    )  # fmt: skip
+    mode = fake_mode()
 
-    def call(backend: Callable[..., Any]) -> None:
-        views = PairedViews(recipe.views, recipe.seed, recipe.objective.num_views)
-        compiled = torch.compile(views, dynamic=False, backend=backend)
-        with mode:
-            image = torch.empty(batch, stored, stored, recipe.model.in_chans, dtype=torch.uint8)
-            index, height, width = torch.empty(3, batch, dtype=torch.int64)
-            for epoch in range(CALLS):
-                compiled(image, index, torch.full((), epoch), height, width)
+    def call_in_each_epoch(make: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
+        def call(backend: Callable[..., Any]) -> None:
+            compiled = torch.compile(make, dynamic=False, backend=backend)
+            with mode, torch.no_grad():
+                image = torch.empty(batch, stored, stored, channels, dtype=torch.uint8)
+                index, height, width = torch.empty(3, batch, dtype=torch.int64)
+                for epoch in range(CALLS):
+                    compiled(image, index, torch.full((), epoch), height, width)
 
-    return budgets_of({"inference": "views, torch.compile"}, call, bandwidth)
+        return call
+
+    budgets = []
+    if channels == RGB:
+        budgets.append(budget_of("views, Triton: pixels", pixel_kernels(recipe, stored) * CALLS, bandwidth))
+        draw = call_in_each_epoch(paired_views.draw_table)
+        budgets += budgets_of({"inference": "views, Triton: parameters"}, draw, bandwidth)
+    make = call_in_each_epoch(paired_views.make)
+    return budgets + budgets_of({"inference": "views, torch.compile"}, make, bandwidth)
+
+
+def pixel_kernels(recipe: Recipe, stored: int) -> list[Kernel]:
+    """The kernels of `fastssl/views/gpu.py` that a batch launches, with the bytes that they read and write of tensors.
+
+    A tensor that a kernel reads and writes counts twice here.
+    """
+    views, count = recipe.views, recipe.objective.num_views
+    blurred = sum(view.blur for view in (views.first, views.second)[:count]) / count
+    # How much of each tensor a kernel reads and writes. Views with blur pass the last two kernels, the others do not.
+    shares = {
+        "crop_kernel": {"image": 1.0, "row_B": 0.0, "table": 1.0, "planes": 1.0, "gray_sums": 1.0},
+        "contrast_kernel": {"planes": 1 + blurred, "table": 1.0, "gray_sums": 1.0, "out": 1 - blurred},
+        "blur_columns_kernel": {"planes": blurred, "table": 1.0, "halfway": blurred},
+        "blur_rows_kernel": {"halfway": blurred, "table": 1.0, "out": blurred},
+    }
+    kernels: list[Kernel] = []
+
+    class Recorded:
+        """Takes the place of a kernel: kernel[grid](*arguments) launches it."""
+
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return self.launch
+
+        def launch(self, *arguments: Any, **options: Any) -> None:
+            named = zip(getattr(gpu_kernels, self.name).arg_names, arguments)
+            tensors = {argument: value for argument, value in named if isinstance(value, Tensor)}
+            moved = sum(shares[self.name][argument] * tensor.nbytes for argument, tensor in tensors.items())
+            kernels.append(Kernel(self.name, "triton", round(moved)))
+
+    with torch.device("meta"):
+        image = torch.empty(recipe.train.batch_size, stored, stored, RGB, dtype=torch.uint8)
+        table = torch.empty(count * recipe.train.batch_size, COLUMNS.value)
+    with mock.patch.multiple(gpu, **{name: Recorded(name) for name in shares}):
+        gpu.triton_views(image, table, views, views_dtype(recipe), memory_format(recipe))
+    return kernels
+
+
+def views_dtype(recipe: Recipe) -> torch.dtype:
+    """The type in which `TrainingViews` makes the views on a GPU."""
+    return DTYPES.get(choose_precision(recipe.train.precision, fake_cuda.CUDA), torch.float32)
 
 
 def step_budgets(recipe: Recipe, bandwidth: float) -> list[Budget]:
@@ -127,7 +188,7 @@ def step_budgets(recipe: Recipe, bandwidth: float) -> list[Budget]:
             for step in range(CALLS):
                 shape = (batch, recipe.model.in_chans, size, size)
                 views = tuple(
-                    torch.empty(shape).contiguous(memory_format=memory_format(recipe))
+                    torch.empty(shape, dtype=views_dtype(recipe)).contiguous(memory_format=memory_format(recipe))
                     for _ in range(recipe.objective.num_views)
                 )
                 label, index = torch.empty(2, batch, dtype=torch.int64)
@@ -188,24 +249,29 @@ def budgets_of(
     for phase, part in parts.items():
         of_phase = [graph for graph in graphs if graph.phase == phase]
         called = [kernel for graph in of_phase for kernel in graph.kernels * graph.calls]
-        moved = Counter[str]()
-        for kernel in called:
-            moved[kernel.name] += kernel.bytes
-        budgets.append(Budget(
-            part,
-            round(sum(kernel.kind == "triton" for kernel in called) / CALLS),
-            round(sum(kernel.kind == "extern" for kernel in called) / CALLS),
-            round(moved.total() / CALLS),
-            moved.total() / CALLS / bandwidth / 1e9,
-            len(of_phase),
-            counts["graph_breaks"],
-            counts["recompiled"],
-            [
-                Traffic(name, sum(kernel.name == name for kernel in called) / CALLS, round(traffic / CALLS))
-                for name, traffic in moved.most_common(LARGEST)
-            ],
-        ))  # fmt: skip
+        budget = budget_of(part, called, bandwidth)
+        budget.graphs, budget.graph_breaks, budget.recompilations = (
+            len(of_phase), counts["graph_breaks"], counts["recompiled"],
+        )  # fmt: skip
+        budgets.append(budget)
     return budgets
+
+
+def budget_of(part: str, called: list[Kernel], bandwidth: float) -> Budget:
+    """called: the kernels of CALLS batches."""
+    number, moved = Counter(kernel.name for kernel in called), Counter[str]()
+    for kernel in called:
+        moved[kernel.name] += kernel.bytes
+    return Budget(
+        part,
+        triton_kernels=round(sum(kernel.kind == "triton" for kernel in called) / CALLS),
+        extern_kernels=round(sum(kernel.kind == "extern" for kernel in called) / CALLS),
+        bytes=round(moved.total() / CALLS),
+        milliseconds=moved.total() / CALLS / bandwidth / 1e9,
+        largest=[
+            Traffic(name, number[name] / CALLS, round(of_name / CALLS)) for name, of_name in moved.most_common(LARGEST)
+        ],
+    )
 
 
 def table(budgets: list[Budget]) -> str:
