@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s; an H200 reaches about 4.0 of its 4.8")
     parser.add_argument("--kornia", action="store_true", help="also the same augmentations by kornia, compiled")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     size = recipe.views.size
     stored = arguments.stored or next((canvas for canvas in (32, 64, 96) if size <= canvas), 256)
