@@ -183,7 +183,9 @@ class BetonLoader:
         self.position = 0  # samples handed out in this epoch, over all processes
         self.bad_samples = 0  # samples that were replaced
         self.decoder_warnings = 0  # samples that decoded, with a warning
-        self._buffers = Buffers(pinned=self.device.type == "cuda")
+        self._buffers = Buffers(pinned=self.on_gpu)
+        # One for all epochs, as the allocator reuses the memory of a batch only in the stream that it was taken in.
+        self._copies = torch.cuda.Stream(self.device) if self.on_gpu else None
         self._whole_file: Batch | None = None  # on the device, if resident
 
         if len(self) == 0:
@@ -191,7 +193,7 @@ class BetonLoader:
                 f"{self.path} gives {len(self.rows)} images, fewer than one batch of "
                 f"{batch_size * self.world}: lower train.batch_size or add images."
             )
-        needed = BATCHES * batch_size * self.image_bytes + self.scratch_bytes
+        needed = BATCHES * self.batch_bytes_on_host + self.scratch_bytes
         if needed > total_memory():
             height, width = info.max_resolution
             raise UserError(
@@ -215,6 +217,10 @@ class BetonLoader:
         return whole if self.drop_last or rest == 0 else whole + 1
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
     def cropping(self) -> Cropping:
         return Cropping(self.crop, self.views, self.seed, self.crops)
 
@@ -222,6 +228,12 @@ class BetonLoader:
     def image_bytes(self) -> int:
         """Bytes of one decoded image, with all of its crops."""
         return math.prod(self.cropping.image_shape(self.samples))
+
+    @property
+    def batch_bytes_on_host(self) -> int:
+        """Bytes that the decoded images of a batch take in host memory."""
+        size = self.batch_size * self.image_bytes
+        return pinned_bytes(size) if self.on_gpu else size
 
     @property
     def scratch_bytes(self) -> int:
@@ -305,11 +317,13 @@ class BetonLoader:
 
         row_N: rows of the file in the order of the epoch. positions: where in it the global batches start.
         """
-        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self._copies is not None:
+            # A new thread has GPU 0, and pinned memory would make a context there.
+            torch.cuda.set_device(self._copies.device)
         decoder = self.make_decoder()
         pending: deque[StartedBatch] = deque()
         try:
-            with torch.cuda.stream(copies):  # None: no effect
+            with torch.cuda.stream(self._copies):  # None: no effect
                 for first in positions:
                     # Positions after the end of the order wrap around, to fill up the last batch.
                     position_B = first + self.rank * self.batch_size + np.arange(self.batch_size)
@@ -318,26 +332,24 @@ class BetonLoader:
                         decoding = decoder.begin(decoder.prepare(row_B, epoch))
                     pending.append(StartedBatch(row_B, position_B < len(row_N), decoding))
                     if len(pending) == PENDING_BATCHES:
-                        yield self._finish(pending.popleft(), copies)
+                        yield self._finish(pending.popleft())
                 while pending:
-                    yield self._finish(pending.popleft(), copies)
+                    yield self._finish(pending.popleft())
         finally:
             for started in pending:
                 started.decoding.cancel()
             decoder.close()
 
-    def _finish(self, started: StartedBatch, copies: torch.cuda.Stream | None) -> ReadyBatch:
+    def _finish(self, started: StartedBatch) -> ReadyBatch:
         """Wait for a batch's pixels, and start its copies to the device."""
         with span("wait for threads"):
             started.decoding.wait()
         with span("copy"):
             batch = self._assemble(started)
-            if copies is None:
+            if self._copies is None:
                 return ReadyBatch(batch, None)
-            # Copies from memory that is not pinned would wait for the device.
-            pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in batch.tensors()]
-            on_device = Batch._make([tensor.to(self.device, non_blocking=True) for tensor in pinned])
-            return ReadyBatch(on_device, copies.record_event())
+            on_device = Batch._make([to_device(tensor, self.device) for tensor in batch.tensors()])
+            return ReadyBatch(on_device, self._copies.record_event())
 
     def _assemble(self, started: StartedBatch) -> Batch:
         """Add labels, ids and sizes to the decoded images. Undecodable samples are replaced, or raise a UserError."""
@@ -368,9 +380,7 @@ class BetonLoader:
         """Make the same batches from the samples on the device."""
         if self._whole_file is None:
             self._whole_file = self._load_whole_file()
-        order = torch.from_numpy(order_N)
-        if self.device.type == "cuda":
-            order = order.pin_memory().to(self.device, non_blocking=True)
+        order = to_device(torch.from_numpy(order_N), self.device)
         for first in self._remaining_positions():
             position_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)
             row_B = order[position_B % len(order)]
@@ -408,19 +418,32 @@ class BetonLoader:
         return whole
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Start a copy to the device, for which the CPU does not wait. Returns a tensor that is there already itself."""
+    if tensor.device.type == device.type:
+        return tensor
+    # A copy from memory that is not pinned would wait for the device.
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor of `size` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def estimate_memory(loader: BetonLoader) -> dict[str, int]:
     """Estimate the memory of a loader in bytes, by use: on the host unless the name says device."""
     samples = loader.samples
     batch = loader.batch_size
     batch_bytes = batch * loader.image_bytes
-    on_device = loader.device.type != "cpu"
     used = {
-        f"{BATCHES} batches of {batch}{', pinned' if on_device else ''}": BATCHES * batch_bytes,
+        f"{BATCHES} batches of {batch}{', pinned' if loader.on_gpu else ''}": BATCHES * loader.batch_bytes_on_host,
         "table of samples": sum(column.nbytes for column in samples[2:] if isinstance(column, np.ndarray)),
     }
     if loader.crop != "gpu":
         used[f"scratch of {loader.workers} threads"] = loader.scratch_bytes
-    if on_device:
+    if loader.on_gpu:
         used[f"{READY_BATCHES + 2} batches of {batch}, device"] = (READY_BATCHES + 2) * batch_bytes
     if loader.resident:
         used["all images, device"] = len(loader.rows) * loader.image_bytes
