@@ -7,7 +7,7 @@ HOST_HAS ?=
 export PYTHON TORCH PY HOST_HAS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint wheel offline-bundle clean
+.PHONY: help setup demo test test-slow gpu-check lint wheel offline-bundle clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ test: setup ## run the tests, in two processes
 
 test-slow: setup ## run the slow tests only
 	@.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
+
+gpu-check: setup ## on a machine with a GPU: run what only it can show (ten minutes), write records/gpu/
+	@.venv/bin/python benchmarks/gpu_check.py
 
 lint: setup ## check style, formatting and types (ruff, mypy)
 	@.venv/bin/ruff check .

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Elsewhere these are skipped, and `records/gpu-pending.md` says so."""
+"""What only a GPU can show. Elsewhere these are skipped; `make gpu-check` runs them and records the result."""
 
 import gzip
 import json
