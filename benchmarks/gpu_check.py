@@ -139,7 +139,7 @@ def make_checks(work: Path, device: str) -> list[Check]:
         title = f"profile of the ImageNet recipe, batch {batch}"
         checks.append(Check(name, title, 75, command, profile_reader(name), package="ffcv", after="data"))
     for graphs in (False, True):
-        name = f"resident{'-graphs' * graphs}"
+        name = "resident-graphs" if graphs else "resident"
         keys = ["data.resident=true", f"train.cuda_graphs={graphs}"] if on_gpu else ["train.batch_size=16"]
         command = profile(name, "cifar10/zprob_barlow", "small", *keys)
         title = f"profile of the CIFAR-10 recipe, resident, {'with' if graphs else 'without'} CUDA graphs"
@@ -392,8 +392,8 @@ def rows_of(check: Check, result: Result) -> list[str]:
         note = result.note.replace("|", "/")
         rows.append(f"| {title} | | | {result.status}{': ' if note else ''}{note} | |")
     for figure in result.figures:
-        bounds = [f"at least {number(figure.at_least)}"] * (figure.at_least is not None)
-        bounds += [f"at most {number(figure.at_most)}"] * (figure.at_most is not None)
+        limits = {"at least": figure.at_least, "at most": figure.at_most}
+        bounds = [f"{word} {number(limit)}" for word, limit in limits.items() if limit is not None]
         verdict = "" if not bounds else "ok" if figure.is_as_expected else "**NOT AS EXPECTED**"
         rows.append(f"| {title} | {figure.name} | {', '.join(bounds)} | {number(figure.measured)} | {verdict} |")
         title = ""
