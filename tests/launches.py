@@ -9,12 +9,16 @@ tensors.
 import math
 from collections import Counter
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # of a launch, by the number of lists
 BLOCKS, CHUNK = 320, 65536  # chunks in a launch, elements in a chunk
-NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "set_", "alias")
+NO_KERNEL = (
+    "empty", "empty_like", "empty_strided", "new_empty", "detach", "set_", "alias",
+    "_record_function_enter_new", "_record_function_exit",
+)  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
@@ -31,6 +35,8 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         lists = [part for part in args if isinstance(part, list | tuple) and part and isinstance(part[0], Tensor)]
+        if name.startswith("_fused"):  # the counts of steps are no list of the launches
+            lists = [part for part in lists if len({x.shape for x in part} | {torch.Size()}) > 1]
         if name.startswith(("_foreach", "_fused", "_amp_foreach")):
             self.by_call[name] += of_lists(lists) * (2 if name == "_foreach_norm" else 1)  # it adds the chunks' sums
         elif name in ("cat", "stack"):

@@ -76,7 +76,8 @@ class FiniteGuard:
 
     def over_ranks(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms over all processes and the number of skipped steps, float64 scalars on the device."""
-        values = torch.stack([*(term.detach().double() for term in terms.values()), self.state.skipped.double()])
+        values = torch.stack([term.detach() for term in terms.values()]).double()
+        values = torch.cat((values, self.state.skipped.double()[None]))
         names = [*terms, "skipped_steps"]
         return dict(zip(names, combine(names, all_gather_values(values)).unbind()))
 

@@ -2,7 +2,9 @@
 
 import copy
 import difflib
+import functools
 import inspect
+import itertools
 from collections import defaultdict
 from typing import Any, cast
 
@@ -218,18 +220,78 @@ class ForeachStep:
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        skip = None if self.found_inf is None else self.found_inf.bool()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                # Gradients of a skipped step become zeros; multiplying by 0 would keep a NaN.
-                self.step_group(group, params, [self.unless_skipped(p.grad, 0.0) for p in params])
+            by_kind: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_kind[p.device, p.dtype].append(p)
+            for params in by_kind.values():
+                grads = [cast(Tensor, p.grad) for p in params]
+                if skip is not None:
+                    zero_where(skip, grads)
+                self.step_group(group, params, grads, skip)
 
-    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors) -> None:
+    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors, skip: Tensor | None) -> None:
+        """Step parameters of one device and data type.
+
+        skip: bool () on the device, or None. Where it is true, the gradients are zeros, and nothing may change.
+        """
         raise NotImplementedError
 
-    def unless_skipped(self, value: Any, otherwise: float) -> Any:
-        """`value`, a number or a tensor, or `otherwise` in a skipped step."""
-        return value if self.found_inf is None else torch.where(self.found_inf.bool(), otherwise, value)
+
+def unless(skip: Tensor | None, value: Any, otherwise: float) -> Any:
+    """`value`, a number or a tensor, or `otherwise` where `skip` is true."""
+    if skip is None:
+        return value
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, device=skip.device)
+    return value.masked_fill(skip, otherwise)
+
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
+
+
+def zero_where(flag: Tensor, tensors: list[Tensor]) -> None:
+    """Set all tensors to zero, in place, if `flag`, a bool () on the device, is true.
+
+    0 times NaN is NaN, and there is no foreach function of `where`: so the bits are multiplied, as integers.
+    """
+    integer = INTEGERS[tensors[0].element_size()]
+    torch._foreach_mul_([x.view(integer) for x in tensors], (~flag).to(integer))
+
+
+ROW = 1024  # values
+
+
+class Rows:
+    """Memory for a tensor like each of some tensors, in rows of one flat tensor: each part begins a row.
+
+    So all parts are multiplied by a factor each in one kernel. A foreach function with a list of factors that are on
+    the device runs a kernel per tensor.
+    """
+
+    def __init__(self, like: list[Tensor]):
+        counts = tuple(-(-_memory_span(x) // ROW) for x in like)
+        self.part_of_row_R = _part_of_row(counts, like[0].device)
+        self.flat = like[0].new_empty((len(self.part_of_row_R), ROW))
+        starts = itertools.accumulate(counts, initial=0)
+        self.parts = [self.flat.as_strided(x.shape, x.stride(), ROW * start) for x, start in zip(like, starts)]
+
+    def multiply(self, factor_N: Tensor) -> None:
+        """Multiply each part by its factor, in place."""
+        self.flat.mul_(factor_N.to(self.flat.dtype)[self.part_of_row_R, None])
+
+
+def _memory_span(x: Tensor) -> int:
+    """Values from the first to the last one in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
+
+
+@functools.lru_cache(maxsize=16)
+def _part_of_row(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """The number of the part that each row belongs to, int64 (R,)."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
 
 
 class LARS(ForeachStep, torch_optimizer.LARS):  # type: ignore[misc]  # its step takes no closure
@@ -251,29 +313,32 @@ class LARS(ForeachStep, torch_optimizer.LARS):  # type: ignore[misc]  # its step
     ):
         super().__init__(params, lr, momentum, 0.0, weight_decay, nesterov, trust_coefficient, eps)
 
-    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors) -> None:
+    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors, skip: Tensor | None) -> None:
         decay = group["weight_decay"]
         if decay != 0:
             p_norm = torch.stack(torch._foreach_norm(params))
             g_norm = torch.stack(torch._foreach_norm(grads))
             scaled = (p_norm > 0) & (g_norm > 0)
             trust = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
-            trust, decay = torch.where(scaled, trust, 1.0), torch.where(scaled, decay, 0.0)
-            grads = torch._foreach_add(grads, torch._foreach_mul(params, list(decay.unbind())))
+            rows = Rows(params)
+            torch._foreach_copy_(rows.parts, params)
+            rows.multiply(scaled * decay)
+            torch._foreach_add_(rows.parts, grads)
             if group.get("adapt", True):
-                torch._foreach_mul_(grads, list(trust.unbind()))
+                rows.multiply(trust.masked_fill(~scaled, 1.0))
+            grads = rows.parts
 
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        momentum = self.unless_skipped(group["momentum"], 1.0)
+        momentum = unless(skip, group["momentum"], 1.0)
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         updates: Tensors = buffers
         if group["nesterov"]:
             updates = torch._foreach_add(grads, torch._foreach_mul(buffers, momentum))
-        torch._foreach_sub_(params, torch._foreach_mul(updates, self.unless_skipped(group["lr"], 0.0)))
+        torch._foreach_sub_(params, torch._foreach_mul(updates, unless(skip, group["lr"], 0.0)))
 
 
 class LAMB(ForeachStep, torch_optimizer.Lamb):  # type: ignore[misc]  # its step takes no closure
@@ -283,7 +348,7 @@ class LAMB(ForeachStep, torch_optimizer.Lamb):  # type: ignore[misc]  # its step
         # This key makes load_state_dict put "step" on the parameters' device.
         super().add_param_group({**param_group, "capturable": True})
 
-    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors) -> None:
+    def step_group(self, group: ParamGroup, params: list[Tensor], grads: Tensors, skip: Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 count = torch.zeros((), device=p.device)
@@ -293,17 +358,19 @@ class LAMB(ForeachStep, torch_optimizer.Lamb):  # type: ignore[misc]  # its step
 
         beta1, beta2 = group["betas"]
         # A list of numbers or tensors: for a single tensor, the CPU would read its value.
-        torch._foreach_add_(counts, [self.unless_skipped(1.0, 0.0)] * len(counts))
-        torch._foreach_mul_(means, self.unless_skipped(beta1, 1.0))
+        torch._foreach_add_(counts, [unless(skip, 1.0, 0.0)] * len(counts))
+        torch._foreach_mul_(means, unless(skip, beta1, 1.0))
         torch._foreach_add_(means, grads, alpha=1 - beta1)
-        torch._foreach_mul_(squares, self.unless_skipped(beta2, 1.0))
+        torch._foreach_mul_(squares, unless(skip, beta2, 1.0))
         torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
 
         roots = torch._foreach_sqrt(squares)
         torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(means, roots)
+        rows = Rows(params)
+        torch._foreach_copy_(rows.parts, means)
+        torch._foreach_div_(rows.parts, roots)
         if group["weight_decay"] != 0:
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+            torch._foreach_add_(rows.parts, params, alpha=group["weight_decay"])
 
         rates = torch.full((len(params),), group["lr"], device=params[0].device)
         if self.debias:
@@ -311,10 +378,10 @@ class LAMB(ForeachStep, torch_optimizer.Lamb):  # type: ignore[misc]  # its step
             rates = rates * (1 - beta2**count).sqrt() / (1 - beta1**count)
         if group.get("adapt", True) and not self.adam:
             p_norm = torch.stack(torch._foreach_norm(params)).clamp(max=self.clamp_value)
-            u_norm = torch.stack(torch._foreach_norm(updates))
-            rates = rates * torch.where((p_norm == 0) | (u_norm == 0), 1.0, p_norm / u_norm)
-        torch._foreach_mul_(updates, list(self.unless_skipped(rates, 0.0).unbind()))
-        torch._foreach_sub_(params, updates)
+            u_norm = torch.stack(torch._foreach_norm(rows.parts))
+            rates = rates * (p_norm / u_norm).masked_fill((p_norm == 0) | (u_norm == 0), 1.0)
+        rows.multiply(unless(skip, rates, 0.0))
+        torch._foreach_sub_(params, rows.parts)
 
 
 def clip_gradients(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, limit: float | None) -> Tensor:
