@@ -353,6 +353,10 @@ class Recipe(Section):
                     f"views.{name} has {len(values)} values, and the images have model.in_chans={self.model.in_chans} "
                     "channels: give a value for each channel or one for all, such as views.mean=[0.5] views.std=[0.25]"
                 )
+        if self.views.kernel == "triton" and self.model.in_chans != 3:
+            raise ValueError(
+                f"views.kernel=triton makes views of RGB images, and model.in_chans={self.model.in_chans}: leave it out"
+            )
         if not objective.has_projector and "z" in embedding.stochastic:
             raise ValueError(
                 f"embedding.stochastic={embedding.stochastic} needs a projector's z, which "

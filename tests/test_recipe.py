@@ -164,9 +164,10 @@ def test_dumped_recipe_holds_every_key(minimal):
         (["views.mean=[]"], "views.mean: "),
         (["model.in_chans=0"], "model.in_chans: "),
         (["model.in_chans=65"], "model.in_chans: "),
+        (["model.in_chans=1", "views.mean=[0.5]", "views.std=[1]", "views.kernel=triton"], "views.kernel=triton makes"),
     ],
 )
-def test_mean_and_std_fit_the_number_of_channels(minimal, overrides, named):
+def test_mean_std_and_kernel_fit_the_number_of_channels(minimal, overrides, named):
     with pytest.raises(UserError, match=named):
         load_recipe(minimal, overrides)
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fastssl.beton import read_metadata
 from fastssl.cli import app
 from fastssl.common.errors import UserError
-from fastssl.loading import BetonLoader, SampleSelection, estimate_memory, kernels
+from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_memory, kernels
 from fastssl.loading import loader as loader_module
 from fastssl.loading.order import WINDOW_PAGES, epoch_order
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
@@ -350,16 +350,19 @@ def test_quasi_random_reads_windows_of_pages_and_mixes_them():
     "options", [{}, {"drop_last": False}, {"selection": SampleSelection(limit=20)}, {"shuffle": False}]
 )
 def test_resident_gives_the_same_batches(canvas, options):
-    loaders = [BetonLoader(canvas / "train.beton", 7, seed=2, resident=r, **options) for r in (False, True)]
+    """With gather=False, as rows of all images."""
+    kinds = ({}, {"resident": True}, {"resident": True, "gather": False})
+    loaders = [BetonLoader(canvas / "train.beton", 7, seed=2, **kind, **options) for kind in kinds]
     for _ in range(2):
-        for streamed, resident in zip(*loaders, strict=True):
-            for a, b in zip(streamed, resident):
-                assert torch.equal(a, b)
+        for streamed, resident, in_place in zip(*loaders, strict=True):
+            assert isinstance(in_place.image, ImageRows) and in_place.image.images is loaders[2]._whole_file.image
+            for a, b, c in zip(streamed, resident, in_place.tensors(), strict=True):
+                assert torch.equal(a, b) and torch.equal(a, c)
     state = {**loaders[0].state_dict(), "position": 14}
     for loader in loaders:
         loader.load_state_dict(state)
     rest = [indices(loader) for loader in loaders]
-    assert rest[0] == rest[1] and len(rest[0]) == len(loaders[0]) - 2
+    assert rest[0] == rest[1] == rest[2] and len(rest[0]) == len(loaders[0]) - 2
 
 
 def test_skip_replaces_a_damaged_sample_by_the_next_of_its_batch(canvas_jpeg, tmp_path):

@@ -8,9 +8,11 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from scipy import stats
 
+from fastssl.common.errors import UserError
 from fastssl.common.geometry import crop_box, eval_box
+from fastssl.loading import ImageRows
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
-from fastssl.views import PairedViews, eval_transform, operations, paired
+from fastssl.views import PairedViews, eval_transform, kernel_choice, operations, paired
 from fastssl.views.cpu import cpu_views
 from fastssl.views.operations import crop_resize
 from fastssl.views.paired import torch_views
@@ -213,6 +215,29 @@ def test_one_view_equals_the_first_of_two_bit_for_bit(images, monkeypatch, make)
     assert len(draw_uniforms(3, 0, index, 1)) == 6
     with pytest.raises(ValueError, match="cut 2 crops from each image for 1 views"):
         one(pair, index, 0)
+
+
+def test_views_come_in_the_type_and_memory_format_of_the_network(images):
+    index, formats = torch.arange(6), {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    plain = PairedViews(EVERYTHING, seed=3)(uint8(images), index, 2)
+    for ours, want in zip(PairedViews(EVERYTHING, seed=3, **formats)(uint8(images), index, 2), plain):
+        assert ours.is_contiguous(memory_format=torch.channels_last) and torch.equal(ours, want.bfloat16())
+
+
+def test_images_may_be_rows_of_a_larger_tensor(images):
+    index, row_B = torch.arange(3), torch.tensor([4, 0, 5])
+    views = PairedViews(EVERYTHING, seed=3)
+    for ours, want in zip(views(ImageRows(uint8(images), row_B), index, 1), views(uint8(images)[row_B], index, 1)):
+        assert torch.equal(ours, want)
+
+
+def test_triton_views_of_other_than_rgb_images_are_refused_or_made_in_torch(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "on_gpu", lambda stored: True)
+    gray, index = torch.zeros(2, 16, 16, 1, dtype=torch.uint8), torch.arange(2)
+    views = ViewsConfig(size=16, mean=(0.5,), std=(1.0,))
+    assert PairedViews(views)(gray, index, 0)[0].shape == (2, 1, 16, 16)
+    with pytest.raises(UserError, match="views.kernel=triton makes views of RGB images only"):
+        PairedViews(views.model_copy(update={"kernel": "triton"}))(gray, index, 0)
 
 
 def test_crops_do_not_depend_on_the_canvas(images):
