@@ -13,7 +13,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def move_towards(targets: list[Tensor], sources: list[Tensor], share: float, skip: Tensor) -> None:
     """targets <- targets + share * (sources - targets), in place. skip: bool () on the device to change nothing."""
     steps = torch._foreach_sub(sources, targets)
-    torch._foreach_mul_(steps, torch.where(skip, 0.0, share))
+    torch._foreach_mul_(steps, ~skip * share)
     torch._foreach_add_(targets, steps)
 
 

@@ -4,16 +4,20 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.common.distributed import world_size
+from fastssl.common.randomness import quantiles
 from fastssl.loading import Batch
 from fastssl.models import ModelInput
 from fastssl.profiling.profile import Measurement, Stages
@@ -181,12 +185,25 @@ def count_flops(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> fl
     Two per multiplication in all convolutions and matrix products, as torch counts them. Pointwise operations do not
     count, as in the definition of MFU (arXiv 2204.02311, appendix B).
     """
-    network = copy.deepcopy(plain_network(run))  # leaves the run's hooks, statistics and gradients alone
-    inputs = first_input(run, batch, views)
-    with FlopCounterMode(display=False) as counter:
+    network, inputs = plain_network(run), first_input(run, batch, views)
+    quantiles(run.device)  # a table that is made once, and must not be a fake
+    fake: AbstractContextManager[object] = nullcontext()
+    if world_size() == 1:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        network, inputs = to_fakes(network, inputs, fake)
+    else:  # the processes exchange no fakes
+        network = copy.deepcopy(network)  # leaves the run's hooks, statistics and gradients alone
+    with fake, FlopCounterMode(display=False) as counter:
         terms, _ = network(inputs)
         terms["loss"].backward()
     return counter.get_total_flops() / len(batch.index)
+
+
+def to_fakes(network: Network, inputs: ModelInput, mode: FakeTensorMode) -> tuple[Network, ModelInput]:
+    """Copy both with tensors that have shapes and no values: they take no time and no memory of the device."""
+    # `deepcopy` takes what the dictionary has for an object instead of copying it.
+    copies: dict[int, Any] = {id(x): mode.from_tensor(x) for x in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, copies), tree_map_only(Tensor, mode.from_tensor, inputs)
 
 
 class GpuKernels(NamedTuple):

@@ -110,6 +110,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     if device.type == "cpu":
         keep_freed_memory()
     precision = choose_precision(recipe.train.precision, device)
+    choose_convolutions(recipe, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
     loader = training_loader(recipe, device)
     check_combinations(recipe, loader)
@@ -240,6 +241,12 @@ def choose_precision(precision: str, device: torch.device) -> str:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision
+
+
+def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
+    """Let cuDNN measure which of its algorithms is fastest, once for each shape, if the images keep their size."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = recipe.views.progressive_resize is None
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:

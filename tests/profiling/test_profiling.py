@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from training_runs import ENVIRONMENT, SMALL
 
 from fastssl.beton import build_beton, read_header
+from fastssl.common import randomness
 from fastssl.loading import BetonLoader, kernels
 from fastssl.loading.samples import Samples
 from fastssl.profiling import device_stages, loader_stages, peaks, profile_recipe, profiler, read_profile
@@ -245,6 +247,22 @@ def test_flops_are_the_analytic_count(canvas, backbone, forward_macs):
     assert counted == pytest.approx(2 * analytic_flops(run.state.model, 224), rel=0.02)
     assert counted == pytest.approx(2 * 3 * 2 * forward_macs, rel=0.03)  # projector and objective are little
     assert all(p.grad is None for p in run.state.model.parameters())
+
+
+@pytest.mark.parametrize("keys", [["embedding={stochastic: hz, prior: vamp}"], ["objective={name: byol}"]])
+def test_flops_are_counted_without_computing(canvas, keys):
+    """As many as those of a real step, and no table of numbers becomes a fake one."""
+    run, _ = prepare(recipe_of(canvas, *keys, "train.batch_size=4", "views.size=64"), torch.device("cpu"), None)
+    batch = next(iter(run.state.loader))
+    views = run.views(batch, 0)
+    before = {name: x.clone() for name, x in run.state.model.state_dict().items()}
+    counted = device_stages.count_flops(run, batch, views)
+    assert all(torch.equal(x, before[name]) for name, x in run.state.model.state_dict().items())
+    with FlopCounterMode(display=False) as counter:
+        terms, _ = run.network(device_stages.first_input(run, batch, views))
+        terms["loss"].backward()
+    assert counted == counter.get_total_flops() / 4 and terms["loss"].isfinite()
+    assert type(randomness.quantiles(torch.device("cpu"))) is torch.Tensor
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,18 @@ def test_processes_with_different_checkpoints_do_not_train(canvas, tmp_path, mon
         train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run")))
 
 
+@pytest.mark.parametrize(
+    "keys, measures", [([], True), (["views.progressive_resize={size: 32, epochs: [0, 2]}"], False)]
+)
+def test_cudnn_measures_its_algorithms_for_images_of_one_size(keys, measures, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not measures)
+    recipe = load_recipe("recipes/barlow.yaml", ["views.size=96", *keys])
+    setup.choose_convolutions(recipe, torch.device("cpu"))
+    assert torch.backends.cudnn.benchmark == (not measures)
+    setup.choose_convolutions(recipe, torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark == measures
+
+
 def test_choose_precision():
     assert setup.choose_precision("auto", torch.device("cpu")) == "fp32"
     assert setup.choose_precision("bf16", torch.device("cpu")) == "bf16"
