@@ -11,6 +11,7 @@ from torch import Tensor
 from fastssl.common.distributed import is_main_process, world_size
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.system import free_memory
+from fastssl.loading.loader import pinned_bytes
 from fastssl.models.build import outline_model
 from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes, suggest_smaller
@@ -53,8 +54,8 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
     _require(sum(needs.values()), free, _name(device), max(needs, key=lambda fix: needs[fix]))
     if is_main_process():
         if device.type == "cuda":
-            weights = _pinned_bytes({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-            need = weights * copies_of_weights + _pinned_bytes(trained) * averages
+            weights = _pinned({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+            need = weights * copies_of_weights + _pinned(trained) * averages
         else:
             need = 2 * state  # the state and its copy
         _require(need, free_memory(), "machine", suggest_smaller(model))
@@ -68,9 +69,9 @@ def _require(need: int, free: int, where: str, fix: str) -> None:
         )
 
 
-def _pinned_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the pinned memory for a copy of each tensor. torch rounds each up to a power of two."""
-    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.nbytes)
+def _pinned(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of pinned memory for a copy of each tensor."""
+    return sum(pinned_bytes(tensor.nbytes) for tensor in tensors if tensor.nbytes)
 
 
 @contextmanager
