@@ -3,7 +3,9 @@
 The tests run in one new process, because the interpreter has to be chosen before Triton is imported.
 """
 
+import ctypes
 import math
+import mmap
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -20,7 +22,7 @@ from fastssl.views.parameters import HUE, ORDERS, Parameters, draw_parameters, d
 
 # In normalized units, compared with the torch chain. fp32: other orders of the same sums.
 FP32, BF16, FP16 = 1e-5, 0.02, 2e-3
-CANARY, PADDING = 77, 4096
+CANARY = 77  # in bytes that nothing may write
 
 
 @pytest.fixture(scope="module")
@@ -148,25 +150,33 @@ def test_formats_types_rows_of_a_resident_set_and_crops_of_the_loader(interprete
     interpreter.submit(check_layouts_and_types).result()
 
 
-def check_bounds():
-    """Run with all buffers inside larger ones, of two different contents."""
+def guarded(shape, dtype, memory_format, at_end):
+    """A tensor between pages of memory that end the process when they are touched, and the bytes left over.
+
+    at_end: it ends at the end of a page. Otherwise it begins at the begin of one, and bytes are left over behind it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    pages = math.ceil(size / mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    whole.fill_(CANARY)
+    for page in (0, pages + 1):
+        address = ctypes.c_void_p(whole.data_ptr() + page * mmap.PAGESIZE)
+        assert ctypes.CDLL(None).mprotect(address, mmap.PAGESIZE, 0) == 0
+    usable = whole[mmap.PAGESIZE : -mmap.PAGESIZE]
+    inner, rest = (usable[-size:], usable[:-size]) if at_end else (usable[:size], usable[size:])
+    inner = inner.view(dtype)
+    if memory_format == torch.channels_last:
+        return inner.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2), rest
+    return inner.view(shape), rest
+
+
+def check_bounds(at_end):
     from fastssl.views import gpu
 
-    buffers = []
+    left_over = []
 
-    def padded(shape, fill, dtype, memory_format):
-        whole = torch.full((math.prod(shape) + 2 * PADDING,), fill, dtype=dtype)
-        inner = whole[PADDING:-PADDING].view(shape)
-        if memory_format == torch.channels_last:
-            inner = whole[PADDING:-PADDING].view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
-        buffers.append((whole, fill))
-        return inner
-
-    def copy(tensor, fill):
-        inner = padded(tensor.shape, fill, tensor.dtype, torch.contiguous_format)
-        return inner.copy_(tensor)
-
-    class Torch:
+    class GuardedTorch:
         """The module torch, with another `empty`."""
 
         def __getattr__(self, name):
@@ -174,28 +184,33 @@ def check_bounds():
 
         def empty(self, *shape, dtype=torch.float32, device=None, memory_format=torch.contiguous_format):
             shape = tuple(shape[0]) if isinstance(shape[0], tuple) else shape
-            return padded(shape, CANARY, dtype, memory_format)
+            tensor, rest = guarded(shape, dtype, memory_format, at_end)
+            left_over.append(rest)
+            return tensor
 
-    gpu.torch, views = Torch(), BLURRED.model_copy(update={"size": 19})
-    image = smooth_images(3, 33, 21)
-    box = torch.tensor([[0, 0, 33, 21], [0, 0, 5, 4], [28, 17, 5, 4], [30.5, 0, 2.5, 21], [0, 20, 33, 1], [0, 0, 1, 1]])
-    drawn = draw_parameters(draw_uniforms(2, 0, torch.arange(3)), views)._replace(
-        blur_N=torch.ones(6, dtype=torch.bool)
+    def copy(tensor):
+        return GuardedTorch().empty(tuple(tensor.shape), dtype=tensor.dtype).copy_(tensor)
+
+    views = BLURRED.model_copy(update={"size": 19})
+    # Boxes of all images that end at their borders, and one that rounding has put outside.
+    box = torch.tensor(
+        [[0, 0, 33, 21], [28, 17, 5, 4], [30.5, 0, 2.5, 21], [0, 20, 33, 1], [0, 0, 1, 1], [0, 0, 33.001, 21.001]]
     )
-    table = gpu.parameter_table(box, drawn, 19)
-    made = [
-        gpu.triton_views(copy(image, fill), copy(table, float(fill)), views, dtype).clone()
-        for dtype in (torch.float32, torch.bfloat16)
-        for fill in (0, 255)
-    ]
-    assert torch.equal(made[0], made[1]) and torch.equal(made[2], made[3]), "it reads outside of a buffer"
-    assert len(buffers) == 4 * 6
-    for whole, fill in buffers:
-        assert (whole[:PADDING] == fill).all() and (whole[-PADDING:] == fill).all(), "it writes outside of a buffer"
+    drawn = draw_parameters(draw_uniforms(2, 0, torch.arange(3)), views)
+    drawn = drawn._replace(blur_N=torch.ones(6, dtype=torch.bool))
+    image, table = copy(smooth_images(3, 33, 21)), copy(gpu.parameter_table(box, drawn, 19))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(gpu, "torch", GuardedTorch())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert gpu.triton_views(image, table, views, dtype).isfinite().all()
+    patch.undo()
+    assert len(left_over) == 2 + 2 * 4 and all((rest == CANARY).all() for rest in left_over)
 
 
-def test_no_kernel_reads_or_writes_outside_of_its_buffers(interpreter):
-    interpreter.submit(check_bounds).result()
+@pytest.mark.parametrize("at_end", [True, False])
+def test_no_kernel_reads_or_writes_outside_of_its_buffers(interpreter, at_end):
+    """It would end the interpreter's process."""
+    interpreter.submit(check_bounds, at_end).result()
 
 
 def check_wiring():
