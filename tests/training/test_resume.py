@@ -225,9 +225,16 @@ def test_a_waiting_line_is_written_before_the_next_checkpoint(canvas, tmp_path, 
     """Step 2 meets a full disk; step 3 saves. A killed run then resumes at step 3, so the line must be there."""
     run = tmp_path / "run"
     seen = []
+
+    def look():
+        deadline = time.monotonic() + 20
+        while checkpoint_in(run)["step"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)  # a thread writes it
+        seen.extend([checkpoint_in(run)["step"], *(line["step"] for line in metrics_of(run))])
+
     at_step(1, lambda: full_disk(True))
     at_step(2, lambda: full_disk(False))
-    at_step(3, lambda: seen.extend([checkpoint_in(run)["step"], *(line["step"] for line in metrics_of(run))]))
+    at_step(3, look)
     monkeypatch.setattr(run_writer.Display, "print", lambda self, line: None)
     train(load_recipe("recipes/barlow.yaml", small(canvas, run, "log.every=2", "checkpoint.every=3")))
     assert seen == [3, 2]
