@@ -38,7 +38,8 @@ class Launches(TorchDispatchMode):
         if name.startswith("_fused"):  # the counts of steps are no list of the launches
             lists = [part for part in lists if len({x.shape for x in part} | {torch.Size()}) > 1]
         if name.startswith(("_foreach", "_fused", "_amp_foreach")):
-            self.by_call[name] += of_lists(lists) * (2 if name == "_foreach_norm" else 1)  # it adds the chunks' sums
+            launches = of_lists(lists)
+            self.by_call[name] += 1 + 2 * launches if name == "_foreach_norm" else launches  # zeros, sums, sums of sums
         elif name in ("cat", "stack"):
             self.by_call[name] += math.ceil(len(lists[0]) / 128)
         elif not func.is_view and name not in NO_KERNEL:

@@ -1,10 +1,12 @@
 """What only a GPU can show. Elsewhere these are skipped; `make gpu-check` runs them and records the result."""
 
+import copy
 import gzip
 import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +19,15 @@ from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, 
 from fastssl.evaluation.embed import embed_images
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader, ImageRows
+from fastssl.loading.loader import pinned_bytes
 from fastssl.loading.spans import span
+from fastssl.models import SSLModel
 from fastssl.profiling import profile_recipe
-from fastssl.recipe import ViewsConfig, load_recipe
+from fastssl.recipe import OptimConfig, ViewsConfig, load_recipe
 from fastssl.training import loop, run_writer, train
+from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
+from fastssl.training.optim import make_optimizer
 from fastssl.views import PairedViews, eval_transform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -94,6 +100,25 @@ def test_batches_on_the_device_are_never_overwritten(canvas):
             torch.randn(2000, 2000, device="cuda").matmul(torch.randn(2000, 2000, device="cuda"))
             kept.append(batch.image.clone())
         assert all(torch.equal(a, b.cpu()) for a, b in zip(want, kept, strict=True))
+
+
+def test_epochs_of_a_loader_share_their_memory(canvas):
+    """One copy stream for all of them: the allocator reuses memory within a stream only."""
+    loader = BetonLoader(canvas / "train.beton", 16, device="cuda")
+    reserved = []
+    for _ in range(6):
+        list(loader)
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
+
+
+def test_pinned_memory_is_rounded_as_estimated():
+    before = torch.cuda.host_memory_stats()
+    held = torch.empty(3 * 2**20 + 1, dtype=torch.uint8, pin_memory=True)
+    after = torch.cuda.host_memory_stats()
+    assert pinned_bytes(held.nbytes) == 2**22
+    assert 2**22 in {value - before.get(key, 0) for key, value in after.items()}
 
 
 @pytest.fixture
@@ -197,6 +222,51 @@ def test_the_loop_and_its_log_never_wait_for_the_device(canvas, tmp_path, monkey
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24]
     assert all(line["loss"] > 0 and line["images_per_second"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
+
+
+def kernels_of(call):
+    """The names of the kernels that a call launches."""
+    call()  # allocates
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_the_guard_launches_few_kernels(monkeypatch):
+    model = SSLModel(load_recipe("recipes/zprob_barlow.yaml")).cuda()
+    optimizer = make_optimizer(model, OptimConfig(name="sgd"))
+    monkeypatch.setattr(optimizer, "step", lambda: None)
+    skipped = torch.zeros((), dtype=torch.int64, device="cuda")
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    guard = FiniteGuard(model, SimpleNamespace(optimizer=optimizer, scaler=scaler, step=0, skipped=skipped))
+    terms = {"loss": torch.ones((), device="cuda"), "grad_norm": torch.ones((), device="cuda")}
+
+    def step():
+        guard.remember()
+        guard.step(terms)
+
+    launched = kernels_of(step)
+    assert 10 <= len(launched) <= 15, launched
+
+
+@pytest.mark.parametrize("name, limit", [("lars", 48), ("lamb", 63)])
+def test_lars_and_lamb_launch_few_kernels_and_agree_with_the_cpu(name, limit):
+    """The limits are those counted on a CPU, tests/training/test_launches.py. Norms sum in another order."""
+    on_cpu = SSLModel(load_recipe("recipes/zprob_barlow.yaml"))
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    optimizers = [make_optimizer(model, OptimConfig(name=name, lr=0.1)) for model in (on_cpu, on_gpu)]
+    for p, q in zip(on_cpu.parameters(), on_gpu.parameters()):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.cuda()
+    for optimizer, device in zip(optimizers, ("cpu", "cuda")):
+        optimizer.found_inf = torch.zeros((), device=device)
+        optimizer.step()
+    for p, q in zip(on_cpu.parameters(), on_gpu.parameters()):
+        torch.testing.assert_close(p, q.cpu(), rtol=1e-4, atol=1e-6)
+    launched = kernels_of(optimizers[1].step)
+    assert 20 <= len(launched) <= limit, launched
 
 
 @pytest.mark.parametrize("more", [["train.cuda_graphs=true"], ["train.precision=tf32"], ["train.precision=fp16"]])

@@ -38,14 +38,14 @@ def with_gradients(model):
 @pytest.mark.parametrize(
     "name, options, limits",
     [
-        ("lars", {}, {18: 46, 50: 95}),
-        ("lars", {"nesterov": True}, {18: 50, 50: 109}),
-        ("lamb", {}, {18: 61, 50: 133}),
-        ("lamb", {"debias": True}, {18: 81, 50: 153}),
+        ("lars", {}, {18: 48, 50: 97}),
+        ("lars", {"nesterov": True}, {18: 52, 50: 111}),
+        ("lamb", {}, {18: 63, 50: 135}),
+        ("lamb", {"debias": True}, {18: 83, 50: 155}),
     ],
 )
 def test_lars_and_lamb_launch_no_kernel_per_tensor(models, name, options, limits):
-    """One operation per tensor, as before, were 307 and 349 for the ResNet-18. A ResNet-50 fills several lists."""
+    """One operation per tensor, as before, were 309 and 351 for the ResNet-18. A ResNet-50 fills several lists."""
     for depth, model in models.items():
         optimizer = make_optimizer(with_gradients(model), OptimConfig(name=name, options=options))
         optimizer.found_inf = torch.empty((), device="meta")
@@ -69,7 +69,7 @@ def test_clipping_launches_a_handful(models, monkeypatch):
     monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda tensors, device: True)
     model = with_gradients(models[18])
     launched = launches_of(lambda: clip_gradients(model, None, DISABLED, 0.5))
-    assert 5 <= launched.total <= 9, launched.by_call
+    assert 5 <= launched.total <= 10, launched.by_call
 
 
 def test_a_log_step_launches_a_handful():
