@@ -105,11 +105,16 @@ def install() -> None:
     )
 
 
-def generate(call: Callable[[Callable[..., Any]], None], computes: bool = False) -> list[Graph]:
+def generate(
+    call: Callable[[Callable[..., Any]], None],
+    computes: bool = False,
+    on_call: Callable[[Graph], None] = lambda graph: None,
+) -> list[Graph]:
     """Return the graphs that are compiled within `call(backend)`, which gives the backend to torch.compile.
 
     computes: compute each graph on the CPU when it is called, for a function that looks at values. Otherwise the graphs
-    return fake tensors, whose tensors `call` has to make in a FakeTensorMode.
+    return fake tensors, and `call` has to make its tensors in a FakeTensorMode. on_call: takes each graph when it is
+    called.
     """
     graphs: list[Graph] = []
 
@@ -134,6 +139,7 @@ def generate(call: Callable[[Callable[..., Any]], None], computes: bool = False)
 
         def run(arguments: list[Any]) -> Any:
             graph.calls += 1
+            on_call(graph)
             inputs = [*arguments]
             arguments.clear()
             if on_cpu:
@@ -189,7 +195,8 @@ def kernels_of(lowering: GraphLowering) -> list[Kernel]:
     for node in lowering.scheduler.nodes:
         traffic = node.get_read_write_buffers_sizes()
         if isinstance(node, scheduler.ExternKernelSchedulerNode):
-            if not isinstance(node.node, ir.MultiOutput):  # one of several results of another node
+            # MultiOutput: one of several results of another node. The other waits for the stream of a collective.
+            if not isinstance(node.node, ir.MultiOutput | ir._WaitKernel):
                 kernels.append(Kernel(node.node.get_kernel_name(), "extern", traffic))
         elif not isinstance(node, scheduler.NopKernelSchedulerNode):
             name = get_fused_kernel_name(node.get_nodes(), config.triton.descriptive_names)

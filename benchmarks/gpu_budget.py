@@ -176,26 +176,35 @@ def views_dtype(recipe: Recipe) -> torch.dtype:
 
 def step_budgets(recipe: Recipe, bandwidth: float) -> list[Budget]:
     """Model and loss, forward and backward, as training compiles them."""
-    batch, size, mode = recipe.train.batch_size, recipe.views.size, fake_mode()
-    model, _ = make_model(recipe, CPU, pretrained=None)
-    make_fake(model, mode)
-    precision = choose_precision(recipe.train.precision, fake_cuda.CUDA)
-    network = Network(model, TotalLoss(recipe, int(recipe.embedding.beta_warmup_epochs > 0)), CPU, precision)
+    mode = fake_mode()
+    network = fake_network(recipe, mode)
 
     def call(backend: Callable[..., Any]) -> None:
         compiled = torch.compile(network, dynamic=False, backend=backend)
-        with mode:
-            for step in range(CALLS):
-                shape = (batch, recipe.model.in_chans, size, size)
-                views = tuple(
-                    torch.empty(shape, dtype=views_dtype(recipe)).contiguous(memory_format=memory_format(recipe))
-                    for _ in range(recipe.objective.num_views)
-                )
-                label, index = torch.empty(2, batch, dtype=torch.int64)
-                compiled(ModelInput(views, label, index, torch.full((), step))).terms["loss"].backward()
-                model.zero_grad()
+        for step in range(CALLS):
+            call_step(compiled, recipe, step, mode)
 
     return budgets_of({"forward": "step, forward", "backward": "step, backward"}, call, bandwidth)
+
+
+def fake_network(recipe: Recipe, mode: FakeTensorMode) -> Network:
+    """Model and loss, with fake weights."""
+    model, _ = make_model(recipe, CPU, pretrained=None)
+    make_fake(model, mode)
+    total_loss = TotalLoss(recipe, beta_warmup_steps=int(recipe.embedding.beta_warmup_epochs > 0))
+    return Network(model, total_loss, CPU, choose_precision(recipe.train.precision, fake_cuda.CUDA))
+
+
+def call_step(compiled: Callable[..., Any], recipe: Recipe, step: int, mode: FakeTensorMode) -> None:
+    """A forward and a backward pass on a fake batch."""
+    shape = (recipe.train.batch_size, recipe.model.in_chans, recipe.views.size, recipe.views.size)
+    with mode:
+        views = tuple(
+            torch.empty(shape, dtype=views_dtype(recipe)).contiguous(memory_format=memory_format(recipe))
+            for _ in range(recipe.objective.num_views)
+        )
+        label, index = torch.empty(2, recipe.train.batch_size, dtype=torch.int64)
+        compiled(ModelInput(views, label, index, torch.full((), step))).terms["loss"].backward()
 
 
 def fake_mode() -> FakeTensorMode:
