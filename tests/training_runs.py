@@ -50,13 +50,13 @@ def train_jobs(jobs: Jobs) -> None:
         train(recipe, resume="auto", probe=knn_probe(recipe) if recipe.probe.every else None)
 
 
-def train_jobs_in_processes(jobs: Jobs, processes: int) -> None:
+def train_jobs_in_processes(jobs: Jobs, processes: int, patience: int = PATIENCE) -> None:
     """The same in several processes, which torchrun starts once for all runs."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(
         [*torchrun, "-m", "training_runs", json.dumps(jobs)],
-        env=environment, capture_output=True, text=True, timeout=PATIENCE,
+        env=environment, capture_output=True, text=True, timeout=patience,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 

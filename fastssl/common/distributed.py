@@ -43,6 +43,11 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def spans_hosts() -> bool:
+    """Return whether the processes run on several hosts, as torchrun says."""
+    return world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 # Process groups
 
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import beton_file, read_header
 from fastssl.beton.format import RGB
-from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, world_size
+from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, spans_hosts, world_size
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, SampleSelection, require_channels, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
@@ -95,7 +95,7 @@ class TrainingRun:
     compiled: bool
     schedule: Schedule
     state: TrainState
-    network: Network  # inside DistributedDataParallel and torch.compile, if the run has them
+    network: Network  # inside torch.compile and DistributedDataParallel, if the run has them
     no_sync: Callable[[], AbstractContextManager[None]]  # a context in which processes do not exchange gradients
     views: Callable[[Batch, int], tuple[Tensor, ...]]  # batch and epoch -> views, each (B, C, size, size)
     guard: FiniteGuard
@@ -184,26 +184,45 @@ def resume_state(state: TrainState, checkpoint: Checkpoint | None) -> list[str]:
 def wrap_network(
     network: Network, recipe: Recipe, compiled: bool
 ) -> tuple[Network, Callable[[], AbstractContextManager[None]]]:
-    """The network inside DistributedDataParallel and torch.compile, with DDP's `no_sync`.
+    """The network inside torch.compile and DistributedDataParallel, with DDP's `no_sync`.
 
-    torch.compile comes last, so that DDP's buckets of gradients travel while the compiled backward pass goes on.
+    Inside of DDP, torch.compile splits the step into one graph for each of DDP's buckets of gradients, and a bucket is
+    sent while the next graph runs. As one graph, all gradients would be sent after it. (The other way round it splits
+    too, but DDP's own code breaks the graph five times.)
     """
     wrapped: nn.Module = network
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
+    if compiled:
+        mode = "reduce-overhead" if recipe.train.cuda_graphs else None
+        wrapped = cast(nn.Module, torch.compile(network, dynamic=False, mode=mode))
     if world_size() > 1:
         with warnings.catch_warnings():
             # torch 2.15 wants the name forward_sync_buffers instead, which older ones that we allow may not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             # Batch norms' buffers need no broadcast: they are equal in all processes, or with sync_bn=false those of
             # the main process are saved.
-            parallel = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+            parallel = DistributedDataParallel(
+                wrapped,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_size(network) if compiled and spans_hosts() else None,  # None: 25
+            )
         if recipe.train.compress_gradients:
             parallel.register_comm_hook(None, bf16_compress_hook)
         wrapped, no_sync = parallel, parallel.no_sync
-    if compiled:
-        mode = "reduce-overhead" if recipe.train.cuda_graphs else None
-        wrapped = cast(nn.Module, torch.compile(wrapped, dynamic=False, mode=mode))
     return cast(Network, wrapped), no_sync
+
+
+def bucket_size(network: nn.Module) -> float:
+    """Megabytes (2**20) of a bucket of gradients, and so of a graph's, where they are sent over a network.
+
+    Both views use all weights, so only the last half of the backward pass, which is that of the first view, completes
+    gradients. Those of its last graph are sent after all computation: with DDP's 25 MB up to 45 % of ResNet-18's, with
+    this size at most 12 % (records/gpu-budget.md). Within one host, where gradients take less than 1 ms, the time that
+    the CPU needs to call more graphs would cost more.
+    """
+    gradients = sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
+    return min(25.0, gradients / 2**20 / 6)
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from training_runs import (
     PATIENCE,
     assert_same_run,
@@ -26,8 +27,9 @@ from training_runs import (
 
 from fastssl.common.distributed import unused_store
 from fastssl.models import SSLModel
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
-from fastssl.training import train
+from fastssl.training import setup, train
 
 TWENTY_STEPS = [
     "train.epochs=20",
@@ -78,6 +80,43 @@ def test_two_processes_train_as_one(canvas, tmp_path, two_process_runs, name):
         )
         apart = (first - second).norm()
         assert apart < 1e-4 * first.norm() and apart < 0.1 * (first - begun).norm()
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_train_as_two_that_are_not(canvas, tmp_path):
+    """In bf16, and as one process in fp32. The 1.5 MB of gradients exceed DDP's first bucket, so graphs are split."""
+    steps = [*TWENTY_STEPS, "train.epochs=6", SGD]
+    in_bf16 = {"plain": ["train.compile=false"], "compiled": ["train.compile=true"]}
+    jobs = [
+        ("zprob_barlow", small(canvas, tmp_path / name, *steps, "train.precision=bf16", *more))
+        for name, more in in_bf16.items()
+    ]
+    train_jobs_in_processes(jobs, 2, patience=4 * PATIENCE)
+    train(load_recipe("recipes/zprob_barlow.yaml", small(canvas, tmp_path / "one", *steps)))
+    losses = {name: [loss for _, loss in losses_of(tmp_path / name)] for name in (*in_bf16, "one")}
+    assert len(losses["compiled"]) == 6
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=3e-3)  # measured: 5e-4
+    assert losses["compiled"] == pytest.approx(losses["one"], rel=5e-3)  # 6e-4; not compiled 1e-3
+    for key, tolerance in (("rankme_h", 3e-2), ("std_z", 3e-2), ("grad_norm", 6e-2)):  # norms: 4 %; fp32's is between
+        plain, compiled = ([line[key] for line in metrics_of(tmp_path / name)] for name in in_bf16)
+        assert compiled == pytest.approx(plain, rel=tolerance)
+    last = metrics_of(tmp_path / "compiled")[-1]
+    assert last["graph_breaks"] == last["recompiled"] == 0
+
+
+def test_gradients_that_are_sent_over_a_network_are_in_smaller_buckets(monkeypatch):
+    """Of a compiled step only: on several hosts, a sixth of the gradients."""
+    recipe = load_recipe("recipes/zprob_barlow.yaml")
+    network = setup.Network(SSLModel(recipe), TotalLoss(recipe), torch.device("cpu"), "fp32")
+    assert setup.bucket_size(network) == pytest.approx(63.6e6 / 6 / 2**20, rel=1e-3)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        for on_this_host, compiled, wanted in ((4, True, 25), (2, False, 25), (2, True, setup.bucket_size(network))):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_host))
+            wrapped, _ = setup.wrap_network(network, recipe, compiled)
+            assert wrapped.bucket_bytes_cap == int(wanted * 2**20)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_store_with_keys_of_an_earlier_start_gives_an_unused_one():
