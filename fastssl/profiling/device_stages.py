@@ -174,9 +174,9 @@ class PhaseTimer:
 
 
 def plain_network(run: TrainingRun) -> Network:
-    """Return the network without the wrappers of torch.compile and DistributedDataParallel."""
-    network = getattr(run.network, "_orig_mod", run.network)
-    return getattr(network, "module", network)
+    """Return the network without the wrappers of DistributedDataParallel and torch.compile."""
+    network = getattr(run.network, "module", run.network)
+    return getattr(network, "_orig_mod", network)
 
 
 def count_flops(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> float:

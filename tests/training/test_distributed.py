@@ -6,6 +6,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from training_runs import (
 from fastssl.common.distributed import unused_store
 from fastssl.models import SSLModel
 from fastssl.objectives import TotalLoss
+from fastssl.profiling.device_stages import plain_network
 from fastssl.recipe import load_recipe
 from fastssl.training import setup, train
 
@@ -114,6 +116,7 @@ def test_gradients_that_are_sent_over_a_network_are_in_smaller_buckets(monkeypat
         for on_this_host, compiled, wanted in ((4, True, 25), (2, False, 25), (2, True, setup.bucket_size(network))):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_host))
             wrapped, _ = setup.wrap_network(network, recipe, compiled)
+            assert plain_network(SimpleNamespace(network=wrapped)) is network
             assert wrapped.bucket_bytes_cap == int(wanted * 2**20)
     finally:
         dist.destroy_process_group()
