@@ -3,7 +3,11 @@
 import copy
 import gzip
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import make_run
+from torch._inductor.utils import run_fw_bw_and_get_code
 from training_runs import SMALL, checkpoint_in
 
 from fastssl.common import randomness
@@ -21,10 +26,11 @@ from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader, ImageRows
 from fastssl.loading.loader import pinned_bytes
 from fastssl.loading.spans import span
-from fastssl.models import SSLModel
+from fastssl.models import ModelInput, SSLModel
+from fastssl.objectives import TotalLoss
 from fastssl.profiling import profile_recipe
 from fastssl.recipe import OptimConfig, ViewsConfig, load_recipe
-from fastssl.training import loop, run_writer, train
+from fastssl.training import loop, run_writer, setup, train
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
 from fastssl.training.optim import make_optimizer
@@ -426,3 +432,24 @@ def test_embeddings_of_files_and_of_their_beton_are_equal_on_the_device(canvas, 
     found = encoder.model.cuda().embed(paths)
     assert found.h.is_cuda
     np.testing.assert_allclose(found.h.cpu(), files["h"], rtol=1e-2, atol=1e-2)  # with TF32
+
+
+def test_the_step_is_compiled_to_the_kernels_that_the_budget_counts(tmp_path):
+    """Triton kernels of a small step: in the code for this GPU, and in the code for a mocked one."""
+    more = ["model.backbone=test_resnet", "views.size=32", "embedding.samples=3", "train.batch_size=64"]
+    budget = [sys.executable, "benchmarks/gpu_budget.py", "recipes/zprob_barlow.yaml", *more, "--only", "step"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*budget, "--json", str(tmp_path / "budget.json")], env=environment, check=True)
+    parts = json.loads((tmp_path / "budget.json").read_text())["parts"]
+
+    recipe, device = load_recipe("recipes/zprob_barlow.yaml", more), torch.device("cuda")
+    model, _ = setup.make_model(recipe, device, pretrained=None)
+    network = setup.Network(model, TotalLoss(recipe), device, "bf16")
+    images = torch.randn(2, 64, 3, 32, 32, dtype=torch.bfloat16, device=device)
+    views = tuple(image.contiguous(memory_format=torch.channels_last) for image in images)
+    index = torch.arange(64, device=device)
+    inputs = ModelInput(views, index, index, torch.zeros((), dtype=torch.int64, device=device))
+    compiled = torch.compile(network, dynamic=False)
+    _, sources = run_fw_bw_and_get_code(lambda: compiled(inputs).terms["loss"])
+    launched = sum(len(re.findall(r"^ +triton_\w+\.run\(", source, re.MULTILINE)) for source in sources)
+    assert launched == pytest.approx(sum(part["triton_kernels"] for part in parts), rel=0.05)
