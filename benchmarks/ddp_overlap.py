@@ -13,8 +13,10 @@ which would choose the same graphs (tests/training/test_distributed.py runs it).
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fake_cuda
@@ -45,11 +47,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--bucket-mb", type=float, nargs="+", default=[25.0], help="MiB; 0: one graph, as without DDP")
+    parser.add_argument("--json", type=Path, help="write graphs, bytes of gradients and late ones here, by bucket size")
     arguments = parser.parse_intermixed_args()
     batch = load_recipe(arguments.recipe, arguments.overrides).train.batch_size // arguments.processes
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, f"train.batch_size={batch}"])
     fake_cuda.install()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.processes)
+    results = {}
     for bucket_mb in arguments.bucket_mb:
         calls = step_calls(recipe, bucket_mb)
         print(
@@ -57,6 +61,13 @@ def main() -> None:
             end="",
         )
         print(summary(calls), table(calls), sep="\n", flush=True)
+        results[f"{bucket_mb:g}"] = {
+            "graphs": len(calls),
+            "gradients": sum(sum(call.complete) for call in calls),
+            "late": sum(calls[-1].complete),
+        }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     dist.destroy_process_group()
 
 

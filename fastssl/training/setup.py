@@ -219,10 +219,10 @@ def bucket_size(network: nn.Module) -> float:
     Both views use all weights, so only the last half of the backward pass, which is that of the first view, completes
     gradients. Those of its last graph are sent after all computation: with DDP's 25 MB up to 45 % of ResNet-18's, with
     this size at most 12 % (records/gpu-budget.md). Within one host, where gradients take less than 1 ms, the time that
-    the CPU needs to call more graphs would cost more.
+    the CPU needs to call more graphs would cost more. torch.compile refuses buckets below 1 MB.
     """
     gradients = sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
-    return min(25.0, gradients / 2**20 / 6)
+    return max(1.0, min(25.0, gradients / 2**20 / 6))
 
 
 def keep_freed_memory() -> None:

@@ -84,13 +84,26 @@ def test_the_compiled_parts_of_the_views_stay_within_their_budgets(tmp_path):
     check(compiled, VIEWS)
 
 
+@pytest.mark.slow
+def test_most_gradients_are_complete_before_the_last_graph(tmp_path):
+    """4.8 MB of gradients of two processes: none as one graph, nine tenths in buckets of 1 MB, as over a network."""
+    wider = [*SMALL, "model.projector={layers: 2, hidden: 512, out: 512}", "--processes", "2", "--bucket-mb", "0", "1"]
+    found = run_benchmark(tmp_path, "ddp_overlap.py", "zprob_barlow", *wider)
+    assert found["0"] == {"graphs": 2, "gradients": 4_841_280, "late": 4_841_280}
+    assert found["1"] == {"graphs": 18, "gradients": 4_841_280, "late": 419_392}
+
+
 def count(tmp_path: Path, recipe: str, *arguments: str) -> list[dict]:
-    """The parts of gpu_budget.py, which runs in a process of its own, as it replaces functions of torch."""
-    out = tmp_path / "budget.json"
-    command = [sys.executable, "benchmarks/gpu_budget.py", f"recipes/{recipe}.yaml", *arguments, "--json", str(out)]
+    return run_benchmark(tmp_path, "gpu_budget.py", recipe, *arguments)["parts"]
+
+
+def run_benchmark(tmp_path: Path, program: str, recipe: str, *arguments: str) -> dict:
+    """Its figures. It runs in a process of its own, as it replaces functions of torch."""
+    out = tmp_path / "figures.json"
+    command = [sys.executable, f"benchmarks/{program}", f"recipes/{recipe}.yaml", *arguments, "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())["parts"]
+    return json.loads(out.read_text())
 
 
 def check(parts: list[dict], budgets: dict[str, Budget]) -> None:

@@ -111,6 +111,7 @@ def test_gradients_that_are_sent_over_a_network_are_in_smaller_buckets(monkeypat
     recipe = load_recipe("recipes/zprob_barlow.yaml")
     network = setup.Network(SSLModel(recipe), TotalLoss(recipe), torch.device("cpu"), "fp32")
     assert setup.bucket_size(network) == pytest.approx(63.6e6 / 6 / 2**20, rel=1e-3)
+    assert setup.bucket_size(torch.nn.Linear(10, 10)) == 1  # the least that torch.compile takes
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         for on_this_host, compiled, wanted in ((4, True, 25), (2, False, 25), (2, True, setup.bucket_size(network))):
