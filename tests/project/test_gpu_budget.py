@@ -49,7 +49,7 @@ BUDGETS = {  # per batch of 256; the small step's of 64
     "cifar10/hprob_barlow": {FORWARD: Budget(241, 3_869), BACKWARD: Budget(236, 7_977)},
 }
 VIEWS = {
-    "views, Triton: parameters": Budget(13, 2.4),
+    "views, Triton: parameters": Budget(10, 1.44),
     "views, torch.compile": Budget(29, 13_499),
 }
 
