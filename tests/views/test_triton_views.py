@@ -153,7 +153,7 @@ def test_formats_types_rows_of_a_resident_set_and_crops_of_the_loader(interprete
 def guarded(shape, dtype, memory_format, at_end):
     """A tensor between pages of memory that end the process when they are touched, and the bytes left over.
 
-    at_end: it ends at the end of a page. Otherwise it begins at the begin of one, and bytes are left over behind it.
+    at_end: it ends at the end of a page. Otherwise it starts at the start of one, and bytes are left over after it.
     """
     size = math.prod(shape) * dtype.itemsize
     pages = math.ceil(size / mmap.PAGESIZE)
