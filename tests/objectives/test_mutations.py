@@ -87,7 +87,7 @@ MUTATIONS = [  # function, a part of its source, the mistake that replaces it, t
     (SSLModel.update_target, "1 - momentum, skip", "momentum, skip",
      test_ssl_model.test_byol_target_starts_as_the_online_network_and_follows_it_slowly),
     # Optimisers.
-    (LARS.step_group, "torch.where(scaled, trust, 1.0)", "trust", lars),
+    (LARS.step_group, "trust.masked_fill(~scaled, 1.0)", "trust", lars),
     (LAMB.step_group, "beta2**count", "beta1**count", lamb),
 ]  # fmt: skip
 
