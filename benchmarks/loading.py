@@ -136,7 +136,7 @@ def fastssl_batches(path: Path, workers: int, crop: str, with_views: bool = Fals
 
     recipe = ViewsConfig(size=SIZE, first=PerViewConfig(blur=1.0), second=PerViewConfig(blur=0.1, solarize=0.2))
     on_gpu = torch.cuda.is_available()
-    views = torch.compile(PairedViews(recipe), dynamic=False) if on_gpu else PairedViews(recipe)
+    views = PairedViews(recipe, compiled=on_gpu)
     device = "cuda" if on_gpu else "cpu"
     loader = BetonLoader(path, BATCH, crop=crop, views=recipe, workers=workers, device=device)
     while True:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -247,6 +248,7 @@ def eval_input(views: ViewsConfig) -> MakeInput:
     return lambda batch: transform(batch.pixels(), batch.height, batch.width)
 
 
+@lru_cache(maxsize=4)
 def augmented_input(views: ViewsConfig) -> MakeInput:
     """Both training views of each image, as in the first epoch of a run with seed 0: (B, 2, C, size, size)."""
     pair = PairedViews(views)

@@ -20,6 +20,7 @@ class Display:
         self.console = console()
         self.title = printable(title)
         self.first_step = first_step
+        self.current = first_step
         self.total_steps = total_steps
         self.began = time.monotonic()
         self.latest: dict[str, float] = {}
@@ -40,8 +41,9 @@ class Display:
 
     def step(self, step: int) -> None:
         """Move the progress bar."""
+        self.current = step
         if self.live.is_started:
-            self.bar.update(self.task, completed=step, eta=self._eta(step))
+            self.bar.update(self.task, completed=step, eta=self._eta())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step: in the panel, or as one line."""
@@ -50,17 +52,17 @@ class Display:
             self.live.update(self._panel())
         else:
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
-            self.print(f"step {step}/{self.total_steps}  {values}  eta {self._eta(step)}")
+            self.print(f"step {step}/{self.total_steps}  {values}  eta {self._eta()}")
 
     def print(self, message: str) -> None:
         print_line(self.console, message)
 
-    def _eta(self, step: int) -> str:
+    def _eta(self) -> str:
         """Return the time left as H:MM:SS, "?" before the first step."""
-        done = step - self.first_step
+        done = self.current - self.first_step
         if done <= 0:
             return "?"
-        seconds = int((time.monotonic() - self.began) / done * (self.total_steps - step))
+        seconds = int((time.monotonic() - self.began) / done * (self.total_steps - self.current))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _panel(self) -> Panel:

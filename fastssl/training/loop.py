@@ -88,47 +88,47 @@ def train(
 def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:
     """Train from the state's step to the last one.
 
-    On a GPU the CPU only queues work and runs ahead of the device. It waits until the device has finished everything
-    before a checkpoint, a probe, and where a log step computes RankMe, and nowhere else (with an optimizer that cannot
-    skip a step on the device, at every step: see FiniteGuard).
+    On a GPU the CPU only queues work and runs ahead of the device. It waits before a checkpoint, for a log line that is
+    not written yet (with fp16 also for the loss scale), before a probe, and where a log step computes RankMe, and
+    nowhere else (with an optimizer that cannot skip a step on the device, at every step: see FiniteGuard).
     """
     recipe, state, loader = run.recipe, run.state, run.state.loader
-    log = StepLog(run, writer, diagnose)
-    while True:
-        # Between two epochs. A resumed run may have probed already after its last epoch: the state knows.
-        at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
-        if probe and at_epoch_end and is_probe_epoch(recipe, loader.epoch):
-            log.finish()
-            run_probe(run, writer, stop, probe)
-            log.meter.restart()  # leaves the probe's time out of the training's
-        if loader.epoch == recipe.train.epochs:
-            break
-
-        epoch = loader.epoch
-        loader.views = recipe.views.model_copy(update={"size": image_size(recipe.views, epoch)})
-        for batches in in_groups(log.meter.watch(loader), recipe.train.accumulate):
-            if state.step == 0:
-                writer.save_views(run.views(batches[0], epoch))
-            rate = run.schedule.rate(state.step)
-            step_output = train_step(run, batches, epoch, rate)
-            log.meter.images += recipe.train.batch_size
-            writer.show_step(state.step)
-
-            logs = log.is_log_step()
-            if logs:
-                log.log(step_output, epoch, rate)
-            # All processes stop if one of them received a signal. They agree by a message between CPUs.
-            stops, save_is_due = any_rank_each([stop.received is not None, writer.save_is_due(logs)])
-            if stops or save_is_due or state.step % recipe.checkpoint.every == 0:
+    with StepLog(run, writer, diagnose) as log:
+        while True:
+            # Between two epochs. A resumed run may have probed already after its last epoch: the state knows.
+            at_epoch_end = loader.position == 0 and state.epochs_probed < loader.epoch
+            if probe and at_epoch_end and is_probe_epoch(recipe, loader.epoch):
                 log.finish()
-                writer.save()
-            if stops:
-                writer.stop(stop)
-        if recipe.checkpoint.keep and loader.epoch % recipe.checkpoint.keep == 0:
-            log.finish()
-            writer.save(f"epoch-{loader.epoch:04}.pt")
-    log.finish()
-    writer.finish(log.collapse_warning.problem())
+                run_probe(run, writer, stop, probe)
+                log.meter.restart()  # leaves the probe's time out of the training's
+            if loader.epoch == recipe.train.epochs:
+                break
+
+            epoch = loader.epoch
+            loader.views = recipe.views.model_copy(update={"size": image_size(recipe.views, epoch)})
+            for batches in in_groups(log.meter.watch(loader), recipe.train.accumulate):
+                if state.step == 0:
+                    writer.save_views(run.views(batches[0], epoch))
+                rate = run.schedule.rate(state.step)
+                step_output = train_step(run, batches, epoch, rate)
+                log.meter.images += recipe.train.batch_size
+                writer.show_step(state.step)
+
+                logs = log.is_log_step()
+                if logs:
+                    log.log(step_output, epoch, rate)
+                # All processes stop if one of them received a signal. They agree by a message between CPUs.
+                stops, save_is_due = any_rank_each([stop.received is not None, writer.save_is_due(logs)])
+                if stops or save_is_due or state.step % recipe.checkpoint.every == 0:
+                    log.finish()
+                    writer.save()
+                if stops:
+                    writer.stop(stop)
+            if recipe.checkpoint.keep and loader.epoch % recipe.checkpoint.keep == 0:
+                log.finish()
+                writer.save(f"epoch-{loader.epoch:04}.pt")
+        log.finish()
+        writer.finish(log.collapse_warning.problem())
 
 
 def train_step(run: TrainingRun, batches: list[Batch], epoch: int, rate: float) -> StepOutput:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastssl.common.distributed import is_main_process, world_size
+from fastssl.common.distributed import broadcast_from_main, world_size
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.system import free_memory
 from fastssl.loading.loader import pinned_bytes
@@ -52,13 +52,13 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
     else:
         free = free_memory()
     _require(sum(needs.values()), free, _name(device), max(needs, key=lambda fix: needs[fix]))
-    if is_main_process():
-        if device.type == "cuda":
-            weights = _pinned({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-            need = weights * copies_of_weights + _pinned(trained) * averages
-        else:
-            need = 2 * state  # the state and its copy
-        _require(need, free_memory(), "machine", suggest_smaller(model))
+    if device.type == "cuda":
+        weights = _pinned({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        need = weights * copies_of_weights + _pinned(trained) * averages
+    else:
+        need = 2 * state  # the state and its copy
+    # Refused on all ranks, or they would wait for the main process.
+    broadcast_from_main(lambda: _require(need, free_memory(), "machine", suggest_smaller(model)))
 
 
 def _require(need: int, free: int, where: str, fix: str) -> None:

@@ -60,11 +60,14 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
+        take_totals()
+        self._begin_at(self._now())
+
+    def _begin_at(self, now: Moment) -> None:
         self.images = 0  # of all processes: the loop adds a global batch per step
         self.waited = 0.0
         self._waits: deque[tuple[Moment, Moment]] = deque()  # on a GPU: those that the device has not passed yet
-        self._begin = self._now()
-        take_totals()
+        self._begin = now
 
     def watch(self, loader: Iterable[Batch]) -> Generator[Batch, None, None]:
         """Yield the loader's batches. The time spent in the loader counts as waiting."""
@@ -100,8 +103,7 @@ class Meter:
         interval = Interval(
             self.images // world_size(), self._begin, now, list(self._waits), self.waited, take_totals()
         )
-        self.restart()
-        self._begin = now
+        self._begin_at(now)
         return interval
 
     def read(self) -> MeterReading:

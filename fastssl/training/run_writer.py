@@ -141,7 +141,7 @@ class RunWriter:
         try:
             written.result()
         except OSError as error:
-            failure = error.strerror
+            failure = error.strerror or str(error) or type(error).__name__
         self.pending_save = None
         if failure and not (name == LAST and self.save_failed):
             then = "the next log step tries again" if name == LAST else f"{name} is left out"
@@ -160,7 +160,8 @@ class RunWriter:
             self.wait_for_save()
         minutes = self.run.recipe.checkpoint.every_minutes
         is_old = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-        return is_old or (is_log_step and self.save_failed)
+        tries_again = is_log_step and self.save_failed and not self.pending_save
+        return is_old or tries_again
 
     def stop(self, request: StopRequest) -> None:
         """End the process after the checkpoint that a signal asked for.

@@ -1,12 +1,13 @@
 """What a log step writes: metrics of the step, the speed since the last log step, and warnings about both."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastssl.common.distributed import gather_rows
+from fastssl.common.distributed import gather_rows, world_size
 from fastssl.common.errors import UserError
 from fastssl.objectives.metrics import rankme
 from fastssl.recipe import Recipe, SupervisedConfig
@@ -65,6 +66,15 @@ class StepLog:
         train = run.recipe.train
         self.collapse_warning = CollapseWarning(train.batch_size // train.accumulate, embedding_width(run.recipe))
         self.line: LogLine | None = None  # not written yet
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error, write the line that waits, if the device still answers; several processes leave it out."""
+        if kind and world_size() == 1:
+            with suppress(Exception):
+                self.finish()
 
     def is_log_step(self) -> bool:
         """Whether the step that was just taken is to be logged: every log.every-th, and the last one."""

@@ -24,29 +24,33 @@ from fastssl.views.gpu_kernels import (
     contrast_kernel,
     crop_kernel,
 )
-from fastssl.views.operations import BLUR_RADIUS
+from fastssl.views.operations import BLUR_RADIUS, box_limits
 from fastssl.views.parameters import CONTRAST, Parameters
 
 TILE = 32  # rows and columns of the pixels that one program makes
 OPTIONS = {"enable_fp_fusion": True}  # a product and a sum may be rounded once; Triton 3.9 warns without it
 
 
-def parameter_table(box_N4: Tensor | None, drawn: Parameters[Tensor], size: int) -> Tensor:
+def parameter_table(stored: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor]) -> Tensor:
     """(N, COLUMNS) float32: all that the kernels need to know of N views. See the columns in gpu_kernels.py.
 
-    box_N4: the crop boxes in pixels of the stored image; None: the loader cut crops of size x size pixels.
+    stored: the images, of which only the size matters. box_N4: the crop boxes in their pixels; None: the whole images,
+    which are crops that the loader has cut.
     """
+    height, width = stored.shape[-3:-1]
     if box_N4 is None:
-        zero_N, size_N = torch.zeros_like(drawn.sigma_N), torch.full_like(drawn.sigma_N, size)
-        box_N4 = torch.stack([zero_N, zero_N, size_N, size_N], dim=1)
+        zero_N = torch.zeros_like(drawn.sigma_N)
+        box_N4 = torch.stack([zero_N, zero_N, zero_N + height, zero_N + width], dim=1)
+    top_N, left_N, height_N, width_N = box_N4.double().unbind(1)
+    limits = torch.stack([*box_limits(top_N, height_N, height), *box_limits(left_N, width_N, width)], dim=1)
     offset_K = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=box_N4.device)
     taps_NK = torch.exp(-0.5 * (offset_K / drawn.sigma_N[:, None]) ** 2)
     before_N = torch.where(drawn.jitter_N, (drawn.order_N4 == CONTRAST).int().argmax(dim=1), 0)
     flags = [drawn.flip_N, drawn.jitter_N, drawn.gray_N, drawn.blur_N, drawn.solarize_N]
-    # In few parts: torch.compile makes a kernel for each part of a concatenation of more than eight.
+    # In at most eight parts: torch.compile makes a kernel for each part of a longer concatenation.
     parts = [
-        box_N4, torch.stack(flags, dim=1), before_N[:, None], drawn.order_N4, drawn.factor_N4,
-        taps_NK / taps_NK.sum(dim=1, keepdim=True),
+        box_N4, limits, torch.stack(flags, dim=1), before_N[:, None], drawn.order_N4, drawn.factor_N4,
+        (taps_NK / taps_NK.sum(dim=1, keepdim=True))[:, BLUR_RADIUS:],
     ]  # fmt: skip
     unused = box_N4.new_zeros(len(box_N4), COLUMNS.value - sum(part.shape[1] for part in parts))
     return torch.cat([*(part.float() for part in parts), unused.float()], dim=1)
@@ -69,6 +73,7 @@ def triton_views(
         row_B: int64. If given, `image` holds more images, and image b of the batch is its row row_B[b].
     """
     image = image.contiguous()
+    row_B = None if row_B is None else row_B.contiguous()
     size, count = views.size, len(table)
     crops = image.shape[1] if image.ndim == 5 else 1
     batch = len(image) if row_B is None else len(row_B)

@@ -14,11 +14,12 @@ from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 # Columns of the table of parameters: one row of float32 for each view.
 TOP, LEFT, HEIGHT, WIDTH = (tl.constexpr(column) for column in range(4))  # the crop box, in pixels of the stored image
-FLIP, JITTER, GRAY, BLUR, SOLARIZE = (tl.constexpr(column) for column in range(4, 9))  # 1 if the view drew it, else 0
-BEFORE = tl.constexpr(9)  # number of the jitter's operations before contrast; 0 without jitter
-ORDER = tl.constexpr(10)  # and the next three: the jitter's operations, first to last
-FACTOR = tl.constexpr(14)  # and the next three: by operation
-TAPS = tl.constexpr(18)  # and the next twelve: weights of the blur
+FIRST_Y, END_Y, FIRST_X, END_X = (tl.constexpr(column) for column in range(4, 8))  # pixels that the box touches
+FLIP, JITTER, GRAY, BLUR, SOLARIZE = (tl.constexpr(column) for column in range(8, 13))  # 1 if the view drew it, else 0
+BEFORE = tl.constexpr(13)  # number of the jitter's operations before contrast; 0 without jitter
+ORDER = tl.constexpr(14)  # and the next three: the jitter's operations, first to last
+FACTOR = tl.constexpr(18)  # and the next three: by operation
+TAPS = tl.constexpr(22)  # and the next six: weights of the blur at distances of 0 to 6 pixels
 COLUMNS = tl.constexpr(32)
 
 RADIUS = tl.constexpr(operations.BLUR_RADIUS)
@@ -44,10 +45,10 @@ def crop_kernel(
     pixels = image + source.to(tl.int64) * (in_height * in_width * 3)
 
     mirrored_x = tl.where(tl.load(parameters + FLIP) > 0, SIZE - 1 - x, x)
-    center_y, reach_y, low_y, high_y = _filter(y, tl.load(parameters + TOP), tl.load(parameters + HEIGHT), SIZE)
-    center_x, reach_x, low_x, high_x = _filter(
-        mirrored_x, tl.load(parameters + LEFT), tl.load(parameters + WIDTH), SIZE
-    )
+    center_y, reach_y = _filter(y, tl.load(parameters + TOP), tl.load(parameters + HEIGHT), SIZE)
+    center_x, reach_x = _filter(mirrored_x, tl.load(parameters + LEFT), tl.load(parameters + WIDTH), SIZE)
+    low_y, high_y = tl.load(parameters + FIRST_Y), tl.load(parameters + END_Y)
+    low_x, high_x = tl.load(parameters + FIRST_X), tl.load(parameters + END_X)
     first_y, first_x = tl.floor(center_y - reach_y + 0.5), tl.floor(center_x - reach_x + 0.5)
     per_pixel_y, per_pixel_x = 1.0 / reach_y, 1.0 / reach_x
     red = tl.zeros([TILE, TILE], tl.float32)
@@ -115,7 +116,8 @@ def blur_columns_kernel(planes, table, halfway, SIZE: tl.constexpr, TILE: tl.con
         total = tl.zeros([TILE, TILE], tl.float32)
         for k in tl.static_range(2 * RADIUS + 1):
             pixel = planes + start + _reflect(y + (k - RADIUS), SIZE) * SIZE + x
-            total += tl.load(parameters + TAPS + k) * tl.load(pixel, mask=inside, other=0).to(tl.float32)
+            weight = tl.load(parameters + TAPS + (k - RADIUS if k > RADIUS else RADIUS - k))
+            total += weight * tl.load(pixel, mask=inside, other=0).to(tl.float32)
         # Transposed, so that the next kernel too reads neighboring pixels at once.
         tl.store(halfway + start + tl.trans(x * SIZE + y), tl.trans(total), mask=tl.trans(inside))
 
@@ -135,7 +137,7 @@ def blur_rows_kernel(
         green = tl.zeros([TILE, TILE], tl.float32)
         blue = tl.zeros([TILE, TILE], tl.float32)
         for k in tl.static_range(2 * RADIUS + 1):
-            weight = tl.load(parameters + TAPS + k)
+            weight = tl.load(parameters + TAPS + (k - RADIUS if k > RADIUS else RADIUS - k))
             r, g, b = _load_planes(column + _reflect(x + (k - RADIUS), SIZE) * SIZE, inside, SIZE)
             red += weight * r
             green += weight * g
@@ -157,10 +159,10 @@ def _tile(SIZE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _filter(position, start, length, SIZE: tl.constexpr):
-    """Center and radius of the triangle filter of output positions, and the limits of the box. See operations._taps."""
+    """Center and radius of the triangle filter of output positions. See operations._taps."""
     scale = length / SIZE
     center = start + (position.to(tl.float32) + 0.5) * scale
-    return center, tl.maximum(scale, 1.0), tl.floor(start), tl.ceil(start + length)
+    return center, tl.maximum(scale, 1.0)
 
 
 @triton.jit

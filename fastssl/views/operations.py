@@ -34,7 +34,8 @@ def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_
     may be fractional; pixels that a box touches count. flip_N: bool, True mirrors the result left to right.
     Returns (N, C, size, size) float32 in the range of the images.
     """
-    top_N, left_N, height_N, width_N = box_N4.float().unbind(1)
+    # In float64, as in the CPU kernel: whether the border is within a pixel must not depend on rounding.
+    top_N, left_N, height_N, width_N = box_N4.double().unbind(1)
     y_NSK, weight_y_NSK = _taps(top_N, height_N, torch.zeros_like(flip_N), image_BHWC.shape[1], size)
     x_NSK, weight_x_NSK = _taps(left_N, width_N, flip_N, image_BHWC.shape[2], size)
     rows_NSWC = _sum(
@@ -53,8 +54,9 @@ def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_
 def _taps(start_N: Tensor, length_N: Tensor, flip_N: Tensor, in_size: int, out_size: int) -> tuple[Tensor, Tensor]:
     """(N, out_size, K) positions of input pixels along an axis, int64, and their weights."""
     count = math.ceil(2 * max(1, in_size / out_size))
-    start = start_N[:, None, None]
-    length = length_N[:, None, None]
+    first, end = (x[:, None, None] for x in box_limits(start_N, length_N, in_size))
+    start = start_N.float()[:, None, None]
+    length = length_N.float()[:, None, None]
     out = torch.arange(out_size, device=start_N.device)[:, None]
     out = torch.where(flip_N[:, None, None], out_size - 1 - out, out)
     scale = length / out_size
@@ -62,8 +64,13 @@ def _taps(start_N: Tensor, length_N: Tensor, flip_N: Tensor, in_size: int, out_s
     center = start + (out + 0.5) * scale
     pixel = torch.floor(center - reach + 0.5) + torch.arange(count, device=start_N.device)
     weight = (1 - (pixel + 0.5 - center).abs() / reach).clamp(min=0)
-    weight = weight * ((pixel >= torch.floor(start)) & (pixel < torch.ceil(start + length)))
+    weight = weight * ((pixel >= first) & (pixel < end))
     return pixel.long().clamp(0, in_size - 1), weight / weight.sum(dim=-1, keepdim=True)
+
+
+def box_limits(start_N: Tensor, length_N: Tensor, in_size: int) -> tuple[Tensor, Tensor]:
+    """The first pixel along an axis that a box touches, and the one after the last. start_N, length_N: float64."""
+    return torch.floor(start_N).clamp(min=0).float(), torch.ceil(start_N + length_N).clamp(max=in_size).float()
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

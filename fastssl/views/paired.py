@@ -5,7 +5,7 @@ chain runs in `cpu.cpu_views`, a kernel that is twenty times as fast as compiled
 `gpu.triton_views`, which moves a fifteenth of their bytes.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, Protocol
 
 import torch
@@ -32,7 +32,8 @@ class PairedViews(nn.Module):
         views: the recipe's section; views.kernel is about GPUs.
         count: 1 makes the first view only, bit for bit the same as with 2.
         dtype, memory_format: of the views.
-        compiled: torch.compile what does not run in a fast kernel: on a GPU, the drawing of the parameters.
+        compiled: torch.compile what Triton's kernels do not do: with them the drawing of the parameters, without them
+            the whole chain, also on a CPU (where the kernel that it replaces is faster).
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class PairedViews(nn.Module):
 
         def compare() -> str | None:
             box_N4, drawn = self.draw(stored, *arguments)
-            return find_difference(by_triton, partial(self._some_by_torch, pixels(), box_N4, drawn), drawn, len(index))
+            by_torch = partial(self._some_by_torch, pixels(), box_N4, drawn)
+            return find_difference(by_triton, by_torch, drawn, len(index), self.views)
 
         views = by_triton() if self.triton.takes(stored, compare) else self._make(pixels(), *arguments)
         return views.chunk(self.count)
@@ -118,7 +120,7 @@ class PairedViews(nn.Module):
         from fastssl.views.gpu import parameter_table
 
         box_N4, drawn = self.draw(stored, index, epoch, height, width)
-        return parameter_table(box_N4, drawn, self.views.size)
+        return parameter_table(stored, box_N4, drawn)
 
     def _some_by_torch(self, image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], images: slice) -> Tensor:
         """The views of some images of a batch by `torch_views`."""
@@ -133,7 +135,8 @@ class PairedViews(nn.Module):
         height_N = ones * stored_h if height is None else height.repeat(self.count)
         width_N = ones * stored_w if width is None else width.repeat(self.count)
         box_N4 = crop_box(u_NU, height_N, width_N, self.views.scale, self.views.ratio)
-        return box_N4 * _stored_per_source(stored, height_N, width_N)
+        # The exact product, rounded once: the same bits on every device, where a compiler may fuse it with a sum.
+        return (box_N4 * _stored_per_source(stored, height_N, width_N).double()).float()
 
 
 def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
@@ -168,6 +171,7 @@ class EvalTransform(Protocol):
     def __call__(self, image: Tensor, height: Tensor | None = None, width: Tensor | None = None) -> Tensor: ...
 
 
+@lru_cache(maxsize=16)  # so that Triton's kernels are compared with torch once, though callers make it for each batch
 def eval_transform(views: ViewsConfig) -> EvalTransform:
     """Return the evaluation transform, as set in views.eval.
 
@@ -192,13 +196,11 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
         width_B = torch.full_like(image_index_B, stored_w) if width is None else width
         box_B4 = eval_box(height_B, width_B, views.eval) * _stored_per_source(image, height_B, width_B)
         drawn = no_augmentation(count, image.device)
-        if image.device.type == "cpu":
-            return cpu_views(image, box_B4, drawn, views)
 
         def by_triton() -> Tensor:
             from fastssl.views.gpu import parameter_table, triton_views  # Triton comes with torch for GPUs
 
-            table = parameter_table(box_B4, drawn, views.size)
+            table = parameter_table(image, box_B4, drawn)
             return triton_views(image, table, without_blur, memory_format=torch.contiguous_format)
 
         def by_torch(some: slice) -> Tensor:
@@ -206,8 +208,10 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
             x = crop_resize(image[some], index, box_B4[some], drawn.flip_N[some], views.size)
             return normalize(x / 255, views)
 
-        if choice.takes(image, lambda: find_difference(by_triton, by_torch, drawn, count)):
+        if choice.takes(image, lambda: find_difference(by_triton, by_torch, drawn, count, views)):
             return by_triton()
+        if image.device.type == "cpu":
+            return cpu_views(image, box_B4, drawn, views)
         return by_torch(slice(None))
 
     return transform
@@ -234,6 +238,8 @@ def describe_eval_transform(views: ViewsConfig) -> dict[str, str | int | float |
 
 def _stored_per_source(image: Tensor, height_N: Tensor, width_N: Tensor) -> Tensor:
     """(N, 4) float32 that scale a box in source pixels to pixels of the stored image, a scaled copy of the source."""
-    scale_y_N = image.shape[1] / height_N
-    scale_x_N = image.shape[2] / width_N
+    # Divided in float64, of which float32 is then the correctly rounded quotient: compiled for a GPU, a quotient of
+    # float32 is not.
+    scale_y_N = (1 / height_N.double()).float() * image.shape[1]
+    scale_x_N = (1 / width_N.double()).float() * image.shape[2]
     return torch.stack([scale_y_N, scale_x_N, scale_y_N, scale_x_N], dim=1)

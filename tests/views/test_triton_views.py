@@ -48,7 +48,7 @@ def parameters(count, **given):
 def make(image, box_N4, drawn, views, **options):
     from fastssl.views.gpu import parameter_table, triton_views
 
-    return triton_views(image, parameter_table(box_N4, drawn, views.size), views, **options)
+    return triton_views(image, parameter_table(image, box_N4, drawn), views, **options)
 
 
 def largest_difference(made, image, box_N4, drawn, views):
@@ -198,7 +198,8 @@ def check_bounds(at_end):
     )
     drawn = draw_parameters(draw_uniforms(2, 0, torch.arange(3)), views)
     drawn = drawn._replace(blur_N=torch.ones(6, dtype=torch.bool))
-    image, table = copy(smooth_images(3, 33, 21)), copy(gpu.parameter_table(box, drawn, 19))
+    image = copy(smooth_images(3, 33, 21))
+    table = copy(gpu.parameter_table(image, box, drawn))
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu, "torch", GuardedTorch())
     for dtype in (torch.float32, torch.bfloat16):
@@ -234,11 +235,25 @@ def check_wiring():
         resident = ImageRows(image.flip(0), torch.arange(5, -1, -1))
         assert all(torch.equal(a, b) for a, b in zip(made, paired_views(resident, index, 5, *sizes)))
 
+    dark = views.model_copy(update={"mean": (0.05,), "std": (0.08,)})  # so bf16 rounds values up to 12
+    half = PairedViews(dark, seed=3, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert half(image, index, 5)[0].max() > 8 and half.triton.works
+
+    launched = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(gpu, "triton_views", lambda *a, right=gpu.triton_views, **k: launched.append(1) or right(*a, **k))
     for crop in ("squash", "center"):
         config = views.model_copy(update={"eval": crop})
-        on_gpu = eval_transform(config)(image, *sizes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            on_gpu = [eval_transform(config)(image, *sizes) for _ in range(2)]
         config = config.model_copy(update={"kernel": "torch"})
-        torch.testing.assert_close(on_gpu, eval_transform(config)(image, *sizes), rtol=0, atol=1e-4)
+        for made in on_gpu:
+            torch.testing.assert_close(made, eval_transform(config)(image, *sizes), rtol=0, atol=1e-4)
+    assert len(launched) == 2 * 3, "it is compared once, and used in each batch"
+    patch.undo()
 
     right, in_torch = gpu.triton_views, PairedViews(views, seed=3).make(image, index, 3, *sizes).chunk(2)
 

@@ -15,7 +15,7 @@ from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform, kernel_choice, operations, paired
 from fastssl.views.cpu import cpu_views
 from fastssl.views.operations import crop_resize
-from fastssl.views.paired import torch_views
+from fastssl.views.paired import _stored_per_source, torch_views
 from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 # torchvision works on the same float pixels, so only the order of float32 sums differs; 1e-4 is
@@ -188,6 +188,30 @@ def test_the_cpu_kernel_equals_the_torch_chain(shape):
         pair = image[:, None, :5, :5].repeat(1, 2, 7, 7, 1)[:, :, :32, :32]
         ours, want = (chain(pair, None, drawn, EVERYTHING) for chain in (cpu_views, torch_views))
         assert (abs(ours - want) > 1e-4).float().mean() < 1e-3
+
+
+def test_the_scale_of_a_box_is_the_rounded_quotient_and_product():
+    """In float64 and then rounded, it has the bits of float32, which a kernel for a GPU does not compute."""
+    source = torch.arange(1, 5000)
+    for stored in (32, 96, 256, 375):
+        image = torch.empty(1, stored, stored, 3)
+        ours, want = _stored_per_source(image, source, source)[:, 0], stored / source
+        assert torch.equal(ours, want)
+        box = torch.randint(0, 5000, (len(source),), generator=torch.Generator().manual_seed(0))
+        assert torch.equal((box * ours.double()).float(), box * want)
+
+
+@pytest.mark.parametrize("kind", ["squash", "center"])
+def test_the_evaluation_transform_of_both_chains_is_equal_at_every_size(kind):
+    """Rounding must not decide whether the border of the box is within a pixel."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (100, 96, 96, 3), dtype=torch.uint8, generator=generator)
+    height, width = torch.randint(50, 900, (2, 100), generator=generator)
+    box = eval_box(height, width, kind) * _stored_per_source(image, height, width)
+    none = torch.zeros(100, dtype=torch.bool)
+    views = ViewsConfig(size=64, eval=kind)
+    in_torch = operations.normalize(crop_resize(image, torch.arange(100), box, none, 64) / 255, views)
+    torch.testing.assert_close(eval_transform(views)(image, height, width), in_torch, rtol=0, atol=1e-4)
 
 
 def test_cpu_views_do_not_depend_on_the_number_of_threads(images):
