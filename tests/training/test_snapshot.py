@@ -295,3 +295,15 @@ def test_a_snapshot_of_a_gpu_waits_for_nothing_and_reuses_its_memory(monkeypatch
     assert calls == ["record", "record"]
     copies.wait_for_device()
     assert calls[2:] == ["cuda:1", "synchronize"]
+
+
+def test_a_save_that_is_tried_again_is_not_tried_twice():
+    """While the thread writes it, a log step does not ask for another one; after a failure it does."""
+    recipe = SimpleNamespace(checkpoint=SimpleNamespace(every_minutes=None))
+    writing = SimpleNamespace(written=concurrent.futures.Future())
+    writer = SimpleNamespace(
+        display=True, save_failed=True, pending_save=writing, saved_at=0, run=SimpleNamespace(recipe=recipe)
+    )
+    assert not run_writer.RunWriter.save_is_due(writer, True)
+    writer.pending_save = None
+    assert run_writer.RunWriter.save_is_due(writer, True) and not run_writer.RunWriter.save_is_due(writer, False)

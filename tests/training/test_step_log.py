@@ -15,6 +15,7 @@ from fastssl.common.errors import Stopped, UserError
 from fastssl.loading import loader
 from fastssl.recipe import load_recipe
 from fastssl.training import loop, train
+from fastssl.training.display import Display
 from fastssl.training.run_dir import locked_run_dir
 from fastssl.training.run_writer import RunWriter
 from fastssl.training.setup import prepare
@@ -78,7 +79,7 @@ def with_fixed_views(run):
     return replace(run, views=lambda batch, epoch: views)
 
 
-def fit_behind(device, recipe, *, probe=None, stop_at=None, spoil=None):
+def fit_behind(device, recipe, *, probe=None, stop_at=None, crash_at=None, spoil=None):
     """Train with the loop of a GPU. Returns the writer and the waits by the step at which they were."""
     on_cpu, _ = prepare(recipe, torch.device("cpu"), None)
     run = replace(with_fixed_views(on_cpu), device=torch.device("cuda"))
@@ -100,6 +101,8 @@ def fit_behind(device, recipe, *, probe=None, stop_at=None, spoil=None):
         device.waits.clear()
         if run.state.step + 1 == stop_at:
             stop.received = 15
+        if run.state.step == crash_at:
+            raise RuntimeError("crash")
         return real(*arguments)
 
     run_dir = Path(recipe.run.dir)
@@ -211,3 +214,19 @@ def test_rankme_is_due_at_the_first_log_step_after_its_interval(keys, due):
         if log.is_log_step() and log._is_rank_due():
             found.append(state.step)
     assert found == due
+
+
+def test_a_crash_does_not_lose_the_line_that_waits(canvas, tmp_path, device):
+    """After step 6 of 15; the next log step would have been 8."""
+    with pytest.raises(RuntimeError, match="crash"):
+        fit_behind(device, recipe_of(canvas, tmp_path / "run"), crash_at=6)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
+
+
+def test_the_time_left_is_counted_from_now_though_the_line_is_late(capsys):
+    """100 of 1000 steps in 100 s, at the line of step 50."""
+    display = Display("title", 0, 1000)
+    display.began -= 100
+    display.step(100)
+    display.log(50, {"loss": 1.0})
+    assert "step 50/1000  loss 1  eta 0:15:0" in capsys.readouterr().out
