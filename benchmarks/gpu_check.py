@@ -119,9 +119,9 @@ def make_checks(work: Path, device: str) -> list[Check]:
     ways = "ours, compiled" if on_gpu else "ours"
     make = [sys.executable, "benchmarks/gpu_check.py", "--device", device, "--make-data", str(work)]
     checks = [
-        Check("tests", "the tests that need a GPU", 420, pytest, read_tests, package="ffcv"),
+        Check("tests", "the tests that need a GPU", 360, pytest, read_tests, package="ffcv"),
         Check(
-            "views", "views of 224 px", 120,
+            "views", "views of 224 px", 90,
             benchmark("views", "--batch", sizes.views_batch, "--rounds", 3, "--seconds", 1), read_views,
         ),
         Check(
