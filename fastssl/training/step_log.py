@@ -43,8 +43,9 @@ class LogLine(NamedTuple):
     """A line of metrics whose values the device may not have computed yet."""
 
     step: int
-    known: dict[str, float]  # the metrics that need no device
-    values: HostCopy  # the others
+    known: dict[str, float]  # epoch and learning rate
+    values: HostCopy
+    ranks: dict[str, float]  # RankMe, if it is due
     interval: Interval  # since the last log step
     bad_samples: int
     seconds: float  # of training, over all resumes
@@ -93,12 +94,14 @@ class StepLog:
         h = gather_rows(output.h, None)
         z = state.model.mean_z(h)
         values["std_z"] = z.std(dim=0).mean()
-        known = {"epoch": epoch, "lr": rate}
+        copy = HostCopy(values)
+        ranks = {}
         if self._is_rank_due():
-            known |= {"rankme_h": rankme(h), "rankme_z": rankme(z)}  # the CPU waits for the device here
+            ranks = {"rankme_h": rankme(h), "rankme_z": rankme(z)}  # the CPU waits for the device here
         self.line = LogLine(
-            state.step, known, HostCopy(values), self.meter.take(), state.loader.bad_samples, state.count_seconds()
-        )
+            state.step, {"epoch": epoch, "lr": rate}, copy, ranks, self.meter.take(), state.loader.bad_samples,
+            state.count_seconds(),
+        )  # fmt: skip
         if run.device.type != "cuda":
             self.finish()
 
@@ -108,7 +111,7 @@ class StepLog:
             return
         line, self.line = self.line, None
         run, writer = self.run, self.writer
-        metrics = line.known | line.values.read()
+        metrics = line.known | line.values.read() | line.ranks
         metrics["skipped_steps"] = int(metrics["skipped_steps"])
         if metrics["skipped_steps"] > run.recipe.train.max_skipped_steps:
             writer.save()
