@@ -28,7 +28,7 @@ test: setup ## run the tests, in two processes
 test-slow: setup ## run the slow tests only
 	@.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
-gpu-check: setup ## on a machine with a GPU: run what only it can show (ten minutes), write records/gpu/
+gpu-check: setup ## on a machine with a GPU: run what only it can show (10 to 20 minutes), write records/gpu/
 	@.venv/bin/python benchmarks/gpu_check.py
 
 lint: setup ## check style, formatting and types (ruff, mypy)
