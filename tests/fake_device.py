@@ -1,4 +1,4 @@
-"""A device that runs behind the host and counts where the host waits for it: the loop of a GPU, on a CPU.
+"""A device that runs later than the host and counts where the host waits for it: the loop of a GPU, on a CPU.
 
 Results are those of the CPU, as each operation runs immediately. What is faked is time: the device has finished an
 operation only `lag` operations after the host has queued it. Events, pinned memory and copies to it behave accordingly.

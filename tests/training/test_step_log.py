@@ -1,4 +1,4 @@
-"""Log lines on a device that runs behind the host: when they are written, what waits, and that nothing is lost."""
+"""Log lines on a device that runs later than the host: when they are written, what waits, and that nothing is lost."""
 
 import math
 from contextlib import nullcontext
