@@ -23,16 +23,18 @@ import numpy as np
 from fastssl.beton.accounting import account_for_files
 from fastssl.beton.format import (
     ALLOCATION,
+    BC4_SIDE,
     MOST_CHANNELS,
     PAGE_SIZE,
     RGB,
     UNLABELLED,
     Manifest,
+    bc4_bytes,
     data_start,
     manifest_path,
     names_path,
 )
-from fastssl.beton.images import MAX_MEGAPIXELS, Case, StoragePlan
+from fastssl.beton.images import MAX_MEGAPIXELS, Case, Codec, StoragePlan
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
 from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
@@ -70,6 +72,7 @@ class BuildOptions:
 
     canvas: int | None = None  # px; layout "canvas": each image is resized to a square. None: the builder's CANVAS
     max_side: int | None = None  # px; layout "full": images are shrunk to fit, JPEGs that fit keep their bytes
+    codec: Codec | None = None  # of a canvas; None: pixels up to RAW_UP_TO, larger ones JPEG
     quality: int = 90  # of the JPEGs that are encoded, 1 to 100
     order: Order = "shuffle"  # of the samples in the file: a fixed random order, or the builder's
     workers: int | None = None  # processes; None: one for each core
@@ -98,6 +101,10 @@ class BuildOptions:
             raise UserError(f"--max-megapixels is {self.max_megapixels}; it must be 1 or more.")
         if not 1 <= self.channels <= MOST_CHANNELS:
             raise UserError(f"--channels is {self.channels}; it must be between 1 and {MOST_CHANNELS}.")
+        if self.codec == "bc4" and self.max_side is not None:
+            raise UserError("--codec bc4 stores squares: use --canvas in place of --max-side.")
+        if self.codec is not None and self.channels != RGB:
+            raise UserError(f"--channels {self.channels} stores pixels, and --codec is for RGB images: leave it out.")
         if self.channels != RGB and self.max_side is not None:
             raise UserError(
                 f"--channels {self.channels} stores squares of pixels: use --canvas in place of --max-side."
@@ -119,7 +126,16 @@ class BuildOptions:
                 f"Images of {side} x {side} px with {self.channels} channels take more than a page of "
                 f"{PAGE_SIZE:,} bytes: use --canvas {math.isqrt(PAGE_SIZE // self.channels)} or less."
             )
-        return StoragePlan("canvas", side, self.quality, self.value_range, self.max_megapixels, self.channels)
+        if self.codec == "bc4" and (side % BC4_SIDE or bc4_bytes(side) > PAGE_SIZE):
+            largest = math.isqrt(PAGE_SIZE * 4 // 3)
+            fitting = max(BC4_SIDE, min(side, largest) // BC4_SIDE * BC4_SIDE)
+            raise UserError(
+                f"--codec bc4 stores squares whose side is a multiple of {BC4_SIDE} px and at most "
+                f"{largest // BC4_SIDE * BC4_SIDE} px, not of {side} px: use --canvas {fitting}."
+            )
+        return StoragePlan(
+            "canvas", side, self.quality, self.value_range, self.max_megapixels, self.channels, self.codec
+        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,7 @@ def build_beton(
     *,
     canvas: int | None = None,
     max_side: int | None = None,
+    codec: Codec | None = None,
     quality: int = 90,
     order: Order = "shuffle",
     workers: int | None = None,
@@ -174,8 +191,8 @@ def build_beton(
         builder: name of a module of beton_builders.
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
-        canvas, max_side, quality, order, workers, limit, strict, allow_bad, download, value_range, max_megapixels,
-            splits, channels: see `BuildOptions`.
+        canvas, max_side, codec, quality, order, workers, limit, strict, allow_bad, download, value_range,
+            max_megapixels, splits, channels: see `BuildOptions`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written or holds a .beton that is not of
@@ -187,6 +204,7 @@ def build_beton(
     options = BuildOptions(
         canvas,
         max_side,
+        codec,
         quality,
         order,
         workers,
@@ -245,12 +263,19 @@ def recorded_plan(manifest: Manifest) -> StoragePlan:
     options = BuildOptions(
         canvas,
         max_side,
+        _recorded_codec(manifest),
         quality,
         value_range=parse_range(value_range),
         max_megapixels=megapixels,
         channels=channels,
     )
     return options.plan(default_canvas=0)  # not used, as there is one of the sides
+
+
+def _recorded_codec(manifest: Manifest) -> Codec | None:
+    """Return the codec of a canvas by its manifest; None for pixels, and for the full layout."""
+    codecs: dict[str, Codec] = {"jpg": "jpeg", "bc4": "bc4"}
+    return codecs.get(str(manifest.get("storage"))) if manifest.get("canvas") else None
 
 
 def _refuse_output_in_source(source: Path | None, out: Path) -> None:

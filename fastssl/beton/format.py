@@ -6,10 +6,11 @@ The dtypes repeat `ffcv.types` and `ffcv.fields`, because importing ffcv imports
 every worker process. A test compares them with ffcv's own.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 JPG, RAW = 0, 1  # the values of IMAGE["mode"]
+BC4 = 2  # the same for a canvas in blocks (bc4.py); in memory only, as it is in an ARRAY_FIELD on the disk
 UNLABELLED = -1  # the label of an image without one
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 
@@ -53,11 +55,13 @@ MOST_CHANNELS = 64  # of other images, which are in an ARRAY_FIELD; also the mos
 # follows in JSON.
 ARRAY = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 UINT8 = b'[["", "|u1"]]'
+BC4_MARK = b"bc4"  # follows the type in the arguments of an ARRAY_FIELD whose arrays are canvases in BC4, (bytes,)
+BC4_SIDE = 8  # px; sides of such canvases are multiples of it
 
 # The fields of every .beton of RGB images that fastssl writes, in this order.
 OUR_FIELDS = {"image": IMAGE_FIELD, "label": INT_FIELD, "index": INT_FIELD, "height": INT_FIELD, "width": INT_FIELD}
 
-# Those of images with another number of channels: each is a uint8 array (H, W, C).
+# Those of images with another number of channels, each a uint8 array (H, W, C), and of canvases in BC4.
 OUR_ARRAY_FIELDS = {**OUR_FIELDS, "image": ARRAY_FIELD}
 
 # The contents of X.beton.json. PartialBuild.finish and build.py write it; a file from elsewhere may lack any key.
@@ -99,18 +103,32 @@ def metadata_type(fields: dict[str, int]) -> np.dtype[np.void]:
     return np.dtype([(name, FIELD_TYPES[type_id][1]) for name, type_id in fields.items()], align=True)
 
 
-def array_arguments(shape: tuple[int, int, int]) -> bytes:
-    """Return the arguments of an ARRAY_FIELD of uint8 pixels (H, W, C), as `ffcv.fields.NDArrayField.to_binary`."""
-    header = np.zeros(1, ARRAY)
-    header["shape"][0, :3] = shape
-    header["type_length"] = len(UINT8)
-    return header.tobytes() + UINT8
+def bc4_bytes(side: int) -> int:
+    """Return the bytes of a canvas in BC4: half a byte for each pixel of Y, an eighth each for Cb and Cr."""
+    return side * side * 3 // 4
 
 
-def array_shape(arguments: np.ndarray) -> tuple[int, int, int]:
-    """Return the shape (H, W, C) that the arguments of an ARRAY_FIELD, uint8 (1024,), state.
+class ArrayImages(NamedTuple):
+    """The images of an ARRAY_FIELD."""
 
-    Raises ValueError unless they are those of uint8 images.
+    height: int  # px
+    width: int
+    channels: int
+    mode: int  # RAW or BC4
+
+    def arguments(self) -> bytes:
+        """Return the arguments of the field, as `ffcv.fields.NDArrayField.to_binary`."""
+        header = np.zeros(1, ARRAY)
+        shape = (bc4_bytes(self.height),) if self.mode == BC4 else self[:3]
+        header["shape"][0, : len(shape)] = shape
+        header["type_length"] = len(UINT8)
+        return header.tobytes() + UINT8 + (BC4_MARK if self.mode == BC4 else b"")
+
+
+def read_array_images(arguments: np.ndarray) -> ArrayImages:
+    """Return what the arguments of an ARRAY_FIELD, uint8 (1024,), state.
+
+    Raises ValueError unless they are those of uint8 images or of canvases in BC4.
     """
     content = arguments.tobytes()
     header = np.frombuffer(content, ARRAY, 1)[0]
@@ -118,11 +136,16 @@ def array_shape(arguments: np.ndarray) -> tuple[int, int, int]:
     described = content[ARRAY.itemsize : ARRAY.itemsize + min(length, len(content))]
     if described != UINT8:
         raise ValueError("its images are arrays of another type than uint8")
+    if content[ARRAY.itemsize + length :].startswith(BC4_MARK):
+        side = math.isqrt(min(sides[0], LARGEST_PAGE) * 4 // 3)
+        if any(sides[1:]) or side == 0 or side % BC4_SIDE or bc4_bytes(side) != sides[0]:
+            raise ValueError(f"its images are said to be in BC4, but {sides[0]:,} bytes are not a square in BC4")
+        return ArrayImages(side, side, RGB, BC4)
     height, width, channels = sides[:3]
     if any(sides[3:]) or not (0 < height < 1 << 16 and 0 < width < 1 << 16 and 0 < channels <= MOST_CHANNELS):
         shape = [side for side in sides if side]
         raise ValueError(f"its images are arrays of shape {shape}, not (height, width, 1 to {MOST_CHANNELS} channels)")
-    return height, width, channels
+    return ArrayImages(height, width, channels, RAW)
 
 
 def align(offset: int, page_size: int = PAGE_SIZE) -> int:
@@ -134,7 +157,7 @@ def data_start(capacity: int) -> int:
     """Return the position of the first sample, in bytes: the first page after the metadata of `capacity` samples.
 
     The number of bad images is known only at the end of a build, so there is room for the metadata of all images. That
-    of images that are not RGB is smaller.
+    of images in an array field is smaller.
     """
     tables = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize
     return align(tables + capacity * metadata_type(OUR_FIELDS).itemsize)
@@ -159,11 +182,13 @@ def write_tables(file: BinaryIO, rows: np.ndarray, position: int, channels: int 
     """Complete a file that holds only samples: write all tables, wait until they are on the disk, return the metadata.
 
     `rows` has one ROW per sample, in the order of the file; the last sample ends at byte `position`. If `channels` is
-    not RGB, all samples are pixels of one size.
+    not RGB, all samples are pixels of one size. If the first one is in BC4, all are, of one size.
     """
-    fields = OUR_FIELDS if channels == RGB else OUR_ARRAY_FIELDS
+    first = rows[0]
+    in_arrays = channels != RGB or first["mode"] == BC4
+    fields = OUR_ARRAY_FIELDS if in_arrays else OUR_FIELDS
     metadata = np.zeros(len(rows), metadata_type(fields))
-    if channels == RGB:
+    if not in_arrays:
         for name in IMAGE.names or ():
             metadata["image"][name] = rows[name]
     else:
@@ -180,7 +205,8 @@ def write_tables(file: BinaryIO, rows: np.ndarray, position: int, channels: int 
         descriptor["type_id"] = type_id
         descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
         if type_id == ARRAY_FIELD:
-            arguments = array_arguments((int(rows["height"][0]), int(rows["width"][0]), channels))
+            images = ArrayImages(int(first["height"]), int(first["width"]), channels, int(first["mode"]))
+            arguments = images.arguments()
             descriptor["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
     allocations = np.zeros(len(rows), ALLOCATION)
     allocations["sample_id"] = np.arange(len(rows))

@@ -14,7 +14,7 @@ decoder decodes it without a warning. All other images are converted in this ord
    bits; transparency is composited over white; Pillow converts palettes, grey and CMYK, without color profiles. Only
    the first frame of an animation is used.
 3. Resized with Pillow's bilinear filter, which is antialiased when it shrinks (torchvision's antialiased bilinear
-   resize was made equal to it). For images that are stored as JPEG, resize.py computes it to within one grey level.
+   resize was made equal to it). Where images are compressed, resize.py computes it to within one grey level.
 4. Rotated according to the EXIF orientation.
 
 Images of one channel (`--channels 1`) become gray after step 2. Other numbers of channels are read by channels.py.
@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastssl.beton import channels, jpeg
-from fastssl.beton.format import JPG, PAGE_SIZE, RAW, RGB
+from fastssl.beton.format import BC4, JPG, PAGE_SIZE, RAW, RGB
 from fastssl.beton.metadata import without_metadata
 from fastssl.beton.ranges import Range, read_16_bit_color, to_8_bits
 from fastssl.beton.reading import error_number, machine_error, read_or_explain
@@ -65,6 +65,9 @@ TRANSPOSITIONS = {  # EXIF orientation -> how to make the image upright
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
+Codec = Literal["jpeg", "bc4"]
+
+
 class StoragePlan(NamedTuple):
     """How every image of a build is read and stored."""
 
@@ -74,11 +77,16 @@ class StoragePlan(NamedTuple):
     value_range: Range = "full"  # of pixels of more than 8 bits per channel
     max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
     channels: int = RGB  # of the stored images; only a canvas may have others than RGB
+    codec: Codec | None = None  # of a canvas; None: pixels up to RAW_UP_TO, larger ones JPEG
 
     @property
-    def storage(self) -> Literal["raw", "jpg"]:
-        is_raw = self.layout == "canvas" and (self.side <= RAW_UP_TO or self.channels != RGB)
-        return "raw" if is_raw else "jpg"
+    def storage(self) -> Literal["raw", "jpg", "bc4"]:
+        if self.layout == "canvas":
+            if self.channels != RGB or (self.codec is None and self.side <= RAW_UP_TO):
+                return "raw"
+            if self.codec == "bc4":
+                return "bc4"
+        return "jpg"
 
 
 class Case(IntEnum):
@@ -90,7 +98,7 @@ class Case(IntEnum):
     BAD = 0
     RAW = 1
     PASSED_THROUGH = 2
-    CANVAS = 3
+    CANVAS = 3  # as JPEG or in BC4
     NOT_JPEG = 4
     NOT_RGB = 5
     ROTATED = 6
@@ -104,7 +112,7 @@ class Encoded(NamedTuple):
     """One image as stored."""
 
     payload: bytes
-    mode: int  # format.JPG or format.RAW
+    mode: int  # format.JPG, RAW or BC4
     height: int  # px, as are the other sides
     width: int
     source_height: int  # after the EXIF rotation, as is source_width
@@ -121,7 +129,7 @@ def encode_all(images: Sequence[ImageSource | Image.Image], plan: StoragePlan) -
     Raises UserError or MemoryError for trouble of the machine.
     """
     Image.MAX_IMAGE_PIXELS = plan.max_megapixels * 500_000  # Pillow refuses twice as many
-    if plan.storage == "jpg":
+    if plan.storage != "raw":
         with _required("FFCV's library"):
             jpeg.turbojpeg()
     results: list[Encoded | str] = []
@@ -213,6 +221,11 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
     if plan.storage == "raw":
         payload, mode = image.tobytes(), RAW
         pixels = np.frombuffer(payload, np.uint8)
+    elif plan.storage == "bc4":
+        with _required("numba"):
+            from fastssl.beton import bc4
+
+            payload, mode = bc4.encode(np.array(image)).tobytes(), BC4
     else:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")

@@ -20,21 +20,24 @@ import numpy as np
 from fastssl.beton.format import (
     ALLOCATION,
     ARRAY_FIELD,
+    BC4,
     FIELD,
     FIELD_TYPES,
     HEADER,
     IMAGE_FIELD,
     INT_FIELD,
+    JPG,
     LARGEST_PAGE,
     RAW,
     RGB,
     SMALLEST_PAGE,
     VERSION,
+    ArrayImages,
     Manifest,
-    array_shape,
     manifest_path,
     metadata_type,
     names_path,
+    read_array_images,
 )
 from fastssl.beton.source import builder_names
 from fastssl.common.errors import UserError, quote
@@ -55,7 +58,7 @@ class BetonInfo:
     page_size: int  # bytes
     fields: dict[str, str]  # name -> name of FFCV's field class, in the order of the file
     layout: Literal["canvas", "full"]  # the manifest's; without one "canvas" if all images have one size
-    storage: Literal["raw", "jpg", "mixed"]
+    storage: Literal["raw", "jpg", "bc4", "mixed"]
     channels: int  # of the images; 3: RGB
     resolution: tuple[int, int] | None  # (height, width) in px of all stored images; None if they differ
     max_resolution: tuple[int, int]  # the largest height and the largest width in px
@@ -92,7 +95,8 @@ def read_header(path: str | Path) -> BetonInfo:
     image = checked.metadata["image"]
     max_resolution = (int(image["height"].max()), int(image["width"].max()))
     has_one_size = max_resolution == (int(image["height"].min()), int(image["width"].min()))
-    is_raw = image["mode"] == RAW
+    storages: dict[int, Literal["raw", "jpg", "bc4"]] = {RAW: "raw", JPG: "jpg", BC4: "bc4"}
+    modes = np.unique(image["mode"]).tolist()
     manifest = _read_manifest(path, len(image))
     if manifest and checked.field_types.get("label") == INT_FIELD:
         _check_labels(path, checked.metadata["label"], len(manifest["classes"]))
@@ -102,7 +106,7 @@ def read_header(path: str | Path) -> BetonInfo:
         page_size=checked.page_size,
         fields={name: FIELD_TYPES[type_id][0] for name, type_id in checked.field_types.items()},
         layout=manifest["layout"] if manifest else ("canvas" if has_one_size else "full"),
-        storage="raw" if is_raw.all() else ("mixed" if is_raw.any() else "jpg"),
+        storage=storages[modes[0]] if len(modes) == 1 else "mixed",
         channels=checked.channels,
         resolution=max_resolution if has_one_size else None,
         max_resolution=max_resolution,
@@ -238,9 +242,11 @@ def _check_tables(content: np.ndarray) -> _Checked:
     position += descriptors.nbytes
     stored = _read_table(content, position, metadata_type(field_types), num_samples, "the metadata")
     position += stored.nbytes
-    shape = _read_array_shape(descriptors, field_types)
-    metadata = np.array(stored) if shape is None else _with_image_column(stored, field_types, shape)
-    channels = RGB if shape is None else shape[2]
+    images = _read_array_images(descriptors, field_types)
+    metadata = np.array(stored) if images is None else _with_image_column(stored, field_types, images)
+    channels = RGB if images is None else images.channels
+    if images is None and (metadata["image"]["mode"] > RAW).any():
+        raise ValueError("it holds images stored neither as pixels nor as JPEG")
 
     table_ptr = int(header["alloc_table_ptr"])
     count, rest = divmod(len(content) - table_ptr, ALLOCATION.itemsize)
@@ -276,21 +282,24 @@ def _read_field_types(descriptors: np.ndarray) -> dict[str, int]:
     return field_types
 
 
-def _read_array_shape(descriptors: np.ndarray, field_types: dict[str, int]) -> tuple[int, int, int] | None:
-    """Return the shape (H, W, C) of all images if they are in an array field; None for FFCV's own image field."""
+def _read_array_images(descriptors: np.ndarray, field_types: dict[str, int]) -> ArrayImages | None:
+    """Return what all images are if they are in an array field; None for FFCV's own image field."""
     if field_types["image"] == IMAGE_FIELD:
         return None
-    return array_shape(descriptors["arguments"][list(field_types).index("image")])
+    return read_array_images(descriptors["arguments"][list(field_types).index("image")])
 
 
-def _with_image_column(stored: np.ndarray, field_types: dict[str, int], shape: tuple[int, int, int]) -> np.ndarray:
+def _with_image_column(stored: np.ndarray, field_types: dict[str, int], images: ArrayImages) -> np.ndarray:
     """Return the metadata of images in an array field, which is a pointer, as that of FFCV's own image field."""
     metadata = np.zeros(len(stored), metadata_type({**field_types, "image": IMAGE_FIELD}))
     for name in field_types:
         if name != "image":
             metadata[name] = stored[name]
     image = metadata["image"]
-    image["mode"], image["height"], image["width"], image["data_ptr"] = RAW, shape[0], shape[1], stored["image"]
+    image["mode"] = images.mode
+    image["height"] = images.height
+    image["width"] = images.width
+    image["data_ptr"] = stored["image"]
     return metadata
 
 
@@ -319,9 +328,8 @@ def _check_images(image: np.ndarray, table: np.ndarray, channels: int) -> np.nda
     pixels = image["height"].astype(np.uint64) * image["width"]
     if (pixels == 0).any() or (allocation["size"] == 0).any():
         raise ValueError("it holds images without pixels")
-    if (image["mode"] > RAW).any():
-        raise ValueError("it holds images stored neither as pixels nor as JPEG")
-    if ((image["mode"] == RAW) & (allocation["size"] != channels * pixels)).any():
+    expected = np.where(image["mode"] == BC4, pixels * 3 // 4, channels * pixels)
+    if ((image["mode"] != JPG) & (allocation["size"] != expected)).any():
         raise ValueError("the size of its images does not fit their height and width")
     return allocation["size"].astype(np.int64)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.beton import jpeg
-from fastssl.beton.format import RAW, RGB, UNLABELLED
+from fastssl.beton.format import BC4, RAW, RGB, UNLABELLED
 from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
@@ -100,6 +100,10 @@ def _thumbnail(file: BinaryIO, image: np.void, size: int, channels: int) -> Imag
         if image["mode"] == RAW:
             pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], channels)
             pixels = np.ascontiguousarray(pixels[..., :RGB] if channels >= RGB else pixels[..., 0])
+        elif image["mode"] == BC4:
+            from fastssl.beton import bc4  # imports numba, which few sheets need
+
+            pixels = bc4.decode(np.frombuffer(content, np.uint8), int(image["height"]))
         else:
             # A large image is shrunk while it is decoded, but not below twice the size of the thumbnail.
             longer = max(jpeg.read_size(content))

@@ -18,6 +18,10 @@ def build_beton(
     source: Annotated[Path | None, Option(help="folder or archive of the images")] = None,
     canvas: Annotated[int | None, Option(help="store squares of this side (default: the builder's)")] = None,
     max_side: Annotated[int | None, Option(help="store whole images of at most this side")] = None,
+    codec: Annotated[
+        Literal["jpeg", "bc4"] | None,
+        Option(help="of a canvas: bc4 needs no decoding, jpeg less disk (default: jpeg, up to 64 px pixels)"),
+    ] = None,
     quality: Annotated[int, Option(min=1, max=100, help="quality of the JPEGs that are encoded here")] = 90,
     order: Annotated[Literal["shuffle", "source"], Option(help="order of the samples in the file")] = "shuffle",
     workers: Annotated[int | None, Option(help="number of processes (default: all cores)")] = None,
@@ -54,6 +58,7 @@ def build_beton(
     options = beton.BuildOptions(
         canvas=canvas,
         max_side=max_side,
+        codec=codec,
         quality=quality,
         order=order,
         workers=workers,

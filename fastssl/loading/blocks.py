@@ -1,0 +1,102 @@
+"""Batches of images that are still compressed in blocks (build-beton --codec bc4), on any device."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastssl.beton.bc4 import BLOCK, BLOCK_BYTES, BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR, RED_OF_CR
+from fastssl.common.constants import constant
+
+# The parts of an interpolated level that come from the two endpoints, by index: of 7, if the first endpoint is larger.
+_OF_7 = ((7, 0), (0, 7), (6, 1), (5, 2), (4, 3), (3, 4), (2, 5), (1, 6))
+_OF_5 = ((5, 0), (0, 5), (4, 1), (3, 2), (2, 3), (1, 4), (0, 0), (0, 0))  # else of 5, and the last two are 0 and 255
+
+
+@dataclass(frozen=True, slots=True)
+class BlockImages:
+    """Images that are compressed in blocks: those of a batch, or all of a resident set.
+
+    Example:
+        >>> batch.image.pixels()  # uint8 (B, H, W, 3)
+    """
+
+    blocks: Tensor  # uint8 (B, bytes): the planes Y, Cb and Cr of each image, see fastssl/beton/bc4.py
+    side: int  # px
+    codec: Literal["bc4"] = "bc4"
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, rows: slice | Tensor) -> "BlockImages":
+        """Some of the images."""
+        return BlockImages(self.blocks[rows], self.side)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of the pixels: (B, H, W, 3)."""
+        return len(self.blocks), self.side, self.side, 3
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.blocks.is_cuda
+
+    def to(self, device: str | torch.device) -> "BlockImages":
+        return BlockImages(self.blocks.to(device), self.side)
+
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """Decode to planes: uint8 (B, H, W, 1), luma; uint8 (B, H/2, W/2, 2), chroma Cb and Cr."""
+        luma_bytes = self.side * self.side // 2
+        y, cb, cr = self.blocks.split([luma_bytes, luma_bytes // 4, luma_bytes // 4], dim=1)
+        return _decode_plane(y)[..., None], torch.stack([_decode_plane(cb), _decode_plane(cr)], dim=3)
+
+    def pixels(self) -> Tensor:
+        """Decode to RGB pixels, uint8 (B, H, W, 3). Chroma is interpolated between the centers of its pixels."""
+        y_BHW1, c_BHW2 = self.planes()
+        c_BHW2 = c_BHW2.int()
+        for axis in (1, 2):
+            c_BHW2 = _double(c_BHW2, axis)
+        blue, red = (c_BHW2 - 2048).unbind(3)  # times 16, around 0
+        luma = (y_BHW1[..., 0].int() << 20) + (1 << 19)
+        channels = (
+            luma + RED_OF_CR * red,
+            luma + GREEN_OF_CB * blue + GREEN_OF_CR * red,
+            luma + BLUE_OF_CB * blue,
+        )
+        return torch.stack([(channel >> 20).clamp(0, 255).to(torch.uint8) for channel in channels], dim=3)
+
+
+def _decode_plane(blocks: Tensor) -> Tensor:
+    """(B, side, side) uint8: a square plane that is stored in the blocks of uint8 (B, bytes)."""
+    across = math.isqrt(blocks.shape[1] // BLOCK_BYTES)
+    blocks_BNK = blocks.unflatten(1, (-1, BLOCK_BYTES)).int()
+    first = blocks_BNK[..., 0:1]
+    second = blocks_BNK[..., 1:2]
+    of_7 = constant(_OF_7, blocks.device).int()
+    of_5 = constant(_OF_5, blocks.device).int()
+    of_5_levels = (of_5[:, 0] * first + of_5[:, 1] * second) // 5
+    of_5_levels[..., 7] = 255
+    levels_BN8 = torch.where(first > second, (of_7[:, 0] * first + of_7[:, 1] * second) // 7, of_5_levels)
+    # Three bytes hold the indices of eight pixels.
+    bytes_BN23 = blocks_BNK[..., 2:].unflatten(2, (2, 3))
+    bits_BN2 = bytes_BN23[..., 0] | bytes_BN23[..., 1] << 8 | bytes_BN23[..., 2] << 16
+    shifts = 3 * torch.arange(8, device=blocks.device, dtype=torch.int32)
+    index_BNP = (bits_BN2[..., None] >> shifts & 7).flatten(2)
+    values = levels_BN8.gather(2, index_BNP.long()).to(torch.uint8)
+    tiles = values.view(-1, across, across, BLOCK, BLOCK)
+    return tiles.transpose(2, 3).reshape(-1, BLOCK * across, BLOCK * across)
+
+
+def _double(x: Tensor, axis: int) -> Tensor:
+    """Twice the resolution along an axis, times 4: 3 times the pixel that a new one lies in, plus its neighbor."""
+    count = x.shape[axis]
+    near = torch.arange(2 * count, device=x.device) // 2
+    step = 2 * (torch.arange(2 * count, device=x.device) % 2) - 1
+    far = (near + step).clamp(0, count - 1)
+    return 3 * x.index_select(axis, near) + x.index_select(axis, far)
