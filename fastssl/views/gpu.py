@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import ViewsConfig
 from fastssl.views.gpu_kernels import (
     COLUMNS,
@@ -31,7 +32,7 @@ TILE = 32  # rows and columns of the pixels that one program makes
 OPTIONS = {"enable_fp_fusion": True}  # a product and a sum may be rounded once; Triton 3.9 warns without it
 
 
-def parameter_table(stored: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor]) -> Tensor:
+def parameter_table(stored: Tensor | BlockImages, box_N4: Tensor | None, drawn: Parameters[Tensor]) -> Tensor:
     """(N, COLUMNS) float32: all that the kernels need to know of N views. See the columns in gpu_kernels.py.
 
     stored: the images, of which only the size matters. box_N4: the crop boxes in their pixels; None: the whole images,
@@ -57,7 +58,7 @@ def parameter_table(stored: Tensor, box_N4: Tensor | None, drawn: Parameters[Ten
 
 
 def triton_views(
-    image: Tensor,
+    image: Tensor | BlockImages,
     table: Tensor,
     views: ViewsConfig,
     dtype: torch.dtype = torch.float32,
@@ -72,6 +73,8 @@ def triton_views(
         dtype, memory_format: of the result. For bf16 and fp16, pixels in between are fp16 in [0, 1].
         row_B: int64. If given, `image` holds more images, and image b of the batch is its row row_B[b].
     """
+    if isinstance(image, BlockImages):
+        raise NotImplementedError  # the torch chain makes views of images in blocks
     image = image.contiguous()
     row_B = None if row_B is None else row_B.contiguous()
     size, count = views.size, len(table)

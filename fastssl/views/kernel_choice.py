@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastssl.beton.format import RGB
 from fastssl.common.errors import UserError, in_short
+from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import ViewsConfig
 from fastssl.views.parameters import Parameters
 
@@ -25,7 +26,7 @@ class TritonChoice:
         self.kernel = kernel
         self.works: bool | None = None  # not known yet
 
-    def takes(self, stored: Tensor, compare: Callable[[], str | None]) -> bool:
+    def takes(self, stored: Tensor | BlockImages, compare: Callable[[], str | None]) -> bool:
         """Whether Triton's kernels make the views of these images.
 
         compare: called at most once; returns in what Triton's views differ from those of the torch chain, if they do.
@@ -51,7 +52,7 @@ class TritonChoice:
         return self.kernel == "triton" or bool(self.works)
 
 
-def on_gpu(stored: Tensor) -> bool:
+def on_gpu(stored: Tensor | BlockImages) -> bool:
     # Within torch.compile the torch operations are what can be compiled.
     return stored.is_cuda and not torch.compiler.is_compiling()
 

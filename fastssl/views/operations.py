@@ -15,12 +15,37 @@ from torch.nn import functional
 
 from fastssl.beton.format import RGB
 from fastssl.common.constants import constant
+from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import ViewsConfig
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 BLUR_RADIUS = 6  # pixels
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue, as in torchvision (ITU-R 601)
 SOLARIZE_THRESHOLD = 128 / 255
+RED_OF_CR, GREEN_OF_CB, GREEN_OF_CR, BLUE_OF_CB = 1.402, -0.344136, -0.714136, 1.772  # RGB of YCbCr, ITU-T T.871
+
+
+def crop_to_unit_range(
+    image: Tensor | BlockImages, image_index_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int
+) -> Tensor:
+    """`crop_resize` to values in [0, 1], of uint8 pixels (B, H, W, C) or of images in blocks.
+
+    Of images in blocks, luma and chroma are resampled each at its own resolution, and only then become RGB. So chroma
+    is resampled once, where decoding to pixels would interpolate it before.
+    """
+    if isinstance(image, BlockImages):
+        y_BHW1, c_BHW2 = image.planes()
+        y_N1SS = crop_resize(y_BHW1, image_index_N, box_N4, flip_N, size)
+        c_N2SS = crop_resize(c_BHW2, image_index_N, box_N4 / 2, flip_N, size)
+        return to_rgb(y_N1SS, c_N2SS)
+    return crop_resize(image, image_index_N, box_N4, flip_N, size) / 255
+
+
+def to_rgb(y_N1HW: Tensor, c_N2HW: Tensor) -> Tensor:
+    """(N, 3, H, W) in [0, 1], clamped: from luma and chroma (Cb, Cr) in [0, 255], JFIF's full-range BT.601."""
+    blue, red = (c_N2HW - 128).split(1, dim=1)
+    channels = y_N1HW + RED_OF_CR * red, y_N1HW + GREEN_OF_CB * blue + GREEN_OF_CR * red, y_N1HW + BLUE_OF_CB * blue
+    return (torch.cat(channels, dim=1) / 255).clamp(0, 1)
 
 
 def crop_resize(image_BHWC: Tensor, image_index_N: Tensor, box_N4: Tensor, flip_N: Tensor, size: int) -> Tensor:

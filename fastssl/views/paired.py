@@ -1,4 +1,4 @@
-"""The augmented views of a batch, and the evaluation transform: from uint8 pixels to normalized floats.
+"""The augmented views of a batch, and the evaluation transform: from uint8 pixels or blocks to normalized floats.
 
 `torch_views` is the readable chain: the oracle of the fast kernels, and what runs where they do not. On a CPU the same
 chain runs in `cpu.cpu_views`, a kernel that is twenty times as fast as compiled torch operations; on a GPU in
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fastssl.beton.format import RGB
 from fastssl.common.geometry import CENTER, crop_box, eval_box
 from fastssl.loading import ImageRows
+from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import PerViewConfig, ViewsConfig
 from fastssl.views import operations
 from fastssl.views.cpu import cpu_views
 from fastssl.views.kernel_choice import TritonChoice, find_difference
-from fastssl.views.operations import crop_resize, normalize, to_unit_range
+from fastssl.views.operations import crop_to_unit_range, normalize, to_unit_range
 from fastssl.views.parameters import Parameters, draw_parameters, draw_uniforms, no_augmentation
 
 
@@ -61,7 +62,7 @@ class PairedViews(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        image: Tensor | ImageRows,
+        image: Tensor | BlockImages | ImageRows,
         index: Tensor,
         epoch: int | Tensor,
         height: Tensor | None = None,
@@ -69,12 +70,12 @@ class PairedViews(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Make the views of a batch: `count` tensors (B, C, size, size) on the device of `image`.
 
-        image: uint8, (B, H, W, C), or rows of a larger tensor, or (B, count, size, size, 3) with the crops that the
-        loader has cut. index: (B,) sample ids. height, width: (B,) sizes of the source images, in whose pixels the crop
-        is drawn; None: those of `image`.
+        image: uint8, (B, H, W, C), or (B, count, size, size, 3) with the crops that the loader has cut; or images in
+        blocks; or rows of a resident set of images. index: (B,) sample ids. height, width: (B,) sizes of the source
+        images, in whose pixels the crop is drawn; None: those of `image`.
         """
         stored, row_B = image if isinstance(image, ImageRows) else (image, None)
-        if stored.ndim == 5 and stored.shape[1] != self.count:
+        if len(stored.shape) == 5 and stored.shape[1] != self.count:
             raise ValueError(f"The loader cut {stored.shape[1]} crops from each image for {self.count} views.")
         arguments = (index, epoch, height, width)
 
@@ -84,37 +85,54 @@ class PairedViews(nn.Module):
             table = self._draw_table(stored, *arguments)
             return triton_views(stored, table, self.views, self.dtype, self.memory_format, row_B)
 
-        def pixels() -> Tensor:
+        def gathered() -> Tensor | BlockImages:
             return image.gather() if isinstance(image, ImageRows) else image
 
         def compare() -> str | None:
             box_N4, drawn = self.draw(stored, *arguments)
-            by_torch = partial(self._some_by_torch, pixels(), box_N4, drawn)
+            by_torch = partial(self._some_by_torch, gathered(), box_N4, drawn)
             return find_difference(by_triton, by_torch, drawn, len(index), self.views)
 
-        views = by_triton() if self.triton.takes(stored, compare) else self._make(pixels(), *arguments)
+        views = by_triton() if self.triton.takes(stored, compare) else self._make(gathered(), *arguments)
         return views.chunk(self.count)
 
     def make(
-        self, image: Tensor, index: Tensor, epoch: int | Tensor, height: Tensor | None, width: Tensor | None
+        self,
+        image: Tensor | BlockImages,
+        index: Tensor,
+        epoch: int | Tensor,
+        height: Tensor | None,
+        width: Tensor | None,
     ) -> Tensor:
         """(N, C, size, size): the views by numba's kernel on a CPU, else by torch operations."""
         box_N4, drawn = self.draw(image, index, epoch, height, width)
         on_cpu = image.device.type == "cpu" and not torch.compiler.is_compiling()
-        make_views = cpu_views if on_cpu else torch_views
-        views = make_views(image, box_N4, drawn, self.views)
+        if on_cpu and isinstance(image, Tensor):
+            views = cpu_views(image, box_N4, drawn, self.views)
+        else:
+            views = torch_views(image, box_N4, drawn, self.views)
         return views.to(self.dtype).contiguous(memory_format=self.memory_format)
 
     def draw(
-        self, stored: Tensor, index: Tensor, epoch: int | Tensor, height: Tensor | None, width: Tensor | None
+        self,
+        stored: Tensor | BlockImages,
+        index: Tensor,
+        epoch: int | Tensor,
+        height: Tensor | None,
+        width: Tensor | None,
     ) -> tuple[Tensor | None, Parameters[Tensor]]:
         """Draw the crop boxes, None if the loader has cut the crops, and all other parameters of the views."""
         u_NU = draw_uniforms(self.seed, epoch, index, self.count)
-        box_N4 = None if stored.ndim == 5 else self.crop_boxes(u_NU, stored, height, width)
+        box_N4 = None if len(stored.shape) == 5 else self.crop_boxes(u_NU, stored, height, width)
         return box_N4, draw_parameters(u_NU, self.views, self.count)
 
     def draw_table(
-        self, stored: Tensor, index: Tensor, epoch: int | Tensor, height: Tensor | None, width: Tensor | None
+        self,
+        stored: Tensor | BlockImages,
+        index: Tensor,
+        epoch: int | Tensor,
+        height: Tensor | None,
+        width: Tensor | None,
     ) -> Tensor:
         """`draw`, as the table that Triton's kernels take."""
         from fastssl.views.gpu import parameter_table
@@ -122,13 +140,17 @@ class PairedViews(nn.Module):
         box_N4, drawn = self.draw(stored, index, epoch, height, width)
         return parameter_table(stored, box_N4, drawn)
 
-    def _some_by_torch(self, image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], images: slice) -> Tensor:
+    def _some_by_torch(
+        self, image: Tensor | BlockImages, box_N4: Tensor | None, drawn: Parameters[Tensor], images: slice
+    ) -> Tensor:
         """The views of some images of a batch by `torch_views`."""
         n = torch.arange(len(drawn.flip_N), device=image.device).view(self.count, -1)[:, images].flatten()
         some = Parameters(*(parameter[n] for parameter in drawn))
         return torch_views(image[images], None if box_N4 is None else box_N4[n], some, self.views)
 
-    def crop_boxes(self, u_NU: Tensor, stored: Tensor, height: Tensor | None, width: Tensor | None) -> Tensor:
+    def crop_boxes(
+        self, u_NU: Tensor, stored: Tensor | BlockImages, height: Tensor | None, width: Tensor | None
+    ) -> Tensor:
         """(N, 4) float32: the crop boxes in pixels of the stored images, N = count * B."""
         stored_h, stored_w = stored.shape[1:3]
         ones = torch.ones(len(u_NU), dtype=torch.int64, device=stored.device)
@@ -139,16 +161,19 @@ class PairedViews(nn.Module):
         return (box_N4 * _stored_per_source(stored, height_N, width_N).double()).float()
 
 
-def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
+def torch_views(
+    image: Tensor | BlockImages, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig
+) -> Tensor:
     """The chain in torch operations, for any device and for torch.compile. Same arguments as `cpu.cpu_views`."""
     count = len(drawn.flip_N) // len(image)
     per_view = (views.first, views.second)[:count]
     if box_N4 is None:
+        assert isinstance(image, Tensor)  # the loader cuts its crops from pixels
         x = to_unit_range(image.transpose(0, 1).flatten(0, 1))
         x = torch.where(drawn.flip_N[:, None, None, None], x.flip(3), x)
     else:
         image_index_N = torch.arange(len(image), device=image.device).repeat(count)
-        x = crop_resize(image, image_index_N, box_N4, drawn.flip_N, views.size) / 255
+        x = crop_to_unit_range(image, image_index_N, box_N4, drawn.flip_N, views.size)
     # A probability of 0 leaves out the operation's arithmetic, also in a compiled graph.
     if views.jitter.p > 0:
         x = operations.color_jitter(x, drawn.jitter_N, drawn.order_N4, drawn.factor_N4, with_hue=views.jitter.hue > 0)
@@ -162,13 +187,16 @@ def torch_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor],
 
 
 class EvalTransform(Protocol):
-    """Map a uint8 batch to the input of an encoder: (B, C, size, size) float32, normalized, on the batch's device.
+    """Map a batch to the input of an encoder: (B, C, size, size) float32, normalized, on the batch's device.
 
-    image: (B, H, W, C), or (B, 1, size, size, 3) as cut by a loader with crop="eval". height, width: (B,) sizes of the
-    source images, in which the central square is square; None: those of `image`.
+    image: uint8, (B, H, W, C), or (B, 1, size, size, 3) as cut by a loader with crop="eval"; or images in blocks; or
+    rows of a resident set of images. height, width: (B,) sizes of the source images, in which the central square is
+    square; None: those of `image`.
     """
 
-    def __call__(self, image: Tensor, height: Tensor | None = None, width: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, image: Tensor | BlockImages | ImageRows, height: Tensor | None = None, width: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @lru_cache(maxsize=16)  # so that Triton's kernels are compared with torch once, though callers make it for each batch
@@ -185,11 +213,15 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
     choice = TritonChoice(views.kernel)
     without_blur = views.model_copy(update={"first": PerViewConfig(), "second": PerViewConfig()})
 
-    def transform(image: Tensor, height: Tensor | None = None, width: Tensor | None = None) -> Tensor:
-        if image.ndim == 5:
+    def transform(
+        image: Tensor | BlockImages | ImageRows, height: Tensor | None = None, width: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(image, ImageRows):
+            image = image.gather()
+        if isinstance(image, Tensor) and image.ndim == 5:
             return normalize(to_unit_range(image[:, 0]), views)
         count, stored_h, stored_w = image.shape[:3]
-        if views.eval == "squash" and (stored_h, stored_w) == (views.size, views.size):
+        if isinstance(image, Tensor) and views.eval == "squash" and (stored_h, stored_w) == (views.size, views.size):
             return normalize(to_unit_range(image), views)
         image_index_B = torch.arange(count, device=image.device)
         height_B = torch.full_like(image_index_B, stored_h) if height is None else height
@@ -205,12 +237,12 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
 
         def by_torch(some: slice) -> Tensor:
             index = image_index_B[: len(image_index_B[some])]
-            x = crop_resize(image[some], index, box_B4[some], drawn.flip_N[some], views.size)
-            return normalize(x / 255, views)
+            x = crop_to_unit_range(image[some], index, box_B4[some], drawn.flip_N[some], views.size)
+            return normalize(x, views)
 
         if choice.takes(image, lambda: find_difference(by_triton, by_torch, drawn, count, views)):
             return by_triton()
-        if image.device.type == "cpu":
+        if image.device.type == "cpu" and isinstance(image, Tensor):
             return cpu_views(image, box_B4, drawn, views)
         return by_torch(slice(None))
 
@@ -236,7 +268,7 @@ def describe_eval_transform(views: ViewsConfig) -> dict[str, str | int | float |
     }
 
 
-def _stored_per_source(image: Tensor, height_N: Tensor, width_N: Tensor) -> Tensor:
+def _stored_per_source(image: Tensor | BlockImages, height_N: Tensor, width_N: Tensor) -> Tensor:
     """(N, 4) float32 that scale a box in source pixels to pixels of the stored image, a scaled copy of the source."""
     # Divided in float64, of which float32 is then the correctly rounded quotient: compiled for a GPU, a quotient of
     # float32 is not.
