@@ -107,10 +107,10 @@ class Buffers:
     Allocating and freeing 50 MB costs 12,000 page faults per batch.
     """
 
-    LIMIT = 8  # more than a loader ever has in use; a caller may keep any number of batches
-
-    def __init__(self, pinned: bool) -> None:
+    def __init__(self, pinned: bool, limit: int = 8) -> None:
+        """limit: the tensors to remember: more than a loader ever has in use. A caller may keep any number of them."""
         self.pinned = pinned
+        self.limit = limit
         self._arrays: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
@@ -122,7 +122,7 @@ class Buffers:
             # A tensor made from an array holds a reference to it, and so do views of that tensor.
             if sys.getrefcount(array) == _REFERENCES_IF_UNUSED and array.shape == shape:
                 return torch.from_numpy(array)
-        self._arrays = [*self._arrays, np.empty(shape, np.uint8)][-self.LIMIT :]
+        self._arrays = [*self._arrays, np.empty(shape, np.uint8)][-self.limit :]
         return torch.from_numpy(self._arrays[-1])
 
 

@@ -224,6 +224,16 @@ def test_cpu_views_do_not_depend_on_the_number_of_threads(images):
     assert all(torch.equal(a, b) for a, b in zip(*made))
 
 
+def test_views_on_the_cpu_reuse_the_memory_of_views_that_nobody_holds(images):
+    views, index = PairedViews(EVERYTHING, seed=1), torch.arange(6)
+    kept = [views(uint8(images), index, epoch)[1] for epoch in range(5)]
+    again = [views(uint8(images), index, epoch)[1] for epoch in range(5)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, again))
+    assert len({view.data_ptr() for view in kept + again}) == 10
+    del kept, again
+    assert len({views(uint8(images), index, epoch)[0].data_ptr() for epoch in range(5)}) <= 2
+
+
 @pytest.mark.parametrize("make", [cpu_views, torch_views])
 def test_one_view_equals_the_first_of_two_bit_for_bit(images, monkeypatch, make):
     """With crops cut by the views and by the loader; no number is drawn for a second view."""
