@@ -5,8 +5,10 @@ twentieth of the speed. Here an operation runs only on the views that drew it. P
 pixels equal those of paired.torch_views, the oracle, up to rounding.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,11 +25,12 @@ from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
 _pool: ThreadPoolExecutor | None = None
-# New memory for every batch would cost more than all operations but the blur: 75,000 page faults for 512 views of 224 px.
+# 512 views of 224 px in new memory cost 75,000 page faults, more time than all operations but the crop and the blur.
 _buffers = Buffers(pinned=False, limit=2)  # a loop holds one pair of views while it makes the next
 _buffers_lock = Lock()
 _kernel = compiled(fastmath={"contract"})  # a product and a sum may be rounded once, as one instruction
 _inlined = compiled(inline="always")
+_to_tuple = cast("Callable[[np.ndarray, int], tuple[Any, ...]]", to_fixed_tuple)
 BLUR_SIZE = 2 * BLUR_RADIUS + 1
 
 
@@ -269,12 +272,12 @@ def _blur(plane: np.ndarray, kernel_K: np.ndarray, padded: np.ndarray) -> None:
     size = len(plane)
     # As tuples, the weights and the rows stay in registers while a line is summed: three times as fast as adding the
     # weighted rows to the line one after the other.
-    weights = to_fixed_tuple(kernel_K, BLUR_SIZE)
+    weights = _to_tuple(kernel_K, BLUR_SIZE)
     row_K = np.empty(BLUR_SIZE, np.int64)
     for y in range(size):
         for d in range(BLUR_SIZE):
             row_K[d] = _reflected(y + d - BLUR_RADIUS, size)
-        rows = to_fixed_tuple(row_K, BLUR_SIZE)
+        rows = _to_tuple(row_K, BLUR_SIZE)
         line = padded[y]
         for x in range(size):
             total = np.float32(0)
