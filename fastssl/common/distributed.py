@@ -11,7 +11,7 @@ ranks wait in it while the main process evaluates a probe.
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar, cast
 from uuid import uuid4
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastssl.common.errors import Stopped, UserError
+from fastssl.common.terminal import progress
 
 Value = TypeVar("Value")
 
@@ -41,6 +42,11 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     return rank() == 0
+
+
+def main_progress(title: str, total: int, unit: str = "images") -> AbstractContextManager[Callable[..., None]]:
+    """Show progress in the main process only."""
+    return progress(title, total, unit) if is_main_process() else nullcontext(lambda *_: None)
 
 
 def spans_hosts() -> bool:

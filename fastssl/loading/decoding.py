@@ -1,4 +1,4 @@
-"""Decode the stored bytes of a batch to pixels, with threads on the CPU."""
+"""Turn the stored bytes of a batch into pixels or blocks, with threads on the CPU."""
 
 import sys
 import threading
@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.beton.format import RAW
+from fastssl.beton.format import BC4, RAW
 from fastssl.loading import kernels
+from fastssl.loading.blocks import BlockImages
 from fastssl.loading.kernels import DecodeArrays
 from fastssl.loading.samples import Cropping, Samples
 from fastssl.loading.spans import span
 
-SMALL_BATCH = 1 << 20  # bytes; copying that many stored pixels takes as long as waking a thread
+SMALL_BATCH = 1 << 20  # bytes; copying that many takes as long as waking a thread
 
 
 class DecodeTask(NamedTuple):
     """A batch to decode."""
 
-    image: Tensor  # uint8 (B, H, W, C), or (B, V, size, size, 3); the memory of arrays.out
+    # uint8 (B, H, W, C) or (B, V, size, size, 3), or the images in blocks; the memory of arrays.out
+    image: Tensor | BlockImages
     arrays: DecodeArrays
 
 
@@ -51,11 +53,12 @@ class ThreadDecoder:
         self.buffers = buffers
         self._pool = ThreadPoolExecutor(workers, "fastssl-decode")
         self._scratch = threading.local()
+        self._only_copies = cropping.only_copies(samples)
 
     def prepare(self, row_B: np.ndarray, epoch: int) -> DecodeTask:
         """Collect what the threads need, and get memory for the pixels."""
         samples = self.samples
-        image = self.buffers.take((len(row_B), *self.cropping.image_shape(samples)))
+        memory = self.buffers.take((len(row_B), *self.cropping.image_shape(samples)))
         arrays = DecodeArrays(
             file=samples.file,
             start_B=samples.start_N[row_B],
@@ -63,15 +66,17 @@ class ThreadDecoder:
             mode_B=samples.mode_N[row_B],
             shape_B2=samples.shape_N2[row_B],
             box_BV4=self.cropping.boxes(samples, row_B, epoch),
-            out=image.numpy(),
+            out=memory.numpy(),
             status_B=np.full(len(row_B), kernels.FAILED, np.int8),
             counter=np.zeros(1, np.int64),
         )
-        return DecodeTask(image, arrays)
+        if memory.ndim == 2:
+            return DecodeTask(BlockImages(memory, int(samples.shape_N2[0, 0])), arrays)
+        return DecodeTask(memory, arrays)
 
     def begin(self, task: DecodeTask) -> PendingBatch:
         """Start decoding. A batch so small that waking threads would take longer is decoded here."""
-        if is_small(task.image.nbytes, task.arrays.mode_B):
+        if is_small(task.arrays.out.nbytes, task.arrays.mode_B, self.cropping):
             self._decode(task.arrays)
             return PendingBatch(task, [])
         threads = min(self.workers, len(task.image))
@@ -82,7 +87,9 @@ class ThreadDecoder:
 
     def _decode(self, arrays: DecodeArrays) -> None:
         with span("decode"):
-            if self.cropping.mode == "gpu":
+            if self._only_copies:
+                kernels.copy_images(arrays)
+            elif self.cropping.mode == "gpu":
                 kernels.decode_images(arrays)
             else:
                 kernels.decode_crops(arrays, *self._scratch_arrays())
@@ -96,9 +103,10 @@ class ThreadDecoder:
         return self._scratch.arrays
 
 
-def is_small(image_bytes: int, mode_B: np.ndarray) -> bool:
-    """Whether copying the stored pixels of a batch takes less time than waking a thread."""
-    return image_bytes <= SMALL_BATCH and bool((mode_B == RAW).all())
+def is_small(batch_bytes: int, mode_B: np.ndarray, cropping: Cropping) -> bool:
+    """Whether copying the stored pixels or blocks of a batch takes less time than waking a thread."""
+    copied = (RAW, BC4) if cropping.mode == "gpu" else (RAW,)  # blocks are decoded before the CPU cuts crops
+    return batch_bytes <= SMALL_BATCH and bool(np.isin(mode_B, copied).all())
 
 
 class Buffers:

@@ -1,6 +1,7 @@
 """The table of all samples of a .beton, and the crop boxes that are cut out of them on the CPU."""
 
 import hashlib
+import mmap
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -8,10 +9,12 @@ import numpy as np
 import torch
 
 from fastssl.beton import BetonInfo, read_header, read_names, read_samples
+from fastssl.beton.format import BC4, JPG, bc4_bytes
 from fastssl.beton.read import map_file
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
+from fastssl.common.system import madvise
 from fastssl.recipe import ViewsConfig
 
 CropMode = Literal["gpu", "cpu", "eval"]
@@ -27,7 +30,7 @@ class Samples(NamedTuple):
     file: np.ndarray  # the whole file, mapped, uint8
     start_N: np.ndarray  # byte of the file at which the image starts
     size_N: np.ndarray  # stored bytes of the image
-    mode_N: np.ndarray  # RAW or JPG of beton.format
+    mode_N: np.ndarray  # RAW, JPG or BC4 of beton.format
     shape_N2: np.ndarray  # stored height and width in px
     channels: int  # of every image; 3: RGB
     page_N: np.ndarray  # page of the file that contains the image
@@ -62,6 +65,24 @@ class Samples(NamedTuple):
             height_N=column("height", shape_N2[:, 0]),
             width_N=column("width", shape_N2[:, 1]),
         )
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the images are canvases in BC4. All of a file are, or none."""
+        return bool(self.mode_N[0] == BC4)
+
+    def read_ahead(self, row_B: np.ndarray) -> None:
+        """Let the system read these images from the disk, without waiting for it, if they are neighbors in the file.
+
+        Threads that touch pages of a mapped file wait for each piece that the system reads around a page. A file that
+        was not in memory was loaded at 0.45 GB/s so, with this at 1.3 GB/s; `dd` read it at 1.6 GB/s.
+        """
+        if len(row_B) == 0:
+            return
+        first = int(self.start_N[row_B].min()) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = int((self.start_N[row_B] + self.size_N[row_B]).max())
+        if end - first < 2 * int(self.size_N[row_B].sum()) + mmap.PAGESIZE:
+            madvise(self.file.ctypes.data + first, end - first, mmap.MADV_WILLNEED)
 
     def fingerprint(self) -> str:
         """A hash that differs for other images, labels or orders, but not for a copy of the file. Decodes nothing."""
@@ -125,11 +146,15 @@ class Cropping(NamedTuple):
     crops: int  # per image, with mode "cpu"
 
     def image_shape(self, samples: Samples) -> tuple[int, ...]:
-        """The shape of a decoded image: (H, W, C), or (crops, size, size, 3)."""
+        """The shape of an image in a batch: (H, W, C), for blocks (bytes,), or (crops, size, size, 3)."""
         if self.mode == "gpu":  # all images of the file have this shape
             height, width = samples.shape_N2[0].tolist()
-            return height, width, samples.channels
+            return (bc4_bytes(height),) if samples.in_blocks else (height, width, samples.channels)
         return self.crops if self.mode == "cpu" else 1, self.views.size, self.views.size, 3
+
+    def only_copies(self, samples: Samples) -> bool:
+        """Whether a batch holds what is stored: pixels or blocks, whole."""
+        return self.mode == "gpu" and not (samples.mode_N == JPG).any()
 
     def boxes(self, samples: Samples, row_B: np.ndarray, epoch: int) -> np.ndarray:
         """(B, crops, 4) float64: the boxes in stored pixels, the same as in fastssl.views; 0 crops with mode "gpu"."""

@@ -4,8 +4,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from datetime import datetime
 from importlib.metadata import version
 from itertools import islice
@@ -14,12 +13,17 @@ from pathlib import Path
 import torch
 
 from fastssl.beton import read_header
-from fastssl.common.distributed import broadcast_from_main, is_main_process, joined_processes, world_size
+from fastssl.common.distributed import (
+    broadcast_from_main,
+    is_main_process,
+    joined_processes,
+    main_progress,
+    world_size,
+)
 from fastssl.common.environment import describe_environment, device_name
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular, part_of
 from fastssl.common.system import available_cores, free_memory
-from fastssl.common.terminal import progress
 from fastssl.profiling.bottleneck import Cost, CostModel, describe_bottleneck, setup_of
 from fastssl.profiling.device_stages import DeviceStages, PhaseTimer
 from fastssl.profiling.end_to_end import EndToEndStage
@@ -294,8 +298,3 @@ def _machine_cpu_seconds() -> float:
     first_line = Path("/proc/stat").read_text().split("\n", 1)[0]
     user, nice, system, _, _, *interrupts = map(int, first_line.split()[1:8])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-
-
-def main_progress(title: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]:
-    """Show progress in the main process only."""
-    return progress(title, total, unit) if is_main_process() else nullcontext(lambda *_: None)

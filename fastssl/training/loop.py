@@ -74,6 +74,8 @@ def train(
             broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint)
+        if run.state.loader.resident:  # takes a minute for a large set: before the display and the meters begin
+            run.state.loader.load_resident()
         if not resumes:  # create the directory only now, when nothing is wrong with the recipe
             broadcast_from_main(open_run_dir)
         if checkpoint and is_main_process():

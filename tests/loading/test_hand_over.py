@@ -30,10 +30,14 @@ class FakeGpu:
 
             def record_event(self):
                 gpu.note("record")
-                return "event"
+                return Event()
 
             def wait_event(self, event):
-                gpu.note(f"wait for {event}")
+                gpu.note("wait for event")
+
+        class Event:
+            def synchronize(self):
+                gpu.note("synchronize")
 
         @contextmanager
         def stream(chosen):
@@ -109,12 +113,21 @@ def test_all_epochs_share_one_stream(canvas, gpu):
     assert gpu.of_reader().count("device meta") == 3
 
 
-def test_a_resident_set_comes_through_the_same_stream(canvas, gpu):
-    loader = BetonLoader(canvas / "train.beton", 16, device=META, resident=True)
+@pytest.mark.parametrize("size", ["canvas", "canvas_jpeg"])
+def test_a_resident_set_is_copied_once_with_two_copies_under_way(request, gpu, size, monkeypatch):
+    monkeypatch.setattr(loader_module, "LOADED_BYTES", 16 * 32 * 32 * 3)
+    loader = BetonLoader(request.getfixturevalue(size) / "train.beton", 16, device=META, resident=True)
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, source, non_blocking: copies.append((x, source, non_blocking)))
     for _ in range(2):
         assert all(tensor.device == META for batch in loader for tensor in batch.tensors())
-    assert [call for _, call in gpu.calls].count("new stream") == 1
-    assert gpu.of_reader().count("record") == 3  # of the first epoch
+    # Three pieces of pinned memory go straight to the memory of the whole set.
+    assert len(copies) == 3 and sum(len(x) for x, _, _ in copies) == 48
+    for x, source, non_blocking in copies:
+        assert x.device == META and non_blocking and source.untyped_storage().data_ptr() in gpu.pinned
+    assert gpu.of_reader().count("record") == 0 and gpu.of_reader().count("copy") == 0
+    main = [call for thread, call in gpu.calls if thread != "fastssl-reader"]
+    assert [call for call in main if call in ("record", "synchronize")] == ["record"] + 2 * ["synchronize", "record"]
 
 
 def test_a_tensor_that_is_on_the_device_stays_there(gpu):
