@@ -70,6 +70,14 @@ def canvas_jpeg(photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def canvas_bc4(photos, tmp_path_factory):
+    """The same at canvas 48, stored in blocks."""
+    out = tmp_path_factory.mktemp("canvas_bc4")
+    build_beton("imagefolder", photos, out, canvas=48, codec="bc4", workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
 def full(photos, tmp_path_factory):
     """The same in the full layout: the JPEGs' own bytes, of different sizes."""
     out = tmp_path_factory.mktemp("full")

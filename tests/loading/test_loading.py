@@ -404,7 +404,7 @@ def test_a_sample_with_a_decoder_warning_is_used_and_counted(canvas_jpeg, tmp_pa
 def test_an_exception_in_a_thread_reaches_the_caller(canvas, monkeypatch):
     loader = BetonLoader(canvas / "train.beton", 8)
     list(loader)
-    monkeypatch.setattr(kernels, "decode_images", lambda *_: 1 / 0)
+    monkeypatch.setattr(kernels, "copy_images", lambda *_: 1 / 0)
     start, threads = time.monotonic(), threading.active_count()
     with pytest.raises(ZeroDivisionError):
         list(loader)

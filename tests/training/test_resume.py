@@ -33,7 +33,7 @@ from fastssl.training import run_dir, run_writer, train
 VARIANTS = {
     "barlow": ["optim.name=sgd", "views.progressive_resize={size: 24, epochs: [0, 3]}", "views.size=64"],
     "zprob_barlow": ["embedding.prior=mixture", "embedding.mixture_components=3", "train.ema=0.9"],
-    "hprob_vicreg": ["train.accumulate=2", "optim.name=lars", "optim.lr=0.1"],
+    "hprob_vicreg": ["data.resident=true", "train.accumulate=2", "optim.name=lars", "optim.lr=0.1"],
     "beyond/zprob_simclr": ["embedding.stochastic=hz", "embedding.prior=vamp", "embedding.mixture_components=3"],
     "supervised": [
         "objective={name: supervised, classes: 3}",
@@ -44,12 +44,19 @@ VARIANTS = {
 }
 
 
-def test_every_objective_killed_and_resumed_equals_undisturbed_bit_for_bit(canvas, tmp_path):
-    """One process trains them all; it is killed once in each of them, and started again with the same jobs."""
+def test_every_objective_killed_and_resumed_equals_undisturbed_bit_for_bit(canvas, canvas_bc4, tmp_path):
+    """One process trains them all; it is killed once in each of them, and started again with the same jobs.
+
+    Two train on images in blocks, streamed and resident.
+    """
+    folders = {"barlow": canvas_bc4, "hprob_vicreg": canvas_bc4}
     shared = ["train.batch_size=8", "train.epochs=4", "checkpoint.every=4", "probe={every: 1, k: 3}", "log.every=1"]
 
     def start_training(folder):
-        jobs = [(name, small(canvas, tmp_path / folder / name, *shared, *more)) for name, more in VARIANTS.items()]
+        jobs = [
+            (name, small(folders.get(name, canvas), tmp_path / folder / name, *shared, *more))
+            for name, more in VARIANTS.items()
+        ]
         process = FORKS.Process(target=train_jobs, args=(jobs,))
         process.start()
         return process
