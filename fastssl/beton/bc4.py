@@ -93,30 +93,49 @@ def decode_plane(blocks: np.ndarray, first_row: int, first_column: int, out_YX: 
     """
     across = int(np.sqrt(len(blocks) // BLOCK_BYTES))
     levels = np.empty(8, np.uint8)
-    for block_row in range(out_YX.shape[0] // BLOCK):
-        start = ((first_row + block_row) * across + first_column) * BLOCK_BYTES
-        for block_column in range(out_YX.shape[1] // BLOCK):
-            block = blocks[start : start + BLOCK_BYTES]
-            high = np.int32(block[0])
-            low = np.int32(block[1])
-            levels[0] = high
-            levels[1] = low
-            if high > low:
-                for i in range(2, 8):
-                    levels[i] = ((8 - i) * high + (i - 1) * low) // 7
-            else:
-                for i in range(2, 6):
-                    levels[i] = ((6 - i) * high + (i - 1) * low) // 5
-                levels[6] = 0
-                levels[7] = 255
-            bits = np.uint64(0)
-            for i in range(6):
-                bits |= np.uint64(block[2 + i]) << np.uint64(8 * i)
+    for row in range(out_YX.shape[0] // BLOCK):
+        for column in range(out_YX.shape[1] // BLOCK):
+            indices = _read_block(blocks, (first_row + row) * across + first_column + column, levels)
             for y in range(BLOCK):
                 for x in range(BLOCK):
-                    out_YX[BLOCK * block_row + y, BLOCK * block_column + x] = levels[np.int64(bits & np.uint64(7))]
-                    bits >>= np.uint64(3)
-            start += BLOCK_BYTES
+                    out_YX[BLOCK * row + y, BLOCK * column + x] = levels[np.int64(indices & np.uint64(7))]
+                    indices >>= np.uint64(3)
+
+
+@compiled()
+def decode_transposed(blocks: np.ndarray, first_row: int, first_column: int, out_XY: np.ndarray) -> None:
+    """`decode_plane`, with the columns of the window as the rows of `out_XY`."""
+    across = int(np.sqrt(len(blocks) // BLOCK_BYTES))
+    levels = np.empty(8, np.uint8)
+    for column in range(out_XY.shape[0] // BLOCK):
+        for row in range(out_XY.shape[1] // BLOCK):
+            indices = _read_block(blocks, (first_row + row) * across + first_column + column, levels)
+            for y in range(BLOCK):
+                for x in range(BLOCK):
+                    out_XY[BLOCK * column + x, BLOCK * row + y] = levels[np.int64(indices & np.uint64(7))]
+                    indices >>= np.uint64(3)
+
+
+@compiled(inline="always")
+def _read_block(blocks: np.ndarray, number: int, levels: np.ndarray) -> np.uint64:
+    """Fill in the eight levels of a block. Returns the indices of its pixels, 3 bits each, the first one lowest."""
+    block = blocks[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+    high = np.int32(block[0])
+    low = np.int32(block[1])
+    levels[0] = high
+    levels[1] = low
+    if high > low:
+        for i in range(2, 8):
+            levels[i] = ((8 - i) * high + (i - 1) * low) // 7
+    else:
+        for i in range(2, 6):
+            levels[i] = ((6 - i) * high + (i - 1) * low) // 5
+        levels[6] = 0
+        levels[7] = 255
+    indices = np.uint64(0)
+    for i in range(6):
+        indices |= np.uint64(block[2 + i]) << np.uint64(8 * i)
+    return indices
 
 
 @compiled(inline="always")

@@ -18,9 +18,11 @@ from torch import Tensor
 from fastssl.beton.format import RGB
 from fastssl.beton.resize import resize_line, resize_weights
 from fastssl.common.compiled import compiled
+from fastssl.loading.blocks import BlockImages
 from fastssl.loading.decoding import Buffers
 from fastssl.loading.kernels import take
 from fastssl.recipe import ViewsConfig
+from fastssl.views.cpu_blocks import new_scratch, resize_blocks_to_planes
 from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
@@ -34,18 +36,23 @@ _to_tuple = cast("Callable[[np.ndarray, int], tuple[Any, ...]]", to_fixed_tuple)
 BLUR_SIZE = 2 * BLUR_RADIUS + 1
 
 
-def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig) -> Tensor:
+def cpu_views(
+    image: Tensor | BlockImages, box_N4: Tensor | None, drawn: Parameters[Tensor], views: ViewsConfig
+) -> Tensor:
     """(N, C, size, size) float32, normalized: N = count * B views of a batch, all first ones before all second ones.
 
-    image: uint8, (B, H, W, C), with the crops' boxes (top, left, height, width) in its pixels, or already cropped, (B,
-    count, size, size, C). drawn: the parameters of the N views.
+    image: uint8, (B, H, W, C), or images in blocks, with the crops' boxes (top, left, height, width) in its pixels, or
+    already cropped, (B, count, size, size, C). drawn: the parameters of the N views.
     """
-    if box_N4 is None:
+    if isinstance(image, BlockImages):
+        assert box_N4 is not None  # the loader cuts crops of pixels only
+        source = image.blocks.contiguous().numpy()
+    elif box_N4 is None:
         source = image.transpose(0, 1).flatten(0, 1).contiguous().numpy()
         box_N4 = torch.tensor([0, 0, views.size, views.size]).expand(len(source), 4)
     else:
         source = image.contiguous().numpy()
-    channels = source.shape[3]
+    channels = image.shape[-1]
     with _buffers_lock:
         memory = _buffers.take((len(box_N4), channels, views.size, 4 * views.size))
     out = memory.view(torch.float32)
@@ -55,7 +62,10 @@ def cpu_views(image: Tensor, box_N4: Tensor | None, drawn: Parameters[Tensor], v
         np.full(channels, views.mean, np.float32), np.full(channels, views.std, np.float32), out.numpy(),
         np.zeros(1, np.int64),
     )  # fmt: skip
-    make_views = _make_views if channels == RGB else _make_views_without_colors
+    if isinstance(image, BlockImages):
+        make_views = _make_views_of_blocks
+    else:
+        make_views = _make_views if channels == RGB else _make_views_without_colors
     # As many threads as torch may use, while the caller waits: never more busy threads than with torch alone.
     global _pool
     if _pool is None:
@@ -83,25 +93,55 @@ def _make_views(
     while n < len(out):
         x = out[n]
         _resize_to_planes(source[n % len(source)], box_N4[n], drawn.flip_N[n], x, line)
-        red, green, blue = x[0].reshape(-1), x[1].reshape(-1), x[2].reshape(-1)
-        if drawn.jitter_N[n]:
-            for stage in range(4):
-                operation = drawn.order_N4[n, stage]
-                factor = drawn.factor_N4[n, operation]
-                if operation == HUE and factor != 0:
-                    _shift_hue(red, green, blue, factor)
-                elif operation != HUE:
-                    _blend(red, green, blue, operation, factor)
-        if drawn.gray_N[n]:
-            for i in range(len(red)):
-                red[i] = green[i] = blue[i] = _luma(red[i], green[i], blue[i])
-        if drawn.blur_N[n]:
-            kernel_K = _gaussian(drawn.sigma_N[n])
-            for channel in range(3):
-                _blur(x[channel], kernel_K, padded)
-        for channel in range(3):
-            _finish(x[channel].reshape(-1), drawn.solarize_N[n], mean[channel], np.float32(1) / std[channel])
+        _augment(x, n, drawn, mean, std, padded)
         n = take(counter)
+
+
+@_kernel
+def _make_views_of_blocks(
+    source: np.ndarray,
+    box_N4: np.ndarray,
+    drawn: Parameters[np.ndarray],
+    mean: np.ndarray,
+    std: np.ndarray,
+    out: np.ndarray,
+    counter: np.ndarray,
+) -> None:
+    """The same for images in blocks, (B, bytes)."""
+    size = out.shape[2]
+    side = int(np.sqrt(4 * source.shape[1] // 3))
+    scratch = new_scratch(side, size)
+    padded = np.empty((size, size + 2 * BLUR_RADIUS), np.float32)
+    n = take(counter)
+    while n < len(out):
+        resize_blocks_to_planes(source[n % len(source)], side, box_N4[n], drawn.flip_N[n], out[n], scratch)
+        _augment(out[n], n, drawn, mean, std, padded)
+        n = take(counter)
+
+
+@_kernel
+def _augment(
+    x: np.ndarray, n: int, drawn: Parameters[np.ndarray], mean: np.ndarray, std: np.ndarray, padded: np.ndarray
+) -> None:
+    """Apply the operations that follow the crop to view n, planes of RGB in [0, 1]; normalize it."""
+    red, green, blue = x[0].reshape(-1), x[1].reshape(-1), x[2].reshape(-1)
+    if drawn.jitter_N[n]:
+        for stage in range(4):
+            operation = drawn.order_N4[n, stage]
+            factor = drawn.factor_N4[n, operation]
+            if operation == HUE and factor != 0:
+                _shift_hue(red, green, blue, factor)
+            elif operation != HUE:
+                _blend(red, green, blue, operation, factor)
+    if drawn.gray_N[n]:
+        for i in range(len(red)):
+            red[i] = green[i] = blue[i] = _luma(red[i], green[i], blue[i])
+    if drawn.blur_N[n]:
+        kernel_K = _gaussian(drawn.sigma_N[n])
+        for channel in range(3):
+            _blur(x[channel], kernel_K, padded)
+    for channel in range(3):
+        _finish(x[channel].reshape(-1), drawn.solarize_N[n], mean[channel], np.float32(1) / std[channel])
 
 
 @_kernel

@@ -107,10 +107,8 @@ class PairedViews(nn.Module):
         """(N, C, size, size): the views by numba's kernel on a CPU, else by torch operations."""
         box_N4, drawn = self.draw(image, index, epoch, height, width)
         on_cpu = image.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and isinstance(image, Tensor):
-            views = cpu_views(image, box_N4, drawn, self.views)
-        else:
-            views = torch_views(image, box_N4, drawn, self.views)
+        make_views = cpu_views if on_cpu else torch_views
+        views = make_views(image, box_N4, drawn, self.views)
         return views.to(self.dtype).contiguous(memory_format=self.memory_format)
 
     def draw(
@@ -242,7 +240,7 @@ def eval_transform(views: ViewsConfig) -> EvalTransform:
 
         if choice.takes(image, lambda: find_difference(by_triton, by_torch, drawn, count, views)):
             return by_triton()
-        if image.device.type == "cpu" and isinstance(image, Tensor):
+        if image.device.type == "cpu":
             return cpu_views(image, box_B4, drawn, views)
         return by_torch(slice(None))
 
