@@ -29,6 +29,7 @@ from fastssl.views.operations import BLUR_RADIUS, box_limits
 from fastssl.views.parameters import CONTRAST, Parameters
 
 TILE = 32  # rows and columns of the pixels that one program makes
+IN_BLOCKS_OPTIONS = {"maxnreg": 128}  # registers of a thread that decodes: four programs on a multiprocessor
 OPTIONS = {"enable_fp_fusion": True}  # a product and a sum may be rounded once; Triton 3.9 warns without it
 
 
@@ -68,17 +69,15 @@ def triton_views(
     """(N, 3, size, size), normalized: N = count * B views of a batch, all first ones before all second ones.
 
     Args:
-        image: uint8, (B, H, W, 3), or crops of the final size, (B, count, size, size, 3).
+        image: uint8, (B, H, W, 3), or crops of the final size, (B, count, size, size, 3); or images in blocks.
         table: the parameters of the N views, from `parameter_table`.
         dtype, memory_format: of the result. For bf16 and fp16, pixels in between are fp16 in [0, 1].
         row_B: int64. If given, `image` holds more images, and image b of the batch is its row row_B[b].
     """
-    if isinstance(image, BlockImages):
-        raise NotImplementedError  # the torch chain makes views of images in blocks
-    image = image.contiguous()
+    source = image.blocks.contiguous().view(torch.int64) if isinstance(image, BlockImages) else image.contiguous()
     row_B = None if row_B is None else row_B.contiguous()
     size, count = views.size, len(table)
-    crops = image.shape[1] if image.ndim == 5 else 1
+    crops = image.shape[1] if len(image.shape) == 5 else 1
     batch = len(image) if row_B is None else len(row_B)
     height, width = image.shape[-3:-1]
     across = triton.cdiv(size, TILE)
@@ -92,10 +91,12 @@ def triton_views(
     mean, scale = ((*values, *values, *values)[:3] for values in (views.mean, [1 / std for std in views.std]))
     finish = (*mean, *scale, step_C, step_P)
     blurs = max(view.blur for view in (views.first, views.second)[: count // batch]) > 0
-    with torch.cuda.device_of(image):  # Triton launches on the current device
+    in_blocks = isinstance(image, BlockImages)
+    with torch.cuda.device_of(source):  # Triton launches on the current device
         crop_kernel[(count * tiles,)](
-            image, image if row_B is None else row_B, table, planes, gray_sums,
-            batch, height, width, size, crops, row_B is not None, TILE, **OPTIONS,
+            source, source if row_B is None else row_B, table, planes, gray_sums,
+            batch, height, width, size, crops, in_blocks, row_B is not None, TILE,
+            **OPTIONS, **(IN_BLOCKS_OPTIONS if in_blocks else {}),
         )  # fmt: skip
         contrast_kernel[(count * tiles,)](
             planes, table, gray_sums, out, *finish, size, tiles, triton.next_power_of_2(tiles), TILE, **OPTIONS

@@ -24,6 +24,11 @@ COLUMNS = tl.constexpr(32)
 
 RADIUS = tl.constexpr(operations.BLUR_RADIUS)
 RED, GREEN, BLUE = (tl.constexpr(weight) for weight in operations.LUMA)
+RED_OF_CR, GREEN_OF_CB = tl.constexpr(operations.RED_OF_CR), tl.constexpr(operations.GREEN_OF_CB)
+GREEN_OF_CR, BLUE_OF_CB = tl.constexpr(operations.GREEN_OF_CR), tl.constexpr(operations.BLUE_OF_CB)
+# Of a block, by index from the lowest four bits up: the steps from the first endpoint to the second, of 7 or of 5.
+STEPS_OF_7, STEPS_OF_5 = tl.constexpr(0x65432170), tl.constexpr(0x00432150)
+ONE, SEVENTH, FIFTH = tl.constexpr(65541), tl.constexpr(9363), tl.constexpr(13108)  # in units of 1/65536, rounded up
 THRESHOLD = tl.constexpr(operations.SOLARIZE_THRESHOLD)
 IS_BRIGHTNESS, IS_SATURATION, IS_HUE = (tl.constexpr(number) for number in (BRIGHTNESS, SATURATION, HUE))
 IS_CONTRAST = tl.constexpr(CONTRAST)
@@ -32,9 +37,13 @@ IS_CONTRAST = tl.constexpr(CONTRAST)
 @triton.jit
 def crop_kernel(
     image, row_B, table, planes, gray_sums,
-    batch, in_height, in_width, SIZE: tl.constexpr, CROPS: tl.constexpr, BY_ROW: tl.constexpr, TILE: tl.constexpr,
+    batch, in_height, in_width,
+    SIZE: tl.constexpr, CROPS: tl.constexpr, IN_BLOCKS: tl.constexpr, BY_ROW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Crop, resize and flip as operations.crop_resize does; then the jitter's operations before contrast."""
+    """Crop, resize and flip as operations.crop_to_unit_range does; then the jitter's operations before contrast.
+
+    image: uint8 pixels; IN_BLOCKS: the words of 64 bits of images in blocks (fastssl/beton/bc4.py).
+    """
     n, y, x, inside = _tile(SIZE, TILE)
     parameters = table + n * COLUMNS
     source = n % batch
@@ -42,35 +51,13 @@ def crop_kernel(
         source = tl.load(row_B + source)
     if CROPS > 1:  # an image holds a crop for each view
         source = source * CROPS + n // batch
-    pixels = image + source.to(tl.int64) * (in_height * in_width * 3)
-
-    mirrored_x = tl.where(tl.load(parameters + FLIP) > 0, SIZE - 1 - x, x)
-    center_y, reach_y = _filter(y, tl.load(parameters + TOP), tl.load(parameters + HEIGHT), SIZE)
-    center_x, reach_x = _filter(mirrored_x, tl.load(parameters + LEFT), tl.load(parameters + WIDTH), SIZE)
-    low_y, high_y = tl.load(parameters + FIRST_Y), tl.load(parameters + END_Y)
-    low_x, high_x = tl.load(parameters + FIRST_X), tl.load(parameters + END_X)
-    first_y, first_x = tl.floor(center_y - reach_y + 0.5), tl.floor(center_x - reach_x + 0.5)
-    per_pixel_y, per_pixel_x = 1.0 / reach_y, 1.0 / reach_x
-    red = tl.zeros([TILE, TILE], tl.float32)
-    green = tl.zeros([TILE, TILE], tl.float32)
-    blue = tl.zeros([TILE, TILE], tl.float32)
-    sum_y = tl.zeros([TILE, 1], tl.float32)
-    sum_x = tl.zeros([1, TILE], tl.float32)
-    taps_x = tl.ceil(2 * reach_x).to(tl.int32)  # two, unless the box has more pixels than the view
-    for k in range(taps_x):
-        sum_x += _weight(first_x + k, center_x, per_pixel_x, low_x, high_x)
-    for j in range(tl.ceil(2 * reach_y).to(tl.int32)):
-        weight_y = _weight(first_y + j, center_y, per_pixel_y, low_y, high_y)
-        sum_y += weight_y
-        row = pixels + _clamp_position(first_y + j, in_height) * in_width * 3
-        for k in range(taps_x):
-            weight = weight_y * _weight(first_x + k, center_x, per_pixel_x, low_x, high_x)
-            pixel = row + _clamp_position(first_x + k, in_width) * 3
-            red += weight * tl.load(pixel, mask=inside, other=0).to(tl.float32)
-            green += weight * tl.load(pixel + 1, mask=inside, other=0).to(tl.float32)
-            blue += weight * tl.load(pixel + 2, mask=inside, other=0).to(tl.float32)
-    scale = 1.0 / (255.0 * sum_y * sum_x)
-    red, green, blue = red * scale, green * scale, blue * scale
+    x_in_source = tl.where(tl.load(parameters + FLIP) > 0, SIZE - 1 - x, x)
+    if IN_BLOCKS:
+        words = image + source.to(tl.int64) * (in_height * in_width * 3 // 32)
+        red, green, blue = _crop_blocks(words, parameters, y, x_in_source, inside, in_width, SIZE, TILE)
+    else:
+        pixels = image + source.to(tl.int64) * (in_height * in_width * 3)
+        red, green, blue = _crop_pixels(pixels, parameters, y, x_in_source, inside, in_height, in_width, SIZE, TILE)
 
     for stage in range(tl.load(parameters + BEFORE).to(tl.int32)):
         red, green, blue = _jitter(red, green, blue, parameters, stage)
@@ -155,6 +142,106 @@ def _tile(SIZE: tl.constexpr, TILE: tl.constexpr):
     y = (tile // ACROSS * TILE + tl.arange(0, TILE))[:, None]
     x = (tile % ACROSS * TILE + tl.arange(0, TILE))[None, :]
     return tl.program_id(0) // (ACROSS * ACROSS), y, x, (y < SIZE) & (x < SIZE)
+
+
+@triton.jit
+def _crop_pixels(pixels, parameters, y, x, inside, in_height, in_width, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Red, green and blue in [0, 1] of the output positions (y, x), from interleaved pixels of an image."""
+    center_y, reach_y = _filter(y, tl.load(parameters + TOP), tl.load(parameters + HEIGHT), SIZE)
+    center_x, reach_x = _filter(x, tl.load(parameters + LEFT), tl.load(parameters + WIDTH), SIZE)
+    low_y, high_y = tl.load(parameters + FIRST_Y), tl.load(parameters + END_Y)
+    low_x, high_x = tl.load(parameters + FIRST_X), tl.load(parameters + END_X)
+    first_y, first_x = tl.floor(center_y - reach_y + 0.5), tl.floor(center_x - reach_x + 0.5)
+    per_pixel_y, per_pixel_x = 1.0 / reach_y, 1.0 / reach_x
+    red = tl.zeros([TILE, TILE], tl.float32)
+    green = tl.zeros([TILE, TILE], tl.float32)
+    blue = tl.zeros([TILE, TILE], tl.float32)
+    sum_y = tl.zeros([TILE, 1], tl.float32)
+    sum_x = tl.zeros([1, TILE], tl.float32)
+    taps_x = tl.ceil(2 * reach_x).to(tl.int32)  # two, unless the box has more pixels than the view
+    for k in range(taps_x):
+        sum_x += _weight(first_x + k, center_x, per_pixel_x, low_x, high_x)
+    for j in range(tl.ceil(2 * reach_y).to(tl.int32)):
+        weight_y = _weight(first_y + j, center_y, per_pixel_y, low_y, high_y)
+        sum_y += weight_y
+        row = pixels + _clamp_position(first_y + j, in_height) * in_width * 3
+        for k in range(taps_x):
+            weight = weight_y * _weight(first_x + k, center_x, per_pixel_x, low_x, high_x)
+            pixel = row + _clamp_position(first_x + k, in_width) * 3
+            red += weight * tl.load(pixel, mask=inside, other=0).to(tl.float32)
+            green += weight * tl.load(pixel + 1, mask=inside, other=0).to(tl.float32)
+            blue += weight * tl.load(pixel + 2, mask=inside, other=0).to(tl.float32)
+    scale = 1.0 / (255.0 * sum_y * sum_x)
+    return red * scale, green * scale, blue * scale
+
+
+@triton.jit
+def _crop_blocks(words, parameters, y, x, inside, side, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The same from the blocks of an image: luma and chroma, each resampled at its own resolution."""
+    luma, _ = _crop_planes(words, parameters, y, x, inside, side, 1, 1, SIZE, TILE)
+    blue, red = _crop_planes(words + side * side // 16, parameters, y, x, inside, side, 2, 2, SIZE, TILE)
+    luma, blue, red = luma * (1.0 / 255.0), (blue - 128.0) * (1.0 / 255.0), (red - 128.0) * (1.0 / 255.0)
+    return (
+        _clamp(luma + RED_OF_CR * red),
+        _clamp(luma + GREEN_OF_CB * blue + GREEN_OF_CR * red),
+        _clamp(luma + BLUE_OF_CB * blue),
+    )
+
+
+@triton.jit
+def _crop_planes(
+    words, parameters, y, x, inside, side,
+    PLANES: tl.constexpr, PER_PIXEL: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One plane or two, in [0, 255], the pixels of which are PER_PIXEL pixels of luma high and wide."""
+    SCALE: tl.constexpr = 1.0 / PER_PIXEL
+    side = side // PER_PIXEL
+    across = side // 4
+    center_y, reach_y = _filter(y, SCALE * tl.load(parameters + TOP), SCALE * tl.load(parameters + HEIGHT), SIZE)
+    center_x, reach_x = _filter(x, SCALE * tl.load(parameters + LEFT), SCALE * tl.load(parameters + WIDTH), SIZE)
+    low_y, high_y = tl.floor(SCALE * tl.load(parameters + FIRST_Y)), tl.ceil(SCALE * tl.load(parameters + END_Y))
+    low_x, high_x = tl.floor(SCALE * tl.load(parameters + FIRST_X)), tl.ceil(SCALE * tl.load(parameters + END_X))
+    first_y, first_x = tl.floor(center_y - reach_y + 0.5), tl.floor(center_x - reach_x + 0.5)
+    per_pixel_y, per_pixel_x = 1.0 / reach_y, 1.0 / reach_x
+    one = tl.zeros([TILE, TILE], tl.float32)
+    two = tl.zeros([TILE, TILE], tl.float32)
+    sum_y = tl.zeros([TILE, 1], tl.float32)
+    sum_x = tl.zeros([1, TILE], tl.float32)
+    taps_y = tl.ceil(2 * reach_y).to(tl.int32)
+    for j in range(taps_y):
+        sum_y += _weight(first_y + j, center_y, per_pixel_y, low_y, high_y)
+    # A thread has eight pixels of one row, so what depends on the column is computed in the outer loop.
+    for k in range(tl.ceil(2 * reach_x).to(tl.int32)):
+        weight_x = _weight(first_x + k, center_x, per_pixel_x, low_x, high_x)
+        sum_x += weight_x
+        column = _clamp_position(first_x + k, side)
+        for j in range(taps_y):
+            weight = weight_x * _weight(first_y + j, center_y, per_pixel_y, low_y, high_y)
+            row = _clamp_position(first_y + j, side)
+            word = words + (row >> 2) * across + (column >> 2)
+            bit = (16 + 12 * (row & 3)) + 3 * (column & 3)
+            one += weight * _decode(tl.load(word, mask=inside, other=0), bit)
+            if PLANES == 2:
+                two += weight * _decode(tl.load(word + across * across, mask=inside, other=0), bit)
+    scale = 1.0 / (sum_y * sum_x)
+    return one * scale, two * scale
+
+
+@triton.jit
+def _decode(word, bit):
+    """The level, 0 to 255, of the pixel of a block whose index has its lowest bit there.
+
+    A level is first + (second - first) * steps / 7 or 5, rounded down, here in units of 1/65536. The factors that
+    replace the divisions are rounded up, by so little that the level is exact for all endpoints.
+    """
+    endpoints = word.to(tl.int32)
+    first, second = endpoints & 255, (endpoints >> 8) & 255
+    index_4 = (word >> (bit - 2)).to(tl.int32) & 28  # four times the index, for the tables of steps
+    has_six = first <= second  # levels, and the extremes 0 and 255; else eight
+    steps = (tl.where(has_six, STEPS_OF_5, STEPS_OF_7) >> index_4) & 15
+    between = first * ONE + (second - first) * (steps * tl.where(has_six, FIFTH, SEVENTH))
+    is_extreme = has_six & (index_4 >= 24)
+    return (tl.where(is_extreme, (index_4 - 24) * (255 * 16384), between) >> 16).to(tl.float32)
 
 
 @triton.jit

@@ -23,13 +23,13 @@ def compiled(name, capability, out="bf16", size=224, step_C=1, step_P=3, **given
     between = "*fp32" if out == "fp32" else "*fp16"
     tiles = triton.cdiv(size, gpu.TILE) ** 2
     types = {
-        "image": "*u8", "row_B": "*i64" if "BY_ROW" in given else "*u8", "table": "*fp32", "planes": between,
-        "halfway": between, "gray_sums": "*fp32",
+        "image": (image := "*i64" if "IN_BLOCKS" in given else "*u8"), "row_B": "*i64" if "BY_ROW" in given else image,
+        "table": "*fp32", "planes": between, "halfway": between, "gray_sums": "*fp32",
         "out": f"*{out}", "batch": "i32", "in_height": "i32", "in_width": "i32", **FINISH,
     }  # fmt: skip
     constants = {
         "SIZE": size, "TILE": gpu.TILE, "TILES": tiles, "TILES_2": triton.next_power_of_2(tiles), "CROPS": 1,
-        "BY_ROW": False, "STEP_C": step_C, "STEP_P": step_P, **given,
+        "IN_BLOCKS": False, "BY_ROW": False, "STEP_C": step_C, "STEP_P": step_P, **given,
     }  # fmt: skip
     kernel = getattr(gpu_kernels, name)
     return compile_kernel(kernel, types, {k: v for k, v in constants.items() if k in kernel.arg_names}, capability)

@@ -13,7 +13,9 @@ from multiprocessing import get_context
 import pytest
 import torch
 
+from fastssl.beton.format import bc4_bytes
 from fastssl.loading import ImageRows
+from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform, kernel_choice
 from fastssl.views.operations import SOLARIZE_THRESHOLD, unnormalize
@@ -38,6 +40,12 @@ def smooth_images(batch, height, width):
     coarse = torch.rand(batch, 3, height // 5 + 1, width // 5 + 1, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
     return (images * 1.2 - 0.1).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def random_blocks(batch, side):
+    """Any bytes, so blocks of both modes."""
+    generator = torch.Generator().manual_seed(0)
+    return BlockImages(torch.randint(0, 256, (batch, bc4_bytes(side)), dtype=torch.uint8, generator=generator), side)
 
 
 def parameters(count, **given):
@@ -96,13 +104,14 @@ def test_every_operation_and_every_order_equals_the_torch_chain(interpreter):
     interpreter.submit(check_operations).result()
 
 
-def check_size(size, batch, height, width, tile):
+def check_size(image, size, tile):
     from fastssl.views import gpu
 
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu, "TILE", tile)
     views = ViewsConfig(size=size, first=PerViewConfig(blur=1.0, solarize=0.5), second=PerViewConfig(blur=0.3))
-    image, count = smooth_images(batch, height, width), 2 if batch > 1 else 1
+    batch, height, width, _ = image.shape
+    count = 2 if batch > 1 else 1
     drawn = draw_parameters(draw_uniforms(3, 0, torch.arange(batch), count), views, count)
     # The whole image, its corners, one pixel, less than a pixel, and boxes with fractions.
     edge_cases = [
@@ -123,11 +132,44 @@ def check_size(size, batch, height, width, tile):
 )
 def test_every_size_equals_the_torch_chain(interpreter, size, batch, height, width, tile):
     """Enlarged and reduced, with tiles inside and across the border."""
-    interpreter.submit(check_size, size, batch, height, width, tile).result()
+    interpreter.submit(check_size, smooth_images(batch, height, width), size, tile).result()
 
 
-def check_layouts_and_types():
-    image, views = smooth_images(4, 24, 20), BLURRED
+LONG = (pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 64, 32), (31, 24, 8), (57, 64, 32)))
+
+
+@pytest.mark.parametrize("size, side, tile", [(16, 24, 16), (40, 8, 64), *LONG])
+def test_views_of_random_blocks_equal_the_torch_chain_at_every_size(interpreter, size, side, tile):
+    """Also where an image has one block of chroma only."""
+    interpreter.submit(check_size, random_blocks(3, side), size, tile).result()
+
+
+def check_every_block():
+    """Each block has another pair of endpoints, and twice each index. The crop keeps the pixels as they are."""
+    from fastssl.views import gpu
+
+    side = 4 * 256
+    images = random_blocks(1, side)
+    pairs = torch.arange(256 * 256)
+    indices = torch.tensor([0b10001000, 0b11000110, 0b11111010]).repeat(2)  # 0, 1, 2 ... 7 and again
+    blocks = torch.stack([pairs // 256, pairs % 256, *indices[:, None].expand(6, len(pairs))], dim=1).byte()
+    images.blocks[:, : blocks.numel()] = blocks.flatten()
+    box, views = torch.tensor([[0.0, 0, side, side]]), ViewsConfig(size=side, mean=(0.0,), std=(1.0,))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(gpu, "TILE", 256)
+    made = make(images, box, parameters(1), views)
+    patch.undo()
+    assert largest_difference(made, images, box, parameters(1), views) < FP32
+    gray = images.planes()[0][0, ..., 0]
+    assert gray[:4, :4].unique().tolist() == [0, 255], "where both endpoints are 0, two levels are the extremes"
+
+
+def test_every_pair_of_endpoints_and_every_index_equal_the_torch_chain(interpreter):
+    interpreter.submit(check_every_block).result()
+
+
+def check_layouts_and_types(image):
+    views = BLURRED
     box = torch.tensor([1.0, 2.0, 18.0, 15.0]).expand(8, 4)
     drawn = draw_parameters(draw_uniforms(1, 0, torch.arange(4)), views)
     plain = make(image, box, drawn, views)
@@ -139,6 +181,10 @@ def check_layouts_and_types():
     assert torch.equal(plain, make(image[rows.argsort()], box, drawn, views, row_B=rows))
     some = Parameters(*(parameter[2:3] for parameter in drawn))
     assert torch.equal(plain[2:3], make(image[2:3], box[2:3], some, views)), "it depends on its batch"
+
+
+def check_crops_of_the_loader():
+    views, drawn = BLURRED, draw_parameters(draw_uniforms(1, 0, torch.arange(4)), BLURRED)
     crops = smooth_images(8, 16, 16).unflatten(0, (4, 2))
     made = make(crops, None, drawn, views)
     assert drawn.flip_N.any() and largest_difference(made, crops, None, drawn, views) < FP32
@@ -146,8 +192,13 @@ def check_layouts_and_types():
     assert torch.equal(made[:4], make(crops[:, :1], None, first, views))
 
 
-def test_formats_types_rows_of_a_resident_set_and_crops_of_the_loader(interpreter):
-    interpreter.submit(check_layouts_and_types).result()
+@pytest.mark.parametrize("image", [smooth_images(4, 24, 20), random_blocks(4, 24)], ids=["pixels", "blocks"])
+def test_formats_types_and_rows_of_a_resident_set(interpreter, image):
+    interpreter.submit(check_layouts_and_types, image).result()
+
+
+def test_crops_of_the_loader(interpreter):
+    interpreter.submit(check_crops_of_the_loader).result()
 
 
 def guarded(shape, dtype, memory_format, at_end):
@@ -171,7 +222,7 @@ def guarded(shape, dtype, memory_format, at_end):
     return inner.view(shape), rest
 
 
-def check_bounds(at_end):
+def check_bounds(at_end, in_blocks):
     from fastssl.views import gpu
 
     left_over = []
@@ -192,26 +243,37 @@ def check_bounds(at_end):
         return GuardedTorch().empty(tuple(tensor.shape), dtype=tensor.dtype).copy_(tensor)
 
     views = BLURRED.model_copy(update={"size": 19})
+    height, width = (24, 24) if in_blocks else (33, 21)
     # Boxes of all images that end at their borders, and one that rounding has put outside.
     box = torch.tensor(
-        [[0, 0, 33, 21], [28, 17, 5, 4], [30.5, 0, 2.5, 21], [0, 20, 33, 1], [0, 0, 1, 1], [0, 0, 33.001, 21.001]]
-    )
+        [
+            [0, 0, height, width], [height - 5, width - 4, 5, 4], [height - 2.5, 0, 2.5, width],
+            [0, width - 1, height, 1], [0, 0, 1, 1], [0, 0, height + 0.001, width + 0.001],
+        ]
+    )  # fmt: skip
     drawn = draw_parameters(draw_uniforms(2, 0, torch.arange(3)), views)
     drawn = drawn._replace(blur_N=torch.ones(6, dtype=torch.bool))
-    image = copy(smooth_images(3, 33, 21))
+    image = copy(smooth_images(3, height, width))
+    if in_blocks:
+        image = BlockImages(copy(random_blocks(3, height).blocks), height)
     table = copy(gpu.parameter_table(image, box, drawn))
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu, "torch", GuardedTorch())
     for dtype in (torch.float32, torch.bfloat16):
         assert gpu.triton_views(image, table, views, dtype).isfinite().all()
     patch.undo()
-    assert len(left_over) == 2 + 2 * 4 and all((rest == CANARY).all() for rest in left_over)
+    assert len(left_over) == 2 + in_blocks + 2 * 4 and all((rest == CANARY).all() for rest in left_over)
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("at_end", [True, False])
-def test_no_kernel_reads_or_writes_outside_of_its_buffers(interpreter, at_end):
+def test_no_kernel_reads_or_writes_outside_of_its_buffers(interpreter, at_end, in_blocks):
     """It would end the interpreter's process."""
-    interpreter.submit(check_bounds, at_end).result()
+    interpreter.submit(check_bounds, at_end, in_blocks).result()
+
+
+def torch_views_of(paired_views, image, index, *sizes):
+    return torch_views(image, *paired_views.draw(image, index, 5, *sizes), paired_views.views).chunk(2)
 
 
 def check_wiring():
@@ -234,6 +296,19 @@ def check_wiring():
             assert ((a - b).abs() > 1e-4).float().mean() < 1e-3
         resident = ImageRows(image.flip(0), torch.arange(5, -1, -1))
         assert all(torch.equal(a, b) for a, b in zip(made, paired_views(resident, index, 5, *sizes)))
+
+    blocks = random_blocks(6, 40)
+    paired_views, in_torch = PairedViews(views, seed=3), PairedViews(views, seed=3)
+    resident = ImageRows(blocks[torch.arange(5, -1, -1)], torch.arange(5, -1, -1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made, by_row = (paired_views(source, index, 5, *sizes) for source in (blocks, resident))
+        transformed = eval_transform(views)(blocks, *sizes)
+    assert paired_views.triton.works and all(torch.equal(a, b) for a, b in zip(made, by_row))
+    for a, b in zip(made, torch_views_of(in_torch, blocks, index, *sizes)):
+        assert ((a - b).abs() > 1e-4).float().mean() < 1e-3
+    in_torch = eval_transform(views.model_copy(update={"kernel": "torch"}))
+    torch.testing.assert_close(transformed, in_torch(blocks, *sizes), rtol=0, atol=1e-4)
 
     dark = views.model_copy(update={"mean": (0.05,), "std": (0.08,)})  # so bf16 rounds values up to 12
     half = PairedViews(dark, seed=3, dtype=torch.bfloat16)
