@@ -1,6 +1,7 @@
 """What a training step of a recipe costs a GPU, counted from the code that torch.compile generates for it.
 
     python benchmarks/gpu_budget.py recipes/zprob_barlow.yaml [key=value ...] [--only views] [--json F]
+    python benchmarks/gpu_budget.py recipes/zprob_barlow.yaml --only views --in-blocks      of canvases in BC4
     python benchmarks/gpu_budget.py recipes/zprob_barlow.yaml --kornia      also kornia's chain, where it is installed
 
 No GPU is needed and none is used (`fake_cuda.py`). For the views of a batch, and for the forward and backward pass with
@@ -26,8 +27,9 @@ from fake_cuda import Kernel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastssl.beton.format import RGB
+from fastssl.beton.format import RGB, bc4_bytes
 from fastssl.common import randomness
+from fastssl.loading.blocks import BlockImages
 from fastssl.models import ModelInput
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, load_recipe
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--stored", type=int, help="side of the stored images in pixels; default: as builders choose it"
     )
+    parser.add_argument("--in-blocks", action="store_true", help="the stored images are in blocks, not pixels")
     parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s; an H200 reaches about 4.0 of its 4.8")
     parser.add_argument("--kornia", action="store_true", help="also the same augmentations by kornia, compiled")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -83,7 +86,7 @@ def main() -> None:
     fake_cuda.install()
     budgets: list[Budget] = []
     if arguments.only != "step":
-        budgets += views_budgets(recipe, stored, arguments.bandwidth)
+        budgets += views_budgets(recipe, stored, arguments.in_blocks, arguments.bandwidth)
     if arguments.kornia:
         budgets += kornia_budgets(recipe, stored, arguments.bandwidth)
     if arguments.only != "views":
@@ -91,17 +94,23 @@ def main() -> None:
 
     print(f"{arguments.recipe} {' '.join(arguments.overrides)}".strip(), end=", ")
     print(
-        f"batch {recipe.train.batch_size}, {stored} to {size} px, torch {torch.__version__}, {arguments.bandwidth} TB/s"
+        f"batch {recipe.train.batch_size}, {stored}{' in blocks' if arguments.in_blocks else ''} to {size} px", end=", "
     )
+    print(f"torch {torch.__version__}, {arguments.bandwidth} TB/s")
     print(table(budgets))
     if arguments.json:
-        result = {"torch": torch.__version__, "terabytes_per_second": arguments.bandwidth, "stored": stored}
+        result = {
+            "torch": torch.__version__,
+            "terabytes_per_second": arguments.bandwidth,
+            "stored": stored,
+            "in_blocks": arguments.in_blocks,
+        }
         arguments.json.write_text(
             json.dumps({**result, "parts": [asdict(budget) for budget in budgets]}, indent=1) + "\n"
         )
 
 
-def views_budgets(recipe: Recipe, stored: int, bandwidth: float) -> list[Budget]:
+def views_budgets(recipe: Recipe, stored: int, in_blocks: bool, bandwidth: float) -> list[Budget]:
     """The views by Triton's kernels, the drawing of their parameters, and the compiled chain of torch operations."""
     batch, channels = recipe.train.batch_size, recipe.model.in_chans
     paired_views = PairedViews(
@@ -114,7 +123,7 @@ def views_budgets(recipe: Recipe, stored: int, bandwidth: float) -> list[Budget]
         def call(backend: Callable[..., Any]) -> None:
             compiled = torch.compile(make, dynamic=False, backend=backend)
             with mode, torch.no_grad():
-                image = torch.empty(batch, stored, stored, channels, dtype=torch.uint8)
+                image = stored_images(batch, stored, channels, in_blocks)
                 index, height, width = torch.empty(3, batch, dtype=torch.int64)
                 for epoch in range(CALLS):
                     compiled(image, index, torch.full((), epoch), height, width)
@@ -123,14 +132,21 @@ def views_budgets(recipe: Recipe, stored: int, bandwidth: float) -> list[Budget]
 
     budgets = []
     if channels == RGB:
-        budgets.append(budget_of("views, Triton: pixels", pixel_kernels(recipe, stored) * CALLS, bandwidth))
+        budgets.append(budget_of("views, Triton: pixels", pixel_kernels(recipe, stored, in_blocks) * CALLS, bandwidth))
         draw = call_in_each_epoch(paired_views.draw_table)
         budgets += budgets_of({"inference": "views, Triton: parameters"}, draw, bandwidth)
     make = call_in_each_epoch(paired_views.make)
     return budgets + budgets_of({"inference": "views, torch.compile"}, make, bandwidth)
 
 
-def pixel_kernels(recipe: Recipe, stored: int) -> list[Kernel]:
+def stored_images(batch: int, side: int, channels: int, in_blocks: bool) -> Tensor | BlockImages:
+    """Square images of a batch, of which only shapes matter."""
+    if in_blocks:
+        return BlockImages(torch.empty(batch, bc4_bytes(side), dtype=torch.uint8), side)
+    return torch.empty(batch, side, side, channels, dtype=torch.uint8)
+
+
+def pixel_kernels(recipe: Recipe, stored: int, in_blocks: bool = False) -> list[Kernel]:
     """The kernels of `fastssl/views/gpu.py` that a batch launches, with the bytes that they read and write of tensors.
 
     A tensor that a kernel reads and writes counts twice here.
@@ -162,7 +178,7 @@ def pixel_kernels(recipe: Recipe, stored: int) -> list[Kernel]:
             kernels.append(Kernel(self.name, "triton", round(moved)))
 
     with torch.device("meta"):
-        image = torch.empty(recipe.train.batch_size, stored, stored, RGB, dtype=torch.uint8)
+        image = stored_images(recipe.train.batch_size, stored, RGB, in_blocks)
         table = torch.empty(count * recipe.train.batch_size, COLUMNS.value)
     with mock.patch.multiple(gpu, **{name: Recorded(name) for name in shares}):
         gpu.triton_views(image, table, views, views_dtype(recipe), memory_format(recipe))

@@ -13,6 +13,7 @@ FINISH = {f"{name}_{channel}": "fp32" for name in ("mean", "scale") for channel 
 # Instructions of one thread, all branches counted, that makes 8 pixels of 224 px views in bf16: found + 5 %.
 LIMITS = {
     "crop_kernel": {80: 1354, 90: 1372, 100: 1288},
+    "crop_kernel, blocks": {80: 2556, 90: 2586, 100: 2371},
     "contrast_kernel": {80: 1058, 90: 1001, 100: 982},
     "blur_columns_kernel": {80: 418, 90: 432, 100: 432},
     "blur_rows_kernel": {80: 1075, 90: 1057, 100: 974},
@@ -32,13 +33,22 @@ def compiled(name, capability, out="bf16", size=224, step_C=1, step_P=3, **given
         "IN_BLOCKS": False, "BY_ROW": False, "STEP_C": step_C, "STEP_P": step_P, **given,
     }  # fmt: skip
     kernel = getattr(gpu_kernels, name)
-    return compile_kernel(kernel, types, {k: v for k, v in constants.items() if k in kernel.arg_names}, capability)
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    options = {**gpu.OPTIONS, **(gpu.IN_BLOCKS_OPTIONS if "IN_BLOCKS" in given else {})}
+    return compile_kernel(kernel, types, constants, capability, options)
+
+
+def kernel_of(name):
+    """A kernel of LIMITS: its name, and the constants that are given to it."""
+    name, _, source = name.partition(", ")
+    return name, {"IN_BLOCKS": True} if source else {}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_kernel_does_not_spill_registers_and_keeps_to_its_number_of_instructions(name, capability):
-    code = compiled(name, capability)
+    kernel, given = kernel_of(name)
+    code = compiled(kernel, capability, **given)
     assert not code.spills and code.registers <= 128, code  # 128: four blocks of 128 threads on a multiprocessor
     if version("triton") != TRITON:
         pytest.skip(f"the limits are those of Triton {TRITON}")
@@ -46,7 +56,10 @@ def test_a_kernel_does_not_spill_registers_and_keeps_to_its_number_of_instructio
     assert found <= limit, f"{name} on sm_{capability}: {found} instructions, {limit} allowed"
 
 
-@pytest.mark.parametrize("given", [{"CROPS": 2}, {"BY_ROW": True}, {"batch": 1}, {"in_height": 1}])
+@pytest.mark.parametrize(
+    "given",
+    [{"CROPS": 2}, {"BY_ROW": True}, {"batch": 1}, {"in_height": 1}, {"IN_BLOCKS": True, "BY_ROW": True}],
+)
 def test_crops_of_the_loader_rows_of_a_resident_set_and_batches_of_one_compile(given):
     """Triton compiles an argument of 1 as a constant."""
     assert not compiled("crop_kernel", 90, **given).spills
@@ -54,7 +67,8 @@ def test_crops_of_the_loader_rows_of_a_resident_set_and_batches_of_one_compile(g
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_small_fp32_views_do_not_spill_either(name):
-    assert not compiled(name, 90, "fp32", 32, 32 * 32, 1).spills
+    kernel, given = kernel_of(name)
+    assert not compiled(kernel, 90, "fp32", 32, 32 * 32, 1, **given).spills
 
 
 def test_the_blur_reads_eight_neighboring_pixels_at_once():
@@ -62,3 +76,8 @@ def test_the_blur_reads_eight_neighboring_pixels_at_once():
     for name, loads in (("blur_columns_kernel", 13), ("blur_rows_kernel", 39)):
         found = compiled(name, 90).instructions["LDG"]
         assert loads < found < loads + 20, (name, found)
+
+
+def test_a_pixel_in_blocks_is_one_load():
+    """Of luma, Cb and Cr for each of the 8 pixels that a thread makes; further ones read the table."""
+    assert 24 < compiled("crop_kernel", 90, IN_BLOCKS=True).instructions["LDG"] < 24 + 20

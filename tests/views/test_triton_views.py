@@ -168,8 +168,8 @@ def test_every_pair_of_endpoints_and_every_index_equal_the_torch_chain(interpret
     interpreter.submit(check_every_block).result()
 
 
-def check_layouts_and_types(image):
-    views = BLURRED
+def check_layouts_and_types():
+    image, views = smooth_images(4, 24, 20), BLURRED
     box = torch.tensor([1.0, 2.0, 18.0, 15.0]).expand(8, 4)
     drawn = draw_parameters(draw_uniforms(1, 0, torch.arange(4)), views)
     plain = make(image, box, drawn, views)
@@ -182,9 +182,6 @@ def check_layouts_and_types(image):
     some = Parameters(*(parameter[2:3] for parameter in drawn))
     assert torch.equal(plain[2:3], make(image[2:3], box[2:3], some, views)), "it depends on its batch"
 
-
-def check_crops_of_the_loader():
-    views, drawn = BLURRED, draw_parameters(draw_uniforms(1, 0, torch.arange(4)), BLURRED)
     crops = smooth_images(8, 16, 16).unflatten(0, (4, 2))
     made = make(crops, None, drawn, views)
     assert drawn.flip_N.any() and largest_difference(made, crops, None, drawn, views) < FP32
@@ -192,13 +189,8 @@ def check_crops_of_the_loader():
     assert torch.equal(made[:4], make(crops[:, :1], None, first, views))
 
 
-@pytest.mark.parametrize("image", [smooth_images(4, 24, 20), random_blocks(4, 24)], ids=["pixels", "blocks"])
-def test_formats_types_and_rows_of_a_resident_set(interpreter, image):
-    interpreter.submit(check_layouts_and_types, image).result()
-
-
-def test_crops_of_the_loader(interpreter):
-    interpreter.submit(check_crops_of_the_loader).result()
+def test_formats_types_rows_of_a_resident_set_and_crops_of_the_loader(interpreter):
+    interpreter.submit(check_layouts_and_types).result()
 
 
 def guarded(shape, dtype, memory_format, at_end):
@@ -253,16 +245,16 @@ def check_bounds(at_end, in_blocks):
     )  # fmt: skip
     drawn = draw_parameters(draw_uniforms(2, 0, torch.arange(3)), views)
     drawn = drawn._replace(blur_N=torch.ones(6, dtype=torch.bool))
-    image = copy(smooth_images(3, height, width))
-    if in_blocks:
-        image = BlockImages(copy(random_blocks(3, height).blocks), height)
+    image = random_blocks(3, height) if in_blocks else smooth_images(3, height, width)
+    image = BlockImages(copy(image.blocks), height) if in_blocks else copy(image)
     table = copy(gpu.parameter_table(image, box, drawn))
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu, "torch", GuardedTorch())
-    for dtype in (torch.float32, torch.bfloat16):
+    dtypes = (torch.float32,) if in_blocks else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
         assert gpu.triton_views(image, table, views, dtype).isfinite().all()
     patch.undo()
-    assert len(left_over) == 2 + in_blocks + 2 * 4 and all((rest == CANARY).all() for rest in left_over)
+    assert len(left_over) == 2 + len(dtypes) * 4 and all((rest == CANARY).all() for rest in left_over)
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])
@@ -272,8 +264,27 @@ def test_no_kernel_reads_or_writes_outside_of_its_buffers(interpreter, at_end, i
     interpreter.submit(check_bounds, at_end, in_blocks).result()
 
 
-def torch_views_of(paired_views, image, index, *sizes):
-    return torch_views(image, *paired_views.draw(image, index, 5, *sizes), paired_views.views).chunk(2)
+def check_wiring_of_blocks():
+    kernel_choice.on_gpu = lambda stored: True
+    images, index, epoch = random_blocks(2, 24), torch.tensor([3, 9]), 5
+    sizes = torch.full((2,), 375), torch.full((2,), 500)
+    views = ViewsConfig(size=16)
+    resident = ImageRows(images[torch.tensor([1, 1, 0])], torch.tensor([2, 1]))
+    paired_views, transform = PairedViews(views, seed=3), eval_transform(views)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made, by_row = (paired_views(source, index, epoch, *sizes) for source in (images, resident))
+        transformed = transform(images, *sizes)
+    assert paired_views.triton.works and all(torch.equal(a, b) for a, b in zip(made, by_row))
+    box, drawn = paired_views.draw(images, index, epoch, *sizes)
+    assert largest_difference(torch.cat(made), images, box, drawn, views) < FP32
+    in_torch = eval_transform(views.model_copy(update={"kernel": "torch"}))
+    torch.testing.assert_close(transformed, in_torch(images, *sizes), rtol=0, atol=FP32)
+    assert torch.equal(transformed, transform(resident, *sizes))
+
+
+def test_blocks_are_compared_too_and_made_where_they_are(interpreter):
+    interpreter.submit(check_wiring_of_blocks).result()
 
 
 def check_wiring():
@@ -296,19 +307,6 @@ def check_wiring():
             assert ((a - b).abs() > 1e-4).float().mean() < 1e-3
         resident = ImageRows(image.flip(0), torch.arange(5, -1, -1))
         assert all(torch.equal(a, b) for a, b in zip(made, paired_views(resident, index, 5, *sizes)))
-
-    blocks = random_blocks(6, 40)
-    paired_views, in_torch = PairedViews(views, seed=3), PairedViews(views, seed=3)
-    resident = ImageRows(blocks[torch.arange(5, -1, -1)], torch.arange(5, -1, -1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        made, by_row = (paired_views(source, index, 5, *sizes) for source in (blocks, resident))
-        transformed = eval_transform(views)(blocks, *sizes)
-    assert paired_views.triton.works and all(torch.equal(a, b) for a, b in zip(made, by_row))
-    for a, b in zip(made, torch_views_of(in_torch, blocks, index, *sizes)):
-        assert ((a - b).abs() > 1e-4).float().mean() < 1e-3
-    in_torch = eval_transform(views.model_copy(update={"kernel": "torch"}))
-    torch.testing.assert_close(transformed, in_torch(blocks, *sizes), rtol=0, atol=1e-4)
 
     dark = views.model_copy(update={"mean": (0.05,), "std": (0.08,)})  # so bf16 rounds values up to 12
     half = PairedViews(dark, seed=3, dtype=torch.bfloat16)
