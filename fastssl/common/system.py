@@ -1,6 +1,5 @@
 """The machine: its CPU, and the cores and the memory that this process may use."""
 
-import ctypes
 import math
 import os
 from collections.abc import Iterator
@@ -53,15 +52,6 @@ def free_memory() -> int:
         lines = dict(line.split(":") for line in file)
     free = 1024 * int(lines["MemAvailable"].split()[0])
     return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
-
-
-def madvise(address: int, size: int, advice: int) -> None:
-    """Tell the system how `size` bytes of mapped memory from `address` on, the start of a page, will be used."""
-    _libc.madvise(address, size, advice)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _cpu_quotas() -> Iterator[int]:

@@ -5,6 +5,7 @@ order.py     which samples of a file are used, and in what order
 samples.py   the table of all samples; the crop boxes that the CPU cuts
 decoding.py  decodes the bytes of a batch to pixels, with threads; kernels.py holds their compiled functions
 prefetch.py  runs the decoding ahead of the training loop, in a thread
+resident.py  reads all images of a set that stays on the device
 image_files.py  batches of images that are in no .beton, for `embed`
 spans.py     named time intervals, for the metrics of training and for traces
 """

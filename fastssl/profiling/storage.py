@@ -13,7 +13,6 @@ import numba
 import numpy as np
 
 from fastssl.common.distributed import world_size
-from fastssl.common.system import madvise
 from fastssl.loading.kernels import take
 from fastssl.loading.samples import Samples
 from fastssl.profiling.profile import Measurement, Rate, StageResult
@@ -22,9 +21,11 @@ PAGE = mmap.PAGESIZE
 MAX_BYTES = 1 << 26  # read per window; at a hard disk's 1 MB/s of random reads this takes a minute
 MAX_SECONDS = 2.0
 STILL_CACHED = 0.2  # if this share of an evicted piece is still in memory, the system did not evict it
+MADV_DONTNEED = 4  # of <sys/mman.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @numba.njit(nogil=True)
@@ -106,7 +107,7 @@ class StorageStage:
         first = int(samples.start_N[rows].min()) // PAGE * PAGE
         end = -(-int((samples.start_N[rows] + samples.size_N[rows]).max()) // PAGE) * PAGE
         # Mapped pages stay in the page cache, so this mapping lets go of them first.
-        madvise(samples.file.ctypes.data + first, end - first, mmap.MADV_DONTNEED)
+        _libc.madvise(samples.file.ctypes.data + first, end - first, MADV_DONTNEED)
         with open(samples.path, "rb") as file:
             os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
         still = share_in_page_cache(samples.file[first : min(end, len(samples.file))])

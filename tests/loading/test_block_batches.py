@@ -1,6 +1,7 @@
 """The loader on canvases in blocks: batches hold what is stored, and decode to the same pixels everywhere."""
 
-import mmap
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -11,10 +12,12 @@ from PIL import Image
 from fastssl.beton import bc4, read_metadata
 from fastssl.beton import format as beton_format
 from fastssl.beton.format import RAW
-from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_memory, kernels
+from fastssl.common.errors import UserError
+from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_memory, kernels, resident
 from fastssl.loading import loader as loader_module
-from fastssl.loading import samples as samples_module
 from fastssl.loading.blocks import BlockImages
+from fastssl.loading.decoding import Buffers
+from fastssl.loading.samples import Samples
 from fastssl.recipe import ViewsConfig
 
 SIDE = 48
@@ -102,14 +105,14 @@ def test_threads_and_the_reader_give_the_same_batches(canvas_bc4, decoded, monke
 )
 def test_resident_gives_the_same_batches(canvas_bc4, options, monkeypatch):
     """With gather=False, as rows of all images. They are loaded in several pieces."""
-    monkeypatch.setattr(loader_module, "LOADED_BYTES", 9 * BYTES)
+    monkeypatch.setattr(resident, "PIECE", 9 * BYTES)
     kinds = ({}, {"resident": True}, {"resident": True, "gather": False})
     loaders = [BetonLoader(canvas_bc4 / "train.beton", 7, seed=2, **kind, **options) for kind in kinds]
     for _ in range(2):
-        for streamed, resident, in_place in zip(*loaders, strict=True):
-            assert isinstance(resident.image, BlockImages) and isinstance(in_place.image, ImageRows)
+        for streamed, gathered, in_place in zip(*loaders, strict=True):
+            assert isinstance(gathered.image, BlockImages) and isinstance(in_place.image, ImageRows)
             assert in_place.image.images is loaders[2].load_resident().image
-            assert_equal(streamed, resident)
+            assert_equal(streamed, gathered)
             assert_equal(streamed, in_place)
             assert torch.equal(streamed.pixels(), in_place.pixels())
     assert len(loaders[2].load_resident().image) == len(loaders[0].rows)
@@ -124,22 +127,32 @@ def test_a_long_loading_of_a_resident_set_shows_progress(canvas_bc4, monkeypatch
     assert f"Loading {loader.path}: 48 of 48 images" in capsys.readouterr().err
 
 
-def test_a_file_that_is_read_in_its_order_is_read_ahead(canvas_bc4, monkeypatch):
-    """Only what lies together, and never bytes outside of the file."""
-    asked = []
-    monkeypatch.setattr(samples_module, "madvise", lambda *arguments: asked.append(arguments))
-    loader = BetonLoader(canvas_bc4 / "train.beton", 8, shuffle=False)
-    list(loader)
-    start, end = loader.samples.file.ctypes.data, loader.samples.file.ctypes.data + len(loader.samples.file)
-    assert len(asked) == 4  # of six batches, the third to the last
-    for batch, (address, size, advice) in enumerate(asked, 2):
-        first, last = (start + loader.samples.start_N[row] for row in (8 * batch, 8 * batch + 7))
-        assert advice == mmap.MADV_WILLNEED and address % mmap.PAGESIZE == 0
-        assert start <= address <= first < last + BYTES == address + size <= end
-    asked.clear()
-    list(BetonLoader(canvas_bc4 / "train.beton", 8))
-    loader.samples.read_ahead(np.array([0, 20, 47]))
-    assert not asked
+def test_images_that_lie_anywhere_in_the_file_are_loaded(tmp_path):
+    """In pieces that several threads read, each in runs of neighbors."""
+    content = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
+    path = tmp_path / "x"
+    content.tofile(path)
+    start_N = np.array([0, 100, 200, 4900, 300, 400, 2000, 1900, 1800, 500, 600])
+    samples = Samples(path, content, start_N, *[None] * 9)
+    row_N = np.array([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
+    pieces = list(resident.read_pieces(samples, row_N, (5, 20), 2, Buffers(pinned=False)))
+    assert np.concatenate([piece.row_B for piece in pieces]).tolist() == row_N.tolist()
+    want = np.stack([content[start : start + 100] for start in start_N[row_N]])
+    np.testing.assert_array_equal(torch.cat([piece.image for piece in pieces]).flatten(1), want)
+
+
+@pytest.mark.parametrize("change", ["cut off", "gone", "replaced"])
+def test_a_file_that_has_changed_is_not_loaded(canvas_bc4, tmp_path, change):
+    path = tmp_path / "train.beton"
+    shutil.copy(canvas_bc4 / "train.beton", path)
+    loader = BetonLoader(path, 8, resident=True)
+    path.unlink()
+    if change != "gone":
+        shutil.copy(canvas_bc4 / "train.beton", path)
+        os.truncate(path, len(loader.samples.file) + (8 if change == "replaced" else -8))
+    message = "cannot be read" if change == "gone" else "has changed since it was opened"
+    with pytest.raises(UserError, match=rf"train.beton {message}"):
+        loader.load_resident()
 
 
 def test_a_batch_moves_as_a_whole(canvas_bc4):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastssl.loading import BetonLoader, estimate_memory
+from fastssl.loading import BetonLoader, estimate_memory, resident
 from fastssl.loading import loader as loader_module
 from fastssl.loading.decoding import Buffers
 from fastssl.loading.loader import pinned_bytes, to_device
@@ -115,7 +115,7 @@ def test_all_epochs_share_one_stream(canvas, gpu):
 
 @pytest.mark.parametrize("size", ["canvas", "canvas_jpeg"])
 def test_a_resident_set_is_copied_once_with_two_copies_under_way(request, gpu, size, monkeypatch):
-    monkeypatch.setattr(loader_module, "LOADED_BYTES", 16 * 32 * 32 * 3)
+    monkeypatch.setattr(resident, "PIECE", 16 * 32 * 32 * 3)
     loader = BetonLoader(request.getfixturevalue(size) / "train.beton", 16, device=META, resident=True)
     copies = []
     monkeypatch.setattr(torch.Tensor, "copy_", lambda x, source, non_blocking: copies.append((x, source, non_blocking)))

@@ -1,0 +1,90 @@
+"""Read the images of a resident set that are stored as a batch holds them (pixels, blocks), at the speed of the disk.
+
+Threads that touch the pages of a mapped file wait for each piece that the system reads around a page: 0.5 GB/s from a
+disk that `dd` reads at 2 GB/s. Reading large pieces to their place reaches 1.8 GB/s, and spares the page faults.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fastssl.common.errors import UserError
+from fastssl.loading.decoding import Buffers
+from fastssl.loading.samples import Samples
+
+PIECE = 1 << 26  # bytes that a thread reads at a time: with 16 MB a disk was a third slower
+THREADS = 4  # more than a disk needs; of each, a file in the page cache is copied at 5 GB/s
+
+
+class Piece(NamedTuple):
+    """Images in host memory."""
+
+    row_B: np.ndarray  # int64: their rows of the file
+    image: Tensor  # uint8 (B, H, W, C), or (B, bytes) of blocks
+
+
+class StartedPiece(NamedTuple):
+    """A piece that a thread reads."""
+
+    piece: Piece
+    thread: Future[None]
+
+
+def read_pieces(
+    samples: Samples, row_N: np.ndarray, image_shape: tuple[int, ...], workers: int, buffers: Buffers
+) -> Iterator[Piece]:
+    """Yield the images of these rows in their order, while threads read the next ones.
+
+    Raises:
+        UserError: the file cannot be read, or is not the one any more that was checked.
+    """
+    threads = min(workers, THREADS)
+    count = max(1, PIECE // math.prod(image_shape))
+    started: deque[StartedPiece] = deque()
+    with ThreadPoolExecutor(threads, "fastssl-read") as pool:
+        for first in range(0, len(row_N), count):
+            row_B = row_N[first : first + count]
+            image = buffers.take((len(row_B), *image_shape))
+            started.append(StartedPiece(Piece(row_B, image), pool.submit(_read, samples, row_B, image.numpy())))
+            if len(started) > threads:
+                yield _finish(started.popleft(), samples)
+        while started:
+            yield _finish(started.popleft(), samples)
+
+
+def _finish(started: StartedPiece, samples: Samples) -> Piece:
+    try:
+        started.thread.result()
+    except OSError as error:
+        raise UserError(f"{samples.path} cannot be read: {error.strerror}.") from error
+    return started.piece
+
+
+def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` with the stored bytes of these rows. Neighbors in the file are read at once."""
+    start_B = samples.start_N[row_B]
+    size = out[0].nbytes
+    begins_anew = np.flatnonzero(np.diff(start_B) != size) + 1
+    limits = [0, *begins_anew.tolist(), len(row_B)]
+    file = os.open(samples.path, os.O_RDONLY)
+    try:
+        # The positions are those of the file that was mapped when its tables were checked.
+        if os.fstat(file).st_size != len(samples.file):
+            raise UserError(f"{samples.path} has changed since it was opened: start again.")
+        for first, end in zip(limits, limits[1:]):
+            position = int(start_B[first])
+            rest = out[first:end].reshape(-1).data
+            while len(rest):
+                done = os.preadv(file, [rest], position)
+                if done == 0:
+                    raise UserError(f"{samples.path} has changed since it was opened: start again.")
+                position += done
+                rest = rest[done:]
+    finally:
+        os.close(file)
