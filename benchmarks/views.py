@@ -6,9 +6,10 @@
 From canvases of 256 px to two views of 224 px, with the chain and the strengths of the shipped recipes: crop, flip,
 color jitter (p 0.8), grayscale (0.2), blur of radius 6 (1.0 and 0.1), solarize (0 and 0.2), normalize. kornia runs
 eagerly, as its users run it; on a GPU also with torch.compile, which breaks its graph at the crop. It draws the order
-of the jitter once per batch, fastssl once per sample. The chains take turns; the first call of each, which may compile,
-is not timed. On a GPU the views are bf16 and channels_last, torch's profiler counts the kernels that one batch
-launches, and GB/s are those of the canvases and the views alone, each moved once.
+of the jitter once per batch, fastssl once per sample. "from blocks": of the same canvases in BC4. The chains take
+turns; the first call of each, which may compile, is not timed. On a GPU the views are bf16 and channels_last, torch's
+profiler counts the kernels that one batch launches, and GB/s are those of the canvases and the views alone, each moved
+once.
 """
 
 import argparse
@@ -19,15 +20,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.beton import bc4
+from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews
 from fastssl.views.paired import torch_views
 from fastssl.views.parameters import draw_parameters, draw_uniforms
 
 CANVAS, SIZE = 256, 224
+FROM_BLOCKS = ", from blocks"
 RECIPE = ViewsConfig(size=SIZE, first=PerViewConfig(blur=1.0), second=PerViewConfig(blur=0.1, solarize=0.2))
 
 
@@ -46,27 +51,28 @@ def kornia_chain(views: ViewsConfig, own: PerViewConfig, device: torch.device) -
     ).to(device)
 
 
-def chains(image: Tensor) -> dict[str, Callable]:
+def chains(image: Tensor, blocks: BlockImages) -> dict[str, Callable]:
     device, index = image.device, torch.arange(len(image), device=image.device)
     height, width = torch.full_like(index, 375), torch.full_like(index, 500)
     epoch = torch.zeros((), dtype=torch.int64, device=device)
     drawing = PairedViews(RECIPE)
 
-    def ours(kernel: str, compiled: bool) -> Callable:
+    def ours(kernel: str, compiled: bool, source: Tensor | BlockImages = image) -> Callable:
         recipe, options = RECIPE.model_copy(update={"kernel": kernel}), {}
         if device.type == "cuda":
             options = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
         views = PairedViews(recipe, compiled=compiled, **options)
-        return lambda: views(image, index, epoch, height, width)
+        return lambda: views(source, index, epoch, height, width)
 
     def eager() -> tuple[Tensor, ...]:
         u_NU = draw_uniforms(0, epoch, index)
         box_N4 = drawing.crop_boxes(u_NU, image, height, width)
         return torch_views(image, box_N4, draw_parameters(u_NU, RECIPE), RECIPE).chunk(2)
 
-    fast = ("fastssl, CPU kernel", False) if device.type == "cpu" else ("fastssl, Triton", True)
+    fast, kernel = ("fastssl, CPU kernel", "auto") if device.type == "cpu" else ("fastssl, Triton", "triton")
     table = {
-        fast[0]: ours("auto" if device.type == "cpu" else "triton", compiled=fast[1]),
+        fast: ours(kernel, device.type == "cuda"),
+        fast + FROM_BLOCKS: ours(kernel, device.type == "cuda", blocks),
         "fastssl, torch chain, compiled": ours("torch", compiled=True),
         "fastssl, torch chain, eager": eager,
     }
@@ -118,12 +124,16 @@ def main() -> None:
     smooth = torch.nn.functional.interpolate(coarse, (CANVAS, CANVAS), mode="bicubic").clamp(0, 1)
     image = (255 * smooth).byte().permute(0, 2, 3, 1).contiguous().to(device)
 
-    table = chains(image)
+    in_blocks = np.stack([bc4.encode(pixels_HWC) for pixels_HWC in image.cpu().numpy()])
+    blocks = BlockImages(torch.from_numpy(in_blocks).to(device), CANVAS)
+
+    table = chains(image, blocks)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     bytes_of_batch: dict[str, int] = {}
     for name, chain in list(table.items()):
         try:
-            bytes_of_batch[name] = image.nbytes + sum(view.nbytes for view in chain())
+            source = blocks.blocks if name.endswith(FROM_BLOCKS) else image
+            bytes_of_batch[name] = source.nbytes + sum(view.nbytes for view in chain())
             synchronize(device)
         except Exception as error:  # of a compiler, of many types
             if not name.endswith("compiled"):

@@ -19,11 +19,13 @@ from small_models import make_run
 from torch._inductor.utils import run_fw_bw_and_get_code
 from training_runs import SMALL, checkpoint_in
 
+from fastssl.beton.format import bc4_bytes
 from fastssl.common import randomness
 from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.embed import embed_images
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader, ImageRows
+from fastssl.loading.blocks import BlockImages
 from fastssl.loading.loader import pinned_bytes
 from fastssl.loading.spans import span
 from fastssl.models import ModelInput, SSLModel
@@ -35,6 +37,7 @@ from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
 from fastssl.training.optim import make_optimizer
 from fastssl.views import PairedViews, eval_transform
+from fastssl.views.paired import torch_views
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -86,6 +89,50 @@ def test_the_triton_views_equal_the_torch_chain(size, height, width, dtype):
     resident = ImageRows(image, torch.arange(47, -1, -1, device="cuda"))
     for a, b in zip(views(image.flip(0), index, epoch), views(resident, index, epoch)):
         assert torch.equal(a, b)
+
+
+def random_blocks(batch, side):
+    """Any bytes, so blocks of both modes."""
+    generator = torch.Generator().manual_seed(0)
+    return BlockImages(torch.randint(0, 256, (batch, bc4_bytes(side)), dtype=torch.uint8, generator=generator), side)
+
+
+@pytest.mark.parametrize(
+    "kernel, compiled, size, side",
+    [("auto", False, 224, 256), ("auto", True, 57, 96), ("auto", False, 40, 8), ("torch", True, 57, 96)],
+)
+def test_views_of_blocks_equal_those_of_the_torch_chain_on_the_cpu(kernel, compiled, size, side):
+    """The same in a second call, bit for bit."""
+    images, index, config = random_blocks(16, side), torch.arange(16), ViewsConfig(size=size, kernel=kernel)
+    views, oracle = (PairedViews(config, seed=1, compiled=compiled) for _ in range(2))
+    arguments = images.to("cuda"), index.cuda(), torch.tensor(2, device="cuda")
+    made, again = views(*arguments), views(*arguments)
+    assert kernel == "torch" or views.triton.works
+    want = torch_views(images, *oracle.draw(images, index, 2, None, None), config).chunk(2)
+    for a, b, c in zip(made, again, want):
+        assert torch.equal(a, b) and ((a.cpu() - c).abs() > 1e-3).float().mean() < 1e-3
+
+
+def test_a_resident_set_of_blocks_may_be_larger_than_a_32_bit_offset():
+    """Of words of 64 bits: the last images of 17.2 GB."""
+    images, rows = random_blocks(4, 256), 2**34 // bc4_bytes(256) + 4
+    if torch.cuda.mem_get_info()[0] < 2**34 + 2**31:
+        pytest.skip("needs 19 GB of free memory on the device")
+    whole = torch.empty(rows, bc4_bytes(256), dtype=torch.uint8, device="cuda")
+    whole[-4:] = images.blocks.cuda()
+    resident = ImageRows(BlockImages(whole, 256), torch.arange(rows - 4, rows, device="cuda"))
+    views, index, epoch = PairedViews(ViewsConfig(kernel="triton")), torch.arange(4, device="cuda"), 0
+    for a, b in zip(views(resident, index, epoch), views(images.to("cuda"), index, epoch)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["squash", "center"])
+def test_the_evaluation_transform_of_blocks_equals_the_cpu_s(kind):
+    images = random_blocks(16, 96)
+    sizes = torch.full((16,), 375), torch.full((16,), 500)
+    transform = eval_transform(ViewsConfig(size=64, eval=kind))
+    on_gpu = transform(images.to("cuda"), *(size.cuda() for size in sizes))
+    torch.testing.assert_close(transform(images, *sizes), on_gpu.cpu(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["squash", "center"])

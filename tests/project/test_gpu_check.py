@@ -178,7 +178,8 @@ def test_the_readers_take_what_the_benchmarks_write(gpu_check, tmp_path):
     views = [
         {"chain": chain, "views_per_second": rate, "low": 1, "high": 9, "kernels": n, "gb_per_second": 100.0}
         for chain, rate, n in (
-            ("fastssl, Triton", 2e6, 7), ("fastssl, torch chain, compiled", 1e5, 29), ("kornia, compiled", 5e4, 90),
+            ("fastssl, Triton", 2e6, 7), ("fastssl, Triton, from blocks", 1.5e6, 7),
+            ("fastssl, torch chain, compiled", 1e5, 29), ("kornia, compiled", 5e4, 90),
         )
     ]  # fmt: skip
     (tmp_path / "views.json").write_text(json.dumps(views))
@@ -186,6 +187,7 @@ def test_the_readers_take_what_the_benchmarks_write(gpu_check, tmp_path):
     assert (
         found["fastssl, Triton / kornia, compiled"].measured == 40 and found["fastssl, Triton: kernels"].measured == 7
     )
+    assert found["fastssl, Triton, from blocks / fastssl, Triton"].measured == 0.75
     assert all(figure.is_as_expected for figure in found.values())
 
     real = json.loads((BENCHMARKS.parent / "records" / "profile-canvas.json").read_text())

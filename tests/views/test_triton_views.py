@@ -24,6 +24,7 @@ from fastssl.views.parameters import HUE, ORDERS, Parameters, draw_parameters, d
 
 # In normalized units, compared with the torch chain. fp32: other orders of the same sums.
 FP32, BF16, FP16 = 1e-5, 0.02, 2e-3
+NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux on x86-64, which the module mmap lacks in older versions
 CANARY = 77  # in bytes that nothing may write
 
 
@@ -168,6 +169,23 @@ def test_every_pair_of_endpoints_and_every_index_equal_the_torch_chain(interpret
     interpreter.submit(check_every_block).result()
 
 
+def check_large_set():
+    """With memory that is there only where it is written: an address that is wrong by 2**32 would end the process."""
+    side, rows = 64, 2**34 // bc4_bytes(64) + 2  # more than 2**31 words of 64 bits
+    memory = mmap.mmap(-1, rows * bc4_bytes(side), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    images = random_blocks(2, side)
+    whole = BlockImages(torch.frombuffer(memory, dtype=torch.uint8).view(rows, bc4_bytes(side)), side)
+    whole.blocks[-2:] = images.blocks
+    views, box = ViewsConfig(size=16), torch.tensor([[2.0, 3, 14, 15], [50, 48, 14, 16]])
+    made = make(images, box, parameters(2), views)
+    by_row = make(whole, box, parameters(2), views, row_B=torch.tensor([rows - 2, rows - 1]))
+    assert torch.equal(made, by_row)
+
+
+def test_a_resident_set_of_blocks_may_be_larger_than_a_32_bit_offset(interpreter):
+    interpreter.submit(check_large_set).result()
+
+
 def check_layouts_and_types():
     image, views = smooth_images(4, 24, 20), BLURRED
     box = torch.tensor([1.0, 2.0, 18.0, 15.0]).expand(8, 4)
@@ -181,7 +199,6 @@ def check_layouts_and_types():
     assert torch.equal(plain, make(image[rows.argsort()], box, drawn, views, row_B=rows))
     some = Parameters(*(parameter[2:3] for parameter in drawn))
     assert torch.equal(plain[2:3], make(image[2:3], box[2:3], some, views)), "it depends on its batch"
-
     crops = smooth_images(8, 16, 16).unflatten(0, (4, 2))
     made = make(crops, None, drawn, views)
     assert drawn.flip_N.any() and largest_difference(made, crops, None, drawn, views) < FP32
