@@ -306,7 +306,7 @@ def test_the_field_is_that_of_ffcv(beton):
     assert np.array_equal(ours, NDArrayField(np.dtype("uint8"), (SIDE, SIDE, 5)).to_binary()["f0"])
     field = NDArrayField.from_binary(ours)
     assert field.shape == (SIDE, SIDE, 5) and field.dtype == np.uint8
-    assert layout.array_shape(ours) == (SIDE, SIDE, 5)
+    assert layout.read_array_images(ours) == (SIDE, SIDE, 5, layout.RAW)
 
 
 def test_stock_ffcv_reads_the_file(beton):
