@@ -9,6 +9,8 @@ read by itself. docs/files.md has the layout of the bytes.
 Importing this imports numba (0.4 s), so only what encodes or decodes does.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fastssl.beton.format import bc4_bytes
@@ -16,7 +18,13 @@ from fastssl.common.compiled import compiled
 
 BLOCK = 4  # px; the side of a block
 BLOCK_BYTES = 8
-LANES = 64  # blocks that are encoded at the same time, so that the compiler uses vector instructions
+LANES = 64  # blocks that are searched at the same time, so that the compiler uses vector instructions
+EPSILON = np.float32(0.01)  # a level is a whole number of sevenths, which float32 may hold as a little less
+
+# The search for endpoints (see _find_endpoints); records/codec.md compares it with an exhaustive search.
+STARTS = np.float32([(0.03, -0.03), (0.07, 0.0), (0.0, -0.07), (-0.12, -0.03), (0.0, 0.0), (0.03, 0.04)])
+FINE = 48  # the sum of squared distances in a block up to which one start is enough: 3 for each pixel, 43 dB
+NEIGHBORS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 # YCbCr to RGB in units of 1/65536.
 RED_OF_CR, GREEN_OF_CB, GREEN_OF_CR, BLUE_OF_CB = 91881, -22554, -46802, 116130
@@ -147,78 +155,264 @@ def _to_byte(value: int) -> int:
 @compiled()
 def _to_planes(pixels_HWC: np.ndarray, y: np.ndarray, cb: np.ndarray, cr: np.ndarray) -> None:
     """Convert RGB to Y, Cb, Cr (ITU-T T.871), rounded to 8 bits; chroma is the mean of 2x2 pixels."""
-    half = len(cb)
-    for row in range(half):
-        for column in range(half):
-            red = np.int32(0)
-            green = np.int32(0)
-            blue = np.int32(0)
-            for i in range(2):
-                for j in range(2):
-                    r = np.int32(pixels_HWC[2 * row + i, 2 * column + j, 0])
-                    g = np.int32(pixels_HWC[2 * row + i, 2 * column + j, 1])
-                    b = np.int32(pixels_HWC[2 * row + i, 2 * column + j, 2])
-                    # The weights in units of 1/65536; they add up to 1.
-                    y[2 * row + i, 2 * column + j] = (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
-                    red += r
-                    green += g
-                    blue += b
-            # Sums of four: in units of 1/262144. The largest value would round to 256.
-            cb[row, column] = min((-11059 * red - 21709 * green + 32768 * blue + (128 << 18) + (1 << 17)) >> 18, 255)
-            cr[row, column] = min((32768 * red - 27439 * green - 5329 * blue + (128 << 18) + (1 << 17)) >> 18, 255)
+    side = len(y)
+    both = np.empty(3 * side, np.int32)  # sums of two rows of pixels
+    blue_line = np.empty(side, np.int32)
+    red_line = np.empty(side, np.int32)
+    middle = np.int32((128 << 18) + (1 << 17))  # chroma is a sum of four pixels, in units of 1/262144
+    most = np.int32((256 << 18) - 1)  # the largest sums would round to 256
+    # Types are written out: numba would compute with 64 bits, and check whether a signed index is negative.
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    for row in range(side):
+        pixels = pixels_HWC[row].reshape(-1)
+        luma = y[row]
+        for x in range(side):
+            i = three * np.uint64(x)
+            red, green, blue = np.int32(pixels[i]), np.int32(pixels[i + one]), np.int32(pixels[i + two])
+            weighted = np.int32(19595) * red + np.int32(38470) * green + np.int32(7471) * blue
+            luma[x] = (weighted + np.int32(1 << 15)) >> np.int32(16)
+    for row in range(0, side, 2):
+        upper = pixels_HWC[row].reshape(-1)
+        lower = pixels_HWC[row + 1].reshape(-1)
+        for k in range(len(both)):
+            both[k] = np.int32(upper[k]) + np.int32(lower[k])
+        for x in range(side):
+            i = three * np.uint64(x)
+            red, green, blue = both[i], both[i + one], both[i + two]
+            blue_line[x] = np.int32(-11059) * red + np.int32(-21709) * green + np.int32(32768) * blue
+            red_line[x] = np.int32(32768) * red + np.int32(-27439) * green + np.int32(-5329) * blue
+        cb_line = cb[row // 2]
+        cr_line = cr[row // 2]
+        for x in range(side // 2):
+            i = two * np.uint64(x)
+            cb_line[x] = min(blue_line[i] + blue_line[i + one] + middle, most) >> np.int32(18)
+            cr_line[x] = min(red_line[i] + red_line[i + one] + middle, most) >> np.int32(18)
 
 
 @compiled()
 def _encode_plane(plane: np.ndarray, out: np.ndarray) -> None:
-    """Compress the blocks of a plane, LANES at a time."""
-    across = plane.shape[1] // BLOCK
+    """Compress the blocks of a plane: all with a short search for their endpoints, then some with a long one."""
     count = len(out) // BLOCK_BYTES
-    values = np.empty((BLOCK * BLOCK, LANES), np.float32)
+    across = plane.shape[1] // BLOCK
+    tiles = _to_tiles(plane)
+    search = _new_search()
+    long_search = np.empty(count, np.int64)  # numbers of blocks
+    long_count = 0
     for first in range(0, count, LANES):
+        lanes = min(LANES, count - first)
+        for p in range(BLOCK * BLOCK):
+            tile = tiles[p, first : first + LANES]
+            values = search.values[p]
+            for lane in range(len(tile)):
+                values[lane] = np.float32(tile[lane])
+        _find_endpoints(search, 1)
+        _choose_levels(search)
+        for lane in range(lanes):
+            number = first + lane
+            _write_block(search, lane, out[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
+            if search.error[lane] > FINE:
+                long_search[long_count] = number
+                long_count += 1
+    for first in range(0, long_count, LANES):
+        lanes = min(LANES, long_count - first)
+        for lane in range(lanes):
+            top = long_search[first + lane] // across * BLOCK
+            left = long_search[first + lane] % across * BLOCK
+            for y in range(BLOCK):
+                for x in range(BLOCK):
+                    search.values[BLOCK * y + x, lane] = np.float32(plane[top + y, left + x])
+        _find_endpoints(search, len(STARTS))
+        _choose_levels(search)
+        for lane in range(lanes):
+            number = long_search[first + lane]
+            _write_block(search, lane, out[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
+
+
+@compiled()
+def _to_tiles(plane: np.ndarray) -> np.ndarray:
+    """Reorder a plane: uint8 (16, blocks), the pixels of each block in a column."""
+    across = plane.shape[1] // BLOCK
+    tiles = np.empty((BLOCK * BLOCK, plane.size // BLOCK**2), np.uint8)
+    for row in range(plane.shape[0]):
+        line = plane[row]
+        first = row // BLOCK * across
+        for x in range(BLOCK):
+            tile = tiles[row % BLOCK * BLOCK + x, first : first + across]
+            for i in range(len(tile)):
+                tile[i] = line[np.uint64(BLOCK) * np.uint64(i) + np.uint64(x)]
+    return tiles
+
+
+@compiled(inline="always")
+def _index(sevenths: int) -> int:
+    """The index of a level, by the sevenths of the way from the lower to the upper endpoint at which it is."""
+    index = (np.int32(8) - sevenths) & np.int32(7)
+    return index ^ (np.int32(1) if index < 2 else np.int32(0))
+
+
+class _Search(NamedTuple):
+    """Memory for the search of the endpoints of LANES blocks: a column for each, float32."""
+
+    values: np.ndarray  # (16, LANES): of the pixels, whole numbers
+    smallest: np.ndarray  # (LANES,), as all below
+    largest: np.ndarray
+    high: np.ndarray  # the best endpoints so far, high > low, whole numbers
+    low: np.ndarray
+    error: np.ndarray  # their sum of squared distances
+    new_high: np.ndarray  # endpoints to be tried
+    new_low: np.ndarray
+    new_error: np.ndarray
+    step: np.ndarray  # between levels, and levels per gray level
+    per_step: np.ndarray
+    sums: np.ndarray  # (4, LANES): of the least squares
+    bits: np.ndarray  # int32 (2, LANES): the indices of the first eight pixels, and of the others
+
+
+@compiled()
+def _new_search() -> _Search:
+    lane = [np.ones(LANES, np.float32) for _ in range(10)]
+    return _Search(
+        np.zeros((16, LANES), np.float32), lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7],
+        lane[8], lane[9], np.empty((4, LANES), np.float32), np.empty((2, LANES), np.int32),
+    )  # fmt: skip
+
+
+@compiled()
+def _find_endpoints(search: _Search, starts: int) -> None:
+    """Find endpoints with a small sum of squared distances between the values and their levels.
+
+    It starts from the ends of the range of values, moved by a share of the range: where values lie in two or three
+    groups, other endpoints than these can have levels closer to all of them. From each start, one step of least squares
+    on the levels as decoders round them. `starts`: how many of STARTS.
+    """
+    values = search.values
+    search.smallest[:] = values[0]
+    search.largest[:] = values[0]
+    for p in range(1, 16):
         for lane in range(LANES):
-            block = min(first + lane, count - 1)  # the last one again, where fewer are left
-            top = block // across * BLOCK
-            left = block % across * BLOCK
-            for p in range(BLOCK * BLOCK):
-                values[p, lane] = np.float32(plane[top + p // BLOCK, left + p % BLOCK])
-        high, low = _find_endpoints(values)
-        for lane in range(min(LANES, count - first)):
-            start = (first + lane) * BLOCK_BYTES
-            _write_block(values[:, lane], int(high[lane]), int(low[lane]), out[start : start + BLOCK_BYTES])
+            search.smallest[lane] = min(search.smallest[lane], values[p, lane])
+            search.largest[lane] = max(search.largest[lane], values[p, lane])
+    search.error[:] = np.float32(1 << 24)
+    for move_low, move_high in STARTS[:starts]:
+        for lane in range(LANES):
+            reach = search.largest[lane] - search.smallest[lane]
+            search.new_low[lane] = search.smallest[lane] + move_low * reach
+            search.new_high[lane] = search.largest[lane] + move_high * reach
+        _round_endpoints(search)
+        _fit(search)
+        if starts == 1:
+            search.low[:] = search.new_low
+            search.high[:] = search.new_high
+        else:
+            _keep_better(search)
+    # Up to eight neighboring values are stored exactly.
+    for lane in range(LANES):
+        low = min(search.smallest[lane], np.float32(248))
+        is_exact = search.largest[lane] - low <= np.float32(7)
+        search.low[lane] = low if is_exact else search.low[lane]
+        search.high[lane] = low + np.float32(7) if is_exact else search.high[lane]
+
+
+@compiled(inline="always")
+def _clip(value: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    return min(max(value, low), high)
+
+
+@compiled(inline="always")
+def _nearest(value: np.float32, per_step: np.float32) -> np.float32:
+    """The nearest level of a value above the lower endpoint, in steps from there: 0 to 7."""
+    # Decoders round levels down, by 3/7 in the mean.
+    return _clip(np.floor((value + np.float32(3 / 7)) * per_step + np.float32(0.5)), np.float32(0), np.float32(7))
 
 
 @compiled()
-def _find_endpoints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the endpoints of LANES blocks, the values of which are float32 (16, LANES)."""
-    lanes = values.shape[1]
-    high = np.empty(lanes, np.float32)
-    low = np.empty(lanes, np.float32)
-    for lane in range(lanes):
-        smallest = values[0, lane]
-        largest = values[0, lane]
-        for p in range(1, 16):
-            smallest = min(smallest, values[p, lane])
-            largest = max(largest, values[p, lane])
-        low[lane] = min(smallest, np.float32(248))
-        high[lane] = max(largest, low[lane] + np.float32(7))
-    return high, low
+def _round_endpoints(search: _Search) -> None:
+    """Make whole numbers of the new endpoints, with 0 <= low < high <= 255."""
+    for lane in range(LANES):
+        low = _clip(np.floor(search.new_low[lane] + np.float32(0.5)), np.float32(0), np.float32(254))
+        high = np.floor(search.new_high[lane] + np.float32(0.5))
+        search.new_low[lane] = low
+        search.new_high[lane] = _clip(high, low + np.float32(1), np.float32(255))
 
 
 @compiled()
-def _write_block(values: np.ndarray, high: int, low: int, out: np.ndarray) -> None:
-    """Write a block with these endpoints, high > low, and the nearest level for each of its 16 values."""
-    bits = np.uint64(0)
+def _set_steps(high: np.ndarray, low: np.ndarray, search: _Search) -> None:
+    for lane in range(LANES):
+        reach = high[lane] - low[lane]
+        search.step[lane] = reach * np.float32(1 / 7)
+        search.per_step[lane] = np.float32(7) / reach
+
+
+@compiled()
+def _fit(search: _Search) -> None:
+    """Move the new endpoints by least squares: what each value is above its level, as a sum of two moves."""
+    _set_steps(search.new_high, search.new_low, search)
+    values, sums = search.values, search.sums
+    sums[:] = 0
     for p in range(16):
-        best = np.int32(1 << 20)
-        chosen = 0
-        for i in range(8):
-            sevenths = 7 if i == 0 else (0 if i == 1 else 8 - i)  # the weight of the upper endpoint
-            distance = abs((sevenths * high + (7 - sevenths) * low) // 7 - np.int32(values[p]))
-            if distance < best:
-                best = distance
-                chosen = i
-        bits |= np.uint64(chosen) << np.uint64(3 * p)
-    out[0] = high
-    out[1] = low
-    for i in range(6):
-        out[2 + i] = np.uint8((bits >> np.uint64(8 * i)) & np.uint64(255))
+        for lane in range(LANES):
+            value = values[p, lane] - search.new_low[lane]
+            a = _nearest(value, search.per_step[lane])
+            rest = value - np.floor(a * search.step[lane] + EPSILON)
+            sums[0, lane] += a
+            sums[1, lane] += a * a
+            sums[2, lane] += rest
+            sums[3, lane] += a * rest
+    for lane in range(LANES):
+        # With b = 7 - a, the parts of the endpoints in a level are a / 7 and b / 7.
+        a_sum, aa, rest_sum, a_rest = sums[0, lane], sums[1, lane], sums[2, lane], sums[3, lane]
+        ab = np.float32(7) * a_sum - aa
+        bb = np.float32(16 * 49) - np.float32(14) * a_sum + aa
+        b_rest = np.float32(7) * rest_sum - a_rest
+        determinant = aa * bb - ab * ab
+        scale = np.float32(7) / determinant if determinant > 0 else np.float32(0)
+        search.new_high[lane] += scale * (a_rest * bb - b_rest * ab)
+        search.new_low[lane] += scale * (b_rest * aa - a_rest * ab)
+    _round_endpoints(search)
+
+
+@compiled()
+def _keep_better(search: _Search) -> None:
+    """Take the new endpoints of the blocks for which they are better."""
+    _set_steps(search.new_high, search.new_low, search)
+    for lane in range(LANES):
+        search.new_error[lane] = 0
+    for p in range(16):
+        for lane in range(LANES):
+            value = search.values[p, lane] - search.new_low[lane]
+            a = _nearest(value, search.per_step[lane])
+            rest = value - np.floor(a * search.step[lane] + EPSILON)
+            search.new_error[lane] += rest * rest
+    for lane in range(LANES):
+        is_better = search.new_error[lane] < search.error[lane]
+        search.error[lane] = search.new_error[lane] if is_better else search.error[lane]
+        search.high[lane] = search.new_high[lane] if is_better else search.high[lane]
+        search.low[lane] = search.new_low[lane] if is_better else search.low[lane]
+
+
+@compiled()
+def _choose_levels(search: _Search) -> None:
+    """Choose the nearest level for each value, as indices of 3 bits, eight pixels in an integer; set the errors."""
+    bits = search.bits
+    bits[:] = 0
+    search.error[:] = 0
+    _set_steps(search.high, search.low, search)
+    for p in range(16):
+        shift = np.int32(3 * (p % 8))
+        for lane in range(LANES):
+            value = search.values[p, lane] - search.low[lane]
+            a = _nearest(value, search.per_step[lane])
+            rest = value - np.floor(a * search.step[lane] + EPSILON)
+            search.error[lane] += rest * rest
+            index = _index(np.int32(a))
+            bits[p // 8, lane] |= np.int32(index) << shift
+
+
+@compiled()
+def _write_block(search: _Search, lane: int, out: np.ndarray) -> None:
+    out[0] = np.uint8(search.high[lane])
+    out[1] = np.uint8(search.low[lane])
+    for half in range(2):
+        bits = search.bits[half, lane]
+        for i in range(3):
+            out[2 + 3 * half + i] = np.uint8((bits >> np.int32(8 * i)) & np.int32(255))
