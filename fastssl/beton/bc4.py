@@ -71,23 +71,36 @@ def decode_into(blocks: np.ndarray, out_HWC: np.ndarray) -> None:
     decode_plane(blocks[:luma_bytes], 0, 0, y)
     decode_plane(blocks[luma_bytes : luma_bytes + luma_bytes // 4], 0, 0, cb)
     decode_plane(blocks[luma_bytes + luma_bytes // 4 :], 0, 0, cr)
-    blue_line = np.empty(half, np.int32)  # of chroma between two rows, times 4
-    red_line = np.empty(half, np.int32)
+    line = np.empty(half, np.int32)
+    blue = np.empty(side, np.int32)  # Cb at full resolution, times 16, around 0
+    red = np.empty(side, np.int32)
     for row in range(side):
         near = row // 2
         far = min(max(near + (1 if row % 2 else -1), 0), half - 1)
-        for x in range(half):
-            blue_line[x] = 3 * np.int32(cb[near, x]) + np.int32(cb[far, x])
-            red_line[x] = 3 * np.int32(cr[near, x]) + np.int32(cr[far, x])
+        _double(cb[near], cb[far], line, blue)
+        _double(cr[near], cr[far], line, red)
+        out = out_HWC[row].reshape(-1)
         for x in range(side):
-            near_x = x // 2
-            far_x = min(max(near_x + (1 if x % 2 else -1), 0), half - 1)
-            blue = 3 * blue_line[near_x] + blue_line[far_x] - np.int32(2048)  # times 16, around 0
-            red = 3 * red_line[near_x] + red_line[far_x] - np.int32(2048)
             luma = (np.int32(y[row, x]) << np.int32(20)) + np.int32(1 << 19)
-            out_HWC[row, x, 0] = _to_byte(luma + np.int32(RED_OF_CR) * red)
-            out_HWC[row, x, 1] = _to_byte(luma + np.int32(GREEN_OF_CB) * blue + np.int32(GREEN_OF_CR) * red)
-            out_HWC[row, x, 2] = _to_byte(luma + np.int32(BLUE_OF_CB) * blue)
+            out[3 * x] = _to_byte(luma + np.int32(RED_OF_CR) * red[x])
+            out[3 * x + 1] = _to_byte(luma + np.int32(GREEN_OF_CB) * blue[x] + np.int32(GREEN_OF_CR) * red[x])
+            out[3 * x + 2] = _to_byte(luma + np.int32(BLUE_OF_CB) * blue[x])
+
+
+@compiled()
+def _double(near: np.ndarray, far: np.ndarray, line: np.ndarray, out: np.ndarray) -> None:
+    """A row of chroma at full resolution, times 16, around 0: between two rows, then between the pixels of a row.
+
+    A new pixel is 3 parts of the pixel that it lies in and one part of its neighbor. line: scratch.
+    """
+    last = len(near) - 1
+    for x in range(len(near)):
+        line[x] = np.int32(3) * np.int32(near[x]) + np.int32(far[x]) - np.int32(512)
+    out[0] = np.int32(4) * line[0]
+    for x in range(last):
+        out[2 * x + 1] = np.int32(3) * line[x] + line[x + 1]
+        out[2 * x + 2] = np.int32(3) * line[x + 1] + line[x]
+    out[2 * last + 1] = np.int32(4) * line[last]
 
 
 @compiled()
@@ -147,9 +160,9 @@ def _read_block(blocks: np.ndarray, number: int, levels: np.ndarray) -> np.uint6
 
 
 @compiled(inline="always")
-def _to_byte(value: int) -> int:
+def _to_byte(value: int) -> np.signedinteger:
     """Round a value in units of 2**-20, to which half a unit of the result has been added."""
-    return min(max(value >> 20, 0), 255)
+    return min(max(value >> np.int32(20), np.int32(0)), np.int32(255))
 
 
 @compiled()

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastssl.beton.bc4 import BLOCK, BLOCK_BYTES, BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR, RED_OF_CR
 from fastssl.common.constants import constant
+from fastssl.common.threads import run_in_threads
+from fastssl.loading import kernels
 
 # The parts of an interpolated level that come from the two endpoints, by index: of 7, if the first endpoint is larger.
 _OF_7 = ((7, 0), (0, 7), (6, 1), (5, 2), (4, 3), (3, 4), (2, 5), (1, 6))
@@ -57,7 +60,17 @@ class BlockImages:
         return _decode_plane(y)[..., None], torch.stack([_decode_plane(cb), _decode_plane(cr)], dim=3)
 
     def pixels(self) -> Tensor:
-        """Decode to RGB pixels, uint8 (B, H, W, 3). Chroma is interpolated between the centers of its pixels."""
+        """Decode to RGB pixels, uint8 (B, H, W, 3). Chroma is interpolated between the centers of its pixels.
+
+        Every device gives the same pixels: on a CPU they come from compiled code, in as many threads as torch may use.
+        """
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._pixels_in_torch()
+        out_BHWC = np.empty(self.shape, np.uint8)
+        run_in_threads(kernels.decode_blocks, self.blocks.contiguous().numpy(), out_BHWC, np.zeros(1, np.int64))
+        return torch.from_numpy(out_BHWC)
+
+    def _pixels_in_torch(self) -> Tensor:
         y_BHW1, c_BHW2 = self.planes()
         c_BHW2 = c_BHW2.int()
         for axis in (1, 2):

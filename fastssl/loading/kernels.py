@@ -71,6 +71,15 @@ def copy_images(arrays: DecodeArrays) -> None:
 
 
 @compiled()
+def decode_blocks(blocks_BN: np.ndarray, out_BHWC: np.ndarray, counter: np.ndarray) -> None:
+    """Decode images in blocks to pixels, until none is left to take."""
+    b = take(counter)
+    while b < len(blocks_BN):
+        bc4.decode_into(blocks_BN[b], out_BHWC[b])
+        b = take(counter)
+
+
+@compiled()
 def decode_images(arrays: DecodeArrays) -> None:
     """Decode whole images of one size, until no sample is left to take."""
     decoder = _new_decoder()

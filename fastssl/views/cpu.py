@@ -6,7 +6,6 @@ pixels equal those of paired.torch_views, the oracle, up to rounding.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastssl.beton.format import RGB
 from fastssl.beton.resize import resize_line, resize_weights
 from fastssl.common.compiled import compiled
+from fastssl.common.threads import run_in_threads
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.decoding import Buffers
 from fastssl.loading.kernels import take
@@ -26,7 +26,6 @@ from fastssl.views.cpu_blocks import new_scratch, resize_blocks_to_planes
 from fastssl.views.operations import BLUR_RADIUS, LUMA, SOLARIZE_THRESHOLD
 from fastssl.views.parameters import BRIGHTNESS, CONTRAST, HUE, Parameters
 
-_pool: ThreadPoolExecutor | None = None
 # 512 views of 224 px in new memory cost 75,000 page faults, more time than all operations but the crop and the blur.
 _buffers = Buffers(pinned=False, limit=2)  # a loop holds one pair of views while it makes the next
 _buffers_lock = Lock()
@@ -66,12 +65,7 @@ def cpu_views(
         make_views = _make_views_of_blocks
     else:
         make_views = _make_views if channels == RGB else _make_views_without_colors
-    # As many threads as torch may use, while the caller waits: never more busy threads than with torch alone.
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-views")
-    for thread in [_pool.submit(make_views, *arguments) for _ in range(torch.get_num_threads())]:
-        thread.result()
+    run_in_threads(make_views, *arguments)
     return out
 
 

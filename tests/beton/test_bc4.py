@@ -21,5 +21,6 @@ def test_torch_and_numba_decode_any_bytes_to_the_same_pixels(side: int) -> None:
     want = np.stack([bc4.decode(row, side) for row in blocks])
     assert images.shape == want.shape
     np.testing.assert_array_equal(images.pixels().numpy(), want)
+    np.testing.assert_array_equal(images._pixels_in_torch().numpy(), want)  # as on a GPU
     y_BHW1, c_BHW2 = images.planes()
     assert y_BHW1.shape == (3, side, side, 1) and c_BHW2.shape == (3, side // 2, side // 2, 2)

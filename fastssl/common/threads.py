@@ -1,0 +1,23 @@
+"""Threads for compiled code, which runs without Python's lock."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVarTuple
+
+import torch
+
+Arguments = TypeVarTuple("Arguments")
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def run_in_threads(function: Callable[[*Arguments], object], *arguments: *Arguments) -> None:
+    """Call a function in as many threads as torch may use, each with the same arguments, and wait for all of them.
+
+    The caller waits, so there are never more busy threads than with torch alone. Raises what a thread raised.
+    """
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-compute")
+    for thread in [_pool.submit(function, *arguments) for _ in range(torch.get_num_threads())]:
+        thread.result()
