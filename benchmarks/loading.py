@@ -1,45 +1,50 @@
-"""Measure how many source images per second reach the device, compared with stock FFCV and torchvision.
+"""Measure how many source images per second reach the device, compared with stock FFCV, DALI and other loaders.
 
-    python benchmarks/loading.py PHOTOS [--copies 8] [--rounds 3] [--workers 2]
+    python benchmarks/loading.py PHOTOS [--table canvas] [--copies 8] [--rounds 3] [--workers 2] [--record FILE]
 
-PHOTOS is a folder of JPEGs, as they come from a camera or from ImageNet. Three files are built from it, in a temporary
-folder next to it: a 256 px canvas and a full file with the original bytes up to 500 px, both by build-beton, and one by
-stock FFCV's writer, encoded again at quality 90 and at most 500 px. Every line runs in its own process, one after the
-other, in rounds; batch 256, two views of 224 px.
+PHOTOS is a folder of JPEGs, as they come from a camera or from ImageNet. Four files are built from it, in a temporary
+folder next to it: 256 px canvases in JPEG and in BC4 blocks, and a full file with the original bytes up to 500 px, all
+by build-beton, and one by stock FFCV's writer, encoded again at quality 90 and at most 500 px. Every line runs in its
+own process, one after the other, in rounds; batch 256, two views of 224 px. Each line says what the loop gets.
 
-    decode only    stock FFCV's SimpleRGBImageDecoder for a canvas; for images of different sizes, which it refuses,
-                   FFCV's imdecode in a compiled parallel loop, into scratch memory
-    two pipelines  stock FFCV with RandomResizedCropRGBImageDecoder, one pipeline per view. Our files have one image
-                   field, so one pipeline is timed and its rate halved, which leaves out what two cost in parallel;
-                   for the memory, two loaders run in parallel
-    torchvision    DataLoader over the JPEG files themselves, two views per sample on the CPU
-    fastssl        BetonLoader; for a canvas the device cuts both crops. "+ views" adds PairedViews, on the same cores.
-                   With a GPU, batches and views are made there
+    decode only     stock FFCV's SimpleRGBImageDecoder for a canvas; for images of different sizes, which it refuses,
+                    FFCV's imdecode in a compiled parallel loop, into scratch memory
+    FFCV, blocks    stock FFCV's NDArrayDecoder, which gives the bytes of the blocks
+    two pipelines   stock FFCV with RandomResizedCropRGBImageDecoder, one pipeline per view. Our files have one image
+                    field, so one pipeline is timed and its rate halved, which leaves out what two cost in parallel;
+                    for the memory, two loaders run in parallel
+    torchvision     DataLoader over the JPEG files themselves, two views per sample on the CPU
+    DALI,           their own Python, see loading_peers.py; "not installed" if --peers is missing. They read the
+    simplejpeg      JPEGs of the canvas as files
+    memcpy          a bound: the C library's memcpy of the same bytes, at the same rows, by as many threads
+    fastssl         BetonLoader; for a canvas the device cuts both crops. "pixels" decodes the blocks of each batch,
+                    "views" adds PairedViews, on the same cores. With a GPU, batches and views are made there
 
-Memory is the peak of the process's own memory, without mapped files.
+Memory is the peak of the process's own memory, without mapped files. --record replaces the tables in a Markdown file,
+between two lines that name this benchmark.
 """
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-BATCH, SIZE = 256, 224
-MEASURED_FOR = 6.0  # seconds per line and round, after a first epoch that compiles and warms up
-
-
-def stock_canvas(folder: Path, workers: int) -> Iterator[int]:
-    return stock_loader(folder / "canvas/train.beton", workers, "SimpleRGBImageDecoder")
+BATCH, SIZE, CANVAS = 256, 224, 256
+MEASURED_FOR = 6.0  # seconds per line and round, after images that compile and warm up
+WARM_UP = 2000  # images
+PEERS = Path(".cache/peers/bin/python")
 
 
 def stock_crop(path: Path, workers: int) -> Iterator[int]:
@@ -47,6 +52,7 @@ def stock_crop(path: Path, workers: int) -> Iterator[int]:
 
 
 def stock_loader(path: Path, workers: int, decoder: str, *arguments) -> Iterator[int]:
+    """Stock FFCV with one of its decoders for the images."""
     from ffcv.fields import decoders
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToTensor
@@ -102,7 +108,41 @@ def imdecode_only(path: Path, workers: int) -> Iterator[int]:
             yield BATCH
 
 
+def memcpy(path: Path, workers: int) -> Iterator[int]:
+    """Copy the stored bytes of random rows, without anything else."""
+    import numba
+    import numpy as np
+    from numba import types
+
+    from fastssl.beton import read_samples
+
+    metadata, size = read_samples(path)
+    file, start = np.memmap(path, np.uint8, mode="r"), np.ascontiguousarray(metadata["image"]["data_ptr"])
+    memcpy = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uint64))
+
+    @numba.njit(nogil=True)
+    def copy(target, source, start_B, size):
+        for b in range(len(start_B)):
+            memcpy(target + b * size, source + start_B[b], size)
+
+    batches = itertools.cycle([np.empty((BATCH, int(size[0])), np.uint8) for _ in range(4)])
+    share = -(-BATCH // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        for epoch in itertools.count():
+            order = np.random.default_rng(epoch).permutation(len(start))
+            for first in range(0, len(order) - BATCH + 1, BATCH):
+                start_B, out = start[order[first : first + BATCH]], next(batches)
+                parts = [
+                    pool.submit(copy, out[b:].ctypes.data, file.ctypes.data, start_B[b : b + share], size[0])
+                    for b in range(0, BATCH, share)
+                ]
+                for part in parts:
+                    part.result()
+                yield BATCH
+
+
 def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator[int]:
+    import torch
     from torchvision import datasets
     from torchvision.transforms import v2
 
@@ -129,7 +169,11 @@ def torchvision_views(photos: Path, workers: int, whole_chain: bool) -> Iterator
             yield len(image)
 
 
-def fastssl_batches(path: Path, workers: int, crop: str, with_views: bool = False) -> Iterator[int]:
+def fastssl_batches(
+    path: Path, workers: int, crop: str = "gpu", with_views: bool = False, with_pixels: bool = False
+) -> Iterator[int]:
+    import torch
+
     from fastssl.loading import BetonLoader
     from fastssl.recipe import PerViewConfig, ViewsConfig
     from fastssl.views import PairedViews
@@ -144,40 +188,68 @@ def fastssl_batches(path: Path, workers: int, crop: str, with_views: bool = Fals
             if with_views:
                 epoch = torch.full((), loader.epoch, device=device)
                 views(batch.image, batch.index, epoch, batch.height, batch.width)
+            if with_pixels:
+                batch.pixels()
             if on_gpu:
                 torch.cuda.synchronize()
             yield len(batch.image)
 
 
+class Line(NamedTuple):
+    """One loader on one file."""
+
+    output: str  # what the loop gets
+    batches: Callable[[Path, int], Iterator[int]] | str  # of the folder and the number of threads; a peer's name
+    own: str = "fastssl"  # the line of fastssl that gives the same, with which it is compared
+    share: float = 1.0  # of the rate that is measured
+
+
+def of(file: str, loader: Callable[..., Iterator[int]], *arguments: object, **options: object) -> Callable:
+    """A line's `batches`: a loader of one of the files."""
+    return lambda folder, workers: loader(folder / file, workers, *arguments, **options)
+
+
+CANVASES, BLOCKS, FULL, Q90 = "canvas/train.beton", "blocks/train.beton", "full/train.beton", "q90.beton"
 LINES = {
     "canvas": {
-        "decode only": stock_canvas,
-        "fastssl": lambda folder, workers: fastssl_batches(folder / "canvas/train.beton", workers, "gpu"),
-        "fastssl + views": lambda folder, workers: fastssl_batches(folder / "canvas/train.beton", workers, "gpu", True),
-        "FFCV, two pipelines, 500 px": lambda folder, workers: stock_crop(folder / "q90.beton", workers),
-        "torchvision, crop and flip": lambda folder, workers: torchvision_views(folder / "photos", workers, False),
-        "torchvision, whole augmentation": lambda folder, workers: torchvision_views(folder / "photos", workers, True),
+        "fastssl": Line("blocks", of(BLOCKS, fastssl_batches)),
+        "fastssl, pixels": Line("pixels", of(BLOCKS, fastssl_batches, with_pixels=True)),
+        "memcpy": Line("bytes", of(BLOCKS, memcpy)),
+        "FFCV, blocks": Line("blocks", of(BLOCKS, stock_loader, "NDArrayDecoder")),
+        "fastssl, JPEG": Line("pixels", of(CANVASES, fastssl_batches)),
+        "FFCV, decode only, JPEG": Line("pixels", of(CANVASES, stock_loader, "SimpleRGBImageDecoder")),
+        "DALI, decode, JPEG": Line("pixels", "DALI, decode"),
+        "simplejpeg, decode, JPEG": Line("pixels", "simplejpeg, decode"),
+        "fastssl + views": Line("views", of(BLOCKS, fastssl_batches, with_views=True), "fastssl + views"),
+        "fastssl, JPEG + views": Line("views", of(CANVASES, fastssl_batches, with_views=True), "fastssl + views"),
+        "DALI, JPEG, whole augmentation": Line("views", "DALI, whole", "fastssl + views"),
+        "torchvision, whole augmentation": Line("views", of("photos", torchvision_views, True), "fastssl + views"),
+        "fastssl, crop=cpu": Line("two crops", of(BLOCKS, fastssl_batches, "cpu"), "fastssl, crop=cpu"),
+        "fastssl, JPEG, crop=cpu": Line("two crops", of(CANVASES, fastssl_batches, "cpu"), "fastssl, crop=cpu"),
+        "simplejpeg and OpenCV, JPEG": Line("two crops", "simplejpeg and OpenCV", "fastssl, crop=cpu"),
+        "FFCV, two pipelines, 500 px": Line("two crops", of(Q90, stock_crop), "fastssl, crop=cpu", share=0.5),
+        "torchvision, JPEG files": Line("two crops", of("photos", torchvision_views, False), "fastssl, crop=cpu"),
     },
     "full, original bytes": {
-        "decode only": lambda folder, workers: imdecode_only(folder / "full/train.beton", workers),
-        "fastssl": lambda folder, workers: fastssl_batches(folder / "full/train.beton", workers, "cpu"),
-        "FFCV, two pipelines": lambda folder, workers: stock_crop(folder / "full/train.beton", workers),
+        "fastssl": Line("two crops", of(FULL, fastssl_batches, "cpu")),
+        "decode only": Line("pixels", of(FULL, imdecode_only)),
+        "FFCV, two pipelines": Line("two crops", of(FULL, stock_crop), share=0.5),
     },
     "full, q90": {
-        "decode only": lambda folder, workers: imdecode_only(folder / "q90.beton", workers),
-        "fastssl": lambda folder, workers: fastssl_batches(folder / "q90.beton", workers, "cpu"),
-        "fastssl + views": lambda folder, workers: fastssl_batches(folder / "q90.beton", workers, "cpu", True),
-        "FFCV, two pipelines": lambda folder, workers: stock_crop(folder / "q90.beton", workers),
-        "FFCV, two in parallel (memory)": lambda folder, workers: two_in_parallel(folder / "q90.beton", workers),
+        "fastssl": Line("two crops", of(Q90, fastssl_batches, "cpu")),
+        "fastssl + views": Line("views", of(Q90, fastssl_batches, "cpu", with_views=True)),
+        "decode only": Line("pixels", of(Q90, imdecode_only)),
+        "FFCV, two pipelines": Line("two crops", of(Q90, stock_crop), share=0.5),
+        "FFCV, two in parallel (memory)": Line("two crops", of(Q90, two_in_parallel)),
     },
 }
 
 
-def measure(batches: Iterator[int], photos: int) -> dict[str, float]:
-    """Return images per second, peak memory in MB and busy cores; the first epoch is not timed."""
+def measure(batches: Iterator[int]) -> dict[str, float]:
+    """Return images per second, peak memory in MB and busy cores; the first images are not timed."""
     peak = Peak()
     warm = 0
-    while warm < min(photos, 2000):
+    while warm < WARM_UP:
         warm += next(batches)
     start, images = time.perf_counter(), 0
     cpu = time.process_time()
@@ -222,61 +294,121 @@ DatasetWriter(sys.argv[2], fields, num_workers=2).from_indexed_dataset(Photos(),
 """
 
 
-def build(photos: Path, folder: Path, copies: int) -> None:
+def build(photos: Path, folder: Path, copies: int, tables: list[str]) -> None:
+    from fastssl.beton import read_samples
+
     (folder / "photos/all").mkdir(parents=True)
     (folder / "many/all").mkdir(parents=True)
+    (folder / "jpegs").mkdir()
     for path in sorted(photos.rglob("*.[jJ]*")):
         os.link(path, folder / "photos/all" / path.name)
         for copy in range(copies):
             os.link(path, folder / "many/all" / f"{copy} {path.name}")
-    for name, option in (("canvas", ["--canvas", "256"]), ("full", ["--max-side", "500"])):
+    options = {"canvas": ["--canvas", "256", "--codec", "jpeg"], "blocks": ["--canvas", "256", "--codec", "bc4"]}
+    if tables != ["canvas"]:
+        options["full"] = ["--max-side", "500"]
+    for name, option in options.items():
         command = [sys.executable, "-m", "fastssl", "build-beton", "imagefolder", "--source", folder / "many"]
         subprocess.run([*command, "--out", folder / name, *option], check=True, capture_output=True)
     subprocess.run(
         [sys.executable, "-c", WRITE_STOCK, folder / "many", folder / "q90.beton"], check=True, capture_output=True
     )
+    metadata, sizes = read_samples(folder / CANVASES)
+    content = (folder / CANVASES).read_bytes()
+    for i, (start, size) in enumerate(zip(metadata["image"]["data_ptr"], sizes)):
+        (folder / "jpegs" / f"{i:06}.jpg").write_bytes(content[int(start) : int(start) + int(size)])
+
+
+def measure_line(folder: Path, table: str, name: str, workers: int, peers: Path) -> dict[str, float] | None:
+    """Run a line in its own process. None if it is not installed."""
+    batches = LINES[table][name].batches
+    if isinstance(batches, str):
+        if not peers.exists():
+            return None
+        command = [peers, Path(__file__).with_name("loading_peers.py"), batches, folder / "jpegs"]
+    else:
+        command = [sys.executable, __file__, folder, "--line", table, name]
+    done = subprocess.run(
+        [*command, "--workers", str(workers)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(workers)},
+    )  # fmt: skip
+    found = [text for text in done.stdout.splitlines() if text.startswith("RESULT")]
+    if not found:
+        sys.exit(f"{table}, {name}: {done.stderr[-3000:]}")
+    result = json.loads(found[0].removeprefix("RESULT"))
+    result["rate"] *= LINES[table][name].share
+    return result
+
+
+def as_markdown(results: dict[str, dict[str, list[dict[str, float]]]], workers: int, rounds: int) -> str:
+    """The tables, after a paragraph about the machine."""
+    with open("/proc/cpuinfo") as cpuinfo:
+        processor = next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ffcv", "numba"))
+    text = [
+        f"{workers} threads, {os.cpu_count()} cores ({processor}); Python {platform.python_version()}, {packages}; "
+        f"{time.strftime('%Y-%m-%d')}; {rounds} rounds. A ratio is the median over the rounds."
+    ]
+    for table, lines in results.items():
+        text += ["", f"| {table} | gives | images/s, median (range) | fastssl is | memory, MB | cores |"]
+        text += ["|---|---|---|---|---|---|"]
+        for name, found in lines.items():
+            line = LINES[table][name]
+            if not found:
+                text.append(f"| {name} | {line.output} | not installed | | | |")
+                continue
+            rates = [result["rate"] for result in found]
+            ratio = statistics.median(own["rate"] / result["rate"] for own, result in zip(lines[line.own], found))
+            memory, cores = (statistics.median(result[key] for result in found) for key in ("memory", "cores"))
+            text.append(
+                f"| {name} | {line.output} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
+                f"| {'' if name == line.own else f'{ratio:.2f}x'} | {memory:,.0f} | {cores:.2f} |"
+            )
+    return "\n".join(text) + "\n"
+
+
+def replace_tables(record: Path, tables: str) -> None:
+    begin, end = (f"<!-- {which} of benchmarks/loading.py -->\n" for which in ("begin", "end"))
+    before, rest = record.read_text().split(begin)
+    record.write_text(before + begin + tables + end + rest.split(end)[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
+    parser.add_argument("--table", choices=LINES, action="append", help="only this one")
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--peers", type=Path, default=PEERS, help="the Python of loading_peers.py")
+    parser.add_argument("--record", type=Path)
     parser.add_argument("--line", nargs=2, help=argparse.SUPPRESS)  # measures one line, in its own process
     arguments = parser.parse_args()
     if arguments.line:
-        table, line = arguments.line
-        batches = LINES[table][line](arguments.photos, arguments.workers)
-        print("RESULT", json.dumps(measure(batches, 1000)), flush=True)
+        table, name = arguments.line
+        print(
+            "RESULT", json.dumps(measure(LINES[table][name].batches(arguments.photos, arguments.workers))), flush=True
+        )
         os._exit(0)  # stock FFCV's threads do not end
 
-    results: dict[tuple[str, str], list[dict]] = {}
+    tables = arguments.table or list(LINES)
+    results: dict[str, dict[str, list[dict[str, float]]]] = {
+        table: {line: [] for line in LINES[table]} for table in tables
+    }
     with tempfile.TemporaryDirectory(dir=arguments.photos.parent) as folder:
-        build(arguments.photos, Path(folder), arguments.copies)
-        for _ in range(arguments.rounds):
-            for table, lines in LINES.items():
-                for line in lines:
-                    command = [sys.executable, __file__, folder, "--line", table, line]
-                    done = subprocess.run(
-                        [*command, "--workers", str(arguments.workers)],
-                        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(arguments.workers)},
-                    )  # fmt: skip
-                    found = [text for text in done.stdout.splitlines() if text.startswith("RESULT")]
-                    if not found:
-                        sys.exit(f"{table}, {line}: {done.stderr[-3000:]}")
-                    result = json.loads(found[0].removeprefix("RESULT"))
-                    if "two pipelines" in line:
-                        result["rate"] /= 2
-                    results.setdefault((table, line), []).append(result)
-    for (table, line), found in results.items():
-        rates = [result["rate"] for result in found]
-        ratios = [own["rate"] / result["rate"] for own, result in zip(results[table, "fastssl"], found)]
-        print(
-            f"{table:<21} {line:<28} {statistics.median(rates):6.0f} images/s ({min(rates):.0f} to {max(rates):.0f}); "
-            f"fastssl is {statistics.median(ratios):.2f}x; {statistics.median(r['memory'] for r in found):5.0f} MB, "
-            f"{statistics.median(r['cores'] for r in found):.2f} cores"
-        )
+        build(arguments.photos, Path(folder), arguments.copies, tables)
+        for number in range(arguments.rounds):
+            for table in tables:
+                # Every second round backwards, so that a machine that slows down or heats up does not favor a line.
+                for name in list(LINES[table])[:: -1 if number % 2 else 1]:
+                    result = measure_line(Path(folder), table, name, arguments.workers, arguments.peers)
+                    if result is not None:
+                        results[table][name].append(result)
+                        print(f"{table}, {name}: {result['rate']:,.0f} images/s", file=sys.stderr, flush=True)
+    text = as_markdown(results, arguments.workers, arguments.rounds)
+    print(text)
+    if arguments.record:
+        replace_tables(arguments.record, text)
 
 
 if __name__ == "__main__":
