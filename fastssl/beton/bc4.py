@@ -22,7 +22,7 @@ LANES = 64  # blocks that are searched at the same time, so that the compiler us
 EPSILON = np.float32(0.01)  # a level is a whole number of sevenths, which float32 may hold as a little less
 
 # The search for endpoints (see _find_endpoints); records/codec.md compares it with an exhaustive search.
-STARTS = np.float32([(0.03, -0.03), (0.07, 0.0), (0.0, -0.07), (-0.12, -0.03), (0.0, 0.0), (0.03, 0.04)])
+STARTS = np.array([(0.03, -0.03), (0.07, 0.0), (0.0, -0.07), (-0.12, -0.03), (0.0, 0.0), (0.03, 0.04)], np.float32)
 FINE = 48  # the sum of squared distances in a block up to which one start is enough: 3 for each pixel, 43 dB
 NEIGHBORS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
@@ -257,7 +257,7 @@ def _to_tiles(plane: np.ndarray) -> np.ndarray:
 
 
 @compiled(inline="always")
-def _index(sevenths: int) -> int:
+def _index(sevenths: np.int32) -> np.int32:
     """The index of a level, by the sevenths of the way from the lower to the upper endpoint at which it is."""
     index = (np.int32(8) - sevenths) & np.int32(7)
     return index ^ (np.int32(1) if index < 2 else np.int32(0))
@@ -417,8 +417,7 @@ def _choose_levels(search: _Search) -> None:
             a = _nearest(value, search.per_step[lane])
             rest = value - np.floor(a * search.step[lane] + EPSILON)
             search.error[lane] += rest * rest
-            index = _index(np.int32(a))
-            bits[p // 8, lane] |= np.int32(index) << shift
+            bits[p // 8, lane] |= _index(np.int32(a)) << shift
 
 
 @compiled()
