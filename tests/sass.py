@@ -26,19 +26,18 @@ class MachineCode(NamedTuple):
         return self.stack_bytes > 0 or any(opcode in self.instructions for opcode in ("LDL", "STL"))
 
 
-def compile_kernel(
-    kernel, types: dict[str, str], constants: dict[str, object], capability: int, options: dict[str, object]
-) -> MachineCode:
+def compile_kernel(kernel, types: dict[str, str], constants: dict[str, object], capability: int) -> MachineCode:
     """Compile a kernel as a launch would.
 
     types: of the arguments that are no constants, as Triton writes them: "*fp16", "i32". Pointers and sizes divide by
-    16, as those of our tensors do. capability: 90 for sm_90. options: of the launch.
+    16, as those of our tensors do. capability: 90 for sm_90.
     """
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] in ALIGNED}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    options = {"enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return read_machine_code(compiled.asm["cubin"])
 

@@ -3,7 +3,8 @@
 torch.compile's kernels for the same chain run every operation on every view and move fifteen times as many bytes
 (records/gpu-budget.md). Here an operation runs only on the views that drew it, and four kernels do all:
 
-    crop_kernel           crop, resize, flip, the operations before contrast; sums of the gray values, for contrast
+    crop_kernel           crop (from pixels or from blocks, decoding those pixels that it reads), resize, flip, the
+                          operations before contrast; sums of the gray values, for contrast
     contrast_kernel       contrast, the operations after it, grayscale; views without blur are finished here
     blur_columns_kernel   the vertical half of the blur, for the views that drew it
     blur_rows_kernel      the horizontal half, which finishes them
@@ -29,7 +30,6 @@ from fastssl.views.operations import BLUR_RADIUS, box_limits
 from fastssl.views.parameters import CONTRAST, Parameters
 
 TILE = 32  # rows and columns of the pixels that one program makes
-IN_BLOCKS_OPTIONS = {"maxnreg": 128}  # registers of a thread that decodes: four programs on a multiprocessor
 OPTIONS = {"enable_fp_fusion": True}  # a product and a sum may be rounded once; Triton 3.9 warns without it
 
 
@@ -91,12 +91,10 @@ def triton_views(
     mean, scale = ((*values, *values, *values)[:3] for values in (views.mean, [1 / std for std in views.std]))
     finish = (*mean, *scale, step_C, step_P)
     blurs = max(view.blur for view in (views.first, views.second)[: count // batch]) > 0
-    in_blocks = isinstance(image, BlockImages)
     with torch.cuda.device_of(source):  # Triton launches on the current device
         crop_kernel[(count * tiles,)](
             source, source if row_B is None else row_B, table, planes, gray_sums,
-            batch, height, width, size, crops, in_blocks, row_B is not None, TILE,
-            **OPTIONS, **(IN_BLOCKS_OPTIONS if in_blocks else {}),
+            batch, height, width, size, crops, isinstance(image, BlockImages), row_B is not None, TILE, **OPTIONS,
         )  # fmt: skip
         contrast_kernel[(count * tiles,)](
             planes, table, gray_sums, out, *finish, size, tiles, triton.next_power_of_2(tiles), TILE, **OPTIONS

@@ -218,7 +218,7 @@ def _crop_planes(
         for j in range(taps_y):
             weight = weight_x * _weight(first_y + j, center_y, per_pixel_y, low_y, high_y)
             row = _clamp_position(first_y + j, side)
-            word = words + (row >> 2) * across + (column >> 2)
+            word = words + ((row >> 2) * across + (column >> 2))
             bit = (16 + 12 * (row & 3)) + 3 * (column & 3)
             one += weight * _decode(tl.load(word, mask=inside, other=0), bit)
             if PLANES == 2:

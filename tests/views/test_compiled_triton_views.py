@@ -13,7 +13,7 @@ FINISH = {f"{name}_{channel}": "fp32" for name in ("mean", "scale") for channel 
 # Instructions of one thread, all branches counted, that makes 8 pixels of 224 px views in bf16: found + 5 %.
 LIMITS = {
     "crop_kernel": {80: 1354, 90: 1372, 100: 1288},
-    "crop_kernel, blocks": {80: 2556, 90: 2586, 100: 2371},
+    "crop_kernel, blocks": {80: 2417, 90: 2469, 100: 2266},
     "contrast_kernel": {80: 1058, 90: 1001, 100: 982},
     "blur_columns_kernel": {80: 418, 90: 432, 100: 432},
     "blur_rows_kernel": {80: 1075, 90: 1057, 100: 974},
@@ -33,9 +33,7 @@ def compiled(name, capability, out="bf16", size=224, step_C=1, step_P=3, **given
         "IN_BLOCKS": False, "BY_ROW": False, "STEP_C": step_C, "STEP_P": step_P, **given,
     }  # fmt: skip
     kernel = getattr(gpu_kernels, name)
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    options = {**gpu.OPTIONS, **(gpu.IN_BLOCKS_OPTIONS if "IN_BLOCKS" in given else {})}
-    return compile_kernel(kernel, types, constants, capability, options)
+    return compile_kernel(kernel, types, {k: v for k, v in constants.items() if k in kernel.arg_names}, capability)
 
 
 def kernel_of(name):
