@@ -20,6 +20,8 @@ from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES,
 from fastssl.profiling.profile import Profile, StageResult
 from fastssl.profiling.tables import percent, si, significant
 from fastssl.recipe import Recipe
+from fastssl.training.residence import fits_beside_training
+from fastssl.training.setup import DTYPES
 
 # ResNet-50 v1.5 trained on one GPU, images/s by precision: NVIDIA/DeepLearningExamples, PyTorch/Classification/
 # ConvNets/resnet50v1.5/README.md, "Training performance" (A100 80 GB, V100 16 GB). An image takes torchvision's 4.09 G
@@ -36,7 +38,7 @@ BANDWIDTH_BOUND = 0.5
 VIEW_PASSES, VIEW_SHARE = 2.5, 0.5
 BACKWARD = 2 / 3  # of a step: gradients are exchanged while it runs
 MEMORY_PER_CORE = 4e9  # bytes of the host, assumed if --plan does not give the memory
-RESIDENT_SHARE = 1 / 8  # of the GPU's memory: data.resident=auto (training/setup.py)
+CONTEXT = 1e9  # bytes that CUDA itself takes of a GPU
 READ_AROUND = 128e3  # bytes that Linux reads around a page of a mapped file that is not in memory (read_ahead_kb)
 LARGE_PIECE = 8e6  # bytes that data.order=quasi_random reads at a time
 EXAMPLE = '--plan "8xA100, 64 cores, nvme"'
@@ -133,11 +135,15 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     stages = _device_costs(profile, recipe, machine, assumptions)
     costs = CostModel(stages, machine.cores // machine.gpus, processes=machine.gpus)
     first_epoch, resident = costs, recipe.data.resident
+    set_bytes = int(profile.data.images * profile.data.decoded_bytes)
     if resident == "auto":
-        decoded_bytes = profile.data.images * profile.data.decoded_bytes
-        resident = profile.data.crop == "gpu" and decoded_bytes <= RESIDENT_SHARE * machine.device.memory
+        room = int(machine.device.memory - CONTEXT)
+        dtype = DTYPES.get(_precisions(profile, recipe, machine.device)[1])
+        fits = fits_beside_training(recipe, dtype, set_bytes, room, machine.gpus)
+        resident = profile.data.crop == "gpu" and fits
     if resident:
-        assumptions.append("All images stay on the GPU (data.resident): decoding them once is not counted.")
+        what = f"All images stay on each GPU (data.resident), {si(set_bytes, 'B')} of its {si(machine.device.memory, 'B')}"
+        assumptions.append(f"{what}: loading them once is not counted.")
     else:
         costs, first_epoch = _with_loading(costs, profile, recipe, machine, assumptions)
     _, precision = _precisions(profile, recipe, machine.device)

@@ -17,6 +17,7 @@ from fastssl.sweep.child import EXIT_BUSY, EXIT_USER_ERROR, run_child
 from fastssl.sweep.grid import Sweep, SweepRun
 from fastssl.sweep.progress import Task, is_finished, is_locked, last_log_line, log_path, make_tasks
 from fastssl.sweep.table import SweepDisplay, results_table
+from fastssl.training.residence import RUNS_PER_GPU
 
 SPAWN = get_context("spawn")  # CUDA does not survive a fork
 GRACE = 120  # seconds that stopped runs have to save their checkpoints
@@ -87,7 +88,7 @@ def run_tasks(
                 for device in devices:
                     free = per_gpu - sum(task.device == device for task in running)
                     for task in next_tasks(tasks, free):
-                        start(task, device, cores)
+                        start(task, device, cores, per_gpu)
                         display.print_state(task)
                         running.append(task)
                 display.show(tasks)
@@ -128,13 +129,13 @@ def next_tasks(tasks: list[Task], count: int) -> list[Task]:
     return found
 
 
-def start(task: Task, device: str, cores: int) -> None:
-    """Start the task's process on a device, with that many threads."""
+def start(task: Task, device: str, cores: int, per_gpu: int) -> None:
+    """Start the task's process on a device that it shares with others, with that many threads."""
     recipe = task.run.recipe
     if recipe.data.workers is None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": cores})})
     task.process = SPAWN.Process(target=run_child, args=(recipe, os.getpid()), name=task.run.name)
-    with child_environment(device, cores):
+    with child_environment(device, cores, per_gpu):
         task.process.start()
     task.state = "running"
     task.device = device
@@ -142,8 +143,8 @@ def start(task: Task, device: str, cores: int) -> None:
 
 
 @contextmanager
-def child_environment(device: str, cores: int) -> Iterator[None]:
-    """Set what a process that is started now inherits: its GPU, its number of threads, and SIGINT ignored.
+def child_environment(device: str, cores: int, per_gpu: int) -> Iterator[None]:
+    """Set what a process that is started now inherits: its GPU, its share of it, its threads, and SIGINT ignored.
 
     A terminal sends Ctrl-C to all processes. The sweep handles it and stops the runs; a run that received it during its
     imports would die with a traceback.
@@ -151,6 +152,7 @@ def child_environment(device: str, cores: int) -> Iterator[None]:
     before = dict(os.environ)
     if device != CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+        os.environ[RUNS_PER_GPU] = str(per_gpu)
     for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ.setdefault(threads, str(cores))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

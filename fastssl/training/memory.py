@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl.common.distributed import broadcast_from_main, world_size
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.system import free_memory
 from fastssl.loading.loader import pinned_bytes
-from fastssl.models.build import outline_model
+from fastssl.models.build import Model, outline_model
 from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes, suggest_smaller
 from fastssl.recipe import Recipe
@@ -23,42 +23,72 @@ VIEW = {"cpu": 4, "cuda": 2}  # views are fp32 on a CPU, and may be bf16 on a GP
 AVERAGES = {"adamw": 2, "adam": 2, "lamb": 2, "lars": 1}
 
 
-def check_memory(recipe: Recipe, device: torch.device) -> None:
+def check_memory(recipe: Recipe, device: torch.device, resident_bytes: int = 0) -> None:
     """Refuse a run that needs more memory than is free, before any of it is taken.
 
     The need of a step is a lower limit: the activations of the encoder, most of what training takes, are not in it. So
     no run is refused that would fit. The main process also needs the host's memory for the copy of a checkpoint.
 
+    Args:
+        resident_bytes: of the images that stay on the device.
+
     Raises:
         UserError: with the keys that make it smaller.
     """
     model = outline_model(recipe)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in trained)
-    copies_of_weights, averages = (2 if recipe.train.ema else 1), AVERAGES.get(recipe.optim.name.lower(), 0)
-    state = count_bytes(model) * copies_of_weights + gradients * averages
-    views = recipe.objective.num_views * (recipe.train.batch_size // (world_size() * recipe.train.accumulate))
-    widths = {"h": cast(int, model.encoder.num_features), "z": recipe.model.projector.out}
-    spaces = [] if recipe.embedding.stochastic == "none" else list(recipe.embedding.stochastic)
-    draws = recipe.embedding.samples * sum(widths[space] for space in spaces)
-    image = recipe.model.in_chans * recipe.views.size**2
-    needs = {
-        suggest_smaller(model): state + gradients,
-        "lower train.batch_size or views.size": views * image * VIEW[device.type],
-        "lower embedding.samples or train.batch_size": views * draws * DRAW,
-    }
+    needs = step_needs(recipe, model, device.type, world_size())
+    needs["set data.resident=false"] = resident_bytes
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     else:
         free = free_memory()
     _require(sum(needs.values()), free, _name(device), max(needs, key=lambda fix: needs[fix]))
+    copies = _copies(recipe)
     if device.type == "cuda":
         weights = _pinned({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-        need = weights * copies_of_weights + _pinned(trained) * averages
+        need = weights * copies.of_weights + _pinned(_trained(model)) * copies.averages
     else:
-        need = 2 * state  # the state and its copy
+        need = 2 * _state_bytes(recipe, model)  # the state and its copy
     # Refused on all ranks, or they would wait for the main process.
     broadcast_from_main(lambda: _require(need, free_memory(), "machine", suggest_smaller(model)))
+
+
+def step_needs(recipe: Recipe, model: Model, device_type: str, processes: int) -> dict[str, int]:
+    """Bytes that a step of one process takes at least, by the keys that make each part smaller.
+
+    model: an outline of the recipe's. device_type: "cpu" or "cuda". processes: that share a batch.
+    """
+    gradients = sum(parameter.nbytes for parameter in _trained(model))
+    views = recipe.objective.num_views * (recipe.train.batch_size // (processes * recipe.train.accumulate))
+    widths = {"h": cast(int, model.encoder.num_features), "z": recipe.model.projector.out}
+    spaces = [] if recipe.embedding.stochastic == "none" else list(recipe.embedding.stochastic)
+    draws = recipe.embedding.samples * sum(widths[space] for space in spaces)
+    image = recipe.model.in_chans * recipe.views.size**2
+    return {
+        suggest_smaller(model): _state_bytes(recipe, model) + gradients,
+        "lower train.batch_size or views.size": views * image * VIEW[device_type],
+        "lower embedding.samples or train.batch_size": views * draws * DRAW,
+    }
+
+
+def _state_bytes(recipe: Recipe, model: Model) -> int:
+    """Bytes of the weights, of their average, and of the optimizer's averages of the gradient."""
+    copies = _copies(recipe)
+    gradients = sum(parameter.nbytes for parameter in _trained(model))
+    return count_bytes(model) * copies.of_weights + gradients * copies.averages
+
+
+class _Copies(NamedTuple):
+    of_weights: int
+    averages: int  # of the gradient
+
+
+def _copies(recipe: Recipe) -> _Copies:
+    return _Copies(2 if recipe.train.ema else 1, AVERAGES.get(recipe.optim.name.lower(), 0))
+
+
+def _trained(model: Model) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _require(need: int, free: int, where: str, fix: str) -> None:

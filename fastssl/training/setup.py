@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import beton_file, read_header
 from fastssl.beton.format import RGB
-from fastssl.common.distributed import broadcast_from_main, is_main_process, rank, spans_hosts, world_size
+from fastssl.common.distributed import any_rank, broadcast_from_main, is_main_process, rank, spans_hosts, world_size
 from fastssl.common.errors import UserError
 from fastssl.loading import Batch, BetonLoader, SampleSelection, require_channels, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
@@ -28,6 +28,7 @@ from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.memory import check_memory
 from fastssl.training.optim import make_optimizer
+from fastssl.training.residence import fits_beside_training, free_memory_of_gpu, image_bytes
 from fastssl.training.schedule import Schedule, image_size, image_sizes, plan
 from fastssl.training.state import TrainState, epochs_of_decay
 from fastssl.training.tracking import require_trackers
@@ -118,7 +119,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         for size in image_sizes(recipe.views):
             key = "views.size" if size == recipe.views.size else "views.progressive_resize"
             check_image_size(recipe.model, size, key)
-    check_memory(recipe, device)
+    check_memory(recipe, device, len(loader.rows) * loader.image_bytes if loader.resident else 0)
     decay_epochs = epochs_of_decay(recipe, checkpoint)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs)
 
@@ -285,15 +286,16 @@ def crop_of(recipe: Recipe) -> Literal["gpu", "cpu"]:
 
 
 def is_resident(recipe: Recipe, device: torch.device) -> bool:
-    """Resolve data.resident: whether the run keeps all of its images on the device."""
+    """Resolve data.resident: whether the run keeps all of its images on the device. All ranks get the same answer."""
     if recipe.data.resident != "auto":
         return recipe.data.resident
     if device.type != "cuda" or crop_of(recipe) != "gpu":
         return False
     data, file = recipe.data, training_file(recipe)
-    height, width = read_header(file).max_resolution
-    images = SampleSelection(data.subset, data.limit).count(file)
-    return images * height * width * recipe.model.in_chans <= torch.cuda.get_device_properties(device).total_memory / 8
+    set_bytes = SampleSelection(data.subset, data.limit).count(file) * image_bytes(read_header(file))
+    precision = "bf16" if recipe.train.precision == "auto" else recipe.train.precision
+    room = free_memory_of_gpu(device)
+    return not any_rank(not fits_beside_training(recipe, DTYPES.get(precision), set_bytes, room, world_size()))
 
 
 def skipped_operations(recipe: Recipe) -> list[str]:

@@ -249,19 +249,6 @@ def test_probe_and_evaluation_use_the_subset_too(canvas, tmp_path, twenty, monke
         probe_module.knn_probe(rest.model_copy(update={"data": rest.data.model_copy(update={"limit": 20})}))
 
 
-def test_part_of_a_set_larger_than_the_device_may_be_resident(canvas, twenty, monkeypatch):
-    room = 8 * 20 * 32 * 32 * 3
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": room}))
-    gpu = torch.device("cuda")
-
-    def resident(*keys):
-        recipe = load_recipe("recipes/supervised.yaml", [f"data.train={canvas}/train.beton", *keys])
-        return setup.is_resident(recipe, gpu)
-
-    assert not resident() and resident(f"data.subset={twenty}") and resident("data.limit=20")
-    assert not resident("data.limit=21")
-
-
 # --- Two rates -------------------------------------------------------------------------------------------------------
 
 
