@@ -142,8 +142,8 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         fits = fits_beside_training(recipe, dtype, set_bytes, room, machine.gpus)
         resident = profile.data.crop == "gpu" and fits
     if resident:
-        what = f"All images stay on each GPU (data.resident), {si(set_bytes, 'B')} of its {si(machine.device.memory, 'B')}"
-        assumptions.append(f"{what}: loading them once is not counted.")
+        held = f"{si(set_bytes, 'B')} of {si(machine.device.memory, 'B')}"
+        assumptions.append(f"All images stay on each GPU (data.resident), {held}: loading them once is not counted.")
     else:
         costs, first_epoch = _with_loading(costs, profile, recipe, machine, assumptions)
     _, precision = _precisions(profile, recipe, machine.device)
