@@ -123,9 +123,9 @@ def views_budgets(recipe: Recipe, stored: int, in_blocks: bool, bandwidth: float
         def call(backend: Callable[..., Any]) -> None:
             compiled = torch.compile(make, dynamic=False, backend=backend)
             with mode, torch.no_grad():
-                image = stored_images(batch, stored, channels, in_blocks)
                 index, height, width = torch.empty(3, batch, dtype=torch.int64)
                 for epoch in range(CALLS):
+                    image = stored_images(batch, stored, channels, in_blocks)
                     compiled(image, index, torch.full((), epoch), height, width)
 
         return call
