@@ -33,6 +33,7 @@ _kernel = compiled(fastmath={"contract"})  # a product and a sum may be rounded 
 _inlined = compiled(inline="always")
 _to_tuple = cast("Callable[[np.ndarray, int], tuple[Any, ...]]", to_fixed_tuple)
 BLUR_SIZE = 2 * BLUR_RADIUS + 1
+LANES = 32
 
 
 def cpu_views(
@@ -232,12 +233,7 @@ def _clamp(value: np.float32) -> np.float32:
 @_kernel
 def _blend(red: np.ndarray, green: np.ndarray, blue: np.ndarray, operation: int, factor: float) -> None:
     """Brightness, contrast, saturation: a blend with black, with the mean gray value, with the gray image."""
-    mean = np.float32(0)
-    if operation == CONTRAST:
-        total: float | np.floating = 0.0
-        for i in range(len(red)):
-            total += _luma(red[i], green[i], blue[i])
-        mean = np.float32(total / len(red))
+    mean = _mean_luma(red, green, blue) if operation == CONTRAST else np.float32(0)
     rest = np.float32(1) - factor
     if operation == BRIGHTNESS or operation == CONTRAST:
         for plane in (red, green, blue):
@@ -249,6 +245,30 @@ def _blend(red: np.ndarray, green: np.ndarray, blue: np.ndarray, operation: int,
             red[i] = _clamp(factor * red[i] + other)
             green[i] = _clamp(factor * green[i] + other)
             blue[i] = _clamp(factor * blue[i] + other)
+
+
+@_kernel
+def _mean_luma(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.float32:
+    """The mean gray value: a float64 sum in the order of the pixels, divided and rounded."""
+    count = len(red)
+    # Sums of every LANES-th pixel take a third of the time, as vector instructions add them.
+    sums = np.zeros(LANES, np.float64)
+    whole = count - count % LANES
+    for start in range(0, whole, LANES):
+        for i in range(LANES):
+            sums[i] += _luma(red[start + i], green[start + i], blue[start + i])
+    total: float | np.floating = sums.sum()
+    for i in range(whole, count):
+        total += _luma(red[i], green[i], blue[i])
+    # Sums in two orders differ by less than this, and once in thousands of views the mean may then round differently.
+    error = total * count * 2.0**-51
+    mean = np.float32((total - error) / count)
+    if mean == np.float32((total + error) / count):
+        return mean
+    total = 0.0
+    for i in range(count):
+        total += _luma(red[i], green[i], blue[i])
+    return np.float32(total / count)
 
 
 @_kernel
