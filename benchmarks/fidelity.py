@@ -42,7 +42,7 @@ def batches_of(recipe: Recipe) -> list[ModelInput]:
     loader = BetonLoader(recipe.data.train, BATCH, seed=1, selection=SampleSelection(limit=BATCH * BATCHES))
     views, made = PairedViews(recipe.views, seed=recipe.seed), []
     for batch in loader:
-        both = tuple(v.clone() for v in views(batch.pixels(), batch.index, 0, batch.height, batch.width))
+        both = tuple(v.clone() for v in views(batch.image, batch.index, 0, batch.height, batch.width))
         made.append(ModelInput(both, batch.label.clone(), batch.index.clone(), torch.tensor(len(made))))
     return made
 

@@ -245,14 +245,14 @@ def eval_loader(
 def eval_input(views: ViewsConfig) -> MakeInput:
     """The evaluation transform of each image: (B, C, size, size)."""
     transform = eval_transform(views)
-    return lambda batch: transform(batch.pixels(), batch.height, batch.width)
+    return lambda batch: transform(batch.image, batch.height, batch.width)
 
 
 @lru_cache(maxsize=4)
 def augmented_input(views: ViewsConfig) -> MakeInput:
     """Both training views of each image, as in the first epoch of a run with seed 0: (B, 2, C, size, size)."""
     pair = PairedViews(views)
-    return lambda batch: torch.stack(pair(batch.pixels(), batch.index, 0, batch.height, batch.width), dim=1)
+    return lambda batch: torch.stack(pair(batch.image, batch.index, 0, batch.height, batch.width), dim=1)
 
 
 @contextmanager

@@ -66,8 +66,8 @@ def describe_plan(plan: StoragePlan) -> str:
     if plan.channels != RGB:
         channels = "one channel" if plan.channels == 1 else f"{plan.channels} channels"
         return f"canvas of {plan.side} x {plan.side} px, pixels of {channels}"
-    pixels = "pixels" if plan.storage == "raw" else f"JPEG quality {plan.quality}"
-    return f"canvas of {plan.side} x {plan.side} px, {pixels}"
+    stored = {"raw": "pixels", "bc4": "BC4 blocks", "jpg": f"JPEG quality {plan.quality}"}[plan.storage]
+    return f"canvas of {plan.side} x {plan.side} px, {stored}"
 
 
 def decode_batch(

@@ -107,7 +107,7 @@ def _input_batches(images: Sequence[ImageLike], recipe: Recipe, device: torch.de
                         raise ValueError(f"Image {number}{name} is bad: {result}.")
                 encoded = cast(list[Encoded], results)
                 batch = decode_batch(encoded, range(first, first + len(encoded)), conversion.plan, recipe.views, device)
-                yield transform(batch.pixels(), batch.height, batch.width)
+                yield transform(batch.image, batch.height, batch.width)
     finally:
         Image.MAX_IMAGE_PIXELS = pillow_limit
 

@@ -80,7 +80,7 @@ def assert_same_rows(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
 # -- pixels ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["canvas", "canvas_jpeg", "full"])
+@pytest.mark.parametrize("kind", ["canvas", "canvas_jpeg", "canvas_bc4", "full"])
 @pytest.mark.parametrize("view", ["squash", "center"])
 def test_a_folder_gives_what_its_beton_gives(kind, view, photos, request, tmp_path):
     betons = request.getfixturevalue(kind)

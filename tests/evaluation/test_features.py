@@ -313,7 +313,7 @@ def test_a_changed_file_or_a_damaged_cache_is_computed_again(run, canvas, extrac
         features_of(folder, tmp_path / "nowhere.beton", model=model, views=recipe.views)
 
 
-@pytest.mark.parametrize("layout", ["canvas", "full"])
+@pytest.mark.parametrize("layout", ["canvas", "canvas_bc4", "full"])
 @pytest.mark.parametrize("stochastic", ["none", "z"])
 def test_features_of_two_augmented_views(layout, stochastic, tmp_path, request):
     """Equal to embedding each view of PairedViews alone."""

@@ -175,8 +175,9 @@ def test_supervised_run_uses_its_own_logits(canvas, others, tmp_path):
     np.testing.assert_allclose(scores["id/max_logit"], -logits.max(axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("stochastic", ["none", "h", "z"])
-def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, canvas, tmp_path):
+@pytest.mark.parametrize("stochastic, stored", [("none", "canvas_bc4"), ("h", "canvas"), ("z", "canvas")])
+def test_odin_moves_images_by_the_gradient_of_the_whole_encoder(stochastic, stored, request, tmp_path):
+    canvas = request.getfixturevalue(stored)
     folder, recipe, model = run_of(tmp_path / "run", canvas, embedding={"stochastic": stochastic})
     encoder = load_run_encoder(folder, device="cpu")
     torch.manual_seed(0)

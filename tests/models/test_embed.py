@@ -29,7 +29,7 @@ def beton_inputs(beton: Path, recipe: Recipe, crop: str) -> dict[str, torch.Tens
     return {names[int(batch.index)]: transform(batch.image, batch.height, batch.width) for batch in loader}
 
 
-@pytest.mark.parametrize("kind", ["canvas", "canvas_jpeg", "full"])
+@pytest.mark.parametrize("kind", ["canvas", "canvas_jpeg", "canvas_bc4", "full"])
 @pytest.mark.parametrize("view", ["squash", "center"])
 def test_paths_are_converted_as_the_training_images(kind, view, photos, request, tmp_path):
     folder = request.getfixturevalue(kind)
