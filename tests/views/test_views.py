@@ -2,6 +2,7 @@
 
 import math
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.geometry import crop_box, eval_box
 from fastssl.loading import ImageRows
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
-from fastssl.views import PairedViews, eval_transform, kernel_choice, operations, paired
+from fastssl.views import PairedViews, cpu, eval_transform, kernel_choice, operations, paired
 from fastssl.views.cpu import cpu_views
 from fastssl.views.operations import crop_resize
 from fastssl.views.paired import _stored_per_source, torch_views
@@ -222,6 +223,28 @@ def test_cpu_views_do_not_depend_on_the_number_of_threads(images):
         made.append(views(uint8(images), torch.arange(6), 0))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
+@numba.njit(error_model="numpy", fastmath={"contract"})  # the options of the kernel
+def mean_luma_in_order(red, green, blue):
+    total = 0.0
+    for i in range(len(red)):
+        total += cpu._luma(red[i], green[i], blue[i])
+    return np.float32(total / len(red))
+
+
+@pytest.mark.parametrize("count", [64, 1_001, 50_176])
+def test_the_mean_gray_value_on_the_cpu_has_the_bits_of_a_sum_in_order(count):
+    rng = np.random.default_rng(count)
+    for exponent in range(1, 20):
+        colors = (rng.random((3, count)) ** exponent).astype(np.float32)
+        assert cpu._mean_luma(*colors) == mean_luma_in_order(*colors)
+    # Half of the pixels each have one of two neighboring gray values: the mean is between two float32.
+    values = np.float32(0.3) + np.arange(8, dtype=np.float32) * np.spacing(np.float32(0.3))
+    gray = np.array([mean_luma_in_order(*np.full((3, 1), value)) for value in values])
+    first = next(i for i in range(7) if gray[i + 1] == np.nextafter(gray[i], np.float32(1)))
+    colors = np.tile(values[first : first + 2], (3, count // 2))
+    assert cpu._mean_luma(*colors) == mean_luma_in_order(*colors)
 
 
 def test_views_on_the_cpu_reuse_the_memory_of_views_that_nobody_holds(images):
