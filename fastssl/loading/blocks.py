@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.beton.bc4 import BLOCK, BLOCK_BYTES, BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR, RED_OF_CR
+from fastssl.beton.format import BC4_SIDE, bc4_bytes
 from fastssl.common.constants import constant
 from fastssl.common.threads import run_in_threads
 from fastssl.loading import kernels
@@ -22,6 +23,9 @@ _OF_5 = ((5, 0), (0, 5), (4, 1), (3, 2), (2, 3), (1, 4), (0, 0), (0, 0))  # else
 class BlockImages:
     """Images that are compressed in blocks: those of a batch, or all of a resident set.
 
+    Raises:
+        ValueError: for a tensor of another type or shape, so that no kernel reads beyond it.
+
     Example:
         >>> batch.image.pixels()  # uint8 (B, H, W, 3)
     """
@@ -29,6 +33,11 @@ class BlockImages:
     blocks: Tensor  # uint8 (B, bytes): the planes Y, Cb and Cr of each image, see fastssl/beton/bc4.py
     side: int  # px
     codec: Literal["bc4"] = "bc4"
+
+    def __post_init__(self) -> None:
+        shape, dtype = tuple(self.blocks.shape), self.blocks.dtype
+        if self.side % BC4_SIDE or shape[1:] != (bc4_bytes(self.side),) or dtype != torch.uint8:
+            raise ValueError(f"Blocks of shape {shape} and type {dtype} are not images of {self.side} px in BC4.")
 
     def __len__(self) -> int:
         return len(self.blocks)

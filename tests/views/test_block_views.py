@@ -162,3 +162,10 @@ def test_no_augmentation_of_the_whole_image_is_the_evaluation_transform():
     box = torch.tensor([0.0, 0, 32, 32]).expand(3, 4)
     plain = no_augmentation(3, torch.device("cpu"))
     torch.testing.assert_close(torch_views(images, box, plain, views), eval_transform(views)(images))
+
+
+@pytest.mark.parametrize("shape, side", [((2, 431), 24), ((2, 432), 32), ((432,), 24), ((2, 75), 10)])
+def test_blocks_of_another_shape_are_refused(shape, side):
+    """Kernels compute addresses from the side."""
+    with pytest.raises(ValueError, match=f"are not images of {side} px in BC4"):
+        BlockImages(torch.zeros(shape, dtype=torch.uint8), side)
