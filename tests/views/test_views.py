@@ -241,7 +241,7 @@ def test_the_mean_gray_value_on_the_cpu_has_the_bits_of_a_sum_in_order(count):
         assert cpu._mean_luma(*colors) == mean_luma_in_order(*colors)
     # Half of the pixels each have one of two neighboring gray values: the mean is between two float32.
     values = np.float32(0.3) + np.arange(8, dtype=np.float32) * np.spacing(np.float32(0.3))
-    gray = np.array([mean_luma_in_order(*np.full((3, 1), value)) for value in values])
+    gray = np.array([mean_luma_in_order(*np.full((3, 1), value)) for value in values], np.float32)
     first = next(i for i in range(7) if gray[i + 1] == np.nextafter(gray[i], np.float32(1)))
     colors = np.tile(values[first : first + 2], (3, count // 2))
     assert cpu._mean_luma(*colors) == mean_luma_in_order(*colors)
