@@ -16,6 +16,10 @@ from fastssl.loading.kernels import DecodeArrays
 from fastssl.loading.samples import Cropping, Samples
 from fastssl.loading.spans import span
 
+# Names of spans.
+DECODE = "decode"
+COPY_IMAGES = "copy images"  # of files whose images are stored as a batch holds them
+
 SMALL_BATCH = 1 << 20  # bytes; copying that many takes as long as waking a thread
 
 
@@ -86,7 +90,7 @@ class ThreadDecoder:
         self._pool.shutdown()
 
     def _decode(self, arrays: DecodeArrays) -> None:
-        with span("decode"):
+        with span(COPY_IMAGES if self._only_copies else DECODE):
             if self._only_copies:
                 kernels.copy_images(arrays)
             elif self.cropping.mode == "gpu":

@@ -267,6 +267,11 @@ class BetonLoader:
         """Whether batches are so small that the reader thread decodes them itself."""
         return is_small(self.batch_size * self.image_bytes, self.samples.mode_N[self.rows], self.cropping)
 
+    @property
+    def only_copies(self) -> bool:
+        """Whether the file holds what a batch holds, pixels or blocks, so that nothing is decoded."""
+        return self.cropping.only_copies(self.samples)
+
     def make_decoder(self, *, workers: int | None = None, crops: int | None = None) -> ThreadDecoder:
         """The decoder of this loader's batches; the profiler gives it other numbers of threads and crops."""
         cropping = self.cropping if crops is None else self.cropping._replace(crops=crops)
@@ -452,7 +457,7 @@ class BetonLoader:
 
     def _pieces_of_whole_file(self) -> Iterator[Batch]:
         """The selected samples in the file's order, in (pinned) memory of the host."""
-        if self.cropping.only_copies(self.samples):
+        if self.only_copies:
             for row_B, image in read_pieces(self.samples, self.rows, self._image_shape, self.workers, self._buffers):
                 yield self._with_columns(image, row_B, np.ones(len(row_B), bool))
             return

@@ -4,7 +4,8 @@ Pure arithmetic on the costs of the stages; nothing is measured here. Stages tha
 the slowest resource sets the pace. Stages on the same resource add up:
 
     disk         storage                          images that are not in the page cache
-    threads      storage + decode + cpu_augment   the loader's threads, which also wait for the disk
+    threads      storage + decode + copy_images + cpu_augment
+                                                  the loader's threads, which also wait for the disk
     reader       transfer                         the loader's reader: assembles batches, starts their copies
     device       views + step + communication     the GPU; without one, the main thread and torch's threads
     main_thread  launch                           the main thread of a run on a GPU
@@ -15,15 +16,17 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from fastssl.beton.format import JPG
 from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
+from fastssl.loading.decoding import COPY_IMAGES, DECODE
 from fastssl.loading.spans import Total
 from fastssl.training.meters import DataWaitWarning, MeterReading
 from fastssl.training.setup import TrainingRun
 
 RESOURCES = {
     "disk": ("storage",),
-    "threads": ("storage", "decode", "cpu_augment"),
+    "threads": ("storage", "decode", "copy_images", "cpu_augment"),
     "reader": ("transfer",),
     "device": ("views", "step", "communication"),
     "main_thread": ("launch",),
@@ -31,6 +34,7 @@ RESOURCES = {
 IN_SENTENCES = {
     "storage": "the disk",
     "decode": "decoding",
+    "copy_images": "copying images",
     "cpu_augment": "cropping on the CPU",
     "transfer": "the transfer of batches",
     "views": "the views",
@@ -38,10 +42,12 @@ IN_SENTENCES = {
     "step": "the step",
     "communication": "the exchange of gradients",
 }
-HEADS = {"cpu_augment": "CPU-augment-bound", "step": "Compute-bound"}  # default: the stage's own name
-LOADER_STAGES = ("storage", "decode", "cpu_augment", "transfer")
+# default: the stage's own name
+HEADS = {"copy_images": "Copy-bound", "cpu_augment": "CPU-augment-bound", "step": "Compute-bound"}
+LOADER_STAGES = ("storage", "decode", "copy_images", "cpu_augment", "transfer")
 PHASES = {"kl": "the KL term", "forward": "the forward pass", "backward": "the backward pass", "draws": "the draws"}
-CANVAS = "a canvas file instead of the full one (build-beton --canvas)"
+CANVAS = "a canvas file instead of the full one (build-beton --codec bc4)"
+BLOCKS = "a canvas file in blocks, which need no decoding (build-beton --codec bc4),"
 BALANCED = 1.1  # a bottleneck is named if training without it would be at least this many times as fast
 ALL_BUSY = 0.95  # the cores are the shortage if they are busy for this share of the slowest resource's time
 WORTH_SAYING = 0.05  # share of the cores' time
@@ -114,6 +120,7 @@ class Setup:
 
     workers: int
     layout: str  # of the file: "canvas" or "full"
+    storage: str  # of its images: "raw", "jpg", "bc4" or "mixed"
     on_gpu: bool = False
     compiled: bool = False
     cuda_graphs: bool | None = False  # None: not possible, with several processes or micro-batches
@@ -168,7 +175,7 @@ def suggest_fixes(stage: str, costs: CostModel, setup: Setup) -> str:
         return _fixes_of_step(costs, setup)
     if stage == "storage" and setup.fits_into_memory:
         return "it ends with the first epoch, as the file fits into memory"
-    if stage in ("decode", "cpu_augment"):
+    if stage in ("decode", "copy_images", "cpu_augment"):
         options = " or ".join(_fixes_of_decoding(stage, costs, setup))
     elif stage == "storage":
         options = "data.order=quasi_random, a smaller --canvas or --max-side, more memory or a faster disk"
@@ -209,7 +216,7 @@ def _fixes_of_step(costs: CostModel, setup: Setup) -> str:
 
 
 def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
-    """Return the threads or cores that would move the bottleneck elsewhere, and the file that decodes faster."""
+    """Return the threads or cores that would move the bottleneck elsewhere, and the file that loads faster."""
     seconds = costs.resource_seconds()
     without = costs.with_speedup(stage, math.inf).resource_seconds()
     target = max(1e-12, without["device"] or min(s for s in seconds.values() if s))  # seconds per image
@@ -223,8 +230,10 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
         more = costs.processes * (max(cores, workers) - costs.cores)
         options.append(f"{more} more core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
-        options.append("a larger train.batch_size, which threads would decode,")
-    return [*options, CANVAS if setup.layout == "full" else "a smaller --canvas"]
+        options.append("a larger train.batch_size, which threads would load,")
+    if setup.layout == "full":
+        return [*options, CANVAS]
+    return [*options, BLOCKS if stage == "decode" and setup.storage == "jpg" else "a smaller --canvas"]
 
 
 def _in_sentence(stage: str, setup: Setup) -> str:
@@ -240,7 +249,10 @@ def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
     cuda_graphs = train.cuda_graphs if world_size() == 1 and train.accumulate == 1 else None
     fits_into_memory = loader.path.stat().st_size <= free_memory()
     on_gpu = run.device.type == "cuda"
-    return Setup(loader.workers, layout, on_gpu, run.compiled, cuda_graphs, run.precision, fits_into_memory, phases)
+    storage = "bc4" if loader.samples.in_blocks else "jpg" if (loader.samples.mode_N == JPG).any() else "raw"
+    return Setup(
+        loader.workers, layout, storage, on_gpu, run.compiled, cuda_graphs, run.precision, fits_into_memory, phases
+    )
 
 
 def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
@@ -254,16 +266,17 @@ def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
         seconds, cpu_seconds = sum(t.seconds for t in totals), sum(t.cpu_seconds for t in totals)
         return Cost(seconds / threads / reading.images, cpu_seconds / reading.images)
 
-    decode, reader = per_image("decode", threads=loader.workers), per_image("start", "copy")
-    if loader.decodes_in_reader:  # decoding is then a part of "start"
-        decode = per_image("decode")
-        reader = Cost(reader.seconds - decode.seconds, reader.cpu_seconds - decode.cpu_seconds)
+    stage, name = ("copy_images", COPY_IMAGES) if loader.only_copies else ("decode", DECODE)
+    images, reader = per_image(name, threads=loader.workers), per_image("start", "copy")
+    if loader.decodes_in_reader:  # it is then a part of "start"
+        images = per_image(name)
+        reader = Cost(reader.seconds - images.seconds, reader.cpu_seconds - images.cpu_seconds)
     step = Cost((reading.seconds - reading.waited) / reading.images)
-    stages = {"decode": decode, "transfer": reader, "step": step}
+    stages = {stage: images, "transfer": reader, "step": step}
     # Threads that sleep for most of the time are blocked by the disk, unless all cores are busy.
-    blocked = decode.seconds - decode.cpu_seconds / loader.workers
-    if run.device.type == "cuda" and blocked > decode.seconds / 2:
-        stages |= {"decode": Cost(decode.seconds - blocked, decode.cpu_seconds), "storage": Cost(blocked)}
+    blocked = images.seconds - images.cpu_seconds / loader.workers
+    if run.device.type == "cuda" and blocked > images.seconds / 2:
+        stages |= {stage: Cost(images.seconds - blocked, images.cpu_seconds), "storage": Cost(blocked)}
     setup = setup_of(run, "full" if loader.crop == "cpu" else "canvas", phases={})
     costs = CostModel(stages, available_cores(), loader.decodes_in_reader, world_size())
     return describe_bottleneck(costs, setup) + " `fastssl profile` measures it."

@@ -1,4 +1,4 @@
-"""The stages in front of the device: decoding, crops on the CPU, batch transfer, and the loader as a whole."""
+"""The stages in front of the device: decoding or copying images, crops on the CPU, transfer, the loader as a whole."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -24,7 +24,10 @@ EPOCH = 1
 
 
 class LoaderStages:
-    """Timers of decode, cpu_augment, transfer and loader for one run. `stack` closes the loaders and decoders."""
+    """Timers of decode or copy_images, cpu_augment, transfer and loader for one run.
+
+    `stack` closes the loaders and decoders.
+    """
 
     def __init__(self, recipe: Recipe, loader: BetonLoader, seconds: float, cores: int, stack: ExitStack):
         self.loader, self.seconds, self.stack = loader, seconds, stack
@@ -47,9 +50,15 @@ class LoaderStages:
         best = max(rate.median for rate in rates.values())
         # On a host with fewer cores than the main process's, the run's number of workers may be missing.
         own = self.decode.get(self.loader.workers) or list(self.decode.values())[-1]
-        stages.decode = own.result()
-        stages.decode.workers = rates
-        stages.decode.knee = min(workers for workers, rate in rates.items() if rate.median >= 0.95 * best)
+        result = own.result()
+        result.workers = rates
+        result.knee = min(workers for workers, rate in rates.items() if rate.median >= 0.95 * best)
+        if self.loader.only_copies:
+            stages.copy_images = result
+            stages.decode.missing = f"The file holds {'blocks' if self.loader.samples.in_blocks else 'pixels'}."
+        else:
+            stages.decode = result
+            stages.copy_images.missing = "The images are decoded."
         if self.with_crops:
             stages.cpu_augment = difference_result(self.with_crops, own)
         else:

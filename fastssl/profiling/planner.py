@@ -148,7 +148,10 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         costs, first_epoch = _with_loading(costs, profile, recipe, machine, assumptions)
     _, precision = _precisions(profile, recipe, machine.device)
     compiled = recipe.train.compile is not False
-    setup = Setup(costs.cores, profile.data.layout, True, compiled, precision=precision, fits_into_memory=False)
+    setup = Setup(
+        costs.cores, profile.data.layout, profile.data.storage, on_gpu=True, compiled=compiled, precision=precision,
+        fits_into_memory=False,
+    )  # fmt: skip
     seconds, rate = costs.resource_seconds(), costs.images_per_second()
     slowest = max(busy for name, busy in seconds.items() if name not in ("threads", "cores"))
     images = profile.data.batches_per_epoch * profile.run.batch_size
@@ -238,11 +241,13 @@ def _with_loading(
     assumptions.append("The cores are as fast as here, and all of them decode (data.workers=null).")
     batch_size = profile.run.batch_size // (machine.gpus * recipe.train.accumulate)
     in_reader = data.image_bytes >= data.decoded_bytes and batch_size * data.decoded_bytes <= SMALL_BATCH
-    for name, stage in (("decode", profile.stages.decode), ("cpu_augment", profile.stages.cpu_augment)):
+    images = "copy_images" if profile.stages.copy_images.rate else "decode"
+    for name in (images, "cpu_augment"):
+        stage = profile.stages.by_name()[name]
         if stage.cpu_seconds:
             seconds = stage.cpu_seconds.median
             stages[name] = Cost(seconds if in_reader else seconds / cores, seconds)
-        elif name == "decode" or data.crop == "cpu":
+        elif name == images or data.crop == "cpu":
             assumptions.append(f"{name} is left out, as it was not measured: {stage.reason.rstrip('.')}.")
     transfer = profile.stages.transfer
     bus = data.decoded_bytes / (LINK_SHARE * machine.device.pcie)

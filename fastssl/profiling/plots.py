@@ -62,11 +62,13 @@ def _draw_device_time(axes: "Axes", profile: Profile) -> None:
 
 
 def _draw_scaling(axes: "Axes", profile: Profile) -> None:
-    """Draw the rate of decoding by the number of threads, with the rate that the device needs."""
-    axes.set_title("Decoding by number of threads", fontsize=12)
-    axes.set_xlabel("decoding threads")
+    """Draw the rate of decoding or copying images by the number of threads, with the rate that the device needs."""
+    copies = profile.stages.copy_images.rate is not None
+    stage = profile.stages.copy_images if copies else profile.stages.decode
+    axes.set_title(f"{'Copying images' if copies else 'Decoding'} by number of threads", fontsize=12)
+    axes.set_xlabel("threads")
     axes.set_ylabel("images/s (median, lowest and highest)")
-    workers = dict(sorted((profile.stages.decode.workers or {}).items()))
+    workers = dict(sorted((stage.workers or {}).items()))
     if not workers:
         axes.text(0.5, 0.5, "not measured", ha="center", color=GRAY, transform=axes.transAxes)
         return
@@ -75,7 +77,7 @@ def _draw_scaling(axes: "Axes", profile: Profile) -> None:
     if 1 in workers:
         axes.plot(counts, [rates[0] * count for count in counts], color=GRAY, ls="--", label="linear scaling")
     axes.errorbar(counts, rates, yerr=errors, color=BLUE, marker="o", lw=2, capsize=5, label="measured")
-    knee = profile.stages.decode.knee
+    knee = stage.knee
     if knee in workers:
         label = f"knee: {knee} thread{'s' if knee > 1 else ''}"
         axes.plot(knee, workers[knee].median, "o", ms=16, mfc="none", mec=ORANGE, mew=2, label=label)

@@ -87,7 +87,7 @@ class StageResult(ProfilePart):
     # storage
     cold_bytes_per_second: Rate | None = None  # evicted from the page cache before
     warm_bytes_per_second: Rate | None = None  # from the page cache
-    # decode
+    # decode, copy_images
     workers: dict[Annotated[int, Field(ge=1, le=9999)], Rate] | None = None  # images per second by number of threads
     knee: Whole | None = None  # number of threads beyond which more give less than 5 %
     # transfer
@@ -128,6 +128,7 @@ class Stages(ProfilePart):
 
     storage: StageResult
     decode: StageResult
+    copy_images: StageResult = Field(default_factory=StageResult)  # profiles of older versions have no such stage
     cpu_augment: StageResult
     transfer: StageResult
     loader: StageResult
@@ -159,7 +160,7 @@ class ProfiledData(ProfilePart):
     images: Whole
     file_bytes: Number
     image_bytes: Number  # mean, as stored
-    decoded_bytes: Number
+    decoded_bytes: Number  # of an image in a batch: its pixels or blocks, with all of its crops
     layout: Printable
     storage: Printable
     resolution: list[Whole] | None  # height and width in pixels

@@ -232,7 +232,7 @@ class Profiler:
         """Return what an image costs this process, by stage."""
         costs = {}
         results = stages.by_name() | {"step": self.device_stages.own_step.result()}
-        for name in ("decode", "cpu_augment", "transfer", "views", "step", "communication", "launch"):
+        for name in ("decode", "copy_images", "cpu_augment", "transfer", "views", "step", "communication", "launch"):
             rate, cpu_seconds = results[name].rate, results[name].cpu_seconds
             if rate and cpu_seconds:
                 costs[name] = Cost(world_size() / rate, cpu_seconds.median)

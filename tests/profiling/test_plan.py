@@ -161,7 +161,8 @@ def test_few_cores_make_decoding_the_bottleneck():
     # A core takes 1 ms for what the GPU does in 0.20 ms: five cores per GPU, three more than there are.
     assert planned.cores_needed == 5
     assert (
-        "24 more cores or a smaller --canvas would fix it; the next bottleneck is the step at 39,5" in planned.sentence
+        "24 more cores or a canvas file in blocks, which need no decoding (build-beton --codec bc4), would fix it; the "
+        "next bottleneck is the step at 39,5" in planned.sentence
     )
     assert any("cores are as fast as here" in sentence for sentence in planned.assumptions)
 
@@ -201,6 +202,33 @@ def test_images_that_fit_on_the_gpu_are_decoded_once():
     planned = plan(invented(data=data), "8xA100, 8 cores", "data.resident=false")
     # Batches this small are decoded by the reader.
     assert planned.resource_rates["reader"] == pytest.approx(8000, rel=1e-2)
+
+
+IN_BLOCKS = {
+    "images": 1_281_167, "image_bytes": 49_152, "decoded_bytes": 49_152, "file_bytes": 63.3e9, "storage": "bc4",
+}  # fmt: skip
+
+
+def of_blocks(**data):
+    stages = {"decode": stage(missing="The file holds blocks."), "copy_images": stage(200_000, 1e-5)}
+    return invented(data=IN_BLOCKS | data, stages=stages)
+
+
+def test_imagenet_in_blocks_stays_on_a_gpu_that_has_room_for_it():
+    planned = plan(of_blocks(), "H200, 16 cores")
+    assert planned.bottleneck == "step" and "threads" not in planned.resource_rates
+    assert any("stay on each GPU (data.resident), 63.0 GB of 151 GB" in sentence for sentence in planned.assumptions)
+    assert "threads" not in plan(of_blocks(), "A100, 16 cores").resource_rates
+    # A step that is too large for the rest of it.
+    assert "threads" in plan(of_blocks(), "A100, 16 cores", "train.batch_size=2048").resource_rates
+    assert "threads" not in plan(of_blocks(), "8xA100, 16 cores", "train.batch_size=2048").resource_rates
+
+
+def test_blocks_that_do_not_fit_are_copied_by_all_cores():
+    planned = plan(of_blocks(), "A100 40GB, 4 cores, 256 GB")
+    assert planned.resource_rates["threads"] == pytest.approx(4 / 1e-5)
+    assert planned.bottleneck == "step" and planned.cores_needed == 1
+    assert not any("left out" in sentence for sentence in planned.assumptions if "cpu_augment" not in sentence)
 
 
 def test_a_measured_gpu_is_scaled_by_peak_and_bandwidth():

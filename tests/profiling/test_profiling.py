@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from fastssl.profiling import device_stages, loader_stages, peaks, profile_recip
 from fastssl.profiling.bottleneck import Cost, CostModel, Setup, describe_bottleneck
 from fastssl.profiling.end_to_end import Training
 from fastssl.profiling.loader_stages import worker_counts
+from fastssl.profiling.profile import STAGES, StageResult, Stages
 from fastssl.profiling.storage import STILL_CACHED, StorageStage, share_in_page_cache
 from fastssl.profiling.trace import STEPS, write_trace
 from fastssl.recipe import load_recipe
@@ -84,6 +87,7 @@ def slow_down(monkeypatch, seconds):
         monkeypatch.setattr(owner, name, slow)
 
     sleep_first(kernels, "decode_images", "decode")
+    sleep_first(kernels, "copy_images", "decode")
     sleep_first(BetonLoader, "_assemble", "transfer")
     sleep_first(TrainingViews, "__call__", "views")
     sleep_first(Network, "forward", "step")
@@ -159,7 +163,7 @@ def test_costs_add_up_on_one_resource_and_overlap_on_several():
     assert CostModel({"decode": Cost(1.05, 0), "step": Cost(1, 0)}, cores=2).is_balanced()
 
 
-SETUP = Setup(workers=2, layout="full", on_gpu=True, compiled=True, precision="bf16")
+SETUP = Setup(workers=2, layout="full", storage="jpg", on_gpu=True, compiled=True, precision="bf16")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +173,24 @@ SETUP = Setup(workers=2, layout="full", on_gpu=True, compiled=True, precision="b
             {"decode": Cost(2.1e-3, 4.2e-3), "step": Cost(1e-3)},
             SETUP,
             "Decode-bound: the step could take 2.1x more images; 3 more cores or a canvas file instead of the full "
-            "one (build-beton --canvas) would fix it; the next bottleneck is the step at 1,000 images/s.",
+            "one (build-beton --codec bc4) would fix it; the next bottleneck is the step at 1,000 images/s.",
         ),
         ({"decode": Cost(2e-3, 1e-4), "step": Cost(1e-3)}, SETUP, "data.workers=4 or a canvas file"),
+        (
+            {"decode": Cost(2.1e-3, 4.2e-3), "step": Cost(1e-3)},
+            replace(SETUP, layout="canvas"),
+            "3 more cores or a canvas file in blocks, which need no decoding (build-beton --codec bc4), would fix it",
+        ),
+        (
+            {"copy_images": Cost(2.1e-3, 4.2e-3), "step": Cost(1e-3)},
+            replace(SETUP, layout="canvas", storage="bc4"),
+            "Copy-bound: the step could take 2.1x more images; 3 more cores or a smaller --canvas would fix it",
+        ),
+        (
+            {"step": Cost(2e-3), "copy_images": Cost(1e-3)},
+            replace(SETUP, layout="canvas", storage="bc4"),
+            "the next bottleneck is copying images at 1,000 images/s.",
+        ),
         (
             {"cpu_augment": Cost(2e-3, 1e-4), "decode": Cost(1e-3), "step": Cost(1e-3)},
             SETUP,
@@ -198,7 +217,7 @@ SETUP = Setup(workers=2, layout="full", on_gpu=True, compiled=True, precision="b
         ({"step": Cost(2e-3)}, SETUP, "no other bottleneck is known."),
         (
             {"step": Cost(2e-3, 4e-3), "decode": Cost(1e-3, 2e-3)},
-            Setup(workers=2, layout="full"),
+            Setup(workers=2, layout="full", storage="jpg"),
             "all cores are busy all of the time (67% for the step, 33% for decoding); a canvas file instead of",
         ),
         (
@@ -367,10 +386,25 @@ def test_the_trace_has_every_thread_and_torchs_operations(photos_640, tmp_path):
 def test_resident_images_have_no_loader_to_measure(canvas):
     measured = profile_recipe(recipe_of(canvas, "data.resident=true"))
     stages = measured.stages
-    for stage in (stages.storage, stages.decode, stages.cpu_augment, stages.transfer, stages.loader):
+    for stage in (stages.storage, stages.decode, stages.copy_images, stages.transfer, stages.loader):
         assert "stay on the device" in stage.missing
     assert measured.trace is None
     assert measured.bottleneck.stage in ("step", "views")
+
+
+@pytest.mark.parametrize("stored, holds", [("canvas_bc4", "blocks"), ("canvas", "pixels")])
+def test_images_that_a_batch_holds_as_they_are_stored_are_copied_and_not_decoded(stored, holds, request):
+    recipe = recipe_of(request.getfixturevalue(stored))
+    run, _ = prepare(recipe, torch.device("cpu"), None)
+    with ExitStack() as stack:
+        measured = loader_stages.LoaderStages(recipe, run.state.loader, 0.01, 2, stack)
+        for timer in measured.timers():
+            timer.warm_up()
+            timer.measure()
+        stages = Stages(**{name: StageResult() for name in STAGES})
+        measured.add_results(stages, None)
+    assert stages.decode.missing == f"The file holds {holds}." and not stages.decode.rate
+    assert stages.copy_images.rate > 0 and set(stages.copy_images.workers) >= {1, 2} and stages.copy_images.knee
 
 
 def test_the_command_measures_full_files_writes_all_files_and_fails_below_a_threshold(
@@ -416,15 +450,18 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(fastssl, tmp_path
     assert code == 2 and words in err and err.count("\n") == 1
 
 
-def test_a_run_that_waits_long_for_data_says_why(photos_640, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stored, head", [("photos_640", "Decode-bound"), ("canvas_bc4", "Copy-bound")])
+def test_a_run_that_waits_long_for_data_says_why(stored, head, request, tmp_path, monkeypatch, capsys):
     from fastssl.profiling.bottleneck import explain_data_wait
 
     monkeypatch.setattr(DataWaitWarning, "SECONDS", 0.0)
     slow_down(monkeypatch, dict(decode=0.2, transfer=0.0, views=0.0, step=0.0))
-    recipe = recipe_of(photos_640, "data.limit=40", "train.epochs=1", f"run.dir={tmp_path / 'run'}")
+    recipe = recipe_of(
+        request.getfixturevalue(stored), "data.limit=40", "train.epochs=1", f"run.dir={tmp_path / 'run'}"
+    )
     train(recipe, diagnose=explain_data_wait)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
-    assert len(warnings) == 1 and "of the time is spent waiting for data. Decode-bound: the step could" in warnings[0]
+    assert len(warnings) == 1 and f"of the time is spent waiting for data. {head}: the step could" in warnings[0]
     assert warnings[0].endswith("`fastssl profile` measures it.")
 
 
