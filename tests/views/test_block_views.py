@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from synthetic_images import jpeg_bytes
-from torch._dynamo.testing import CompileCounter
 
 from fastssl.beton import bc4
 from fastssl.beton.format import bc4_bytes
@@ -129,17 +128,6 @@ def test_views_of_blocks_are_nearer_to_the_original_than_those_of_a_jpeg():
 
     of_blocks, of_jpeg = quality(encoded(original)), quality(torch.from_numpy(as_jpeg))
     assert of_blocks > of_jpeg + 1 and of_blocks > 40, (of_blocks, of_jpeg)
-
-
-def test_every_batch_of_blocks_uses_the_same_graph():
-    """Each one is another `BlockImages`."""
-    graphs = CompileCounter()
-    views = PairedViews(ViewsConfig(size=16), seed=1)
-    for part, count in ((views.draw_table, 1), (views.make, 2)):
-        compiled = torch.compile(part, fullgraph=True, dynamic=False, backend=graphs)
-        for epoch in range(3):
-            compiled(random_blocks(2, 24, seed=epoch), torch.arange(2), torch.tensor(epoch), None, None)
-        assert graphs.frame_count == count
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_every_size_equals_the_torch_chain(interpreter, size, batch, height, wid
 LONG = (pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 64, 32), (31, 24, 8), (57, 64, 32)))
 
 
-@pytest.mark.parametrize("size, side, tile", [(16, 24, 16), (40, 8, 64), *LONG])
+@pytest.mark.parametrize("size, side, tile", [(16, 24, 32), (40, 8, 64), *LONG])
 def test_views_of_random_blocks_equal_the_torch_chain_at_every_size(interpreter, size, side, tile):
     """Also where an image has one block of chroma only."""
     interpreter.submit(check_size, random_blocks(3, side), size, tile).result()
@@ -160,7 +160,7 @@ def check_every_block():
     patch.setattr(gpu, "TILE", 256)
     made = make(images, box, parameters(1), views)
     patch.undo()
-    assert largest_difference(made, images, box, parameters(1), views) < FP32
+    assert (made - torch_views(images, box, parameters(1), views)).abs().max() < FP32
     gray = images.planes()[0][0, ..., 0]
     assert gray[:4, :4].unique().tolist() == [0, 255], "where both endpoints are 0, two levels are the extremes"
 
