@@ -25,6 +25,7 @@ from fastssl.evaluation import evaluate_knn, evaluate_linear, evaluate_semisup, 
 from fastssl.evaluation.embed import embed_images
 from fastssl.evaluation.ood import DETECTORS, detector
 from fastssl.loading import BetonLoader, ImageRows
+from fastssl.loading import resident as resident_module
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.loader import pinned_bytes
 from fastssl.loading.spans import span
@@ -36,6 +37,7 @@ from fastssl.training import loop, run_writer, setup, train
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.meters import Meter
 from fastssl.training.optim import make_optimizer
+from fastssl.training.residence import WORKSPACES, estimate_training
 from fastssl.views import PairedViews, eval_transform
 from fastssl.views.paired import torch_views
 
@@ -206,13 +208,55 @@ def test_compiled_views_never_wait_for_the_device(compiled_views):
 
 
 @pytest.mark.parametrize("options", [{}, {"drop_last": False}, {"shuffle": "quasi_random"}])
-def test_a_resident_set_gives_the_same_batches(canvas, options):
-    streamed, resident = (
-        BetonLoader(canvas / "train.beton", 7, device="cuda", resident=r, **options) for r in (False, True)
+@pytest.mark.parametrize("stored", ["canvas", "canvas_bc4", "canvas_jpeg"])
+def test_a_resident_set_gives_the_same_batches(stored, options, request, monkeypatch):
+    """Loaded in several pieces, while nothing else holds memory of the device than the set itself."""
+    monkeypatch.setattr(resident_module, "PIECE", 20_000)
+    path = request.getfixturevalue(stored) / "train.beton"
+    streamed, resident, on_host = (
+        BetonLoader(path, 7, device=device, resident=r, **options)
+        for device, r in (("cuda", False), ("cuda", True), ("cpu", False))
     )
     for _ in range(2):
-        for a, b in zip(streamed, resident, strict=True):
-            assert all(torch.equal(x, y) and y.is_cuda for x, y in zip(a, b))
+        for a, b, c in zip(streamed, resident, on_host, strict=True):
+            for x, y, z in zip(a.tensors(), b.tensors(), c.tensors(), strict=True):
+                assert torch.equal(x, y) and y.is_cuda and torch.equal(x.cpu(), z)
+            assert torch.equal(b.pixels().cpu(), c.pixels())
+
+
+def test_loading_a_resident_set_takes_its_memory_and_little_more(canvas_bc4, monkeypatch):
+    """4,800 times the same images: 400 MB, in pieces of 8 MB."""
+    monkeypatch.setattr(resident_module, "PIECE", 1 << 23)
+    loader = BetonLoader(canvas_bc4 / "train.beton", 7, device="cuda", resident=True)
+    loader.rows = np.tile(loader.rows, 4_800)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whole = loader.load_resident()
+    assert whole.image.blocks.nbytes > 390e6
+    assert torch.equal(whole.image.blocks[-48:], whole.image.blocks[:48])
+    assert torch.cuda.max_memory_allocated() - before < whole.image.blocks.nbytes + 5 * whole.label.nbytes + 16e6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_small_patch16_224"])
+def test_training_takes_less_memory_than_estimated(canvas_bc4, tmp_path, backbone, compiled):
+    """What data.resident=auto keeps free: not less than the peak, and not many times as much."""
+    recipe = load_recipe(
+        "recipes/zprob_barlow.yaml",
+        [f"data.train={canvas_bc4}/train.beton", "data.val=null", f"run.dir={tmp_path}/run", "train.device=cuda",
+         f"model.backbone={backbone}", "views.size=224", "train.batch_size=48", f"train.compile={compiled}",
+         "train.epochs=10", "data.resident=false"],
+    )  # fmt: skip
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    run, _ = setup.prepare(recipe, torch.device("cuda"), None)
+    (batch,) = run.state.loader
+    for _ in range(3):
+        loop.train_step(run, [batch], 0, 0.1)
+    estimate = estimate_training(recipe, torch.bfloat16, 1)
+    assert (estimate - WORKSPACES) / 3 < torch.cuda.max_memory_reserved() - before < estimate
 
 
 BEYOND = {
