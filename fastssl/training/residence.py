@@ -21,7 +21,7 @@ RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a s
 MARGIN = 1.5
 CORRELATIONS = 6  # matrices (out, out) in fp32: correlation or covariance of the views, its square, and gradients
 WORKSPACES = 3_000_000_000  # bytes of cuDNN, cuBLAS and NCCL, of CUDA graphs, and of the first comparison of kernels
-SMALL = 1 / 8  # of the GPU's memory: a set up to this stays there where the step cannot be estimated
+SMALL = 1 / 16  # of the free memory: whether a set up to this stays there makes no difference to training
 
 
 def image_bytes(info: BetonInfo) -> int:
@@ -39,10 +39,10 @@ def fits_beside_training(
         dtype: of autocast; None: without it.
         processes: that share a batch.
     """
-    if set_bytes > memory:
-        return False
+    if set_bytes <= SMALL * memory or set_bytes > memory:
+        return set_bytes <= memory
     step = estimate_training(recipe, dtype, processes)
-    return set_bytes <= (SMALL * memory if step is None else memory - step)
+    return step is not None and set_bytes <= memory - step
 
 
 def free_memory_of_gpu(device: torch.device) -> int:

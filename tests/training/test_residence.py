@@ -8,12 +8,13 @@ from torch import nn
 
 from fastssl.beton import read_header
 from fastssl.common import distributed
+from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader
 from fastssl.models import build_model
 from fastssl.recipe import load_recipe
 from fastssl.sweep.local import child_environment
 from fastssl.training import residence, setup
-from fastssl.training.memory import step_needs
+from fastssl.training.memory import check_memory, step_needs
 from fastssl.training.residence import estimate_training, fits_beside_training, image_bytes, saved_bytes
 
 GPU = torch.device("cuda")
@@ -146,6 +147,20 @@ def test_all_ranks_decide_alike(canvas, gpu, monkeypatch):
     assert not setup.is_resident(recipe, torch.device("cpu")) and said == [False]
 
 
+def test_a_small_set_is_resident_whatever_training_takes(monkeypatch):
+    monkeypatch.setattr(residence, "estimate_training", lambda *_: 10 * GB)
+    for size, fits in ((GB // 16, True), (GB // 16 + 1, False)):
+        assert fits_beside_training(recipe_of(), None, size, GB, 1) == fits
+
+
+def test_a_resident_set_that_does_not_fit_is_refused_before_it_is_loaded(gpu):
+    recipe = recipe_of("model.backbone=test_resnet", "views.size=32", "train.batch_size=16")
+    gpu(GB)
+    check_memory(recipe, GPU, resident_bytes=GB // 2)
+    with pytest.raises(UserError, match=r"needs at least 1.0 GB of memory on the GPU, .*: set data\.resident=false"):
+        check_memory(recipe, GPU, resident_bytes=GB)
+
+
 def test_a_model_that_cannot_be_traced_keeps_small_sets_resident(monkeypatch):
     class Branching(nn.Module):
         num_features = 8
@@ -158,5 +173,5 @@ def test_a_model_that_cannot_be_traced_keeps_small_sets_resident(monkeypatch):
     monkeypatch.setattr(residence, "outline_model", lambda recipe: outline)
     recipe = recipe_of("model.backbone=test_resnet")
     assert estimate_training(recipe, None, 1) is None
-    assert fits_beside_training(recipe, None, 8 * GB, 64 * GB, 1)
-    assert not fits_beside_training(recipe, None, 9 * GB, 64 * GB, 1)
+    assert fits_beside_training(recipe, None, 4 * GB, 64 * GB, 1)
+    assert not fits_beside_training(recipe, None, 5 * GB, 64 * GB, 1)
