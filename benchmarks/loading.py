@@ -21,7 +21,7 @@ own process, one after the other, in rounds; batch 256, two views of 224 px. Eac
                     "views" adds PairedViews, on the same cores. With a GPU, batches and views are made there
 
 Memory is the peak of the process's own memory, without mapped files. --record replaces the tables in a Markdown file,
-between two lines that name this benchmark.
+each between two lines that name it.
 """
 
 import argparse
@@ -340,37 +340,40 @@ def measure_line(folder: Path, table: str, name: str, workers: int, peers: Path)
     return result
 
 
-def as_markdown(results: dict[str, dict[str, list[dict[str, float]]]], workers: int, rounds: int) -> str:
-    """The tables, after a paragraph about the machine."""
+def as_markdown(table: str, lines: dict[str, list[dict[str, float]]], workers: int) -> str:
+    """A table, and a paragraph about the machine."""
     with open("/proc/cpuinfo") as cpuinfo:
         processor = next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ffcv", "numba"))
+    rounds = max(map(len, lines.values()))
     text = [
-        f"{workers} threads, {os.cpu_count()} cores ({processor}); Python {platform.python_version()}, {packages}; "
-        f"{time.strftime('%Y-%m-%d')}; {rounds} rounds. A ratio is the median over the rounds."
+        f"| {table} | gives | images/s, median (range) | fastssl is | memory, MB | cores |",
+        "|---|---|---|---|---|---|",
     ]
-    for table, lines in results.items():
-        text += ["", f"| {table} | gives | images/s, median (range) | fastssl is | memory, MB | cores |"]
-        text += ["|---|---|---|---|---|---|"]
-        for name, found in lines.items():
-            line = LINES[table][name]
-            if not found:
-                text.append(f"| {name} | {line.output} | not installed | | | |")
-                continue
-            rates = [result["rate"] for result in found]
-            ratio = statistics.median(own["rate"] / result["rate"] for own, result in zip(lines[line.own], found))
-            memory, cores = (statistics.median(result[key] for result in found) for key in ("memory", "cores"))
-            text.append(
-                f"| {name} | {line.output} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
-                f"| {'' if name == line.own else f'{ratio:.2f}x'} | {memory:,.0f} | {cores:.2f} |"
-            )
+    for name, found in lines.items():
+        line = LINES[table][name]
+        if not found:
+            text.append(f"| {name} | {line.output} | not installed | | | |")
+            continue
+        rates = [result["rate"] for result in found]
+        ratio = statistics.median(own["rate"] / result["rate"] for own, result in zip(lines[line.own], found))
+        memory, cores = (statistics.median(result[key] for result in found) for key in ("memory", "cores"))
+        text.append(
+            f"| {name} | {line.output} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
+            f"| {'' if name == line.own else f'{ratio:.2f}x'} | {memory:,.0f} | {cores:.2f} |"
+        )
+    text += [
+        "",
+        f"{workers} threads, {os.cpu_count()} cores ({processor}); Python {platform.python_version()}, {packages}; "
+        f"{rounds} rounds; {time.strftime('%Y-%m-%d')}.",
+    ]
     return "\n".join(text) + "\n"
 
 
-def replace_tables(record: Path, tables: str) -> None:
-    begin, end = (f"<!-- {which} of benchmarks/loading.py -->\n" for which in ("begin", "end"))
+def replace_table(record: Path, table: str, text: str) -> None:
+    begin, end = (f"<!-- {which} of benchmarks/loading.py, {table} -->\n" for which in ("begin", "end"))
     before, rest = record.read_text().split(begin)
-    record.write_text(before + begin + tables + end + rest.split(end)[1])
+    record.write_text(before + begin + text + end + rest.split(end)[1])
 
 
 def main() -> None:
@@ -405,10 +408,11 @@ def main() -> None:
                     if result is not None:
                         results[table][name].append(result)
                         print(f"{table}, {name}: {result['rate']:,.0f} images/s", file=sys.stderr, flush=True)
-    text = as_markdown(results, arguments.workers, arguments.rounds)
-    print(text)
-    if arguments.record:
-        replace_tables(arguments.record, text)
+    for table in tables:
+        text = as_markdown(table, results[table], arguments.workers)
+        print(text)
+        if arguments.record:
+            replace_table(arguments.record, table, text)
 
 
 if __name__ == "__main__":
