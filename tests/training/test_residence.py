@@ -157,7 +157,7 @@ def test_a_resident_set_that_does_not_fit_is_refused_before_it_is_loaded(gpu):
     recipe = recipe_of("model.backbone=test_resnet", "views.size=32", "train.batch_size=16")
     gpu(GB)
     check_memory(recipe, GPU, resident_bytes=GB // 2)
-    with pytest.raises(UserError, match=r"needs at least 1.0 GB of memory on the GPU, .*: set data\.resident=false"):
+    with pytest.raises(UserError, match=r"needs at least 1.1 GB of memory on the GPU, .*: set data\.resident=false"):
         check_memory(recipe, GPU, resident_bytes=GB)
 
 
