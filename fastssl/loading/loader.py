@@ -27,7 +27,7 @@ from fastssl.loading.blocks import BlockImages
 from fastssl.loading.decoding import Buffers, PendingBatch, ThreadDecoder, is_small
 from fastssl.loading.order import Order, SampleSelection, epoch_order
 from fastssl.loading.prefetch import run_ahead
-from fastssl.loading.resident import read_pieces
+from fastssl.loading.resident import pieces_bytes, read_pieces
 from fastssl.loading.samples import CropMode, Cropping, Samples
 from fastssl.loading.spans import span
 from fastssl.recipe import ViewsConfig
@@ -504,5 +504,7 @@ def estimate_memory(loader: BetonLoader) -> dict[str, int]:
         used[f"{READY_BATCHES + 2} batches of {batch}, device"] = (READY_BATCHES + 2) * batch_bytes
     if loader.resident:
         used["all images, device"] = len(loader.rows) * loader.image_bytes
+        if loader.only_copies:
+            used["pieces, while all images are loaded"] = pieces_bytes(loader.workers, used["all images, device"])
     used["file, if all of it is to stay in the page cache"] = len(samples.file)
     return used

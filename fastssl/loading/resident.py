@@ -58,6 +58,11 @@ def read_pieces(
             yield _finish(started.popleft(), samples)
 
 
+def pieces_bytes(workers: int, set_bytes: int) -> int:
+    """Bytes of host memory that `read_pieces` takes at most, for a caller that holds two pieces at a time."""
+    return min(set_bytes, (min(workers, THREADS) + 2) * PIECE)
+
+
 def _finish(started: StartedPiece, samples: Samples) -> Piece:
     try:
         started.thread.result()

@@ -202,5 +202,7 @@ def test_the_memory_estimate_counts_blocks(canvas_bc4):
     assert loader.image_bytes == BYTES and loader.batch_bytes_on_host == 16 * BYTES
     estimate = estimate_memory(loader)
     assert estimate["5 batches of 16"] == 5 * 16 * BYTES and estimate["all images, device"] == 48 * BYTES
+    assert estimate["pieces, while all images are loaded"] == 48 * BYTES
+    assert resident.pieces_bytes(16, 10**10) == 6 * resident.PIECE
     loader = BetonLoader(canvas_bc4 / "train.beton", 16, crop="eval", views=VIEWS, workers=3)
     assert estimate_memory(loader)["scratch of 3 threads"] == 3 * (SIDE * SIDE * 3 + SIDE * 3 * 4)
