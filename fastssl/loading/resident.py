@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fastssl.common.errors import UserError
+from fastssl.common.files import open_regular
 from fastssl.loading.decoding import Buffers
 from fastssl.loading.samples import Samples
 
@@ -77,19 +78,16 @@ def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
     size = out[0].nbytes
     begins_anew = np.flatnonzero(np.diff(start_B) != size) + 1
     limits = [0, *begins_anew.tolist(), len(row_B)]
-    file = os.open(samples.path, os.O_RDONLY)
-    try:
+    with open_regular(samples.path) as file:
         # The positions are those of the file that was mapped when its tables were checked.
-        if os.fstat(file).st_size != len(samples.file):
+        if os.fstat(file.fileno()).st_size != len(samples.file):
             raise UserError(f"{samples.path} has changed since it was opened: start again.")
         for first, end in zip(limits, limits[1:]):
             position = int(start_B[first])
             rest = out[first:end].reshape(-1).data
             while len(rest):
-                done = os.preadv(file, [rest], position)
+                done = os.preadv(file.fileno(), [rest], position)
                 if done == 0:
                     raise UserError(f"{samples.path} has changed since it was opened: start again.")
                 position += done
                 rest = rest[done:]
-    finally:
-        os.close(file)

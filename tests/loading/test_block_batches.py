@@ -141,16 +141,18 @@ def test_images_that_lie_anywhere_in_the_file_are_loaded(tmp_path):
     np.testing.assert_array_equal(torch.cat([piece.image for piece in pieces]).flatten(1), want)
 
 
-@pytest.mark.parametrize("change", ["cut off", "gone", "replaced"])
+@pytest.mark.parametrize("change", ["cut off", "gone", "replaced", "a pipe"])
 def test_a_file_that_has_changed_is_not_loaded(canvas_bc4, tmp_path, change):
     path = tmp_path / "train.beton"
     shutil.copy(canvas_bc4 / "train.beton", path)
     loader = BetonLoader(path, 8, resident=True)
     path.unlink()
-    if change != "gone":
+    if change == "a pipe":
+        os.mkfifo(path)
+    elif change != "gone":
         shutil.copy(canvas_bc4 / "train.beton", path)
         os.truncate(path, len(loader.samples.file) + (8 if change == "replaced" else -8))
-    message = "cannot be read" if change == "gone" else "has changed since it was opened"
+    message = "cannot be read" if change in ("gone", "a pipe") else "has changed since it was opened"
     with pytest.raises(UserError, match=rf"train.beton {message}"):
         loader.load_resident()
 
