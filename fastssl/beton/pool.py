@@ -107,8 +107,18 @@ class Pool:
 
     def _restart(self, workers: int) -> None:
         """Replace the processes, one of which has died."""
-        self.executor.shutdown(cancel_futures=True)
+        self.close()
         self._start(workers)
+
+    def close(self) -> None:
+        """End the processes, after the tasks that they are at."""
+        state = vars(self.executor)
+        if state["_broken"]:
+            # The executor has terminated its other processes, but not one that was just starting. It would wait forever
+            # for that one, which waits until somebody takes its result.
+            for process in list((state["_processes"] or {}).values()):
+                process.kill()
+        self.executor.shutdown(cancel_futures=True)
 
     def in_order(
         self,
@@ -238,7 +248,7 @@ def worker_pool(workers: int) -> Iterator[Pool]:
             "it stopped. (In a script of your own, call it under `if __name__ == '__main__':`.)"
         ) from error
     finally:
-        pool.executor.shutdown(cancel_futures=True)
+        pool.close()
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

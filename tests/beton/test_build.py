@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -381,6 +382,32 @@ def test_images_of_which_workers_die_are_bad_without_a_build_too(deadly):
         ]
         again = list(workers.encode(good, StoragePlan("canvas", 32, 90)))  # with both workers again
         assert len(again) == 40 and workers.executor._max_workers == 2
+
+
+def test_a_worker_that_starts_while_the_others_are_ended_is_not_waited_for():
+    """Python's executor forgets it, and then waits for it: so an interrupted `embed` could hang."""
+    workers = pool.Pool(1)
+    first = workers.executor.submit(os.getpid).result()
+    state = vars(workers.executor)
+    pipe, processes = state["_call_queue"]._reader, state["_processes"]
+    close, started = pipe.close, threading.Event()
+    late = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+
+    def close_and_start():  # the executor closes the pipe between ending its processes and waiting for them
+        close()
+        late.start()
+        processes[late.pid] = late
+        started.set()
+
+    pipe.close = close_and_start
+    os.kill(first, signal.SIGKILL)
+    assert started.wait(60)
+    closing = threading.Thread(target=workers.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    is_closed = not closing.is_alive()
+    late.kill()
+    assert is_closed
 
 
 def test_workers_that_cannot_work_at_all_are_a_user_error_and_no_image_is_bad(forty_photos, tmp_path, monkeypatch):
