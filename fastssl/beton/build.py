@@ -8,6 +8,8 @@ store a JPEG's bytes as they are, nor resume after it was stopped.
 The same source and options give the same bytes, whatever the number of workers and however often the build was stopped.
 """
 
+import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -62,6 +64,7 @@ LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
 MOST_NAMED = 5  # images of which workers have died
 MOST_BAD = 10  # bad images of a split that are no problem, however small the split is
+JPEG_QUALITY = 90
 SAMPLED = 512  # images of each split that are encoded for an estimate
 SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
 
@@ -73,7 +76,7 @@ class BuildOptions:
     canvas: int | None = None  # px; layout "canvas": each image is resized to a square. None: the builder's CANVAS
     max_side: int | None = None  # px; layout "full": images are shrunk to fit, JPEGs that fit keep their bytes
     codec: Codec | None = None  # of a canvas; None: pixels up to RAW_UP_TO, larger ones JPEG
-    quality: int = 90  # of the JPEGs that are encoded, 1 to 100
+    quality: int | None = None  # of the JPEGs that are encoded, 1 to 100; None: JPEG_QUALITY
     order: Order = "shuffle"  # of the samples in the file: a fixed random order, or the builder's
     workers: int | None = None  # processes; None: one for each core
     limit: int | None = None  # images to take from each split, spread over its classes; None: all
@@ -91,7 +94,7 @@ class BuildOptions:
         for option, side in (("--canvas", self.canvas), ("--max-side", self.max_side)):
             if side is not None and not 1 <= side <= LARGEST_SIDE:
                 raise UserError(f"{option} is {side}; it must be between 1 and {LARGEST_SIDE} pixels.")
-        if not 1 <= self.quality <= 100:
+        if self.quality is not None and not 1 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}; it must be between 1 and 100.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit is {self.limit}; it must be 1 or more.")
@@ -113,8 +116,9 @@ class BuildOptions:
 
     def plan(self, default_canvas: int) -> StoragePlan:
         """Return how images are stored; `default_canvas` is the builder's, in px."""
+        quality = JPEG_QUALITY if self.quality is None else self.quality
         if self.max_side is not None:
-            return StoragePlan("full", self.max_side, self.quality, self.value_range, self.max_megapixels)
+            return StoragePlan("full", self.max_side, quality, self.value_range, self.max_megapixels)
         side = self.canvas or default_canvas
         if side**2 > self.max_megapixels * 1_000_000:
             raise UserError(
@@ -133,9 +137,13 @@ class BuildOptions:
                 f"--codec bc4 stores squares whose side is a multiple of {BC4_SIDE} px and at most "
                 f"{largest // BC4_SIDE * BC4_SIDE} px, not of {side} px: use --canvas {fitting}."
             )
-        return StoragePlan(
-            "canvas", side, self.quality, self.value_range, self.max_megapixels, self.channels, self.codec
-        )
+        plan = StoragePlan("canvas", side, quality, self.value_range, self.max_megapixels, self.channels, self.codec)
+        if self.quality is not None and plan.storage != "jpg":
+            instead = "leave it out, or add --codec jpeg" if self.channels == RGB else "leave it out"
+            raise UserError(
+                f"--quality is of JPEGs, and a canvas of {side} px is stored as {plan.described}: {instead}."
+            )
+        return plan
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ def build_beton(
     canvas: int | None = None,
     max_side: int | None = None,
     codec: Codec | None = None,
-    quality: int = 90,
+    quality: int | None = None,
     order: Order = "shuffle",
     workers: int | None = None,
     limit: int | None = None,
@@ -228,7 +236,7 @@ def build_beton(
         "layout": plan.layout,
         "canvas" if plan.layout == "canvas" else "max_side": plan.side,
         "storage": plan.storage,
-        "quality": quality if plan.storage == "jpg" else None,
+        "quality": plan.quality if plan.storage == "jpg" else None,
         "order": {"shuffled_with_seed": ORDER_SEED} if order == "shuffle" else "source",
     }
     # Only what is not the default, so that files of before these options existed stay up to date.
@@ -254,11 +262,15 @@ def build_beton(
 def recorded_plan(manifest: Manifest) -> StoragePlan:
     """Return how the images of a file are stored, by its manifest. Raises UserError if it holds impossible values."""
     canvas, max_side = manifest.get("canvas"), manifest.get("max_side")
-    quality = manifest.get("quality") or BuildOptions.quality  # null where no JPEG was encoded
+    quality = manifest.get("quality")  # null where no JPEG was encoded
     value_range, megapixels = manifest.get("range", "full"), manifest.get("max_megapixels", MAX_MEGAPIXELS)
     channels = manifest.get("channels", RGB)
-    numbers = [quality, megapixels, channels, *(side for side in (canvas, max_side) if side is not None)]
-    if len(numbers) < 4 or any(type(number) is not int for number in numbers) or not isinstance(value_range, str):
+    numbers = [megapixels, channels, *(number for number in (canvas, max_side, quality) if number is not None)]
+    if (
+        canvas is max_side is None
+        or any(type(number) is not int for number in numbers)
+        or not isinstance(value_range, str)
+    ):
         raise UserError("it has no canvas and no max_side, or a value that build-beton does not write")
     options = BuildOptions(
         canvas,
@@ -478,6 +490,7 @@ class SplitEstimate(NamedTuple):
     path: Path
     images: int
     classes: int
+    stored: str  # as what, for users
     bytes: int
     bad: float  # share of the sampled images that cannot be read
     seconds: float
@@ -485,6 +498,7 @@ class SplitEstimate(NamedTuple):
 
 class BuildEstimate(NamedTuple):
     splits: list[SplitEstimate]
+    others: list[list[SplitEstimate]]  # the same splits with each of the other codecs that --codec may name
     free_disk: int  # bytes, where the files would be
     free_memory: int  # bytes, for the page cache
 
@@ -492,15 +506,26 @@ class BuildEstimate(NamedTuple):
 def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
     """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
     _refuse_output_in_source(source, out)
-    plan = options.plan(load_builder(builder).CANVAS)
+    canvas = load_builder(builder).CANVAS
+    plans = [options.plan(canvas), *_other_plans(options, canvas)]
     splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
     with worker_pool(resolve_workers(options.workers)) as pool:
         # Wait until the workers have started, so that their start does not count.
         for _ in pool.in_order(os.getpid, [()] * pool.workers):
             pass
-        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
+        estimates, *others = [[_estimate_split(split, out, plan, pool) for split in splits] for plan in plans]
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return BuildEstimate(estimates, shutil.disk_usage(folder).free, free_memory())
+    return BuildEstimate(estimates, others, shutil.disk_usage(folder).free, free_memory())
+
+
+def _other_plans(options: BuildOptions, canvas: int) -> list[StoragePlan]:
+    """Return the plans that another --codec would give."""
+    chosen = options.plan(canvas).storage
+    plans = []
+    for codec in get_args(Codec):
+        with contextlib.suppress(UserError):  # not for this size, layout or number of channels
+            plans.append(dataclasses.replace(options, codec=codec, quality=None).plan(canvas))
+    return [plan for plan in plans if plan.storage != chosen and plan.layout == "canvas"]
 
 
 def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool) -> SplitEstimate:
@@ -517,4 +542,5 @@ def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool
     size = data_start(images) + round((bytes_per_image + ALLOCATION.itemsize) * images)
     bad = 1 - len(good) / len(results)
     path = out / f"{split.name}.beton"
-    return SplitEstimate(split.name, path, images, len(split.classes), size, bad, seconds * images / len(results))
+    seconds *= images / len(results)
+    return SplitEstimate(split.name, path, images, len(split.classes), plan.described, size, bad, seconds)

@@ -88,6 +88,11 @@ class StoragePlan(NamedTuple):
                 return "bc4"
         return "jpg"
 
+    @property
+    def described(self) -> str:
+        """As what the images are stored, for users."""
+        return {"raw": "pixels", "jpg": f"JPEG quality {self.quality}", "bc4": "BC4 blocks"}[self.storage]
+
 
 class Case(IntEnum):
     """What happened to an image: skipped, stored as it was, or encoded again, and why.
@@ -206,6 +211,9 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
         if plan.channels == 1:
             image = image.convert("L")  # a gray image keeps its values: the weights of RGB add up to 1
         image = image.resize(target, Image.Resampling.BILINEAR)
+        if orientation in TRANSPOSITIONS:
+            image = image.transpose(TRANSPOSITIONS[orientation])
+        pixels = np.asarray(image)
     else:
         pixels = _decode(image, file_bytes, target, plan)
         if (pixels.shape[1], pixels.shape[0]) != target:
@@ -213,22 +221,20 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
                 from fastssl.beton.resize import resize  # imports numba, which not every build needs
 
                 pixels = resize(pixels, target[1], target[0])
-        image = Image.fromarray(pixels)
-    if orientation in TRANSPOSITIONS:
-        image = image.transpose(TRANSPOSITIONS[orientation])
+        if orientation in TRANSPOSITIONS:
+            pixels = np.array(Image.fromarray(pixels).transpose(TRANSPOSITIONS[orientation]))
 
     # Encode.
     if plan.storage == "raw":
-        payload, mode = image.tobytes(), RAW
-        pixels = np.frombuffer(payload, np.uint8)
+        payload, mode = pixels.tobytes(), RAW
     elif plan.storage == "bc4":
         with _required("numba"):
             from fastssl.beton import bc4
 
-            payload, mode = bc4.encode(np.array(image)).tobytes(), BC4
+            payload, mode = bc4.encode(pixels).tobytes(), BC4
     else:
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
         payload, mode = buffer.getvalue(), JPG
     if len(payload) > PAGE_SIZE:
         raise ValueError(
@@ -236,7 +242,7 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
             "a smaller --max-side or --quality makes it fit"
         )
     is_nearly_black = bool(pixels.max() < NEARLY_BLACK)
-    size = image.height, image.width, source_height, source_width
+    size = pixels.shape[0], pixels.shape[1], source_height, source_width
     return Encoded(payload, mode, *size, case, is_nearly_black, source_format)
 
 

@@ -18,7 +18,7 @@ from fastssl.common.terminal import pairs_table, printable
 
 MOST_CLASSES = 20  # with more classes only the largest ten and the smallest ten are shown
 LONGEST_BAR = 30  # characters
-STORAGE = {"raw": "pixels", "jpg": "JPEG", "bc4": "blocks (BC4)", "mixed": "some as pixels, some as JPEG"}
+STORAGE = {"raw": "pixels", "jpg": "JPEG", "bc4": "BC4 blocks", "mixed": "some as pixels, some as JPEG"}
 OUTCOMES = {  # key of the manifest's "counts" -> name of the row
     "passed_through": "stored unchanged",
     "encoded": "encoded again",

@@ -22,7 +22,9 @@ def build_beton(
         Literal["jpeg", "bc4"] | None,
         Option(help="of a canvas: bc4 needs no decoding, jpeg less disk (default: jpeg, up to 64 px pixels)"),
     ] = None,
-    quality: Annotated[int, Option(min=1, max=100, help="quality of the JPEGs that are encoded here")] = 90,
+    quality: Annotated[
+        int | None, Option(min=1, max=100, help="quality of the JPEGs that are encoded here (default: 90)")
+    ] = None,
     order: Annotated[Literal["shuffle", "source"], Option(help="order of the samples in the file")] = "shuffle",
     workers: Annotated[int | None, Option(help="number of processes (default: all cores)")] = None,
     limit: Annotated[int | None, Option(help="use at most this many images of each split")] = None,
@@ -127,9 +129,12 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
     for split in estimate.splits:
         _print(
             f"{split.path} would hold about {_images_and_classes(split.images, split.classes)}, "
-            f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes"
+            f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes, as {split.stored}"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
         )
+    for splits in estimate.others:
+        size, seconds = sum(split.bytes for split in splits), sum(split.seconds for split in splits)
+        print(f"All as {splits[0].stored} instead: {size / 1e6:,.1f} MB, in {seconds / 60:,.1f} minutes.")
     total = sum(split.bytes for split in estimate.splits)
     fits_disk = "fit on" if total < estimate.free_disk else "DO NOT fit on"
     print(f"All {total / 1e9:,.2f} GB {fits_disk} the disk: {estimate.free_disk / 1e9:,.1f} GB free.")

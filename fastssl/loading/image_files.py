@@ -66,8 +66,7 @@ def describe_plan(plan: StoragePlan) -> str:
     if plan.channels != RGB:
         channels = "one channel" if plan.channels == 1 else f"{plan.channels} channels"
         return f"canvas of {plan.side} x {plan.side} px, pixels of {channels}"
-    stored = {"raw": "pixels", "bc4": "BC4 blocks", "jpg": f"JPEG quality {plan.quality}"}[plan.storage]
-    return f"canvas of {plan.side} x {plan.side} px, {stored}"
+    return f"canvas of {plan.side} x {plan.side} px, {plan.described}"
 
 
 def decode_batch(

@@ -105,7 +105,7 @@ def test_options_of_the_build_are_followed(tmp_path):
     for number in range(4):
         Image.fromarray(rng.integers(0, 4095, (80, 90), dtype=np.uint16)).save(root / f"{number}.png")
     Image.fromarray(rng.integers(0, 4095, (1200, 1000), dtype=np.uint16)).save(root / "large.png")
-    build = {"canvas": 72, "quality": 40, "value_range": (0.0, 4095.0), "max_megapixels": 1}
+    build = {"canvas": 72, "codec": "jpeg", "quality": 40, "value_range": (0.0, 4095.0), "max_megapixels": 1}
     build_beton("imagefolder", root, tmp_path / "data", workers=1, **build)
     encoder = load_run_encoder(run_of(tmp_path / "run", tmp_path / "data"), device="cpu")
     report = embed_images(encoder, root, tmp_path / "folder.npz", workers=1)
