@@ -74,8 +74,7 @@ def train(
             broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint)
-        if run.state.loader.resident:  # takes a minute for a large set: before the display and the meters begin
-            run.state.loader.load_resident()
+        loaded = not run.state.loader.resident or load_images(run, stop)
         if not resumes:  # create the directory only now, when nothing is wrong with the recipe
             broadcast_from_main(open_run_dir)
         if checkpoint and is_main_process():
@@ -83,8 +82,23 @@ def train(
         writer = stack.enter_context(RunWriter(run, run_dir))
         for remark in remarks:
             writer.print(remark)
+        if not loaded:
+            writer.stop(stop)
         fit(run, writer, stop, probe, diagnose)
     return run_dir
+
+
+def load_images(run: TrainingRun, stop: StopRequest) -> bool:
+    """Load a resident set, which may take minutes: before the display and the meters begin.
+
+    Returns False if a process received a signal, which ends the loading there.
+    """
+    try:
+        with stop.interruptible():
+            run.state.loader.load_resident()
+    except ProbeInterrupted:
+        pass
+    return not any_rank(stop.received is not None)
 
 
 def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | None, diagnose: Diagnose) -> None:

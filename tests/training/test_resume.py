@@ -25,6 +25,7 @@ from training_runs import (
 
 import fastssl
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
+from fastssl.loading import loader
 from fastssl.recipe import load_recipe
 from fastssl.training import run_dir, run_writer, train
 
@@ -117,6 +118,17 @@ def test_a_signal_in_a_step_ends_the_run_after_it_and_the_rest_is_the_same(
     assert stopped.value.code == code and checkpoint_in(tmp_path / "run")["step"] == 2
     assert signal.getsignal(number) == handler
     at_step(-1, None)
+    train(recipe, resume="auto")
+    assert_same_run(undisturbed_barlow, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_ends_the_loading_of_a_resident_set(canvas, tmp_path, undisturbed_barlow, monkeypatch):
+    recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", "log.every=4", "data.resident=true"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(loader, "read_pieces", lambda *_: signal.raise_signal(signal.SIGTERM))
+        train(recipe)
+    assert stopped.value.code == EXIT_REQUEUE and checkpoint_in(tmp_path / "run")["step"] == 0
     train(recipe, resume="auto")
     assert_same_run(undisturbed_barlow, tmp_path / "run")
 
