@@ -4,6 +4,7 @@
     source.py         the builders, and the samples that they list
     pool.py           the worker processes, which encode images and write them to the file
     images.py         one image: decode, convert, resize, encode; jpeg.py decodes as the loader does, resize.py resizes
+    bc4.py            compresses a canvas to blocks that need no entropy decoding, and decodes them
     partial_build.py  a file that is being built; a build that was stopped resumes with it
     format.py         the layout of the file: the types of its tables, and how they are written
     read.py           reads a file, and checks it before compiled code follows its pointers
@@ -12,7 +13,7 @@
     inspection.py     the contents of a file as tables; sheet.py draws some of its images
     verification.py   decodes every image and compares it with its checksum
 
-There are two layouts. "canvas": every image is resized to one square, stored as pixels up to 64 px and as JPEG above.
+There are two layouts. "canvas": every image is resized to one square, stored as pixels up to 64 px and in BC4 above.
 "full": a JPEG that fits is stored with its own bytes, others are shrunk to fit and encoded.
 
 Every file has the fields `image`, `label`, `index` (the position in the builder's order, counted before bad images are

@@ -23,7 +23,9 @@ EPSILON = np.float32(0.01)  # a level is a whole number of sevenths, which float
 
 # The search for endpoints (see _find_endpoints); records/codec.md compares it with an exhaustive search.
 STARTS = np.array([(0.03, -0.03), (0.07, 0.0), (0.0, -0.07), (-0.12, -0.03), (0.0, 0.0), (0.03, 0.04)], np.float32)
-FINE = 24  # the sum of squared distances in a block up to which one start is enough: 1.5 for each pixel, 46 dB
+# The sum of squared distances in a block up to which one start is enough: 1.5 a pixel, 46 dB. A value of chroma colors
+# four pixels.
+FINE_LUMA, FINE_CHROMA = 24, 2
 NEIGHBORS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 # YCbCr to RGB in units of 1/65536.
@@ -41,9 +43,9 @@ def encode(pixels_HWC: np.ndarray) -> np.ndarray:
     _to_planes(pixels_HWC, y, cb, cr)
     out = np.empty(side * side * 3 // 4, np.uint8)
     luma_bytes = side * side // 2
-    _encode_plane(y, out[:luma_bytes])
-    _encode_plane(cb, out[luma_bytes : luma_bytes + luma_bytes // 4])
-    _encode_plane(cr, out[luma_bytes + luma_bytes // 4 :])
+    _encode_plane(y, FINE_LUMA, out[:luma_bytes])
+    _encode_plane(cb, FINE_CHROMA, out[luma_bytes : luma_bytes + luma_bytes // 4])
+    _encode_plane(cr, FINE_CHROMA, out[luma_bytes + luma_bytes // 4 :])
     return out
 
 
@@ -203,8 +205,11 @@ def _to_planes(pixels_HWC: np.ndarray, y: np.ndarray, cb: np.ndarray, cr: np.nda
 
 
 @compiled()
-def _encode_plane(plane: np.ndarray, out: np.ndarray) -> None:
-    """Compress the blocks of a plane: all with a short search for their endpoints, then some with a long one."""
+def _encode_plane(plane: np.ndarray, fine: int, out: np.ndarray) -> None:
+    """Compress the blocks of a plane: all with a short search for their endpoints, some with a long one.
+
+    fine: the sum of squared distances in a block up to which the short search is enough.
+    """
     count = len(out) // BLOCK_BYTES
     across = plane.shape[1] // BLOCK
     tiles = _to_tiles(plane)
@@ -218,12 +223,16 @@ def _encode_plane(plane: np.ndarray, out: np.ndarray) -> None:
             values = search.values[p]
             for lane in range(len(tile)):
                 values[lane] = np.float32(tile[lane])
-        _find_endpoints(search, 1)
+        _find_range(search)
+        _try_start(search, 0)
+        search.low[:] = search.new_low
+        search.high[:] = search.new_high
+        _set_exact(search)
         _choose_levels(search)
         for lane in range(lanes):
             number = first + lane
             _write_block(search, lane, out[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
-            if search.error[lane] > FINE:
+            if search.error[lane] > fine:
                 long_search[long_count] = number
                 long_count += 1
     for first in range(0, long_count, LANES):
@@ -234,7 +243,16 @@ def _encode_plane(plane: np.ndarray, out: np.ndarray) -> None:
             for y in range(BLOCK):
                 for x in range(BLOCK):
                     search.values[BLOCK * y + x, lane] = np.float32(plane[top + y, left + x])
-        _find_endpoints(search, len(STARTS))
+        for lane in range(lanes):
+            start = long_search[first + lane] * BLOCK_BYTES
+            search.new_high[lane] = np.float32(out[start])
+            search.new_low[lane] = np.float32(out[start + 1])
+        search.error[:] = np.float32(1 << 24)
+        _keep_better(search)
+        _find_range(search)
+        for start in range(1, len(STARTS)):
+            _try_start(search, start)
+            _keep_better(search)
         _choose_levels(search)
         for lane in range(lanes):
             number = long_search[first + lane]
@@ -291,34 +309,35 @@ def _new_search() -> _Search:
 
 
 @compiled()
-def _find_endpoints(search: _Search, starts: int) -> None:
-    """Find endpoints with a small sum of squared distances between the values and their levels.
-
-    It starts from the ends of the range of values, moved by a share of the range: where values lie in two or three
-    groups, other endpoints than these can have levels closer to all of them. From each start, one step of least squares
-    on the levels as decoders round them. `starts`: how many of STARTS.
-    """
-    values = search.values
-    search.smallest[:] = values[0]
-    search.largest[:] = values[0]
+def _find_range(search: _Search) -> None:
+    """Find the smallest and the largest value of each block."""
+    search.smallest[:] = search.values[0]
+    search.largest[:] = search.values[0]
     for p in range(1, 16):
         for lane in range(LANES):
-            search.smallest[lane] = min(search.smallest[lane], values[p, lane])
-            search.largest[lane] = max(search.largest[lane], values[p, lane])
-    search.error[:] = np.float32(1 << 24)
-    for move_low, move_high in STARTS[:starts]:
-        for lane in range(LANES):
-            reach = search.largest[lane] - search.smallest[lane]
-            search.new_low[lane] = search.smallest[lane] + move_low * reach
-            search.new_high[lane] = search.largest[lane] + move_high * reach
-        _round_endpoints(search)
-        _fit(search)
-        if starts == 1:
-            search.low[:] = search.new_low
-            search.high[:] = search.new_high
-        else:
-            _keep_better(search)
-    # Up to eight neighboring values are stored exactly.
+            search.smallest[lane] = min(search.smallest[lane], search.values[p, lane])
+            search.largest[lane] = max(search.largest[lane], search.values[p, lane])
+
+
+@compiled()
+def _try_start(search: _Search, start: int) -> None:
+    """Set the new endpoints: the ends of the range, moved by a share of it, and one step of least squares from there.
+
+    Where values lie in two or three groups, other endpoints than the ends of the range can have levels closer to all.
+    """
+    move_low = STARTS[start, 0]
+    move_high = STARTS[start, 1]
+    for lane in range(LANES):
+        reach = search.largest[lane] - search.smallest[lane]
+        search.new_low[lane] = search.smallest[lane] + move_low * reach
+        search.new_high[lane] = search.largest[lane] + move_high * reach
+    _round_endpoints(search)
+    _fit(search)
+
+
+@compiled()
+def _set_exact(search: _Search) -> None:
+    """Choose endpoints between which the levels are all eight gray values, for blocks that have no others."""
     for lane in range(LANES):
         low = min(search.smallest[lane], np.float32(248))
         is_exact = search.largest[lane] - low <= np.float32(7)
@@ -338,7 +357,7 @@ def _nearest(value: np.float32, per_step: np.float32) -> np.float32:
     return _clip(np.floor((value + np.float32(3 / 7)) * per_step + np.float32(0.5)), np.float32(0), np.float32(7))
 
 
-@compiled()
+@compiled(inline="always")
 def _round_endpoints(search: _Search) -> None:
     """Make whole numbers of the new endpoints, with 0 <= low < high <= 255."""
     for lane in range(LANES):
@@ -348,7 +367,7 @@ def _round_endpoints(search: _Search) -> None:
         search.new_high[lane] = _clip(high, low + np.float32(1), np.float32(255))
 
 
-@compiled()
+@compiled(inline="always")
 def _set_steps(high: np.ndarray, low: np.ndarray, search: _Search) -> None:
     for lane in range(LANES):
         reach = high[lane] - low[lane]

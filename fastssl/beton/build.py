@@ -31,12 +31,11 @@ from fastssl.beton.format import (
     RGB,
     UNLABELLED,
     Manifest,
-    bc4_bytes,
     data_start,
     manifest_path,
     names_path,
 )
-from fastssl.beton.images import MAX_MEGAPIXELS, Case, Codec, StoragePlan
+from fastssl.beton.images import MAX_MEGAPIXELS, Case, Codec, StoragePlan, can_be_bc4
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
 from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
@@ -75,7 +74,7 @@ class BuildOptions:
 
     canvas: int | None = None  # px; layout "canvas": each image is resized to a square. None: the builder's CANVAS
     max_side: int | None = None  # px; layout "full": images are shrunk to fit, JPEGs that fit keep their bytes
-    codec: Codec | None = None  # of a canvas; None: pixels up to RAW_UP_TO, larger ones JPEG
+    codec: Codec | None = None  # of a canvas; None: see StoragePlan
     quality: int | None = None  # of the JPEGs that are encoded, 1 to 100; None: JPEG_QUALITY
     order: Order = "shuffle"  # of the samples in the file: a fixed random order, or the builder's
     workers: int | None = None  # processes; None: one for each core
@@ -130,7 +129,7 @@ class BuildOptions:
                 f"Images of {side} x {side} px with {self.channels} channels take more than a page of "
                 f"{PAGE_SIZE:,} bytes: use --canvas {math.isqrt(PAGE_SIZE // self.channels)} or less."
             )
-        if self.codec == "bc4" and (side % BC4_SIDE or bc4_bytes(side) > PAGE_SIZE):
+        if self.codec == "bc4" and not can_be_bc4(side):
             largest = math.isqrt(PAGE_SIZE * 4 // 3)
             fitting = max(BC4_SIDE, min(side, largest) // BC4_SIDE * BC4_SIDE)
             raise UserError(

@@ -30,14 +30,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastssl.beton import channels, jpeg
-from fastssl.beton.format import BC4, JPG, PAGE_SIZE, RAW, RGB
+from fastssl.beton.format import BC4, BC4_SIDE, JPG, PAGE_SIZE, RAW, RGB, bc4_bytes
 from fastssl.beton.metadata import without_metadata
 from fastssl.beton.ranges import Range, read_16_bit_color, to_8_bits
 from fastssl.beton.reading import error_number, machine_error, read_or_explain
 from fastssl.beton.source import ImageSource
 from fastssl.common.errors import UserError
 
-RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, a larger one as JPEG
+RAW_UP_TO = 64  # px; a canvas up to this side is stored as pixels, if no codec is named
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
 LONGEST_REASON = 300  # characters; decoders quote what they do not understand
@@ -68,6 +68,11 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 Codec = Literal["jpeg", "bc4"]
 
 
+def can_be_bc4(side: int) -> bool:
+    """Whether a canvas of `side` px can be stored in BC4."""
+    return side % BC4_SIDE == 0 and bc4_bytes(side) <= PAGE_SIZE
+
+
 class StoragePlan(NamedTuple):
     """How every image of a build is read and stored."""
 
@@ -77,16 +82,19 @@ class StoragePlan(NamedTuple):
     value_range: Range = "full"  # of pixels of more than 8 bits per channel
     max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
     channels: int = RGB  # of the stored images; only a canvas may have others than RGB
-    codec: Codec | None = None  # of a canvas; None: pixels up to RAW_UP_TO, larger ones JPEG
+    codec: Codec | None = (
+        None  # of a canvas; None: pixels up to RAW_UP_TO, larger ones BC4, or JPEG if that is impossible
+    )
 
     @property
     def storage(self) -> Literal["raw", "jpg", "bc4"]:
-        if self.layout == "canvas":
-            if self.channels != RGB or (self.codec is None and self.side <= RAW_UP_TO):
-                return "raw"
-            if self.codec == "bc4":
-                return "bc4"
-        return "jpg"
+        if self.layout == "full":
+            return "jpg"
+        if self.channels != RGB or (self.codec is None and self.side <= RAW_UP_TO):
+            return "raw"
+        if self.codec is None:
+            return "bc4" if can_be_bc4(self.side) else "jpg"
+        return "jpg" if self.codec == "jpeg" else "bc4"
 
     @property
     def described(self) -> str:

@@ -20,7 +20,7 @@ def build_beton(
     max_side: Annotated[int | None, Option(help="store whole images of at most this side")] = None,
     codec: Annotated[
         Literal["jpeg", "bc4"] | None,
-        Option(help="of a canvas: bc4 needs no decoding, jpeg less disk (default: jpeg, up to 64 px pixels)"),
+        Option(help="of a canvas: bc4 needs no decoding, jpeg less disk (default: bc4, up to 64 px pixels)"),
     ] = None,
     quality: Annotated[
         int | None, Option(min=1, max=100, help="quality of the JPEGs that are encoded here (default: 90)")

@@ -3,13 +3,15 @@
 loader.py    BetonLoader: batches in a reproducible order, the position in the epoch, the copy to the device
 order.py     which samples of a file are used, and in what order
 samples.py   the table of all samples; the crop boxes that the CPU cuts
-decoding.py  decodes the bytes of a batch to pixels, with threads; kernels.py holds their compiled functions
+decoding.py  copies or decodes the images of a batch, with threads; kernels.py holds their compiled functions
+blocks.py    images of a batch that are still in BC4 blocks
 prefetch.py  runs the decoding ahead of the training loop, in a thread
 resident.py  reads all images of a set that stays on the device
 image_files.py  batches of images that are in no .beton, for `embed`
 spans.py     named time intervals, for the metrics of training and for traces
 """
 
+from fastssl.loading.blocks import BlockImages
 from fastssl.loading.loader import Batch, BetonLoader, ImageRows, estimate_memory
 from fastssl.loading.order import SampleSelection
 from fastssl.loading.samples import require_channels, require_labels
@@ -17,6 +19,7 @@ from fastssl.loading.samples import require_channels, require_labels
 __all__ = [
     "Batch",
     "BetonLoader",
+    "BlockImages",
     "ImageRows",
     "SampleSelection",
     "estimate_memory",

@@ -163,7 +163,7 @@ def test_the_search_is_within_0_3_db_of_an_exhaustive_one(kind: str) -> None:
 
 def encoded_plane(plane: np.ndarray) -> np.ndarray:
     blocks = np.empty(plane.size // 2, np.uint8)
-    bc4._encode_plane(plane, blocks)
+    bc4._encode_plane(plane, bc4.FINE_LUMA, blocks)
     return blocks
 
 
