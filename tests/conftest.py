@@ -65,7 +65,7 @@ def canvas(photos, tmp_path_factory):
 def canvas_jpeg(photos, tmp_path_factory):
     """The same at canvas 96, stored as JPEG."""
     out = tmp_path_factory.mktemp("canvas_jpeg")
-    build_beton("imagefolder", photos, out, canvas=96, workers=1)
+    build_beton("imagefolder", photos, out, canvas=96, codec="jpeg", workers=1)
     return out
 
 

@@ -45,7 +45,7 @@ def photos_640(photos, tmp_path_factory):
     (root / "train").mkdir()
     for number in range(640):
         shutil.copy(files[number % len(files)], root / "train" / f"{number:03}.jpg")
-    build_beton("imagefolder", root, out, canvas=96, workers=1)
+    build_beton("imagefolder", root, out, canvas=96, codec="jpeg", workers=1)
     return out
 
 
