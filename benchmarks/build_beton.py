@@ -7,7 +7,7 @@ run), the same options and the same number of workers, and alternate. Whole proc
 Stock FFCV is used as in its documentation: an indexed dataset that opens each file with Pillow, and
 RGBImageField(write_mode="jpg", jpeg_quality=90).
 
-    canvas      ours --canvas 256; stock resizes to 256 x 256 with the same Pillow filter
+    canvas      ours --canvas 256, in BC4 blocks and with --codec jpeg; stock resizes to 256 x 256 with the same filter
     full        ours --max-side 500; stock max_resolution=500
     fits        the same with only the files that fit, so ours are all stored unchanged
 """
@@ -49,14 +49,16 @@ image = RGBImageField("jpg", max_resolution=None if workload == "canvas" else 50
 writer = DatasetWriter(out + "/train.beton", {"image": image, "label": IntField()}, num_workers=int(workers))
 writer.from_indexed_dataset(Photos(), shuffle_indices=True)
 """
+STOCK_FFCV, OURS_JPEG = "stock FFCV", "ours, JPEG"
 OPTIONS = {"canvas": ["--canvas", "256"], "full": ["--max-side", "500"], "fits": ["--max-side", "500"]}
 
 
 def command(writer: str, workload: str, source: Path, out: str, workers: int) -> list[str]:
-    if writer == "stock FFCV":
+    if writer == STOCK_FFCV:
         return [sys.executable, "-c", STOCK, str(source), out, workload, str(workers)]
     build = ["build-beton", "imagefolder", "--source", str(source), "--out", out]
-    return [sys.executable, "-c", OURS, *build, *OPTIONS[workload], "--workers", str(workers)]
+    codec = ["--codec", "jpeg"] if writer == OURS_JPEG else []
+    return [sys.executable, "-c", OURS, *build, *OPTIONS[workload], *codec, "--workers", str(workers)]
 
 
 def images_per_second(writer: str, workload: str, source: Path, workers: int) -> float:
@@ -90,21 +92,23 @@ def main() -> None:
         everything = link_photos(arguments.photos, Path(folder, "all"), arguments.copies, None)
         fitting = link_photos(arguments.photos, Path(folder, "fits"), arguments.copies, 500)
         for workload in arguments.workloads:
+            writers = ["ours", STOCK_FFCV] + ([OURS_JPEG] if workload == "canvas" else [])
             rates: dict[tuple[str, int], list[float]] = {}
             for _ in range(arguments.repeats):
                 for workers in (1, 2):
-                    for writer in ("stock FFCV", "ours"):
+                    for writer in writers:
                         source = fitting if workload == "fits" else everything
                         rate = images_per_second(writer, workload, source, workers)
                         rates.setdefault((writer, workers), []).append(rate)
             median = {key: statistics.median(values) for key, values in rates.items()}
             for workers in (1, 2):
-                ratio = np.divide(rates["ours", workers], rates["stock FFCV", workers])
-                print(
-                    f"{workload:<7} {workers} workers: stock FFCV {median['stock FFCV', workers]:6.0f}, "
-                    f"ours {median['ours', workers]:6.0f} images/s; ratio {np.median(ratio):.2f} "
-                    f"({ratio.min():.2f} to {ratio.max():.2f})"
-                )
+                for other in writers[1:]:
+                    ratio = np.divide(rates["ours", workers], rates[other, workers])
+                    print(
+                        f"{workload:<7} {workers} workers: {other} {median[other, workers]:6.0f}, "
+                        f"ours {median['ours', workers]:6.0f} images/s; ratio {np.median(ratio):.2f} "
+                        f"({ratio.min():.2f} to {ratio.max():.2f})"
+                    )
             scaling = np.divide(rates["ours", 2], rates["ours", 1])
             print(f"{workload:<7} ours, 1 to 2 workers: {np.median(scaling):.2f}", flush=True)
 
