@@ -76,8 +76,8 @@ def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` with the stored bytes of these rows. Neighbors in the file are read at once."""
     start_B = samples.start_N[row_B]
     size = out[0].nbytes
-    begins_anew = np.flatnonzero(np.diff(start_B) != size) + 1
-    limits = [0, *begins_anew.tolist(), len(row_B)]
+    new_starts = np.flatnonzero(np.diff(start_B) != size) + 1
+    limits = [0, *new_starts.tolist(), len(row_B)]
     with open_regular(samples.path) as file:
         # The positions are those of the file that was mapped when its tables were checked.
         if os.fstat(file.fileno()).st_size != len(samples.file):
