@@ -29,7 +29,7 @@ FINE_LUMA, FINE_CHROMA = 24, 2
 NEIGHBORS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 # YCbCr to RGB in units of 1/65536.
-RED_OF_CR, GREEN_OF_CB, GREEN_OF_CR, BLUE_OF_CB = 91881, -22554, -46802, 116130
+RED_OF_CR_Q16, GREEN_OF_CB_Q16, GREEN_OF_CR_Q16, BLUE_OF_CB_Q16 = 91881, -22554, -46802, 116130
 
 
 @compiled()
@@ -54,15 +54,23 @@ def decode(blocks: np.ndarray, side: int) -> np.ndarray:
     if blocks.shape != (bc4_bytes(side),):
         raise ValueError(f"{len(blocks):,} bytes are not a canvas of {side} px in BC4")
     pixels_HWC = np.empty((side, side, 3), np.uint8)
-    decode_into(np.array(blocks), pixels_HWC)
+    decode_into(read_only(blocks), pixels_HWC)
     return pixels_HWC
+
+
+def read_only(blocks: np.ndarray) -> np.ndarray:
+    """Return a read-only view of contiguous blocks, as decoders take them."""
+    view = np.ascontiguousarray(blocks).view()
+    view.flags.writeable = False
+    return view
 
 
 @compiled()
 def decode_into(blocks: np.ndarray, out_HWC: np.ndarray) -> None:
     """Decompress a canvas to RGB pixels; chroma is interpolated between the centers of its pixels.
 
-    Integer arithmetic throughout, so that fastssl.loading.blocks gives the same pixels on every device.
+    blocks: read-only, because those of a mapped file are, and a compiled function takes one type of argument. Integer
+    arithmetic throughout, so that fastssl.loading.blocks gives the same pixels on every device.
     """
     side = out_HWC.shape[0]
     half = side // 2
@@ -70,9 +78,9 @@ def decode_into(blocks: np.ndarray, out_HWC: np.ndarray) -> None:
     cb = np.empty((half, half), np.uint8)
     cr = np.empty((half, half), np.uint8)
     luma_bytes = side * side // 2
-    decode_plane(blocks[:luma_bytes], 0, 0, y)
-    decode_plane(blocks[luma_bytes : luma_bytes + luma_bytes // 4], 0, 0, cb)
-    decode_plane(blocks[luma_bytes + luma_bytes // 4 :], 0, 0, cr)
+    decode_plane(blocks[:luma_bytes], y)
+    decode_plane(blocks[luma_bytes : luma_bytes + luma_bytes // 4], cb)
+    decode_plane(blocks[luma_bytes + luma_bytes // 4 :], cr)
     line = np.empty(half, np.int32)
     blue = np.empty(side, np.int32)  # Cb at full resolution, times 16, around 0
     red = np.empty(side, np.int32)
@@ -84,9 +92,9 @@ def decode_into(blocks: np.ndarray, out_HWC: np.ndarray) -> None:
         out = out_HWC[row].reshape(-1)
         for x in range(side):
             luma = (np.int32(y[row, x]) << np.int32(20)) + np.int32(1 << 19)
-            out[3 * x] = _to_byte(luma + np.int32(RED_OF_CR) * red[x])
-            out[3 * x + 1] = _to_byte(luma + np.int32(GREEN_OF_CB) * blue[x] + np.int32(GREEN_OF_CR) * red[x])
-            out[3 * x + 2] = _to_byte(luma + np.int32(BLUE_OF_CB) * blue[x])
+            out[3 * x] = _to_byte(luma + np.int32(RED_OF_CR_Q16) * red[x])
+            out[3 * x + 1] = _to_byte(luma + np.int32(GREEN_OF_CB_Q16) * blue[x] + np.int32(GREEN_OF_CR_Q16) * red[x])
+            out[3 * x + 2] = _to_byte(luma + np.int32(BLUE_OF_CB_Q16) * blue[x])
 
 
 @compiled()
@@ -106,19 +114,13 @@ def _double(near: np.ndarray, far: np.ndarray, line: np.ndarray, out: np.ndarray
 
 
 @compiled()
-def decode_plane(blocks: np.ndarray, first_row: int, first_column: int, out_YX: np.ndarray) -> None:
-    """Decompress a window of a plane.
-
-    Args:
-        blocks: uint8, those of the whole plane, row by row. The plane is a square.
-        first_row, first_column: of the window's blocks, counted in blocks.
-        out_YX: uint8, filled with the window; its sides are multiples of 4.
-    """
-    across = int(np.sqrt(len(blocks) // BLOCK_BYTES))
+def decode_plane(blocks: np.ndarray, out_YX: np.ndarray) -> None:
+    """Decompress a square plane. blocks: read-only uint8, row by row."""
+    across = out_YX.shape[1] // BLOCK
     levels = np.empty(8, np.uint8)
-    for row in range(out_YX.shape[0] // BLOCK):
-        for column in range(out_YX.shape[1] // BLOCK):
-            indices = _read_block(blocks, (first_row + row) * across + first_column + column, levels)
+    for row in range(across):
+        for column in range(across):
+            indices = _read_block(blocks, row * across + column, levels)
             for y in range(BLOCK):
                 for x in range(BLOCK):
                     out_YX[BLOCK * row + y, BLOCK * column + x] = levels[np.int64(indices & np.uint64(7))]
@@ -127,7 +129,13 @@ def decode_plane(blocks: np.ndarray, first_row: int, first_column: int, out_YX: 
 
 @compiled()
 def decode_transposed(blocks: np.ndarray, first_row: int, first_column: int, out_XY: np.ndarray) -> None:
-    """`decode_plane`, with the columns of the window as the rows of `out_XY`."""
+    """Decompress a window of a square plane, with its columns as the rows of the result.
+
+    Args:
+        blocks: uint8, those of the whole plane, row by row.
+        first_row, first_column: of the window's blocks, counted in blocks.
+        out_XY: uint8, filled with the window; its sides are multiples of 4.
+    """
     across = int(np.sqrt(len(blocks) // BLOCK_BYTES))
     levels = np.empty(8, np.uint8)
     for column in range(out_XY.shape[0] // BLOCK):

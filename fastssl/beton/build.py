@@ -26,18 +26,21 @@ from fastssl.beton.accounting import account_for_files
 from fastssl.beton.format import (
     ALLOCATION,
     BC4_SIDE,
+    LARGEST_BC4_SIDE,
     MOST_CHANNELS,
     PAGE_SIZE,
     RGB,
     UNLABELLED,
     Manifest,
+    allocate,
     data_start,
+    is_bc4_side,
     manifest_path,
     names_path,
 )
-from fastssl.beton.images import MAX_MEGAPIXELS, Case, Codec, StoragePlan, can_be_bc4
+from fastssl.beton.images import MAX_MEGAPIXELS, Case, Codec, StoragePlan
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
-from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
+from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, plain_image, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
 from fastssl.beton.source import (
@@ -54,7 +57,7 @@ from fastssl.beton.source import (
     list_splits,
     load_builder,
 )
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 from fastssl.common.files import explain_write_errors, read_text, write_atomically
 from fastssl.common.system import free_memory, resolve_workers
 from fastssl.common.terminal import console, print_line, progress
@@ -93,6 +96,8 @@ class BuildOptions:
         for option, side in (("--canvas", self.canvas), ("--max-side", self.max_side)):
             if side is not None and not 1 <= side <= LARGEST_SIDE:
                 raise UserError(f"{option} is {side}; it must be between 1 and {LARGEST_SIDE} pixels.")
+        if self.codec not in (None, *get_args(Codec)):
+            raise UserError(f"--codec is {quote(self.codec)}; it must be {' or '.join(get_args(Codec))}.")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}; it must be between 1 and 100.")
         if self.limit is not None and self.limit < 1:
@@ -129,12 +134,11 @@ class BuildOptions:
                 f"Images of {side} x {side} px with {self.channels} channels take more than a page of "
                 f"{PAGE_SIZE:,} bytes: use --canvas {math.isqrt(PAGE_SIZE // self.channels)} or less."
             )
-        if self.codec == "bc4" and not can_be_bc4(side):
-            largest = math.isqrt(PAGE_SIZE * 4 // 3)
-            fitting = max(BC4_SIDE, min(side, largest) // BC4_SIDE * BC4_SIDE)
+        if self.codec == "bc4" and not is_bc4_side(side):
+            fitting = max(BC4_SIDE, min(side, LARGEST_BC4_SIDE) // BC4_SIDE * BC4_SIDE)
             raise UserError(
                 f"--codec bc4 stores squares whose side is a multiple of {BC4_SIDE} px and at most "
-                f"{largest // BC4_SIDE * BC4_SIDE} px, not of {side} px: use --canvas {fitting}."
+                f"{LARGEST_BC4_SIDE} px, not of {side} px: use --canvas {fitting}."
             )
         plan = StoragePlan("canvas", side, quality, self.value_range, self.max_megapixels, self.channels, self.codec)
         if self.quality is not None and plan.storage != "jpg":
@@ -506,15 +510,33 @@ def estimate_build(builder: str, source: Path | None, out: Path, options: BuildO
     """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
     _refuse_output_in_source(source, out)
     canvas = load_builder(builder).CANVAS
-    plans = [options.plan(canvas), *_other_plans(options, canvas)]
+    plan = options.plan(canvas)
+    others = _other_plans(options, canvas)
     splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
     with worker_pool(resolve_workers(options.workers)) as pool:
-        # Wait until the workers have started, so that their start does not count.
-        for _ in pool.in_order(os.getpid, [()] * pool.workers):
-            pass
-        estimates, *others = [[_estimate_split(split, out, plan, pool) for split in splits] for plan in plans]
+        _warm_up(pool, plan)
+        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
+        # Now the files are in the page cache, so other codecs are compared with the chosen one once more.
+        again = [_estimate_split(split, out, plan, pool) for split in splits] if others else []
+        of_others = []
+        for other in others:
+            with contextlib.suppress(UserError):  # it does not work on this machine, and is not what was asked for
+                _warm_up(pool, other)
+                compared = [_estimate_split(split, out, other, pool) for split in splits]
+                of_others.append(
+                    [
+                        estimate._replace(seconds=max(0.0, first.seconds + estimate.seconds - second.seconds))
+                        for estimate, first, second in zip(compared, estimates, again, strict=True)
+                    ]
+                )
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return BuildEstimate(estimates, others, shutil.disk_usage(folder).free, free_memory())
+    return BuildEstimate(estimates, of_others, shutil.disk_usage(folder).free, free_memory())
+
+
+def _warm_up(pool: Pool, plan: StoragePlan) -> None:
+    """Wait until the workers have started and have compiled what they need, so that this does not count."""
+    for _ in pool.encode([plain_image(plan.channels)] * (2 * pool.workers), plan, 1):
+        pass
 
 
 def _other_plans(options: BuildOptions, canvas: int) -> list[StoragePlan]:
@@ -533,13 +555,26 @@ def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool
     # Every n-th image, because with order "source" the first ones are not a fair sample.
     step = max(1, images // SAMPLED)
     sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
-    results = list(pool.encode(sampled, plan, SAMPLED_PER_TASK))
+    sizes = []
+    bad = 0
+    for result in pool.encode(sampled, plan, SAMPLED_PER_TASK):
+        if isinstance(result, str):
+            bad += 1
+        else:
+            sizes.append(len(result.payload))
     seconds = time.monotonic() - start
-    good = [result for result in results if not isinstance(result, str)]
-    bytes_per_image = sum(len(result.payload) for result in good) / len(results)
+    of_images = images / (len(sizes) + bad)
+    _, end = allocate(sizes, 0)  # with what is left empty at the ends of pages
     # The allocation table comes after the images, all other tables before them.
-    size = data_start(images) + round((bytes_per_image + ALLOCATION.itemsize) * images)
-    bad = 1 - len(good) / len(results)
+    size = data_start(images) + round(end * of_images) + ALLOCATION.itemsize * images
     path = out / f"{split.name}.beton"
-    seconds *= images / len(results)
-    return SplitEstimate(split.name, path, images, len(split.classes), plan.described, size, bad, seconds)
+    return SplitEstimate(
+        split.name,
+        path,
+        images,
+        len(split.classes),
+        plan.described,
+        size,
+        bad / (len(sizes) + bad),
+        seconds * of_images,
+    )

@@ -57,6 +57,7 @@ ARRAY = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 UINT8 = b'[["", "|u1"]]'
 BC4_MARK = b"bc4"  # follows the type in the arguments of an ARRAY_FIELD whose arrays are canvases in BC4, (bytes,)
 BC4_SIDE = 8  # px; sides of such canvases are multiples of it
+LARGEST_BC4_SIDE = 3344  # px; more bytes do not fit into a page of PAGE_SIZE
 
 # The fields of every .beton of RGB images that fastssl writes, in this order.
 OUR_FIELDS = {"image": IMAGE_FIELD, "label": INT_FIELD, "index": INT_FIELD, "height": INT_FIELD, "width": INT_FIELD}
@@ -108,6 +109,11 @@ def bc4_bytes(side: int) -> int:
     return side * side * 3 // 4
 
 
+def is_bc4_side(side: int) -> bool:
+    """Whether a canvas of `side` px can be in BC4."""
+    return 0 < side <= LARGEST_BC4_SIDE and side % BC4_SIDE == 0
+
+
 class ArrayImages(NamedTuple):
     """The images of an ARRAY_FIELD."""
 
@@ -138,7 +144,7 @@ def read_array_images(arguments: np.ndarray) -> ArrayImages:
         raise ValueError("its images are arrays of another type than uint8")
     if content[ARRAY.itemsize + length :].startswith(BC4_MARK):
         side = math.isqrt(min(sides[0], LARGEST_PAGE) * 4 // 3)
-        if any(sides[1:]) or side == 0 or side % BC4_SIDE or bc4_bytes(side) != sides[0]:
+        if any(sides[1:]) or not is_bc4_side(side) or bc4_bytes(side) != sides[0]:
             raise ValueError(f"its images are said to be in BC4, but {sides[0]:,} bytes are not a square in BC4")
         return ArrayImages(side, side, RGB, BC4)
     height, width, channels = sides[:3]

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastssl.beton import channels, jpeg
-from fastssl.beton.format import BC4, BC4_SIDE, JPG, PAGE_SIZE, RAW, RGB, bc4_bytes
+from fastssl.beton.format import BC4, JPG, PAGE_SIZE, RAW, RGB, is_bc4_side
 from fastssl.beton.metadata import without_metadata
 from fastssl.beton.ranges import Range, read_16_bit_color, to_8_bits
 from fastssl.beton.reading import error_number, machine_error, read_or_explain
@@ -68,11 +68,6 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 Codec = Literal["jpeg", "bc4"]
 
 
-def can_be_bc4(side: int) -> bool:
-    """Whether a canvas of `side` px can be stored in BC4."""
-    return side % BC4_SIDE == 0 and bc4_bytes(side) <= PAGE_SIZE
-
-
 class StoragePlan(NamedTuple):
     """How every image of a build is read and stored."""
 
@@ -93,7 +88,7 @@ class StoragePlan(NamedTuple):
         if self.channels != RGB or (self.codec is None and self.side <= RAW_UP_TO):
             return "raw"
         if self.codec is None:
-            return "bc4" if can_be_bc4(self.side) else "jpg"
+            return "bc4" if is_bc4_side(self.side) else "jpg"
         return "jpg" if self.codec == "jpeg" else "bc4"
 
     @property

@@ -29,6 +29,7 @@ class Schema(BaseModel, strict=True):
     samples: Count
     classes: list[str]
     layout: Literal["canvas", "full"]
+    storage: Literal["raw", "jpg", "bc4"] | None = None
     bytes: Count = 0
     builder: str | None = None
     source: str | None = None

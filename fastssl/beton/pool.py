@@ -223,9 +223,7 @@ class Pool:
                 result: Result | str = function(image)
             except WORKER_DIED as error:
                 self._restart(1)
-                channels = () if plan.channels == 1 else (plan.channels,)
-                plain = np.zeros((8, 8, *channels), np.uint8)
-                list(self.in_order(encode_all, [([plain], plan)]))
+                list(self.in_order(encode_all, [([plain_image(plan.channels)], plan)]))
                 result = NO_MEMORY if isinstance(error, MemoryError) else DIED
             yield result
         self._restart(self.workers)
@@ -249,6 +247,11 @@ def worker_pool(workers: int) -> Iterator[Pool]:
         ) from error
     finally:
         pool.close()
+
+
+def plain_image(channels: int) -> np.ndarray:
+    """Return pixels that can be encoded wherever anything can."""
+    return np.zeros((8, 8) if channels == 1 else (8, 8, channels), np.uint8)
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

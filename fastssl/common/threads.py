@@ -17,7 +17,8 @@ def run_in_threads(function: Callable[[*Arguments], object], *arguments: *Argume
     The caller waits, so there are never more busy threads than with torch alone. Raises what a thread raised.
     """
     global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(torch.get_num_threads(), "fastssl-compute")
-    for thread in [_pool.submit(function, *arguments) for _ in range(torch.get_num_threads())]:
+    threads = torch.get_num_threads()
+    if _pool is None or _pool._max_workers != threads:
+        _pool = ThreadPoolExecutor(threads, "fastssl-compute")
+    for thread in [_pool.submit(function, *arguments) for _ in range(threads)]:
         thread.result()

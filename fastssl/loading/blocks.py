@@ -1,15 +1,23 @@
 """Batches of images that are still compressed in blocks (build-beton --codec bc4), on any device."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.beton.bc4 import BLOCK, BLOCK_BYTES, BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR, RED_OF_CR
-from fastssl.beton.format import BC4_SIDE, bc4_bytes
+from fastssl.beton.bc4 import (
+    BLOCK,
+    BLOCK_BYTES,
+    BLUE_OF_CB_Q16,
+    GREEN_OF_CB_Q16,
+    GREEN_OF_CR_Q16,
+    RED_OF_CR_Q16,
+    read_only,
+)
+from fastssl.beton.format import bc4_bytes, is_bc4_side
 from fastssl.common.constants import constant
 from fastssl.common.threads import run_in_threads
 from fastssl.loading import kernels
@@ -19,7 +27,7 @@ _OF_7 = ((7, 0), (0, 7), (6, 1), (5, 2), (4, 3), (3, 4), (2, 5), (1, 6))
 _OF_5 = ((5, 0), (0, 5), (4, 1), (3, 2), (2, 3), (1, 4), (0, 0), (0, 0))  # else of 5, and the last two are 0 and 255
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockImages:
     """Images that are compressed in blocks: those of a batch, or all of a resident set.
 
@@ -36,7 +44,7 @@ class BlockImages:
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.blocks.shape), self.blocks.dtype
-        if self.side % BC4_SIDE or shape[1:] != (bc4_bytes(self.side),) or dtype != torch.uint8:
+        if not is_bc4_side(self.side) or shape[1:] != (bc4_bytes(self.side),) or dtype != torch.uint8:
             raise ValueError(f"Blocks of shape {shape} and type {dtype} are not images of {self.side} px in BC4.")
 
     def __len__(self) -> int:
@@ -44,7 +52,7 @@ class BlockImages:
 
     def __getitem__(self, rows: slice | Tensor) -> "BlockImages":
         """Some of the images."""
-        return BlockImages(self.blocks[rows], self.side)
+        return replace(self, blocks=self.blocks[rows])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -60,7 +68,7 @@ class BlockImages:
         return self.blocks.is_cuda
 
     def to(self, device: str | torch.device) -> "BlockImages":
-        return BlockImages(self.blocks.to(device), self.side)
+        return replace(self, blocks=self.blocks.to(device))
 
     def planes(self) -> tuple[Tensor, Tensor]:
         """Decode to planes: uint8 (B, H, W, 1), luma; uint8 (B, H/2, W/2, 2), chroma Cb and Cr."""
@@ -76,7 +84,7 @@ class BlockImages:
         if self.device.type != "cpu" or torch.compiler.is_compiling():
             return self._pixels_in_torch()
         out_BHWC = np.empty(self.shape, np.uint8)
-        run_in_threads(kernels.decode_blocks, self.blocks.contiguous().numpy(), out_BHWC, np.zeros(1, np.int64))
+        run_in_threads(kernels.decode_blocks, read_only(self.blocks.numpy()), out_BHWC, np.zeros(1, np.int64))
         return torch.from_numpy(out_BHWC)
 
     def _pixels_in_torch(self) -> Tensor:
@@ -87,9 +95,9 @@ class BlockImages:
         blue, red = (c_BHW2 - 2048).unbind(3)  # times 16, around 0
         luma = (y_BHW1[..., 0].int() << 20) + (1 << 19)
         channels = (
-            luma + RED_OF_CR * red,
-            luma + GREEN_OF_CB * blue + GREEN_OF_CR * red,
-            luma + BLUE_OF_CB * blue,
+            luma + RED_OF_CR_Q16 * red,
+            luma + GREEN_OF_CB_Q16 * blue + GREEN_OF_CR_Q16 * red,
+            luma + BLUE_OF_CB_Q16 * blue,
         )
         return torch.stack([(channel >> 20).clamp(0, 255).to(torch.uint8) for channel in channels], dim=3)
 

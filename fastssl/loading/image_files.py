@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import read_header, recorded_plan
+from fastssl.beton.build import JPEG_QUALITY
 from fastssl.beton.format import RGB, UNLABELLED
 from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
 from fastssl.common.errors import UserError
@@ -22,7 +23,6 @@ from fastssl.loading.samples import CropMode, Cropping, Samples
 from fastssl.recipe import ViewsConfig
 
 IN_MEMORY = Path("images in memory")  # in place of the path of a .beton
-DEFAULT_QUALITY = 90  # of build-beton
 DEFAULT_CANVASES = (32, 64, 256)  # px; of the builders whose images have about the size of the views
 
 
@@ -41,8 +41,10 @@ def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) 
     problem = f"{train} is not here" if not train.is_file() else f"{train.name}.json is not next to {train}"
     if train.is_file():
         try:
-            manifest = read_header(train).manifest
-            plan = None if manifest is None else recorded_plan(manifest)
+            info = read_header(train)
+            plan = None if info.manifest is None else recorded_plan(info.manifest)
+            if plan and plan.layout == "canvas" and plan.storage != info.storage:
+                raise UserError(f"it says {plan.described}, and the file holds other images")
             if plan and plan.channels != in_chans:
                 raise UserError(f"its images have {plan.channels} channels, those of the encoder {in_chans}")
             if plan:
@@ -50,7 +52,7 @@ def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) 
         except UserError as error:
             problem = f"{train.name}.json does not tell ({str(error).rstrip('.')})"
     side = next((side for side in DEFAULT_CANVASES if views.size <= side), DEFAULT_CANVASES[-1])
-    plan = StoragePlan("canvas", side, DEFAULT_QUALITY, "full", MAX_MEGAPIXELS, in_chans)
+    plan = StoragePlan("canvas", side, JPEG_QUALITY, "full", MAX_MEGAPIXELS, in_chans)
     return Conversion(
         plan,
         False,

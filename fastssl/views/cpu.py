@@ -53,6 +53,8 @@ def cpu_views(
     else:
         source = image.contiguous().numpy()
     channels = image.shape[-1]
+    if len(box_N4) == 0:
+        return torch.empty(0, channels, views.size, views.size)
     with _buffers_lock:
         memory = _buffers.take((len(box_N4), channels, views.size, 4 * views.size))
     out = memory.view(torch.float32)

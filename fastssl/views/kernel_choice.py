@@ -24,12 +24,13 @@ class TritonChoice:
 
     def __init__(self, kernel: Literal["auto", "triton", "torch"]):
         self.kernel = kernel
-        self.works: bool | None = None  # not known yet
+        self.works: dict[bool, bool] = {}  # images in blocks or not -> whether the kernels do; empty: not known yet
 
     def takes(self, stored: Tensor | BlockImages, compare: Callable[[], str | None]) -> bool:
         """Whether Triton's kernels make the views of these images.
 
-        compare: called at most once; returns in what Triton's views differ from those of the torch chain, if they do.
+        compare: called at most once for pixels, and once for blocks, which another kernel reads. Returns in what
+            Triton's views differ from those of the torch chain, if they do.
 
         Raises:
             UserError: for views.kernel=triton with images that are not RGB.
@@ -40,16 +41,17 @@ class TritonChoice:
             if self.kernel == "triton":
                 raise UserError("views.kernel=triton makes views of RGB images only: leave it out.")
             return False
-        if self.kernel == "auto" and self.works is None:
+        in_blocks = isinstance(stored, BlockImages)
+        if self.kernel == "auto" and in_blocks not in self.works:
             difference = compare()
-            self.works = difference is None
+            self.works[in_blocks] = difference is None
             if difference:
                 warnings.warn(
                     f"Triton's kernels for the views are not used: {difference}. Torch operations make the same views, "
                     "more slowly (views.kernel=torch leaves out this check).",
                     stacklevel=2,
                 )
-        return self.kernel == "triton" or bool(self.works)
+        return self.kernel == "triton" or self.works[in_blocks]
 
 
 def on_gpu(stored: Tensor | BlockImages) -> bool:

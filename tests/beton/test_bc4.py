@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -12,11 +13,23 @@ from numba import njit
 from PIL import Image, ImageDraw
 from synthetic_images import photo
 
-from fastssl.beton import BuildOptions, bc4, build_beton, draw_sheet, estimate_build, read_header, recorded_plan, verify
+from fastssl.beton import (
+    BuildOptions,
+    bc4,
+    build,
+    build_beton,
+    draw_sheet,
+    estimate_build,
+    read_header,
+    recorded_plan,
+    verify,
+)
 from fastssl.beton import format as layout
 from fastssl.beton.images import encode_image
 from fastssl.common.errors import UserError
-from fastssl.loading.blocks import BlockImages
+from fastssl.loading import BetonLoader, BlockImages, kernels
+from fastssl.loading.image_files import find_conversion
+from fastssl.recipe import ViewsConfig
 
 SIDE = 64
 
@@ -57,7 +70,7 @@ def psnr(decoded: np.ndarray, pixels: np.ndarray) -> float:
 def decoded_plane(blocks: np.ndarray) -> np.ndarray:
     side = int((2 * len(blocks)) ** 0.5)
     plane = np.empty((side, side), np.uint8)
-    bc4.decode_plane(blocks, 0, 0, plane)
+    bc4.decode_plane(bc4.read_only(blocks), plane)
     return plane
 
 
@@ -80,11 +93,23 @@ def test_a_plane_decodes_as_by_pillow_and_by_texture2ddecoder(kind: str) -> None
     np.testing.assert_array_equal(bgra.reshape(SIDE, SIDE, 4)[..., 2], plane)
 
 
-def test_a_window_of_a_plane_is_a_part_of_it() -> None:
+def test_a_transposed_window_is_a_part_of_a_plane() -> None:
     blocks = random_blocks(1, SIDE)[0, : SIDE * SIDE // 2]
-    window = np.empty((12, 20), np.uint8)
-    bc4.decode_plane(blocks, 3, 5, window)
-    np.testing.assert_array_equal(window, decoded_plane(blocks)[12:24, 20:40])
+    window_XY = np.empty((20, 12), np.uint8)
+    bc4.decode_transposed(blocks, 3, 5, window_XY)
+    np.testing.assert_array_equal(window_XY.T, decoded_plane(blocks)[12:24, 20:40])
+
+
+def test_functions_are_compiled_for_one_type_of_blocks(beton) -> None:
+    """Two types would share one name in the cache of compiled functions (common/compiled.py)."""
+    views = ViewsConfig(size=32)
+    for crop in ("gpu", "cpu", "eval"):
+        for batch in BetonLoader(beton, 4, crop=crop, views=views, workers=1):
+            batch.pixels()
+    BlockImages(torch.zeros(2, layout.bc4_bytes(SIDE), dtype=torch.uint8), SIDE).pixels()
+    bc4.decode(random_blocks(1, SIDE)[0], SIDE)
+    for function in (bc4.decode_into, bc4.decode_plane, kernels.decode_blocks, kernels._decode):
+        assert len(function.signatures) == 1
 
 
 @pytest.mark.parametrize("side", [8, 24, 64])
@@ -158,7 +183,7 @@ def test_the_search_is_within_0_3_db_of_an_exhaustive_one(kind: str) -> None:
     assert (errors >= best).all()
     assert (errors[best == 0] == 0).all()
     assert 10 * np.log10(errors.sum() / best.sum()) < 0.3
-    assert errors.max() / best.max() < 2  # no single block is far off
+    assert (errors <= 2.5 * best + 4).all()  # no single block is far off: at most 4 dB
 
 
 def encoded_plane(plane: np.ndarray) -> np.ndarray:
@@ -303,6 +328,7 @@ def test_the_number_of_workers_does_not_change_a_byte(beton, source, tmp_path):
         ({"canvas": 100}, "multiple of 8 px and at most 3344 px, not of 100 px: use --canvas 96"),
         ({"canvas": 4000}, "not of 4000 px: use --canvas 3344"),
         ({"canvas": 4}, "not of 4 px: use --canvas 8"),
+        ({"canvas": 64, "codec": "BC4"}, "--codec is 'BC4'; it must be jpeg or bc4"),
         ({"max_side": 500}, "stores squares: use --canvas in place of --max-side"),
         ({"canvas": 64, "channels": 1}, "--channels 1 stores pixels"),
         ({"canvas": 64, "quality": 90}, "--quality is of JPEGs, and a canvas of 64 px is stored as BC4 blocks"),
@@ -310,7 +336,7 @@ def test_the_number_of_workers_does_not_change_a_byte(beton, source, tmp_path):
 )
 def test_impossible_options_are_refused(options, match):
     with pytest.raises(UserError, match=match):
-        BuildOptions(codec="bc4", **options).plan(256)
+        BuildOptions(**{"codec": "bc4", **options}).plan(256)
 
 
 def test_an_estimate_compares_the_codecs(source, tmp_path):
@@ -321,6 +347,41 @@ def test_an_estimate_compares_the_codecs(source, tmp_path):
     assert jpeg.stored == "JPEG quality 90" and jpeg.bytes < blocks.bytes and jpeg.seconds > 0
     of_whole = estimate_build("imagefolder", source, tmp_path / "o", BuildOptions(max_side=80, workers=1))
     assert of_whole.others == []
+
+
+def test_an_estimate_counts_what_is_empty_at_the_ends_of_pages(tmp_path):
+    """Of canvases of 2,400 px, one fits into a page of 8 MB."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        photo(number, 20, 20).save(source / f"{number}.png")
+    options = {"canvas": 2400, "codec": "bc4", "workers": 1}
+    estimate = estimate_build("imagefolder", source, tmp_path / "o", BuildOptions(**options))
+    build_beton("imagefolder", source, tmp_path / "o", **options)
+    assert estimate.splits[0].bytes == (tmp_path / "o" / "train.beton").stat().st_size
+
+
+def test_another_codec_that_does_not_work_is_left_out_of_an_estimate(source, tmp_path, monkeypatch):
+    def estimate_split(split, out, plan, pool):
+        if plan.storage != "raw":
+            raise UserError("numba does not work on this machine")
+        return estimate_one(split, out, plan, pool)
+
+    estimate_one = build._estimate_split
+    monkeypatch.setattr(build, "_estimate_split", estimate_split)
+    estimate = estimate_build("imagefolder", source, tmp_path / "o", BuildOptions(canvas=32, workers=1))
+    assert estimate.splits[0].stored == "pixels" and estimate.others == []
+
+
+def test_a_manifest_that_contradicts_its_file_is_not_believed(beton, tmp_path):
+    shutil.copy(beton, tmp_path / "train.beton")
+    manifest = json.loads(beton.with_name("train.beton.json").read_text())
+    for storage in ("raw", "jpg", None, "bc4"):
+        changed = {**manifest, "storage": storage, "quality": 90 if storage == "jpg" else None}
+        (tmp_path / "train.beton.json").write_text(json.dumps(changed))
+        conversion = find_conversion(tmp_path / "train.beton", ViewsConfig(size=56))
+        assert conversion.is_recorded == (storage == "bc4")
+        assert storage == "bc4" or "the file holds other images" in conversion.reason
 
 
 @pytest.mark.parametrize("side", [32, 128])
@@ -340,6 +401,7 @@ def test_a_manifest_records_the_codec(side):
         (lambda header: header["shape"].__setitem__((0, 0), 1 << 62), "are not a square in BC4"),
         (lambda header: header["shape"].__setitem__((0, 1), 1), "are not a square in BC4"),
         (lambda header: header["shape"].__setitem__((0, 0), layout.bc4_bytes(72)), "does not fit their height"),
+        (lambda header: header["shape"].__setitem__((0, 0), layout.bc4_bytes(26_760)), "are not a square in BC4"),
     ],
 )
 def test_files_with_wrong_sizes_are_refused(beton, tmp_path, change, match):

@@ -14,6 +14,7 @@ from fastssl.loading import ImageRows
 from fastssl.loading.blocks import BlockImages
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform
+from fastssl.views.kernel_choice import TritonChoice
 from fastssl.views.operations import crop_resize, crop_to_unit_range
 from fastssl.views.paired import torch_views
 from fastssl.views.parameters import no_augmentation
@@ -157,3 +158,26 @@ def test_blocks_of_another_shape_are_refused(shape, side):
     """Kernels compute addresses from the side."""
     with pytest.raises(ValueError, match=f"are not images of {side} px in BC4"):
         BlockImages(torch.zeros(shape, dtype=torch.uint8), side)
+
+
+def test_the_kernels_are_compared_once_for_pixels_and_once_for_blocks(monkeypatch) -> None:
+    monkeypatch.setattr("fastssl.views.kernel_choice.on_gpu", lambda stored: True)
+    choice = TritonChoice("auto")
+    pixels = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    blocks = BlockImages(torch.zeros(1, 48, dtype=torch.uint8), 8)
+    assert choice.takes(pixels, lambda: None)
+    with pytest.warns(UserWarning, match="Triton's kernels for the views are not used: they differ"):
+        assert not choice.takes(blocks, lambda: "they differ")
+    assert choice.takes(pixels, lambda: "not asked again")
+    assert not choice.takes(blocks, lambda: None)
+
+
+def test_no_images_give_no_views() -> None:
+    views = ViewsConfig(size=32)
+    index = torch.zeros(0, dtype=torch.int64)
+    for images in (
+        torch.zeros(0, 64, 64, 3, dtype=torch.uint8),
+        BlockImages(torch.zeros(0, 3072, dtype=torch.uint8), 64),
+    ):
+        assert eval_transform(views)(images).shape == (0, 3, 32, 32)
+        assert [view.shape for view in PairedViews(views)(images, index, 0)] == [(0, 3, 32, 32)] * 2
