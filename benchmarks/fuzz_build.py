@@ -48,7 +48,7 @@ from fastssl.common.errors import UserError
 
 PLANS = {
     "raw": StoragePlan("canvas", 32, 90),
-    "jpg": StoragePlan("canvas", 96, 90),
+    "jpg": StoragePlan("canvas", 96, 90, codec="jpeg"),
     "full": StoragePlan("full", 500, 90),
 }
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".csv": "csv"}

@@ -82,7 +82,7 @@ Command = list[str]
 
 
 def make_base(base: Path) -> None:
-    """Make base/{raw,jpeg,full}/{train,val}.beton, base/run, and base/model.safetensors."""
+    """Make base/{raw,jpeg,bc4,full}/{train,val}.beton, base/run, and base/model.safetensors."""
     rng = np.random.default_rng(0)
     for split, count in IMAGES.items():
         for number in range(count):
@@ -90,7 +90,13 @@ def make_base(base: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((90 - number, 60 + number)).save(folder / f"{number:02}.jpg")
-    for name, options in {"raw": {"canvas": 32}, "jpeg": {"canvas": 96}, "full": {"max_side": 80}}.items():
+    files = {
+        "raw": {"canvas": 32},
+        "jpeg": {"canvas": 96, "codec": "jpeg"},
+        "bc4": {"canvas": 96},
+        "full": {"max_side": 80},
+    }
+    for name, options in files.items():
         build_beton("imagefolder", base / "photos", base / name, workers=1, **options)  # type: ignore[arg-type]
     train_base(base)
 
@@ -230,7 +236,7 @@ def mutate_lines(rng: Random, path: Path, outside: Path) -> None:
 
 
 def beton(rng: Random, folder: Path, base: Path, outside: Path) -> list[Command]:
-    shutil.copytree(base / rng.choice(("raw", "jpeg", "full")), folder / "data")
+    shutil.copytree(base / rng.choice(("raw", "jpeg", "bc4", "full")), folder / "data")
     path = folder / "data" / "train.beton"
     size = path.stat().st_size
     others = sorted(each for each in (folder / "data").iterdir() if each.name.startswith("train.beton."))

@@ -39,7 +39,7 @@ def payloads(path: Path) -> list[bytes]:
 def betons(forty_photos, tmp_path_factory) -> dict[str, Path]:
     """The photographs, stored in each way."""
     out = tmp_path_factory.mktemp("betons")
-    ways = {"raw": {"canvas": 32}, "jpg": {"canvas": 80}, "full": {"max_side": 100}}
+    ways = {"raw": {"canvas": 32}, "jpg": {"canvas": 80, "codec": "jpeg"}, "full": {"max_side": 100}}
     for way, options in ways.items():
         build_beton("imagefolder", forty_photos, out / way, workers=2, **options)
     return {way: out / way / "train.beton" for way in ways}

@@ -72,13 +72,14 @@ def no_hang(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """raw/ and full/ with a train.beton of 6 photographs in 2 classes each."""
+    """raw/, bc4/ and full/ with a train.beton of 6 photographs in 2 classes each."""
     root = tmp_path_factory.mktemp("untrusted")
     for number in range(6):
         folder = root / "photos" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.jpg").write_bytes(jpeg_bytes(photo(number, 40 + number, 30)))
     build_beton("imagefolder", root / "photos", root / "raw", workers=1, canvas=16)
+    build_beton("imagefolder", root / "photos", root / "bc4", workers=1, canvas=16, codec="bc4")
     build_beton("imagefolder", root / "photos", root / "full", workers=1, max_side=64)
     return root
 
@@ -523,7 +524,7 @@ def test_a_jpeg_header_without_a_size_is_refused():
             jpeg.read_size(content)
 
 
-@pytest.mark.parametrize("kind", ["raw", "full"])
+@pytest.mark.parametrize("kind", ["raw", "bc4", "full"])
 def test_changed_tables_are_refused_or_read(kind, folders, copied, monkeypatch):
     """A hundred of the mutations of benchmarks/fuzz_commands.py, in this process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

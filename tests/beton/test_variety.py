@@ -16,7 +16,7 @@ from fastssl.common.errors import UserError
 
 PLANS = {
     "canvas of pixels": StoragePlan("canvas", 32, 90),
-    "canvas of JPEGs": StoragePlan("canvas", 72, 95),
+    "canvas of JPEGs": StoragePlan("canvas", 72, 95, codec="jpeg"),
     "full": StoragePlan("full", 500, 95),
 }
 # Mean difference in grey levels. Pixels: a picture is turned before it is resized here, there afterwards. JPEG at

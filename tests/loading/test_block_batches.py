@@ -189,6 +189,7 @@ def test_images_that_reach_over_the_end_of_the_file_fail(kernel):
     """`read_header` refuses such files; the kernels do not rely on it."""
     out = np.full((3, 8, 8, 3), 7, np.uint8)
     file = np.arange(500, dtype=np.uint16).astype(np.uint8)
+    file.flags.writeable = False  # as a mapped file: functions are compiled for one type only
     arrays = kernels.DecodeArrays(
         file=file, start_B=np.array([0, 400, 10**12]), size_B=np.full(3, 192), mode_B=np.full(3, RAW, np.uint8),
         shape_B2=np.full((3, 2), 8), box_BV4=np.empty((3, 0, 4)), out=out,

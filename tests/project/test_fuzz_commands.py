@@ -20,11 +20,11 @@ def fuzz_commands():
 
 
 @pytest.fixture(scope="module")
-def base(fuzz_commands, canvas, canvas_jpeg, full, tmp_path_factory):
+def base(fuzz_commands, canvas, canvas_jpeg, canvas_bc4, full, tmp_path_factory):
     """What the cases start from, with the data sets of the other tests."""
     folder = tmp_path_factory.mktemp("fuzz") / "base"
     folder.mkdir()
-    for name, data in {"raw": canvas, "jpeg": canvas_jpeg, "full": full}.items():
+    for name, data in {"raw": canvas, "jpeg": canvas_jpeg, "bc4": canvas_bc4, "full": full}.items():
         (folder / name).symlink_to(data)
     fuzz_commands.train_base(folder)
     return folder
