@@ -79,7 +79,7 @@ class DataConfig(Section):
     limit: Count | None = None  # train on this many images (of the subset), a fixed random choice
     crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for the full layout
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
-    resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: if a GPU has room beside training
+    resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: if a GPU has room next to training
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: replace it by the next sample of the batch
     workers: Threads | None = None  # that decode; null: all cores that this process may use
 

@@ -8,12 +8,8 @@ store a JPEG's bytes as they are, nor resume after it was stopped.
 The same source and options give the same bytes, whatever the number of workers and however often the build was stopped.
 """
 
-import contextlib
-import dataclasses
 import math
 import os
-import shutil
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +20,6 @@ import numpy as np
 
 from fastssl.beton.accounting import account_for_files
 from fastssl.beton.format import (
-    ALLOCATION,
     BC4_SIDE,
     LARGEST_BC4_SIDE,
     MOST_CHANNELS,
@@ -32,15 +27,13 @@ from fastssl.beton.format import (
     RGB,
     UNLABELLED,
     Manifest,
-    allocate,
-    data_start,
     is_bc4_side,
     manifest_path,
     names_path,
 )
 from fastssl.beton.images import MAX_MEGAPIXELS, Case, Codec, StoragePlan
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
-from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, plain_image, worker_pool
+from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
 from fastssl.beton.source import (
@@ -59,7 +52,7 @@ from fastssl.beton.source import (
 )
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import explain_write_errors, read_text, write_atomically
-from fastssl.common.system import free_memory, resolve_workers
+from fastssl.common.system import resolve_workers
 from fastssl.common.terminal import console, print_line, progress
 
 LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
@@ -67,8 +60,6 @@ LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides 
 MOST_NAMED = 5  # images of which workers have died
 MOST_BAD = 10  # bad images of a split that are no problem, however small the split is
 JPEG_QUALITY = 90
-SAMPLED = 512  # images of each split that are encoded for an estimate
-SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
 
 
 @dataclass(frozen=True)
@@ -229,7 +220,7 @@ def build_beton(
         channels,
     )
     plan = options.plan(load_builder(builder).CANVAS)
-    _refuse_output_in_source(source, out)
+    refuse_output_in_source(source, out)
     if download:
         download_dataset(builder, source)
     recorded: dict[str, Any] = {
@@ -293,7 +284,7 @@ def _recorded_codec(manifest: Manifest) -> Codec | None:
     return codecs.get(str(manifest.get("storage"))) if manifest.get("canvas") else None
 
 
-def _refuse_output_in_source(source: Path | None, out: Path) -> None:
+def refuse_output_in_source(source: Path | None, out: Path) -> None:
     # realpath, because Path.resolve raises an error for a link to itself.
     if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise UserError(
@@ -484,97 +475,3 @@ def _list_bad_images(path: Path, split: str, bad: list[BadImage]) -> None:
         write_atomically(path, b"".join(entry.to_json() for entry in entries))
     else:
         path.unlink(missing_ok=True)
-
-
-class SplitEstimate(NamedTuple):
-    """The expected result of building one split."""
-
-    split: str
-    path: Path
-    images: int
-    classes: int
-    stored: str  # as what, for users
-    bytes: int
-    bad: float  # share of the sampled images that cannot be read
-    seconds: float
-
-
-class BuildEstimate(NamedTuple):
-    splits: list[SplitEstimate]
-    others: list[list[SplitEstimate]]  # the same splits with each of the other codecs that --codec may name
-    free_disk: int  # bytes, where the files would be
-    free_memory: int  # bytes, for the page cache
-
-
-def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
-    """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
-    _refuse_output_in_source(source, out)
-    canvas = load_builder(builder).CANVAS
-    plan = options.plan(canvas)
-    others = _other_plans(options, canvas)
-    splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
-    with worker_pool(resolve_workers(options.workers)) as pool:
-        _warm_up(pool, plan)
-        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
-        # Now the files are in the page cache, so other codecs are compared with the chosen one once more.
-        again = [_estimate_split(split, out, plan, pool) for split in splits] if others else []
-        of_others = []
-        for other in others:
-            with contextlib.suppress(UserError):  # it does not work on this machine, and is not what was asked for
-                _warm_up(pool, other)
-                compared = [_estimate_split(split, out, other, pool) for split in splits]
-                of_others.append(
-                    [
-                        estimate._replace(seconds=max(0.0, first.seconds + estimate.seconds - second.seconds))
-                        for estimate, first, second in zip(compared, estimates, again, strict=True)
-                    ]
-                )
-    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return BuildEstimate(estimates, of_others, shutil.disk_usage(folder).free, free_memory())
-
-
-def _warm_up(pool: Pool, plan: StoragePlan) -> None:
-    """Wait until the workers have started and have compiled what they need, so that this does not count."""
-    for _ in pool.encode([plain_image(plan.channels)] * (2 * pool.workers), plan, 1):
-        pass
-
-
-def _other_plans(options: BuildOptions, canvas: int) -> list[StoragePlan]:
-    """Return the plans that another --codec would give."""
-    chosen = options.plan(canvas).storage
-    plans = []
-    for codec in get_args(Codec):
-        with contextlib.suppress(UserError):  # not for this size, layout or number of channels
-            plans.append(dataclasses.replace(options, codec=codec, quality=None).plan(canvas))
-    return [plan for plan in plans if plan.storage != chosen and plan.layout == "canvas"]
-
-
-def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool) -> SplitEstimate:
-    start = time.monotonic()
-    images = len(split.order)
-    # Every n-th image, because with order "source" the first ones are not a fair sample.
-    step = max(1, images // SAMPLED)
-    sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
-    sizes = []
-    bad = 0
-    for result in pool.encode(sampled, plan, SAMPLED_PER_TASK):
-        if isinstance(result, str):
-            bad += 1
-        else:
-            sizes.append(len(result.payload))
-    seconds = time.monotonic() - start
-    of_images = images / (len(sizes) + bad)
-    _, end = allocate(sizes, 0)  # with what is left empty at the ends of pages
-    # The allocation table comes after the images, all other tables before them.
-    size = data_start(images) + round(end * of_images) + ALLOCATION.itemsize * images
-    path = out / f"{split.name}.beton"
-    return SplitEstimate(
-        split.name,
-        path,
-        images,
-        len(split.classes),
-        plan.described,
-        size,
-        bad / (len(sizes) + bad),
-        seconds * of_images,
-    )

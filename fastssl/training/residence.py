@@ -1,4 +1,4 @@
-"""data.resident=auto: whether a set of images stays on the GPU beside what training takes there."""
+"""data.resident=auto: whether a set of images stays on the GPU next to what training takes there."""
 
 import os
 from typing import cast

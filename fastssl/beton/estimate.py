@@ -1,0 +1,113 @@
+"""Estimate what a build would write, and how long it would take, from some of the images (`build-beton --dry-run`)."""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from fastssl.beton.build import BuildOptions, refuse_output_in_source
+from fastssl.beton.format import ALLOCATION, RGB, allocate, data_start
+from fastssl.beton.images import Codec, StoragePlan
+from fastssl.beton.pool import Pool, plain_image, worker_pool
+from fastssl.beton.source import SourceSplit, list_splits, load_builder
+from fastssl.common.errors import UserError
+from fastssl.common.system import free_memory, resolve_workers
+
+SAMPLED = 512  # images of each split that are encoded for an estimate
+SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
+
+
+class SplitEstimate(NamedTuple):
+    """The expected result of building one split."""
+
+    split: str
+    path: Path
+    images: int
+    classes: int
+    stored: str  # as what, for users
+    bytes: int
+    bad: float  # share of the sampled images that cannot be read
+    seconds: float
+
+
+class BuildEstimate(NamedTuple):
+    splits: list[SplitEstimate]
+    others: list[list[SplitEstimate]]  # the same splits with each of the other codecs that --codec may name
+    free_disk: int  # bytes, where the files would be
+    free_memory: int  # bytes, for the page cache
+
+
+def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
+    """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
+    refuse_output_in_source(source, out)
+    canvas = load_builder(builder).CANVAS
+    plan = options.plan(canvas)
+    others = _other_plans(options, canvas)
+    splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
+    with worker_pool(resolve_workers(options.workers)) as pool:
+        _warm_up(pool, plan)
+        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
+        # Now the files are in the page cache, so other codecs are compared with the chosen one once more.
+        again = [_estimate_split(split, out, plan, pool) for split in splits] if others else []
+        of_others = []
+        for other in others:
+            with contextlib.suppress(UserError):  # it does not work on this machine, and is not what was asked for
+                _warm_up(pool, other)
+                compared = [_estimate_split(split, out, other, pool) for split in splits]
+                of_others.append(
+                    [
+                        estimate._replace(seconds=max(0.0, first.seconds + estimate.seconds - second.seconds))
+                        for estimate, first, second in zip(compared, estimates, again, strict=True)
+                    ]
+                )
+    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return BuildEstimate(estimates, of_others, shutil.disk_usage(folder).free, free_memory())
+
+
+def _warm_up(pool: Pool, plan: StoragePlan) -> None:
+    """Wait until the workers have started and have compiled what they need, so that this does not count."""
+    for _ in pool.encode([plain_image(plan.channels)] * (2 * pool.workers), plan, 1):
+        pass
+
+
+def _other_plans(options: BuildOptions, canvas: int) -> list[StoragePlan]:
+    """Return the plans that another --codec would give."""
+    chosen = options.plan(canvas).storage
+    plans = []
+    for codec in get_args(Codec):
+        with contextlib.suppress(UserError):  # not for this size, layout or number of channels
+            plans.append(dataclasses.replace(options, codec=codec, quality=None).plan(canvas))
+    return [plan for plan in plans if plan.storage != chosen and plan.layout == "canvas"]
+
+
+def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool) -> SplitEstimate:
+    start = time.monotonic()
+    images = len(split.order)
+    # Every n-th image, because with order "source" the first ones are not a fair sample.
+    step = max(1, images // SAMPLED)
+    sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
+    sizes = []
+    bad = 0
+    for result in pool.encode(sampled, plan, SAMPLED_PER_TASK):
+        if isinstance(result, str):
+            bad += 1
+        else:
+            sizes.append(len(result.payload))
+    seconds = time.monotonic() - start
+    of_images = images / (len(sizes) + bad)
+    _, end = allocate(sizes, 0)  # with what is left empty at the ends of pages
+    # The allocation table comes after the images, all other tables before them.
+    size = data_start(images) + round(end * of_images) + ALLOCATION.itemsize * images
+    path = out / f"{split.name}.beton"
+    return SplitEstimate(
+        split.name,
+        path,
+        images,
+        len(split.classes),
+        plan.described,
+        size,
+        bad / (len(sizes) + bad),
+        seconds * of_images,
+    )
