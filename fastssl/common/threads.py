@@ -1,5 +1,6 @@
 """Threads for compiled code, which runs without Python's lock."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVarTuple
@@ -9,6 +10,14 @@ import torch
 Arguments = TypeVarTuple("Arguments")
 
 _pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)  # its threads stay in the parent, and the child would wait for them
 
 
 def run_in_threads(function: Callable[[*Arguments], object], *arguments: *Arguments) -> None:

@@ -157,7 +157,7 @@ def _decode(decoder: int, source: np.ndarray, mode: int, out_HWC: np.ndarray) ->
 
 @compiled()
 def _copy(source: np.ndarray, out: np.ndarray) -> int:
-    """Copy a stored image to the bytes `out`. Returns its status: a file that was cut off has fewer bytes of it."""
+    """Copy a stored image to the bytes `out`. Returns its status: FAILED if it has another number of bytes."""
     if source.size != out.size:
         return FAILED
     _memcpy(out.ctypes.data, source.ctypes.data, np.uint64(out.size))

@@ -452,7 +452,7 @@ class BetonLoader:
                 columns.append(tuple(rest))
                 filled += len(images)
                 advance(len(images), images.nbytes)
-        image = BlockImages(memory, int(self.samples.shape_N2[0, 0])) if self.samples.in_blocks else memory
+        image = BlockImages(memory, int(self.samples.shape_N2[0, 0])) if memory.ndim == 2 else memory
         return Batch(image, *(to_device(torch.cat(parts), self.device) for parts in zip(*columns)))
 
     def _pieces_of_whole_file(self) -> Iterator[Batch]:

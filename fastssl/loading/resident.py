@@ -17,7 +17,7 @@ from torch import Tensor
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular
 from fastssl.loading.decoding import Buffers
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import Samples, file_identity
 
 PIECE = 1 << 26  # bytes that a thread reads at a time: with 16 MB a disk was a third slower
 THREADS = 4  # more than a disk needs; of each, a file in the page cache is copied at 5 GB/s
@@ -80,7 +80,7 @@ def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
     limits = [0, *new_starts.tolist(), len(row_B)]
     with open_regular(samples.path) as file:
         # The positions are those of the file that was mapped when its tables were checked.
-        if os.fstat(file.fileno()).st_size != len(samples.file):
+        if file_identity(os.fstat(file.fileno())) != samples.identity:
             raise UserError(f"{samples.path} has changed since it was opened: start again.")
         for first, end in zip(limits, limits[1:]):
             position = int(start_B[first])

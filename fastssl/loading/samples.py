@@ -1,6 +1,7 @@
 """The table of all samples of a .beton, and the crop boxes that are cut out of them on the CPU."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,10 +37,12 @@ class Samples(NamedTuple):
     index_N: np.ndarray  # stable sample ids
     height_N: np.ndarray  # of the source image, in px
     width_N: np.ndarray
+    identity: tuple[int, ...] = ()  # of the file that was mapped, see `file_identity`
 
     @classmethod
     def read(cls, info: BetonInfo) -> "Samples":
         """Read the table of a file, and map its images."""
+        identity = file_identity(os.stat(info.path))
         metadata, size_N = read_samples(info.path)
         image = metadata["image"]
         shape_N2 = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
@@ -62,6 +65,7 @@ class Samples(NamedTuple):
             index_N=column("index", np.arange(len(metadata))),
             height_N=column("height", shape_N2[:, 0]),
             width_N=column("width", shape_N2[:, 1]),
+            identity=identity,
         )
 
     @property
@@ -70,8 +74,13 @@ class Samples(NamedTuple):
         return bool(self.mode_N[0] == BC4)
 
     def fingerprint(self) -> str:
-        """A hash that differs for other images, labels or orders, but not for a copy of the file. Decodes nothing."""
-        columns = self.size_N, self.label_N, self.index_N, self.height_N, self.width_N
+        """A hash that differs for other labels, orders or sizes of images, but not for a copy of the file.
+
+        It reads no image: other images of the same sizes are not noticed.
+        """
+        columns = [self.size_N, self.label_N, self.index_N, self.height_N, self.width_N]
+        if self.in_blocks:  # as many bytes may be pixels of another side
+            columns.append(self.shape_N2)
         return hashlib.sha256(b"".join(np.ascontiguousarray(c).tobytes() for c in columns)).hexdigest()
 
     def describe(self, row: int) -> str:
@@ -80,6 +89,11 @@ class Samples(NamedTuple):
         name = read_names(self.path, [index]).get(index)
         source = f" ({name})" if name else ""
         return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
+
+
+def file_identity(stat: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file has been written again or replaced by another one."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes: int = 1) -> None:

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from fastssl.beton import read_header
 from fastssl.beton.format import JPG
 from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
@@ -127,6 +128,7 @@ class Setup:
     precision: str = "fp32"
     fits_into_memory: bool = True
     phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds per image
+    crops_on_cpu: bool = False  # data.crop
 
     def longest_phase(self) -> str | None:
         return max(self.phases, key=lambda name: self.phases[name], default=None)
@@ -233,6 +235,8 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
         options.append("a larger train.batch_size, which threads would load,")
     if setup.layout == "full":
         return [*options, CANVAS]
+    if setup.crops_on_cpu:
+        return [*options, "data.crop=gpu"]
     return [*options, BLOCKS if stage == "decode" and setup.storage == "jpg" else "a smaller --canvas"]
 
 
@@ -251,7 +255,16 @@ def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
     on_gpu = run.device.type == "cuda"
     storage = "bc4" if loader.samples.in_blocks else "jpg" if (loader.samples.mode_N == JPG).any() else "raw"
     return Setup(
-        loader.workers, layout, storage, on_gpu, run.compiled, cuda_graphs, run.precision, fits_into_memory, phases
+        loader.workers,
+        layout,
+        storage,
+        on_gpu,
+        run.compiled,
+        cuda_graphs,
+        run.precision,
+        fits_into_memory,
+        phases,
+        crops_on_cpu=loader.crop == "cpu",
     )
 
 
@@ -277,6 +290,6 @@ def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
     blocked = images.seconds - images.cpu_seconds / loader.workers
     if run.device.type == "cuda" and blocked > images.seconds / 2:
         stages |= {stage: Cost(images.seconds - blocked, images.cpu_seconds), "storage": Cost(blocked)}
-    setup = setup_of(run, "full" if loader.crop == "cpu" else "canvas", phases={})
+    setup = setup_of(run, read_header(loader.path).layout, phases={})
     costs = CostModel(stages, available_cores(), loader.decodes_in_reader, world_size())
     return describe_bottleneck(costs, setup) + " `fastssl profile` measures it."

@@ -31,8 +31,10 @@ class LoaderStages:
 
     def __init__(self, recipe: Recipe, loader: BetonLoader, seconds: float, cores: int, stack: ExitStack):
         self.loader, self.seconds, self.stack = loader, seconds, stack
-        self.whole = self._loading(training_loader(recipe, loader.device))
-        self.transfer = self._loading(training_loader(recipe, loader.device, kind=LoaderWithoutDecoding))
+        # As the run decided: what is free on the GPU is another amount now.
+        resident = loader.resident
+        self.whole = self._loading(training_loader(recipe, loader.device, resident=resident))
+        self.transfer = self._loading(training_loader(recipe, loader.device, LoaderWithoutDecoding, resident))
         counts = broadcast_from_main(lambda: worker_counts(loader.workers, cores))  # other hosts may have other cores
         prepared = prepared_batches(loader, crops=0)
         self.decode = {workers: self._decoding(workers, 0, prepared) for workers in counts}

@@ -74,9 +74,11 @@ def train(
             broadcast_from_main(open_run_dir)
         checkpoint = newest_checkpoint(run_dir) if resumes else None
         run, remarks = prepare(recipe, device, checkpoint)
-        loaded = not run.state.loader.resident or load_images(run, stop)
         if not resumes:  # create the directory only now, when nothing is wrong with the recipe
             broadcast_from_main(open_run_dir)
+        # After the directory is locked: loading may take minutes, in which another run could take the directory.
+        needs_images = run.state.loader.resident and run.state.loader.epoch < recipe.train.epochs
+        loaded = not needs_images or load_images(run, stop)
         if checkpoint and is_main_process():
             rename_damaged(checkpoint)
         writer = stack.enter_context(RunWriter(run, run_dir))

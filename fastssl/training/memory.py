@@ -39,7 +39,7 @@ def check_memory(recipe: Recipe, device: torch.device, resident_bytes: int = 0) 
     needs = step_needs(recipe, model, device.type, world_size())
     needs["set data.resident=false"] = resident_bytes
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free = free_on_gpu(device)
     else:
         free = free_memory()
     _require(sum(needs.values()), free, _name(device), max(needs, key=lambda fix: needs[fix]))
@@ -51,6 +51,12 @@ def check_memory(recipe: Recipe, device: torch.device, resident_bytes: int = 0) 
         need = 2 * _state_bytes(recipe, model)  # the state and its copy
     # Refused on all ranks, or they would wait for the main process.
     broadcast_from_main(lambda: _require(need, free_memory(), "machine", suggest_smaller(model)))
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or that torch holds without a tensor in them."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def step_needs(recipe: Recipe, model: Model, device_type: str, processes: int) -> dict[str, int]:
@@ -119,6 +125,8 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path | 
         fixes = f"lower train.batch_size={train.batch_size} or views.size={recipe.views.size}"
         if recipe.embedding.stochastic != "none" and recipe.objective.is_mean_over_draws:
             fixes += ", set embedding.chunk=1, which takes one draw at a time"
+        if device.type == "cuda" and recipe.data.resident:
+            fixes += ", set data.resident=false, which keeps the images out of the GPU's memory"
         fixes += f", or raise train.accumulate={train.accumulate}"
         resume = ""
         if run_dir and find_checkpoints(run_dir):

@@ -11,7 +11,7 @@ from fastssl.beton.format import bc4_bytes
 from fastssl.beton.read import BetonInfo
 from fastssl.models.build import outline_model
 from fastssl.recipe import Recipe
-from fastssl.training.memory import step_needs
+from fastssl.training.memory import free_on_gpu, step_needs
 
 RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a sweep trains on each GPU in parallel
 
@@ -47,15 +47,15 @@ def fits_beside_training(
 
 def free_memory_of_gpu(device: torch.device) -> int:
     """Bytes of a GPU that this run may take: what is free, at most its share where a sweep trains several runs."""
-    free, total = torch.cuda.mem_get_info(device)
-    share = total // int(os.environ.get(RUNS_PER_GPU, 1))
-    return min(free + torch.cuda.memory_reserved(device), share)
+    total = torch.cuda.mem_get_info(device)[1]
+    share = total // max(1, int(os.environ.get(RUNS_PER_GPU, 1)))
+    return min(free_on_gpu(device), share)
 
 
 def estimate_training(recipe: Recipe, dtype: torch.dtype | None, processes: int) -> int | None:
     """Estimate the bytes that training takes on a GPU, without the images: rather too many than too few.
 
-    None for a model whose forward pass depends on values, which cannot be traced.
+    None for a model that cannot be traced: its forward pass depends on values, or it shares modules.
     """
     model = outline_model(recipe)
     counted = sum(step_needs(recipe, model, "cuda", processes).values())
@@ -70,7 +70,9 @@ def estimate_training(recipe: Recipe, dtype: torch.dtype | None, processes: int)
                 activations += projected * saved_bytes(projector, (width,), dtype)
         except RuntimeError:
             return None
-    correlations = CORRELATIONS * 4 * recipe.model.projector.out**2
+    # The objective keeps those of every draw that it takes at once.
+    draws = recipe.embedding.chunk or recipe.embedding.samples if recipe.embedding.stochastic != "none" else 1
+    correlations = CORRELATIONS * draws * 4 * recipe.model.projector.out**2
     return counted + int(MARGIN * activations) + correlations + WORKSPACES
 
 

@@ -113,12 +113,12 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     precision = choose_precision(recipe.train.precision, device)
     choose_convolutions(recipe, device)
     compiled = device.type == "cuda" if recipe.train.compile == "auto" else recipe.train.compile
-    loader = training_loader(recipe, device)
-    check_combinations(recipe, loader)
     if checkpoint is None:  # a run that goes on has passed this, or is older than the check
         for size in image_sizes(recipe.views):
             key = "views.size" if size == recipe.views.size else "views.progressive_resize"
             check_image_size(recipe.model, size, key)
+    loader = training_loader(recipe, device)
+    check_combinations(recipe, loader)
     check_memory(recipe, device, len(loader.rows) * loader.image_bytes if loader.resident else 0)
     decay_epochs = epochs_of_decay(recipe, checkpoint)
     schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs)
@@ -328,10 +328,16 @@ def check_labels(loader: BetonLoader, classes: int) -> None:
         )
 
 
-def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader] = BetonLoader) -> BetonLoader:
+def training_loader(
+    recipe: Recipe,
+    device: torch.device,
+    kind: type[BetonLoader] = BetonLoader,
+    resident: bool | None = None,
+) -> BetonLoader:
     """The loader of data.train.
 
-    Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate.
+    Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate. resident:
+    None decides by data.resident.
     """
     data = recipe.data
     require_channels(training_file(recipe), recipe.model.in_chans)
@@ -356,7 +362,7 @@ def training_loader(recipe: Recipe, device: torch.device, kind: type[BetonLoader
         workers=data.workers,
         shuffle="quasi_random" if data.order == "quasi_random" else True,
         device=device,
-        resident=is_resident(recipe, device),
+        resident=is_resident(recipe, device) if resident is None else resident,
         gather=False,
         on_bad_sample=data.on_bad_sample,
         selection=SampleSelection(data.subset, data.limit),

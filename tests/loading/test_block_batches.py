@@ -1,5 +1,6 @@
 """The loader on canvases in blocks: batches hold what is stored, and decode to the same pixels everywhere."""
 
+import multiprocessing
 import os
 import shutil
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.beton import bc4, read_metadata
+from fastssl.beton import bc4, build_beton, read_metadata
 from fastssl.beton import format as beton_format
 from fastssl.beton.format import RAW
 from fastssl.common.errors import UserError
@@ -17,7 +18,7 @@ from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_me
 from fastssl.loading import loader as loader_module
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.decoding import Buffers
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import Samples, file_identity
 from fastssl.recipe import ViewsConfig
 
 SIDE = 48
@@ -127,13 +128,42 @@ def test_a_long_loading_of_a_resident_set_shows_progress(canvas_bc4, monkeypatch
     assert f"Loading {loader.path}: 48 of 48 images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("crop", ["gpu", "eval"])
+def test_a_resident_set_holds_what_batches_hold(canvas_bc4, crop):
+    path = canvas_bc4 / "train.beton"
+    kinds = ({}, {"resident": True})
+    loaders = [BetonLoader(path, 7, crop=crop, views=VIEWS, shuffle=False, **kind) for kind in kinds]
+    for streamed, from_set in zip(*loaders, strict=True):
+        assert isinstance(from_set.image, BlockImages) == (crop == "gpu")
+        assert_equal(streamed, from_set)
+
+
+def test_a_state_of_pixels_is_refused_by_blocks_of_as_many_bytes(photos, tmp_path):
+    """A canvas of 32 px as pixels and one of 64 px in blocks both take 3,072 bytes."""
+    for name, options in (("pixels", {"canvas": 32}), ("blocks", {"canvas": 64, "codec": "bc4"})):
+        build_beton("imagefolder", photos, tmp_path / name, workers=1, **options)
+    pixels, blocks = (BetonLoader(tmp_path / name / "train.beton", 8) for name in ("pixels", "blocks"))
+    with pytest.raises(UserError, match="does not hold the images that the run has read so far"):
+        blocks.load_state_dict(pixels.state_dict())
+
+
+def test_pixels_are_decoded_in_a_forked_process_too(canvas_bc4):
+    """Whose parent has decoded some: threads do not come along."""
+    batch = next(iter(BetonLoader(canvas_bc4 / "train.beton", 4)))
+    batch.pixels()
+    process = multiprocessing.get_context("fork").Process(target=batch.pixels, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
 def test_images_that_lie_anywhere_in_the_file_are_loaded(tmp_path):
     """In pieces that several threads read, each in runs of neighbors."""
     content = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
     path = tmp_path / "x"
     content.tofile(path)
     start_N = np.array([0, 100, 200, 4900, 300, 400, 2000, 1900, 1800, 500, 600])
-    samples = Samples(path, content, start_N, *[None] * 9)
+    samples = Samples(path, content, start_N, *[None] * 9, identity=file_identity(path.stat()))
     row_N = np.array([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
     pieces = list(resident.read_pieces(samples, row_N, (5, 20), 2, Buffers(pinned=False)))
     assert np.concatenate([piece.row_B for piece in pieces]).tolist() == row_N.tolist()
@@ -141,17 +171,17 @@ def test_images_that_lie_anywhere_in_the_file_are_loaded(tmp_path):
     np.testing.assert_array_equal(torch.cat([piece.image for piece in pieces]).flatten(1), want)
 
 
-@pytest.mark.parametrize("change", ["cut off", "gone", "replaced", "a pipe"])
+@pytest.mark.parametrize("change", ["cut off", "gone", "longer", "replaced", "a pipe"])
 def test_a_file_that_has_changed_is_not_loaded(canvas_bc4, tmp_path, change):
     path = tmp_path / "train.beton"
     shutil.copy(canvas_bc4 / "train.beton", path)
     loader = BetonLoader(path, 8, resident=True)
-    path.unlink()
+    path.rename(tmp_path / "other")  # which keeps its number, so that no other file gets it
     if change == "a pipe":
         os.mkfifo(path)
     elif change != "gone":
         shutil.copy(canvas_bc4 / "train.beton", path)
-        os.truncate(path, len(loader.samples.file) + (8 if change == "replaced" else -8))
+        os.truncate(path, len(loader.samples.file) + {"longer": 8, "replaced": 0, "cut off": -8}[change])
     message = "cannot be read" if change in ("gone", "a pipe") else "has changed since it was opened"
     with pytest.raises(UserError, match=rf"train.beton {message}"):
         loader.load_resident()

@@ -182,6 +182,11 @@ SETUP = Setup(workers=2, layout="full", storage="jpg", on_gpu=True, compiled=Tru
             "3 more cores or a canvas file in blocks, which need no decoding (build-beton --codec bc4), would fix it",
         ),
         (
+            {"decode": Cost(2.1e-3, 4.2e-3), "step": Cost(1e-3)},
+            replace(SETUP, layout="canvas", storage="bc4", crops_on_cpu=True),
+            "3 more cores or data.crop=gpu would fix it",
+        ),
+        (
             {"copy_images": Cost(2.1e-3, 4.2e-3), "step": Cost(1e-3)},
             replace(SETUP, layout="canvas", storage="bc4"),
             "Copy-bound: the step could take 2.1x more images; 3 more cores or a smaller --canvas would fix it",

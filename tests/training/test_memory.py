@@ -88,6 +88,7 @@ def test_the_copy_of_a_checkpoint_is_part_of_the_need(monkeypatch):
     weights = count_bytes(outline_model(recipe))  # 0.6 GB, nearly all in matrices of 2**n bytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GB, 80 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     free = [0]
     monkeypatch.setattr(training_memory, "free_memory", lambda: free[0])
     for device, copies, rounded in (("cpu", 8, 1.0), ("cuda", 4, 1.2)):

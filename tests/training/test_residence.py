@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from training_runs import small
 
 from fastssl.beton import read_header
 from fastssl.common import distributed
@@ -13,9 +14,10 @@ from fastssl.loading import BetonLoader
 from fastssl.models import build_model
 from fastssl.recipe import load_recipe
 from fastssl.sweep.local import child_environment
-from fastssl.training import residence, setup
+from fastssl.training import residence, setup, train
 from fastssl.training.memory import check_memory, step_needs
 from fastssl.training.residence import estimate_training, fits_beside_training, image_bytes, saved_bytes
+from fastssl.training.run_dir import locked_run_dir
 
 GPU = torch.device("cuda")
 GB = 10**9
@@ -33,6 +35,7 @@ def gpu(monkeypatch):
     def install(free, total=None):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total or free))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
 
     return install
 
@@ -175,3 +178,37 @@ def test_a_model_that_cannot_be_traced_keeps_small_sets_resident(monkeypatch):
     assert estimate_training(recipe, None, 1) is None
     assert fits_beside_training(recipe, None, 4 * GB, 64 * GB, 1)
     assert not fits_beside_training(recipe, None, 5 * GB, 64 * GB, 1)
+
+
+def test_memory_that_this_process_uses_is_not_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 55 * GB)
+    assert residence.free_memory_of_gpu(GPU) == 25 * GB
+
+
+def test_a_wrong_size_of_views_is_found_before_the_encoder_is_traced(canvas, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "is_resident", lambda recipe, device: pytest.fail("traced"))
+    recipe = recipe_of(*small(canvas, tmp_path / "run", "model.backbone=vit_tiny_patch16_224", "views.size=33"))
+    with pytest.raises(UserError, match="views.size=33"):
+        train(recipe)
+
+
+def test_a_set_is_loaded_once_the_run_directory_is_locked(canvas_bc4, tmp_path, monkeypatch):
+    """Loading may take minutes: another run with the same directory is refused meanwhile."""
+    recipe = recipe_of(*small(canvas_bc4, tmp_path / "run", "data.resident=true"))
+    load = BetonLoader.load_resident
+    loads = []
+
+    def load_while_locked(loader):
+        loads.append(loader)
+        with pytest.raises(UserError, match="Another process is training in"), locked_run_dir(tmp_path / "run"):
+            pass
+        return load(loader)
+
+    monkeypatch.setattr(BetonLoader, "load_resident", load_while_locked)
+    train(recipe)
+    assert loads
+    loads.clear()
+    train(recipe, resume=tmp_path / "run")  # finished: there is nothing to load for
+    assert loads == []
