@@ -200,7 +200,7 @@ class Line(NamedTuple):
 
     output: str  # what the loop gets
     batches: Callable[[Path, int], Iterator[int]] | str  # of the folder and the number of threads; a peer's name
-    own: str = "fastssl"  # the line of fastssl that gives the same, with which it is compared
+    own: str = "fastssl"  # the line of fastssl with which it is compared: what training takes in the same place
     share: float = 1.0  # of the rate that is measured
 
 
