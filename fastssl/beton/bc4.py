@@ -41,8 +41,14 @@ def encode(pixels_HWC: np.ndarray) -> np.ndarray:
     cb = np.empty((half, half), np.uint8)
     cr = np.empty((half, half), np.uint8)
     _to_planes(pixels_HWC, y, cb, cr)
-    out = np.empty(side * side * 3 // 4, np.uint8)
-    luma_bytes = side * side // 2
+    return encode_planes(y, cb, cr)
+
+
+@compiled()
+def encode_planes(y: np.ndarray, cb: np.ndarray, cr: np.ndarray) -> np.ndarray:
+    """Compress planes of a side of the image and, for chroma, of half of it."""
+    luma_bytes = y.size // 2
+    out = np.empty(y.size * 3 // 4, np.uint8)
     _encode_plane(y, FINE_LUMA, out[:luma_bytes])
     _encode_plane(cb, FINE_CHROMA, out[luma_bytes : luma_bytes + luma_bytes // 4])
     _encode_plane(cr, FINE_CHROMA, out[luma_bytes + luma_bytes // 4 :])

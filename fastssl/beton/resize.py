@@ -23,6 +23,47 @@ def resize(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @compiled()
+def resize_plane(plane_HW: np.ndarray, height: float, width: float, side: int) -> np.ndarray:
+    """Resize a plane to uint8 (side, side), as `resize` does; `side` is a multiple of 4.
+
+    height, width: of the image in the plane, in px.
+    """
+    first_Y, weight_YK = resize_weights(0.0, height, side, plane_HW.shape[0])
+    first_X, weight_XK = resize_weights(0.0, width, side, plane_HW.shape[1])
+    out = np.empty((side, side), np.uint8)
+    # Four rows at a time: one sum would wait for each of its additions.
+    lines = np.empty((4, plane_HW.shape[1]), np.float32)
+    line_0, line_1, line_2, line_3 = lines[0], lines[1], lines[2], lines[3]
+    half = np.float32(0.5)  # to nearest
+    one = np.uint64(1)
+    for top in range(0, side, 4):
+        for y in range(4):
+            line = lines[y]
+            line[:] = 0
+            for k in range(weight_YK.shape[1]):
+                weight = weight_YK[top + y, k]
+                if weight > 0:
+                    row = plane_HW[first_Y[top + y] + k]
+                    for j in range(len(line)):
+                        line[j] += weight * np.float32(row[j])
+        for x in range(side):
+            i = np.uint64(first_X[x])  # unsigned, as in `resize_line`
+            a = b = c = d = half
+            for k in range(weight_XK.shape[1]):
+                weight = weight_XK[x, k]
+                a += weight * line_0[i]
+                b += weight * line_1[i]
+                c += weight * line_2[i]
+                d += weight * line_3[i]
+                i += one
+            out[top, x] = np.uint8(np.int32(a))
+            out[top + 1, x] = np.uint8(np.int32(b))
+            out[top + 2, x] = np.uint8(np.int32(c))
+            out[top + 3, x] = np.uint8(np.int32(d))
+    return out
+
+
+@compiled()
 def resize_box(pixels_HWC: np.ndarray, box: np.ndarray, out_YXC: np.ndarray, line: np.ndarray) -> None:
     """Resize a box of an image to fill `out_YXC`.
 

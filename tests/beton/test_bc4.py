@@ -11,7 +11,7 @@ import pytest
 import texture2ddecoder
 import torch
 from PIL import Image, ImageDraw
-from synthetic_images import photo
+from synthetic_images import jpeg_bytes, photo
 
 from fastssl.beton import (
     BuildOptions,
@@ -278,6 +278,41 @@ def test_pixels_are_those_of_the_resized_source(beton, source):
         blocks = content[row["image"]["data_ptr"] :][: layout.bc4_bytes(SIDE)]
         jpeg = encode_image(path.read_bytes(), BuildOptions(canvas=SIDE, codec="jpeg").plan(SIDE)).payload
         assert psnr(bc4.decode(blocks, SIDE), want) > max(36, psnr(np.asarray(Image.open(io.BytesIO(jpeg))), want))
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("size", [(149, 111), (64, 64), (1203, 901), (9, 300)])
+def test_planes_of_a_jpeg_are_resized_as_its_pixels(subsampling, size):
+    """Odd sizes end within a pixel of chroma; the largest image is decoded at an eighth of its size."""
+    content = jpeg_bytes(photo(5, *size), subsampling=subsampling)
+    plan = BuildOptions(canvas=SIDE, codec="bc4").plan(SIDE)
+    encoded = encode_image(content, plan)
+    want = np.asarray(Image.open(io.BytesIO(content)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    decoded = bc4.decode(np.frombuffer(encoded.payload, np.uint8), SIDE)
+    assert (encoded.source_height, encoded.source_width) == size[::-1]
+    assert psnr(decoded, want) > (36 if min(size) > 9 else 33)  # colors change within one pixel of 9
+    assert np.abs(decoded.astype(int).mean(axis=(0, 1)) - want.mean(axis=(0, 1))).max() < 1
+
+
+def test_a_jpeg_of_other_colors_or_turned_by_exif_goes_through_rgb():
+    plan = BuildOptions(canvas=SIDE, codec="bc4").plan(SIDE)
+    image = photo(6, 149, 111)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for content, shown in (
+        (jpeg_bytes(image.convert("L")), image.convert("L").convert("RGB")),
+        (jpeg_bytes(image.convert("CMYK")), image),
+        (jpeg_bytes(image, exif=exif), image.rotate(180)),
+    ):
+        decoded = bc4.decode(np.frombuffer(encode_image(content, plan).payload, np.uint8), SIDE)
+        assert psnr(decoded, np.asarray(shown.resize((SIDE, SIDE), Image.Resampling.BILINEAR))) > 34
+
+
+def test_a_dark_jpeg_is_nearly_black():
+    plan = BuildOptions(canvas=SIDE, codec="bc4").plan(SIDE)
+    dark, blue = (np.full((80, 80, 3), color, np.uint8) for color in ((20, 20, 20), (0, 0, 200)))
+    assert encode_image(jpeg_bytes(Image.fromarray(dark)), plan).is_nearly_black
+    assert not encode_image(jpeg_bytes(Image.fromarray(blue)), plan).is_nearly_black  # its luma is 23
 
 
 def layout_rows(beton):
