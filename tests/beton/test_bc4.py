@@ -105,12 +105,16 @@ def test_functions_are_compiled_for_one_type_of_blocks(beton) -> None:
     """Two types would share one name in the cache of compiled functions (common/compiled.py)."""
     views = ViewsConfig(size=32)
     for crop in ("gpu", "cpu", "eval"):
-        for batch in BetonLoader(beton, 4, crop=crop, views=views, workers=1):
+        loader = BetonLoader(beton, 4, crop=crop, views=views, workers=1)
+        assert not loader.samples.file.flags.writeable
+        for batch in loader:
             batch.pixels()
-    BlockImages(torch.zeros(2, layout.bc4_bytes(SIDE), dtype=torch.uint8), SIDE).pixels()
-    bc4.decode(random_blocks(1, SIDE)[0], SIDE)
+    blocks = random_blocks(2, SIDE)
+    BlockImages(torch.from_numpy(blocks), SIDE).pixels()
+    bc4.decode(blocks[0], SIDE)
+    assert not bc4.read_only(blocks).flags.writeable and blocks.flags.writeable
     for function in (bc4.decode_into, bc4.decode_plane, kernels.decode_blocks, kernels._decode):
-        assert len(function.signatures) == 1
+        assert len(function.signatures) <= 1  # none if a cached function contains it
 
 
 @pytest.mark.parametrize("side", [8, 24, 64])

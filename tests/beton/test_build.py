@@ -389,17 +389,17 @@ def test_a_worker_that_starts_while_the_others_are_ended_is_not_waited_for():
     workers = pool.Pool(1)
     first = workers.executor.submit(os.getpid).result()
     state = vars(workers.executor)
-    pipe, processes = state["_call_queue"]._reader, state["_processes"]
-    close, started = pipe.close, threading.Event()
+    manager, processes = state["_executor_manager_thread"], state["_processes"]
+    wait_for_processes, started = manager.join_executor_internals, threading.Event()
     late = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
 
-    def close_and_start():  # the executor closes the pipe between ending its processes and waiting for them
-        close()
+    def start_and_wait():  # called after the executor has ended its processes
         late.start()
         processes[late.pid] = late
         started.set()
+        wait_for_processes()
 
-    pipe.close = close_and_start
+    manager.join_executor_internals = start_and_wait
     os.kill(first, signal.SIGKILL)
     assert started.wait(60)
     closing = threading.Thread(target=workers.close, daemon=True)
