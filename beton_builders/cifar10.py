@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from beton_builders import Splits
-from beton_builders._files import samples_by_class
+from beton_builders._files import samples_by_class, unpack
 from fastssl.beton import Sample
 
 CANVAS = 32
@@ -86,7 +86,7 @@ def read_official(builder: str, source: Path, name: str) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             with tarfile.open(archive) as opened:
-                opened.extractall(folder, filter="data")
+                unpack(opened, folder)
             return read_folder(Path(folder), kind)
         except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0].replace(f"{folder}/", "")

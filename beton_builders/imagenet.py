@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from beton_builders import Splits
-from beton_builders._files import image_paths, is_image, read_mat, read_text, split_folders
+from beton_builders._files import image_paths, is_image, read_mat, read_text, split_folders, unpack
 from beton_builders._shards import tar_members
 from fastssl.beton import Sample
 
@@ -163,8 +163,7 @@ def validation_wnids(source: Path) -> dict[str, str]:
             if len(content) == LARGEST_DEVKIT:
                 raise ValueError(f"it has {LARGEST_DEVKIT:,} bytes or more")
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as opened:
-                for name in (META, TRUTH):
-                    opened.extract(f"{DEVKIT}/{name}", folder, filter="data")
+                unpack(opened, folder, [f"{DEVKIT}/{name}" for name in (META, TRUTH)])
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, KeyError, ValueError) as error:
             raise ValueError(f"{archive} is not whole ({error}): download it again.") from error
         return read_devkit(Path(folder) / DEVKIT, archive)
