@@ -219,34 +219,9 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
         # A pixel's luma is at most its largest value of RGB, so only dark images have to be decoded.
         pixels = bc4.decode(blocks, plan.side) if planes[0].max() < NEARLY_BLACK else planes[0]
         payload, mode = blocks.tobytes(), BC4
-    elif plan.storage == "raw":  # small, so Pillow's exact pixels are affordable
-        image.draft(None, (2 * target[0], 2 * target[1]))
-        image = _to_rgb(image, file_bytes, plan)
-        if plan.channels == 1:
-            image = image.convert("L")  # a gray image keeps its values: the weights of RGB add up to 1
-        image = image.resize(target, Image.Resampling.BILINEAR)
-        if orientation in TRANSPOSITIONS:
-            image = image.transpose(TRANSPOSITIONS[orientation])
-        pixels = np.asarray(image)
-        payload, mode = pixels.tobytes(), RAW
     else:
-        pixels = _decode(image, file_bytes, target, plan)
-        if (pixels.shape[1], pixels.shape[0]) != target:
-            with _required("numba"):
-                from fastssl.beton.resize import resize  # imports numba, which not every build needs
-
-                pixels = resize(pixels, target[1], target[0])
-        if orientation in TRANSPOSITIONS:
-            pixels = np.array(Image.fromarray(pixels).transpose(TRANSPOSITIONS[orientation]))
-        if plan.storage == "bc4":
-            with _required("numba"):
-                from fastssl.beton import bc4
-
-                payload, mode = bc4.encode(pixels).tobytes(), BC4
-        else:
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
-            payload, mode = buffer.getvalue(), JPG
+        pixels = _upright_pixels(image, file_bytes, orientation, target, plan)
+        payload, mode = _encode_pixels(pixels, plan)
     if len(payload) > PAGE_SIZE:
         raise ValueError(
             f"takes {len(payload):,} bytes as a JPEG, more than a page of {PAGE_SIZE:,}; "
@@ -255,6 +230,44 @@ def encode_image(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -
     is_nearly_black = bool(pixels.max() < NEARLY_BLACK)
     size = pixels.shape[0], pixels.shape[1], source_height, source_width
     return Encoded(payload, mode, *size, case, is_nearly_black, source_format)
+
+
+def _upright_pixels(
+    image: Image.Image, file_bytes: bytes, orientation: int, target: tuple[int, int], plan: StoragePlan
+) -> np.ndarray:
+    """Return the pixels as they are to be stored, before compression: resized to the target, then rotated."""
+    if plan.storage == "raw":  # small, so Pillow's exact pixels are affordable
+        image.draft(None, (2 * target[0], 2 * target[1]))
+        image = _to_rgb(image, file_bytes, plan)
+        if plan.channels == 1:
+            image = image.convert("L")  # a gray image keeps its values: the weights of RGB add up to 1
+        image = image.resize(target, Image.Resampling.BILINEAR)
+        if orientation in TRANSPOSITIONS:
+            image = image.transpose(TRANSPOSITIONS[orientation])
+        return np.asarray(image)
+    pixels = _decode(image, file_bytes, target, plan)
+    if (pixels.shape[1], pixels.shape[0]) != target:
+        with _required("numba"):
+            from fastssl.beton.resize import resize  # imports numba, which not every build needs
+
+            pixels = resize(pixels, target[1], target[0])
+    if orientation in TRANSPOSITIONS:
+        pixels = np.array(Image.fromarray(pixels).transpose(TRANSPOSITIONS[orientation]))
+    return pixels
+
+
+def _encode_pixels(pixels: np.ndarray, plan: StoragePlan) -> tuple[bytes, int]:
+    """Return the bytes to store, and their mode."""
+    if plan.storage == "raw":
+        return pixels.tobytes(), RAW
+    if plan.storage == "bc4":
+        with _required("numba"):
+            from fastssl.beton import bc4
+
+            return bc4.encode(pixels).tobytes(), BC4
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=plan.quality, subsampling="4:2:0")
+    return buffer.getvalue(), JPG
 
 
 def _encode_channels(content: bytes | np.ndarray | Image.Image, plan: StoragePlan) -> Encoded:
