@@ -193,6 +193,13 @@ def check_compiler() -> Answer:
     return Answer(not lacking, found, f"{command}; or train with train.compile=false")
 
 
+def check_cpu() -> Answer:
+    """Report the cores, and the precision of training on this CPU (as common/system.py finds it out)."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    precision = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32 (no bf16)"
+    return Answer(True, f"{len(os.sched_getaffinity(0))}, which train in {precision}")
+
+
 def check_memory() -> Answer:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     return Answer(total > 4, f"{total:.0f} GB", "a smaller train.batch_size, or more memory")
@@ -225,7 +232,7 @@ CHECKS: dict[str, Callable[[], Answer]] = {
     **{name: imports(name, name) for name in ("matplotlib", "safetensors", "huggingface_hub")},
     "GPU": check_gpu,
     "torch.compile": check_compiler,
-    "CPU cores": lambda: Answer(True, str(len(os.sched_getaffinity(0)))),
+    "CPU cores": check_cpu,
     "memory": check_memory,
     "/dev/shm": check_shared_memory,
     "disk": check_disk,

@@ -9,15 +9,18 @@ from fastssl.common.errors import UserError
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: the instructions that oneDNN uses for products in bf16
 
 
 def cpu_name() -> str:
     """Return the model name of the CPU, "cpu" where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "cpu")
+    return next((line.split(": ", 1)[1] for line in _cpu_info() if line.startswith("model name")), "cpu")
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 numbers itself. torch also runs bf16 on others: it converts to fp32."""
+    flags = {flag for line in _cpu_info() if line.startswith("flags") for flag in line.split()}
+    return not flags.isdisjoint(BF16_FLAGS)
 
 
 def usable_cores() -> int:
@@ -52,6 +55,13 @@ def free_memory() -> int:
         lines = dict(line.split(":") for line in file)
     free = 1024 * int(lines["MemAvailable"].split()[0])
     return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
+
+
+def _cpu_info() -> list[str]:
+    try:
+        return (PROC / "cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _cpu_quotas() -> Iterator[int]:

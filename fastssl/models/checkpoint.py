@@ -74,6 +74,7 @@ class SavedState(TypedDict):
     epochs_probed: NotRequired[Count]
     best: NotRequired[Annotated[dict[str, Finite], Field(max_length=100), AfterValidator(_check_best)]]
     seconds: NotRequired[Annotated[Finite, Field(ge=0)]]  # of training
+    precision: NotRequired[Annotated[str, Strict(), Field(pattern="^(fp32|tf32|bf16|fp16)$")]]  # without "auto"
     torch_threads: NotRequired[Annotated[int, Strict(), Field(ge=1, le=2**31)]]
     rng: NotRequired[DenseTensor]  # of torch's CPU generator
     cuda_rng: NotRequired[DenseTensor | None]

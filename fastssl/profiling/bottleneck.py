@@ -23,7 +23,7 @@ from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.decoding import COPY_IMAGES, DECODE
 from fastssl.loading.spans import Total
 from fastssl.training.meters import DataWaitWarning, MeterReading
-from fastssl.training.setup import TrainingRun
+from fastssl.training.setup import TrainingRun, resolve_precision
 
 RESOURCES = {
     "disk": ("storage",),
@@ -126,6 +126,7 @@ class Setup:
     compiled: bool = False
     cuda_graphs: bool | None = False  # None: not possible, with several processes or micro-batches
     precision: str = "fp32"
+    best_precision: str = "bf16"  # the fastest one that trains as fp32 does
     fits_into_memory: bool = True
     phases: dict[str, float] = field(default_factory=dict)  # of the step, seconds per image
     crops_on_cpu: bool = False  # data.crop
@@ -201,6 +202,8 @@ def _fixes_of_step(costs: CostModel, setup: Setup) -> str:
     longest = setup.longest_phase()
     if not setup.on_gpu:
         fix = "a GPU"
+        if setup.precision != setup.best_precision:
+            fix = f"train.precision={setup.best_precision} or {fix}"
         if "decode" in costs.stages and setup.layout == "full" and costs.speedup("decode", 2) > 1.05:
             fix = f"{CANVAS} or {fix}"
     elif setup.precision in ("fp32", "tf32"):
@@ -262,6 +265,7 @@ def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
         run.compiled,
         cuda_graphs,
         run.precision,
+        resolve_precision("auto", run.device.type),
         fits_into_memory,
         phases,
         crops_on_cpu=loader.crop == "cpu",

@@ -21,7 +21,7 @@ from fastssl.profiling.profile import Profile, StageResult
 from fastssl.profiling.tables import percent, si, significant
 from fastssl.recipe import Recipe
 from fastssl.training.residence import fits_beside_training
-from fastssl.training.setup import DTYPES
+from fastssl.training.setup import DTYPES, resolve_precision
 
 # ResNet-50 v1.5 trained on one GPU, images/s by precision: NVIDIA/DeepLearningExamples, PyTorch/Classification/
 # ConvNets/resnet50v1.5/README.md, "Training performance" (A100 80 GB, V100 16 GB). An image takes torchvision's 4.09 G
@@ -200,7 +200,7 @@ def _precisions(profile: Profile, recipe: Recipe, there: Device) -> tuple[str, s
     """Return the recipe's precision on a GPU, and the one that is used if the planned GPU lacks it."""
     wanted = profile.run.precision
     if profile.machine.kind != "cuda":
-        wanted = recipe.train.precision.replace("auto", "bf16")
+        wanted = resolve_precision(recipe.train.precision, "cuda")
     return wanted, wanted if there.peak(wanted) else {"bf16": "fp16", "tf32": "fp32"}[wanted]
 
 

@@ -155,7 +155,7 @@ def rename_damaged(checkpoint: Checkpoint) -> None:
         last.replace(last.with_name("damaged.pt"))
 
 
-def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int) -> None:
+def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, precision: str, step: int) -> None:
     """Write recipe.yaml (resolved), and environment.json with this start of the run and the "earlier" ones."""
     write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
     path = run_dir / "environment.json"
@@ -163,6 +163,7 @@ def describe_run(run_dir: Path, recipe: Recipe, device: torch.device, step: int)
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         **describe_environment(device),
+        "precision": precision,
         "earlier": _earlier_starts(path),
     }
     write_atomically(path, json.dumps(environment, indent=2) + "\n")

@@ -49,7 +49,7 @@ class RunWriter:
             return
         recipe, state = run.recipe, run.state
         try:
-            describe_run(run_dir, recipe, run.device, state.step)
+            describe_run(run_dir, recipe, run.device, run.precision, state.step)
             self.metrics_file = MetricsFile(run_dir / "metrics.jsonl", state.step, state.epochs_probed, self.print)
             self.trackers = start_trackers(run_dir, recipe, state.step)
         except OSError as error:

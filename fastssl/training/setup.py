@@ -17,6 +17,7 @@ from fastssl.beton import beton_file, read_header
 from fastssl.beton.format import RGB
 from fastssl.common.distributed import any_rank, broadcast_from_main, is_main_process, rank, spans_hosts, world_size
 from fastssl.common.errors import UserError
+from fastssl.common.system import cpu_has_bf16
 from fastssl.loading import Batch, BetonLoader, SampleSelection, require_channels, require_labels
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint
@@ -130,11 +131,17 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         make_optimizer(model, recipe.optim),
         torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         loader,
+        precision,
         skipped=torch.zeros((), dtype=torch.int64, device=device),
         decay_epochs=decay_epochs,
         average=WeightAverage(model, recipe.train.ema) if recipe.train.ema else None,
     )
-    remarks += [*skipped_operations(recipe), *loaded, *resume_state(state, checkpoint)]
+    remarks += [
+        *slow_precision(precision, device),
+        *skipped_operations(recipe),
+        *loaded,
+        *resume_state(state, checkpoint),
+    ]
     if checkpoint and (before := checkpoint.recipe.train.epochs) < recipe.train.epochs:
         remarks.append(
             f"Extended from {before} to {recipe.train.epochs} epochs. Learning rate of the next step: "
@@ -255,12 +262,29 @@ def choose_precision(precision: str, device: torch.device) -> str:
     Under bf16 and fp16, the only products left in fp32 are those of the loss, which stay exact.
     """
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        # One CPU without bf16 among those of several hosts decides for all: they must agree.
+        resolved = resolve_precision(precision, device.type)
+        precision = "fp32" if any_rank(resolved == "fp32") else resolved
     if precision == "tf32" and device.type != "cuda":
         raise UserError("train.precision=tf32 needs a GPU: set train.precision=fp32 for a run without one.")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision
+
+
+def resolve_precision(precision: str, device_type: str) -> str:
+    """train.precision on this machine without "auto": bf16 on a GPU and on a CPU that has it, fp32 on other CPUs."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device_type == "cuda" or cpu_has_bf16() else "fp32"
+
+
+def slow_precision(precision: str, device: torch.device) -> list[str]:
+    """A warning if torch has to emulate a precision on this CPU."""
+    best = resolve_precision("auto", "cpu")
+    if device.type != "cpu" or precision in ("fp32", best):
+        return []
+    return [f"Warning: this CPU computes {precision} slowly, by way of fp32: train.precision={best} is faster."]
 
 
 def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
@@ -293,7 +317,7 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
         return False
     data, file = recipe.data, training_file(recipe)
     set_bytes = SampleSelection(data.subset, data.limit).count(file) * image_bytes(read_header(file))
-    precision = "bf16" if recipe.train.precision == "auto" else recipe.train.precision
+    precision = resolve_precision(recipe.train.precision, device.type)
     room = free_memory_of_gpu(device)
     return not any_rank(not fits_beside_training(recipe, DTYPES.get(precision), set_bytes, room, world_size()))
 

@@ -37,6 +37,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the gradients; disabled unless the precision is fp16
     loader: BetonLoader  # knows the epoch and the position in it
+    precision: str  # train.precision without "auto"
     skipped: Tensor  # int64 () on the device: steps skipped because they were not finite
     average: WeightAverage[Model] | None = None
     step: int = 0  # optimizer steps, skipped ones included
@@ -61,6 +62,7 @@ class TrainState:
             "epochs_probed": self.epochs_probed,
             "best": self.best,
             "seconds": self.count_seconds(),
+            "precision": self.precision,
             "torch_threads": torch.get_num_threads(),
             "rng": torch.get_rng_state(),  # for backbones with dropout
             "cuda_rng": torch.cuda.get_rng_state() if self.skipped.is_cuda else None,
@@ -78,6 +80,9 @@ class TrainState:
         Raises UserError if the checkpoint belongs to another recipe or does not fit its own.
         """
         changed = changed_keys(checkpoint.recipe.model_dump(mode="json"), self.recipe.model_dump(mode="json"))
+        before = checkpoint.saved.get("precision")  # checkpoints of before this key have none
+        if before == self.precision and "train.precision" in changed:  # auto, which meant this, or the other way round
+            changed.remove("train.precision")
         changed = [key for key in changed if key != "train.epochs"]  # see epochs_of_decay
         if changed:
             raise UserError(
@@ -98,6 +103,11 @@ class TrainState:
             warnings.append(
                 f"torch ran with {threads} threads before and has {torch.get_num_threads()} now, so results agree to "
                 f"rounding only (OMP_NUM_THREADS={threads} restores them)."
+            )
+        if before not in (None, self.precision):
+            warnings.append(
+                f"The run was trained in {before} before and goes on in {self.precision}, which train.precision=auto "
+                f"means on this machine: results agree to rounding only (train.precision={before} keeps {before})."
             )
         return warnings
 

@@ -235,7 +235,7 @@ def check_guard(rank, world):
     model = SSLModel(recipe).double()
     optimizer = make_optimizer(model, recipe.optim)
     scaler, loader = torch.amp.GradScaler(enabled=False), None
-    state = TrainState(recipe, model, optimizer, scaler, loader, skipped=torch.zeros((), dtype=torch.int64))
+    state = TrainState(recipe, model, optimizer, scaler, loader, "fp32", skipped=torch.zeros((), dtype=torch.int64))
     guard, before = FiniteGuard(model, state), copy.deepcopy(model.state_dict())
     for bad_rank in (world - 1, None):
         for parameter in model.parameters():
