@@ -283,9 +283,8 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=2, le=10**9)] = 256  # over all processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
     accumulate: Count = 1  # micro-batches per step; loss and batch norms have the statistics of one micro-batch
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 on a GPU and on a CPU that has it, else fp32
-    )
+    # auto: bf16 on a GPU and on a CPU that has it (avx512_bf16, amx_bf16), fp32 on other CPUs.
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: Literal["auto"] | bool = "auto"  # auto: on for a GPU, off for a CPU
     cuda_graphs: bool = False  # replay the kernels of the compiled step as one CUDA graph; experimental
     channels_last: bool = True

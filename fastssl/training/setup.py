@@ -136,12 +136,7 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         decay_epochs=decay_epochs,
         average=WeightAverage(model, recipe.train.ema) if recipe.train.ema else None,
     )
-    remarks += [
-        *slow_precision(precision, device),
-        *skipped_operations(recipe),
-        *loaded,
-        *resume_state(state, checkpoint),
-    ]
+    remarks += slow_precision(precision, device) + skipped_operations(recipe) + loaded + resume_state(state, checkpoint)
     if checkpoint and (before := checkpoint.recipe.train.epochs) < recipe.train.epochs:
         remarks.append(
             f"Extended from {before} to {recipe.train.epochs} epochs. Learning rate of the next step: "

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import doctor
+from fastssl.common.system import cpu_has_bf16
 
 SOURCE = Path(doctor.__file__)
 
@@ -26,6 +27,7 @@ def test_every_check_reports_what_it_found(checks):
     assert "decodes and resizes a JPEG" in checks["ffcv"].answer.found
     assert checks["numba"].answer.found.endswith("compiles")
     assert "built for" in checks["torch"].answer.found
+    assert checks["CPU cores"].answer.found.endswith(" in bf16" if cpu_has_bf16() else " in fp32 (no bf16)")
     assert all(check.answer.found for check in checks.values())
 
 

@@ -120,6 +120,22 @@ def test_the_memory_is_the_machines_without_a_limit(tmp_path, monkeypatch, files
     assert 1e6 < system.free_memory() < system.total_memory()
 
 
+@pytest.mark.parametrize(
+    "cpuinfo, has_bf16",
+    [
+        ("model name\t: A\nflags\t\t: fpu avx512f avx512_bf16 sse2\n", True),
+        ("model name\t: A\nflags\t\t: fpu amx_tile amx_bf16\n", True),
+        ("model name\t: avx512_bf16\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n", False),
+        (None, False),
+    ],
+)
+def test_whether_the_cpu_has_bf16(tmp_path, monkeypatch, cpuinfo, has_bf16):
+    monkeypatch.setattr(system, "PROC", tmp_path)
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert system.cpu_has_bf16() is has_bf16
+
+
 def test_the_name_of_the_cpu(monkeypatch):
     assert system.cpu_name()
 

@@ -16,7 +16,7 @@ from fastssl.training import train
 # Another key, or another meaning of one, needs a way to read the files that users have.
 KEYS = {
     "recipe", "model", "ema", "optimizer", "scaler", "loader", "skipped", "step", "epochs_probed", "best", "seconds",
-    "torch_threads", "rng", "cuda_rng", "decay_epochs",
+    "precision", "torch_threads", "rng", "cuda_rng", "decay_epochs",
 }  # fmt: skip
 
 

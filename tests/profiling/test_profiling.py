@@ -221,6 +221,21 @@ SETUP = Setup(workers=2, layout="full", storage="jpg", on_gpu=True, compiled=Tru
         ({"step": Cost(2e-3), "decode": Cost(1e-3)}, SETUP, "Compute-bound: the step works 100% of the time"),
         ({"step": Cost(2e-3)}, SETUP, "no other bottleneck is known."),
         (
+            {"step": Cost(2e-3)},
+            Setup(workers=2, layout="canvas", storage="jpg", precision="fp32", best_precision="bf16"),
+            "train.precision=bf16 or a GPU would help",
+        ),
+        (
+            {"step": Cost(2e-3)},
+            Setup(workers=2, layout="canvas", storage="jpg", precision="fp16", best_precision="fp32"),
+            "train.precision=fp32 or a GPU would help",
+        ),
+        (
+            {"step": Cost(2e-3)},
+            Setup(workers=2, layout="canvas", storage="jpg", precision="bf16", best_precision="bf16"),
+            "at half its cost training would be 2.0x as fast; a GPU would help",
+        ),
+        (
             {"step": Cost(2e-3, 4e-3), "decode": Cost(1e-3, 2e-3)},
             Setup(workers=2, layout="full", storage="jpg"),
             "all cores are busy all of the time (67% for the step, 33% for decoding); a canvas file instead of",

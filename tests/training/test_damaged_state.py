@@ -68,6 +68,7 @@ def test_counts(finished, key):
     [
         ("best", [{"knn": math.nan, "step": 1}, {"knn": 1.0}, {"knn": True, "step": 1}, {1: 1.0, "step": 1}, [], 10]),
         ("seconds", [-1.0, math.nan, math.inf, True, "1", 10**400, ONE]),
+        ("precision", ["fp8", "auto", 16, None, True]),
         ("torch_threads", [0, -1, True, 2**40, 1.0, None]),
         ("loader.seed", [None, "0", -1]),
         ("loader.order", ["up", 3, []]),
@@ -111,7 +112,7 @@ def test_counts_that_contradict_each_other(finished):
     ):
         assert says in refused(run, {**saved, **change}), change
     assert "decay_epochs: 9" in refused(run, {**saved, "decay_epochs": 9}, "optim.extend=constant")
-    for key in saved.keys() - {"recipe", "model", "step", "decay_epochs", "cuda_rng", "ema"}:
+    for key in saved.keys() - {"recipe", "model", "step", "decay_epochs", "precision", "cuda_rng", "ema"}:
         sentence = refused(run, {name: value for name, value in saved.items() if name != key})
         assert f"does not fit its own recipe, so no run goes on from it: '{key}'" in sentence
 

@@ -33,21 +33,21 @@ from fastssl.profiling.device_stages import plain_network
 from fastssl.recipe import load_recipe
 from fastssl.training import setup, train
 
-TWENTY_STEPS = [
-    "train.epochs=20",
-    "train.batch_size=48",
-    "optim.warmup_epochs=0",
-]  # one batch an epoch
+FP32 = "train.precision=fp32"  # on every CPU, so that only the exchange between processes rounds differently
+TWENTY_STEPS = ["train.epochs=20", "train.batch_size=48", "optim.warmup_epochs=0", FP32]  # one batch an epoch
 SGD = "optim={name: sgd, lr: 2e-3, final_lr_factor: 1.0}"
 
 
-AS_ONE = {  # recipe, further overrides, tolerance of the losses
-    "sgd": ("vicreg", [SGD], 1e-4),
-    "accumulate": ("zprob_barlow", [SGD, "train.accumulate=2"], 1e-4),
+AS_ONE = {  # recipe, further overrides, tolerances: of losses, of norms, of the weights' way with SGD
+    "sgd": ("vicreg", [SGD], 1e-4, 1e-2, 0.1),
+    "accumulate": ("zprob_barlow", [SGD, "train.accumulate=2"], 1e-4, 1e-2, 0.1),
     # AdamW divides by the root of a gradient's square: where that is nearly zero, rounding decides the step.
-    "adamw": ("zprob_barlow", ["optim.lr=1e-4"], 1e-3),
+    "adamw": ("zprob_barlow", ["optim.lr=1e-4"], 1e-3, 1e-2, None),
     # Gradients that are sent in bf16 are rounded by 0.4 %.
-    "bf16_gradients": ("vicreg", ["optim.lr=1e-4", "train.compress_gradients=true"], 1e-2),
+    "bf16_gradients": ("vicreg", ["optim.lr=1e-4", "train.compress_gradients=true"], 1e-2, 1e-2, None),
+    # Batch statistics of two halves round differently, and then every activation, by 0.4 %. Two processes end as far
+    # from one as bf16 from fp32 in one process: losses 1e-3, norms 5 %, 0.3 of the weights' way in 20 noisy steps.
+    "bf16": ("zprob_barlow", [SGD, "train.precision=bf16"], 3e-3, 0.15, 0.6),
 }
 RESTARTED = ["train.epochs=6", "checkpoint.every=2"]
 
@@ -56,7 +56,7 @@ RESTARTED = ["train.epochs=6", "checkpoint.every=2"]
 def two_process_runs(canvas, tmp_path_factory):
     """A folder of undisturbed runs of two processes: those of AS_ONE, and one to compare a restarted run with."""
     folder = tmp_path_factory.mktemp("two_processes")
-    jobs = [(recipe, small(canvas, folder / name, *TWENTY_STEPS, *more)) for name, (recipe, more, _) in AS_ONE.items()]
+    jobs = [(recipe, small(canvas, folder / name, *TWENTY_STEPS, *more)) for name, (recipe, more, *_) in AS_ONE.items()]
     train_jobs_in_processes([*jobs, ("hprob_vicreg", small(canvas, folder / "restarted", *RESTARTED))], 2)
     return folder
 
@@ -64,16 +64,16 @@ def two_process_runs(canvas, tmp_path_factory):
 @pytest.mark.parametrize("name", AS_ONE)
 def test_two_processes_train_as_one(canvas, tmp_path, two_process_runs, name):
     """With synchronized batch norms: the loss of every step, and with SGD the weights after the last one."""
-    recipe, more, of_losses = AS_ONE[name]
+    recipe, more, of_losses, of_norms, of_way = AS_ONE[name]
     one, two = tmp_path / "1", two_process_runs / name
     train(load_recipe(f"recipes/{recipe}.yaml", small(canvas, one, *TWENTY_STEPS, *more)))
     losses = [[loss for _, loss in losses_of(run)] for run in (one, two)]
     assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=of_losses)
     for key, steps in (("rankme_h", 20), ("rankme_z", 20), ("grad_norm", 5)):  # norms drift apart before losses do
         values = [[line[key] for line in metrics_of(run)[:steps]] for run in (one, two)]
-        assert values[1] == pytest.approx(values[0], rel=1e-2)
+        assert values[1] == pytest.approx(values[0], rel=of_norms), key
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
-    if more[0] == SGD:
+    if of_way:
         torch.manual_seed(0)
         start_weights = dict(SSLModel(load_recipe(one / "recipe.yaml")).named_parameters())
         first, second, begun = (
@@ -81,7 +81,7 @@ def test_two_processes_train_as_one(canvas, tmp_path, two_process_runs, name):
             for weights in (weights_of(one), weights_of(two), start_weights)
         )
         apart = (first - second).norm()
-        assert apart < 1e-4 * first.norm() and apart < 0.1 * (first - begun).norm()
+        assert apart < 1e-4 * first.norm() and apart < of_way * (first - begun).norm()
 
 
 @pytest.mark.slow

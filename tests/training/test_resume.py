@@ -32,9 +32,20 @@ from fastssl.training import run_dir, run_writer, train
 # Every objective, every space, both learned priors, EMA, micro-batches, growing views, other optimizers. An epoch has
 # six steps and every fourth step is saved: in the middle of an epoch, after a probe or before one.
 VARIANTS = {
-    "barlow": ["optim.name=sgd", "views.progressive_resize={size: 24, epochs: [0, 3]}", "views.size=64"],
+    "barlow": [
+        "train.precision=fp32",
+        "optim.name=sgd",
+        "views.progressive_resize={size: 24, epochs: [0, 3]}",
+        "views.size=64",
+    ],
     "zprob_barlow": ["embedding.prior=mixture", "embedding.mixture_components=3", "train.ema=0.9"],
-    "hprob_vicreg": ["data.resident=true", "train.accumulate=2", "optim.name=lars", "optim.lr=0.1"],
+    "hprob_vicreg": [
+        "train.precision=bf16",
+        "data.resident=true",
+        "train.accumulate=2",
+        "optim.name=lars",
+        "optim.lr=0.1",
+    ],
     "beyond/zprob_simclr": ["embedding.stochastic=hz", "embedding.prior=vamp", "embedding.mixture_components=3"],
     "supervised": [
         "objective={name: supervised, classes: 3}",

@@ -59,7 +59,7 @@ def test_the_encoder_sees_the_sizes_that_the_recipe_names(canvas, full, tmp_path
 def test_micro_batches_share_one_step(canvas, tmp_path):
     """One step of two micro-batches: the mean of their losses, and SGD on the mean gradient."""
     keys = ["train.accumulate=2", "optim={name: sgd, lr: 0.1, warmup_epochs: 0, clip: null, weight_decay: 0}"]
-    keys += ["train.epochs=1", "train.batch_size=32"]
+    keys += ["train.epochs=1", "train.batch_size=32", "train.precision=fp32"]
     recipe = load_recipe("recipes/vicreg.yaml", small(canvas, tmp_path / "run", *keys))
     run = train(recipe)
     assert len(losses_of(run)) == 1  # 48 images: one step of 32, and a micro-batch too few for another
@@ -167,7 +167,23 @@ def test_cudnn_measures_its_algorithms_for_images_of_one_size(keys, measures, mo
     assert torch.backends.cudnn.benchmark == measures
 
 
-def test_choose_precision():
+@pytest.mark.parametrize("has_bf16, best, others", [(True, "bf16", ["fp16"]), (False, "fp32", ["bf16", "fp16"])])
+def test_choose_precision(monkeypatch, has_bf16, best, others):
+    """bf16 on a GPU and on a CPU that has it; what a CPU only emulates costs a warning."""
+    monkeypatch.setattr(setup, "cpu_has_bf16", lambda: has_bf16)
+    cpu = torch.device("cpu")
+    assert setup.choose_precision("auto", cpu) == best
+    assert setup.choose_precision("auto", torch.device("cuda")) == "bf16"
+    for precision in ("fp32", "bf16", "fp16"):
+        assert setup.choose_precision(precision, cpu) == precision
+        (warning,) = setup.slow_precision(precision, cpu) or [""]
+        assert (f"train.precision={best} is faster" in warning) == (precision in others)
+        assert not setup.slow_precision(precision, torch.device("cuda"))
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
+def test_one_cpu_without_bf16_decides_for_all_processes(monkeypatch):
+    monkeypatch.setattr(setup, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(setup, "any_rank", lambda flag: True)
     assert setup.choose_precision("auto", torch.device("cpu")) == "fp32"
     assert setup.choose_precision("bf16", torch.device("cpu")) == "bf16"
-    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
