@@ -122,10 +122,23 @@ def _double(near: np.ndarray, far: np.ndarray, line: np.ndarray, out: np.ndarray
 @compiled()
 def decode_plane(blocks: np.ndarray, out_YX: np.ndarray) -> None:
     """Decompress a square plane. blocks: read-only uint8, row by row."""
+    side = out_YX.shape[1]
+    decode_window(blocks, 0, 0, side, side, out_YX)
+
+
+@compiled()
+def decode_window(blocks: np.ndarray, top: int, left: int, bottom: int, right: int, out_YX: np.ndarray) -> None:
+    """Decompress the blocks that a window of a square plane touches, to their place in the plane.
+
+    Args:
+        blocks: uint8, those of the whole plane, row by row.
+        top, left, bottom, right: the first rows and columns of pixels in the window and after it.
+        out_YX: uint8, the plane.
+    """
     across = out_YX.shape[1] // BLOCK
     levels = np.empty(8, np.uint8)
-    for row in range(across):
-        for column in range(across):
+    for row in range(top // BLOCK, (bottom + BLOCK - 1) // BLOCK):
+        for column in range(left // BLOCK, (right + BLOCK - 1) // BLOCK):
             indices = _read_block(blocks, row * across + column, levels)
             for y in range(BLOCK):
                 for x in range(BLOCK):

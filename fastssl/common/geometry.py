@@ -12,6 +12,7 @@ from torch import Tensor
 
 PROPOSALS = 10
 UNIFORMS_PER_BOX = 2 * PROPOSALS + 2  # uniform random numbers that one box takes
+FLIP = UNIFORMS_PER_BOX  # the next one says whether the crop is mirrored: it is, if the number is below the probability
 CENTER = 224 / 256  # of the shorter side: "resize to 256, center crop of 224" (arXiv 1512.03385), at any size
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastssl.beton.format import BC4, RAW
 from fastssl.loading import kernels
 from fastssl.loading.blocks import BlockImages
+from fastssl.loading.crops import CropScratch, new_scratch
 from fastssl.loading.kernels import DecodeArrays
 from fastssl.loading.samples import Cropping, Samples
 from fastssl.loading.spans import span
@@ -62,6 +63,7 @@ class ThreadDecoder:
     def prepare(self, row_B: np.ndarray, epoch: int) -> DecodeTask:
         """Collect what the threads need, and get memory for the pixels."""
         samples = self.samples
+        crops = self.cropping.draw(samples, row_B, epoch)
         memory = self.buffers.take((len(row_B), *self.cropping.image_shape(samples)))
         arrays = DecodeArrays(
             file=samples.file,
@@ -69,7 +71,8 @@ class ThreadDecoder:
             size_B=samples.size_N[row_B],
             mode_B=samples.mode_N[row_B],
             shape_B2=samples.shape_N2[row_B],
-            box_BV4=self.cropping.boxes(samples, row_B, epoch),
+            box_BV4=crops.box_BV4,
+            flip_BV=crops.flip_BV,
             out=memory.numpy(),
             status_B=np.full(len(row_B), kernels.FAILED, np.int8),
             counter=np.zeros(1, np.int64),
@@ -95,16 +98,17 @@ class ThreadDecoder:
                 kernels.copy_images(arrays)
             elif self.cropping.mode == "gpu":
                 kernels.decode_images(arrays)
+            elif self.cropping.mode == "eval":
+                kernels.decode_eval_crops(arrays, self._own_scratch())
             else:
-                kernels.decode_crops(arrays, *self._scratch_arrays())
+                kernels.decode_crops(arrays, self._own_scratch())
 
-    def _scratch_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """This thread's memory for the file's largest image (uint8) and for a row of its widest (float32)."""
-        if not hasattr(self._scratch, "arrays"):
-            shape_N2 = self.samples.shape_N2
-            largest, widest = int(shape_N2.prod(axis=1).max()) * 3, int(shape_N2[:, 1].max()) * 3
-            self._scratch.arrays = np.empty(largest, np.uint8), np.empty(widest, np.float32)
-        return self._scratch.arrays
+    def _own_scratch(self) -> CropScratch:
+        """This thread's memory, for the file's largest image."""
+        if not hasattr(self._scratch, "memory"):
+            self._scratch.memory = new_scratch(self.samples.shape_N2, self.cropping.views.size)
+        memory: CropScratch = self._scratch.memory
+        return memory
 
 
 def is_small(batch_bytes: int, mode_B: np.ndarray, cropping: Cropping) -> bool:

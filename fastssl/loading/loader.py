@@ -24,6 +24,7 @@ from fastssl.common.schema import Count, Text
 from fastssl.common.system import available_cores, free_memory, total_memory
 from fastssl.loading import kernels
 from fastssl.loading.blocks import BlockImages
+from fastssl.loading.crops import scratch_bytes
 from fastssl.loading.decoding import Buffers, PendingBatch, ThreadDecoder, is_small
 from fastssl.loading.order import Order, SampleSelection, epoch_order
 from fastssl.loading.prefetch import run_ahead
@@ -52,8 +53,8 @@ class ImageRows(NamedTuple):
 class Batch(NamedTuple):
     """A batch on the device. The caller may keep it: it is never overwritten."""
 
-    # uint8 (B, H, W, C), or BlockImages where the file holds blocks; crop="cpu": (B, crops, size, size, 3), not flipped
-    # yet; crop="eval": 1 crop. An ImageRows of a resident set with gather=False only.
+    # uint8 (B, H, W, C), or BlockImages where the file holds blocks; crop="cpu": (B, crops, size, size, 3), mirrored
+    # where drawn; crop="eval": 1 crop. An ImageRows of a resident set with gather=False only.
     image: Tensor | BlockImages | ImageRows
     label: Tensor  # int64 (B,); -1 for an image without a label
     index: Tensor  # type: ignore[assignment]  # int64 (B,): stable sample ids
@@ -119,8 +120,8 @@ class BetonLoader:
         batch_size: samples per process.
         seed: of the order, and of the crops that are cut here.
         crop: "gpu": whole stored images, all of one size; the views cut their crops on the device. "cpu": the crops
-            that `fastssl.views` would cut, from one decode of each image. "eval": the box of the evaluation transform,
-            from images of any size.
+            that `fastssl.views` would cut, mirrored where it would, from one decode of each image. "eval": the box of
+            the evaluation transform, from images of any size.
         views: the recipe's section; "cpu" and "eval" need it. crops=1: the crop of the first view only.
         workers: decoding threads; None: all cores that this process may use.
         shuffle: True, False (the file's order), or "quasi_random" for a file larger than memory (see `epoch_order`).
@@ -257,10 +258,10 @@ class BetonLoader:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes that the decoding threads hold to cut crops: the largest image each, and a row of the widest."""
-        shape_N2 = self.samples.shape_N2
-        largest = int(shape_N2.prod(axis=1).max()) * 3 + int(shape_N2[:, 1].max()) * 12
-        return 0 if self.crop == "gpu" else self.workers * largest
+        """Bytes that the decoding threads hold to cut crops: mostly the largest image."""
+        if self.crop == "gpu":
+            return 0
+        return self.workers * scratch_bytes(self.samples.shape_N2, self.views.size)
 
     @property
     def decodes_in_reader(self) -> bool:

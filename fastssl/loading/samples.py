@@ -12,7 +12,7 @@ from fastssl.beton import BetonInfo, read_header, read_names, read_samples
 from fastssl.beton.format import BC4, JPG, bc4_bytes
 from fastssl.beton.read import map_file
 from fastssl.common.errors import UserError
-from fastssl.common.geometry import UNIFORMS_PER_BOX, crop_box, eval_box
+from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
 
@@ -136,12 +136,19 @@ def require_channels(path: str | Path, in_chans: int, encoder: str = "", fix: st
         )
 
 
+class Crops(NamedTuple):
+    """What is cut out of the images of a batch."""
+
+    box_BV4: np.ndarray  # float64, in stored px: top, left, height, width
+    flip_BV: np.ndarray  # bool: mirrored left to right
+
+
 class Cropping(NamedTuple):
     """What the CPU cuts out of every image."""
 
     mode: CropMode  # "gpu": nothing; "cpu": the crops of the views; "eval": the box of the evaluation transform
     views: ViewsConfig
-    seed: int  # of the random boxes
+    seed: int  # of the random boxes and flips
     crops: int  # per image, with mode "cpu"
 
     def image_shape(self, samples: Samples) -> tuple[int, ...]:
@@ -155,20 +162,23 @@ class Cropping(NamedTuple):
         """Whether a batch holds what is stored: pixels or blocks, whole."""
         return self.mode == "gpu" and not (samples.mode_N == JPG).any()
 
-    def boxes(self, samples: Samples, row_B: np.ndarray, epoch: int) -> np.ndarray:
-        """(B, crops, 4) float64: the boxes in stored pixels, the same as in fastssl.views; 0 crops with mode "gpu"."""
+    def draw(self, samples: Samples, row_B: np.ndarray, epoch: int) -> Crops:
+        """The crops of these rows, the same as in fastssl.views; none with mode "gpu"."""
         if self.mode == "gpu":
-            return np.empty((len(row_B), 0, 4))
+            return Crops(np.empty((len(row_B), 0, 4)), np.empty((len(row_B), 0), bool))
         index_B, height_B, width_B = (
             torch.from_numpy(column[row_B]) for column in (samples.index_N, samples.height_N, samples.width_N)
         )
         if self.mode == "eval":
             box_BV4 = eval_box(height_B, width_B, self.views.eval)[:, None]
+            flip_BV = torch.zeros(len(row_B), 1, dtype=torch.bool)
         else:
             box_BV4 = torch.empty(len(row_B), self.crops, 4, dtype=torch.float64)
+            flip_BV = torch.empty(len(row_B), self.crops, dtype=torch.bool)
             for view in range(self.crops):
-                u_BN = uniforms(self.seed, epoch, index_B, view, UNIFORMS_PER_BOX, AUGMENTATION)
+                u_BN = uniforms(self.seed, epoch, index_B, view, FLIP + 1, AUGMENTATION)
                 box_BV4[:, view] = crop_box(u_BN, height_B, width_B, self.views.scale, self.views.ratio)
+                flip_BV[:, view] = u_BN[:, FLIP] < self.views.flip
         source_B2 = np.stack([samples.height_N[row_B], samples.width_N[row_B]], axis=1)
         stored_per_source_B4 = np.tile(samples.shape_N2[row_B] / source_B2, 2)
-        return box_BV4.numpy() * stored_per_source_B4[:, None]
+        return Crops(box_BV4.numpy() * stored_per_source_B4[:, None], flip_BV.numpy())

@@ -70,9 +70,9 @@ class PairedViews(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Make the views of a batch: `count` tensors (B, C, size, size) on the device of `image`.
 
-        image: uint8, (B, H, W, C), or (B, count, size, size, 3) with the crops that the loader has cut; or images in
-        blocks; or rows of a resident set of images. index: (B,) sample ids. height, width: (B,) sizes of the source
-        images, in whose pixels the crop is drawn; None: those of `image`.
+        image: uint8, (B, H, W, C), or (B, count, size, size, 3) with the crops that the loader has cut and mirrored; or
+        images in blocks; or rows of a resident set of images. index: (B,) sample ids. height, width: (B,) sizes of the
+        source images, in whose pixels the crop is drawn; None: those of `image`.
         """
         stored, row_B = image if isinstance(image, ImageRows) else (image, None)
         if len(stored.shape) == 5 and stored.shape[1] != self.count:
@@ -119,10 +119,15 @@ class PairedViews(nn.Module):
         height: Tensor | None,
         width: Tensor | None,
     ) -> tuple[Tensor | None, Parameters[Tensor]]:
-        """Draw the crop boxes, None if the loader has cut the crops, and all other parameters of the views."""
+        """Draw the crop boxes and all other parameters of the views.
+
+        If the loader has cut the crops, the boxes are None, and no view is mirrored: it has done that too.
+        """
         u_NU = draw_uniforms(self.seed, epoch, index, self.count)
-        box_N4 = None if len(stored.shape) == 5 else self.crop_boxes(u_NU, stored, height, width)
-        return box_N4, draw_parameters(u_NU, self.views, self.count)
+        drawn = draw_parameters(u_NU, self.views, self.count)
+        if len(stored.shape) == 5:
+            return None, drawn._replace(flip_N=torch.zeros_like(drawn.flip_N))
+        return self.crop_boxes(u_NU, stored, height, width), drawn
 
     def draw_table(
         self,

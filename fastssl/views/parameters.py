@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastssl.common.constants import constant
-from fastssl.common.geometry import UNIFORMS_PER_BOX
+from fastssl.common.geometry import FLIP, UNIFORMS_PER_BOX
 from fastssl.common.randomness import AUGMENTATION, uniforms
 from fastssl.recipe import ViewsConfig
 
@@ -21,8 +21,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = tuple(itertools.permutations(range(4)))  # in which the jitter may apply them
 BLUR_SIGMA = (0.1, 2.0)  # in output pixels (BYOL, appendix B)
 
-# Columns of the uniform numbers of a view. The first ones are the crop box's.
-_FLIP = UNIFORMS_PER_BOX
+# Columns of the uniform numbers of a view. The first ones are the crop box's and the flip's.
 _JITTER = UNIFORMS_PER_BOX + 1
 _ORDER = UNIFORMS_PER_BOX + 2
 _FACTORS = UNIFORMS_PER_BOX + 3  # and the next three
@@ -63,7 +62,7 @@ def draw_parameters(u_NU: Tensor, views: ViewsConfig, count: Literal[1, 2] = 2) 
     # Blur and solarize have a probability per view.
     per_view = list(zip(u_NU.chunk(count), (views.first, views.second)))
     return Parameters(
-        flip_N=u_NU[:, _FLIP] < views.flip,
+        flip_N=u_NU[:, FLIP] < views.flip,
         jitter_N=u_NU[:, _JITTER] < jitter.p,
         order_N4=order_N4,
         factor_N4=torch.stack(factors, dim=1).float(),
