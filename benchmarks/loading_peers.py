@@ -1,157 +1,259 @@
-"""The loaders of benchmarks/loading.py that need packages of their own: NVIDIA DALI, and simplejpeg with OpenCV.
+"""The peers of benchmarks/loading.py, each with the best settings found. They have a Python of their own:
 
     python -m venv .cache/peers
-    .cache/peers/bin/pip install nvidia-dali-cuda120==2.4.0 simplejpeg==1.9.0 opencv-python-headless==5.0.0.93
+    echo "$PWD/.venv/lib/python3.11/site-packages" > .cache/peers/lib/python3.11/site-packages/fastssl.pth
+    .cache/peers/bin/pip install nvidia-dali-cuda120==2.4.0 simplejpeg==1.9.0 opencv-python-headless==5.0.0.93 \
+        torchcodec==0.17.0 spdl==0.8.0 turboloader==2.39.0 litdata==0.2.76 datago==2026.10.1 albumentationsx==2.5.1 \
+        kornia==0.9.0
+    apt-get install ffmpeg    # torchcodec and SPDL load its libraries
 
-They stay out of fastssl's environment, as DALI brings its own versions of common packages. benchmarks/loading.py runs
-this file with that Python. Both read the JPEGs of the canvas as files, and work on the CPU.
+The second line lends them torch and torchvision of .venv, so that all use the same. Peers bring their own versions of
+common packages, so they stay out of .venv.
 
-    DALI, decode            fn.decoders.image
-    DALI, whole             one decode, then for both views random_resized_crop (antialiased), color_twist,
-                            gaussian_blur, solarize, crop_mirror_normalize to float32
-    simplejpeg, decode      simplejpeg.decode_jpeg in a pool of threads, into the batch
-    simplejpeg and OpenCV   one decode, two crops by cv2.resize (INTER_AREA where both sides shrink), flips: uint8
+A peer is a function, here or in loading_handmade.py, of (folder, source, job, batch, workers): an iterator over batches.
+Sources: "originals", "canvas" (the same images as JPEGs of 256 px), "raw" (their pixels). Jobs:
+
+    decode    one image of 256 x 256, uint8; originals are resized
+    crops     two crops of 224 px, flipped, uint8
+    floats    the same, normalized, float32
+    whole     two views: crop, flip, color jitter, grayscale, blur, solarize; normalized, float32
+
+What was tried for each, and was slower: records/loading.md.
 """
 
-import argparse
 import itertools
-import json
-import math
 import os
 import random
+import sys
+import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from loading import BATCH, CANVAS, SIZE, measure
+from loading_handmade import torchvision_chains
+from loading_shared import (
+    BLUR,
+    CANVAS,
+    JPEGS,
+    MEAN,
+    RATIO,
+    SCALE,
+    SIZE,
+    SOLARIZE,
+    STD,
+    Views,
+    jpegs,
+    random_box,
+    shuffled_batches,
+)
 
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PIECE = 16  # images that a thread takes at a time
 
-
-def dali_batches(folder: Path, workers: int, whole: bool) -> Iterator[int]:
+def dali(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
+    """The CPU pipeline: one decode, two views. Reuses its output, as its documentation says."""
     import nvidia.dali as dali
     import nvidia.dali.fn as fn
     import nvidia.dali.types as types
-
-    files = [str(path) for path in sorted(folder.iterdir())]
-
-    def chance(probability: float):
-        return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
 
     def view(image, blur: float, solarize: float):
         x = fn.random_resized_crop(
             image, size=(SIZE, SIZE), random_area=SCALE, random_aspect_ratio=RATIO, interp_type=types.INTERP_LINEAR,
             antialias=True,
         )  # fmt: skip
-        if chance(0.8):
-            x = fn.color_twist(
-                x, brightness=fn.random.uniform(range=(0.6, 1.4)), contrast=fn.random.uniform(range=(0.6, 1.4)),
-                saturation=fn.random.uniform(range=(0.8, 1.2)), hue=fn.random.uniform(range=(-36.0, 36.0)),
-            )  # fmt: skip
-        if chance(0.2):
-            gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
-            x = fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
-        if chance(blur):
-            x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=(0.1, 2.0)), window_size=13)
-        if chance(solarize):
-            bright = x >= 128
-            x = fn.cast(bright * (255 - x) + (bright ^ True) * x, dtype=types.UINT8)
+        if job == "crops":
+            return fn.flip(x, horizontal=fn.random.coin_flip())
+        if job == "whole":
+            x = dali_colors(fn, types, x, blur, solarize)
         return fn.crop_mirror_normalize(
             x, dtype=types.FLOAT, output_layout="CHW", mirror=fn.random.coin_flip(),
             mean=[255 * value for value in MEAN], std=[255 * value for value in STD],
         )  # fmt: skip
 
-    @dali.pipeline_def(
-        batch_size=BATCH, num_threads=workers, device_id=None, seed=1, prefetch_queue_depth=2, enable_conditionals=True
-    )
+    @dali.pipeline_def(batch_size=batch, num_threads=workers, device_id=None, seed=1, prefetch_queue_depth=2)
     def pipeline():
-        encoded, _ = fn.readers.file(files=files, random_shuffle=True, initial_fill=1024)
+        encoded, _ = fn.readers.file(files=jpegs(folder, source), random_shuffle=True, initial_fill=1024)
         image = fn.decoders.image(encoded, device="cpu")
-        return (view(image, 1.0, 0.0), view(image, 0.1, 0.2)) if whole else image
+        if job == "decode":
+            return image if source == "canvas" else fn.resize(image, size=(CANVAS, CANVAS), antialias=True)
+        return tuple(view(image, *own) for own in zip(BLUR, SOLARIZE))
 
-    built = pipeline()
+    built = pipeline(enable_conditionals=True)
     built.build()
     while True:
-        for output in built.run():
-            assert len(np.asarray(output.as_tensor())) == BATCH  # contiguous, not copied
-        yield BATCH
+        yield [np.asarray(output.as_tensor()) for output in built.run()]  # not copied
 
 
-def simplejpeg_batches(folder: Path, workers: int, crops: bool) -> Iterator[int]:
-    import cv2
-    import simplejpeg
+def dali_colors(fn, types, x, blur: float, solarize: float):
+    import nvidia.dali as dali
 
-    cv2.setNumThreads(1)
-    files = sorted(folder.iterdir())
-    rng = random.Random(0)
+    @dali.pipeline.do_not_convert
+    def chance(probability: float):
+        return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
 
-    def decode(path: Path) -> np.ndarray:
-        return simplejpeg.decode_jpeg(path.read_bytes(), "RGB", fastdct=False, fastupsample=False)
-
-    def fill(paths: list[Path], out: np.ndarray) -> None:
-        for path, slot in zip(paths, out):
-            image = decode(path)
-            if not crops:
-                slot[:] = image
-                continue
-            for view in slot:
-                top, left, height, width = random_box(rng)
-                part = image[top : top + height, left : left + width]
-                how = cv2.INTER_AREA if min(height, width) > SIZE else cv2.INTER_LINEAR
-                if rng.random() < 0.5:
-                    cv2.flip(cv2.resize(part, (SIZE, SIZE), interpolation=how), 1, dst=view)
-                else:
-                    cv2.resize(part, (SIZE, SIZE), dst=view, interpolation=how)
-
-    shape = (BATCH, 2, SIZE, SIZE, 3) if crops else (BATCH, CANVAS, CANVAS, 3)
-    buffers = itertools.cycle([np.empty(shape, np.uint8) for _ in range(4)])  # as new memory costs page faults
-    pending = []
-    with ThreadPoolExecutor(workers) as pool:
-        while True:
-            rng.shuffle(files)
-            for first in range(0, len(files) - BATCH + 1, BATCH):
-                batch = next(buffers)
-                pieces = range(0, BATCH, PIECE)
-                pending.append(
-                    [pool.submit(fill, files[first + i : first + i + PIECE], batch[i : i + PIECE]) for i in pieces]
-                )
-                if len(pending) > 2:
-                    for piece in pending.pop(0):
-                        piece.result()
-                    yield BATCH
+    if chance(0.8):
+        x = fn.color_twist(
+            x, brightness=fn.random.uniform(range=(0.6, 1.4)), contrast=fn.random.uniform(range=(0.6, 1.4)),
+            saturation=fn.random.uniform(range=(0.8, 1.2)), hue=fn.random.uniform(range=(-36.0, 36.0)),
+        )  # fmt: skip
+    if chance(0.2):
+        gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+        x = fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
+    if chance(blur):
+        x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=(0.1, 2.0)), window_size=13)
+    if chance(solarize):
+        bright = x >= 128
+        x = fn.cast(bright * (255 - x) + (bright ^ True) * x, dtype=types.UINT8)
+    return x
 
 
-def random_box(rng: random.Random) -> tuple[int, int, int, int]:
-    """As torchvision's RandomResizedCrop: top, left, height, width."""
-    for _ in range(10):
-        area = CANVAS * CANVAS * rng.uniform(*SCALE)
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if width <= CANVAS and height <= CANVAS:
-            return rng.randint(0, CANVAS - height), rng.randint(0, CANVAS - width), height, width
-    return 0, 0, CANVAS, CANVAS
+def spdl(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
+    """FFmpeg decodes, and its filters crop, scale and flip; SPDL's thread pool runs it."""
+    import spdl.io
+    from PIL import Image
+    from spdl.pipeline import PipelineBuilder
+
+    paths, piece, rng = jpegs(folder, source), 32, random.Random(0)
+    size_of = {path: Image.open(path).size for path in paths} if job == "crops" else {}  # as an index would have it
+
+    def decode(paths: list[str]) -> np.ndarray:
+        scaled = spdl.io.get_video_filter_desc(
+            scale_width=CANVAS, scale_height=CANVAS, scale_algo="bilinear", scale_mode=None, pix_fmt="rgb24"
+        )
+        return spdl.io.to_numpy(spdl.io.load_image_batch(paths, width=None, height=None, filter_desc=scaled))
+
+    def crop(paths: list[str]) -> np.ndarray:
+        frames = []
+        for path in paths:
+            width, height = size_of[path]
+            views = ""
+            for number in range(2):
+                y, x, h, w = random_box(rng, height, width)
+                flip = ",hflip" if rng.random() < 0.5 else ""
+                views += f"[i{number}]crop={w}:{h}:{x}:{y}:exact=1,scale={SIZE}:{SIZE}:flags=bilinear{flip}[o{number}];"
+            both = f"format=rgb24,split[i0][i1];{views}[o0][o1]vstack,format=rgb24"
+            frames.append(spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=both))
+        return spdl.io.to_numpy(spdl.io.convert_frames(frames))
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(shuffled_batches(paths, piece))
+        .pipe(decode if job == "decode" else crop, concurrency=workers)
+        .aggregate(batch // piece)
+        .pipe(np.concatenate)
+        .add_sink(2)
+        .build(num_threads=workers)
+    )
+    with pipeline.auto_stop():
+        for images in pipeline:
+            yield [images] if job == "decode" else [images[:, :SIZE], images[:, SIZE:]]
 
 
-PEERS = {
-    "DALI, decode": lambda folder, workers: dali_batches(folder, workers, whole=False),
-    "DALI, whole": lambda folder, workers: dali_batches(folder, workers, whole=True),
-    "simplejpeg, decode": lambda folder, workers: simplejpeg_batches(folder, workers, crops=False),
-    "simplejpeg and OpenCV": lambda folder, workers: simplejpeg_batches(folder, workers, crops=True),
-}
+def turboloader(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
+    """C++ threads; float32, normalized, whatever the job. "raw": nothing to decode.
+
+    A crop decodes only its own window of the JPEG. One loader for each view.
+    """
+    import turboloader as turbo
+
+    def loader():
+        if source == "raw":
+            return turbo.TblRawImageLoader(
+                str(folder / "raw.tbl"), batch, shuffle=True, drop_last=True, train_aug=True, hflip_prob=0.5,
+                image_size=SIZE,
+            )  # fmt: skip
+        return turbo.DataLoader(
+            str(folder / f"{source}.tar"), batch, workers, shuffle=True, drop_last=True, output_format="pytorch",
+            image_size=CANVAS if job == "decode" else SIZE, train_aug=job != "decode",
+            transform=None if job == "decode" else turbo.ImageNetNormalize(),
+        )  # fmt: skip
+
+    loaders = [loader() for _ in range(1 if job == "decode" else 2)]
+    for epoch in itertools.count():
+        for own in loaders:
+            own.set_epoch(epoch)
+        for views in zip(*loaders):
+            yield [images for images, _ in views]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("folder", type=Path, help="JPEG files of the canvas' size")
-    parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    print("RESULT", json.dumps(measure(PEERS[arguments.peer](arguments.folder, arguments.workers))), flush=True)
-    os._exit(0)
+def litdata(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
+    """JPEGs in LitData's chunks; torchcodec and torchvision in its DataLoader's processes."""
+    import litdata
+    import torch
+    from torchcodec.decoders import decode_jpeg
+    from torchvision.transforms.v2 import functional as F
+
+    torch.set_num_threads(1)
+    chains = torchvision_chains(job == "crops")
+
+    class Streamed(litdata.StreamingDataset):
+        def __getitem__(self, index):
+            image_CHW = decode_jpeg(super().__getitem__(index)["image"])
+            if job == "decode":
+                return [image_CHW if source == "canvas" else F.resize(image_CHW, [CANVAS, CANVAS], antialias=True)]
+            return [chain(image_CHW) for chain in chains]
+
+    data = Streamed(str(folder / "litdata" / source), shuffle=True, drop_last=True)
+    loader = litdata.StreamingDataLoader(
+        data, batch_size=batch, num_workers=workers, drop_last=True, persistent_workers=True
+    )
+    while True:
+        yield from loader
+
+
+def datago(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
+    """Rust threads; hands over images one by one. It cannot crop at random, and takes the center of an original."""
+    os.environ |= {"DATAGO_MAX_TASKS": str(workers), "RUST_LOG": "error"}
+    import json
+
+    from datago import DatagoClient
+
+    files = {"root_path": str(folder / JPEGS[source]), "random_sampling": True, "rank": 0, "world_size": 1}
+    config = {
+        "source_type": "file", "source_config": files, "limit": 10**9, "prefetch_buffer_size": batch,
+        "samples_buffer_size": batch, "image_format": "numpy",
+    }  # fmt: skip
+    if source == "originals":
+        config["image_config"] = {
+            "crop_and_resize": True, "default_image_size": CANVAS, "downsampling_ratio": 16, "min_aspect_ratio": 1.0,
+            "max_aspect_ratio": 1.0, "pre_encode_images": False, "image_to_rgb8": True,
+        }  # fmt: skip
+    buffers = itertools.cycle([np.empty((batch, CANVAS, CANVAS, 3), np.uint8) for _ in range(2)])
+    out, count = next(buffers), 0
+    while True:
+        client = DatagoClient(json.dumps(config))
+        while (sample := client.get_sample()) is not None:
+            out[count] = sample.image.to_numpy_array()
+            count += 1
+            if count == batch:
+                yield [out]
+                out, count = next(buffers), 0
+
+
+# ---- the files of TurboLoader and LitData
+RAW_IMAGES = 2000  # of 196 KB
+
+
+def read_sample(path: str) -> dict[str, bytes]:
+    return {"image": Path(path).read_bytes()}
+
+
+def prepare(folder: Path) -> None:
+    """Write what TurboLoader and LitData read."""
+    import litdata
+    import turboloader as turbo
+
+    def pack(tar_path: Path, paths: list[str]) -> str:
+        with tarfile.open(tar_path, "w", dereference=True) as tar:
+            for number, path in enumerate(paths):
+                tar.add(path, f"{number:06}.jpg")
+        return str(tar_path)
+
+    for source in JPEGS:
+        pack(folder / f"{source}.tar", jpegs(folder, source))
+        chunks = str(folder / "litdata" / source)
+        litdata.optimize(read_sample, jpegs(folder, source), chunks, chunk_bytes="64MB", num_workers=1)
+    few = pack(folder / "few.tar", jpegs(folder, "canvas")[:RAW_IMAGES])
+    turbo.preprocess_to_tbl(few, str(folder / "raw.tbl"), image_size=CANVAS, num_workers=2)
 
 
 if __name__ == "__main__":
-    main()
+    prepare(Path(sys.argv[1]))
