@@ -10,7 +10,7 @@
 The second line lends them torch and torchvision of .venv, so that all use the same. Peers bring their own versions of
 common packages, so they stay out of .venv.
 
-A peer is a function, here or in loading_handmade.py, of (folder, source, job, batch, workers): an iterator over batches.
+A peer is a function, here or in loading_handmade.py, of (folder, source, job, batch, workers): an iterator of batches.
 Sources: "originals", "canvas" (the same images as JPEGs of 256 px), "raw" (their pixels). Jobs:
 
     decode    one image of 256 x 256, uint8; originals are resized
@@ -21,6 +21,7 @@ Sources: "originals", "canvas" (the same images as JPEGs of 256 px), "raw" (thei
 What was tried for each, and was slower: records/loading.md.
 """
 
+import functools
 import itertools
 import os
 import random
@@ -232,14 +233,19 @@ def datago(folder: Path, source: str, job: str, batch: int, workers: int) -> Ite
 RAW_IMAGES = 2000  # of 196 KB
 
 
-def read_sample(path: str) -> dict[str, bytes]:
-    return {"image": Path(path).read_bytes()}
+def read_sample(paths: list[str], index: int) -> dict[str, bytes]:
+    return {"image": Path(paths[index]).read_bytes()}
 
 
 def prepare(folder: Path) -> None:
     """Write what TurboLoader and LitData read."""
-    import litdata
     import turboloader as turbo
+
+    # LitData deletes its two cache folders before it writes: by default `data` and `chunks` in the folder of temporary
+    # files, whoever they belong to. So it gets folders of its own, before it is imported.
+    for name in ("DATA_OPTIMIZER_DATA_CACHE_FOLDER", "DATA_OPTIMIZER_CACHE_FOLDER"):
+        os.environ[name] = str(folder.resolve() / "litdata-cache" / name)
+    import litdata
 
     def pack(tar_path: Path, paths: list[str]) -> str:
         with tarfile.open(tar_path, "w", dereference=True) as tar:
@@ -248,9 +254,12 @@ def prepare(folder: Path) -> None:
         return str(tar_path)
 
     for source in JPEGS:
-        pack(folder / f"{source}.tar", jpegs(folder, source))
-        chunks = str(folder / "litdata" / source)
-        litdata.optimize(read_sample, jpegs(folder, source), chunks, chunk_bytes="64MB", num_workers=1)
+        paths = jpegs(folder.resolve(), source)
+        pack(folder / f"{source}.tar", paths)
+        chunks = str(folder.resolve() / "litdata" / source)
+        # Its inputs are numbers and not paths, as it also deletes inputs that it takes for its own copies.
+        read = functools.partial(read_sample, paths)
+        litdata.optimize(read, list(range(len(paths))), chunks, chunk_bytes="64MB", num_workers=1)
     few = pack(folder / "few.tar", jpegs(folder, "canvas")[:RAW_IMAGES])
     turbo.preprocess_to_tbl(few, str(folder / "raw.tbl"), image_size=CANVAS, num_workers=2)
 
