@@ -239,6 +239,7 @@ def measure_line(task: str, name: str, number: int, arguments: argparse.Namespac
         return {"error": "not installed"}
     more = ["--sheet", arguments.sheet] if arguments.sheet and number == 1 else []
     command = [python, __file__, arguments.work, "--line", task, name, "--workers", arguments.workers, *more]
+    command += ["--batch", arguments.batch or TASKS[task].batch]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.workers))
     done = subprocess.run(
         [*map(str, command), "--seconds", str(arguments.seconds)],
@@ -255,10 +256,12 @@ def run_line(arguments: argparse.Namespace) -> None:
     task, name = TASKS[arguments.line[0]], arguments.line[1]
     line = task.lines[name]
     sheet = arguments.sheet / f"{arguments.line[0]} {name}.png" if arguments.sheet else None
-    batches = line.batches(arguments.photos, line.source, task.job, task.batch, arguments.workers)
+    batches = line.batches(arguments.photos, line.source, task.job, arguments.batch, arguments.workers)
     result = measure(batches, arguments.seconds, sheet)
     for key in ("rate", "per_core_second"):
         result[key] *= line.share
+    if line.share < 1:  # one of two views was measured
+        result["output"] = result["output"].replace(" ", " 2 x ", 1)
     print("RESULT", json.dumps(result), flush=True)
     os._exit(0)  # stock FFCV's threads do not end
 
@@ -297,6 +300,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="per line and round, after a warm-up")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, help="of all tasks, for a trial on a busy machine")
     parser.add_argument("--work", type=Path, default=Path(".cache/loading"), help="of the files that are built")
     parser.add_argument("--peers", type=Path, default=Path(".cache/peers/bin/python"), help="their Python")
     parser.add_argument("--results", type=Path, default=Path(".cache/loading/results.jsonl"))

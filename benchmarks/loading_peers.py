@@ -149,25 +149,26 @@ def spdl(folder: Path, source: str, job: str, batch: int, workers: int) -> Itera
 
 
 def turboloader(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
-    """C++ threads; float32, normalized, whatever the job. "raw": nothing to decode.
+    """C++ threads; float32 whatever the job, and crops are normalized. "raw": nothing to decode.
 
-    A crop decodes only its own window of the JPEG. One loader for each view.
+    A crop decodes only its own window of the JPEG. One loader for each view: the seed sets the order as well as the
+    crops, so only unshuffled loaders can cut different crops of the same images.
     """
     import turboloader as turbo
 
-    def loader():
+    def loader(seed: int):
+        options = {"seed": seed, "shuffle": job == "decode", "drop_last": True}
         if source == "raw":
             return turbo.TblRawImageLoader(
-                str(folder / "raw.tbl"), batch, shuffle=True, drop_last=True, train_aug=True, hflip_prob=0.5,
-                image_size=SIZE,
-            )  # fmt: skip
-        return turbo.DataLoader(
-            str(folder / f"{source}.tar"), batch, workers, shuffle=True, drop_last=True, output_format="pytorch",
-            image_size=CANVAS if job == "decode" else SIZE, train_aug=job != "decode",
-            transform=None if job == "decode" else turbo.ImageNetNormalize(),
-        )  # fmt: skip
+                str(folder / "raw.tbl"), batch, train_aug=True, hflip_prob=0.5, image_size=SIZE, **options
+            )
+        if job == "decode":
+            options |= {"image_size": CANVAS}
+        else:
+            options |= {"image_size": SIZE, "train_aug": True, "transform": turbo.ImageNetNormalize()}
+        return turbo.DataLoader(str(folder / f"{source}.tar"), batch, workers, output_format="pytorch", **options)
 
-    loaders = [loader() for _ in range(1 if job == "decode" else 2)]
+    loaders = [loader(view) for view in range(1 if job == "decode" else 2)]
     for epoch in itertools.count():
         for own in loaders:
             own.set_epoch(epoch)
