@@ -1,13 +1,16 @@
-"""Measure views per second, compared with kornia where it is installed, on a CPU or a GPU.
+"""Measure views per second, compared with kornia, AlbumentationsX and torchvision, on a CPU or a GPU.
 
-    pip install kornia==0.9.0
-    python benchmarks/views.py [--device cuda] [--batch 64] [--rounds 5] [--json FILE]
+    PYTHONPATH=. OMP_NUM_THREADS=2 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 \
+        .cache/peers/bin/python benchmarks/views.py --rounds 3            # the Python of loading_peers.py
+    python benchmarks/views.py --device cuda [--batch 256] [--json FILE]  # compares with what is installed
 
 From canvases of 256 px to two views of 224 px, with the chain and the strengths of the shipped recipes: crop, flip,
 color jitter (p 0.8), grayscale (0.2), blur of radius 6 (1.0 and 0.1), solarize (0 and 0.2), normalize. kornia runs
-eagerly, as its users run it; on a GPU also with torch.compile, which breaks its graph at the crop. It draws the order
-of the jitter once per batch, fastssl once per sample. "from blocks": of the same canvases in BC4. The chains take
-turns; the first call of each, which may compile, is not timed. On a GPU the views are bf16 and channels_last, torch's
+eagerly, as its users run it, and with torch.compile, which breaks its graph at the crop. It draws the order of the
+jitter once per batch, fastssl once per sample. AlbumentationsX (not antialiased) and torchvision get one image at a
+time, in threads, on a CPU only: for a batch, torchvision would draw once. The settings of malloc keep freed memory, as
+kornia and the torch chain otherwise wait for new pages. "from blocks": of the same canvases in BC4. The chains take
+turns; the first calls of each, which may compile, are not timed. On a GPU the views are bf16 and channels_last, torch's
 profiler counts the kernels that one batch launches, and GB/s are those of the canvases and the views alone, each moved
 once.
 """
@@ -18,10 +21,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from loading_handmade import albumentations_chains, torchvision_chains
 from torch import Tensor
 
 from fastssl.beton import bc4
@@ -84,18 +90,68 @@ def chains(image: Tensor, blocks: BlockImages) -> dict[str, Callable]:
             return first(x), second(x)
 
         table["kornia"] = kornia_pair
-        if device.type == "cuda":
-            table["kornia, compiled"] = torch.compile(kornia_pair, dynamic=False)
+        table["kornia, compiled"] = torch.compile(kornia_pair, dynamic=False)
+        if device.type == "cpu":
+            # Its classes share methods, which are compiled once for each class. On a GPU that takes minutes.
+            torch._dynamo.config.recompile_limit = 64
+    if device.type == "cpu":
+        table["torchvision, threads"] = torchvision_threads(image)
+        if importlib.util.find_spec("albumentations"):
+            table["AlbumentationsX, threads"] = albumentations_threads(image)
     return table
 
 
-def views_per_second(chain: Callable, image: Tensor, seconds: float) -> float:
-    made, start = 0, time.perf_counter()
+def torchvision_threads(image: Tensor) -> Callable:
+    image_BCHW, chains = image.permute(0, 3, 1, 2).contiguous(), torchvision_chains()
+
+    def make(index: int, out: list[np.ndarray]) -> None:
+        for view, chain in zip(out, chains):
+            torch.from_numpy(view[index]).copy_(chain(image_BCHW[index]))
+
+    return in_threads(len(image), make)
+
+
+def albumentations_threads(image: Tensor) -> Callable:
+    image_BHWC, chains = image.numpy(), albumentations_chains(colors=True)
+
+    def make(index: int, out: list[np.ndarray]) -> None:
+        for view, chain in zip(out, chains):
+            view[index] = chain(image=image_BHWC[index])["image"].transpose(2, 0, 1)
+
+    return in_threads(len(image), make)
+
+
+def in_threads(count: int, make: Callable[[int, list[np.ndarray]], None]) -> Callable:
+    """`make` writes the views of one image into those of the batch."""
+    threads = torch.get_num_threads()
+    # One thread within each of these; the setting is the thread's own.
+    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
+    out = [np.empty((count, 3, SIZE, SIZE), np.float32) for _ in range(2)]
+
+    def make_piece(indices: np.ndarray) -> None:
+        for index in indices:
+            make(index, out)
+
+    def chain() -> list[np.ndarray]:
+        for _ in pool.map(make_piece, np.array_split(np.arange(count), 4 * threads)):
+            pass
+        return out
+
+    return chain
+
+
+class Rate(NamedTuple):
+    per_second: float
+    per_core_second: float  # of CPU time of the process
+
+
+def views_per_second(chain: Callable, image: Tensor, seconds: float) -> Rate:
+    made, start, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
         chain()
         made += 2 * len(image)
         synchronize(image.device)
-    return made / (time.perf_counter() - start)
+    return Rate(made / (time.perf_counter() - start), made / (time.process_time() - cpu))
 
 
 def synchronize(device: torch.device) -> None:
@@ -133,23 +189,28 @@ def main() -> None:
     for name, chain in list(table.items()):
         try:
             source = blocks.blocks if name.endswith(FROM_BLOCKS) else image
-            bytes_of_batch[name] = source.nbytes + sum(view.nbytes for view in chain())
+            for _ in range(3 if name.startswith("kornia, compiled") and device.type == "cpu" else 1):
+                made = chain()  # what kornia draws decides which of its graphs is compiled
+            bytes_of_batch[name] = source.nbytes + sum(view.nbytes for view in made)
             synchronize(device)
         except Exception as error:  # of a compiler, of many types
             if not name.endswith("compiled"):
                 raise
             print(f"{name:<34} does not compile here: {str(error).splitlines()[0]}")
             del table[name]
-    rates: dict[str, list[float]] = {}
+    rates: dict[str, list[Rate]] = {}
     for _ in range(arguments.rounds):
         for name, chain in table.items():
             rates.setdefault(name, []).append(views_per_second(chain, image, arguments.seconds))
     rows = []
-    for name, found in rates.items():
+    per_second = {name: [rate.per_second for rate in found] for name, found in rates.items()}
+    for name, found in per_second.items():
         row = {"chain": name, "views_per_second": statistics.median(found), "low": min(found), "high": max(found)}
+        row["per_core_second"] = statistics.median(rate.per_core_second for rate in rates[name])
         text = f"{name:<34} {row['views_per_second']:8.0f} views/s ({row['low']:.0f} to {row['high']:.0f})"
+        text += f", {row['per_core_second']:.0f} per core-second"
         if "kornia" in rates:
-            row["per_kornia"] = statistics.median(rate / peer for rate, peer in zip(found, rates["kornia"]))
+            row["per_kornia"] = statistics.median(rate / peer for rate, peer in zip(found, per_second["kornia"]))
             text += f", {row['per_kornia']:.1f}x kornia"
         if device.type == "cuda":
             row["kernels"] = kernels(table[name])
