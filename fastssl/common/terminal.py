@@ -34,9 +34,13 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_line(console: Console, message: str) -> None:
-    """Print one line, all printable, neither wrapped nor highlighted. Long work goes on where it cannot be written."""
+    """Print one message, all printable, not highlighted. Long work goes on where it cannot be written.
+
+    In a file it is one line. On a terminal it is wrapped between words, never inside a path.
+    """
+    text = Text(printable(message), overflow="ignore")
     try:
-        console.print(printable(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=not console.is_terminal, crop=False)
     except OSError:
         pass  # stdout is a file on a full disk, or a pipe whose reader has ended
 

@@ -212,7 +212,7 @@ def run_probe(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Pro
     metrics: dict[str, float] = {}
     if is_main_process():
         try:
-            with stop.interruptible():
+            with stop.interruptible(), writer.during("the probe runs"):
                 metrics = probe(state.average.model if state.average else state.model)
         except ProbeInterrupted:
             pass

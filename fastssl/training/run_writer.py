@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
 from fastssl.common.files import write_atomically, write_error
 from fastssl.models.checkpoint import LAST, SavedState, write_checkpoint
-from fastssl.training.display import Display
+from fastssl.training.display import Display, duration, shown
 from fastssl.training.run_dir import describe_run, save_views
 from fastssl.training.setup import TrainingRun
 from fastssl.training.signals import StopRequest
@@ -57,7 +58,7 @@ class RunWriter:
         self.snapshot = Snapshot()
         self.save_thread = ThreadPoolExecutor(1, "fastssl-checkpoint")
         title = f"{recipe.name}  ({run.device.type}, {run.precision})"
-        self.display = Display(title, state.step, run.schedule.total_steps)
+        self.display = Display(title, state.step, run.schedule.total_steps, recipe.train.epochs)
 
     def __enter__(self) -> "RunWriter":
         if self.display:
@@ -92,6 +93,10 @@ class RunWriter:
         """Move the progress bar."""
         if self.display:
             self.display.step(step)
+
+    def during(self, activity: str) -> AbstractContextManager[None]:
+        """Show what is done between two steps, inside the context."""
+        return self.display.during(activity) if self.display else nullcontext()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of a step to metrics.jsonl, the trackers and the terminal.
@@ -171,6 +176,8 @@ class RunWriter:
             UserError: if the checkpoint could not be written.
         """
         self.wait_for_save()
+        if self.display:
+            self.display.close()
         step = self.run.state.step
         if self.save_failed:
             raise UserError(
@@ -204,10 +211,13 @@ class RunWriter:
                 f"{self.run_dir} is trained, but the result cannot be written: free some space, then "
                 f"--resume {self.run_dir} continues from its last checkpoint."
             )
-        best = ", ".join(f"{name} {value:.4g}" for name, value in state.best.items() if name != "step")
+        if self.display:
+            self.display.close()
+        best = ", ".join(f"{name} {shown(name, value)}" for name, value in state.best.items() if name != "step")
         if best:
             self.print(f"Best probe: {best} at step {state.best['step']} (checkpoints/best.pt)")
         if problem:
             self.print(f"Finished, but {problem} The run is in {self.run_dir}.")
             return
-        self.print(f"Done: {self.run_dir} (look at {self.run_dir / 'views.png'} first)")
+        took = f"{state.step:,} steps in {duration(state.count_seconds())}"
+        self.print(f"Done: {took}, in {self.run_dir} (look at {self.run_dir / 'views.png'} first)")

@@ -51,6 +51,23 @@ class LogLine(NamedTuple):
     seconds: float  # of training, over all resumes
 
 
+class CountWarning:
+    """Warns when a count that should stay 0 does not, and each time that it has doubled."""
+
+    def __init__(self, metric: str, explanation: str):
+        self.metric = metric
+        self.explanation = explanation
+        self.next = 1
+
+    def check(self, metrics: Mapping[str, float]) -> str | None:
+        """Return the warning if it is due now."""
+        count = int(metrics.get(self.metric, 0))
+        if count < self.next:
+            return None
+        self.next = 2 * count
+        return f"Warning: {count:,} {self.explanation}"
+
+
 class StepLog:
     """Logs steps.
 
@@ -66,6 +83,12 @@ class StepLog:
         self.data_wait_warning = DataWaitWarning(lambda reading: diagnose(run, reading))
         train = run.recipe.train
         self.collapse_warning = CollapseWarning(train.batch_size // train.accumulate, embedding_width(run.recipe))
+        self.count_warnings = [
+            CountWarning("skipped_steps", "steps so far were not finite and left the weights as they were."),
+            CountWarning(
+                "bad_samples", "images so far could not be decoded; others of their batches took their places."
+            ),
+        ]
         self.line: LogLine | None = None  # not written yet
 
     def __enter__(self) -> "StepLog":
@@ -120,10 +143,14 @@ class StepLog:
         speed = speed_metrics(reading, line.bad_samples, run.state.loader.resident)
         compiled = compile_counts() if run.compiled else {}
         writer.log({**metrics, **speed, **compiled, "seconds": line.seconds}, line.step)
-        if warning := self.data_wait_warning.check(speed["data_wait"], reading):
-            writer.print(warning)
-        if warning := self.collapse_warning.check(line.step, metrics):
-            writer.print(warning)
+        warnings = [
+            *(count.check({**metrics, **speed}) for count in self.count_warnings),
+            self.data_wait_warning.check(speed["data_wait"], reading),
+            self.collapse_warning.check(line.step, metrics),
+        ]
+        for warning in warnings:
+            if warning:
+                writer.print(warning)
 
     def _is_rank_due(self) -> bool:
         """Whether this log step computes RankMe.

@@ -52,7 +52,7 @@ def test_contents_of_the_run_directory(small, capsys):
     assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
     assert Image.open(run / "views.png").width > 100
     assert not list(run.rglob("*.part*"))
-    assert "step 6/6" in capsys.readouterr().out
+    assert " 6/6  " in capsys.readouterr().out
 
     encoder = timm.create_model("resnet18", num_classes=0)
     encoder.load_state_dict(load_file(run / "encoder.safetensors"))
