@@ -106,7 +106,7 @@ class Display:
         self.live = PanelLive(self)
 
     def __enter__(self) -> "Display":
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.live.start()
         return self
 
