@@ -197,7 +197,7 @@ def ood(
 ) -> None:
     """Out-of-distribution detection: AUROC of every detector, with and without labels."""
     from fastssl.common.terminal import console
-    from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table
+    from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table, save_ood_table
 
     if suite and (near or far):
         raise UserError("--suite names its own sets: leave out --near and --far, or leave out --suite.")
@@ -208,6 +208,7 @@ def ood(
     for encoder in _encoders(source, view, device, fit, id_):
         sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
         results.append(evaluate_ood(encoder, sets, seed=seed))
+        save_ood_table(encoder.run_dir, results[-1])
     _show(results, out, partial(ood_table, width=console().width), ood_summary_table)
 
 

@@ -1,8 +1,10 @@
 """`fastssl eval ood` on small runs: inputs of the detectors, result files, tables and refused data sets."""
 
+import copy
 import json
 import sys
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,14 @@ from fastssl.evaluation.features import eval_loader
 from fastssl.evaluation.ood import (
     DETECTORS,
     LABEL_BASED,
+    OWN_UNCERTAINTY,
     detector,
+    draw_ood_sheet,
     evaluate,
     evaluate_ood,
     find_sets,
     metrics,
+    ood_summary,
     ood_summary_table,
     ood_table,
     separation,
@@ -126,6 +131,9 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
     for kind in ("histograms", "roc", "auroc"):
         assert Image.open(folder / "eval" / f"ood-near-stripes-far-noise-flat.{kind}.png").size[0] > 300
 
+    check_summary(result)
+    check_sheet(tmp_path / "sheet.png", encoder, sets, result)
+
     # Shown again, not measured again.
     monkeypatch.setattr(evaluate, "detector_arrays", None)
     assert evaluate_ood(encoder, sets_of(encoder, others))["measured_at"] == result["measured_at"]
@@ -133,11 +141,55 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
         evaluate_ood(encoder, sets_of(encoder, others), seed=1)
 
 
+def check_summary(result):
+    """The run's own uncertainty, and the detectors with the highest mean of near and far AUROC, with intervals."""
+    for width in (40, 60, 80, 160):
+        lines = text_of(ood_summary(result, width), width).splitlines()
+        assert max(map(len, lines)) <= min(width, 80) and "…" not in "".join(lines)
+    rows = {line[:18].strip(): line[18:].split() for line in lines[1:4]}
+    assert list(rows) == ["own uncertainty", "best label-free", "best label-based"]
+    assert rows["own uncertainty"][0] == OWN_UNCERTAINTY
+    for kind, labels in (("best label-free", False), ("best label-based", True)):
+        name, near, near_interval, far, _ = rows[kind]
+        found = {
+            each: row["near"]["metrics"]["auroc"] + row["far"]["metrics"]["auroc"]
+            for each, row in result["detectors"].items() if row["labels"] == labels
+        }  # fmt: skip
+        assert found[name] == max(found.values())
+        row = result["detectors"][name]
+        low, high = row["near"]["intervals"]["auroc"]
+        assert near_interval == f"({100 * low:.1f}-{100 * high:.1f})"
+        assert (float(near) + float(far)) / 100 == pytest.approx(found[name], abs=0.001)
+    assert "upper bounds" in " ".join(lines[4:])
+    own_is_best = copy.deepcopy(result)
+    for group in ("near", "far"):
+        own_is_best["detectors"][OWN_UNCERTAINTY][group]["metrics"]["auroc"] = 2.0
+    assert "own uncertainty, best label-free" in " ".join(text_of(ood_summary(own_is_best, 80), 80).split())
+
+
+def check_sheet(path, encoder, sets, result):
+    """All four panels hold something: more colors than white and the black of text."""
+    draw_ood_sheet(path, encoder, sets, result, {"id": "known", "stripes": "$a_$"})
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert pixels.shape == (1000, 1600)
+    for rows in (slice(60, 480), slice(540, 960)):
+        for columns in (slice(50, 780), slice(830, 1550)):
+            assert 0.005 < (pixels[rows, columns] < 250).mean() < 0.95
+
+
+def text_of(table, width):
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(table)
+    return console.export_text()
+
+
 def test_detectors_skipped_for_a_deterministic_run_are_shown(canvas, others, tmp_path):
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, sets_of(encoder, others))
     assert set(result["skipped"]) == Q | {"knn_supervised"} and len(Q) == 8
+    summary = text_of(ood_summary(result, 80), 80)
+    assert "best label-free" in summary and "own uncertainty" not in summary
     assert {result["skipped"][name] for name in Q} == {"the embedding is deterministic"}
     for name, row in result["detectors"].items():  # as if this were so, to see where it stands
         for other in row["sets"]:
@@ -420,5 +472,7 @@ def test_the_command(canvas, others, tmp_path, monkeypatch, capsys):
     code, said = run("--far", noise, "--device", "cpu", "--out", tmp_path / "out.json")
     assert code == 0 and "knn_cosine" in said.out and "far noise:" in said.out
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["seeds"] == [0]
+    whole = (folder / "eval" / "ood-far-noise.txt").read_text()
+    assert "knn_cosine" in whole and "FPR95" in whole and max(map(len, whole.splitlines())) <= 160
     code, said = run("--far", noise, "--suite", "cifar10")
     assert code == 2 and said.err.startswith("fastssl: --suite names its own sets")

@@ -19,24 +19,29 @@ To add a detector:
 """
 
 from fastssl.evaluation.ood.base import Detector, LinearHead
-from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, LABEL_FREE, detector
+from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, LABEL_FREE, OWN_UNCERTAINTY, detector
 from fastssl.evaluation.ood.evaluate import evaluate_ood
 from fastssl.evaluation.ood.separation import metrics
+from fastssl.evaluation.ood.sheet import draw_ood_sheet
 from fastssl.evaluation.ood.suites import SUITES, OODSets, find_sets
-from fastssl.evaluation.ood.table import ood_summary_table, ood_table
+from fastssl.evaluation.ood.table import ood_summary, ood_summary_table, ood_table, save_ood_table
 
 __all__ = [
     "DETECTORS",
     "LABEL_BASED",
     "LABEL_FREE",
+    "OWN_UNCERTAINTY",
     "SUITES",
     "Detector",
     "LinearHead",
     "OODSets",
     "detector",
+    "draw_ood_sheet",
     "evaluate_ood",
     "find_sets",
     "metrics",
+    "ood_summary",
     "ood_summary_table",
     "ood_table",
+    "save_ood_table",
 ]

@@ -36,6 +36,7 @@ LABEL_BASED: dict[str, type[Detector]] = {
     "knn_supervised": label_based.KnnSupervised,
 }
 DETECTORS = LABEL_FREE | LABEL_BASED
+OWN_UNCERTAINTY = "sigma_mean"  # the run's own uncertainty, which summaries and figures show first
 
 
 def detector(

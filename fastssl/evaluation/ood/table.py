@@ -1,18 +1,26 @@
 """Tables of OOD evaluations: the detectors of one run, or one column per run."""
 
 from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
 from typing import cast
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
-from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.terminal import WIDTH_OF_FILES, PlainConsole
+from fastssl.evaluation.ood.detectors import LABEL_BASED, OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
 from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import SetDescription
 from fastssl.evaluation.tables import SummaryRow, result_title
 
 WIDE = 120  # columns of a terminal; in a narrower one, FPR and single sets are left out
+HOW_TO_READ = (
+    "AUROC: how often an unseen image scores higher than a known one, in percent (50 is chance), with 95 % intervals. "
+    "The best ones are chosen on these very images, so theirs are upper bounds."
+)
 
 
 def ood_table(result: OODResult, width: int = 160) -> Table:
@@ -51,6 +59,56 @@ def ood_table(result: OODResult, width: int = 160) -> Table:
     if labels_used:
         table.caption = "\n".join([*lines, "* uses labels of the training images"])
     return table
+
+
+def ood_summary(result: OODResult, width: int = 80) -> Table:
+    """Show three detectors: the run's own uncertainty, the best one without labels and the best one with labels.
+
+    "Best" is the highest mean of the near and far AUROC. A deterministic run has no uncertainty of its own. width: the
+    columns of the terminal.
+    """
+    groups = [group for group in ("near", "far") if result[group]]
+    kinds: dict[str, list[str]] = {}  # detector -> what it is
+    if OWN_UNCERTAINTY in result["detectors"]:
+        kinds[OWN_UNCERTAINTY] = ["own uncertainty"]
+    for labels, kind in ((False, "best label-free"), (True, "best label-based")):
+        names = [name for name, row in result["detectors"].items() if row["labels"] == labels]
+        if names:
+            best = max(names, key=lambda name: _mean_auroc(result["detectors"][name], groups))
+            kinds.setdefault(best, []).append(kind)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, caption=HOW_TO_READ, caption_justify="left")
+    table.caption_style = "none"
+    table.width = min(width, 80)
+    table.add_column("", overflow="fold", min_width=8)
+    table.add_column("score", overflow="fold", ratio=1)
+    for group in groups:
+        table.add_column(f"{group} AUROC" if width >= 60 else group, justify="right")
+    for name, names_of_kind in kinds.items():
+        row = result["detectors"][name]
+        cells = []
+        for group in groups:
+            mean = row["near"] if group == "near" else row["far"]
+            low, high = mean["intervals"]["auroc"]
+            auroc = percent(mean["metrics"]["auroc"])
+            cells.append(f"{auroc} ({percent(low)}-{percent(high)})" if width >= 80 else auroc)
+        table.add_row(", ".join(names_of_kind), name, *cells)
+    return table
+
+
+def _mean_auroc(row: DetectorResult, groups: Sequence[str]) -> float:
+    means = [row["near"] if group == "near" else row["far"] for group in groups]
+    return sum(mean["metrics"]["auroc"] for mean in means) / len(means)
+
+
+def save_ood_table(run_dir: Path, result: OODResult) -> Path:
+    """Write the whole table to RUN/eval/ood-NAME.txt, and return its path. Raises UserError if it cannot be written."""
+    path = run_dir / "eval" / result["scores"].replace(".scores.npz", ".txt")
+    text = StringIO()
+    PlainConsole(file=text, width=WIDTH_OF_FILES, markup=False, emoji=False).print(ood_table(result, WIDTH_OF_FILES))
+    lines = "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    with explain_write_errors(path):
+        write_atomically(path, lines)
+    return path
 
 
 def _cells(row: DetectorResult, groups: Sequence[str], names: Sequence[str], wide: bool) -> list[str]:
