@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,9 +39,11 @@ def print_line(console: Console, message: str) -> None:
 
     In a file it is one line. On a terminal it is wrapped between words, never inside a path.
     """
-    text = Text(printable(message), overflow="ignore")
+    text = printable(message)
+    if console.is_terminal:
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     try:
-        console.print(text, highlight=False, soft_wrap=not console.is_terminal, crop=False)
+        console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     except OSError:
         pass  # stdout is a file on a full disk, or a pipe whose reader has ended
 

@@ -19,11 +19,12 @@ from fastssl.common.terminal import console, print_line, printable
 
 LINE = 80  # columns of a log line
 LINES_PER_HEADER = 20
-REFRESHES = 4  # of the panel per second
+REFRESHES = 2  # of the panel per second; one takes 4 ms
 WIDEST = 100  # columns of the panel
 # The panel leaves these columns of the window free: the terminal shows ^C there, where it does not move the panel.
 FREE = 3
 GROUP = 26  # columns of a group of metrics in the panel, at least
+LOSSES = 1024  # of the curve, at most
 BAR_COLOR = "rgb(0,135,175)"  # readable on light and on dark backgrounds, as is the grey of the rest
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -101,7 +102,9 @@ class Display:
         self.first_step_at = self.began
         self.activity = ""
         self.latest: dict[str, float] = {}
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # every `losses_every`-th one, at most LOSSES
+        self.losses_every = 1
+        self.losses_seen = 0
         self.table = LogTable(total_steps)
         self.live = PanelLive(self)
 
@@ -129,14 +132,24 @@ class Display:
         if self.live.is_started:
             # A new dictionary: the thread that draws the panel may be reading the old one.
             self.latest = {**self.latest, **metrics}
-            if math.isfinite(metrics.get("loss", math.nan)):
-                self.losses.append(metrics["loss"])
+            self._remember(metrics.get("loss", math.nan))
         elif "loss" in metrics:
             for line in self.table.lines(step, metrics, self._time_left()):
                 self.print(line)
         else:
             found = ", ".join(f"{name} {shown(name, value)}" for name, value in metrics.items() if name != "epoch")
             self.print(f"Probe after epoch {metrics['epoch'] + 1:.0f}: {found}")
+
+    def _remember(self, loss: float) -> None:
+        """Note a loss for the curve."""
+        if not math.isfinite(loss):
+            return
+        self.losses_seen += 1
+        if self.losses_seen % self.losses_every == 0:
+            self.losses.append(loss)
+        if len(self.losses) == LOSSES:
+            self.losses = self.losses[1::2]
+            self.losses_every *= 2
 
     def print(self, message: str) -> None:
         print_line(self.console, message)
@@ -175,7 +188,9 @@ class Display:
         metrics = self._metrics(inside)
         if self.latest and len(parts) + metrics.row_count + 4 <= self.console.height:  # with borders and a line above
             parts += [Text(f"loss {sparkline(self.losses, inside - 5)}", no_wrap=True), metrics]
-        return Panel(Group(*parts), title=Text(self.title), title_align="left", width=width)
+        title = Text(self.title)
+        title.truncate(inside - 2, overflow="ellipsis")  # a longer one would make the panel wider
+        return Panel(Group(*parts), title=title, title_align="left", width=width)
 
     def _bar(self) -> Table:
         bar = Table.grid(expand=True, padding=(0, 1))
@@ -254,7 +269,7 @@ def shown(name: str, value: float) -> str:
     """Return the value of a metric in at most eight characters."""
     if name in ("data_wait", "accuracy", "knn") and math.isfinite(value):
         return f"{value:.0%}" if name == "data_wait" else f"{value:.2%}"
-    if name == "images_per_second" and value >= 100:
+    if name == "images_per_second" and 100 <= value < 999_999.5:
         return f"{value:,.0f}"
     return str(value) if isinstance(value, int) else number(value)
 

@@ -1,0 +1,192 @@
+"""What training shows: log lines of 80 columns that form a table, and a panel that fits windows of all sizes."""
+
+import math
+import re
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fastssl.common.terminal import PlainConsole, print_line
+from fastssl.recipe import load_recipe
+from fastssl.training import display as display_module
+from fastssl.training.display import LINES_PER_HEADER, Display, LogTable, duration, number, shown, sparkline
+from fastssl.training.step_log import CountWarning
+
+RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml") if "sweeps" not in path.parts)
+TERMS = {
+    "barlow_twins": ["on_diagonal", "off_diagonal"], "vicreg": ["invariance", "variance", "covariance"],
+    "simclr": ["nt_xent"], "byol": ["prediction"], "supervised": ["cross_entropy"],
+}  # fmt: skip
+UNCERTAINTY = ("kl", "kl_per_dim", "sigma", "sigma_min", "sigma_max", "sigma_clamped")
+
+
+def metrics_of(recipe, value=0.123456, **more):
+    """The metrics of a log line of this recipe, in the order of StepLog."""
+    spaces = {"none": "", "z": "z", "h": "h", "hz": "hz"}[recipe.embedding.stochastic]
+    names = ["loss", *TERMS[recipe.objective.name], *(["beta_kl"] if spaces else [])]
+    names += ["accuracy"] if recipe.objective.needs_labels else []
+    names += [f"{name}_{space}" for space in spaces for name in UNCERTAINTY]
+    known = {"epoch": 3, "lr": 0.00321}
+    speed = {"images_per_second": 1432.1, "data_wait": 0.034, "seconds": 12.5}
+    return known | dict.fromkeys(names, value) | {"grad_norm": 1.5, "skipped_steps": 0, "std_z": value} | speed | more
+
+
+def terminal(width, height=24):
+    return PlainConsole(
+        file=StringIO(), force_terminal=True, color_system=None, width=width, height=height, markup=False, emoji=False
+    )
+
+
+def panel(width, height=24, title="cifar10_zprob_barlow  (cpu, bf16)", total_steps=48_800, step=12_200, metrics=None):
+    """The lines of the panel in a window, without drawing it again and again."""
+    display = Display(title, 0, total_steps, epochs=100)
+    display.console = terminal(width, height)
+    display.step(1)
+    display.step(step)
+    display.latest = dict(metrics or {})
+    display.losses = [math.exp(-i / 50) for i in range(200)]
+    display.console.print(display)
+    return display.console.file.getvalue().rstrip("\n").split("\n")
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_lines_of_every_recipe_fit_80_columns(path):
+    recipe = load_recipe(path)
+    for total_steps in (6, 1120, 48_800, 1_000_000):
+        check_lines(recipe, total_steps)
+
+
+def check_lines(recipe, total_steps):
+    table = LogTable(total_steps)
+    header, *lines = [
+        *table.lines(1, metrics_of(recipe), "?"),
+        *table.lines(total_steps, metrics_of(recipe, -1.5e-10, images_per_second=1_234_567, data_wait=1), "23h59m"),
+        *table.lines(2, metrics_of(recipe, math.nan, lr=math.inf), "99d23h"),
+    ]
+    ends = {match.end() for match in re.finditer(r"\S+", header)}
+    for line in lines:
+        assert {match.end() for match in re.finditer(r"\S+", line)} == ends and len(line) == len(header) <= 80
+    headings = header.split()
+    assert headings[:2] == ["step", "loss"] and headings[-3:] == ["images/s", "wait", "left"]
+    assert ("accuracy" in headings) == recipe.objective.needs_labels
+    for space in {"none": "", "hz": "hz"}.get(recipe.embedding.stochastic, recipe.embedding.stochastic):
+        assert f"sigma_{space}" in headings
+    assert "std_z" in headings
+
+
+def test_the_header_comes_again_and_the_probe_is_a_sentence(capsys):
+    display = Display("title", 0, 10_000)
+    for step in range(1, 2 * LINES_PER_HEADER + 2):
+        display.step(step)
+        display.log(step, {"epoch": 0, "loss": 1.0, "std_z": 0.5})
+    display.log(step, {"epoch": 3, "knn": 0.79})
+    lines = capsys.readouterr().out.splitlines()
+    headers = [number for number, line in enumerate(lines) if "loss" in line]
+    assert [b - a for a, b in pairwise(headers)] == 2 * [LINES_PER_HEADER + 1] and headers[0] == 0
+    assert lines[-1] == "Probe after epoch 4: knn 79.00%"
+
+
+@pytest.mark.parametrize(
+    "path", ["recipes/barlow.yaml", "recipes/zprob_vicreg.yaml", "recipes/beyond/hzprob_barlow.yaml"]
+)
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+def test_the_panel_fits_the_window(path, width):
+    for height in (6, 10, 24, 50):
+        for total_steps, title in ((48_800, "demo  (cpu, bf16)"), (12_345_678, "long_" * 30)):
+            metrics = metrics_of(load_recipe(path), rankme_h=43.2, rankme_z=1.0, knn=0.7912, bad_samples=12_345)
+            lines = panel(width, height, title, total_steps, total_steps // 2, metrics)
+            assert len({len(line) for line in lines}) == 1
+            # ^C and the cursor have room after the last line; 23 columns is the narrowest panel.
+            assert len(lines[0]) <= max(20, width - 3) and len(lines) < max(height, 7)
+            assert "…" not in "".join(lines[1:]) or width < 40
+
+
+def test_the_panel_shows_what_the_log_line_leaves_out():
+    recipe = load_recipe("recipes/zprob_barlow.yaml")
+    metrics = metrics_of(recipe, loss=math.nan, skipped_steps=3, bad_samples=2, rankme_z=31.2, graphs=2)
+    values = {"loss": "nan", "on_diagonal": "0.1235", "rankme_z": "31.20", "images/s": "1,432", "data wait": "3%"}
+    values |= {"lr": "0.0032", "skipped steps": "3", "bad_samples": "2"}
+    for width in (80, 120):
+        text = "\n".join(panel(width, metrics=metrics))
+        for name, value in values.items():
+            assert re.search(rf"{name} +{re.escape(value)} ", text), name
+        assert "step 12,200 of 48,800" in text and "epoch 26 of 100" in text and "25%" in text
+        assert "kl_per_dim" not in text and "graphs" not in text and "seconds" not in text
+    narrow = "\n".join(panel(40, metrics=metrics))
+    assert "sigma_z" in narrow and "on_diagonal" not in narrow
+
+
+def test_a_live_panel_stays_in_place(monkeypatch):
+    """Messages come above it. In a narrower window, where each of its lines takes two rows, all of them are erased."""
+    screen = terminal(80)
+    monkeypatch.setattr(display_module, "console", lambda: screen)
+    with Display("title", 0, 100) as display:
+        display.live.auto_refresh = False
+        display.step(1)
+        display.log(1, {"loss": 2.0, "lr": 0.1})
+        display.print("Warning: something.")
+        with display.during("the probe runs"):
+            display.live.refresh()
+        before = len(screen.file.getvalue())
+        rows = len(panel(80, total_steps=100, step=1, metrics=display.latest))
+        screen.width = 60
+        display.live.refresh()
+        drawn = screen.file.getvalue()
+    assert "Warning: something.\n" in drawn.replace("\r", "") and "the probe runs" in drawn
+    up = "\x1b[1A"
+    assert drawn[before:].count(up) == rows + rows - 1  # twice the rows, but for the one that the cursor is in
+    assert not display.live.is_started
+
+
+def test_a_curve_of_a_long_run_keeps_its_shape():
+    display = Display("title", 0, 10**6)
+    for i in range(10_000):
+        display._remember(math.nan if i % 3 == 0 else 10_000 - i)
+    assert len(display.losses) <= display_module.LOSSES
+    assert sparkline(display.losses, 8) == "█▇▆▅▄▃▂▁"
+    assert sparkline([], 8) == "" and sparkline([1.0], 8) == "▁" and sparkline([5.0, 5.0], 8) == "▁▁"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"), (66.2134, "66.21"), (701.0, "701.0"), (0.0412, "0.0412"), (0.00321, "0.0032"), (3.21e-4, "3.2e-4"),
+        (12345.6, "12346"), (99_999.7, "1.0e5"), (-0.123456, "-0.123"), (-1.6e-10, "-2e-10"), (1e-300, "1e-300"),
+        (math.nan, "nan"), (-math.inf, "-inf"), (9.9999, "10.000"), (-99_999, "-99999"),
+    ],
+)  # fmt: skip
+def test_numbers_take_six_characters(value, text):
+    assert number(value) == text and len(text) <= 6
+    assert math.isnan(value) or float(text) == pytest.approx(value, rel=0.4)
+
+
+def test_other_values():
+    assert [duration(s) for s in (0.9, 65, 3599, 3600, 86_399, 86_400 * 3 + 3_700)] == [
+        "0:00", "1:05", "59:59", "1h00m", "23h59m", "3d01h",
+    ]  # fmt: skip
+    assert shown("images_per_second", 12.345) == "12.35" and shown("images_per_second", 12_345.6) == "12,346"
+    assert shown("accuracy", 1.0) == "100.00%" and shown("data_wait", 0.036) == "4%" and shown("knn", math.nan) == "nan"
+    assert shown("skipped_steps", 1_000_000) == "1000000"
+
+
+def test_counts_that_should_be_zero_are_reported_each_time_they_double():
+    warning = CountWarning("bad_samples", "images were bad.")
+    found = [warning.check({"bad_samples": count} if count else {}) for count in (0, 1, 1, 2, 3, 9, 17, 18)]
+    assert [text and text.split()[1] for text in found] == [None, "1", None, "2", None, "9", None, "18"]
+
+
+def test_messages_are_wrapped_on_a_terminal_but_paths_are_not():
+    path = "/" + "long_folder/" * 10 + "views.png"
+    message = (
+        f"Done: 1,120 steps in 1:38, in runs/demo (look at {path} first), and a few more words to see where they go."
+    )
+    screen = terminal(60)
+    print_line(screen, message)
+    lines = screen.file.getvalue().splitlines()
+    assert path in lines and all(len(line) <= 60 for line in lines if line != path)
+    assert " ".join(line.strip() for line in lines) == message
+    file = PlainConsole(file=StringIO(), width=60, markup=False, emoji=False)
+    print_line(file, message)
+    assert file.file.getvalue() == message + "\n"
