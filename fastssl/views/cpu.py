@@ -48,10 +48,10 @@ def cpu_views(
         assert box_N4 is not None  # the loader cuts crops of pixels only
         source = image.blocks.contiguous().numpy()
     elif box_N4 is None:
-        source = image.transpose(0, 1).flatten(0, 1).contiguous().numpy()
-        box_N4 = torch.tensor([0, 0, views.size, views.size]).expand(len(source), 4)
-    else:
         source = image.contiguous().numpy()
+        box_N4 = torch.tensor([0, 0, views.size, views.size]).expand(len(drawn.flip_N), 4)
+    else:
+        source = image[:, None].contiguous().numpy()  # one crop: the whole image
     channels = image.shape[-1]
     if len(box_N4) == 0:
         return torch.empty(0, channels, views.size, views.size)
@@ -82,14 +82,18 @@ def _make_views(
     out: np.ndarray,
     counter: np.ndarray,
 ) -> None:
-    """Make views of RGB images until none is left to take; several threads run this at the same time."""
+    """Make views of RGB images until none is left to take; several threads run this at the same time.
+
+    source: (B, crops, H, W, C), with a crop for each view, or with one for all.
+    """
     size = out.shape[2]
-    line = np.empty(3 * source.shape[2], np.float32)
+    line = np.empty(3 * source.shape[3], np.float32)
     padded = np.empty((size, size + 2 * BLUR_RADIUS), np.float32)
     n = take(counter)
     while n < len(out):
         x = out[n]
-        _resize_to_planes(source[n % len(source)], box_N4[n], drawn.flip_N[n], x, line)
+        pixels_HWC = source[n % len(source), n // len(source) % source.shape[1]]
+        _resize_to_planes(pixels_HWC, box_N4[n], drawn.flip_N[n], x, line)
         _augment(x, n, drawn, mean, std, padded)
         n = take(counter)
 
@@ -151,14 +155,15 @@ def _make_views_without_colors(
     out: np.ndarray,
     counter: np.ndarray,
 ) -> None:
-    """The same for images of any number of channels, without the operations on colors."""
+    """As `_make_views`, for images of any number of channels, without the operations on colors."""
     channels, size = out.shape[1], out.shape[2]
-    line = np.empty(channels * source.shape[2], np.float32)
+    line = np.empty(channels * source.shape[3], np.float32)
     padded = np.empty((size, size + 2 * BLUR_RADIUS), np.float32)
     n = take(counter)
     while n < len(out):
         x = out[n]
-        _resize_channels_to_planes(source[n % len(source)], box_N4[n], drawn.flip_N[n], x, line)
+        pixels_HWC = source[n % len(source), n // len(source) % source.shape[1]]
+        _resize_channels_to_planes(pixels_HWC, box_N4[n], drawn.flip_N[n], x, line)
         if drawn.jitter_N[n]:
             for stage in range(4):
                 operation = drawn.order_N4[n, stage]
@@ -209,6 +214,9 @@ def _resize_to_planes(
     """Like beton.resize.resize_box, but to planes of floats in [0, 1], mirrored where `flip`."""
     size = out_CSS.shape[1]
     top, left, height, width = box
+    if pixels_HWC.shape[0] == pixels_HWC.shape[1] == height == width == size and not flip:
+        _to_planes(pixels_HWC, out_CSS)
+        return
     first_Y, weight_YK = resize_weights(top, height, size, pixels_HWC.shape[0])
     first_X, weight_XK = resize_weights(left, width, size, pixels_HWC.shape[1])
     # The vertical pass scales the pixels to [0, 1].
@@ -220,6 +228,19 @@ def _resize_to_planes(
             column = size - 1 - x if flip else x
             for channel in range(3):
                 out_CSS[channel, y, column] = resized[3 * x + channel]
+
+
+@_kernel
+def _to_planes(pixels_HWC: np.ndarray, out_CSS: np.ndarray) -> None:
+    """`_resize_to_planes` where nothing is resized, as of crops that the loader has cut: in a tenth of the time."""
+    scale = np.float32(1 / 255)
+    three = np.uint64(3)
+    for y in range(out_CSS.shape[1]):
+        row = pixels_HWC[y].reshape(-1)
+        for channel in range(3):
+            line = out_CSS[channel, y]
+            for x in range(len(line)):
+                line[x] = np.float32(row[three * np.uint64(x) + np.uint64(channel)]) * scale
 
 
 @_inlined
