@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Typer
+from typer import Argument, Option, Typer
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
@@ -23,11 +23,11 @@ def doctor() -> None:
     sys.exit(doctor.main())
 
 
-def demo() -> None:
-    """Train on 3,200 handwritten digits for a few minutes and show what the encoder has learned."""
+def demo(seed: Annotated[int, Option(min=0, help="Of the weights, the views and the noise.")] = 0) -> None:
+    """Train on 3,200 handwritten digits for two minutes and show what the encoder has learned."""
     from fastssl.demo import run_demo
 
-    run_demo()
+    run_demo(seed)
 
 
 @recipes.command()

@@ -36,7 +36,9 @@ LABEL_BASED: dict[str, type[Detector]] = {
     "knn_supervised": label_based.KnnSupervised,
 }
 DETECTORS = LABEL_FREE | LABEL_BASED
-OWN_UNCERTAINTY = "sigma_mean"  # the run's own uncertainty, which summaries and figures show first
+# The uncertainty of the run itself, which summaries and figures show first: sigma relative to the length of mu. Sigma
+# alone is at chance on sets where the relative one is not (docs/ood.md).
+OWN_UNCERTAINTY = "draws_disagreement"
 
 
 def detector(
