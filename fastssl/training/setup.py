@@ -24,6 +24,7 @@ from fastssl.models.checkpoint import Checkpoint
 from fastssl.models.encoder import has_fixed_size
 from fastssl.models.image_size import check_image_size
 from fastssl.models.pretrained import load_pretrained
+from fastssl.models.small_convolution import use_small_convolutions
 from fastssl.objectives import TotalLoss
 from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.guard import FiniteGuard
@@ -168,6 +169,8 @@ def make_model(recipe: Recipe, device: torch.device, pretrained: str | None) -> 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe).to(device).to(memory_format=memory_format(recipe))
     remarks = load_pretrained(model, recipe, pretrained) if pretrained else []
+    if device.type == "cpu":
+        use_small_convolutions(model)
     if recipe.train.sync_bn and world_size() > 1:
         convert_batch_norms(model)
     return model.train(), remarks
