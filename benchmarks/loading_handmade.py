@@ -95,14 +95,10 @@ def torchcodec_torchvision(folder: Path, source: str, job: str, batch: int, work
 
     torch.set_num_threads(1)
     rng = random.Random(0)
-    chains = torchvision_chains()
 
     def fill(path: str, out: list[np.ndarray]) -> None:
         image_CHW = decode_jpeg(Path(path).read_bytes())
-        for view, chain in zip(out, chains):
-            if job == "whole":
-                torch.from_numpy(view).copy_(chain(image_CHW))
-                continue
+        for view in out:
             if job == "decode":
                 x_CHW = image_CHW if source == "canvas" else F.resize(image_CHW, [CANVAS, CANVAS], antialias=True)
             else:
@@ -111,29 +107,29 @@ def torchcodec_torchvision(folder: Path, source: str, job: str, batch: int, work
                     x_CHW = x_CHW.flip(-1)
             torch.from_numpy(view).permute(2, 0, 1).copy_(x_CHW)
 
-    paths = jpegs(folder, source)
-    if job == "whole":
-        return in_threads(paths, fill, (3, SIZE, SIZE), np.float32, batch, workers)
     side, views = (CANVAS, 1) if job == "decode" else (SIZE, 2)
-    return in_threads(paths, fill, (side, side, 3), np.uint8, batch, workers, views)
+    return in_threads(jpegs(folder, source), fill, (side, side, 3), np.uint8, batch, workers, views)
 
 
-def torchvision_chains(crop_only: bool = False) -> list[Callable]:
-    """The transforms of both views."""
+def torchvision_chains() -> list[Callable]:
+    """The whole augmentation of both views, from an image of PIL or a tensor."""
     import torch
     from torchvision.transforms import v2
 
     def chain(blur: float, solarize: float) -> Callable:
-        crop = [v2.RandomResizedCrop(SIZE, SCALE, RATIO, antialias=True), v2.RandomHorizontalFlip(), v2.ToImage()]
-        color = [
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blur),
-            v2.RandomSolarize(128, p=solarize),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-        return v2.Compose(crop if crop_only else crop + color)
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(SIZE, SCALE, RATIO, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blur),
+                v2.RandomSolarize(128, p=solarize),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
 
     return [chain(*own) for own in zip(BLUR, SOLARIZE)]
 
@@ -220,7 +216,7 @@ def torchcodec_processes(folder: Path, source: str, job: str, batch: int, worker
     from torchcodec.decoders import decode_jpeg
 
     torch.set_num_threads(1)
-    chains = torchvision_chains(job == "crops")
+    chains = torchvision_chains()
 
     def make(path: str) -> list:
         image_CHW = decode_jpeg(Path(path).read_bytes())
@@ -235,7 +231,7 @@ def torchvision_pil(folder: Path, source: str, job: str, batch: int, workers: in
     from PIL import Image
 
     torch.set_num_threads(1)
-    chains = torchvision_chains(job == "crops")
+    chains = torchvision_chains()
 
     def make(path: str) -> list:
         image = Image.open(path).convert("RGB")

@@ -52,8 +52,8 @@ def fastssl_batches(folder: Path, source: str, job: str, batch: int, workers: in
 def ffcv_batches(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
     """Stock FFCV on the same files.
 
-    It decodes squares only, so "decode" of originals takes their center. Two views need a pipeline for each, which
-    decodes again: one is timed, and its rate halved (`share` of the line), which leaves out what two cost in parallel.
+    Two views need a pipeline for each, which decodes again: one is timed, and its rate halved (`share` of the line),
+    which leaves out what two cost in parallel. Without a crop it decodes images of one size only.
     """
     from ffcv.fields import decoders
     from ffcv.loader import Loader, OrderOption
@@ -63,14 +63,9 @@ def ffcv_batches(folder: Path, source: str, job: str, batch: int, workers: int) 
 
     crop = [decoders.RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip()]
     mean, std = (255 * np.array(values) for values in (MEAN, STD))
-    decode = (
-        decoders.CenterCropRGBImageDecoder((CANVAS, CANVAS), 1)
-        if source == "originals"
-        else decoders.SimpleRGBImageDecoder()
-    )
     image = {
         "bytes": [decoders.NDArrayDecoder(), ToTensor()],
-        "decode": [decode, ToTensor()],
+        "decode": [decoders.SimpleRGBImageDecoder(), ToTensor()],
         "crops": [*crop, ToTensor()],
         "floats": [*crop, NormalizeImage(mean, std, np.float32), ToTensor(), ToTorchImage()],
     }[job]

@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from loading_handmade import torchvision_chains
 from loading_shared import (
     BLUR,
     CANVAS,
@@ -177,21 +176,18 @@ def turboloader(folder: Path, source: str, job: str, batch: int, workers: int) -
 
 
 def litdata(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
-    """JPEGs in LitData's chunks; torchcodec and torchvision in its DataLoader's processes."""
+    """Decodes JPEGs in LitData's chunks, by torchcodec in its DataLoader's processes; torchvision resizes."""
     import litdata
     import torch
     from torchcodec.decoders import decode_jpeg
     from torchvision.transforms.v2 import functional as F
 
     torch.set_num_threads(1)
-    chains = torchvision_chains(job == "crops")
 
     class Streamed(litdata.StreamingDataset):
         def __getitem__(self, index):
             image_CHW = decode_jpeg(super().__getitem__(index)["image"])
-            if job == "decode":
-                return [image_CHW if source == "canvas" else F.resize(image_CHW, [CANVAS, CANVAS], antialias=True)]
-            return [chain(image_CHW) for chain in chains]
+            return [image_CHW if source == "canvas" else F.resize(image_CHW, [CANVAS, CANVAS], antialias=True)]
 
     data = Streamed(str(folder / "litdata" / source), shuffle=True, drop_last=True)
     loader = litdata.StreamingDataLoader(
@@ -202,7 +198,7 @@ def litdata(folder: Path, source: str, job: str, batch: int, workers: int) -> It
 
 
 def datago(folder: Path, source: str, job: str, batch: int, workers: int) -> Iterator[Views]:
-    """Rust threads; hands over images one by one. It cannot crop at random, and takes the center of an original."""
+    """Decodes canvases in Rust threads, and hands over images one by one."""
     os.environ |= {"DATAGO_MAX_TASKS": str(workers), "RUST_LOG": "error"}
     import json
 
@@ -213,11 +209,6 @@ def datago(folder: Path, source: str, job: str, batch: int, workers: int) -> Ite
         "source_type": "file", "source_config": files, "limit": 10**9, "prefetch_buffer_size": batch,
         "samples_buffer_size": batch, "image_format": "numpy",
     }  # fmt: skip
-    if source == "originals":
-        config["image_config"] = {
-            "crop_and_resize": True, "default_image_size": CANVAS, "downsampling_ratio": 16, "min_aspect_ratio": 1.0,
-            "max_aspect_ratio": 1.0, "pre_encode_images": False, "image_to_rgb8": True,
-        }  # fmt: skip
     buffers = itertools.cycle([np.empty((batch, CANVAS, CANVAS, 3), np.uint8) for _ in range(2)])
     out, count = next(buffers), 0
     while True:

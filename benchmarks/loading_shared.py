@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the crops, as in RandomResizedCrop
 BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities for the two views
 JPEGS = {"originals": "many/all", "canvas": "jpegs"}  # folders
-WARM_UP_SECONDS, WARM_UP_BATCHES = 1.0, 3
+WARM_UP_SECONDS, WARM_UP_BATCHES = 0.7, 3
 TICKS = os.sysconf("SC_CLK_TCK")
 
 Views = list[np.ndarray]  # of a batch: one array of images, or one for each view; tensors of torch are fine too
