@@ -54,9 +54,9 @@ class LogLine(NamedTuple):
 class CountWarning:
     """Warns when a count that should stay 0 does not, and each time that it has doubled."""
 
-    def __init__(self, metric: str, explanation: str):
+    def __init__(self, metric: str, counted: str):
         self.metric = metric
-        self.explanation = explanation
+        self.counted = counted
         self.next = 1
 
     def check(self, metrics: Mapping[str, float]) -> str | None:
@@ -65,7 +65,7 @@ class CountWarning:
         if count < self.next:
             return None
         self.next = 2 * count
-        return f"Warning: {count:,} {self.explanation}"
+        return f"Warning: {self.counted}: {count:,} so far."
 
 
 class StepLog:
@@ -84,10 +84,8 @@ class StepLog:
         train = run.recipe.train
         self.collapse_warning = CollapseWarning(train.batch_size // train.accumulate, embedding_width(run.recipe))
         self.count_warnings = [
-            CountWarning("skipped_steps", "steps so far were not finite and left the weights as they were."),
-            CountWarning(
-                "bad_samples", "images so far could not be decoded; others of their batches took their places."
-            ),
+            CountWarning("skipped_steps", "steps that were not finite, and left the weights as they were"),
+            CountWarning("bad_samples", "images that could not be decoded, replaced by others of their batches"),
         ]
         self.line: LogLine | None = None  # not written yet
 

@@ -172,9 +172,9 @@ def test_other_values():
 
 
 def test_counts_that_should_be_zero_are_reported_each_time_they_double():
-    warning = CountWarning("bad_samples", "images were bad.")
+    warning = CountWarning("bad_samples", "bad images")
     found = [warning.check({"bad_samples": count} if count else {}) for count in (0, 1, 1, 2, 3, 9, 17, 18)]
-    assert [text and text.split()[1] for text in found] == [None, "1", None, "2", None, "9", None, "18"]
+    assert [text and text.split()[3] for text in found] == [None, "1", None, "2", None, "9", None, "18"]
 
 
 def test_messages_are_wrapped_on_a_terminal_but_paths_are_not():
