@@ -2,7 +2,7 @@
 
     python benchmarks/variance_scores.py RUN --near data/tinyimagenet/train.beton --far data/mnist/test.beton
 
-Prints a table in Markdown: the AUROC of each score on each set, in percent (the images of data.val are ID), and its rank
+Prints tables in Markdown: the AUROC of each score on each set in percent, where data.val is ID, and its rank
 correlation with the lengths of h and mu over ID images.
 
     length of h, of mu      minus the length: shorter features are taken for OOD
