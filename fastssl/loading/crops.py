@@ -151,20 +151,34 @@ def _resize_rows(
     for i in range(LANES):
         y = min(top + i, size - 1)
         start = first_Y[y] * plane.shape[1] + begin
-        for x in range(0, width, LANES):
-            total = rounding
-            for k in range(count):
-                total = multiply_add(total, load_bytes(plane, start + k * plane.shape[1] + x), weight_YK[y, k])
-            store(total, scratch.lines, i * length + x)
+        if count == 2:  # most crops of canvases are enlarged
+            weight = weight_YK[y, 0]
+            next_weight = weight_YK[y, 1]
+            next_start = start + plane.shape[1]
+            for x in range(0, width, LANES):
+                total = multiply_add(rounding, load_bytes(plane, start + x), weight)
+                total = multiply_add(total, load_bytes(plane, next_start + x), next_weight)
+                store(total, scratch.lines, i * length + x)
+        else:
+            for x in range(0, width, LANES):
+                total = rounding
+                for k in range(count):
+                    total = multiply_add(total, load_bytes(plane, start + k * plane.shape[1] + x), weight_YK[y, k])
+                store(total, scratch.lines, i * length + x)
     for i in range(0, LANES, TILE):
         for x in range(0, width, TILE):
             transpose(scratch.lines, i * length + x, length, scratch.columns, x * LANES + i, LANES)
     count = weight_XK.shape[1]
     rounding = fill(np.uint16(count // 2))
     for x in range(size):
-        total = rounding
-        for k in range(count):
-            total = multiply_add(total, load(scratch.columns, (first_X[x] - begin + k) * LANES), weight_XK[x, k])
+        at = (first_X[x] - begin) * LANES
+        if count == 2:
+            total = multiply_add(rounding, load(scratch.columns, at), weight_XK[x, 0])
+            total = multiply_add(total, load(scratch.columns, at + LANES), weight_XK[x, 1])
+        else:
+            total = rounding
+            for k in range(count):
+                total = multiply_add(total, load(scratch.columns, at + k * LANES), weight_XK[x, k])
         store(total, scratch.resized, (size - 1 - x if flip else x) * LANES)
     row_length = out.shape[1]
     for x in range(0, size, TILE):
