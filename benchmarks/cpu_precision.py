@@ -5,7 +5,8 @@
     python benchmarks/cpu_precision.py --record records/cpu-precision.md
 
 Variants take turns within a round; each row is the median over rounds of images per second. The step is the one of
-`fastssl train` (Barlow Twins, projector 1024-1024-1024, AdamW). The time to compile is that of the first step.
+`fastssl train` (Barlow Twins, projector 1024-1024-1024, AdamW). The time to compile is that of the first step, in fp32
+and bf16. A compiled step has torch's own gradients of convolutions (fastssl/models/small_convolution.py).
 """
 
 import argparse
@@ -62,7 +63,9 @@ def main() -> None:
             rates = measure(work, options.rounds)
             for kind, count in dict.fromkeys((kind, count) for _, kind, count in work):
                 fp32, bf16 = (rates[precision, kind, count] for precision in ("fp32", "bf16"))
-                seconds = f"{compile_seconds['bf16']:.0f} s" if kind == "compiled step" else ""
+                seconds = ""
+                if kind == "compiled step":
+                    seconds = ", ".join(f"{compile_seconds[precision]:.0f} s" for precision in ("fp32", "bf16"))
                 figures = f"{fp32:,.1f} | {bf16:,.1f} | {bf16 / fp32:.2f}"
                 rows.append(f"| {size} px, batch {batch} | {kind} | {count} | {figures} | {seconds} |")
                 print(rows[-1], flush=True)

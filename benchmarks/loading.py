@@ -7,7 +7,7 @@
 PHOTOS is a folder of JPEGs, as they come from a camera or from ImageNet. The files that the loaders read are built from
 them once, in --work, all from the same images: as they are (build-beton --max-side 500 for fastssl and FFCV), and as
 canvases of 256 px, in JPEG, in BC4 blocks, and as raw pixels. A task compares loaders that give the same; a line says
-what it gives. Batches are contiguous, of 256 images (128 for the whole augmentation).
+what it gives, in batches of 256 images (128 for the whole augmentation); a view may be a strided part of a batch.
 
 Every line runs in its own process, with the page cache warm, one after the other; the lines of a task take turns, and
 every second round goes backwards. An image counts once, however many views it has. The CPU seconds are those of the
@@ -39,6 +39,7 @@ PEER_PACKAGES = (
     "datago", "albumentationsx",
 )  # fmt: skip
 NO, SHRINKS = "no", "if both sides shrink"
+SECONDS_PER_LINE = 120  # after which a line counts as hanging
 
 
 class Line(NamedTuple):
@@ -233,10 +234,13 @@ def measure_line(task: str, name: str, number: int, arguments: argparse.Namespac
     command = [python, __file__, arguments.work, "--line", task, name, "--workers", arguments.workers, *more]
     command += ["--batch", arguments.batch or TASKS[task].batch]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.workers))
-    done = subprocess.run(
-        [*map(str, command), "--seconds", str(arguments.seconds)],
-        capture_output=True, text=True, env={**os.environ, **threads},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [*map(str, command), "--seconds", str(arguments.seconds)],
+            capture_output=True, text=True, env={**os.environ, **threads}, timeout=SECONDS_PER_LINE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"did not end within {SECONDS_PER_LINE} seconds"}
     found = [text for text in done.stdout.splitlines() if text.startswith("RESULT")]
     if not found:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
@@ -274,17 +278,18 @@ def run_rounds(arguments: argparse.Namespace) -> None:
     row = {"run": time.strftime("%Y-%m-%d %H:%M"), "versions": versions(arguments.peers, arguments.workers)}
     end = time.monotonic() + 60 * arguments.minutes - 15  # of which the last line may need 15 s
     for number in range(1, arguments.rounds + 1):
-        for task in arguments.tasks or TASKS:
-            names = [name for name in TASKS[task].lines if arguments.only in name]
-            # Every second round backwards, so that a machine that slows down or heats up does not favor a line.
-            for name in names if number % 2 else names[::-1]:
-                if time.monotonic() > end:
-                    print(f"{number}: {task}, {name}: left out, after {arguments.minutes:g} minutes", file=sys.stderr)
-                    continue
-                result = measure_line(task, name, number, arguments)
-                with open(arguments.results, "a") as file:
-                    file.write(json.dumps(row | {"task": task, "line": name, "round": number} | result) + "\n")
-                print(f"{number}: {task}, {name}: {result}", file=sys.stderr, flush=True)
+        lines = [
+            (task, name) for task in arguments.tasks or TASKS for name in TASKS[task].lines if arguments.only in name
+        ]
+        # Every second round backwards, so that a machine that slows down or heats up does not favor a line.
+        for task, name in lines if number % 2 else lines[::-1]:
+            if time.monotonic() > end:
+                print(f"{number}: {task}, {name}: left out, after {arguments.minutes:g} minutes", file=sys.stderr)
+                continue
+            result = measure_line(task, name, number, arguments)
+            with open(arguments.results, "a") as file:
+                file.write(json.dumps(row | {"task": task, "line": name, "round": number} | result) + "\n")
+            print(f"{number}: {task}, {name}: {result}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

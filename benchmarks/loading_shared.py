@@ -45,7 +45,7 @@ def shuffled_batches(paths: list[str], batch: int) -> Iterator[list[str]]:
 
 
 def random_box(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
-    """As torchvision's RandomResizedCrop, but in Python's numbers: top, left, height, width."""
+    """Top, left, height, width: torchvision's RandomResizedCrop, but the central square if ten proposals do not fit."""
     for _ in range(10):
         area = height * width * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))

@@ -68,10 +68,16 @@ def best_peer(task: TaskSays, found: dict[str, list[Row]]) -> str | None:
     return max(peers, key=lambda name: median_rate(found[name]), default=None)
 
 
-def ratio(ours: list[Row], peer: list[Row]) -> float:
-    """The median over the rounds that both have."""
+def ratio(ours: list[Row], peer: list[Row]) -> float | None:
+    """The median over the rounds that both have, None if there is no such round."""
     own, other = rates(ours), rates(peer)
-    return statistics.median(own[number] / other[number] for number in own.keys() & other.keys())
+    ratios = [own[number] / other[number] for number in own.keys() & other.keys()]
+    return statistics.median(ratios) if ratios else None
+
+
+def times(ours: list[Row], peer: list[Row], decimals: int) -> str:
+    found = ratio(ours, peer)
+    return "" if found is None else f"{found:.{decimals}f}x"
 
 
 def our_lines(task: TaskSays, found: dict[str, list[Row]]) -> list[str]:
@@ -98,7 +104,7 @@ def task_table(task: TaskSays, found: dict[str, list[Row]]) -> str:
             says.antialiased,
         ]
         cells += [f"{median_rate(rows):,.0f} ({low:,.0f} to {high:,.0f})", f"{middle['per_core_second']:,.0f}"]
-        cells += ["" if name == own else f"{ratio(found[own], rows):.2f}x" for own in ours]
+        cells += ["" if name == own else times(found[own], rows, 2) for own in ours]
         cells.append(f"{middle['memory']:,.0f}")
         text.append(f"| {' | '.join(cells)} |")
     for name in task.lines:
@@ -121,9 +127,9 @@ def summary_table(tasks: dict[str, TaskSays], rows: list[Row]) -> str:
         # With one line the name says nothing that the header does not say.
         names = [name.removeprefix("fastssl").strip(", ") if len(ours) > 1 else "" for name in ours]
         own = [f"{name} {median_rate(found[line]):,.0f}".strip() for name, line in zip(names, ours)]
-        times = [f"{name} {ratio(found[line], found[best]):.1f}x".strip() for name, line in zip(names, ours)]
+        ahead = [f"{name} {times(found[line], found[best], 1)}".strip() for name, line in zip(names, ours)]
         text.append(
-            f"| {task.title} | {', '.join(own)} | {median_rate(found[best]):,.0f} {best} | {', '.join(times)} |"
+            f"| {task.title} | {', '.join(own)} | {median_rate(found[best]):,.0f} {best} | {', '.join(ahead)} |"
         )
     return "\n".join(text) + "\n"
 

@@ -41,7 +41,7 @@ def print_line(console: Console, message: str) -> None:
     """
     text = printable(message)
     if console.is_terminal:
-        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+        text = textwrap.fill(text, max(1, console.width), break_long_words=False, break_on_hyphens=False)
     try:
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     except OSError:

@@ -26,6 +26,9 @@ from fastssl.loading.crops import LARGEST_SHRINK, CropScratch, Planes, crop_plan
 DECODED = 0
 WARNED = 1  # decoded, with a warning of the decoder
 FAILED = 2
+# An error after a warning is reported as a warning, and leaves the rows that follow as they were. So the last row is
+# filled before an image is decoded; one that still has this value is decoded again with the other one.
+MARKS = 85, 170
 ALL_TAKEN = 1 << 62  # a counter that is set to this makes the threads stop
 
 
@@ -226,11 +229,13 @@ def _decode_windows(source: np.ndarray, box_V4: np.ndarray, planes: Planes) -> i
     y_bytes = side * side // 2
     if source.size != y_bytes * 3 // 2:
         return FAILED
+    if len(box_V4) == 0:  # the profiler decodes without crops
+        box_V4 = np.array([[0.0, 0.0, side, side]])
     top = left = side
     bottom = right = 0
     for box in box_V4:
-        top = min(top, int(box[0]))
-        left = min(left, int(box[1]))
+        top = min(top, max(int(box[0]), 0))
+        left = min(left, max(int(box[1]), 0))
         bottom = max(bottom, min(int(math.ceil(box[0] + box[2])), side))
         right = max(right, min(int(math.ceil(box[1] + box[3])), side))
     bc4.decode_window(source[:y_bytes], top, left, bottom, right, planes.y)
@@ -245,14 +250,19 @@ def _decode_windows(source: np.ndarray, box_V4: np.ndarray, planes: Planes) -> i
 def _decode_planes(decoder: int, source: np.ndarray, planes: Planes) -> tuple[int, int]:
     """Decode a JPEG whose header has these sizes to its planes. Returns what `_decode` does."""
     pointers = np.array([planes.y.ctypes.data, planes.cb.ctypes.data, planes.cr.ctypes.data], np.uintp)
-    failed = _decompress_planes(
-        decoder, source.ctypes.data, np.uint64(source.size), pointers.ctypes.data,
-        np.int32(planes.width), np.uintp(0), np.int32(planes.height), np.int32(0),
-    )  # fmt: skip
-    if not failed:
-        return DECODED, decoder
-    if _error_code(decoder) == jpeg.TJERR_WARNING:
-        return WARNED, decoder
+    last_row = planes.y[planes.height - 1, : planes.width]
+    for mark in MARKS:
+        last_row[:] = mark
+        failed = _decompress_planes(
+            decoder, source.ctypes.data, np.uint64(source.size), pointers.ctypes.data,
+            np.int32(planes.width), np.uintp(0), np.int32(planes.height), np.int32(0),
+        )  # fmt: skip
+        if not failed:
+            return DECODED, decoder
+        if _error_code(decoder) != jpeg.TJERR_WARNING:
+            break
+        if not (last_row == mark).all():
+            return WARNED, decoder
     _free_decoder(decoder)
     return FAILED, _new_decoder()
 
@@ -272,14 +282,19 @@ def _decode(decoder: int, source: np.ndarray, mode: int, out_HWC: np.ndarray) ->
     height, width, _ = out_HWC.shape
     header, _ = _read_header(decoder, source)
     if header[0] == width and header[1] == height:
-        failed = _decompress(
-            decoder, source.ctypes.data, np.uint64(source.size), out_HWC.ctypes.data,
-            np.int32(width), np.int32(0), np.int32(height), np.int32(jpeg.TJPF_RGB), np.int32(0),
-        )  # fmt: skip
-        if not failed:
-            return DECODED, decoder
-        if _error_code(decoder) == jpeg.TJERR_WARNING:
-            return WARNED, decoder
+        last_row = out_HWC[height - 1].reshape(-1)
+        for mark in MARKS:
+            last_row[:] = mark
+            failed = _decompress(
+                decoder, source.ctypes.data, np.uint64(source.size), out_HWC.ctypes.data,
+                np.int32(width), np.int32(0), np.int32(height), np.int32(jpeg.TJPF_RGB), np.int32(0),
+            )  # fmt: skip
+            if not failed:
+                return DECODED, decoder
+            if _error_code(decoder) != jpeg.TJERR_WARNING:
+                break
+            if not (last_row == mark).all():
+                return WARNED, decoder
     _free_decoder(decoder)  # after a damaged header a decoder fails for every image
     return FAILED, _new_decoder()
 

@@ -49,8 +49,9 @@ class Samples(NamedTuple):
         start_N = image["data_ptr"].astype(np.int64)
 
         def column(name: str, default_N: np.ndarray) -> np.ndarray:
-            found = name in (metadata.dtype.names or ()) and np.issubdtype(metadata[name].dtype, np.integer)
-            return metadata[name].astype(np.int64) if found else default_N
+            # Of other types, such as an array's position in the file, nothing is checked.
+            is_checked = info.fields.get(name) == "IntField"
+            return metadata[name].astype(np.int64) if is_checked else default_N
 
         return cls(
             path=info.path,

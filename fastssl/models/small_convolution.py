@@ -18,15 +18,23 @@ MOST_POSITIONS = 4  # of the output: with more, oneDNN is as fast
 
 
 class SmallConvolution(nn.Conv2d):
-    """nn.Conv2d without bias, groups and dilation. Its output is the same, its weight's gradient to rounding."""
+    """nn.Conv2d without bias, groups and dilation. Its output is the same, its weight's gradient to rounding.
+
+    It has no second derivative.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
+        # Autocast casts from fp32 only.
+        castable = {torch.float32, dtype} if autocast else {dtype}
+        if input.ndim != 4 or not {input.dtype, self.weight.dtype} <= castable:
+            return super().forward(input)
         sizes = zip(input.shape[2:], self.kernel_size, self.stride, cast(tuple[int, int], self.padding))
         height, width = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         if height * width > MOST_POSITIONS or not learns or torch.compiler.is_compiling():
             return super().forward(input)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         return cast(Tensor, _Convolve.apply(input, self.weight, self.stride, self.padding, dtype))
 
 
@@ -36,6 +44,13 @@ def use_small_convolutions(model: nn.Module) -> None:
         if type(layer) is nn.Conv2d and layer.bias is None and layer.groups == 1 and layer.dilation == (1, 1):
             if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
                 layer.__class__ = SmallConvolution
+
+
+def use_plain_convolutions(model: nn.Module) -> None:
+    """The reverse of `use_small_convolutions`."""
+    for layer in model.modules():
+        if type(layer) is SmallConvolution:
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 class _Convolve(torch.autograd.Function):

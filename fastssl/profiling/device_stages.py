@@ -20,6 +20,7 @@ from fastssl.common.distributed import world_size
 from fastssl.common.randomness import quantiles
 from fastssl.loading import Batch
 from fastssl.models import ModelInput
+from fastssl.models.small_convolution import use_plain_convolutions
 from fastssl.profiling.profile import Measurement, Stages
 from fastssl.profiling.timing import StageTimer, difference_result, synchronize
 from fastssl.training.loop import optimize, train_step
@@ -193,6 +194,7 @@ def count_flops(run: TrainingRun, batch: Batch, views: tuple[Tensor, ...]) -> fl
         network, inputs = to_fakes(network, inputs, fake)
     else:  # the processes exchange no fakes
         network = copy.deepcopy(network)  # leaves the run's hooks, statistics and gradients alone
+    use_plain_convolutions(network)  # the others leave out products with padding, which a GPU computes and peaks count
     with fake, FlopCounterMode(display=False) as counter:
         terms, _ = network(inputs)
         terms["loss"].backward()

@@ -235,8 +235,9 @@ class PanelLive(Live):
         self.drawn_width = 0
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        rows = math.ceil(self.drawn_width / self.console.width)  # of the window, for each line of the panel
-        wrapped = max(0, rows - 1) * self._live_render.last_render_height
+        rows = math.ceil(self.drawn_width / max(1, self.console.width))  # of the window, for each line of the panel
+        _, height = self._live_render._shape or (0, 0)  # rich below 14.1 has no property for it
+        wrapped = max(0, rows - 1) * height
         up = (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)
         self.drawn_width = panel_width(self.console)
         return [Control(ControlType.CARRIAGE_RETURN, *(up * wrapped)), *super().process_renderables(renderables)]
@@ -275,13 +276,14 @@ def shown(name: str, value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return up to four digits of a number in at most six characters, such as 66.21, 0.0412, 12345, 3.2e-4, -1e-10."""
+    """Return up to four digits of a number in at most six characters (7 below 1e-99): 66.21, 0.0412, 12345, 3.2e-4."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     size = abs(value)
     if 1e-3 <= size < 99_999.5:
-        decimals = 3 - math.floor(math.log10(size))
-        return f"{value:.{min(max(decimals, 0), 3 if value < 0 else 4)}f}"
+        decimals = min(max(3 - math.floor(math.log10(size)), 0), 3 if value < 0 else 4)
+        text = f"{value:.{decimals}f}"
+        return text if len(text) <= 6 else f"{value:.{decimals - 1}f}"  # -9.9996 is rounded to -10.000
     for digits in (1, 0):
         mantissa, exponent = f"{value:.{digits}e}".split("e")
         text = f"{mantissa}e{int(exponent)}"

@@ -278,11 +278,11 @@ def resolve_precision(precision: str, device_type: str) -> str:
 
 
 def slow_precision(precision: str, device: torch.device) -> list[str]:
-    """A warning if torch has to emulate a precision on this CPU."""
+    """A warning if another precision is faster on this CPU, where torch may have to emulate this one."""
     best = resolve_precision("auto", "cpu")
     if device.type != "cpu" or precision in ("fp32", best):
         return []
-    return [f"Warning: this CPU computes {precision} slowly, by way of fp32: train.precision={best} is faster."]
+    return [f"Warning: train.precision={best} is faster on this CPU, which may compute {precision} by way of fp32."]
 
 
 def choose_convolutions(recipe: Recipe, device: torch.device) -> None:

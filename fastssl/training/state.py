@@ -80,7 +80,9 @@ class TrainState:
         Raises UserError if the checkpoint belongs to another recipe or does not fit its own.
         """
         changed = changed_keys(checkpoint.recipe.model_dump(mode="json"), self.recipe.model_dump(mode="json"))
-        before = checkpoint.saved.get("precision")  # checkpoints of before this key have none
+        before = checkpoint.saved.get("precision")
+        if before is None and checkpoint.recipe.train.precision == "auto":  # written before there was this key
+            before = "fp32" if checkpoint.saved.get("cuda_rng") is None else "bf16"
         if before == self.precision and "train.precision" in changed:  # auto, which meant this, or the other way round
             changed.remove("train.precision")
         changed = [key for key in changed if key != "train.epochs"]  # see epochs_of_decay

@@ -77,6 +77,8 @@ class PairedViews(nn.Module):
         stored, row_B = image if isinstance(image, ImageRows) else (image, None)
         if len(stored.shape) == 5 and stored.shape[1] != self.count:
             raise ValueError(f"The loader cut {stored.shape[1]} crops from each image for {self.count} views.")
+        if len(stored.shape) == 5 and stored.shape[2] != self.views.size:
+            raise ValueError(f"The loader cut crops of {stored.shape[2]} px for views of {self.views.size} px.")
         arguments = (index, epoch, height, width)
 
         def by_triton() -> Tensor:

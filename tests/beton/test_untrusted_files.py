@@ -20,7 +20,7 @@ from synthetic_images import jpeg_bytes, photo
 
 from fastssl.beton import build_beton, draw_sheet, inspect_beton, jpeg, read_header, read_index_list, read_names, verify
 from fastssl.beton.build import BuildOptions
-from fastssl.beton.format import FIELD, HEADER, OUR_FIELDS, metadata_type
+from fastssl.beton.format import ARRAY_FIELD, FIELD, HEADER, OUR_ARRAY_FIELDS, OUR_FIELDS, metadata_type
 from fastssl.beton.images import StoragePlan, encode_all
 from fastssl.beton.partial_build import FILES
 from fastssl.beton.source import list_splits
@@ -451,6 +451,23 @@ def test_impossible_numbers_of_a_sample_are_named(column, values, message, way, 
     with pytest.raises(UserError, match=message) as raised:
         use(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("height", [0, 2**64 - 5])
+def test_sizes_that_are_no_integers_of_ffcv_are_not_read(height, copied):
+    """Fields of other types are not checked: crop boxes are computed from the stored size instead."""
+    path = copied("bc4")
+    want = next(iter(BetonLoader(path, 6, crop="cpu", shuffle=False, views=ViewsConfig(size=32)))).image
+    fields = np.memmap(path, FIELD, "r+", HEADER.itemsize, len(OUR_FIELDS))
+    for name in ("height", "width"):
+        fields["type_id"][list(OUR_FIELDS).index(name)] = ARRAY_FIELD
+    fields.flush()
+    offset = HEADER.itemsize + len(OUR_FIELDS) * FIELD.itemsize
+    table = np.memmap(path, metadata_type(OUR_ARRAY_FIELDS), "r+", offset, 6)
+    table["height"] = np.uint64(height).astype(np.int64)
+    table.flush()
+    batch = next(iter(BetonLoader(path, 6, crop="cpu", shuffle=False, views=ViewsConfig(size=32))))
+    assert (batch.height == read_header(path).resolution[0]).all() and batch.image.shape == want.shape
 
 
 def test_extreme_numbers_that_are_possible_are_read(copied):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.beton import jpeg
+from fastssl.beton import bc4, jpeg
 from fastssl.beton.format import BC4, JPG, RAW, bc4_bytes
 from fastssl.common.geometry import FLIP
 from fastssl.common.randomness import AUGMENTATION, uniforms
@@ -269,3 +269,43 @@ def test_the_memory_of_a_thread_is_estimated():
     scratch = new_scratch(shape_N2, 50)
     assert sum(array.nbytes for array in scratch) == scratch_bytes(shape_N2, 50)
     assert scratch.image.nbytes >= 3 * 403 * 43 and scratch.lines.shape[1] > 500
+
+
+def error_after_a_warning(content):
+    """A JPEG at whose start turbojpeg warns of the JFIF version, and then fails, as a quantization table is missing."""
+    damaged = bytearray(content)
+    damaged[11] = 9  # the JFIF version
+    frame = damaged.index(b"\xff\xc0")
+    damaged[frame + 12] = 3  # the table of the first component
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("eval_boxes", [False, True])
+def test_an_error_after_a_warning_is_an_error(eval_boxes):
+    """turbojpeg reports it as a warning, and writes nothing: the crop would be of the pixels of another image."""
+    good = turbojpeg_bytes(photo(40, 52), YCBCR_420)
+    warned = bytearray(good)
+    warned[11] = 9
+    contents = [good, error_after_a_warning(good), bytes(warned), good]
+    boxes = np.stack([boxes_of(40, 52)] * len(contents))
+    crops, statuses = cut(contents, [(40, 52)] * len(contents), boxes, 24, eval_boxes=eval_boxes)
+    assert statuses.tolist() == [kernels.DECODED, kernels.FAILED, kernels.WARNED, kernels.DECODED]
+    assert (crops[1] == 7).all(), "a failed image was cropped"
+    assert (crops[3] == crops[0]).all()
+    assert np.abs(crops[2].astype(int) - crops[0]).mean() < 1, "after a warning in the header, pixels are used"
+
+
+def test_blocks_are_decoded_without_crops_too():
+    """The profiler times decoding without them."""
+    blocks = bc4.encode(photo(48, 48))
+    scratch = new_scratch(np.array([[48, 48]]), 24)
+    scratch.image[:] = 7
+    arrays = kernels.DecodeArrays(
+        file=np.frombuffer(blocks.tobytes(), np.uint8), start_B=np.zeros(1, np.int64),
+        size_B=np.array([len(blocks)]), mode_B=np.array([BC4], np.uint8), shape_B2=np.array([[48, 48]]),
+        box_BV4=np.empty((1, 0, 4)), flip_BV=np.zeros((1, 0), bool), out=np.empty((1, 0, 24, 24, 3), np.uint8),
+        status_B=np.full(1, kernels.FAILED, np.int8), counter=np.zeros(1, np.int64),
+    )  # fmt: skip
+    kernels.decode_crops(arrays, scratch)
+    assert arrays.status_B[0] == kernels.DECODED
+    assert len(np.unique(scratch.image[: 48 * 48])) > 20, "luma was not decoded"

@@ -104,12 +104,19 @@ def test_every_task_has_a_block_in_the_record_and_at_most_one_file_of_ours_per_s
         assert all(loading.says(task).lines[name].ours == line.ours for name, line in task.lines.items())
 
 
-def test_measure_counts_the_source_images_and_describes_what_one_of_them_gives(loading, tmp_path):
+def test_measure_counts_the_source_images_and_describes_what_one_of_them_gives(loading, tmp_path, monkeypatch):
+    """A batch of 8 images in two views takes a second, and 1.6 seconds of the cores."""
     shared = sys.modules["loading_shared"]
+    now = 0.0
 
     def batches():
+        nonlocal now
         while True:
+            now += 1
             yield [np.full((8, 20, 20, 3), 200, np.uint8)] * 2
 
-    result = shared.measure(batches(), 0.05, tmp_path / "row.png")
-    assert result["output"] == "uint8 2 x 20 x 20 x 3" and result["rate"] > 0 and (tmp_path / "row.png").exists()
+    monkeypatch.setattr(shared.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(shared, "cpu_seconds", lambda: 1.6 * now)
+    result = shared.measure(batches(), 10, tmp_path / "row.png")
+    assert (result["rate"], result["per_core_second"]) == (8, 5)
+    assert result["output"] == "uint8 2 x 20 x 20 x 3" and (tmp_path / "row.png").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import read_header
+from fastssl.common.errors import UserError
 from fastssl.evaluation.features import augmented_input, cached_features, eval_input, eval_loader
 from fastssl.evaluation.ood.detectors import OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
@@ -43,11 +44,13 @@ def draw_ood_sheet(
         names: what the sets are called in the figure, by their names in `sets.ood` and "id"; others keep their names.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: if the file cannot be written, or the run is deterministic.
     """
     # Imported here because it takes half a second. Unlike pyplot, Figure needs no display.
     from matplotlib.figure import Figure
 
+    if OWN_UNCERTAINTY not in result["detectors"]:
+        raise UserError(f"{encoder.run_dir} is deterministic: the sheet shows {OWN_UNCERTAINTY}, which needs sigma.")
     names = {name: plain_label((names or {}).get(name, name)) for name in ("id", *sets.ood)}
     with np.load(encoder.run_dir / "eval" / result["scores"]) as file:
         scores = {name: file[f"{name}/{OWN_UNCERTAINTY}"] for name in names}
