@@ -17,6 +17,8 @@ class Stopped(SystemExit):
 
 # Words of torch's and Python's errors where memory is short. CUDA's have a class of their own, with such a text.
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED", "bad_alloc", "start new thread")
+# All that oneDNN says where it has no memory for its machine code or its buffers.
+NO_MEMORY_OF_ONEDNN = ("could not create a primitive", "could not create a memory object")
 LONGEST_QUOTE = 200  # characters of a value, or of another library's message, within a message
 
 
@@ -40,9 +42,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a GPU did not suffice. No file and no value is to blame for that."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-    )
+    if isinstance(error, RuntimeError):
+        text = str(error)
+        return text in NO_MEMORY_OF_ONEDNN or any(words in text for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def quote(value: object) -> str:

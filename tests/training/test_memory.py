@@ -165,6 +165,7 @@ LACKS = [
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("can't start new thread"),
+    RuntimeError("could not create a primitive"),  # oneDNN
     OSError(12, "Cannot allocate memory"),
 ]
 PLACES = {  # what fails, and where it does
@@ -285,6 +286,7 @@ def test_other_errors_are_no_lack_of_memory():
     for error in (
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("Error(s) in loading state_dict: size mismatch"),
+        RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
         ValueError("out of memory"),
         UserError("out of memory"),
         OSError(28, "No space left on device"),
