@@ -234,7 +234,7 @@ def prepare(folder: Path) -> None:
     import turboloader as turbo
 
     # LitData deletes its two cache folders before it writes: by default `data` and `chunks` in the folder of temporary
-    # files, whoever they belong to. So it gets folders of its own, before it is imported.
+    # files, also those of others. So it gets folders of its own, before it is imported.
     for name in ("DATA_OPTIMIZER_DATA_CACHE_FOLDER", "DATA_OPTIMIZER_CACHE_FOLDER"):
         os.environ[name] = str(folder.resolve() / "litdata-cache" / name)
     import litdata

@@ -22,7 +22,7 @@ class Row(TypedDict):
 
 
 class Says(NamedTuple):
-    """What a table says of a line besides its figures."""
+    """What a table says of a line in addition to its figures."""
 
     source: str
     flip: str = "yes"

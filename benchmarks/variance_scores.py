@@ -8,7 +8,7 @@ correlation with the lengths of h and mu over ID images.
     length of h, of mu      minus the length: shorter features are taken for OOD
     sigma_mean              and draws_disagreement: the detectors of `fastssl eval ood`
     sigma_mean, h rescaled  of the projector and the head applied to h after it is scaled to the median length of the
-                            training images' h: what sigma says besides the length
+                            training images' h: what sigma says in addition to the length
 """
 
 import argparse
