@@ -23,7 +23,7 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         "model={backbone: test_resnet, projector: {layers: 2, hidden: 32, out: 32}}",
         "train.device=cpu", "log.every=1",
     )  # fmt: skip
-    assert code == 0 and "\n3/3 " in out and "knn" in out
+    assert code == 0 and " 3/3 " in out and "knn" in out
     code, out, _ = fastssl("eval", "knn", "run", "--k", "5")
     assert code == 0 and "accuracy_k5" in out and (tmp_path / "run/eval/knn.json").exists()
     code, out, _ = fastssl("eval", "linear", "run")
