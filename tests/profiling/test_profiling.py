@@ -289,6 +289,15 @@ def test_flops_are_the_analytic_count(canvas, backbone, forward_macs):
     assert all(p.grad is None for p in run.state.model.parameters())
 
 
+def test_flops_of_small_images_count_products_with_padding(canvas):
+    """As a GPU computes them: on a CPU, the gradients of convolutions at few pixels leave them out."""
+    run, _ = prepare(recipe_of(canvas, "model.backbone=resnet18", "train.batch_size=4"), torch.device("cpu"), None)
+    batch = next(iter(run.state.loader))
+    counted = device_stages.count_flops(run, batch, run.views(batch, 0))
+    size = run.recipe.views.size
+    assert size <= 32 and counted == pytest.approx(2 * analytic_flops(run.state.model, size), rel=0.02)
+
+
 @pytest.mark.parametrize("keys", [["embedding={stochastic: hz, prior: vamp}"], ["objective={name: byol}"]])
 def test_flops_are_counted_without_computing(canvas, keys):
     """As many as those of a real step, and no table of numbers becomes a fake one."""

@@ -13,6 +13,7 @@ from fastssl.common.errors import Stopped, UserError
 from fastssl.models import SSLModel
 from fastssl.recipe import load_recipe
 from fastssl.training import setup, train
+from fastssl.training.state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -57,6 +58,26 @@ def test_a_run_that_goes_on_on_another_cpu(canvas, tmp_path, machine, at_step, c
     assert_same_run(straight, pinned)
     with pytest.raises(UserError, match="other values of train.precision"):
         train(recipe_of(canvas, pinned, "train.precision=fp32", "train.epochs=3"), resume=pinned)
+
+
+def test_a_checkpoint_that_does_not_say_its_precision_is_of_before_bf16_on_cpus(
+    canvas, tmp_path, machine, at_step, monkeypatch, capsys
+):
+    machine(has_bf16=False)
+    to_dict = TrainState.state_dict
+
+    def without_precision(state):
+        return {key: value for key, value in to_dict(state).items() if key != "precision"}
+
+    monkeypatch.setattr(TrainState, "state_dict", without_precision)
+    at_step(1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        train(recipe_of(canvas, tmp_path / "run"))
+    at_step(-1, None)
+    assert "precision" not in checkpoint_in(tmp_path / "run")
+    machine(has_bf16=True)
+    train(recipe_of(canvas, tmp_path / "run"), resume=tmp_path / "run")
+    assert "trained in fp32 before and goes on in bf16" in on_one_line(capsys.readouterr().out)
 
 
 def test_only_encoder_and_projector_compute_in_bf16(canvas, tmp_path):

@@ -272,6 +272,8 @@ def test_one_view_equals_the_first_of_two_bit_for_bit(images, monkeypatch, make)
     assert len(draw_uniforms(3, 0, index, 1)) == 6
     with pytest.raises(ValueError, match="cut 2 crops from each image for 1 views"):
         one(pair, index, 0)
+    with pytest.raises(ValueError, match="cut crops of 31 px for views of 32 px"):
+        two(pair[:, :, :31, :31].contiguous(), index, 0)
 
 
 def test_views_come_in_the_type_and_memory_format_of_the_network(images):
