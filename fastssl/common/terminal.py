@@ -31,7 +31,10 @@ def console(stderr: bool = False) -> Console:
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal or "COLUMNS" in os.environ else WIDTH_OF_FILES
-    return PlainConsole(stderr=stderr, width=width, markup=False, emoji=False)
+    result = PlainConsole(stderr=stderr, width=width, markup=False, emoji=False)
+    if result.width < 1:  # COLUMNS=0, or a terminal that does not know its size: rich would print nothing
+        result.width = WIDTH_OF_FILES
+    return result
 
 
 def print_line(console: Console, message: str) -> None:
@@ -41,7 +44,7 @@ def print_line(console: Console, message: str) -> None:
     """
     text = printable(message)
     if console.is_terminal:
-        text = textwrap.fill(text, max(1, console.width), break_long_words=False, break_on_hyphens=False)
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     try:
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     except OSError:

@@ -48,10 +48,12 @@ def test_text_is_printed_as_it_is(capsys):
     assert out.splitlines()[-1] == "[bold] " + "x" * 300
 
 
-def test_a_terminal_may_say_that_it_has_no_columns():
-    file = io.StringIO()
-    print_line(terminal.PlainConsole(file=file, force_terminal=True, width=0), "two words")
-    assert file.getvalue().split() == ["two", "words"]
+def test_a_terminal_may_say_that_it_has_no_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    for term in "xterm", "dumb":
+        monkeypatch.setenv("TERM", term)
+        print_line(console(), "two words")
+        assert capsys.readouterr().out == "two words\n", term
 
 
 def test_a_line_that_cannot_be_written_is_no_error():
