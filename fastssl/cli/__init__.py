@@ -33,7 +33,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="Self-supervised image encoders with per-image uncertainty, trained from FFCV files.",
+    help="Self-supervised image encoders with per-image uncertainty, trained at the speed of your hardware.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

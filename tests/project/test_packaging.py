@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fastssl.cli import app
+
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEPENDENCIES = [
@@ -29,6 +31,12 @@ PINS = {
     for name, _, version in (line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
     if version
 }
+
+
+def test_one_sentence_says_what_this_is():
+    tagline = PYPROJECT["project"]["description"]
+    assert f"**{tagline}**" in (ROOT / "README.md").read_text()
+    assert app.info.help == tagline
 
 
 def run(*command, **environment):
