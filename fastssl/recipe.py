@@ -406,7 +406,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides and check every key. Data files are not touched.
 
     Args:
-        path: a YAML file; for `recipes/x.yaml`, if there is no such file, the copy that ships with the package.
+        path: a YAML file, or the name of a recipe that ships with the package, such as "zprob_barlow".
         overrides: `key=value` with dotted keys and values in YAML syntax, such as "optim.lr=1e-3".
 
     Raises:
@@ -441,15 +441,21 @@ def shipped_recipes() -> Path:
 
 
 def find_recipe(path: Path) -> Path:
-    """The file at `path`, else the shipped recipe of that name. Raises UserError if there is neither."""
-    if path.is_file():
-        return path
-    if path.exists():
+    """The file at `path` or `path`.yaml, else the shipped recipe of that name. Raises UserError if there is neither.
+
+    A shipped recipe is named with or without its folders and its suffix: recipes/cifar10/barlow.yaml, cifar10/barlow.
+    """
+    for file in path, Path(f"{path}.yaml"):
+        if os.path.isfile(file):  # unlike Path.is_file, no error about a name that is too long
+            return file
+    wanted = Path(str(path).removesuffix(".yaml")).parts
+    shipped = [file.relative_to(shipped_recipes()) for file in shipped_recipes().rglob("*.yaml")]
+    # Of two recipes of one name, the one in fewer folders: barlow is recipes/barlow.yaml.
+    for file in sorted(shipped, key=lambda file: (len(file.parts), file)):
+        if ("recipes" / file.with_suffix("")).parts[-len(wanted) :] == wanted:
+            return shipped_recipes() / file
+    if os.path.exists(path):
         raise UserError(f"{path} is a folder or a device, not a file: name a YAML file.")
-    if path.parts[:1] == ("recipes",):
-        shipped = shipped_recipes().joinpath(*path.parts[1:])
-        if shipped.is_file():
-            return shipped
     if path.name == "recipe.yaml":  # of a run directory
         raise UserError(f"No recipe at {path}: put the run's recipe.yaml back there, or name another run.")
     known = ["recipes/" + str(p.relative_to(shipped_recipes())) for p in sorted(shipped_recipes().rglob("*.yaml"))]

@@ -1,12 +1,14 @@
 """Recipes: the shipped ones load, and mistakes are refused with one sentence that names the fix."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
 
 from fastssl.common.errors import UserError
-from fastssl.recipe import Recipe, _keys, load_recipe, sentence, shipped_recipes
+from fastssl.recipe import Recipe, _keys, find_recipe, load_recipe, sentence, shipped_recipes
 
 SHIPPED = sorted(
     str(path.relative_to(shipped_recipes()))
@@ -79,6 +81,34 @@ def test_no_key_is_a_boolean_in_yaml():
 def test_shipped_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_recipe("recipes/zprob_barlow.yaml").name == "zprob_barlow"
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("zprob_barlow", "zprob_barlow.yaml"),
+        ("barlow.yaml", "barlow.yaml"),  # and not those in cifar10 and reference
+        ("cifar10/barlow", "cifar10/barlow.yaml"),
+        ("recipes/cifar10/barlow", "cifar10/barlow.yaml"),
+        ("byol", "beyond/byol.yaml"),
+        ("ablation_cifar10", "sweeps/ablation_cifar10.yaml"),
+    ],
+)
+def test_a_shipped_recipe_is_found_by_its_name(name, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(Path(name)) == shipped_recipes() / file
+    (tmp_path / Path(name).with_suffix("")).mkdir(parents=True)  # a folder of that name is no recipe
+    assert find_recipe(Path(name)) == shipped_recipes() / file
+    own = tmp_path / Path(name).with_suffix(".yaml")
+    own.touch()  # a file of the user comes first
+    assert find_recipe(Path(name)).resolve() == own
+
+
+@pytest.mark.parametrize("name", ["barlo", "arlow", "cifar/barlow", "x/recipes/barlow", "/recipes/barlow", "a" * 5000])
+def test_no_recipe_is_found_by_another_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="No recipe"):
+        find_recipe(Path(name))
 
 
 def test_overrides_reach_every_kind_of_value(minimal):
