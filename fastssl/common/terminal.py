@@ -56,6 +56,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def time_in_words(seconds: float) -> str:
+    """Return a time for a sentence: under 1 s, 12 s, 3 min 18 s, 2 h 07 min, 3 d 04 h."""
+    whole = int(seconds)
+    if whole < 1:
+        return "under 1 s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole // 60 % 60:02} min"
+    return f"{whole // 86_400} d {whole // 3600 % 24:02} h"
+
+
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     """Return a table of two columns: names and their values."""
     table = Table(title=Text(printable(title)), title_justify="left", box=None, show_header=False)

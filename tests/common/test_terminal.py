@@ -5,7 +5,7 @@ import io
 import pytest
 
 from fastssl.common import terminal
-from fastssl.common.terminal import console, pairs_table, print_line, printable, progress
+from fastssl.common.terminal import console, pairs_table, print_line, printable, progress, time_in_words
 
 
 def test_progress_prints_plain_lines_without_a_terminal(capsys, monkeypatch):
@@ -69,3 +69,15 @@ def test_a_line_that_cannot_be_written_is_no_error():
 def test_printable():
     assert printable("naïve 猫") == "naïve 猫"
     assert printable("a\nb\x1b[2J\udce9") == r"a\nb\x1b[2J\udce9"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0, "under 1 s"), (0.99, "under 1 s"), (1.0, "1 s"), (59.9, "59 s"), (60, "1 min 00 s"),
+        (198.2, "3 min 18 s"),
+        (3600, "1 h 00 min"), (7625, "2 h 07 min"), (86_400 * 3 + 4 * 3600 + 59, "3 d 04 h"),
+    ],
+)  # fmt: skip
+def test_times_in_sentences(seconds, words):
+    assert time_in_words(seconds) == words
