@@ -1,27 +1,11 @@
-"""The plot of a confusion matrix, and how every plot of an evaluation is saved."""
+"""The plot of a confusion matrix."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.common.terminal import printable
+from fastssl.common.figures import plain_label, save_figure
 from fastssl.evaluation.metrics import ClassificationResult
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-def plain_label(name: str) -> str:
-    """A name as matplotlib shows it as it is: no formula, and not hidden because of an underscore in front."""
-    return ("\u200b" if name.startswith("_") else "") + printable(name).replace("$", r"\$")
-
-
-def save_figure(path: Path, figure: "Figure") -> None:
-    """Save a matplotlib figure as a PNG file, atomically. Raises UserError if it cannot be written."""
-    with explain_write_errors(path):
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi="figure", format="png"))
 
 
 def draw_confusion(path: Path, result: ClassificationResult, class_names: list[str] | None) -> None:

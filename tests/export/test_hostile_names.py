@@ -18,8 +18,8 @@ from small_models import make_run
 
 from fastssl.beton import build_beton
 from fastssl.cli import main
+from fastssl.common.figures import plain_label, save_figure
 from fastssl.common.terminal import PlainConsole, console, pairs_table, print_line
-from fastssl.evaluation.plots import plain_label, save_figure
 from fastssl.export import export_run
 from fastssl.export.card import code, code_block, escape
 

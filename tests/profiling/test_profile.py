@@ -13,7 +13,7 @@ from profiles import example_json, example_profile, gpu_json, gpu_profile, measu
 from rich.console import Console, RenderableType
 
 from fastssl.common.errors import UserError
-from fastssl.evaluation.plots import save_figure
+from fastssl.common.figures import save_figure
 from fastssl.profiling.compare import Change, compare, compare_table, differences
 from fastssl.profiling.page import write_page
 from fastssl.profiling.plots import draw_profile

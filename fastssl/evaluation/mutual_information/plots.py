@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fastssl.common.figures import save_figure
 from fastssl.evaluation.mutual_information.estimators import PairEstimates
-from fastssl.evaluation.plots import save_figure
 
 
 def draw_learning_curves(path: Path, estimates: Mapping[str, PairEstimates]) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.metrics import roc_curve
 
+from fastssl.common.figures import plain_label, save_figure
 from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import OODSets
-from fastssl.evaluation.plots import plain_label, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,12 +9,12 @@ import torch
 
 from fastssl.beton import read_header
 from fastssl.common.errors import UserError
+from fastssl.common.figures import plain_label, save_figure
 from fastssl.evaluation.features import augmented_input, cached_features, eval_input, eval_loader
 from fastssl.evaluation.ood.detectors import OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
 from fastssl.evaluation.ood.suites import OODSets
 from fastssl.evaluation.ood.table import percent
-from fastssl.evaluation.plots import plain_label, save_figure
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.recipe import ViewsConfig
 from fastssl.views.operations import unnormalize

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastssl.beton import draw_samples, read_header
+from fastssl.common.figures import plain_label, save_figure
 from fastssl.common.files import explain_write_errors
-from fastssl.evaluation.plots import plain_label, save_figure
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
