@@ -475,9 +475,11 @@ def check_command(command: Command, root: Path, outcome: Outcome) -> list[tuple[
     outcome.codes.append(code)
     if code not in (0, 2):
         return [("exit code", f"{code}: {err[-300:]}")]
-    message = err.rstrip("\n").rpartition("fastssl: ")[2].replace(str(root), "")
+    lines = err.replace(str(root), "").splitlines()
+    labels = [line.partition(": ")[0] for line in lines[-2:]]
+    is_message = labels[-1:] == ["error"] or labels == ["error", "hint"]
     failures = []
-    if code == 2 and ("\n" in message or "fastssl: " not in err or len(message) > LONGEST_MESSAGE):
+    if code == 2 and (not is_message or max(map(len, lines[-2:])) > LONGEST_MESSAGE):
         failures.append(("message", err[-600:] or "none"))
     if raw := set(re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out + err)):
         failures.append(("message", f"control characters {sorted(raw)}: {(out + err)[:300]!r}"))

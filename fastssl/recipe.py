@@ -561,6 +561,11 @@ def _nearest(parts: list[str], keys: list[str]) -> str | None:
     return close[0] if close else None
 
 
+def recipe_keys() -> list[str]:
+    """All dotted keys of a recipe, those of every objective included."""
+    return _keys(Recipe)
+
+
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted keys of a section and of the sections in it, which are included themselves."""
     found = []

@@ -319,7 +319,7 @@ def test_a_sweep_shows_no_escape_sequences(tmp_path, fastssl, monkeypatch):
         run.dir.mkdir(parents=True)
         (run.dir / "recipe.yaml").write_text(run.recipe.to_yaml())
         (run.dir / "encoder.safetensors").touch()
-        (run.dir / "output.log").write_text(f"fastssl: {ESCAPE}\n")
+        (run.dir / "output.log").write_text(f"error: {ESCAPE}\n")
         assert last_log_line(run) == ESCAPE
     _, out, err = fastssl("sweep", path, "--dry-run")
     assert "2 runs, 2 finished" in out and r"a\x1b[2Jb" in out, err

@@ -14,8 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from fastssl.cli import data, embed, evaluate, export, setup, train
+from fastssl.cli.usage import UsageError, explain_usage_error
 from fastssl.common.errors import EXIT_INTERRUPTED, UserError, in_short, is_out_of_memory
-from fastssl.common.terminal import printable
+from fastssl.common.terminal import print_error
 
 
 class Commands(TyperGroup):
@@ -27,7 +28,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             # Caught here because typer ends without a word.
-            print("fastssl: interrupted.", file=sys.stderr)
+            print_error("interrupted")
             sys.exit(EXIT_INTERRUPTED)
 
 
@@ -52,24 +53,30 @@ app.command()(export.export)
 
 
 def main() -> NoReturn:
-    """Run the command in `sys.argv`. A UserError becomes one line on stderr, all printable, and exit code 2.
+    """Run the command in `sys.argv`. A mistake of the user becomes `error:` and `hint:` on stderr, and exit code 2.
 
-    With `--debug`, anywhere on the command line, the UserError is raised with its traceback.
+    With `--debug`, anywhere on the command line, the error is raised with its traceback.
     """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app(prog_name="fastssl")
-    except UserError as error:
+        app(prog_name="fastssl", standalone_mode=False)
+    except (UserError, UsageError) as error:
         if debug:
             raise
-        process = f" process {os.environ.get('RANK')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"fastssl{process}: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: typer has printed its help
+            sys.exit(2)
+        _end(error if isinstance(error, UserError) else explain_usage_error(error, sys.argv[1:]))
     except (MemoryError, RuntimeError, OSError) as error:
         if debug or not is_out_of_memory(error):
             raise
         fix = "end other programs, or ask for smaller batches or images"
-        print(f"fastssl: there was not enough memory ({printable(in_short(error))}): {fix}.", file=sys.stderr)
-        sys.exit(2)
+        _end(UserError(f"there was not enough memory ({in_short(error)})", hint=fix))
     sys.exit()
+
+
+def _end(error: UserError) -> NoReturn:
+    """Print the error, of which of several processes it is, and end with exit code 2."""
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    print_error(error.message, error.hint, label="error" if rank is None else f"error (rank {rank})")
+    sys.exit(2)

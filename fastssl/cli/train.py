@@ -90,7 +90,7 @@ def profile(
 ) -> None:
     """Find the bottleneck of a run and what to change. Trains for about a minute and discards the result."""
     from fastssl import profiling
-    from fastssl.common.terminal import console, print_line
+    from fastssl.common.terminal import console, print_error, print_line
 
     screen = console()
     if compare:
@@ -119,5 +119,5 @@ def profile(
         screen.print(profiling.plan_table(profiling.plan_training(measured, settings, machine)))
     if below := profiling.failed_thresholds(measured, thresholds):
         for line in below:
-            print(f"fastssl: {line}", file=sys.stderr)
+            print_error(line)
         sys.exit(1)

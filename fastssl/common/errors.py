@@ -8,7 +8,23 @@ EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Commands print it as one sentence without a traceback; exit code 2."""
+    """A mistake that the user can fix. Commands print `error: MESSAGE` and `hint: HINT`, no traceback; exit code 2.
+
+    `str(error)` is one sentence, "MESSAGE: HINT.".
+
+    Args:
+        message: what is wrong, with the file, key or option. No period at its end.
+        hint: what to do, in the imperative; or "did you mean X?".
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = _without_period(message)
+        self.hint = None if hint is None else _without_period(hint)
+        super().__init__(self.message)  # pickle passes this on, and `hint` with the other attributes
+
+    def __str__(self) -> str:
+        sentence = self.message if self.hint is None else f"{self.message}: {self.hint}"
+        return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
 
 
 class Stopped(SystemExit):
@@ -56,6 +72,11 @@ def quote(value: object) -> str:
 def in_short(reason: object) -> str:
     """An error's text, or a key, on one line, for a message: at most 200 characters."""
     return _cut(" ".join(str(reason).split()))
+
+
+def _without_period(text: str) -> str:
+    """The text of another library may end in a period, and one that was cut ends in three."""
+    return text if text.endswith("...") else text.rstrip().removesuffix(".")
 
 
 def _cut(text: str) -> str:

@@ -51,6 +51,39 @@ def print_line(console: Console, message: str) -> None:
         pass  # stdout is a file on a full disk, or a pipe whose reader has ended
 
 
+def print_error(message: str, hint: str | None = None, *, label: str = "error") -> None:
+    """Print what is wrong on stderr, and on a line of its own what to do, all printable.
+
+        error: recipes/x.yaml: train.epochs must be an integer, got 'abc'
+        hint: write a whole number, such as train.epochs=100
+
+    On a terminal, labels have a color and lines are wrapped between words, never inside a path.
+    """
+    stderr = console(stderr=True)
+    lines = [_labeled(stderr, label, "bold red" if label.startswith("error") else "bold yellow", message)]
+    if hint:
+        lines.append(_labeled(stderr, "hint", "bold cyan", hint))
+    try:
+        # One call for both lines, so that several processes do not mix theirs.
+        stderr.print(Text("\n").join(lines), soft_wrap=True)
+    except OSError:
+        pass  # stderr is a file on a full disk, or a pipe whose reader has ended
+
+
+def _labeled(console: Console, label: str, style: str, message: str) -> Text:
+    start = f"{label}: "
+    text = start + printable(message)
+    if console.is_terminal:
+        indent = " " * len(start)
+        text = textwrap.fill(
+            text[len(start) :], console.width, initial_indent=start, subsequent_indent=indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    result = Text(text)
+    result.stylize(style, 0, len(label) + 1)
+    return result
+
+
 def printable(text: str) -> str:
     """Replace control characters and broken UTF-8 by escapes, so that a name cannot command the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

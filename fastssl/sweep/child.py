@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastssl.common.errors import EXIT_REQUEUE, UserError
 from fastssl.common.files import open_regular, try_lock
-from fastssl.common.terminal import printable
+from fastssl.common.terminal import print_error
 from fastssl.evaluation.probe import probe_from_recipe
 from fastssl.recipe import Recipe
 from fastssl.training import train
@@ -44,7 +44,7 @@ def run_child(recipe: Recipe, parent: int) -> None:
     try:
         train(recipe, resume="auto", probe=probe_from_recipe(recipe))
     except UserError as error:
-        print(f"fastssl: {printable(str(error))}", file=sys.stderr)
+        print_error(error.message, error.hint)
         sys.exit(EXIT_BUSY if isinstance(error, RunDirBusy) else EXIT_USER_ERROR)
 
 

@@ -119,7 +119,11 @@ def last_knn(run: SweepRun) -> float | None:
 def last_log_line(run: SweepRun) -> str:
     """The last line that the run has printed: its error, if it failed."""
     lines = [line.strip() for line in _tail(log_path(run)) if line.strip()]
-    return lines[-1].removeprefix("fastssl: ") if lines else "it printed nothing"
+    if not lines:
+        return "it printed nothing"
+    if lines[-1].startswith("hint: ") and len(lines) > 1:
+        return f"{lines[-2].removeprefix('error: ')}: {lines[-1].removeprefix('hint: ')}"
+    return lines[-1].removeprefix("error: ")
 
 
 def _tail(path: Path) -> list[str]:

@@ -65,10 +65,11 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         (["recipes", "show", "recipes/nothing.yaml"], "recipes/"),
     ],
 )
-def test_a_mistake_is_reported_in_one_sentence_with_exit_code_2(fastssl, arguments, message, tmp_path, monkeypatch):
+def test_a_mistake_is_reported_without_traceback_with_exit_code_2(fastssl, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = fastssl(*arguments)
-    assert code == 2 and message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert code == 2 and message in err and err.startswith("error: ") and "Traceback" not in err
+    assert [line.partition(": ")[0] for line in err.splitlines()] in (["error"], ["error", "hint"])
 
 
 def test_debug_shows_the_traceback(monkeypatch):
@@ -101,9 +102,9 @@ def test_help_starts_without_torch():
 def test_a_mistake_among_several_processes_names_the_process(fastssl, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = fastssl("train", "recipes/barlow.yaml", "train.epoch=1")
-    assert code == 2 and err.startswith("fastssl process None:") and "Traceback" not in err  # RANK is not set
+    assert code == 2 and err.startswith("error: ") and "Traceback" not in err  # RANK is not set
     monkeypatch.setenv("RANK", "1")
-    assert fastssl("train", "recipes/barlow.yaml", "train.epoch=1")[2].startswith("fastssl process 1: ")
+    assert fastssl("train", "recipes/barlow.yaml", "train.epoch=1")[2].startswith("error (rank 1): ")
 
 
 def test_ctrl_c_ends_in_one_line_and_exit_code_130(fastssl, monkeypatch):
@@ -111,11 +112,44 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130(fastssl, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastssl.doctor.main", interrupted)
-    assert fastssl("doctor") == (130, "", "fastssl: interrupted.\n")
+    assert fastssl("doctor") == (130, "", "error: interrupted\n")
 
 
 def test_wrong_usage_ends_in_exit_code_2_and_help_in_0(fastssl):
     code, _, err = fastssl("eval", "knn", "run", "--neighbors", 3)
-    assert code == 2 and "No such option: --neighbors" in err
+    assert code == 2 and err.startswith("error: fastssl eval knn has no option --neighbors\nhint: ")
     code, out, _ = fastssl("sweep", "--help")
     assert code == 0 and "KEY=VALUE" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, error, hint",
+    [
+        ("train x.yaml --epochs 3", "fastssl train has no option --epochs", "write train.epochs=3; keys of"),
+        ("train --epochs=3 x.yaml", "fastssl train has no option --epochs", "write train.epochs=3; keys of"),
+        ("profile --lr", "fastssl profile has no option --lr", "write optim.lr=VALUE; keys of"),
+        ("sweep --train.batch_size 8", "fastssl sweep has no option --train.batch_size", "write train.batch_size=8;"),
+        ("sweep --batch-size 8", "fastssl sweep has no option --batch-size", "write train.batch_size=8;"),
+        ("eval semisup run --epochs 3", "fastssl eval semisup has no option --epochs", "write train.epochs=3 after"),
+        ("train --resum run", "fastssl train has no option --resum", "did you mean --resume?"),
+        ("train --epoch 3", "fastssl train has no option --epoch", "did you mean train.epochs=VALUE"),
+        ("inspect --foo", "fastssl inspect has no option --foo", "`fastssl inspect --help` lists the options"),
+        ("trian x.yaml", "fastssl has no command 'trian'", "did you mean fastssl train"),
+        ("eval knnn run", "fastssl eval has no command 'knnn'", "did you mean fastssl eval knn"),
+        ("eval \x1b run", "fastssl eval has no command '\\x1b'", "`fastssl eval --help` shows"),
+        ("inspect", "fastssl inspect needs FILE", "`fastssl inspect --help` shows"),
+        ("build-beton --quality x", "--quality must be an integer, got 'x'", "`fastssl build-beton --help`"),
+        ("build-beton --quality 101", "--quality must be 100 or less, got '101'", "`fastssl build-beton --help`"),
+        ("build-beton --codec png", "--codec must be jpeg or bc4, got 'png'", "`fastssl build-beton --help`"),
+        ("eval knn run --k", "fastssl eval knn: option '--k' requires", "`fastssl eval knn --help`"),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_cannot_be_parsed(fastssl, arguments, error, hint):
+    code, out, err = fastssl(*arguments.split(" "))
+    first, second = err.splitlines()
+    assert (code, out) == (2, "") and first.startswith(f"error: {error}") and second.startswith(f"hint: {hint}")
+
+
+def test_a_group_without_command_shows_its_help(fastssl):
+    code, out, err = fastssl("eval")
+    assert code == 2 and "semisup" in out + err and "error:" not in err

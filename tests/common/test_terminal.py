@@ -1,11 +1,12 @@
 """Output without a terminal: plain lines of progress, tables, and text that a terminal must not take for commands."""
 
 import io
+import re
 
 import pytest
 
 from fastssl.common import terminal
-from fastssl.common.terminal import console, pairs_table, print_line, printable, progress, time_in_words
+from fastssl.common.terminal import console, pairs_table, print_error, print_line, printable, progress, time_in_words
 
 
 def test_progress_prints_plain_lines_without_a_terminal(capsys, monkeypatch):
@@ -64,6 +65,47 @@ def test_a_line_that_cannot_be_written_is_no_error():
     full = console()
     full.file = FullDisk()
     print_line(full, "a line")
+
+
+def test_an_error_in_a_file_is_one_plain_line_and_its_hint_another(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    print_error("[bold]" + " words" * 30 + "\x1b[2J\nnext", "do" + " this" * 30)
+    print_error("no hint", label="error (rank 3)")
+    assert capsys.readouterr().err.splitlines() == [
+        "error: [bold]" + " words" * 30 + r"\x1b[2J\nnext", "hint: do" + " this" * 30, "error (rank 3): no hint",
+    ]  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_an_error_on_a_terminal_is_wrapped_between_words(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    path = "/a-long/" + "folder-name/" * 20 + "x.beton"
+    print_error(f"{path} is missing " + "and so on " * 20, "make it")
+    with monkeypatch.context() as patch:
+        patch.setenv("NO_COLOR", "1")
+        print_error("no", "colors")
+    text = terminal.sys.stderr.getvalue()
+    assert "\x1b[1;31merror:\x1b[0m " in text and "\x1b[1;36mhint:\x1b[0m make it\n" in text
+    assert path in text  # never inside a path
+    assert "31m" not in text.rpartition("make it")[2] and "36m" not in text.rpartition("make it")[2]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert max(len(line) for line in plain if path not in line) <= width and len(plain) > 4
+
+
+def test_an_error_that_cannot_be_written_is_no_error(monkeypatch):
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", FullDisk())
+    print_error("a line", "a hint")
 
 
 def test_printable():

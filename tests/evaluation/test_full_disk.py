@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence(canvas, tmp_path, name):
         left = [path for path in after if path.name.startswith((".", "tmp")) and path.name != ".lock"]
         assert not left, (limit, left)
         if code:
-            sentences = [line for line in err.splitlines() if line.startswith("fastssl: ")]
+            sentences = [line for line in err.splitlines() if line.startswith("error: ")]
             assert code == 2 and len(sentences) == 1 and "Traceback" not in err, (limit, code, err)
             assert "cannot be written" in err, (limit, err)
         for path in after:

@@ -477,4 +477,4 @@ def test_the_command(canvas, others, tmp_path, monkeypatch, capsys):
     whole = (folder / "eval" / "ood-far-noise.txt").read_text()
     assert "knn_cosine" in whole and "FPR95" in whole and max(map(len, whole.splitlines())) <= 160
     code, said = run("--far", noise, "--suite", "cifar10")
-    assert code == 2 and said.err.startswith("fastssl: --suite names its own sets")
+    assert code == 2 and said.err.startswith("error: --suite names its own sets")

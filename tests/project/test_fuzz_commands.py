@@ -79,11 +79,11 @@ def fail():
 
 FAULTS = {
     "traceback": fail,
-    "exit code": end(1, "fastssl: something"),
-    "message": end(2, "fastssl: two\nlines"),
-    "message, escape sequence": end(2, "fastssl: \x1b[2J"),
+    "exit code": end(1, "error: something"),
+    "message": end(2, "error: two\nlines"),
+    "message, escape sequence": end(2, "error: \x1b[2J"),
     "message, none": end(2),
-    "message, too long": end(2, "fastssl: " + "x" * 2000),
+    "message, too long": end(2, "error: " + "x" * 2000),
     "touched": change("../outside/precious.txt"),
     "touched, removed": change("../outside/folder/last.pt", Path.unlink),
     "touched, new": change("../outside/new"),
@@ -100,7 +100,9 @@ def test_the_fuzz_finds(fault, fuzz_commands, base, tmp_path, monkeypatch):
 
 def test_the_fuzz_finds_nothing_where_nothing_is_wrong(fuzz_commands, base, tmp_path, monkeypatch):
     assert run_with(monkeypatch, fuzz_commands, base, tmp_path, end(0)) == []
-    assert run_with(monkeypatch, fuzz_commands, base, tmp_path / "two", end(2, "fastssl: x is missing.")) == []
+    assert (
+        run_with(monkeypatch, fuzz_commands, base, tmp_path / "two", end(2, "error: x is missing\nhint: make it")) == []
+    )
 
 
 def ends_itself(connection, base):

@@ -446,11 +446,14 @@ def test_slurm_gets_the_options_and_every_run_only_once(write_sweep, slurm_comma
 
     (slurm_commands / "queue").write_text("17_1\n")
     runs[0].dir.mkdir(parents=True)
-    log_path(runs[0]).write_text("step 3\nfastssl: The disk is full.\n")
+    log_path(runs[0]).write_text("step 3\nerror: The disk is full\nhint: free some space\n")
     submit_to_slurm(sweep, runs, **options)
     out = capsys.readouterr().out
     assert "2 were queued or running already, 3 are submitted now" in out
-    assert "17_0  barlow/seed=1  (its previous job ended with: The disk is full.)\n17_0  barlow/seed=2\n" in out
+    assert (
+        "17_0  barlow/seed=1  (its previous job ended with: The disk is full: free some space)\n17_0  barlow/seed=2\n"
+        in out
+    )
     assert "#SBATCH --array=0-1%2\n" in (slurm_commands / "script").read_text()
 
     (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")

@@ -151,7 +151,7 @@ def test_models_of_others_are_not_built_if_they_are_too_large(finished, tmp_path
         with pytest.raises(UserError, match=f"{file.name}: The weights of this model take .* GB, and 8.0 GB"):
             load_encoder(file) if file.name == "tall.safetensors" else load_model(file)
         code, _, err = fastssl("export", file, "--format", "timm", "--out", tmp_path / "out")
-        assert code == 2 and err.count("\n") == 1, err
+        assert code == 2 and err.count("\nhint: ") <= 1, err
     assert isinstance(load_model(finished), torch.nn.Module)  # a small one is built
 
 
@@ -197,7 +197,7 @@ def test_a_lack_of_memory_is_one_sentence_and_the_run_goes_on_later(canvas, tmp_
         patch.setattr(owner, name, fails)
         code, out, err = fastssl("train", "recipes/barlow.yaml", *overrides)
     assert code == 2, out + err
-    assert err.startswith("fastssl: There was not enough memory (") and err.count("\n") == 1
+    assert err.startswith("error: There was not enough memory (") and err.count("\nhint: ") <= 1
     for key in ("train.batch_size=16", "views.size=32", "embedding.chunk=1", "train.accumulate=1"):
         assert key in err
     assert (f"--resume {run} continues" in err) == (place != "model")
@@ -250,7 +250,7 @@ def test_memory_that_is_really_full_ends_a_run_in_order(canvas, tmp_path, fastss
     process.join(PATIENCE)
     lines = output.read_text().splitlines()
     assert process.exitcode == 2, lines
-    assert lines[-1].startswith("fastssl: There was not enough memory ("), lines
+    assert any(line.startswith("error: There was not enough memory (") for line in lines[-2:]), lines
     if find_checkpoints(run):
         code, out, err = fastssl("train", "--resume", run)
         assert code == 0, err
@@ -271,7 +271,7 @@ def test_a_lack_of_memory_is_never_a_damaged_file(finished, tmp_path, monkeypatc
             for command in (["train", "--resume", finished, "train.epochs=2"], ["eval", "knn", finished],
                             ["export", finished, "--format", "timm", "--out", tmp_path / "out"]):  # fmt: skip
                 code, _, err = fastssl(*command)
-                assert code == 2 and "here was not enough memory (" in err and err.count("\n") == 1, err
+                assert code == 2 and "here was not enough memory (" in err and err.count("\nhint: ") <= 1, err
                 assert "half-written" not in err and "damaged" not in err and "does not fit" not in err
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
 
@@ -302,5 +302,5 @@ def test_a_profile_for_which_there_is_not_enough_memory_is_one_sentence(canvas, 
     monkeypatch.setattr(profiler.Profiler, "measure", fails)
     monkeypatch.setattr(profiler, "OTHERS_SECONDS", 0.01)
     code, _, err = fastssl("profile", "recipes/barlow.yaml", *small(canvas, tmp_path / "run"))
-    assert code == 2 and err.startswith("fastssl: There was not enough memory (CUDA out of memory.")
+    assert code == 2 and err.startswith("error: There was not enough memory (CUDA out of memory.")
     assert "train.batch_size=16" in err and "--resume" not in err and not (tmp_path / "run").exists()
