@@ -8,21 +8,28 @@ import what they need when they run: `fastssl --help` is fast, and `fastssl doct
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
+from fastssl import __version__
 from fastssl.cli import data, embed, evaluate, export, setup, train
+from fastssl.cli.help import Command, Group
 from fastssl.cli.usage import UsageError, explain_usage_error
 from fastssl.common.errors import EXIT_INTERRUPTED, UserError, in_short, is_out_of_memory
 from fastssl.common.terminal import print_error
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """All commands of `fastssl`, with a message after Ctrl-C."""
 
     # Any: typer does not export the type of its base class's argument.
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Put eval, which typer lists last as a group, where it is used: before embed and export."""
+        names = [name for name in super().list_commands(ctx) if name != "eval"]
+        names.insert(names.index("embed"), "eval")
+        return names
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -35,21 +42,42 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     help="Self-supervised image encoders with per-image uncertainty, trained at the speed of your hardware.",
+    epilog="`fastssl COMMAND -h` shows the options of a command and examples.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(setup.doctor)
-app.command()(setup.demo)
-app.add_typer(setup.recipes, name="recipes")
-app.command()(data.build_beton)
-app.command()(data.inspect)
-app.command()(train.train)
-app.command()(train.sweep)
-app.command()(train.profile)
-app.command()(embed.embed)
-app.add_typer(evaluate.app, name="eval")
-app.command()(export.export)
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"fastssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options without a command."""
+
+
+# In the order of use, as in the help.
+START, DATA, TRAINING, RESULTS = "Getting started", "Images", "Training", "Trained models"
+app.command(cls=Command, rich_help_panel=START)(setup.doctor)
+app.command(cls=Command, rich_help_panel=START)(setup.demo)
+app.add_typer(setup.recipes, name="recipes", rich_help_panel=START)
+app.command(cls=Command, rich_help_panel=DATA)(data.build_beton)
+app.command(cls=Command, rich_help_panel=DATA)(data.inspect)
+app.command(cls=Command, rich_help_panel=TRAINING)(train.train)
+app.command(cls=Command, rich_help_panel=TRAINING)(train.profile)
+app.command(cls=Command, rich_help_panel=TRAINING)(train.sweep)
+app.add_typer(evaluate.app, name="eval", rich_help_panel=RESULTS)
+app.command(cls=Command, rich_help_panel=RESULTS)(embed.embed)
+app.command(cls=Command, rich_help_panel=RESULTS)(export.export)
 
 
 def main() -> NoReturn:

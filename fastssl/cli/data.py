@@ -12,41 +12,98 @@ if TYPE_CHECKING:
     from fastssl.beton import BuildEstimate
 
 
+STORAGE_PANEL = "How images are stored"
+BAD_IMAGES_PANEL = "Bad images, which are skipped"
+
+
 def build_beton(
-    builder: Annotated[str | None, Argument(help="imagefolder, imagenet, cifar10, ...: see --list")] = None,
-    out: Annotated[Path | None, Option(help="folder for train.beton, val.beton, ...")] = None,
-    source: Annotated[Path | None, Option(help="folder or archive of the images")] = None,
-    canvas: Annotated[int | None, Option(help="store squares of this side (default: the builder's)")] = None,
-    max_side: Annotated[int | None, Option(help="store whole images of at most this side")] = None,
+    builder: Annotated[
+        str | None, Argument(metavar="BUILDER", help="What the images are, such as imagefolder or cifar10: see --list.")
+    ] = None,
+    source: Annotated[Path | None, Option(help="Folder or archive of the images.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write train.beton, val.beton, ... to.")] = None,
+    download: Annotated[bool, Option("--download", help="Download the data set to --source first.")] = False,
+    limit: Annotated[
+        int | None, Option(metavar="N", help="Use at most this many images of each split.", show_default="all")
+    ] = None,
+    workers: Annotated[int | None, Option(metavar="N", help="Number of processes.", show_default="all cores")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Estimate sizes and time, and write nothing.")] = False,
+    list_: Annotated[bool, Option("--list", help="List the builders.")] = False,
+    canvas: Annotated[
+        int | None,
+        Option(
+            metavar="PX", help="Resize each image to a square of this side.", show_default="the builder's",
+            rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = None,
+    max_side: Annotated[
+        int | None,
+        Option(
+            metavar="PX", help="Keep whole images in place of squares, shrunk to this side if larger.",
+            rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = None,
     codec: Annotated[
         Literal["jpeg", "bc4"] | None,
-        Option(help="of a canvas: bc4 needs no decoding, jpeg less disk (default: bc4, up to 64 px pixels)"),
+        Option(
+            help="Compression of the squares: bc4 loads fastest, jpeg takes less disk.",
+            show_default="none up to 64 px, else bc4", rich_help_panel=STORAGE_PANEL,
+        ),
     ] = None,
     quality: Annotated[
-        int | None, Option(min=1, max=100, help="quality of the JPEGs that are encoded here (default: 90)")
+        int | None,
+        Option(
+            min=1, max=100, metavar="N", help="Quality of the JPEGs that the build encodes.", show_default="90",
+            rich_help_panel=STORAGE_PANEL,
+        ),
     ] = None,
-    order: Annotated[Literal["shuffle", "source"], Option(help="order of the samples in the file")] = "shuffle",
-    workers: Annotated[int | None, Option(help="number of processes (default: all cores)")] = None,
-    limit: Annotated[int | None, Option(help="use at most this many images of each split")] = None,
-    strict: Annotated[bool, Option("--strict", help="stop at the first bad image")] = False,
-    allow_bad: Annotated[
-        str | None, Option(metavar="N%", help="share of bad images that is no error (default: 1%, or 10 images)")
-    ] = None,
-    download: Annotated[bool, Option("--download", help="download the data set to --source first")] = False,
-    range_: Annotated[
-        str, Option("--range", help="values that become 0 and 255 of more than 8 bits: auto, full or LOW,HIGH")
-    ] = "full",
-    max_megapixels: Annotated[int, Option(min=1, help="larger images are bad")] = 179,
-    channels: Annotated[
-        int, Option(min=1, help="channels of the images: 1 is gray, others of TIFF stacks and .npy files")
-    ] = 3,
+    order: Annotated[
+        Literal["shuffle", "source"], Option(help="Order of the images in the file.", rich_help_panel=STORAGE_PANEL)
+    ] = "shuffle",
     splits: Annotated[
-        Literal["auto", "none"], Option(help="auto: folders and files named train, val, test are splits; none: never")
+        Literal["auto", "none"],
+        Option(
+            help="auto: folders and files called train, val or test are splits; none: all images are for training.",
+            rich_help_panel=STORAGE_PANEL,
+        ),
     ] = "auto",
-    dry_run: Annotated[bool, Option("--dry-run", help="only estimate sizes and time")] = False,
-    list_: Annotated[bool, Option("--list", help="list the builders")] = False,
-) -> None:
-    """Convert images to FFCV's .beton files. The same command resumes a build that was stopped."""
+    channels: Annotated[
+        int,
+        Option(
+            min=1, metavar="N", help="3: RGB; 1: gray; other numbers: TIFF stacks and .npy files.",
+            rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = 3,
+    range_: Annotated[
+        str,
+        Option(
+            "--range", metavar="RANGE",
+            help="Of images with more than 8 bits: the values that become 0 and 255, as LOW,HIGH; full: 0 and 65535; "
+            "auto: by each image's values.",
+            rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = "full",
+    strict: Annotated[
+        bool, Option("--strict", help="Stop at the first bad image.", rich_help_panel=BAD_IMAGES_PANEL)
+    ] = False,
+    allow_bad: Annotated[
+        str | None,
+        Option(
+            metavar="N%", help="Share of bad images above which the exit code is 1.", show_default="1%, or 10 images",
+            rich_help_panel=BAD_IMAGES_PANEL,
+        ),
+    ] = None,
+    max_megapixels: Annotated[
+        int, Option(min=1, metavar="N", help="Larger images are bad.", rich_help_panel=BAD_IMAGES_PANEL)
+    ] = 179,
+) -> None:  # fmt: skip
+    """Convert images to .beton files. The same command resumes a build that was stopped.
+
+    Examples:
+      fastssl build-beton imagefolder --source photos --out data/photos
+      fastssl build-beton cifar10 --source downloads --out data/cifar10 --download
+      fastssl build-beton imagenet --source ILSVRC --out data/imagenet --dry-run
+    """
     from fastssl import beton
     from fastssl.beton.ranges import parse_range
     from fastssl.common.terminal import printable
@@ -143,14 +200,27 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
 
 
 def inspect(
-    file: Annotated[Path, Argument(help="a .beton file")],
-    verify: Annotated[bool, Option("--verify", help="decode every image and check its checksum")] = False,
-    sheet: Annotated[Path | None, Option(help="PNG to write, with random samples")] = None,
-    subset: Annotated[Path | None, Option(help="count the images of a list (names or indices, one per line)")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="show the memory that such batches take")] = None,
-    workers: Annotated[int | None, Option(help="number of processes for --verify (default: all cores)")] = None,
+    file: Annotated[Path, Argument(metavar="FILE.beton", help="A file that build-beton or FFCV has written.")],
+    verify: Annotated[bool, Option("--verify", help="Decode every image and check its checksum.")] = False,
+    workers: Annotated[
+        int | None, Option(metavar="N", help="Number of processes for --verify.", show_default="all cores")
+    ] = None,
+    sheet: Annotated[Path | None, Option(metavar="FILE.png", help="Draw random images to this file.")] = None,
+    subset: Annotated[
+        Path | None,
+        Option(metavar="FILE.txt", help="Count the images of this list, which has a name or an index per line."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, Option(min=1, metavar="N", help="Show the memory that loading such batches takes.")
+    ] = None,
 ) -> None:
-    """Show the contents of a .beton file, and check them."""
+    """Show what a .beton file holds, and check it.
+
+    Examples:
+      fastssl inspect data/photos/train.beton
+      fastssl inspect data/photos/train.beton --sheet photos.png
+      fastssl inspect data/photos/train.beton --verify
+    """
     from fastssl import beton
     from fastssl.common.terminal import console, pairs_table
 

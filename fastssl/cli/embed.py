@@ -10,20 +10,38 @@ BAD_NAMES = 3  # bad images that are named on the screen
 
 
 def embed(
-    run: Annotated[Path, Argument(help="run directory, checkpoint file, or .safetensors of an export with --sigma")],
-    images: Annotated[Path, Argument(help="folder of images, text file with one path per line, or .beton")],
-    out: Annotated[Path, Option(help="file to write: .npz, .csv or .parquet")],
+    run: Annotated[
+        Path,
+        Argument(metavar="RUN", help="Run directory, checkpoint, or .safetensors file of `export --sigma`."),
+    ],
+    images: Annotated[
+        Path, Argument(metavar="IMAGES", help="Folder of images, .beton file, or text file with one path per line.")
+    ],
+    out: Annotated[Path, Option(metavar="FILE", help="File to write, by its name .npz, .csv or .parquet.")],
     score: Annotated[
-        str | None, Option(metavar="DETECTOR", help="add an OOD score, such as knn_cosine (docs/ood.md has all)")
+        str | None,
+        Option(metavar="DETECTOR", help="Add an OOD score, such as knn_cosine. docs/ood.md has all."),
     ] = None,
-    fit: Annotated[Path | None, Option(help=".beton to fit the score on (default: the run's data.train)")] = None,
+    fit: Annotated[
+        Path | None,
+        Option(metavar="FILE.beton", help="Training images of --score.", show_default="data.train of the run"),
+    ] = None,
     view: Annotated[
-        Literal["squash", "center"] | None, Option(help="transform (default: the run's views.eval)")
+        Literal["squash", "center"] | None,
+        Option(help="Resize to a square, or crop the center.", show_default="views.eval of the run"),
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: a GPU if there is one")] = "auto",
-    workers: Annotated[int | None, Option(help="processes that convert image files (default: all cores)")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: a GPU if there is one.")] = "auto",
+    workers: Annotated[
+        int | None, Option(metavar="N", help="Processes that read image files.", show_default="all cores")
+    ] = None,
 ) -> None:
-    """Write names, h, mu, sigma and an OOD score of images to one file. Bad images are listed, not fatal."""
+    """Write names and embeddings of images to one file. Bad images are listed, and the others are embedded.
+
+    Examples:
+      fastssl embed runs/demo photos --out photos.npz
+      fastssl embed runs/demo data/mnist5k/val.beton --out digits.csv
+      fastssl embed runs/demo photos --out photos.npz --score knn_cosine
+    """
     # Before torch is imported: threads of the encoder that wait for each other must leave the cores to the processes
     # that convert images. With 2 cores for both, 4,000 images of 32 px took 15 s of CPU time in place of 25.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

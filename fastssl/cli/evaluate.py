@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
 
 from typer import Argument, Option, Typer
 
+from fastssl.cli.help import WEIGHTS_PANEL, Command, Group
 from fastssl.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,40 +19,96 @@ TEMPERATURES = [0.07, 0.1]
 
 Result = TypeVar("Result", bound="EvaluationResult")
 
-app = Typer(help="Measure a trained run.", no_args_is_help=True)
+app = Typer(cls=Group, help="Evaluate trained runs: accuracy, OOD detection, uncertainty.", no_args_is_help=True)
 
 # Options that several commands share.
 Runs = Annotated[
-    list[Path] | None, Argument(help="run directories or checkpoints in them; of several, mean and sd are shown")
+    list[Path] | None,
+    Argument(metavar="RUN", help="Run directories or checkpoints. Of several, mean and standard deviation are shown."),
 ]
-TrainData = Annotated[Path | None, Option("--train", help=".beton to fit on (default: the run's data.train)")]
-ValData = Annotated[Path | None, Option("--val", help=".beton to test on (default: the run's data.val)")]
-Weights = Annotated[Path | None, Option(help="in place of runs: a file of weights, of a --backbone")]
-Backbone = Annotated[str | None, Option(help="of --weights: timm's name, such as vit_small_patch16_224")]
-Stem = Annotated[Literal["imagenet", "small"] | None, Option(help="of --weights (default: imagenet)")]
-Size = Annotated[int | None, Option(min=8, help="of images for --weights, in px (default: the backbone's)")]
-OutDir = Annotated[Path | None, Option(help="for results of --weights (default: NAME_eval, next to the file)")]
-Untrained = Annotated[bool, Option("--untrained", help="use the run's initial weights")]
-View = Annotated[Literal["squash", "center"] | None, Option(help="transform (default: the run's views.eval)")]
-Draws = Annotated[int | None, Option(min=0, help="stochastic h: draws to average (0: use mu; default: as published)")]
-DType = Annotated[Literal["float32", "float16"], Option(help="data type of the cached features")]
-Protocol = Annotated[Literal["sweep", "reference", "lbfgs"], Option(help="linear classifier (reference: as published)")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: a GPU if there is one")]
-Seed = Annotated[int, Option(min=0, help="seed of every random choice of the evaluation")]
-Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="fine-tuning recipe key; repeatable")]
-Out = Annotated[Path | None, Option(help="JSON file for mean and standard deviation over the runs")]
+TrainData = Annotated[
+    Path | None,
+    Option("--train", metavar="FILE.beton", help="Images to fit on.", show_default="data.train of the run"),
+]
+ValData = Annotated[
+    Path | None,
+    Option("--val", metavar="FILE.beton", help="Images to test on.", show_default="data.val of the run"),
+]
+Untrained = Annotated[bool, Option("--untrained", help="Evaluate the weights that the run started from.")]
+VIEW = "Evaluation transform: resize to a square, or crop the center."
+View = Annotated[Literal["squash", "center"] | None, Option(help=VIEW, show_default="views.eval of the run")]
+FinetuneView = Annotated[
+    Literal["squash", "center"] | None, Option(help=VIEW, show_default="center above 64 px, as published")
+]
+Draws = Annotated[
+    int | None,
+    Option(
+        min=0, metavar="N", help="Of a stochastic h: draws to average; 0: use mu.",
+        show_default="0, or embedding.samples with --protocol reference",
+    ),
+]  # fmt: skip
+DType = Annotated[Literal["float32", "float16"], Option(help="Data type of the cached features.")]
+Protocol = Annotated[
+    Literal["sweep", "reference", "lbfgs"],
+    Option(
+        help="Linear classifier. sweep: SGD, learning rate and weight decay chosen on training images; lbfgs: logistic "
+        "regression; reference: as published."
+    ),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option(help="auto: a GPU if there is one.")]
+Seed = Annotated[int, Option(min=0, metavar="N", help="Seed of every random choice of the evaluation.")]
+Settings = Annotated[
+    list[str] | None,
+    Option(
+        "--set", metavar="KEY=VALUE", help="Recipe key of the fine-tuning, such as train.epochs=10. May be repeated."
+    ),
+]
+Out = Annotated[
+    Path | None, Option(metavar="FILE.json", help="Write mean and standard deviation over the runs to this file.")
+]
+Weights = Annotated[
+    Path | None, Option(metavar="FILE", help="A file of weights; needs --backbone.", rich_help_panel=WEIGHTS_PANEL)
+]
+Backbone = Annotated[
+    str | None,
+    Option(metavar="NAME", help="timm's name, such as vit_small_patch16_224.", rich_help_panel=WEIGHTS_PANEL),
+]
+Stem = Annotated[
+    Literal["imagenet", "small"] | None,
+    Option(help="small: 3x3 convolution and no max-pool.", show_default="imagenet", rich_help_panel=WEIGHTS_PANEL),
+]
+Size = Annotated[
+    int | None,
+    Option(
+        min=8, metavar="PX", help="Side of the images.", show_default="the backbone's", rich_help_panel=WEIGHTS_PANEL
+    ),
+]
+OutDir = Annotated[
+    Path | None,
+    Option(
+        metavar="DIR", help="Folder of the results.", show_default="NAME_eval, next to the file",
+        rich_help_panel=WEIGHTS_PANEL,
+    ),
+]  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Command)
 def knn(
     runs: Runs = None,
     train: TrainData = None,
     val: ValData = None,
     k: Annotated[
-        list[int] | None, Option(help="number of neighbors; repeatable (default: 20 and 200, or all images)")
+        list[int] | None,
+        Option(
+            metavar="N",
+            help="Number of neighbors. May be repeated.",
+            show_default="20 and 200, or as many as there are images",
+        ),
     ] = None,
-    temperature: Annotated[list[float], Option(min=1e-6, help="temperature of the votes; repeatable")] = TEMPERATURES,
-    draws: Draws = 0,
+    temperature: Annotated[
+        list[float], Option(min=1e-6, metavar="T", help="Temperature of the votes. May be repeated.")
+    ] = TEMPERATURES,
+    draws: Annotated[int, Option(min=0, metavar="N", help="Of a stochastic h: draws to average; 0: use mu.")] = 0,
     untrained: Untrained = False,
     view: View = None,
     dtype: DType = "float32",
@@ -63,20 +120,28 @@ def knn(
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Accuracy of a weighted k-nearest-neighbor classifier on frozen features."""
+    """Accuracy of a weighted k-nearest-neighbor classifier on frozen features.
+
+    Examples:
+      fastssl eval knn runs/demo
+      fastssl eval knn runs/seed0 runs/seed1 runs/seed2 --k 20 --k 200
+      fastssl eval knn --weights resnet50.pth --backbone resnet50 \\
+          --train data/photos --val data/photos
+    """
     from fastssl.evaluation import evaluate_knn
 
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
-    evaluate = partial(evaluate_knn, ks=k or None, temperatures=temperature, draws=draws or 0, dtype=dtype)
+    evaluate = partial(evaluate_knn, ks=k or None, temperatures=temperature, draws=draws, dtype=dtype)
     _evaluate(evaluate, source, view, device, train, val, out)
 
 
-@app.command()
+@app.command(cls=Command)
 def linear(
     runs: Runs = None,
     protocol: Protocol = "sweep",
     schedule: Annotated[
-        Literal["imagenet", "sun397", "flowers102"], Option(help="schedule of --protocol reference")
+        Literal["imagenet", "sun397", "flowers102"],
+        Option(metavar="NAME", help="Of --protocol reference: imagenet, sun397 or flowers102."),
     ] = "imagenet",
     train: TrainData = None,
     val: ValData = None,
@@ -93,7 +158,12 @@ def linear(
     seed: Seed = 0,
     out: Out = None,
 ) -> None:
-    """Accuracy of a linear classifier on frozen features; hyperparameters are chosen on training images."""
+    """Accuracy of a linear classifier on frozen features.
+
+    Examples:
+      fastssl eval linear runs/demo
+      fastssl eval linear runs/demo --protocol reference
+    """
     from fastssl.evaluation import evaluate_linear
 
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
@@ -101,15 +171,22 @@ def linear(
     _evaluate(evaluate, source, view, device, train, val, out)
 
 
-@app.command()
+@app.command(cls=Command)
 def semisup(
     runs: Runs = None,
-    percent: Annotated[float, Option(min=0.01, max=100, help="percentage of each class's labels to use")] = 1.0,
-    list_: Annotated[Path | None, Option("--list", help="file of labeled images, a name per line, as SimCLR's")] = None,
+    percent: Annotated[
+        float, Option(min=0.01, max=100, metavar="N", help="Percentage of the labels of each class to use.")
+    ] = 1.0,
+    list_: Annotated[
+        Path | None,
+        Option(
+            "--list", metavar="FILE.txt", help="Use the images in this list, a name per line, in place of --percent."
+        ),
+    ] = None,
     train: TrainData = None,
     val: ValData = None,
     untrained: Untrained = False,
-    view: View = None,
+    view: FinetuneView = None,
     weights: Weights = None,
     backbone: Backbone = None,
     stem: Stem = None,
@@ -120,7 +197,12 @@ def semisup(
     set_: Settings = None,
     out: Out = None,
 ) -> None:
-    """Accuracy of the whole encoder, fine-tuned on few labels."""
+    """Accuracy of the whole encoder, fine-tuned on few labels.
+
+    Examples:
+      fastssl eval semisup runs/demo --percent 10
+      fastssl eval semisup runs/demo --percent 10 --set train.epochs=10
+    """
     from fastssl.evaluation import evaluate_semisup
 
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
@@ -129,17 +211,23 @@ def semisup(
     _evaluate(evaluate, source, None, device, train, val, out, train_list=list_)
 
 
-@app.command()
+@app.command(cls=Command)
 def transfer(
-    to: Annotated[list[str], Option(metavar="NAME=PATH", help="a folder of build-beton, or a .beton file; repeatable")],
+    to: Annotated[
+        list[str],
+        Option(metavar="NAME=PATH", help="A data set: a folder of build-beton, or a .beton file. May be repeated."),
+    ],
     runs: Runs = None,
     method: Annotated[
-        Literal["linear", "finetune", "both"], Option(help="train a linear classifier, or the whole encoder")
+        Literal["linear", "finetune", "both"], Option(help="Train a linear classifier, or the whole encoder.")
     ] = "linear",
     protocol: Protocol = "sweep",
     draws: Draws = None,
     untrained: Untrained = False,
-    view: View = None,
+    view: Annotated[
+        Literal["squash", "center"] | None,
+        Option(help=VIEW, show_default="views.eval of the run; fine-tuning: center above 64 px"),
+    ] = None,
     dtype: DType = "float32",
     weights: Weights = None,
     backbone: Backbone = None,
@@ -151,7 +239,13 @@ def transfer(
     set_: Settings = None,
     out: Out = None,
 ) -> None:
-    """Accuracy on other data sets, in one table."""
+    """Accuracy on other data sets, of a linear classifier or after fine-tuning.
+
+    Examples:
+      fastssl eval transfer runs/demo --to cifar10=data/cifar10
+      fastssl eval transfer runs/demo --method both \\
+          --to dtd=data/dtd --to flowers102=data/flowers102
+    """
     from fastssl.evaluation import evaluate_transfer, find_target
 
     targets = [find_target(*_name_and_path(text)) for text in to]
@@ -173,17 +267,35 @@ def transfer(
     _show(results, out)
 
 
-@app.command()
+@app.command(cls=Command)
 def ood(
     runs: Runs = None,
-    near: Annotated[list[Path] | None, Option(help=".beton of near out-of-distribution images; repeatable")] = None,
-    far: Annotated[list[Path] | None, Option(help=".beton of far out-of-distribution images; repeatable")] = None,
-    suite: Annotated[
-        Literal["cifar10", "cifar100", "imagenet"] | None, Option(help="the data sets of OpenOOD v1.5, in --root")
+    near: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE.beton", help="Images near the training images, such as other classes. May be repeated."),
     ] = None,
-    root: Annotated[Path, Option(help="for --suite: the folder with cifar100/, svhn/ and so on")] = Path("data"),
-    id_: Annotated[Path | None, Option("--id", help="in-distribution .beton (default: the run's data.val)")] = None,
-    fit: Annotated[Path | None, Option(help=".beton to fit on (default: the run's data.train)")] = None,
+    far: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE.beton", help="Images far from them, such as other kinds of images. May be repeated."),
+    ] = None,
+    suite: Annotated[
+        Literal["cifar10", "cifar100", "imagenet"] | None,
+        Option(
+            metavar="NAME",
+            help="The data sets of OpenOOD v1.5 in place of --near and --far: cifar10, cifar100 or imagenet.",
+        ),
+    ] = None,
+    root: Annotated[Path, Option(metavar="DIR", help="Of --suite: the folder with cifar100/, svhn/ and so on.")] = Path(
+        "data"
+    ),
+    id_: Annotated[
+        Path | None,
+        Option("--id", metavar="FILE.beton", help="In-distribution images.", show_default="data.val of the run"),
+    ] = None,
+    fit: Annotated[
+        Path | None,
+        Option(metavar="FILE.beton", help="Images to fit the detectors on.", show_default="data.train of the run"),
+    ] = None,
     untrained: Untrained = False,
     view: View = None,
     weights: Weights = None,
@@ -195,7 +307,13 @@ def ood(
     seed: Seed = 0,
     out: Out = None,
 ) -> None:
-    """Out-of-distribution detection: AUROC of every detector, with and without labels."""
+    """Out-of-distribution detection: AUROC of every detector, with and without labels.
+
+    Examples:
+      fastssl eval ood runs/demo --near data/mnist5k/ood.beton \\
+          --far data/mnist5k/photos.beton --far data/mnist5k/noise.beton
+      fastssl eval ood runs/cifar10_zprob_barlow --suite cifar10 --root data
+    """
     from fastssl.common.terminal import console
     from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table, save_ood_table
 
@@ -212,7 +330,7 @@ def ood(
     _show(results, out, partial(ood_table, width=console().width), ood_summary_table)
 
 
-@app.command()
+@app.command(cls=Command)
 def uncertainty(
     runs: Runs = None,
     train: TrainData = None,
@@ -229,7 +347,12 @@ def uncertainty(
     seed: Seed = 0,
     out: Out = None,
 ) -> None:
-    """Test whether sigma predicts errors of kNN and of a linear classifier, and corruptions of the images."""
+    """Test whether sigma predicts errors of a classifier, and corruptions of the images.
+
+    Examples:
+      fastssl eval uncertainty runs/demo
+      fastssl eval uncertainty runs/seed0 runs/seed1 runs/seed2 --out sigma.json
+    """
     from fastssl.evaluation import evaluate_uncertainty
 
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
@@ -237,10 +360,13 @@ def uncertainty(
     _evaluate(evaluate, source, view, device, train, val, out)
 
 
-@app.command()
+@app.command(cls=Command)
 def mi(
     runs: Runs = None,
-    data: Annotated[Path | None, Option(help=".beton to measure on (default: the run's data.val)")] = None,
+    data: Annotated[
+        Path | None,
+        Option(metavar="FILE.beton", help="Images to measure on.", show_default="data.val of the run"),
+    ] = None,
     untrained: Untrained = False,
     view: View = None,
     weights: Weights = None,
@@ -252,7 +378,12 @@ def mi(
     seed: Seed = 0,
     out: Out = None,
 ) -> None:
-    """Mutual information of image, h, z and the z of two views, in nats (docs/mutual_information.md)."""
+    """Mutual information between image, h, z and the z of two views, in nats.
+
+    Examples:
+      fastssl eval mi runs/demo
+      fastssl eval mi runs/demo --untrained
+    """
     from fastssl.beton import beton_file
     from fastssl.evaluation.mutual_information import evaluate_mi, mi_summary_table, mi_table
 

@@ -7,15 +7,24 @@ from typer import Argument, Option
 
 
 def export(
-    run: Annotated[Path, Argument(help="run directory or checkpoint file")],
+    run: Annotated[Path, Argument(metavar="RUN", help="Run directory or checkpoint.")],
     format: Annotated[
         Literal["timm", "safetensors", "onnx"],
-        Option(help="timm: for timm.create_model; safetensors: for fastssl; onnx: for any ONNX runtime"),
+        Option(help="timm: for timm.create_model; safetensors: for fastssl; onnx: for any ONNX runtime."),
     ],
-    out: Annotated[Path | None, Option(help="file to write (default: RUN/export/FORMAT/NAME)")] = None,
-    sigma: Annotated[bool, Option("--sigma", help="include the heads of mu and sigma (safetensors, onnx)")] = False,
+    out: Annotated[
+        Path | None, Option(metavar="FILE", help="File to write.", show_default="RUN/export/FORMAT/NAME")
+    ] = None,
+    sigma: Annotated[
+        bool, Option("--sigma", help="Include the heads of mu and sigma; for safetensors and onnx.")
+    ] = False,
 ) -> None:
-    """Write the trained encoder as one file for other programs, with a model card."""
+    """Write the encoder as one file for other programs, with a model card.
+
+    Examples:
+      fastssl export runs/demo --format timm
+      fastssl export runs/demo --format onnx --sigma --out encoder.onnx
+    """
     from fastssl.common.terminal import printable
     from fastssl.export import export_run
 

@@ -7,47 +7,74 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
+from fastssl.cli.help import Command, Group
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
 from fastssl.recipe import find_recipe, read_recipe_text, shipped_recipes
 
-recipes = Typer(help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
-RecipePath = Annotated[str, Argument(help="such as recipes/zprob_barlow.yaml")]
+recipes = Typer(cls=Group, help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
+RecipeName = Annotated[str, Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of `ls`.")]
 
 
 def doctor() -> None:
-    """Check what this machine has and lacks, and show the command that fixes each fault."""
+    """Check this machine, and show the command that fixes each fault.
+
+    Examples:
+      fastssl doctor
+    """
     from fastssl import doctor
 
     sys.exit(doctor.main())
 
 
-def demo(seed: Annotated[int, Option(min=0, help="Of the weights, the views and the noise.")] = 0) -> None:
-    """Train on 3,200 handwritten digits for two minutes and show what the encoder has learned."""
+def demo(
+    seed: Annotated[int, Option(min=0, metavar="N", help="Seed of the weights, the views and the noise.")] = 0,
+) -> None:
+    """Train on 3,200 handwritten digits for two minutes, and show what the encoder has learned.
+
+    Examples:
+      fastssl demo
+      fastssl demo --seed 1
+    """
     from fastssl.demo import run_demo
 
     run_demo(seed)
 
 
-@recipes.command()
+@recipes.command(cls=Command)
 def ls() -> None:
-    """List the shipped recipes."""
+    """List the recipes.
+
+    Examples:
+      fastssl recipes ls
+    """
     for path in sorted(shipped_recipes().rglob("*.yaml")):
         first_line = path.read_text().split("\n")[0].removeprefix("# ")
         print(f"recipes/{path.relative_to(shipped_recipes())!s:<36} {first_line}")
 
 
-@recipes.command()
-def show(recipe: RecipePath) -> None:
-    """Print a recipe."""
+@recipes.command(cls=Command)
+def show(recipe: RecipeName) -> None:
+    """Print a recipe, with its comments.
+
+    Examples:
+      fastssl recipes show zprob_barlow
+      fastssl recipes show cifar10/barlow
+    """
     lines = read_recipe_text(find_recipe(Path(recipe))).splitlines()
     print("\n".join(printable(line) for line in lines))
 
 
-@recipes.command()
-def copy(recipe: RecipePath, to: Annotated[Path, Argument(help="file to write, which must not exist")]) -> None:
-    """Copy a recipe to a file, to change it."""
+@recipes.command(cls=Command)
+def copy(
+    recipe: RecipeName, to: Annotated[Path, Argument(metavar="FILE", help="File to write, which must not exist.")]
+) -> None:
+    """Copy a recipe to a file of your own, to change it.
+
+    Examples:
+      fastssl recipes copy zprob_barlow mine.yaml
+    """
     text = read_recipe_text(find_recipe(Path(recipe)))
     if os.path.lexists(to):
         raise UserError(f"{to} exists already: name another file.")

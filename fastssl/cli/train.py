@@ -6,20 +6,35 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from fastssl.cli.help import SLURM_PANEL
 from fastssl.common.errors import UserError
 from fastssl.recipe import Recipe, find_recipe, load_recipe
 
-Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="recipe keys to change: train.epochs=1 ...")]
+RECIPE = "A YAML file, or the name of a recipe of `fastssl recipes ls`."
+Overrides = Annotated[
+    list[str] | None, Argument(metavar="KEY=VALUE", help="Recipe keys to change. `fastssl recipes keys` lists them.")
+]
 
 
 def train(
-    recipe: Annotated[
-        str | None, Argument(help="a YAML file; recipes/x.yaml also means the shipped one; with --resume: the run's")
-    ] = None,
+    recipe: Annotated[str | None, Argument(metavar="RECIPE", help=RECIPE)] = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, Option(help="run to resume or extend; auto: the recipe's own, if it exists")] = None,
+    resume: Annotated[
+        str | None,
+        Option(
+            metavar="RUN", help="Resume or extend this run; auto: the run in run.dir, or a new one if there is none."
+        ),
+    ] = None,
 ) -> None:
-    """Train a recipe; on several GPUs: torchrun --nproc-per-node 8 -m fastssl train RECIPE."""
+    """Train a recipe. With --resume RUN, the recipe is the run's.
+
+    Examples:
+      fastssl train demo
+      fastssl train zprob_barlow data.train=data/photos data.val=null
+      fastssl train zprob_barlow train.epochs=50 train.batch_size=512 optim.lr=5e-4
+      fastssl train --resume runs/zprob_barlow
+      torchrun --nproc-per-node 8 -m fastssl train recipes/zprob_barlow.yaml
+    """
     settings = _recipe_of(recipe, overrides or [], resume)
     from fastssl.evaluation.probe import probe_from_recipe
     from fastssl.profiling.bottleneck import explain_data_wait
@@ -45,19 +60,40 @@ def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> 
 
 
 def sweep(
-    file: Annotated[str, Argument(help="a YAML file; recipes/sweeps/x.yaml also means the shipped one")],
+    file: Annotated[
+        str, Argument(metavar="SWEEP", help="A YAML file, or the name of a sweep of `fastssl recipes ls`.")
+    ],
     overrides: Overrides = None,
-    executor: Annotated[Literal["local", "slurm"], Option(help="this machine, or a SLURM cluster")] = "local",
-    per_gpu: Annotated[int, Option(min=1, help="number of parallel runs per GPU, or on the CPU without a GPU")] = 1,
-    retries: Annotated[int, Option(min=0, help="how often a run that crashed is resumed")] = 2,
-    dry_run: Annotated[bool, Option("--dry-run", help="only list the runs and predict the hours")] = False,
-    images_per_second: Annotated[float | None, Option(min=0.1, help="throughput of one run, for --dry-run")] = None,
-    parallel: Annotated[int, Option(min=1, help="SLURM: number of parallel jobs, each with one GPU")] = 8,
-    cpus: Annotated[int, Option(min=1, help="SLURM: cores per job")] = 8,
-    time_limit: Annotated[str, Option(help="SLURM: time until a job is requeued; minutes or HH:MM")] = "24:00",
-    partition: Annotated[str | None, Option(help="SLURM: partition (default: the cluster's)")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the runs and predict the hours.")] = False,
+    images_per_second: Annotated[
+        float | None,
+        Option(min=0.1, metavar="N", help="With --dry-run: throughput of one run.", show_default="logged or measured"),
+    ] = None,
+    executor: Annotated[Literal["local", "slurm"], Option(help="This machine, or a SLURM cluster.")] = "local",
+    per_gpu: Annotated[
+        int, Option(min=1, metavar="N", help="Parallel runs per GPU, or on the CPU where there is no GPU.")
+    ] = 1,
+    retries: Annotated[int, Option(min=0, metavar="N", help="How often a run that crashed is resumed.")] = 2,
+    parallel: Annotated[
+        int, Option(min=1, metavar="N", help="Parallel jobs, each with one GPU.", rich_help_panel=SLURM_PANEL)
+    ] = 8,
+    cpus: Annotated[int, Option(min=1, metavar="N", help="Cores per job.", rich_help_panel=SLURM_PANEL)] = 8,
+    time_limit: Annotated[
+        str,
+        Option(metavar="TIME", help="Time until a job is requeued, as minutes or HH:MM.", rich_help_panel=SLURM_PANEL),
+    ] = "24:00",
+    partition: Annotated[
+        str | None,
+        Option(metavar="NAME", help="Partition.", show_default="the cluster's", rich_help_panel=SLURM_PANEL),
+    ] = None,
 ) -> None:
-    """Train every run of a sweep. The same command skips finished runs and resumes the others."""
+    """Train every run of a sweep. The same command skips finished runs and resumes the others.
+
+    Examples:
+      fastssl sweep ablation_cifar10 --dry-run
+      fastssl sweep ablation_cifar10 --per-gpu 2
+      fastssl sweep ablation_cifar10 --executor slurm --partition gpu
+    """
     from fastssl import sweep
 
     minutes = sweep.parse_time_limit(time_limit)
@@ -77,18 +113,35 @@ def sweep(
 
 
 def profile(
-    recipe: Annotated[str | None, Argument(help="a YAML file; recipes/x.yaml also means the shipped one")] = None,
+    recipe: Annotated[str | None, Argument(metavar="RECIPE", help=RECIPE)] = None,
     overrides: Overrides = None,
-    json: Annotated[Path | None, Option(help="file (page and trace next to it; default: profiles/NAME.json)")] = None,
+    json: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE.json", help="File for the figures; a page and a trace are written next to it.",
+            show_default="profiles/NAME.json, or RUN/profile.json",
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, Option(metavar="A.json B.json", help="Compare two profiles, and measure nothing.")
+    ] = None,
     plan: Annotated[
-        str | None, Option(metavar='"8xA100, 64 cores, nvme"', help="predict hours and bottleneck on a machine")
+        str | None,
+        Option(metavar="MACHINE", help="Predict hours and bottleneck on a machine, such as '8xA100, 64 cores, nvme'."),
     ] = None,
     fail_under: Annotated[
-        list[str] | None, Option(metavar="KEY=VALUE", help="exit 1 below, e.g. accelerator_utilization=0.9")
+        list[str] | None,
+        Option(metavar="KEY=VALUE", help="Exit with code 1 if a figure is lower. May be repeated."),
     ] = None,
-    compare: Annotated[tuple[Path, Path] | None, Option(metavar="A.json B.json", help="compare two profiles")] = None,
-) -> None:
-    """Find the bottleneck of a run and what to change. Trains for about a minute and discards the result."""
+) -> None:  # fmt: skip
+    """Find what limits the speed of a run, and what to change. Trains for about a minute and discards the result.
+
+    Examples:
+      fastssl profile demo
+      fastssl profile zprob_barlow data.train=data/photos train.batch_size=512
+      fastssl profile demo --plan '8xA100, 64 cores, nvme'
+      fastssl profile --compare profiles/before.json profiles/after.json
+    """
     from fastssl import profiling
     from fastssl.common.terminal import console, print_error, print_line
 

@@ -1,0 +1,38 @@
+"""How help is shown: short types of options, and examples at the end, where the prompt is."""
+
+from typing import Any
+
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+
+# Panels of the options of several commands.
+WEIGHTS_PANEL = "Weights from elsewhere, in place of runs"
+SLURM_PANEL = "With --executor slurm"
+
+
+class Command(TyperCommand):
+    """A command of `fastssl`. The lines after "Examples:" in its docstring stand at the end of its help."""
+
+    # Any: typer does not export the types of its base class's arguments.
+    def __init__(self, name: str | None, *, help: str | None = None, epilog: str | None = None, **settings: Any):
+        description, heading, examples = (help or "").partition("Examples:")
+        if heading:
+            epilog = heading + escape(examples.rstrip())
+        super().__init__(name, help=description.rstrip(), epilog=epilog, **settings)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types_of_switches(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """A group of commands, such as `fastssl eval`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types_of_switches(super().get_params(ctx))
+
+
+def _without_types_of_switches(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""  # typer would show <bool>, as if a value could follow
+    return params
