@@ -34,7 +34,8 @@ def explain_usage_error(error: Any, arguments: list[str]) -> UserError:
     if message.startswith("Missing"):
         param = error.param
         name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
-        return UserError(f"{command} needs {name}" + (f", {param.help}" if param.help else ""), hint=fix)
+        meaning = param.help[:1].lower() + param.help[1:].removesuffix(".")
+        return UserError(f"{command} needs {name}: {meaning}", hint=fix)
     return UserError(f"{command}: {message[0].lower()}{message[1:]}", hint=fix)
 
 
