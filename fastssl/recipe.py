@@ -69,61 +69,65 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: UserPath | None = None  # null: runs/NAME, or runs/NAME-2 and so on if that exists
+    dir: UserPath | None = None  # run directory; null: runs/NAME, or runs/NAME-2 and so on if that exists
 
 
 class DataConfig(Section):
     train: UserPath  # a .beton, or a folder with train.beton
     val: UserPath | None = None  # for the probe and the evaluation: a .beton, or a folder with val.beton
-    subset: UserPath | None = None  # a file that lists images by name or index: train on these only
-    limit: Count | None = None  # train on this many images (of the subset), a fixed random choice
-    crop: Literal["auto", "gpu", "cpu"] = "auto"  # auto: gpu for a canvas file, cpu for the full layout
-    order: Literal["random", "quasi_random"] = "random"  # quasi_random: for a file larger than memory
+    subset: UserPath | None = None  # a file that lists images by name or index: train on these only; null: all
+    limit: Count | None = None  # train on this many images (of the subset), always the same random ones; null: all
+    # Where crops are made. auto: on the GPU for a canvas, on the CPU for the full layout.
+    crop: Literal["auto", "gpu", "cpu"] = "auto"
+    # Order of the images in an epoch. quasi_random: for a file larger than memory, read in pieces of 8 MB.
+    order: Literal["random", "quasi_random"] = "random"
     resident: bool | Literal["auto"] = "auto"  # all images on the device; auto: if a GPU has room next to training
-    on_bad_sample: Literal["error", "skip"] = "error"  # skip: replace it by the next sample of the batch
-    workers: Threads | None = None  # that decode; null: all cores that this process may use
+    # If an image cannot be decoded. skip: use the next image of the batch in its place.
+    on_bad_sample: Literal["error", "skip"] = "error"
+    workers: Threads | None = None  # threads that decode; null: all cores that this process may use
 
 
 class JitterConfig(Section):
     """Random brightness, contrast, saturation and hue, in random order, with torchvision's strengths."""
 
-    p: Probability = 0.8
-    brightness: NonNegative = 0.4
-    contrast: NonNegative = 0.4
-    saturation: NonNegative = 0.2
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    p: Probability = 0.8  # probability of the whole operation
+    brightness: NonNegative = 0.4  # strength s: the factor is drawn from 1 - s to 1 + s
+    contrast: NonNegative = 0.4  # strength, as of brightness
+    saturation: NonNegative = 0.2  # strength, as of brightness
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # largest shift, as a share of the color circle
 
 
 class PerViewConfig(Section):
     """Operations whose probability differs between the two views (BYOL, arXiv 2006.07733, table 6)."""
 
-    blur: Probability = 0.0
-    solarize: Probability = 0.0
+    blur: Probability = 0.0  # probability of a Gaussian blur
+    solarize: Probability = 0.0  # probability of inverting all values above the middle
 
 
 class ProgressiveResizeConfig(Section):
     """Training views that start small, as FFCV's progressive resizing. Evaluation always uses views.size."""
 
-    size: Side  # of the first epochs
+    size: Side  # side of the views in the first epochs, in px
     epochs: tuple[Epochs, Epochs]  # the views grow from the first of these epochs to the second, in steps of 32 px
 
 
 class ViewsConfig(Section):
-    size: Side = 224
-    progressive_resize: ProgressiveResizeConfig | None = None
+    size: Side = 224  # side of the views, in px
+    progressive_resize: ProgressiveResizeConfig | None = None  # views that grow during training; null: one size
     scale: Range = (0.08, 1.0)  # area of the crop / area of the source image
     ratio: Range = (3 / 4, 4 / 3)  # width / height of the crop
-    flip: Probability = 0.5
+    flip: Probability = 0.5  # probability of a horizontal flip
     # The evaluation transform: the whole image squashed to a square, or resize and center crop.
     eval: Literal["squash", "center"] = "squash"
     jitter: JitterConfig = JitterConfig()
-    gray: Probability = 0.2
+    gray: Probability = 0.2  # probability of a view without color
     first: PerViewConfig = PerViewConfig(blur=1.0)
     second: PerViewConfig = PerViewConfig(blur=0.1, solarize=0.2)
-    # Of each channel in [0, 1], or one value for all channels; the defaults are ImageNet's.
+    # Mean of each channel, of values in [0, 1], or one for all channels; the defaults are ImageNet's.
     mean: PerChannel = (0.485, 0.456, 0.406)
+    # Standard deviation of each channel, or one for all channels.
     std: PerChannel = (0.229, 0.224, 0.225)
-    # On a GPU. auto: Triton's, after the first batch was made by both and compared.
+    # What makes the views on a GPU. auto: Triton's kernel, after the first batch was made by both and compared.
     kernel: Literal["auto", "triton", "torch"] = "auto"
 
     @model_validator(mode="after")
@@ -148,31 +152,34 @@ class ViewsConfig(Section):
 
 
 class ProjectorConfig(Section):
-    layers: Annotated[int, Field(ge=1, le=100)] = 3
-    hidden: Width = 1024
-    out: Width = 1024
+    layers: Annotated[int, Field(ge=1, le=100)] = 3  # linear layers
+    hidden: Width = 1024  # width of the hidden layers
+    out: Width = 1024  # width of z
 
 
 class ModelConfig(Section):
-    backbone: str = "resnet18"
-    stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 convolution, no max-pool
+    backbone: str = "resnet18"  # timm's name of the encoder
+    stem: Literal["imagenet", "small"] = "imagenet"  # first layers of a ResNet; small: 3x3 convolution, no max-pool
     in_chans: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 3  # channels of the images; 3: RGB
     projector: ProjectorConfig = ProjectorConfig()
-    # Start from the weights of a run or of a file (docs/training.md, Weights from elsewhere).
+    # A run or a file of weights to start from (docs/training.md, Weights from elsewhere); null: random weights.
     init: UserPath | None = None
 
 
 class EmbeddingConfig(Section):
-    stochastic: Literal["none", "z", "h", "hz"] = "none"  # the space (or spaces) of the Gaussian embedding
-    samples: Count = 12  # Monte Carlo draws S
+    stochastic: Literal["none", "z", "h", "hz"] = "none"  # which of h and z are Gaussians
+    samples: Count = 12  # S, the Monte Carlo draws of each image
     chunk: Count | None = None  # draws per pass, computed again in the backward pass; null: all in one pass
     beta: NonNegative = 1e-3  # weight of the KL term
-    beta_warmup_epochs: Epochs = 0  # beta grows linearly from 0
+    beta_warmup_epochs: Epochs = 0  # epochs in which beta grows linearly from 0
     free_bits: NonNegative = 0  # nats per dimension below which the KL of an image costs nothing
+    # Prior of the KL term. mixture: of Gaussians that are learned; vamp: VampPrior (arXiv 1705.07120).
     prior: Literal["standard_normal", "mixture", "vamp"] = "standard_normal"
-    mixture_components: Width = 10  # of a mixture or vamp prior
+    mixture_components: Width = 10  # components of a mixture or vamp prior
+    # joint: a mixture over vectors; per_dim: one for each dimension; reference: as in the published code.
     mixture_mode: Literal["joint", "per_dim", "reference"] = "joint"
-    kl: Literal["auto", "closed", "mc"] = "auto"  # auto: the closed form for a standard normal, else Monte Carlo
+    # How the KL is computed. auto: in closed form for a standard normal, else by Monte Carlo.
+    kl: Literal["auto", "closed", "mc"] = "auto"
 
     @model_validator(mode="after")
     def check(self) -> "EmbeddingConfig":
@@ -197,7 +204,7 @@ class ObjectiveConfig(Section):
     needs_labels: ClassVar[bool] = False  # every training image must have one
     has_projector: ClassVar[bool] = True  # False: a linear classifier in its place, so z are logits
 
-    name: str
+    name: str  # the objective
     gather: bool = True  # statistics over the batches of all processes; false: each process has its own
 
     @property
@@ -207,26 +214,27 @@ class ObjectiveConfig(Section):
 
 
 class BarlowTwinsConfig(ObjectiveConfig):
-    name: Literal["barlow_twins"] = "barlow_twins"
+    name: Literal["barlow_twins"] = "barlow_twins"  # the objective
     lambd: NonNegative = 5e-3  # weight of the off-diagonal terms
     unbiased: bool = False  # divide the variance by B - 1, not by B
     eps: NonNegative = 1e-5  # added to the variance
 
 
 class VICRegConfig(ObjectiveConfig):
-    name: Literal["vicreg"] = "vicreg"
-    inv: NonNegative = 25.0  # weights of the invariance, variance and covariance terms
-    var: NonNegative = 25.0
-    cov: NonNegative = 1.0
+    name: Literal["vicreg"] = "vicreg"  # the objective
+    inv: NonNegative = 25.0  # weight of the invariance term
+    var: NonNegative = 25.0  # weight of the variance term
+    cov: NonNegative = 1.0  # weight of the covariance term
     gamma: Positive = 1.0  # the standard deviation that the hinge asks for
     eps: NonNegative = 1e-4  # added to the variance
     center: bool = False  # subtract each view's mean before the invariance term
 
 
 class SimCLRConfig(ObjectiveConfig):
-    name: Literal["simclr"] = "simclr"
-    temperature: Positive = 0.1
-    over_draws: Literal["mean", "log_mean_exp"] = "mean"  # log_mean_exp: MCInfoNCE
+    name: Literal["simclr"] = "simclr"  # the objective
+    temperature: Positive = 0.1  # of the softmax over the images of a batch
+    # How the draws are combined. mean: of their losses; log_mean_exp: inside the logarithm, MCInfoNCE.
+    over_draws: Literal["mean", "log_mean_exp"] = "mean"
 
     @property
     def is_mean_over_draws(self) -> bool:
@@ -236,8 +244,8 @@ class SimCLRConfig(ObjectiveConfig):
 class BYOLConfig(ObjectiveConfig):
     """The only objective with a target network: SSLModel adds it and a predictor, the training loop moves it."""
 
-    name: Literal["byol"] = "byol"
-    momentum: Probability = 0.996  # of the target network at the first step; it grows to 1 at the last
+    name: Literal["byol"] = "byol"  # the objective
+    momentum: Probability = 0.996  # momentum of the target network at the first step; it is 1 at the last
     predictor_hidden: Width = 4096  # width of the predictor's hidden layer
 
 
@@ -248,9 +256,9 @@ class SupervisedConfig(ObjectiveConfig):
     needs_labels: ClassVar[bool] = True
     has_projector: ClassVar[bool] = False
 
-    name: Literal["supervised"] = "supervised"
-    classes: Annotated[int, Field(ge=2, le=10**6)]
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    name: Literal["supervised"] = "supervised"  # the objective
+    classes: Annotated[int, Field(ge=2, le=10**6)]  # number of classes
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of a label that goes to all classes
 
     @property
     def is_mean_over_draws(self) -> bool:
@@ -265,29 +273,29 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 
 class OptimConfig(Section):
     name: str = "adamw"  # a class of torch.optim or torch_optimizer in lowercase, such as sgd, lars, lamb, radam
-    lr: Positive = 1e-3  # at global batch 256; the run uses lr x train.batch_size / 256
-    weight_decay: NonNegative = 1e-4
+    lr: Positive = 1e-3  # learning rate at batch size 256; the run uses lr x train.batch_size / 256
+    weight_decay: NonNegative = 1e-4  # coefficient of the weight decay
     head_lr_factor: Positive = 1.0  # learning rate of a supervised run's classifier / that of all other layers
-    warmup_epochs: Epochs = 4
+    warmup_epochs: Epochs = 4  # epochs in which the learning rate grows linearly from 0
     final_lr_factor: Probability = 0.5  # the cosine ends at this share of lr
     # For a resume with more train.epochs. stretch: the cosine of all epochs; constant: its last rate in the new ones.
     extend: Literal["stretch", "constant"] = "stretch"
     clip: Positive | None = 0.5  # largest norm of the gradient; null: no clipping
     # Parameters without weight decay, and without trust ratio in LARS and LAMB.
     exclude: tuple[Literal["bias", "norm", "prior"], ...] = ("bias", "norm", "prior")
-    options: dict[str, bool | int | float | tuple[float, ...]] = {}  # other arguments of the class
+    options: dict[str, bool | int | float | tuple[float, ...]] = {}  # other arguments of the optimizer's class
 
 
 class TrainConfig(Section):
-    epochs: Count = 100
-    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 256  # over all processes
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    epochs: Count = 100  # passes over the training images
+    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 256  # images per step, over all processes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     accumulate: Count = 1  # micro-batches per step; loss and batch norms have the statistics of one micro-batch
-    # auto: bf16 on a GPU and on a CPU that has it (avx512_bf16, amx_bf16), fp32 on other CPUs.
+    # Data type of the step. auto: bf16 on a GPU and on a CPU that has it (avx512_bf16, amx_bf16), fp32 on other CPUs.
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    compile: Literal["auto"] | bool = "auto"  # auto: on for a GPU, off for a CPU
+    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on for a GPU, off for a CPU
     cuda_graphs: bool = False  # replay the kernels of the compiled step as one CUDA graph; experimental
-    channels_last: bool = True
+    channels_last: bool = True  # memory format of images and convolutions
     sync_bn: bool = True  # batch-norm statistics over all processes
     compress_gradients: bool = False  # processes exchange gradients in bf16
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights; null: none
@@ -297,26 +305,26 @@ class TrainConfig(Section):
 class ProbeConfig(Section):
     every: Annotated[int, Field(ge=0)] = 10  # epochs between kNN probes; 0: never
     train: UserPath | None = None  # labeled images to search for neighbors, a .beton; null: those of data.train
-    split: Literal["val", "rest"] = "val"  # rest: the images of data.train that data.limit leaves out
-    k: Count = 20  # nearest neighbors
+    split: Literal["val", "rest"] = "val"  # images to classify; rest: those of data.train that data.limit leaves out
+    k: Count = 20  # number of nearest neighbors
 
 
 class LogConfig(Section):
-    every: Count = 50  # steps
+    every: Count = 50  # steps between log lines
     # Steps between log lines with RankMe, which waits for the GPU; epoch: one in each, 0: none.
     rank_every: Literal["epoch"] | Annotated[int, Field(ge=0)] = "epoch"
-    to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # in addition to metrics.jsonl
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where metrics go in addition to metrics.jsonl
 
 
 class CheckpointConfig(Section):
-    every: Count = 1000  # steps
+    every: Count = 1000  # steps between writes of last.pt
     every_minutes: Positive | None = None  # also when last.pt is that old; null: by steps only
     keep: Annotated[int, Field(ge=0)] = 0  # epochs between checkpoints that are never deleted; 0: none
 
 
 class Recipe(Section):
-    name: RunName  # of the run and of its folder in runs/
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    name: RunName  # name of the run and of its folder in runs/
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # seed of weights, order, views and noise
     run: RunConfig = RunConfig()
     data: DataConfig
     views: ViewsConfig = ViewsConfig()

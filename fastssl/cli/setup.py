@@ -80,3 +80,36 @@ def copy(
         raise UserError(f"{to} exists already: name another file.")
     with explain_write_errors(to):
         write_atomically(to, text)
+
+
+@recipes.command(cls=Command)
+def keys(
+    section: Annotated[
+        str | None, Argument(metavar="SECTION", help="Show only these keys, such as train or views.jitter.")
+    ] = None,
+) -> None:
+    """Show the keys of a recipe: default, type and meaning.
+
+    Examples:
+      fastssl recipes keys
+      fastssl recipes keys train
+      fastssl recipes keys views.jitter
+    """
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from fastssl.common.terminal import console
+    from fastssl.recipe_reference import keys_below, sections
+
+    screen = console()
+    for number, group in enumerate(keys_below(section) if section else sections()):
+        screen.print(Text(("\n" if number else "") + (group.title or "recipe"), style="bold"))
+        if group.about:
+            screen.print(Padding(Text(group.about), (0, 0, 0, 2), expand=False))
+        for key in group.keys:
+            if key.default == "required":
+                line = Text(f"{key.name}  ").append(f"{key.type}, required", "dim")
+            else:
+                line = Text(f"{key.name}={key.default}  ").append(key.type, "dim")
+            screen.print(Padding(line, (0, 0, 0, 2), expand=False))
+            screen.print(Padding(Text(key.meaning), (0, 0, 0, 6), expand=False))

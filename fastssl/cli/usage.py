@@ -33,7 +33,7 @@ def explain_usage_error(error: Any, arguments: list[str]) -> UserError:
         return UserError(f"{error.param.opts[0]} {requirement(error.__cause__.errors())}", hint=fix)
     if message.startswith("Missing"):
         param = error.param
-        name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
+        name = param.opts[0] if param.param_type_name == "option" else param.metavar or param.name.upper()
         meaning = param.help[:1].lower() + param.help[1:].removesuffix(".")
         return UserError(f"{command} needs {name}: {meaning}", hint=fix)
     return UserError(f"{command}: {message[0].lower()}{message[1:]}", hint=fix)

@@ -9,7 +9,14 @@ FLOW = [
     "beton", "loading", "views", "models", "objectives", "training", "evaluation", "profiling", "reporting", "export",
 ]  # fmt: skip
 COMMON = {"recipe", "common"}  # every folder may import these; recipe imports common
-APPLICATION = {"cli", "demo", "sweep", "__main__", "__init__"}  # these files and folders may import everything
+APPLICATION = {
+    "cli",
+    "demo",
+    "recipe_reference",
+    "sweep",
+    "__main__",
+    "__init__",
+}  # these files and folders may import everything
 
 
 def imports_of(path: Path) -> set[str]:
