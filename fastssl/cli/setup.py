@@ -1,6 +1,7 @@
 """`fastssl doctor`, `fastssl demo` and `fastssl recipes`: check the machine, try it, choose a recipe."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typer import Argument, Option, Typer
 from fastssl.cli.help import Command, Group
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.common.terminal import printable
+from fastssl.common.terminal import print_line, printable
 from fastssl.recipe import find_recipe, read_recipe_text, shipped_recipes
 
 recipes = Typer(cls=Group, help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
@@ -42,6 +43,18 @@ def demo(
     run_demo(seed)
 
 
+# The folders of the shipped recipes, beginners first, and what their recipes have in common.
+TO_TRY = "To try the installation: fastssl demo"
+FOLDERS = {
+    "": "ImageNet, ResNet-18, 100 epochs",
+    "cifar10": "CIFAR-10, ResNet-18, 200 epochs",
+    "beyond": "Beyond the paper: ImageNet, ResNet-18 if no other is named, 100 epochs",
+    "reference": "As published (docs/fidelity.md): ImageNet, or CIFAR-10 if the name says so",
+    "sweeps": "Many runs from one file: fastssl sweep NAME",
+}
+IN_COMMON = re.compile(r": (ImageNet|CIFAR-10)( as published)?(, ResNet-18)?, [0-9]+ epochs\.$")
+
+
 @recipes.command(cls=Command)
 def ls() -> None:
     """List the recipes.
@@ -49,9 +62,28 @@ def ls() -> None:
     Examples:
       fastssl recipes ls
     """
-    for path in sorted(shipped_recipes().rglob("*.yaml")):
-        first_line = path.read_text().split("\n")[0].removeprefix("# ")
-        print(f"recipes/{path.relative_to(shipped_recipes())!s:<36} {first_line}")
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastssl.common.terminal import console
+
+    screen = console()
+    groups: dict[str, dict[str, str]] = {TO_TRY: {}, **{title: {} for title in FOLDERS.values()}}
+    for file in sorted(shipped_recipes().rglob("*.yaml")):
+        name = str(file.relative_to(shipped_recipes()).with_suffix(""))
+        title = TO_TRY if name == "demo" else FOLDERS[name.rpartition("/")[0]]
+        first_line = file.read_text().partition("\n")[0].removeprefix("# ")
+        groups[title][name] = IN_COMMON.sub("", first_line).removesuffix(".")
+    for title, group in groups.items():
+        table = Table(
+            title=Text(title, "bold"), title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0)
+        )
+        for name, description in group.items():
+            table.add_row(Text(name, no_wrap=True), Text(description))
+        screen.print(table)
+        screen.print()
+    print_line(screen, "h: the encoder's output; z: the projector's; stochastic: a Gaussian per image.")
+    print_line(screen, "fastssl recipes show NAME prints a recipe; fastssl train NAME trains it.")
 
 
 @recipes.command(cls=Command)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fastssl import cli
+from fastssl.recipe import load_recipe, shipped_recipes
 
 
 def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
@@ -84,9 +85,26 @@ def test_missing_validation_data_is_found_before_the_training(fastssl, canvas, t
     assert code == 2 and "no.beton" in err and not (tmp_path / "runs").exists()
 
 
-def test_recipes_are_listed_shown_and_copied(fastssl, tmp_path):
+def test_recipes_are_listed_in_groups_beginners_first(fastssl, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = fastssl("recipes", "ls")
-    assert code == 0 and "recipes/zprob_barlow.yaml" in out and "recipes/cifar10/hprob_vicreg.yaml" in out
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    lines = [line.rstrip() for line in out.splitlines()]
+    titles = [line for line in lines if line and line[0].isupper() and "  " not in line]
+    assert [title.partition(" ")[0].rstrip(",:") for title in titles] == [
+        "To", "ImageNet", "CIFAR-10", "Beyond", "As", "Many",
+    ]  # fmt: skip
+    names = [line.split("  ")[0] for line in lines if "  " in line and line[0] != " "]
+    shipped = [str(file.relative_to(shipped_recipes()).with_suffix("")) for file in shipped_recipes().rglob("*.yaml")]
+    assert sorted(names) == sorted(shipped) and names[0] == "demo"
+    assert [name.rpartition("/")[0] for name in names[1:8]] == [""] * 7
+    for name in names[1:8] + [name for name in names if name.startswith("cifar10/")]:
+        recipe = load_recipe(name)
+        said = "CIFAR-10, ResNet-18, 200 epochs" if "/" in name else "ImageNet, ResNet-18, 100 epochs"
+        assert (recipe.model.backbone, f"{recipe.train.epochs} epochs") == ("resnet18", said.split(", ")[2])
+
+
+def test_recipes_are_shown_and_copied(fastssl, tmp_path):
     mine = tmp_path / "mine.yaml"
     assert fastssl("recipes", "copy", "recipes/demo.yaml", mine)[0] == 0
     assert fastssl("recipes", "show", "recipes/demo.yaml")[1] == mine.read_text()
