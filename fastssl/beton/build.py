@@ -83,29 +83,45 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.canvas is not None and self.max_side is not None:
-            raise UserError("--canvas and --max-side exclude each other: use one of them.")
+            raise UserError("--canvas and --max-side exclude each other", hint="use one of them")
         for option, side in (("--canvas", self.canvas), ("--max-side", self.max_side)):
             if side is not None and not 1 <= side <= LARGEST_SIDE:
-                raise UserError(f"{option} is {side}; it must be between 1 and {LARGEST_SIDE} pixels.")
+                raise UserError(
+                    f"{option} must be from 1 to {LARGEST_SIDE} px, got {side}",
+                    hint=f"write a side in px, such as {option} 256",
+                )
         if self.codec not in (None, *get_args(Codec)):
-            raise UserError(f"--codec is {quote(self.codec)}; it must be {' or '.join(get_args(Codec))}.")
+            raise UserError(
+                f"--codec must be {' or '.join(get_args(Codec))}, got {quote(self.codec)}",
+                hint="leave it out for the builder's choice",
+            )
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(f"--quality is {self.quality}; it must be between 1 and 100.")
+            raise UserError(f"--quality must be from 1 to 100, got {self.quality}", hint="leave it out for 90")
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit is {self.limit}; it must be 1 or more.")
+            raise UserError(f"--limit must be 1 or more, got {self.limit}", hint="leave it out to use all images")
         if self.allow_bad is not None and not 0 <= self.allow_bad <= 100:
-            raise UserError(f"--allow-bad is {self.allow_bad:g} %; it must be from 0 to 100 %.")
+            raise UserError(
+                f"--allow-bad must be from 0 to 100 %, got {self.allow_bad:g} %",
+                hint="write a percentage, such as --allow-bad 5%",
+            )
         if self.max_megapixels < 1:
-            raise UserError(f"--max-megapixels is {self.max_megapixels}; it must be 1 or more.")
+            raise UserError(
+                f"--max-megapixels must be 1 or more, got {self.max_megapixels}", hint="leave it out for the default"
+            )
         if not 1 <= self.channels <= MOST_CHANNELS:
-            raise UserError(f"--channels is {self.channels}; it must be between 1 and {MOST_CHANNELS}.")
+            raise UserError(
+                f"--channels must be from 1 to {MOST_CHANNELS}, got {self.channels}",
+                hint="write 1 for gray images, 3 for RGB",
+            )
         if self.codec == "bc4" and self.max_side is not None:
-            raise UserError("--codec bc4 stores squares: use --canvas in place of --max-side.")
+            raise UserError("--codec bc4 stores squares", hint="use --canvas in place of --max-side")
         if self.codec is not None and self.channels != RGB:
-            raise UserError(f"--channels {self.channels} stores pixels, and --codec is for RGB images: leave it out.")
+            raise UserError(
+                f"--channels {self.channels} stores pixels, and --codec is for RGB images", hint="leave it out"
+            )
         if self.channels != RGB and self.max_side is not None:
             raise UserError(
-                f"--channels {self.channels} stores squares of pixels: use --canvas in place of --max-side."
+                f"--channels {self.channels} stores squares of pixels", hint="use --canvas in place of --max-side"
             )
         resolve_workers(self.workers)
 
@@ -117,25 +133,28 @@ class BuildOptions:
         side = self.canvas or default_canvas
         if side**2 > self.max_megapixels * 1_000_000:
             raise UserError(
-                f"A canvas of {side} x {side} px has {side**2 / 1e6:,.0f} megapixels, more than --max-megapixels "
-                f"{self.max_megapixels}: use --canvas {math.isqrt(self.max_megapixels * 1_000_000)} or less."
+                f"A canvas of {side} x {side} px has {side**2 / 1e6:,.0f} megapixels, more than "
+                f"--max-megapixels {self.max_megapixels}",
+                hint=f"use --canvas {math.isqrt(self.max_megapixels * 1_000_000)} or less",
             )
         if self.channels != RGB and side**2 * self.channels > PAGE_SIZE:
             raise UserError(
-                f"Images of {side} x {side} px with {self.channels} channels take more than a page of "
-                f"{PAGE_SIZE:,} bytes: use --canvas {math.isqrt(PAGE_SIZE // self.channels)} or less."
+                f"Images of {side} x {side} px with {self.channels} channels take more than a page of {PAGE_SIZE:,} "
+                "bytes",
+                hint=f"use --canvas {math.isqrt(PAGE_SIZE // self.channels)} or less",
             )
         if self.codec == "bc4" and not is_bc4_side(side):
             fitting = max(BC4_SIDE, min(side, LARGEST_BC4_SIDE) // BC4_SIDE * BC4_SIDE)
             raise UserError(
-                f"--codec bc4 stores squares whose side is a multiple of {BC4_SIDE} px and at most "
-                f"{LARGEST_BC4_SIDE} px, not of {side} px: use --canvas {fitting}."
+                f"--codec bc4 stores squares whose side is a multiple of {BC4_SIDE} px and at most {LARGEST_BC4_SIDE} "
+                f"px, not of {side} px",
+                hint=f"use --canvas {fitting}",
             )
         plan = StoragePlan("canvas", side, quality, self.value_range, self.max_megapixels, self.channels, self.codec)
         if self.quality is not None and plan.storage != "jpg":
             instead = "leave it out, or add --codec jpeg" if self.channels == RGB else "leave it out"
             raise UserError(
-                f"--quality is of JPEGs, and a canvas of {side} px is stored as {plan.described}: {instead}."
+                f"--quality is of JPEGs, and a canvas of {side} px is stored as {plan.described}", hint=instead
             )
         return plan
 
@@ -265,7 +284,9 @@ def recorded_plan(manifest: Manifest) -> StoragePlan:
         or any(type(number) is not int for number in numbers)
         or not isinstance(value_range, str)
     ):
-        raise UserError("it has no canvas and no max_side, or a value that build-beton does not write")
+        raise UserError(
+            "it has no canvas and no max_side, or a value that build-beton does not write", hint="build the file again"
+        )
     options = BuildOptions(
         canvas,
         max_side,
@@ -288,8 +309,8 @@ def refuse_output_in_source(source: Path | None, out: Path) -> None:
     # realpath, because Path.resolve raises an error for a link to itself.
     if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise UserError(
-            f"--out {out} is in --source {source}, where a later build would take it for a part of the data set: "
-            "choose a folder outside of it."
+            f"--out {out} is in --source {source}, where a later build would take it for a part of the data set",
+            hint="choose a folder outside of it",
         )
 
 
@@ -314,7 +335,7 @@ def _build_split(
     path = out / f"{split.name}.beton"
     if os.path.lexists(path) and not manifest_path(path).exists() and not partial_folder(path).exists():
         raise UserError(
-            f"{path} exists without a manifest, so it may not be of build-beton: move it, or use another --out."
+            f"{path} exists without a manifest, so it may not be of build-beton", hint="move it, or use another --out"
         )
     key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
     old = _read_if_up_to_date(path, key, split)
@@ -352,7 +373,8 @@ def _build_file(
         if not len(partial.good):
             raise UserError(
                 f"None of the {len(partial.bad)} images of the split {split.name!r} could be read (the first: "
-                f"{partial.bad[0].reason}); all are listed in {bad_images}."
+                f"{partial.bad[0].reason})",
+                hint=f"read {bad_images}, which lists them all with the reason",
             )
         manifest = {**key, **_counts(partial.rows)}
         not_found = sorted(image.index for image in partial.bad if image.reason == MISSING)
@@ -414,14 +436,15 @@ def _check_label(sample: Sample, split: SourceSplit) -> Sample:
     if sample.label != UNLABELLED and not 0 <= sample.label < len(split.classes):
         raise UserError(
             f"The builder gave {sample.name} the label {sample.label}, but the split {split.name!r} has "
-            f"{len(split.classes)} classes: correct the builder."
+            f"{len(split.classes)} classes",
+            hint="correct the builder's file",
         )
     return sample
 
 
 def _refuse_bad_images(bad: list[BadImage], strict: bool) -> None:
     if strict and bad:
-        raise UserError(f"{bad[0].name} is bad: {bad[0].reason}; repair or remove it, or leave out --strict.")
+        raise UserError(f"{bad[0].name} is bad: {bad[0].reason}", hint="repair or remove it, or leave out --strict")
 
 
 def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> Manifest | None:

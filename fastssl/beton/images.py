@@ -176,8 +176,9 @@ def _required(name: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{name} does not work on this machine ({reason}): `fastssl doctor` may tell why. Run the same command "
-            "again when it works; a build goes on where it stopped."
+            f"{name} does not work on this machine ({reason})",
+            hint="run `fastssl doctor`, which may tell why, then the same command again; a build goes on where it "
+            "stopped",
         ) from error
 
 

@@ -39,7 +39,7 @@ class _List(NamedTuple):
         count = int(is_wrong_L.sum())
         others = f" ({count:,} such lines in all)" if count > 1 else ""
         line = _text(self.lines[first])
-        return UserError(f"Line {self.numbers[first]} of {self.path}, {quote(line)}, {problem}{others}; {fix}.")
+        return UserError(f"Line {self.numbers[first]} of {self.path}, {quote(line)}, {problem}{others}", hint=fix)
 
 
 def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray:
@@ -52,8 +52,8 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
     info = read_header(beton_path)
     if info.fields.get("index") != "IntField":
         raise UserError(
-            f"{beton_path} has no integer field 'index', so no list can name its images; "
-            "build it with fastssl build-beton."
+            f"{beton_path} has no integer field 'index', so no list can name its images",
+            hint="build it with fastssl build-beton",
         )
     listed = _read_list(Path(list_path))
     if all(line.isdigit() and len(line) <= MOST_DIGITS for line in listed.lines):
@@ -94,11 +94,11 @@ def _read_list(path: Path) -> _List:
                     listed.lines.append(line.removeprefix(b"./"))
                     listed.numbers.append(number)
     except FileNotFoundError:
-        raise UserError(f"No file {path}: name a list of images, one per line.") from None
+        raise UserError(f"No file {path}", hint="name a list of images, one per line") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; name a list of images.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", hint="name a list of images") from error
     if not listed.lines:
-        raise UserError(f"{path} names no images: write the name of one on each line.")
+        raise UserError(f"{path} names no images", hint="write the name of one on each line")
     return listed
 
 
@@ -106,8 +106,9 @@ def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
     """Return the index of the image that each line names, int64 (lines,)."""
     if not names_path(beton_path).exists():
         raise UserError(
-            f"{names_path(beton_path)} is missing, so the images of {beton_path} have no names: stock FFCV or an older "
-            "version built it; build it with fastssl build-beton, or list indices."
+            f"{names_path(beton_path)} is missing, so the images of {beton_path} have no names (stock FFCV or an older "
+            "version built it)",
+            hint="build it with fastssl build-beton, or list indices",
         )
     index_L, count_L = _match(listed.lines, all_names(beton_path))
     if not count_L.all():

@@ -96,7 +96,9 @@ class PartialBuild:
                 print_line(console(stderr=True), warning)
         except BlockingIOError:
             self._lock.close()
-            raise UserError(f"Another process is building {self.path}; wait for it, or use another --out.") from None
+            raise UserError(
+                f"Another process is building {self.path}", hint="wait for it, or use another --out"
+            ) from None
         if not self._resume():
             self.restart()
         return self

@@ -236,14 +236,14 @@ def worker_pool(workers: int) -> Iterator[Pool]:
         pool = Pool(workers)
     except OSError as error:
         fix = machine_fix(error) or "make room in /dev/shm, or mount it, with write access"
-        raise UserError(f"The worker processes cannot be started ({error.strerror or error}): {fix}.") from error
+        raise UserError(f"The worker processes cannot be started ({error.strerror or error})", hint=fix) from error
     try:
         yield pool
     except WORKER_DIED as error:
         raise UserError(
-            "A worker process died or ran out of memory (dmesg names what the kernel killed): try again "
-            f"with {f'fewer than {workers} --workers' if workers > 1 else 'more memory'}. A build resumes where "
-            "it stopped. (In a script of your own, call it under `if __name__ == '__main__':`.)"
+            "A worker process died or ran out of memory (dmesg names what the kernel killed)",
+            hint=f"try again with {f'fewer than {workers} --workers' if workers > 1 else 'more memory'}; a build "
+            "resumes where it stopped (in a script of your own, call it under `if __name__ == '__main__':`)",
         ) from error
     finally:
         pool.close()

@@ -34,9 +34,12 @@ def parse_range(text: str) -> Range:
     try:
         low, high = (float(bound) for bound in text.split(","))
     except ValueError:
-        raise UserError(f"--range is {quote(text)}; it must be auto, full or LOW,HIGH, such as 0,4095.") from None
+        raise UserError(
+            f"--range must be auto, full or LOW,HIGH, got {quote(text)}",
+            hint="write two numbers, such as --range 0,4095",
+        ) from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"--range is {text}; LOW must be below HIGH.")
+        raise UserError(f"--range is {text}, and LOW must be below HIGH", hint="write the smaller number first")
     return low, high
 
 

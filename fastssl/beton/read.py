@@ -39,7 +39,7 @@ from fastssl.beton.format import (
     names_path,
     read_array_images,
 )
-from fastssl.beton.source import builder_names
+from fastssl.beton.source import how_to_make
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import UnsafeFile, open_regular
 from fastssl.common.terminal import printable
@@ -81,10 +81,13 @@ def beton_file(path: str | Path, split: str) -> Path:
         return file
     others = sorted(other.name for other in path.glob("*.beton"))
     if others:
-        raise UserError(f"{path} is a folder without {split}.beton: name one of its files, {', '.join(others[:5])}.")
+        raise UserError(
+            f"{path} is a folder without {split}.beton", hint=f"name one of its files, {', '.join(others[:5])}"
+        )
     raise UserError(
-        f"{path} is a folder without {split}.beton: make it with `fastssl build-beton imagefolder --source {path} "
-        "--out DIR` if it holds images, and name DIR."
+        f"{path} is a folder without {split}.beton",
+        hint=f"make it with `fastssl build-beton imagefolder --source {path} --out DIR` if it holds images, and name "
+        "DIR",
     )
 
 
@@ -134,7 +137,10 @@ def read_labels(path: str | Path) -> np.ndarray:
     """Return the labels in the order of the file, int64 (num_samples,)."""
     checked = _read_checked(Path(path))
     if checked.field_types.get("label") != INT_FIELD:
-        raise UserError(f"{path} has no integer field 'label'; its fields: {', '.join(checked.field_types)}.")
+        raise UserError(
+            f"{path} has no integer field 'label', only {', '.join(checked.field_types)}",
+            hint="build it again with fastssl build-beton",
+        )
     return np.ascontiguousarray(checked.metadata["label"])
 
 
@@ -169,7 +175,7 @@ def all_names(path: Path) -> Iterator[bytes]:
                 yield line.removesuffix(b"\n")
     except OSError as error:
         raise UserError(
-            f"{names} cannot be read ({error.strerror}): delete it, and the images of {path} have no names."
+            f"{names} cannot be read ({error.strerror})", hint=f"delete it, and the images of {path} have no names"
         ) from error
 
 
@@ -193,8 +199,9 @@ def map_file(path: Path) -> np.ndarray:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
         raise UserError(
-            f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than the limit on the address space of a process "
-            "leaves: raise it (ulimit -v; on Grid Engine h_vmem). A mapped file takes address space, not memory."
+            f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than the limit on the address space of a "
+            "process leaves (a mapped file takes address space, not memory)",
+            hint="raise the limit: ulimit -v; on Grid Engine h_vmem",
         ) from error
 
 
@@ -204,20 +211,19 @@ def _read_checked(path: Path) -> _Checked:
             # numpy cannot map an empty file.
             content = map_file(path) if os.fstat(file.fileno()).st_size else np.empty(0, np.uint8)
     except FileNotFoundError:
-        # Shipped recipes read data/DATASET/train.beton.
-        builder = path.parent.name if path.parent.name in builder_names() else "imagefolder"
-        command = f"fastssl build-beton {builder} --source DIR --out {path.parent}"
-        raise UserError(f"No file {path}: make it with `{command}`, or name another.") from None
+        raise UserError(f"No file {path}", hint=how_to_make(path)) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a .beton file: name a file in it.") from None
+        raise UserError(f"{path} is a folder, not a .beton file", hint="name a file in it") from None
     except UnsafeFile as error:
-        raise UserError(f"{path} is {error.strerror}: name a .beton file.") from error
+        raise UserError(f"{path} is {error.strerror}", hint="name a .beton file") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror})", hint="make it readable for your user, or name another file"
+        ) from error
     try:
         return _check_tables(content)
     except ValueError as error:
-        raise UserError(f"{path} is not a .beton file: {error}; build it with fastssl build-beton.") from error
+        raise UserError(f"{path} is not a .beton file: {error}", hint="build it with fastssl build-beton") from error
 
 
 def _check_tables(content: np.ndarray) -> _Checked:
@@ -365,7 +371,8 @@ def _check_labels(path: Path, label_N: np.ndarray, classes: int) -> None:
         sample = int(np.argmax(is_wrong_N))
         raise UserError(
             f"{path} is damaged: its sample {sample} has the label {label_N[sample]}, and {manifest_path(path).name} "
-            f"names {classes:,} classes; copy both again, or build the file again."
+            f"names {classes:,} classes",
+            hint="copy both again, or build the file again",
         )
 
 
@@ -380,8 +387,10 @@ def _read_manifest(path: Path, num_samples: int) -> Manifest | None:
     except (OSError, ValueError) as error:
         reason = printable(getattr(error, "strerror", None) or str(error))
         raise UserError(
-            f"{manifest_path(path)} is damaged ({reason:.200}); delete it, and {path} is read without it."
+            f"{manifest_path(path)} is damaged ({reason:.200})", hint=f"delete it, and {path} is read without it"
         ) from error
     if manifest["samples"] != num_samples:
-        raise UserError(f"{manifest_path(path)} does not belong to {path}; delete it, and the file is read without it.")
+        raise UserError(
+            f"{manifest_path(path)} does not belong to {path}", hint="delete it, and the file is read without it"
+        )
     return manifest

@@ -86,8 +86,9 @@ def read_or_explain(source: ImageFile) -> bytes | str:
         if _holds_anything(folder):
             return MISSING
         raise UserError(
-            f"{os.fsdecode(file)} cannot be read, because the folder {folder} is missing or empty: mount its disk, or "
-            "take the file out of the source, and run the same command again; a build goes on where it stopped."
+            f"{os.fsdecode(file)} cannot be read, because the folder {folder} is missing or empty",
+            hint="mount its disk, or take the file out of the source, and run the same command again; a build goes on "
+            "where it stopped",
         ) from error
     except ImportError as error:
         raise machine_error(source, error, "cannot be read") from error
@@ -107,7 +108,7 @@ def machine_error(source: ImageSource, error: Exception, what: str) -> UserError
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     fix = (machine_fix(error) if isinstance(error, OSError) else None) or "check the disk and the machine"
     return UserError(
-        f"{name} {what} ({reason}): {fix}, and run the same command again; a build goes on where it stopped."
+        f"{name} {what} ({reason})", hint=f"{fix}, and run the same command again; a build goes on where it stopped"
     )
 
 

@@ -32,7 +32,7 @@ def draw_sheet(path: str | Path, sheet: str | Path) -> int:
     """Draw random samples, always the same, with class and index, into a PNG. Returns the number of samples."""
     sheet = Path(sheet)
     if sheet.suffix.lower() != ".png":
-        raise UserError(f"The sheet is a PNG file, but {sheet} does not end in .png: rename it.")
+        raise UserError(f"--sheet {sheet} is not a PNG file", hint="write a name that ends in .png")
     info = read_header(path)
     count = min(SHOWN, info.num_samples)
     positions = np.sort(np.random.default_rng(SEED).permutation(info.num_samples)[:count])

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from fastssl.common.errors import UserError, quote
+from fastssl.common.errors import UserError, in_short, quote
 from fastssl.common.terminal import progress
 
 ORDER_SEED = 0
@@ -88,6 +88,9 @@ class SourceSplit(NamedTuple):
     left_out: dict[str, int]  # reason -> number of images within archives or tables that are no samples
 
 
+BUILT_SPLITS = ("train", "val", "test")  # names of the files that builders write
+
+
 def builder_names() -> list[str]:
     """Return the names of all builders, sorted."""
     package = importlib.import_module("beton_builders")
@@ -109,18 +112,37 @@ def load_builder(name: str) -> Builder:
     names = builder_names()
     if name not in names:
         similar = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {similar[0]}?" if similar else "no builder has a similar name."
-        raise UserError(f"Unknown builder {quote(name)}; {hint} Builders: {', '.join(names)}.")
+        hint = f"did you mean {similar[0]}? The" if similar else "the"
+        raise UserError(f"Unknown builder {quote(name)}", hint=f"{hint} builders are {', '.join(names)}")
     return cast(Builder, importlib.import_module(f"beton_builders.{name}"))
+
+
+def how_to_make(path: Path) -> str:
+    """What to do where the .beton file `path` is missing: name one that is there, or the command that makes it."""
+    there = sorted(file.name for file in path.parent.glob("*.beton"))
+    if near := difflib.get_close_matches(path.name, there, 1):
+        return f"did you mean {path.with_name(near[0])}?"
+    # Shipped recipes read data/DATASET/train.beton.
+    folder = path.parent if path.stem in BUILT_SPLITS else path.with_suffix("")
+    builder = folder.name if folder.name in builder_names() else "imagefolder"
+    module = load_builder(builder)
+    source = " --source DIR" if hasattr(module, "SOURCE") else ""
+    download = " --download" if hasattr(module, "DOWNLOAD") else ""
+    make = f"make it with `fastssl build-beton {builder}{source}{download} --out {folder}`"
+    if path.stem not in BUILT_SPLITS:
+        make += f", and name {folder}"
+    return make + (f", or name {path.with_name(there[0])}" if there else "")
 
 
 def download_dataset(builder: str, source: Path | None) -> None:
     """Download the builder's data set to the folder `source` with torchvision, which checks it."""
     calls = getattr(load_builder(builder), "DOWNLOAD", None)
     if calls is None:
-        raise UserError(f"{builder} cannot be downloaded; `fastssl build-beton --list` shows which data sets can.")
+        raise UserError(
+            f"{builder} cannot be downloaded", hint="`fastssl build-beton --list` shows which data sets can"
+        )
     if source is None:
-        raise UserError("--download needs --source, the folder to download to.")
+        raise UserError("--download needs --source, the folder to download to", hint="add --source DIR")
     source.mkdir(parents=True, exist_ok=True)
     try:
         from torchvision import datasets
@@ -129,7 +151,10 @@ def download_dataset(builder: str, source: Path | None) -> None:
             options = {name: value for name, value in call.items() if name != "dataset"}
             getattr(datasets, call["dataset"])(root=source, download=True, **options)
     except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"{builder} could not be downloaded to {source}: {error}") from error
+        raise UserError(
+            f"{builder} could not be downloaded to {source} ({in_short(error)})",
+            hint="check the network, and run the same command again",
+        ) from error
 
 
 def list_splits(
@@ -149,17 +174,20 @@ def list_splits(
     """
     module = load_builder(builder)
     if source is None and hasattr(module, "SOURCE"):
-        raise UserError(f"{builder} needs --source, {module.SOURCE}.")
+        download = ", and --download to download the data set to it" if hasattr(module, "DOWNLOAD") else ""
+        raise UserError(f"{builder} needs --source, {module.SOURCE}", hint=f"add --source DIR{download}")
     if source is not None and source.exists() and not (source.is_file() or source.is_dir()):
         raise UserError(
-            f"{source} is a pipe, a socket or a device: --source must be the folder or archive of {builder}."
+            f"{source} is a pipe, a socket or a device", hint=f"name the folder or archive of {builder} with --source"
         )
     if source is not None and not source.exists():
-        hint = "; --download downloads it" if hasattr(module, "DOWNLOAD") else ""
-        raise UserError(f"{source} does not exist; --source must be the folder or archive of {builder}{hint}.")
+        download = ", or add --download to download the data set to it" if hasattr(module, "DOWNLOAD") else ""
+        raise UserError(
+            f"{source} does not exist", hint=f"name the folder or archive of {builder} with --source{download}"
+        )
     options = {"by_name": split_rule == "auto"} if hasattr(module, "SPLITS_BY_NAME") else {}
     if split_rule == "none" and not options:
-        raise UserError(f"{builder} does not take its splits from names: leave out --splits none.")
+        raise UserError(f"{builder} does not take its splits from names", hint="leave out --splits none")
     if hasattr(module, "LISTS_ARRAYS"):
         options["arrays"] = arrays
     splits = []
@@ -179,15 +207,26 @@ def list_splits(
             empty = [class_name for label, class_name in enumerate(names) if label not in labels]
             splits.append(SourceSplit(name, names, samples, indices, empty, left_out))
     except PermissionError as error:
-        raise UserError(f"{error.filename} cannot be read: make it readable for your user.") from error
+        raise UserError(f"{error.filename} cannot be read", hint="make it readable for your user") from error
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
+        raise explain_builder_error(builder, error) from error
     if not splits:
-        raise UserError(f"{source} holds no files of {builder}: --source must be its folder or archive.")
+        raise UserError(f"{source} holds no files of {builder}", hint="name its folder or archive with --source")
     for split in splits:
         if not split.samples:
-            raise UserError(f"{source} holds no images for the split {split.name!r}.")
+            raise UserError(
+                f"{source} holds no images for the split {split.name!r}",
+                hint=f"name the folder or archive of {builder} with --source, or remove what is empty there",
+            )
     return splits
+
+
+def explain_builder_error(builder: str, error: Exception) -> UserError:
+    """A builder, which imports nothing but Sample, raises ValueError("what is wrong: what to do.")."""
+    message, _, hint = str(error).rpartition(": ")
+    if getattr(error, "errno", None) or not hint[:1].islower():  # of the system or of another library
+        return UserError(str(error), hint=f"name the folder or archive of {builder} with --source")
+    return UserError(message, hint=hint)
 
 
 def _without_left_out(

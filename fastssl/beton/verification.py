@@ -61,8 +61,8 @@ class Verification(NamedTuple):
             damaged = [] if self.is_table_sound else ["its metadata table"]
             damaged += [f"{len(self.faults):,} of {self.samples:,} samples"] if self.faults else []
             raise UserError(
-                f"{self.path} is damaged: {' and '.join(damaged)}; copy it again from a sound copy, "
-                "or delete it and build it again."
+                f"{self.path} is damaged: {' and '.join(damaged)}",
+                hint="copy it again from a sound copy, or delete it and build it again",
             )
         matching = " and match their checksums" if self.has_checksums else ""
         return f"All {self.samples:,} samples decode{matching}."
@@ -128,7 +128,8 @@ def _read_checksums(info: BetonInfo) -> np.ndarray | None:
     if not is_sound:
         raise UserError(
             f"The checksums in {manifest_path(info.path)} are damaged: they must be crc32, 8 hex digits for each of "
-            f"{info.num_samples:,} samples; remove 'checksums' to verify by decoding alone, or build the file again."
+            f"{info.num_samples:,} samples",
+            hint="remove 'checksums' to verify by decoding alone, or build the file again",
         )
     return np.frombuffer(content, ">u4")
 

@@ -113,7 +113,7 @@ def build_beton(
             print(f"{info.name:<14} {info.summary}" + (" (--download)" if info.can_download else ""))
         return
     if builder is None or out is None:
-        raise UserError("build-beton needs a builder and --out; `fastssl build-beton --list` shows the builders.")
+        raise UserError("build-beton needs a builder and --out", hint="`fastssl build-beton --list` shows the builders")
     options = beton.BuildOptions(
         canvas=canvas,
         max_side=max_side,
@@ -174,7 +174,7 @@ def _percent(text: str) -> float:
     try:
         return float(text.removesuffix("%"))
     except ValueError:
-        raise UserError(f"--allow-bad is {quote(text)}; it must be a percentage such as 5%.") from None
+        raise UserError(f"--allow-bad must be a percentage, got {quote(text)}", hint="write it like 5%") from None
 
 
 def _images_and_classes(images: int, classes: int) -> str:

@@ -250,9 +250,9 @@ def transfer(
 
     targets = [find_target(*_name_and_path(text)) for text in to]
     if len({target.name for target in targets}) < len(targets):
-        raise UserError("--to gives one name to two data sets: name them differently.")
+        raise UserError("--to gives one name to two data sets", hint="name them differently")
     if set_ and method == "linear":
-        raise UserError("--set is for fine-tuning: add --method finetune or both, or leave it out.")
+        raise UserError("--set is for fine-tuning", hint="add --method finetune or both, or leave it out")
     methods: list[Literal["linear", "finetune"]] = ["linear", "finetune"] if method == "both" else [method]
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
     results = [
@@ -318,10 +318,12 @@ def ood(
     from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table, save_ood_table
 
     if suite and (near or far):
-        raise UserError("--suite names its own sets: leave out --near and --far, or leave out --suite.")
+        raise UserError("--suite names its own sets", hint="leave out --near and --far, or leave out --suite")
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
     if weights and not (fit and id_):
-        raise UserError("--weights has no data of its own: name images with --fit FILE.beton and --id FILE.beton.")
+        raise UserError(
+            "--weights has no data of its own", hint="name images with --fit FILE.beton and --id FILE.beton"
+        )
     results = []
     for encoder in _encoders(source, view, device, fit, id_):
         sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
@@ -389,7 +391,7 @@ def mi(
 
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
     if weights and not data:
-        raise UserError("--weights has no data of its own: name images with --data FILE.beton.")
+        raise UserError("--weights has no data of its own", hint="name images with --data FILE.beton")
     file = beton_file(data, "val") if data else None
     results = [evaluate_mi(encoder, file, seed=seed) for encoder in _encoders(source, view, device, file, file)]
     _show(results, out, mi_table, mi_summary_table)
@@ -417,18 +419,20 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
 
     if source.weights is None:
         if not source.runs:
-            raise UserError("Name a run directory, or a file with --weights and its --backbone.")
+            raise UserError(
+                "There is no run to evaluate", hint="name a run directory, or a file with --weights and its --backbone"
+            )
         for option in ("backbone", "stem", "size", "out_dir"):
             if getattr(source, option) is not None:
-                raise UserError(f"--{option.replace('_', '-')} is for --weights: leave it out.")
+                raise UserError(f"--{option.replace('_', '-')} is for --weights", hint="leave it out")
         for run in source.runs:
             yield load_run_encoder(run, untrained=source.untrained, view=view, device=device)
         return
     if source.runs or source.untrained:
         given = "a run" if source.runs else "--untrained"
-        raise UserError(f"--weights takes the place of runs: leave out {given}, or --weights.")
+        raise UserError("--weights takes the place of runs", hint=f"leave out {given}, or --weights")
     if source.backbone is None:
-        raise UserError("--weights needs the name of its architecture: add --backbone NAME, such as resnet50.")
+        raise UserError("--weights needs the name of its architecture", hint="add --backbone NAME, such as resnet50")
     assert train is not None
     encoder, remarks = load_foreign_encoder(
         source.weights, source.backbone, train=train, val=val, stem=source.stem or "imagenet", size=source.size,
@@ -454,7 +458,9 @@ def _evaluate(
     from fastssl.evaluation import find_evaluation_data
 
     if source.weights and not (train and val):
-        raise UserError("--weights has no data of its own: name images with --train FILE.beton and --val FILE.beton.")
+        raise UserError(
+            "--weights has no data of its own", hint="name images with --train FILE.beton and --val FILE.beton"
+        )
     encoders = _encoders(source, view, device, train, val)
     _show([evaluate(encoder, find_evaluation_data(encoder, train, val, train_list)) for encoder in encoders], out)
 
@@ -462,7 +468,7 @@ def _evaluate(
 def _name_and_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (equals and name.replace("-", "").replace("_", "").isalnum() and path):
-        raise UserError(f"--to {text} is not NAME=PATH, such as flowers102=data/flowers102.")
+        raise UserError(f"--to {text} is not NAME=PATH", hint="write it like flowers102=data/flowers102")
     return name, Path(path)
 
 

@@ -109,7 +109,7 @@ def copy(
     """
     text = read_recipe_text(find_recipe(Path(recipe)))
     if os.path.lexists(to):
-        raise UserError(f"{to} exists already: name another file.")
+        raise UserError(f"{to} exists already", hint="name another file")
     with explain_write_errors(to):
         write_atomically(to, text)
 

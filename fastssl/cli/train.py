@@ -52,7 +52,10 @@ def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> 
         recipe = None
     if recipe is None:
         if resume is None or resume == "auto":
-            raise UserError("train needs a recipe, such as recipes/zprob_barlow.yaml, or --resume RUN.")
+            raise UserError(
+                "train needs a recipe",
+                hint="name one, such as recipes/zprob_barlow.yaml, or continue a run with --resume RUN",
+            )
         from fastssl.models.checkpoint import find_run_dir
 
         recipe = str(find_run_dir(Path(resume)) / "recipe.yaml")
@@ -148,12 +151,17 @@ def profile(
     screen = console()
     if compare:
         if recipe or json or plan is not None or fail_under:
-            raise UserError("--compare reads two profiles and measures nothing: leave out recipe and other options.")
+            raise UserError(
+                "--compare reads two profiles and measures nothing", hint="leave out recipe and other options"
+            )
         a, b = map(profiling.read_profile, compare)
         screen.print(profiling.compare_table(str(compare[0]), str(compare[1]), a, b))
         return
     if recipe is None:
-        raise UserError("profile needs a recipe, or --compare A.json B.json.")
+        raise UserError(
+            "profile needs a recipe",
+            hint="name one, such as recipes/zprob_barlow.yaml, or compare two profiles with --compare A.json B.json",
+        )
     settings = load_recipe(recipe, overrides or [])
     path = json or profiling.default_path(settings, find_recipe(Path(recipe)))
     # Wrong options are reported before the minute of measurement, not after it.

@@ -68,15 +68,15 @@ def joined_processes(device: torch.device) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"This host has {torch.cuda.device_count()} GPUs, fewer than the processes that torchrun started here: "
-                "lower --nproc-per-node."
+                f"This host has {torch.cuda.device_count()} GPUs, fewer than the processes that torchrun started here",
+                hint="lower --nproc-per-node",
             )
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
     if "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set, but not RANK: start several processes with torchrun.")
+        raise UserError("WORLD_SIZE is set, but not RANK", hint="start several processes with torchrun")
     store, own_rank, world = next(dist.rendezvous("env://"))
     store = unused_store(store, own_rank, world)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -225,14 +225,23 @@ def write_error(path: Path, error: OSError) -> UserError:
     """Return what to tell the user about `error`, which came while `path` was written: what is at fault, the fix."""
     reason = error.strerror or str(error)
     if isinstance(error, UnsafeFile):
-        return UserError(f"{error.filename} is {reason}, so nothing is written to it: remove it, or use another path.")
+        return UserError(
+            f"{error.filename} is {reason}, so nothing is written to it", hint="remove it, or use another path"
+        )
     if fix := machine_fix(error):
-        return UserError(f"{path} was not written, because this machine has reached a limit ({reason}): {fix}.")
+        return UserError(f"{path} was not written, because this machine has reached a limit ({reason})", hint=fix)
     if isinstance(error.filename, str | bytes) and not _belongs_to(Path(os.fsdecode(error.filename)), path):
-        return UserError(f"{os.fsdecode(error.filename)} cannot be read or written ({reason}), so {path} is missing.")
+        return UserError(
+            f"{os.fsdecode(error.filename)} cannot be read or written ({reason}), so {path} is missing",
+            hint="make it readable and writable for your user, and run the same command again",
+        )
     if error.errno == errno.EFBIG:
-        return UserError(f"{path} cannot be written ({reason}): raise the limit on the size of files (ulimit -f).")
-    return UserError(f"{path} cannot be written ({reason}): free some space, or choose a path that you can write to.")
+        return UserError(
+            f"{path} cannot be written ({reason})", hint="raise the limit on the size of files (ulimit -f)"
+        )
+    return UserError(
+        f"{path} cannot be written ({reason})", hint="free some space, or choose a path that you can write to"
+    )
 
 
 def _belongs_to(file: Path, path: Path) -> bool:
