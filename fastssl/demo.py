@@ -65,7 +65,8 @@ def run_demo(seed: int = 0) -> None:
     if gain < MIN_GAIN:
         raise UserError(
             f"The trained encoder is {100 * gain:.1f} points above the untrained one and should be "
-            f"{100 * MIN_GAIN:.0f} or more: something is broken here; run `fastssl doctor`."
+            f"{100 * MIN_GAIN:.0f} or more: something is broken here",
+            hint="run `fastssl doctor`",
         )
 
     console.print("\n[bold]4. Unseen images[/]: digits 8 and 9 (near), photographs and noise (far)")

@@ -9,16 +9,17 @@ the nearest known one. Of our own modules it imports only those of common, so th
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from fastssl.common.errors import UserError, in_short, quote
 from fastssl.common.files import UnsafeFile, read_text
+from fastssl.common.validation import InvalidValues, any_of, keys_of, nearest_key, requirement, value_hint
 from fastssl.common.yaml_values import MAX_VALUES, parse_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -48,7 +49,7 @@ def _run_name(name: str) -> str:
     if len(name) > 200 or not _is_file_name(name) or any(not part or part.startswith(".") for part in folders):
         raise PydanticCustomError(
             "name",
-            "Input should name a folder within runs/: 1 to 200 characters, no control character, no dot in front",
+            "Input should be the name of a folder, of 1 to 200 characters, no control character, no dot in front",
         )
     return name
 
@@ -133,20 +134,29 @@ class ViewsConfig(Section):
     @model_validator(mode="after")
     def check(self) -> "ViewsConfig":
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"views.scale must be 0 < low <= high <= 1, not {list(self.scale)}")
+            raise InvalidValues(
+                f"views.scale must be 0 < low <= high <= 1, got {list(self.scale)}",
+                hint="write it like views.scale=[0.08,1]",
+            )
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"views.ratio must be 0 < low <= high, not {list(self.ratio)}")
+            raise InvalidValues(
+                f"views.ratio must be 0 < low <= high, got {list(self.ratio)}",
+                hint="write it like views.ratio=[0.75,1.33]",
+            )
         if min(self.std) <= 0:
-            raise ValueError(f"views.std must be above 0, not {quote(self.std)}")
+            raise InvalidValues(
+                f"views.std must be above 0, got {quote(self.std)}", hint="write it like views.std=[0.25]"
+            )
         resize = self.progressive_resize
         if resize and not (resize.size < self.size and resize.epochs[0] < resize.epochs[1]):
-            raise ValueError(
-                f"views.progressive_resize must have a size below views.size={self.size} and epochs that rise, "
-                f"not {resize.size} and {list(resize.epochs)}"
+            raise InvalidValues(
+                f"views.progressive_resize must have a size below views.size={self.size} and epochs that rise, got "
+                f"{resize.size} and {list(resize.epochs)}",
+                hint="write it like 'views.progressive_resize={size: 160, epochs: [0, 50]}'",
             )
         if resize and self.size - resize.size > 7 * 32:
-            raise ValueError(
-                "views.progressive_resize has more than 8 sizes, and each is compiled: start from a larger size"
+            raise InvalidValues(
+                "views.progressive_resize has more than 8 sizes, and each is compiled", hint="start from a larger size"
             )
         return self
 
@@ -184,15 +194,19 @@ class EmbeddingConfig(Section):
     @model_validator(mode="after")
     def check(self) -> "EmbeddingConfig":
         if self.prior != "standard_normal" and self.kl == "closed":
-            raise ValueError(f"embedding.kl=closed has no formula for a {self.prior} prior: set embedding.kl=mc")
+            raise InvalidValues(
+                f"embedding.kl=closed has no formula for a {self.prior} prior", hint="set embedding.kl=mc"
+            )
         if self.prior == "vamp" and self.mixture_mode != "joint":
-            raise ValueError(
-                f"embedding.mixture_mode={self.mixture_mode} is for embedding.prior=mixture; vamp is always joint"
+            raise InvalidValues(
+                f"embedding.mixture_mode={self.mixture_mode} is for embedding.prior=mixture, and vamp is always joint",
+                hint="leave out embedding.mixture_mode",
             )
         if self.prior == "mixture" and self.mixture_mode == "reference" and self.stochastic == "hz":
-            raise ValueError(
+            raise InvalidValues(
                 "embedding.mixture_mode=reference averages over the draws of one Gaussian, and with "
-                "embedding.stochastic=hz each draw of z has its own: set embedding.mixture_mode to joint or per_dim"
+                "embedding.stochastic=hz each draw of z has its own",
+                hint="set embedding.mixture_mode to joint or per_dim",
             )
         return self
 
@@ -346,7 +360,7 @@ class Recipe(Section):
             value = waiting.pop()
             count += 1
             if count > MAX_VALUES:
-                raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+                raise InvalidValues(f"it holds more than {MAX_VALUES:,} values", hint="name a recipe or a sweep file")
             if isinstance(value, dict):
                 waiting.extend(value.values())
             elif isinstance(value, list | tuple):
@@ -358,51 +372,61 @@ class Recipe(Section):
         objective, embedding = self.objective, self.embedding
         for name, values in (("mean", self.views.mean), ("std", self.views.std)):
             if len(values) not in (1, self.model.in_chans):
-                raise ValueError(
+                raise InvalidValues(
                     f"views.{name} has {len(values)} values, and the images have model.in_chans={self.model.in_chans} "
-                    "channels: give a value for each channel or one for all, such as views.mean=[0.5] views.std=[0.25]"
+                    "channels",
+                    hint="give a value for each channel or one for all, such as views.mean=[0.5] views.std=[0.25]",
                 )
         if self.views.kernel == "triton" and self.model.in_chans != 3:
-            raise ValueError(
-                f"views.kernel=triton makes views of RGB images, and model.in_chans={self.model.in_chans}: leave it out"
+            raise InvalidValues(
+                f"views.kernel=triton makes views of RGB images, and model.in_chans={self.model.in_chans}",
+                hint="leave out views.kernel",
             )
         if not objective.has_projector and "z" in embedding.stochastic:
-            raise ValueError(
+            raise InvalidValues(
                 f"embedding.stochastic={embedding.stochastic} needs a projector's z, which "
-                f"objective.name={objective.name} does not have: set embedding.stochastic to none or h"
+                f"objective.name={objective.name} does not have",
+                hint="set embedding.stochastic to none or h",
             )
         averages_inside = isinstance(objective, SimCLRConfig) and objective.over_draws == "log_mean_exp"
         if averages_inside and embedding.stochastic == "none":
-            raise ValueError(
-                "objective.over_draws=log_mean_exp needs draws to average over: set embedding.stochastic to z, h or hz"
+            raise InvalidValues(
+                "objective.over_draws=log_mean_exp needs draws to average over",
+                hint="set embedding.stochastic to z, h or hz",
             )
         if embedding.chunk is not None and not objective.is_mean_over_draws:
-            raise ValueError(
+            raise InvalidValues(
                 f"embedding.chunk cannot split the draws of objective.name={objective.name}, which averages over them "
-                "before the logarithm: leave out embedding.chunk"
+                "before the logarithm",
+                hint="leave out embedding.chunk",
             )
         if objective.has_projector and self.optim.head_lr_factor != 1:
-            raise ValueError(
-                "optim.head_lr_factor is the learning rate of a classifier, which "
-                f"objective.name={objective.name} does not have: leave it out"
+            raise InvalidValues(
+                f"optim.head_lr_factor is the learning rate of a classifier, which objective.name={objective.name} "
+                "does not have",
+                hint="leave out optim.head_lr_factor",
             )
         if self.train.batch_size % self.train.accumulate:
-            raise ValueError(
-                f"train.accumulate={self.train.accumulate} does not divide train.batch_size={self.train.batch_size}"
+            raise InvalidValues(
+                f"train.accumulate={self.train.accumulate} does not divide train.batch_size={self.train.batch_size}",
+                hint="set train.batch_size to a multiple of train.accumulate",
             )
         if self.train.cuda_graphs and self.train.compile is False:
-            raise ValueError("train.cuda_graphs needs compiled steps: leave out train.compile=false")
+            raise InvalidValues("train.cuda_graphs needs compiled steps", hint="leave out train.compile=false")
         if self.train.cuda_graphs and self.train.accumulate > 1:
-            raise ValueError("train.cuda_graphs keeps no gradients between micro-batches: leave out train.accumulate")
+            raise InvalidValues(
+                "train.cuda_graphs keeps no gradients between micro-batches", hint="leave out train.accumulate"
+            )
         if self.train.batch_size < 2 * self.train.accumulate:
-            raise ValueError(
+            raise InvalidValues(
                 f"train.accumulate={self.train.accumulate} splits train.batch_size={self.train.batch_size} into "
-                "micro-batches of one image, which have no batch statistics: lower train.accumulate"
+                "micro-batches of one image, which have no batch statistics",
+                hint="lower train.accumulate",
             )
         if self.probe.split == "rest" and self.probe.train:
-            raise ValueError("probe.split=rest searches data.train, not probe.train: leave out one of them")
+            raise InvalidValues("probe.split=rest searches data.train, not probe.train", hint="leave out one of them")
         if self.probe.split == "rest" and self.data.limit is None:
-            raise ValueError("probe.split=rest uses the images that data.limit leaves out: set data.limit")
+            raise InvalidValues("probe.split=rest uses the images that data.limit leaves out", hint="set data.limit")
         return self
 
     def to_yaml(self) -> str:
@@ -418,13 +442,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `key=value` with dotted keys and values in YAML syntax, such as "optim.lr=1e-3".
 
     Raises:
-        UserError: with one sentence that names the file and the key.
+        UserError: names the file, the key and what to write.
     """
     path = find_recipe(Path(path))
     try:
         return _validate(read_yaml(path), overrides)
     except ValidationError as error:
-        raise UserError(f"{path}: {sentence(error, Recipe)}") from None
+        raise explain(error, Recipe).prefixed(f"{path}: ") from None
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -432,7 +456,7 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe
     try:
         return _validate(Recipe.model_validate(values).model_dump(mode="json"), overrides)
     except ValidationError as error:
-        raise UserError(sentence(error, Recipe)) from None
+        raise explain(error, Recipe) from None
 
 
 def _validate(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
@@ -463,13 +487,29 @@ def find_recipe(path: Path) -> Path:
         if ("recipes" / file.with_suffix("")).parts[-len(wanted) :] == wanted:
             return shipped_recipes() / file
     if os.path.exists(path):
-        raise UserError(f"{path} is a folder or a device, not a file: name a YAML file.")
+        raise UserError(
+            f"{path} is a folder or a device, not a file",
+            hint="name a YAML file; `fastssl recipes ls` lists the shipped ones",
+        )
     if path.name == "recipe.yaml":  # of a run directory
-        raise UserError(f"No recipe at {path}: put the run's recipe.yaml back there, or name another run.")
+        raise UserError(f"No recipe at {path}", hint="put the run's recipe.yaml back there, or name another run")
+    raise UserError(f"No recipe at {in_short(path)}", hint=_near_recipes(path))
+
+
+def _near_recipes(path: Path) -> str:
+    """The most similar shipped recipes, by their whole paths and by their names alone."""
     known = ["recipes/" + str(p.relative_to(shipped_recipes())) for p in sorted(shipped_recipes().rglob("*.yaml"))]
-    near = difflib.get_close_matches(str(path)[:LONGEST_PATH], known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`fastssl recipes ls` lists the shipped ones."
-    raise UserError(f"No recipe at {in_short(path)}: {hint}")
+    wanted = str(path)[:LONGEST_PATH].removesuffix(".yaml")
+    name = Path(wanted).name
+
+    def similarity(recipe: str) -> float:
+        ratio = difflib.SequenceMatcher(None, wanted, recipe.removesuffix(".yaml")).ratio()
+        return max(ratio, difflib.SequenceMatcher(None, name, Path(recipe).stem).ratio())
+
+    # Of equal ones those in fewer folders.
+    nearest = sorted(known, key=lambda recipe: (-similarity(recipe), recipe.count("/")))[:3]
+    near = [recipe for recipe in nearest if similarity(recipe) >= 0.5]
+    return f"did you mean {any_of(near)}?" if near else "`fastssl recipes ls` lists the shipped ones"
 
 
 MAX_BYTES = 128 * 1024  # of a YAML file: recipes and sweeps have a few KB, and PyYAML reads about 100 KB a second
@@ -481,11 +521,11 @@ def read_recipe_text(path: Path) -> str:
     try:
         return read_text(path, MAX_BYTES)
     except UnsafeFile as error:
-        raise UserError(f"{path} is {error.strerror}: name a recipe or a sweep file.") from None
+        raise UserError(f"{path} is {error.strerror}", hint="name a recipe or a sweep file") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name another file.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror})", hint="name another file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not readable as YAML: it is not text in UTF-8.") from None
+        raise UserError(f"{path} is not text in UTF-8", hint="save it as UTF-8, or name another file") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -497,9 +537,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason: object = error
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             reason = f"line {error.problem_mark.line + 1}: {error.problem}"
-        raise UserError(f"{path} is not readable as YAML: {in_short(reason)}.") from None
+        raise UserError(
+            f"{path} is not readable as YAML ({in_short(reason)})", hint="correct that line, or name another file"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} is not a recipe: it should hold keys such as name, data and train.")
+        raise UserError(
+            f"{path} is not a recipe, as it holds no keys",
+            hint="write keys such as name, data and train, or name another file",
+        )
     return values
 
 
@@ -507,80 +552,116 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *parents, last = words = key.split(".")
     if not equals or not all(words):
-        raise UserError(f"{quote(override)} is not an override: write key=value, such as train.epochs=1.")
+        raise UserError(f"{quote(override)} is not an override", hint="write key=value, such as train.epochs=1")
     section = values
     for parent in parents:
         below = {} if section.get(parent) is None else section[parent]
         if not isinstance(below, dict):
-            raise UserError(f"Override {in_short(key)}: {in_short(parent)} is a single value and has no keys below it.")
+            raise UserError(
+                f"{in_short(key)}: {in_short(parent)} is a single value and has no keys below it",
+                hint=f"write {in_short(key.partition(parent)[0] + parent)}=VALUE",
+            )
         section[parent] = dict(below)  # a copy, because in YAML an alias elsewhere may stand for the same values
         section = section[parent]
     try:
         section[last] = parse_yaml(text)
     except yaml.YAMLError:
-        raise UserError(f"Override {in_short(key)}: {quote(text)} is not a value in YAML syntax.") from None
+        raise UserError(
+            f"{in_short(key)}: {quote(text)} is not a value in YAML syntax",
+            hint="put quotes around text with special characters",
+        ) from None
 
 
-def sentence(error: ValidationError, section: type[BaseModel]) -> str:
-    """The first of pydantic's errors about a `section` as one sentence that names the dotted key and the fix."""
-    first = error.errors()[0]
-    parts, objective = [str(part) for part in first["loc"]], None
-    # Inside the objective, pydantic adds the name of the chosen class to the location; inside options, each type that
-    # it tried.
-    if len(parts) > 1 and parts[0] == "objective":
-        objective = parts.pop(1)
-    if parts[:2] == ["optim", "options"] and len(parts) > 2:
-        key = in_short(".".join(parts[:3]))
-        return f"{key} should be a number, true, false or a list of numbers, not {quote(first['input'])}."
+def explain(error: ValidationError, section: type[BaseModel]) -> UserError:
+    """The first of pydantic's errors about a `section`, with the dotted key and what to write."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "value_error":  # from our own validators
+        ours = first["ctx"]["error"]
+        return UserError(str(ours), hint=getattr(ours, "hint", None))
+    known = keys_of(section)
+    parts, objective = _location(first)
+    if objective and section is Recipe:
+        known = {**known, **keys_of(OBJECTIVES[objective], "objective.")}
     key = in_short(".".join(parts))
+    if parts[:2] == ["optim", "options"] and len(parts) > 2:  # pydantic adds each type that it tried
+        key = in_short(".".join(parts[:3]))
+        return UserError(
+            f"{key} must be a number, true, false or a list of numbers, got {quote(first['input'])}",
+            hint=f"write it like {key}=0.9",
+        )
     if first["type"] == "extra_forbidden":
-        known = _keys(section)
-        if objective:
-            owners = [name for name, kind in OBJECTIVES.items() if parts[-1] in kind.model_fields]
-            if owners:
-                return (
-                    f"{key} belongs to {' and '.join(owners)}: to change the objective, write it whole, "
-                    f"objective={{name: {objective}}}."
-                )
-            known = _keys(OBJECTIVES[objective], "objective.")
-        near = _nearest(parts, known)
-        return f"unknown key {key}" + (f": did you mean {near}?" if near else ".")
-    if first["type"] == "missing":
-        return f"the key {key} is missing."
+        return _unknown_key(key, parts, objective, list(known))
+    is_value = first["type"] != "missing" or isinstance(first["input"], list | tuple)
+    if not is_value:
+        return UserError(f"the key {key} is missing", hint=f"add {EXAMPLES.get(key, f'{key}=VALUE')}")
     if first["type"] == "union_tag_invalid":
-        objective_given = first["input"]  # in a checkpoint it may be anything
-        name = quote(objective_given.get("name") if isinstance(objective_given, dict) else objective_given)
-        return f"objective.name should be one of {first['ctx']['expected_tags']}, not {name}."
+        given = first["input"]  # in a checkpoint it may be anything
+        name = given.get("name") if isinstance(given, dict) else given
+        near = difflib.get_close_matches(str(name)[:100], OBJECTIVES, n=1)
+        return UserError(
+            f"objective.name must be {any_of(list(OBJECTIVES))}, got {quote(name)}",
+            hint=f"did you mean objective.name={near[0]}?" if near else f"write {EXAMPLES['objective.name']}",
+        )
     if first["type"] == "union_tag_not_found":
-        return f"the key objective.name is missing: {', '.join(list(OBJECTIVES)[:-1])} or {list(OBJECTIVES)[-1]}."
-    if first["type"] == "value_error":  # from our own validators: already a sentence
-        return f"{first['ctx']['error']}."
-    # pydantic's own messages, such as "Input should be greater than 0".
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {in_short(message)}, not {quote(first['input'])}."
+        return UserError("the key objective.name is missing", hint=f"write {any_of(list(OBJECTIVES))}")
+    key, same = _errors_of_one_value(errors, known)
+    message = f"{key} {requirement(same)}"
+    default = known.get(key, PydanticUndefined)
+    if key == "objective":
+        return UserError(message, hint="write it whole, such as 'objective={name: vicreg}'")
+    if isinstance(default, BaseModel):
+        return UserError(message, hint=f"write its keys, such as {key}.{next(iter(type(default).model_fields))}=VALUE")
+    if key in EXAMPLES:
+        return UserError(message, hint=f"write it like {EXAMPLES[key]}")
+    return UserError(message, hint=value_hint(key, same, default))
 
 
-def _nearest(parts: list[str], keys: list[str]) -> str | None:
-    """The known key most like a mistyped one: in the same section, else with the same last word, else anywhere."""
-    siblings = [key for key in keys if key.split(".")[:-1] == parts[:-1]]
-    close = difflib.get_close_matches(".".join(parts), siblings, n=1, cutoff=0.6)
-    close = close or sorted((key for key in keys if key.split(".")[-1] == parts[-1]), key=lambda key: key.count("."))
-    close = close or difflib.get_close_matches(".".join(parts), keys, n=1, cutoff=0.6)
-    return close[0] if close else None
+# For keys that have no default.
+EXAMPLES = {
+    "name": "name=my_run",
+    "data": "data.train=data/cifar10",
+    "data.train": "data.train=data/cifar10",
+    "objective.name": "objective.name=barlow_twins",
+    "objective.classes": "objective.classes=10",
+    "grids": "grids, a list of recipes with axes, as in recipes/sweeps",
+}
+
+
+def _location(error: Any) -> tuple[list[str], str | None]:
+    """The parts of the dotted key, and the objective that it is of: pydantic adds the name of the chosen class."""
+    parts = [str(part) for part in error["loc"]]
+    objective = parts.pop(1) if len(parts) > 1 and parts[0] == "objective" else None
+    return parts, objective
+
+
+def _errors_of_one_value(errors: Sequence[Any], known: Mapping[str, object]) -> tuple[str, list[Any]]:
+    """The key of the first error, without positions in its list and types that pydantic tried, and all its errors."""
+
+    def key_of(error: Any) -> str:
+        parts, _ = _location(error)
+        for end in range(len(parts), 0, -1):
+            if not parts[end - 1].isdigit() and ".".join(part for part in parts[:end] if not part.isdigit()) in known:
+                return in_short(".".join(parts[:end]))
+        return in_short(".".join(parts)) or "it"
+
+    key = key_of(errors[0])
+    return key, [error for error in errors if key_of(error) == key]
+
+
+def _unknown_key(key: str, parts: list[str], objective: str | None, known: list[str]) -> UserError:
+    owners = [name for name, kind in OBJECTIVES.items() if parts[-1] in kind.model_fields] if objective else []
+    if owners:
+        return UserError(
+            f"{key} belongs to {' and '.join(owners)}",
+            hint=f"write the whole objective, 'objective={{name: {objective}}}', or leave out {key}",
+        )
+    near = nearest_key(parts, known)
+    return UserError(
+        f"unknown key {key}", hint=f"did you mean {near}?" if near else "`fastssl recipes keys` lists the keys"
+    )
 
 
 def recipe_keys() -> list[str]:
     """All dotted keys of a recipe, those of every objective included."""
-    return _keys(Recipe)
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a section and of the sections in it, which are included themselves."""
-    found = []
-    for name, field in section.model_fields.items():
-        found.append(prefix + name)
-        below = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for kind in below:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found += [key for key in _keys(kind, prefix + name + ".") if key not in found]
-    return found
+    return list(keys_of(Recipe))

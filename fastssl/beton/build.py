@@ -93,12 +93,12 @@ class BuildOptions:
         if self.codec not in (None, *get_args(Codec)):
             raise UserError(
                 f"--codec must be {' or '.join(get_args(Codec))}, got {quote(self.codec)}",
-                hint="leave it out for the builder's choice",
+                hint="leave out --codec for the builder's choice",
             )
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be from 1 to 100, got {self.quality}", hint="leave it out for 90")
+            raise UserError(f"--quality must be from 1 to 100, got {self.quality}", hint="leave out --quality for 90")
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit must be 1 or more, got {self.limit}", hint="leave it out to use all images")
+            raise UserError(f"--limit must be 1 or more, got {self.limit}", hint="leave out --limit to use all images")
         if self.allow_bad is not None and not 0 <= self.allow_bad <= 100:
             raise UserError(
                 f"--allow-bad must be from 0 to 100 %, got {self.allow_bad:g} %",
@@ -106,7 +106,8 @@ class BuildOptions:
             )
         if self.max_megapixels < 1:
             raise UserError(
-                f"--max-megapixels must be 1 or more, got {self.max_megapixels}", hint="leave it out for the default"
+                f"--max-megapixels must be 1 or more, got {self.max_megapixels}",
+                hint="leave out --max-megapixels for its default",
             )
         if not 1 <= self.channels <= MOST_CHANNELS:
             raise UserError(
@@ -117,7 +118,7 @@ class BuildOptions:
             raise UserError("--codec bc4 stores squares", hint="use --canvas in place of --max-side")
         if self.codec is not None and self.channels != RGB:
             raise UserError(
-                f"--channels {self.channels} stores pixels, and --codec is for RGB images", hint="leave it out"
+                f"--channels {self.channels} stores pixels, and --codec is for RGB images", hint="leave out --codec"
             )
         if self.channels != RGB and self.max_side is not None:
             raise UserError(
@@ -152,7 +153,7 @@ class BuildOptions:
             )
         plan = StoragePlan("canvas", side, quality, self.value_range, self.max_megapixels, self.channels, self.codec)
         if self.quality is not None and plan.storage != "jpg":
-            instead = "leave it out, or add --codec jpeg" if self.channels == RGB else "leave it out"
+            instead = "leave out --quality" + (", or add --codec jpeg" if self.channels == RGB else "")
             raise UserError(
                 f"--quality is of JPEGs, and a canvas of {side} px is stored as {plan.described}", hint=instead
             )

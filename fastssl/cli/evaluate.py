@@ -252,7 +252,7 @@ def transfer(
     if len({target.name for target in targets}) < len(targets):
         raise UserError("--to gives one name to two data sets", hint="name them differently")
     if set_ and method == "linear":
-        raise UserError("--set is for fine-tuning", hint="add --method finetune or both, or leave it out")
+        raise UserError("--set is for fine-tuning", hint="add --method finetune or both, or leave out --set")
     methods: list[Literal["linear", "finetune"]] = ["linear", "finetune"] if method == "both" else [method]
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
     results = [
@@ -424,7 +424,8 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
             )
         for option in ("backbone", "stem", "size", "out_dir"):
             if getattr(source, option) is not None:
-                raise UserError(f"--{option.replace('_', '-')} is for --weights", hint="leave it out")
+                name = f"--{option.replace('_', '-')}"
+                raise UserError(f"{name} is for --weights", hint=f"leave out {name}")
         for run in source.runs:
             yield load_run_encoder(run, untrained=source.untrained, view=view, device=device)
         return

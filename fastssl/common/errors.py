@@ -22,6 +22,10 @@ class UserError(Exception):
         self.hint = None if hint is None else _without_period(hint)
         super().__init__(self.message)  # pickle passes this on, and `hint` with the other attributes
 
+    def prefixed(self, start: str) -> "UserError":
+        """The same error with a start that says where it was found."""
+        return UserError(f"{start}{self.message}", hint=self.hint)
+
     def __str__(self) -> str:
         sentence = self.message if self.hint is None else f"{self.message}: {self.hint}"
         return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."

@@ -39,7 +39,7 @@ def available_cores() -> int:
 def resolve_workers(workers: int | None) -> int:
     """Return the number of worker processes: `workers`, or one for each available core if it is None."""
     if workers is not None and workers < 1:
-        raise UserError(f"--workers must be 1 or more, got {workers}", hint="leave it out to use all cores")
+        raise UserError(f"--workers must be 1 or more, got {workers}", hint="leave out --workers to use all cores")
     return available_cores() if workers is None else workers
 
 

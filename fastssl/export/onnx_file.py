@@ -39,8 +39,8 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--format onnx needs the package {error.name}: pip install 'onnx' 'onnxscript' (and 'onnxruntime', "
-            "to check the file)."
+            f"--format onnx needs the package {error.name}",
+            hint="run `pip install onnx onnxscript` (and onnxruntime, to check the file)",
         ) from None
 
 
@@ -57,7 +57,7 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
     if sigma and source.spaces == "z" and isinstance(model, SSLModel):
         parts.append(model.projector)
     if sum(weight.nbytes for part in parts for weight in part.parameters()) > LARGEST:
-        raise UserError(f"{backbone} is larger than the 2 GB of an ONNX file: use --format safetensors.")
+        raise UserError(f"{backbone} is larger than the 2 GB of an ONNX file", hint="use --format safetensors")
     embed = EmbedTuple(model, sigma).eval()
     with warnings.catch_warnings():
         # torch.export warns about its own internals. The comparison below shows whether the file is right.
@@ -70,7 +70,7 @@ def write_onnx(path: Path, source: Source, sigma: bool) -> float | None:
         except torch.onnx.OnnxExporterError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:100]
             raise UserError(
-                f"torch cannot write {backbone} as ONNX ({reason} ...): use --format timm or safetensors."
+                f"torch cannot write {backbone} as ONNX ({reason} ...)", hint="use --format timm or safetensors"
             ) from None
     assert program is not None  # only other options give None
     for node in program.model.graph.all_nodes():
@@ -99,8 +99,8 @@ def compare_with_torch(path: Path, embed: EmbedTuple, shape: tuple[int, int, int
             # Written so that NaN is refused too.
             if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
                 raise UserError(
-                    f"The ONNX file differs from torch by {difference:.2g}, so it was deleted: "
-                    "use --format timm or safetensors."
+                    f"The ONNX file differs from torch by {difference:.2g}, so it was deleted",
+                    hint="use --format timm or safetensors",
                 )
             largest = max(largest, difference)
     return largest

@@ -51,25 +51,31 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
     source = read_run(run)
     if format == "timm" and source.recipe.model.stem == "small":
         raise UserError(
-            f"{run} has model.stem=small, a ResNet that timm has no name for: use --format safetensors, which "
-            "fastssl.load_encoder reads."
+            f"{run} has model.stem=small, a ResNet that timm has no name for",
+            hint="use --format safetensors, which fastssl.load_encoder reads",
         )
     if sigma and not source.spaces:
-        raise UserError(f"{run} is deterministic (embedding.stochastic=none) and has no sigma: leave out --sigma.")
+        raise UserError(
+            f"{run} is deterministic (embedding.stochastic=none) and has no sigma", hint="leave out --sigma"
+        )
     if sigma and format == "timm":
-        raise UserError("A timm model cannot hold sigma: use --format safetensors or onnx, or leave out --sigma.")
+        raise UserError("A timm model cannot hold sigma", hint="use --format safetensors or onnx, or leave out --sigma")
     name = re.sub(r"[^\w.-]+", "-", source.recipe.name).strip(".-") or "model"
     # A folder for each format, as each has its own card.
     folder = (source.run_dir or source.checkpoint.parent) / "export" / (f"{format}-sigma" if sigma else format)
     path = out or folder / f"{name}{SUFFIX[format]}"
     if path.suffix != SUFFIX[format]:  # timm and load_encoder look at it
-        raise UserError(f"--out {path}: the name of a {format} file ends in {SUFFIX[format]}.")
+        raise UserError(
+            f"--out {path} has another ending than a {format} file", hint=f"name a file that ends in {SUFFIX[format]}"
+        )
     card = path.with_name(CARD)
     text = str(model_card(source, path.name, format, sigma)).encode("utf-8", "replace")
     for file in (path, card):
         # An export that was killed before it wrote the file has left a card, which is the same.
         if file.exists() and not (file == card and _has_content(card, text)):
-            raise UserError(f"{file} exists already and is not overwritten: move it, or name another file with --out.")
+            raise UserError(
+                f"{file} exists already and is not overwritten", hint="move it, or name another file with --out"
+            )
     difference = None
 
     def write(part: Path) -> None:
@@ -94,7 +100,7 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
     except UnsafeFile as error:
         raise write_error(path, error) from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}): name another file with --out.") from None
+        raise UserError(f"{path} cannot be written ({error})", hint="name another file with --out") from None
     finally:
         # A card without its file would block the next attempt.
         if card.exists() and not path.exists():

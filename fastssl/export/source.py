@@ -105,7 +105,9 @@ def read_run(run: str | Path) -> Source:
     # With gradients, torch.export keeps views in some attention layers (relpos, maxvit) that ONNX refuses.
     model = model_from_checkpoint(checkpoint).requires_grad_(False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f"{path} holds weights that are not finite: export an earlier checkpoint, or train again.")
+        raise UserError(
+            f"{path} holds weights that are not finite", hint="export an earlier checkpoint, or train again"
+        )
     step, epochs_done = saved["step"], saved["loader"]["epoch"] if "loader" in saved else None
     run_dir = run_dir_of(path)
     source = Source(model, checkpoint.recipe, path, checkpoint.sha256, step, epochs_done, run_dir)

@@ -44,13 +44,18 @@ def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) 
             info = read_header(train)
             plan = None if info.manifest is None else recorded_plan(info.manifest)
             if plan and plan.layout == "canvas" and plan.storage != info.storage:
-                raise UserError(f"it says {plan.described}, and the file holds other images")
+                raise UserError(
+                    f"it says {plan.described}, and the file holds other images", hint="build the file again"
+                )
             if plan and plan.channels != in_chans:
-                raise UserError(f"its images have {plan.channels} channels, those of the encoder {in_chans}")
+                raise UserError(
+                    f"its images have {plan.channels} channels, those of the encoder {in_chans}",
+                    hint=f"build the file again with --channels {in_chans}",
+                )
             if plan:
                 return Conversion(plan, True, f"Images are converted as {train} was built: {describe_plan(plan)}.")
         except UserError as error:
-            problem = f"{train.name}.json does not tell ({str(error).rstrip('.')})"
+            problem = f"{train.name}.json does not tell ({error.message})"
     side = next((side for side in DEFAULT_CANVASES if views.size <= side), DEFAULT_CANVASES[-1])
     plan = StoragePlan("canvas", side, JPEG_QUALITY, "full", MAX_MEGAPIXELS, in_chans)
     return Conversion(

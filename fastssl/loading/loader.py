@@ -163,13 +163,13 @@ class BetonLoader:
         info = read_header(self.path)
         if crop == "gpu" and info.resolution is None:
             raise UserError(
-                f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch: "
-                "set data.crop=cpu, or build it with --canvas."
+                f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch",
+                hint="set data.crop=cpu, or build it with --canvas",
             )
         if crop != "gpu" and info.channels != RGB:
             raise UserError(
-                f"{self.path} holds images of {info.channels} channels, and data.crop={crop} cuts RGB images only: set "
-                "data.crop=gpu or leave it out."
+                f"{self.path} holds images of {info.channels} channels, and data.crop={crop} cuts RGB images only",
+                hint="set data.crop=gpu, or leave out data.crop",
             )
         orders: dict[bool | str, Order] = {True: "random", False: "sequential", "quasi_random": "quasi_random"}
         if shuffle not in orders:
@@ -177,7 +177,10 @@ class BetonLoader:
         if crop != "gpu" and views is None:
             raise ValueError(f'crop="{crop}" needs views, the recipe\'s section.')
         if crop == "cpu" and resident:
-            raise UserError("data.resident needs data.crop=gpu: crops made on the CPU are new in every epoch.")
+            raise UserError(
+                "data.resident=true needs data.crop=gpu, as crops made on the CPU are new in every epoch",
+                hint="set data.crop=gpu, or leave out data.resident",
+            )
 
         self.batch_size = batch_size
         self.seed = seed
@@ -207,16 +210,17 @@ class BetonLoader:
 
         if len(self) == 0:
             raise UserError(
-                f"{self.path} gives {len(self.rows)} images, fewer than one batch of "
-                f"{batch_size * self.world}: lower train.batch_size or add images."
+                f"{self.path} gives {len(self.rows)} images, fewer than one batch of {batch_size * self.world}",
+                hint="lower train.batch_size, or add images",
             )
         needed = BATCHES * self.batch_bytes_on_host + self.scratch_bytes
         if needed > total_memory():
             height, width = info.max_resolution
             raise UserError(
                 f"Batches of {batch_size} images of {self.path}, of up to {height} x {width} px, take "
-                f"{needed / 1e9:,.0f} GB, and this machine has {total_memory() / 1e9:,.0f} GB of memory: lower "
-                "train.batch_size, or build the file again with a smaller --canvas or --max-side."
+                f"{needed / 1e9:,.0f} GB, and this machine has {total_memory() / 1e9:,.0f} GB of "
+                "memory",
+                hint="lower train.batch_size, or build the file again with a smaller --canvas or --max-side",
             )
         size = self.path.stat().st_size
         memory = free_memory()
@@ -293,13 +297,14 @@ class BetonLoader:
         """Continue at a saved position; the number of processes may be another one."""
         if (state["seed"], state["order"]) != (self.seed, self.order):
             raise UserError(
-                f"The saved position in {self.path} belongs to seed {state['seed']} and the {state['order']} order; "
-                f"this loader has seed {self.seed} and the {self.order} order."
+                f"The saved position in {self.path} belongs to seed {state['seed']} and the {state['order']} order, "
+                f"and this loader has seed {self.seed} and the {self.order} order",
+                hint="resume with the recipe.yaml of the run, or start a new run",
             )
         if state["samples"] != self._samples_hash:
             raise UserError(
-                f"{self.path} does not hold the images that the run has read so far, in their order: set data.train "
-                "(and data.subset) to the file that was used before, or start a new run."
+                f"{self.path} does not hold the images that the run has read so far, in their order",
+                hint="set data.train (and data.subset) to the file that was used before, or start a new run",
             )
         self.epoch = state["epoch"]
         self.position = state["position"]
@@ -392,8 +397,8 @@ class BetonLoader:
         for b in np.flatnonzero(status_B == kernels.FAILED):
             if self.on_bad_sample == "error" or len(good) == 0:
                 raise UserError(
-                    f"{self.samples.describe(row_B[b])} cannot be decoded: build the file again with "
-                    "fastssl build-beton, or set data.on_bad_sample=skip."
+                    f"{self.samples.describe(row_B[b])} cannot be decoded",
+                    hint="build the file again with fastssl build-beton, or set data.on_bad_sample=skip",
                 )
             replacement = good[np.searchsorted(good, b) % len(good)]  # the next good one, or else the first
             out[b] = out[replacement]
@@ -435,7 +440,7 @@ class BetonLoader:
         try:
             memory = torch.empty((count, *self._image_shape), dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:
-            raise UserError(f"{self.path} does not fit on the device: set data.resident=false.") from None
+            raise UserError(f"{self.path} does not fit on the device", hint="set data.resident=false") from None
         columns: list[tuple[Tensor, ...]] = []  # of each piece, all fields but its images
         filled = 0
         copied: torch.cuda.Event | None = None

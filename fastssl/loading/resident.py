@@ -68,7 +68,9 @@ def _finish(started: StartedPiece, samples: Samples) -> Piece:
     try:
         started.thread.result()
     except OSError as error:
-        raise UserError(f"{samples.path} cannot be read: {error.strerror}.") from error
+        raise UserError(
+            f"{samples.path} cannot be read ({error.strerror})", hint="check the disk, and run the same command again"
+        ) from error
     return started.piece
 
 
@@ -81,13 +83,13 @@ def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
     with open_regular(samples.path) as file:
         # The positions are those of the file that was mapped when its tables were checked.
         if file_identity(os.fstat(file.fileno())) != samples.identity:
-            raise UserError(f"{samples.path} has changed since it was opened: start again.")
+            raise UserError(f"{samples.path} has changed since it was opened", hint="start again")
         for first, end in zip(limits, limits[1:]):
             position = int(start_B[first])
             rest = out[first:end].reshape(-1).data
             while len(rest):
                 done = os.preadv(file.fileno(), [rest], position)
                 if done == 0:
-                    raise UserError(f"{samples.path} has changed since it was opened: start again.")
+                    raise UserError(f"{samples.path} has changed since it was opened", hint="start again")
                 position += done
                 rest = rest[done:]

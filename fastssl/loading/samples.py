@@ -111,10 +111,10 @@ def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes:
     if missing:
         verb = "has" if missing == 1 else "have"
         raise UserError(
-            f"{missing:,} of the {len(label_N):,} images of {path} {verb} no label, which {use} needs: {fix}."
+            f"{missing:,} of the {len(label_N):,} images of {path} {verb} no label, which {use} needs", hint=fix
         )
     if len(np.unique(label_N)) < classes:
-        raise UserError(f"{path} holds one class only, and {use} needs several: {fix}.")
+        raise UserError(f"{path} holds one class only, and {use} needs several", hint=fix)
 
 
 def require_channels(path: str | Path, in_chans: int, encoder: str = "", fix: str = "") -> None:
@@ -132,8 +132,8 @@ def require_channels(path: str | Path, in_chans: int, encoder: str = "", fix: st
         encoder = encoder or "the encoder (model.in_chans)"
         fix = fix or f"set model.in_chans={channels}, with views.mean and views.std for such images"
         raise UserError(
-            f"{path} holds images of {channels} channel{'' if channels == 1 else 's'}, and {encoder} takes {in_chans}: "
-            f"{fix}, or build it again with --channels {in_chans}."
+            f"{path} holds images of {channels} channel{'' if channels == 1 else 's'}, and {encoder} takes {in_chans}",
+            hint=f"{fix}, or build it again with --channels {in_chans}",
         )
 
 

@@ -22,7 +22,7 @@ from fastssl.common.terminal import printable
 from fastssl.loading.loader import LoaderState
 from fastssl.models.build import Model, build_model
 from fastssl.models.exported import check_dense, load_exported_encoder, load_exported_model, misfit
-from fastssl.recipe import Recipe, sentence
+from fastssl.recipe import Recipe, explain
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # in RUN/checkpoints
 
@@ -117,7 +117,9 @@ class Checkpoint:
             return Recipe.model_validate(self.saved["recipe"])
         except ValidationError as error:
             raise UserError(
-                f"{self.path} holds a recipe that this version of fastssl does not know: {sentence(error, Recipe)}"
+                f"{self.path} holds a recipe that this version of fastssl does not know: "
+                f"{explain(error, Recipe).message}",
+                hint="use the version that wrote it",
             ) from None
 
 
@@ -176,18 +178,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             fix = machine_fix(error) or "check the disk, and whether your user may read the file"
-            raise UserError(f"{path} cannot be read ({error.strerror}): {fix}.") from None
+            raise UserError(f"{path} cannot be read ({error.strerror})", hint=fix) from None
         reason = printable(in_short((str(error) or type(error).__name__).split("\n")[0].rstrip(".")))
-        raise DamagedCheckpoint(f"{path} is not a readable checkpoint, perhaps half-written: {reason}.") from None
+        raise DamagedCheckpoint(
+            f"{path} is not a readable checkpoint, perhaps half-written ({reason})", hint="name an earlier checkpoint"
+        ) from None
     if missing:
         raise DamagedCheckpoint(
-            f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}. Weights from elsewhere are "
-            "for model.init, and for fastssl eval --weights FILE --backbone NAME."
+            f"{path} is not a checkpoint of fastssl: it lacks {', '.join(sorted(missing))}",
+            hint="for weights from elsewhere, set model.init, or call fastssl eval with --weights FILE --backbone NAME",
         )
     try:
         SAVED_STATE.validate_python(saved)
     except ValidationError as error:
-        raise DamagedCheckpoint(f"{path} is a damaged checkpoint ({first_problem(error)}): take another one.") from None
+        raise DamagedCheckpoint(
+            f"{path} is a damaged checkpoint ({first_problem(error)})", hint="name an earlier checkpoint"
+        ) from None
     return Checkpoint(path, saved, hashlib.sha256(data).hexdigest())
 
 
@@ -224,7 +230,7 @@ def newest_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     files = find_checkpoints(run_or_checkpoint)
     if not files:
         raise UserError(
-            f"{run_or_checkpoint} holds no checkpoint: name a run directory of fastssl train or a .pt file."
+            f"{run_or_checkpoint} holds no checkpoint", hint="name a run directory of fastssl train or a .pt file"
         )
     errors: list[DamagedCheckpoint] = []
     for path in files:
@@ -258,9 +264,9 @@ def find_run_dir(path: Path) -> Path:
                 return candidate
     runs = sorted(child for child in path.iterdir() if is_run_dir(child)) if path.is_dir() else []
     if len(runs) > 1:
-        raise UserError(f"{path} holds {len(runs)} runs, such as {runs[0]}: name one of them.")
+        raise UserError(f"{path} holds {len(runs)} runs, such as {runs[0]}", hint="name one of them")
     if not runs:
-        raise UserError(f"{path} holds no run: name a run directory of fastssl train.")
+        raise UserError(f"{path} holds no run", hint="name a run directory of fastssl train")
     return runs[0]
 
 

@@ -35,8 +35,8 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
     if backbone not in names:  # also refuses hf-hub: and local-dir: names, which may download
         nearest = difflib.get_close_matches(backbone[:100], names, n=3, cutoff=0.0)
         raise UserError(
-            f"model.backbone: timm {timm.__version__} has no architecture {quote(backbone)}; "
-            f"the nearest are {', '.join(nearest)}."
+            f"model.backbone: timm {timm.__version__} has no architecture {quote(backbone)}",
+            hint=f"the nearest are {', '.join(nearest)}",
         )
     options: dict[str, Any] = {"in_chans": in_chans}
     if has_fixed_size(backbone):  # a transformer, whose position embedding must fit our image size
@@ -53,7 +53,8 @@ def build_encoder(backbone: str, stem: Literal["imagenet", "small"], image_size:
         is_resnet = isinstance(encoder, ResNet)
         if not is_resnet:
             raise UserError(
-                f"model.stem=small is defined for timm's ResNets only, not for {backbone}: set model.stem=imagenet."
+                f"model.stem=small is defined for timm's ResNets only, not for {backbone}",
+                hint="set model.stem=imagenet",
             )
         conv = nn.Conv2d(in_chans, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm initializes convolutions

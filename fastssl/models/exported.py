@@ -16,7 +16,7 @@ from fastssl.common.files import open_regular
 from fastssl.models.build import Model, build_model
 from fastssl.models.encoder import encoder_of
 from fastssl.models.memory import require_memory
-from fastssl.recipe import Recipe, sentence
+from fastssl.recipe import Recipe, explain
 
 ENCODER = "encoder."
 TRAINING_ONLY = ("predictor.", "target.")  # of BYOL; they are not exported
@@ -51,8 +51,8 @@ def load_exported_model(path: Path) -> Model:
         raise misfit(path, error) from None
     if all(name.startswith(ENCODER) for name in weights) and missing:
         raise UserError(
-            f"{path} holds the encoder only: read it with fastssl.load_encoder, or export the run with --sigma for "
-            "load_model."
+            f"{path} holds the encoder only",
+            hint="read it with fastssl.load_encoder, or export the run with --sigma for load_model",
         )
     if missing or unknown:
         raise misfit(path, f"missing {missing[:3]}, unknown {unknown[:3]}")
@@ -102,18 +102,21 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
             header = file.metadata() or {}
             if "recipe" not in header:
                 raise UserError(
-                    f"{path} is not a file of fastssl export --format safetensors: if it holds a timm backbone, read "
-                    "it with timm.create_model(..., checkpoint_path=...)."
+                    f"{path} is not a file of fastssl export --format safetensors",
+                    hint="if it holds a timm backbone, read it with timm.create_model(..., checkpoint_path=...)",
                 )
             recipe = Recipe.model_validate_json(header["recipe"])
             return recipe, {name: check_dense(file.get_tensor(name)) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{path} is not a readable safetensors file: {in_short(error)}") from None
+        raise UserError(
+            f"{path} is not a readable safetensors file ({in_short(error)})", hint="copy it again, or name another file"
+        ) from None
     except ValidationError as error:
         raise UserError(
-            f"{path} holds a recipe that this version of fastssl does not know: {sentence(error, Recipe)}"
+            f"{path} holds a recipe that this version of fastssl does not know: {explain(error, Recipe).message}",
+            hint="use the version that wrote it",
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:  # tensors of a type that torch or fastssl lacks
         raise misfit(path, error) from None
@@ -131,7 +134,7 @@ def check_dense(tensor: Tensor) -> Tensor:
 def misfit(path: Path, reason: object) -> Exception:
     """The error for a file whose weights do not match its recipe, or whose recipe asks for too large a model."""
     if isinstance(reason, UserError):
-        return UserError(f"{path}: {reason}")
+        return reason.prefixed(f"{path}: ")
     if isinstance(reason, Exception) and is_out_of_memory(reason):
         return reason
-    return UserError(f"{path}: its weights do not fit its own recipe: {in_short(reason)}")
+    return UserError(f"{path}: its weights do not fit its own recipe ({in_short(reason)})", hint="export the run again")

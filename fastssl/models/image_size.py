@@ -35,12 +35,12 @@ def check_image_size(model: ModelConfig, size: int, key: str = "views.size") -> 
         problem = f"takes no images of {key}={size}"
         if model.in_chans != 3 and takes_rgb_only(model, size):
             raise UserError(
-                f"model.backbone={model.backbone} takes RGB images only, not model.in_chans={model.in_chans}: choose "
-                "another one."
+                f"model.backbone={model.backbone} takes RGB images only, not model.in_chans={model.in_chans}",
+                hint="set another model.backbone",
             ) from None
     sizes = sizes_that_work(model, size)
-    fix = f"set {key} to {' or '.join(map(str, sizes))}" if sizes else "choose another one"
-    raise UserError(f"model.backbone={model.backbone} {problem}: {fix}.")
+    fix = f"set {key} to {' or '.join(map(str, sizes))}" if sizes else "set another model.backbone"
+    raise UserError(f"model.backbone={model.backbone} {problem}", hint=fix)
 
 
 def takes_rgb_only(model: ModelConfig, size: int) -> bool:

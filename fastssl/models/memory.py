@@ -33,6 +33,6 @@ def require_memory(outline: nn.Module) -> None:
     size, free = count_bytes(outline), free_memory()
     if size > free:
         raise UserError(
-            f"The weights of this model take {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: "
-            f"{suggest_smaller(outline)}."
+            f"The weights of this model take {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free",
+            hint=suggest_smaller(outline),
         )

@@ -303,7 +303,8 @@ def require_encoder(weights: WeightsFile, encoder: nn.Module, recipe: Recipe, ke
     match = find_encoder(weights, encoder)
     if _is_enough(match, encoder) and not (weights.recipe and match.missing):
         return match
-    raise UserError(f"{keys.source}{weights.path} {_reason(weights, match, encoder, recipe, keys)}")
+    problem, fix = _reason(weights, match, encoder, recipe, keys)
+    raise UserError(f"{keys.source}{weights.path} {problem}", hint=fix)
 
 
 def _is_enough(match: Match, encoder: nn.Module) -> bool:
@@ -311,37 +312,39 @@ def _is_enough(match: Match, encoder: nn.Module) -> bool:
     return match.share >= MIN_SHARE and not match.other_shape and not lacks_first_layer
 
 
-def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Recipe, keys: Keys) -> str:
-    """Why a file does not fit, and what to do about it: the end of a sentence that begins with the file's name."""
+def _reason(weights: WeightsFile, match: Match, encoder: nn.Module, recipe: Recipe, keys: Keys) -> tuple[str, str]:
+    """Why a file does not fit, as the end of a sentence that begins with the file's name; and what to do about it."""
     model, size = recipe.model, recipe.views.size
     name, shapes = next(iter(match.other_shape.items()), ("", Shapes((), ())))
     wrong = f"{name} has shape {_text(shapes.there)} there and {_text(shapes.here)} here"
     if weights.recipe:
         theirs = weights.recipe.model
         if theirs.backbone != model.backbone:
-            return f"holds a {theirs.backbone}: set {keys.backbone}{theirs.backbone}."
+            return f"holds a {theirs.backbone}", f"set {keys.backbone}{theirs.backbone}"
         if theirs.stem != model.stem:
-            return f"has another stem: set {keys.stem}{theirs.stem}."
+            return "has another stem", f"set {keys.stem}{theirs.stem}"
     elif stem := _fitting_stem(weights, recipe):
-        return f"has another stem: set {keys.stem}{stem}."
+        return "has another stem", f"set {keys.stem}{stem}"
     if name in _first_layers(encoder) and len(shapes.there) == 4 and shapes.there[1] != shapes.here[1]:
-        fix = f": set {keys.in_chans}{shapes.there[1]}" if keys.in_chans else ""
-        return f"is for images of {shapes.there[1]} channels, and these have {shapes.here[1]}{fix}."
+        fix = f"set {keys.in_chans}{shapes.there[1]}" if keys.in_chans else "name images of as many channels"
+        return f"is for images of {shapes.there[1]} channels, and these have {shapes.here[1]}", fix
     trained_at = _fitting_size(weights, recipe) if name and match.share >= MIN_SHARE else None
     if trained_at:
         return (
             f"was trained at {keys.size}{trained_at}, and {name} of a {model.backbone} cannot be resampled to "
-            f"{keys.size}{size}: set {keys.size}{trained_at}."
+            f"{keys.size}{size}",
+            f"set {keys.size}{trained_at}",
         )
     holds = f"holds {100 * match.share:.3g} % of the parameters of {keys.backbone}{model.backbone}"
     if fitting := _suggest(weights, recipe, keys):
-        return f"{holds}: it fits {fitting}."
+        return holds, f"it fits {fitting}, so set that"
     if name:
-        return f"{holds}; {wrong}: name the backbone that it was trained with."
+        return f"{holds}; {wrong}", "name the backbone that it was trained with"
     names = list(weights.tensors)
     some = ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
     return (
-        f"{holds}; it lacks {', '.join(match.missing[:3])} and has {some}: name the backbone that it was trained with."
+        f"{holds}; it lacks {', '.join(match.missing[:3])} and has {some}",
+        "name the backbone that it was trained with",
     )
 
 
@@ -389,7 +392,8 @@ def require_finite(weights: WeightsFile, loaded: Mapping[str, Tensor], keys: Key
     for name, tensor in loaded.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{keys.source}{weights.path} holds numbers that are not finite, in {name}: take an earlier checkpoint."
+                f"{keys.source}{weights.path} holds numbers that are not finite, in {name}",
+                hint="take an earlier checkpoint",
             )
 
 

@@ -56,7 +56,7 @@ def read_weights(source: str, key: str) -> WeightsFile:
             return _of_checkpoint(newest_checkpoint(path))
     tensors = dict(_flatten(values))
     if not tensors:
-        raise UserError(f"{key}{source} holds no weights: name a file with a model's state dict.")
+        raise UserError(f"{key}{source} holds no weights", hint="name a file with a model's state dict")
     return WeightsFile(path, tensors, path.suffix != ".safetensors", recipe)
 
 
@@ -76,7 +76,10 @@ def _read_safetensors(path: Path, key: str) -> tuple[dict[str, Tensor], Recipe |
     except (OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{key}{path} is not a readable safetensors file: {in_short(error)}.") from None
+        raise UserError(
+            f"{key}{path} is not a readable safetensors file ({in_short(error)})",
+            hint="copy it again, or name another file",
+        ) from None
     try:
         recipe = Recipe.model_validate_json(header["recipe"]) if "recipe" in header else None
     except ValueError:  # as above
@@ -96,8 +99,8 @@ def _read_torch_file(path: Path, key: str) -> object:
         forbidden = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if forbidden:
             raise UserError(
-                f"{key}{path} holds Python objects ({forbidden[1]}), which are not loaded as they could run "
-                "code: where you trust the file, write its weights alone with torch.save(model.state_dict(), ...)."
+                f"{key}{path} holds Python objects ({forbidden[1]}), which are not loaded as they could run code",
+                hint="where you trust the file, write its weights alone with torch.save(model.state_dict(), ...)",
             ) from None
         # torch's own words about other kinds of damage advise to load without weights_only.
         reason = "it is damaged, or was not written by torch.save"
@@ -105,7 +108,9 @@ def _read_torch_file(path: Path, key: str) -> object:
             reason = "there is not enough memory for it, or it is damaged"
         elif isinstance(error, OSError | DamagedArchive):
             reason = str(error)
-        raise UserError(f"{key}{path} is not a readable file of weights: {reason}.") from None
+        raise UserError(
+            f"{key}{path} is not a readable file of weights ({reason})", hint="copy it again, or name another file"
+        ) from None
 
 
 def _flatten(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import Field, JsonValue, ValidationError
 
 from fastssl.common.errors import UserError, in_short
-from fastssl.recipe import Recipe, Section, UserPath, find_recipe, load_recipe, read_yaml, sentence
+from fastssl.recipe import Recipe, Section, UserPath, explain, find_recipe, load_recipe, read_yaml
 
 JOBS_FOLDER = "slurm"  # next to the folders of the grids
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]  # a name that can be a folder
@@ -53,7 +53,9 @@ class Sweep(Section):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"The folder {self.folder} cannot be made ({error.strerror}): set another `dir`.") from None
+            raise UserError(
+                f"The folder {self.folder} cannot be made ({error.strerror})", hint="set another `dir`"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def load_sweep(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise UserError(f"{path}: {sentence(error, Sweep)}") from None
+        raise explain(error, Sweep).prefixed(f"{path}: ") from None
 
 
 def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
@@ -89,16 +91,20 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
     runs = []
     count = sum(math.prod(map(len, grid.axes.values())) for grid in sweep.grids)
     if count > MAX_RUNS:
-        raise UserError(f"The sweep {sweep.name} has {in_short(count)} runs, more than {MAX_RUNS:,}: shorten its axes.")
+        raise UserError(
+            f"The sweep {sweep.name} has {in_short(count)} runs, more than {MAX_RUNS:,}", hint="shorten its axes"
+        )
     names = [grid.name or Path(grid.recipe).stem for grid in sweep.grids]
     repeated = Counter(names)
     for grid, name in zip(sweep.grids, names):
         if repeated[name] > 1:
-            raise UserError(f"Two grids of the sweep {sweep.name} are named {name}: give one another `name:`.")
+            raise UserError(f"Two grids of the sweep {sweep.name} are named {name}", hint="give one another `name:`")
         if name.startswith("."):
-            raise UserError(f"A grid of {sweep.name} would be named {name}: give it a `name:`.")
+            raise UserError(f"A grid of {sweep.name} would be named {name}", hint="give it a `name:`")
         if name == JOBS_FOLDER:
-            raise UserError(f"A grid of {sweep.name} is named {name}, like the folder of SLURM's logs: rename it.")
+            raise UserError(
+                f"A grid of {sweep.name} is named {name}, like the folder of SLURM's logs", hint="rename it"
+            )
         for_grid = [*as_overrides(grid.set), *overrides]
         for_all = [*as_overrides(sweep.set), *for_grid]
         check_keys(name, list(grid.axes), for_all, for_grid)
@@ -107,7 +113,10 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
             runs.append(make_run(sweep.folder, name, grid.recipe, for_all, values))
     for run, following in itertools.pairwise(sorted(runs, key=lambda run: run.name)):
         if run.name == following.name:
-            raise UserError(f"Two runs of the sweep {sweep.name} would be {run.name}: an axis has a value twice.")
+            raise UserError(
+                f"Two runs of the sweep {sweep.name} would be {run.name}, because an axis has a value twice",
+                hint="remove one of the two",
+            )
     return runs
 
 
@@ -117,13 +126,13 @@ def make_run(folder: Path, grid: str, recipe: str, overrides: list[str], values:
     name = f"{grid}/{','.join(parts)}" if parts else grid
     if len(name) > LONGEST_NAME:
         raise UserError(
-            f"Run {in_short(name)}: a folder cannot have a name of {len(name):,} characters: shorten its values, or "
-            "sweep over fewer axes."
+            f"Run {in_short(name)}: a folder cannot have a name of {len(name):,} characters",
+            hint="shorten its values, or sweep over fewer axes",
         )
     try:
         loaded = load_recipe(recipe, [*overrides, *as_overrides({**values, "run.dir": str(folder / name)})])
     except UserError as error:
-        raise UserError(f"Run {name}: {error}") from None
+        raise error.prefixed(f"Run {name}: ") from None
     return SweepRun(name, grid, values, loaded)
 
 
@@ -136,11 +145,16 @@ def check_keys(grid: str, axes: list[str], for_all: list[str], for_grid: list[st
     """Raise UserError for overrides of run.dir, which the sweep sets, and for overrides that axes would hide."""
     for key in [*(override.partition("=")[0] for override in for_all), *axes]:
         if f"{key}.".startswith("run."):
-            raise UserError(f"Grid {grid}: the sweep chooses each run's directory; leave out {key} and set `dir`.")
+            raise UserError(
+                f"Grid {grid}: the sweep chooses each run's directory", hint=f"leave out {key} and set `dir`"
+            )
     for override, axis in itertools.product(for_grid, axes):
         key = override.partition("=")[0]
         if f"{key}.".startswith(f"{axis}."):
-            raise UserError(f"Grid {grid}: {key} cannot be set for all runs, because {axis} is an axis of this grid.")
+            raise UserError(
+                f"Grid {grid}: {key} cannot be set for all runs, because {axis} is an axis of this grid",
+                hint=f"leave out {key}, or change the axis in the sweep file",
+            )
 
 
 def short_names(keys: list[str]) -> list[str]:

@@ -59,8 +59,8 @@ def is_finished(run: SweepRun) -> bool:
     changed = changed_keys(load_recipe(path).model_dump(mode="json"), run.recipe.model_dump(mode="json"))
     if changed:
         raise UserError(
-            f"{run.dir} holds a run with other values of {', '.join(changed)}: give the sweep another `dir`, or move "
-            "that run away."
+            f"{run.dir} holds a run with other values of {', '.join(changed)}",
+            hint="give the sweep another `dir`, or move that run away",
         )
     return (run.dir / "encoder.safetensors").exists()
 
@@ -88,8 +88,8 @@ def images_per_epoch(recipe: Recipe) -> int:
     batch = recipe.train.batch_size
     if images < batch:
         raise UserError(
-            f"{recipe.run.dir} would train on {images} images of {recipe.data.train}, fewer than one batch of {batch}: "
-            "lower train.batch_size or raise data.limit."
+            f"{recipe.run.dir} would train on {images} images of {recipe.data.train}, fewer than one batch of {batch}",
+            hint="lower train.batch_size or raise data.limit",
         )
     return images // batch * batch
 

@@ -138,7 +138,7 @@ def read_jobs(path: Path) -> dict[str, str]:
         return TypeAdapter(dict[str, str]).validate_json(read_bytes(path, LARGEST_TEXT))
     except (OSError, ValidationError):
         raise UserError(
-            f"{path} cannot be read, so it is not known which runs are in SLURM's queue: remove it when none is."
+            f"{path} cannot be read, so it is not known which runs are in SLURM's queue", hint="remove it when none is"
         ) from None
 
 
@@ -147,7 +147,9 @@ def submit_array(folder: Path, jobs: list[SlurmJob], **parameters: object) -> li
     try:
         import submitit
     except ModuleNotFoundError:
-        raise UserError("--executor slurm needs submitit: pip install submitit, or use --executor local.") from None
+        raise UserError(
+            "--executor slurm needs the package submitit", hint="run `pip install submitit`, or use --executor local"
+        ) from None
     executor = submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=REQUEUES)
     executor.update_parameters(**parameters)
     try:
@@ -156,17 +158,21 @@ def submit_array(folder: Path, jobs: list[SlurmJob], **parameters: object) -> li
         return [handle.job_id for handle in handles]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        raise UserError(f"SLURM refused the jobs: {reason}") from None
+        raise UserError(
+            f"SLURM refused the jobs ({reason})", hint="change --partition, --cpus or --time-limit"
+        ) from None
 
 
 def ids_in_queue() -> set[str]:
     """The ids of this user's waiting and running jobs, such as 17_3."""
     if not shutil.which("squeue") or not shutil.which("srun"):
-        raise UserError("There is no SLURM here (no srun and squeue): use --executor local, or log in to the cluster.")
+        raise UserError(
+            "There is no SLURM here (no srun and squeue)", hint="use --executor local, or log in to the cluster"
+        )
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
-        raise UserError(f"squeue does not answer ({answer.stderr.strip()}): try again when SLURM is up.")
+        raise UserError(f"squeue does not answer ({answer.stderr.strip()})", hint="try again when SLURM is up")
     return set(answer.stdout.split())
 
 
@@ -174,5 +180,5 @@ def parse_time_limit(text: str) -> int:
     """Minutes of a time limit such as 90 (minutes) or 24:00 (hours and minutes)."""
     hours, colon, minutes = text.rpartition(":")
     if not minutes.isdecimal() or (colon and not hours.isdecimal()) or int(hours or 0) * 60 + int(minutes) == 0:
-        raise UserError(f"--time-limit {text} is not a time: write minutes, such as 90, or HH:MM, such as 24:00.")
+        raise UserError(f"--time-limit {text} is not a time", hint="write minutes, such as 90, or HH:MM, such as 24:00")
     return int(hours or 0) * 60 + int(minutes)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.common.distributed import all_gather_values, all_reduce_max, combine, world_size
+from fastssl.common.errors import UserError
 from fastssl.models.checkpoint import LAST
 from fastssl.training.optim import skips_on_device
 from fastssl.training.state import TrainState
@@ -81,15 +82,17 @@ class FiniteGuard:
         names = [*terms, "skipped_steps"]
         return dict(zip(names, combine(names, all_gather_values(values)).unbind()))
 
-    def error_message(self, run_dir: Path) -> str:
-        """One sentence about the first step that was not finite, for train.max_skipped_steps."""
-        fix = "lower optim.lr, or allow such steps with train.max_skipped_steps."
+    def error(self, run_dir: Path) -> UserError:
+        """What to say about the first step that was not finite, for train.max_skipped_steps."""
+        fix = "lower optim.lr, or allow such steps with train.max_skipped_steps"
         if self.first_bad_terms is None or self.first_bad_step < 0:  # skipped before this run was resumed
-            return f"{int(self.state.skipped)} earlier steps of {run_dir} were not finite and were skipped: {fix}"
+            skipped = f"{int(self.state.skipped)} earlier steps of {run_dir} were not finite and were skipped"
+            return UserError(skipped, hint=fix)
         terms = ", ".join(f"{name}={value:.4g}" for name, value in zip(self.names, self.first_bad_terms.tolist()))
-        return (
+        return UserError(
             f"Step {int(self.first_bad_step)} was not finite ({terms}), and the weights in "
-            f"{run_dir / 'checkpoints' / LAST}, of step {self.state.step}, are untouched by it: {fix}"
+            f"{run_dir / 'checkpoints' / LAST}, of step {self.state.step}, are untouched by it",
+            hint=fix,
         )
 
 

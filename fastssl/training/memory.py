@@ -100,8 +100,8 @@ def _trained(model: Model) -> list[nn.Parameter]:
 def _require(need: int, free: int, where: str, fix: str) -> None:
     if need > free:
         raise UserError(
-            f"This run needs at least {need / 1e9:,.1f} GB of memory on the {where}, and {free / 1e9:,.1f} GB are "
-            f"free: {fix}."
+            f"This run needs at least {need / 1e9:,.1f} GB of memory on the {where}, and {free / 1e9:,.1f} GB are free",
+            hint=fix,
         )
 
 
@@ -132,7 +132,7 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path | 
         if run_dir and find_checkpoints(run_dir):
             resume = f"; --resume {run_dir} continues from the last checkpoint where more memory is free"
         raise UserError(
-            f"There was not enough memory ({in_short(error)}) on the {_name(device)}: {fixes}{resume}."
+            f"There was not enough memory ({in_short(error)}) on the {_name(device)}", hint=f"{fixes}{resume}"
         ) from error
 
 

@@ -70,7 +70,10 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
         if is_out_of_memory(error):
             raise
         given = f" with optim.options={quote(optim.options)}" if optim.options else ""
-        raise UserError(f"optim.name: {name}{given} does not train here: {in_short(error)}") from error
+        raise UserError(
+            f"optim.name: {name}{given} does not train here ({in_short(error)})",
+            hint="choose another optimizer, such as adamw",
+        ) from error
     if kind is torch.optim.SGD and options["momentum"]:
         # The fused step creates these uninitialized, and leaves them so if the first step is skipped.
         for p in (*decay, *plain):
@@ -88,11 +91,14 @@ def optimizer_class(name: str) -> type[Optimizer]:
     }
     known |= {"lars": LARS, "lamb": LAMB}
     if name in REFUSED:
-        raise UserError(f"optim.name: {name} does not work here: it {REFUSED[name]}.")
+        raise UserError(
+            f"optim.name: {name} does not work here, as it {REFUSED[name]}",
+            hint="choose another optimizer, such as adamw",
+        )
     if name not in known:
         near = difflib.get_close_matches(name[:100], known.keys() - REFUSED.keys(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "adamw, sgd, lars and lamb are some of those that it has."
-        raise UserError(f"optim.name: no optimizer {in_short(name)} in torch.optim or torch_optimizer; {hint}")
+        hint = f"did you mean {near[0]}?" if near else "adamw, sgd, lars and lamb are some of those that it has"
+        raise UserError(f"optim.name: no optimizer {in_short(name)} in torch.optim or torch_optimizer", hint=hint)
     return known[name]
 
 
@@ -101,20 +107,23 @@ def check_options(name: str, kind: type[Optimizer], optim: OptimConfig) -> dict[
     arguments = inspect.signature(kind).parameters
     for key, instead in (("lr", "optim.lr"), ("weight_decay", "optim.weight_decay")):
         if key in optim.options:
-            raise UserError(f"optim.options.{key}: set {instead} instead.")
+            raise UserError(f"optim.options.{key} has a key of its own", hint=f"set {instead} instead")
     allowed = [key for key in arguments if key not in NOT_OPTIONS]
     for key in optim.options:
         if key in NOT_OPTIONS:
-            raise UserError(f"optim.options.{key}: the trainer sets this itself, so leave it out.")
+            raise UserError(f"optim.options.{key} is set by the trainer itself", hint=f"leave out optim.options.{key}")
         if key not in allowed:
             raise UserError(
-                f"optim.options.{in_short(key)}: {name} has no such option; its options are {', '.join(allowed)}."
+                f"optim.options.{in_short(key)}: {name} has no such option", hint=f"use one of {', '.join(allowed)}"
             )
     if optim.options.get("dampening"):
         # Dampening treats the first step differently, and only the device knows whether that step was skipped.
-        raise UserError("optim.options.dampening: not with steps that may be skipped on the device, so leave it out.")
+        raise UserError(
+            "optim.options.dampening does not work with steps that may be skipped on the device",
+            hint="leave out optim.options.dampening",
+        )
     if optim.weight_decay and "weight_decay" not in arguments:
-        raise UserError(f"optim.weight_decay: {name} has no weight decay, so set optim.weight_decay=0.")
+        raise UserError(f"optim.weight_decay: {name} has no weight decay", hint="set optim.weight_decay=0")
     fused = {"fused": True} if "fused" in arguments else {}
     return {**DEFAULTS.get(name, {}), **optim.options, **fused}
 

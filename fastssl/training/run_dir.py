@@ -73,7 +73,9 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
     elif restarted and _launcher_of(named or newest) == _launcher():
         path = named or newest
     elif named and is_run_dir(named):
-        raise UserError(f"{named} already holds a run: continue it with --resume {named}, or set another run.dir.")
+        raise UserError(
+            f"{named} already holds a run", hint=f"continue it with --resume {named}, or set another run.dir"
+        )
     else:
         path = named or free
     # A run that was killed before it wrote a checkpoint starts over.
@@ -87,7 +89,9 @@ def _refuse_to_overwrite(path: Path) -> None:
     in_the_way = [path / name for name in WRITTEN if os.path.lexists(path / name)]
     in_the_way += sorted((path / "checkpoints").glob("[!.]*"))
     if in_the_way:
-        raise UserError(f"{in_the_way[0]} is in the way of a new run, which might overwrite it: set another run.dir.")
+        raise UserError(
+            f"{in_the_way[0]} is in the way of a new run, which might overwrite it", hint="set another run.dir"
+        )
 
 
 def _numbered_dirs(name: str) -> tuple[Path, Path]:
@@ -128,7 +132,9 @@ def locked_run_dir(path: Path) -> Iterator[None]:
     except OSError as error:
         if machine_fix(error) or isinstance(error, UnsafeFile):
             raise write_error(path, error) from None
-        raise UserError(f"The run directory {path} cannot be made ({error.strerror}): set another run.dir.") from None
+        raise UserError(
+            f"The run directory {path} cannot be made ({error.strerror})", hint="set another run.dir"
+        ) from None
     with lock:
         with explain_write_errors(path):
             try:
@@ -136,11 +142,12 @@ def locked_run_dir(path: Path) -> Iterator[None]:
                     warning = f"Warning: {path} is on a file system without locks: train in it with one process."
                     print_line(console(stderr=True), warning)
             except BlockingIOError:
-                busy = f"Another process is training in {path}: wait for it, or set another run.dir."
-                raise RunDirBusy(busy) from None
+                raise RunDirBusy(
+                    f"Another process is training in {path}", hint="wait for it, or set another run.dir"
+                ) from None
             lock.seek(0)
             if not LOCK_CONTENT.fullmatch(lock.read(500).decode(errors="replace")):
-                raise UserError(f"{path / LOCK} is a file of another program: set another run.dir.")
+                raise UserError(f"{path / LOCK} is a file of another program", hint="set another run.dir")
             lock.truncate(0)
             lock.write(_launcher().encode())
             for folder in (path, path / "checkpoints"):

@@ -181,8 +181,8 @@ class RunWriter:
         step = self.run.state.step
         if self.save_failed:
             raise UserError(
-                f"Stopped at step {step}, which could not be saved: free some space, then --resume {self.run_dir} "
-                "continues from the checkpoint before."
+                f"Stopped at step {step}, which could not be saved",
+                hint=f"free some space, then --resume {self.run_dir} continues from the checkpoint before",
             )
         name = signal.Signals(request.received).name if request.received else "another process"
         self.print(f"Stopped by {name} after step {step}, which is saved: --resume {self.run_dir} continues.")
@@ -208,8 +208,8 @@ class RunWriter:
             self.save_failed = True
         if self.save_failed:
             raise UserError(
-                f"{self.run_dir} is trained, but the result cannot be written: free some space, then "
-                f"--resume {self.run_dir} continues from its last checkpoint."
+                f"{self.run_dir} is trained, but the result cannot be written",
+                hint=f"free some space, then --resume {self.run_dir} continues from its last checkpoint",
             )
         if self.display:
             self.display.close()

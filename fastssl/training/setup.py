@@ -155,10 +155,11 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
 def check_combinations(recipe: Recipe, loader: BetonLoader) -> None:
     """Raises UserError for keys that do not go together with the machine, the backbone or the data."""
     if recipe.train.cuda_graphs and world_size() > 1:
-        raise UserError("train.cuda_graphs is for a single process: leave it out.")
+        raise UserError("train.cuda_graphs is for a single process", hint="leave out train.cuda_graphs")
     if recipe.views.progressive_resize and has_fixed_size(recipe.model.backbone):
         raise UserError(
-            f"views.progressive_resize: {recipe.model.backbone} takes images of one size only, so leave it out."
+            f"views.progressive_resize: {recipe.model.backbone} takes images of one size only",
+            hint="leave out views.progressive_resize",
         )
     if isinstance(recipe.objective, SupervisedConfig):
         check_labels(loader, recipe.objective.classes)
@@ -180,7 +181,7 @@ def resume_state(state: TrainState, checkpoint: Checkpoint | None) -> list[str]:
     """Load the checkpoint, if there is one, in all processes. Returns warnings."""
     warnings = state.load(checkpoint) if checkpoint else []
     if broadcast_from_main(lambda: state.step) != state.step:
-        raise UserError("The processes found different checkpoints: let all hosts see one run directory.")
+        raise UserError("The processes found different checkpoints", hint="let all hosts see one run directory")
     if not is_main_process():
         # Each process draws its own dropout masks. The main process's generator is part of the state.
         torch.manual_seed(state.recipe.seed + 1_000_003 * (state.step + 1) + rank())
@@ -248,7 +249,9 @@ def keep_freed_memory() -> None:
 def choose_device(name: str) -> torch.device:
     """Resolve train.device. Raises UserError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but torch sees no GPU here: run `fastssl doctor`, or set train.device=cpu.")
+        raise UserError(
+            "train.device=cuda, but torch sees no GPU here", hint="run `fastssl doctor`, or set train.device=cpu"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -264,7 +267,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
         resolved = resolve_precision(precision, device.type)
         precision = "fp32" if any_rank(resolved == "fp32") else resolved
     if precision == "tf32" and device.type != "cuda":
-        raise UserError("train.precision=tf32 needs a GPU: set train.precision=fp32 for a run without one.")
+        raise UserError("train.precision=tf32 needs a GPU", hint="set train.precision=fp32 for a run without one")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision
@@ -345,8 +348,8 @@ def check_labels(loader: BetonLoader, classes: int) -> None:
     lowest, highest = int(label_N.min()), int(label_N.max())
     if highest >= classes:
         raise UserError(
-            f"objective.classes={classes}, but {loader.path} holds labels from {lowest} to {highest}: "
-            f"set objective.classes={highest + 1}."
+            f"objective.classes={classes}, but {loader.path} holds labels from {lowest} to {highest}",
+            hint=f"set objective.classes={highest + 1}",
         )
 
 
@@ -367,12 +370,14 @@ def training_loader(
     if recipe.train.batch_size % shares:
         raise UserError(
             f"train.batch_size={recipe.train.batch_size} does not divide by {world_size()} processes x "
-            f"train.accumulate={recipe.train.accumulate}: choose a multiple of {shares}."
+            f"train.accumulate={recipe.train.accumulate}",
+            hint=f"set train.batch_size to a multiple of {shares}",
         )
     if recipe.train.batch_size < 2 * shares:
         raise UserError(
             f"train.batch_size={recipe.train.batch_size} leaves one image for each of {world_size()} processes x "
-            f"train.accumulate={recipe.train.accumulate}, which has no batch statistics: set it to {2 * shares}."
+            f"train.accumulate={recipe.train.accumulate}, which has no batch statistics",
+            hint=f"set train.batch_size={2 * shares}",
         )
     loader = kind(
         training_file(recipe),
@@ -391,7 +396,7 @@ def training_loader(
     )
     if len(loader) < recipe.train.accumulate:
         raise UserError(
-            f"{loader.path} gives {len(loader.rows)} images, fewer than one batch of {recipe.train.batch_size}: "
-            "lower train.batch_size or add images."
+            f"{loader.path} gives {len(loader.rows)} images, fewer than one batch of {recipe.train.batch_size}",
+            hint="lower train.batch_size or add images",
         )
     return loader

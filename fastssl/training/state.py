@@ -88,8 +88,9 @@ class TrainState:
         changed = [key for key in changed if key != "train.epochs"]  # see epochs_of_decay
         if changed:
             raise UserError(
-                f"{checkpoint.path} is of a run with other values of {', '.join(changed)}: resume with that run's own "
-                f"recipe.yaml, or start a new run (model.init={checkpoint.path} starts it from these weights)."
+                f"{checkpoint.path} is of a run with other values of {', '.join(changed)}",
+                hint=f"resume with that run's own recipe.yaml, or start a new run (model.init={checkpoint.path} starts "
+                "it from these weights)",
             )
         try:
             self._fill_from(checkpoint.saved)
@@ -98,7 +99,8 @@ class TrainState:
             if is_out_of_memory(error):
                 raise
             raise UserError(
-                f"{checkpoint.path} does not fit its own recipe, so no run goes on from it: {in_short(error)}."
+                f"{checkpoint.path} does not fit its own recipe, so no run goes on from it ({in_short(error)})",
+                hint="name an earlier checkpoint, or start a new run",
             ) from None
         warnings = [checkpoint.warning] if checkpoint.warning else []
         if threads != torch.get_num_threads():
@@ -159,14 +161,22 @@ def epochs_of_decay(recipe: Recipe, checkpoint: Checkpoint | None) -> int:
         return epochs
     before = checkpoint.recipe.train.epochs
     if epochs < before:
-        raise UserError(f"train.epochs={epochs}, but the run in {checkpoint.path} has {before}: a resume can only add.")
+        raise UserError(
+            f"train.epochs={epochs}, but the run in {checkpoint.path} has {before}, and a resume can only add epochs",
+            hint=f"set train.epochs={before} or more, or start a new run with another run.dir",
+        )
     if epochs > before and recipe.optim.extend == "stretch":
         return epochs
     if epochs > before and recipe.objective.name == "byol":
-        raise UserError("optim.extend=constant leaves BYOL's target where it is, with momentum 1: leave it out.")
+        raise UserError(
+            "optim.extend=constant leaves BYOL's target where it is, with momentum 1", hint="leave out optim.extend"
+        )
     decay_epochs = checkpoint.saved.get("decay_epochs", before)  # checkpoints of before this key have none
     if decay_epochs > before:
-        raise UserError(f"{checkpoint.path} is a damaged checkpoint (decay_epochs: {decay_epochs}): take another one.")
+        raise UserError(
+            f"{checkpoint.path} is a damaged checkpoint (decay_epochs: {decay_epochs})",
+            hint="name an earlier checkpoint",
+        )
     return decay_epochs
 
 

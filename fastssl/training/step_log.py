@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastssl.common.distributed import gather_rows, world_size
-from fastssl.common.errors import UserError
 from fastssl.objectives.metrics import rankme
 from fastssl.recipe import Recipe, SupervisedConfig
 from fastssl.training.collapse import CollapseWarning
@@ -136,7 +135,7 @@ class StepLog:
         metrics["skipped_steps"] = int(metrics["skipped_steps"])
         if metrics["skipped_steps"] > run.recipe.train.max_skipped_steps:
             writer.save()
-            raise UserError(run.guard.error_message(writer.run_dir))
+            raise run.guard.error(writer.run_dir)
         reading = line.interval.read()
         speed = speed_metrics(reading, line.bad_samples, run.state.loader.resident)
         compiled = compile_counts() if run.compiled else {}

@@ -129,7 +129,7 @@ class WeightsAndBiases:
             write_atomically(id_file, uuid4().hex[:12])
         run_id = read_text(id_file, errors="replace").strip()
         if not WANDB_ID.fullmatch(run_id):
-            raise UserError(f"{id_file} holds no id of a W&B run: remove it, and the run gets a new one.")
+            raise UserError(f"{id_file} holds no id of a W&B run", hint="remove it, and the run gets a new one")
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fastssl"),
@@ -141,7 +141,9 @@ class WeightsAndBiases:
             )
         except Exception as error:  # wandb raises several types of its own: no key, no network
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"log.to=[wandb]: {reason}; WANDB_MODE=offline needs neither key nor network.") from None
+            raise UserError(
+                f"log.to=[wandb]: {reason}", hint="set WANDB_MODE=offline, which needs neither key nor network"
+            ) from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -159,7 +161,9 @@ def require_trackers(recipe: Recipe) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise UserError(f"log.to=[{name}] needs a package that is not installed: pip install {name}.") from None
+            raise UserError(
+                f"log.to=[{name}] needs a package that is not installed", hint=f"run `pip install {name}`"
+            ) from None
 
 
 def start_trackers(run_dir: Path, recipe: Recipe, resumed_at: int) -> dict[str, TensorBoard | WeightsAndBiases]:

@@ -39,7 +39,7 @@ class TritonChoice:
             return False
         if stored.shape[-1] != RGB:
             if self.kernel == "triton":
-                raise UserError("views.kernel=triton makes views of RGB images only: leave it out.")
+                raise UserError("views.kernel=triton makes views of RGB images only", hint="leave out views.kernel")
             return False
         in_blocks = isinstance(stored, BlockImages)
         if self.kernel == "auto" and in_blocks not in self.works:
