@@ -350,7 +350,7 @@ def test_the_number_of_workers_does_not_change_a_byte(beton, source, tmp_path):
         ({"canvas": 100}, "multiple of 8 px and at most 3344 px, not of 100 px: use --canvas 96"),
         ({"canvas": 4000}, "not of 4000 px: use --canvas 3344"),
         ({"canvas": 4}, "not of 4 px: use --canvas 8"),
-        ({"canvas": 64, "codec": "BC4"}, "--codec is 'BC4'; it must be jpeg or bc4"),
+        ({"canvas": 64, "codec": "BC4"}, "--codec must be jpeg or bc4, got 'BC4'"),
         ({"max_side": 500}, "stores squares: use --canvas in place of --max-side"),
         ({"canvas": 64, "channels": 1}, "--channels 1 stores pixels"),
         ({"canvas": 64, "quality": 90}, "--quality is of JPEGs, and a canvas of 64 px is stored as BC4 blocks"),

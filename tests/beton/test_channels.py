@@ -429,8 +429,8 @@ def test_a_length_of_the_type_beyond_the_arguments_is_refused(beton, tmp_path):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"channels": 0}, "--channels is 0; it must be between 1 and 64"),
-        ({"channels": 65}, "--channels is 65"),
+        ({"channels": 0}, "--channels must be from 1 to 64, got 0"),
+        ({"channels": 65}, "--channels must be from 1 to 64, got 65"),
         ({"channels": 5, "max_side": 100}, "--channels 5 stores squares of pixels: use --canvas"),
         ({"channels": 64, "canvas": 512}, "take more than a page of 8,388,608 bytes: use --canvas 362 or less"),
     ],

@@ -114,11 +114,11 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
             "its names look like 'train/n01440764/n01440764_10.JPEG'.",
         ),
         (["twin.png 7"], "'twin.png 7', names no image"),
-        (["same.jpg"], "Line 1 of LIST, 'same.jpg', names 2 images of BETON; write more of the path"),
-        (["twin"], "'twin', names 2 images of BETON; write more of the path before it, or its suffix"),
+        (["same.jpg"], "Line 1 of LIST, 'same.jpg', names 2 images of BETON: write more of the path"),
+        (["twin"], "'twin', names 2 images of BETON: write more of the path before it, or its suffix"),
         (
             ["twin.png", "", "twin.jpg", "twin.png"],
-            "Line 4 of LIST, 'twin.png', names the image of line 1 again; remove one of them.",
+            "Line 4 of LIST, 'twin.png', names the image of line 1 again: remove one of them.",
         ),
         (["n01440764_9.JPEG", "n01440764/n01440764_9.JPEG"], "names the image of line 1 again"),
         (["5", "5", "05"], "'5', names the image of line 1 again"),
@@ -126,10 +126,10 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
         (
             ["broken.jpg"],
             "Line 1 of LIST, 'broken.jpg', names an image that is not in BETON: it was bad when the "
-            "file was built (bad_images.jsonl in its folder has the reason); remove it.",
+            "file was built (bad_images.jsonl in its folder has the reason): remove it.",
         ),
         (["1", "3"], "Line 2 of LIST, '3', names an image that is not in BETON: it was bad"),
-        (["1", "9", "12"], "'9', is no index of BETON (2 such lines in all); the last one is 8."),
+        (["1", "9", "12"], "'9', is no index of BETON (2 such lines in all): the last one is 8."),
         (["1", "9" * 40], "names no image of BETON"),
         (["-1"], "'-1', names no image of BETON"),
     ],
@@ -159,13 +159,13 @@ def test_files_without_names_or_indices(beton, tmp_path):
     (tmp_path / "beyond.txt").write_text("9\n")
     old = Path(shutil.copy(beton, tmp_path))  # without manifest and names
     assert read_index_list(old, tmp_path / "indices.txt").tolist() == [7]
-    with pytest.raises(UserError, match="is no index of .*; the last one is 8"):
+    with pytest.raises(UserError, match="is no index of .*: the last one is 8"):
         read_index_list(old, tmp_path / "beyond.txt")
-    with pytest.raises(UserError, match="names.txt is missing, .*older version built it; build it with"):
+    with pytest.raises(UserError, match="names.txt is missing, .*older version built it.: build it with"):
         read_index_list(old, tmp_path / "names.txt")
     with pytest.raises(UserError, match="No file .*no.txt"):
         read_index_list(old, tmp_path / "no.txt")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
         read_index_list(old, tmp_path)
 
     stock = tmp_path / "stock.beton"

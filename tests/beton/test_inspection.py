@@ -176,7 +176,7 @@ def test_each_damaged_image_is_named_with_its_problem(inspect, copied):
 
     code, out, err = inspect(path, "--verify", "--workers", 2)
     assert code == 2 and f"\nerror: {path} is damaged: " in err
-    assert "damaged: its metadata table and 5 of 40 samples; copy it again" in err
+    assert "damaged: its metadata table and 5 of 40 samples\nhint: copy it again" in err
     said = dict(
         re.fullmatch(r"sample (\d+), (index \d+, .*?): (.*)", line).groups()[::2]
         for line in out.splitlines()
@@ -268,15 +268,17 @@ def test_mistakes_are_user_errors(inspect, folders, copied, tmp_path):
     cut_off.write_bytes(cut_off.read_bytes()[:-1000])
     (tmp_path / "file").write_text("")
     for arguments, says in (
-        ([tmp_path / "none.beton"], "none.beton: make it with"),
+        ([tmp_path / "none.beton"], "none.beton\nhint: make it with"),
         ([cut_off, "--verify"], "not a .beton file"),
-        ([sound, "--verify", "--workers", 0], "--workers is 0"),
-        ([sound, "--sheet", tmp_path / "sheet.jpg"], "does not end in .png"),
+        ([sound, "--verify", "--workers", 0], "--workers must be 1 or more, got 0"),
+        ([sound, "--sheet", tmp_path / "sheet.jpg"], "is not a PNG file"),
         ([sound, "--sheet", tmp_path / "file" / "sheet.png"], "sheet.png cannot be written"),
         ([sound, "--subset", tmp_path / "no list"], "No file"),
     ):
         code, _, err = inspect(*arguments)
-        assert code == 2 and says in err and err.count("\n") == 1, err
+        assert (
+            code == 2 and says in err and [line.partition(": ")[0] for line in err.splitlines()] == ["error", "hint"]
+        ), err
 
 
 # --- the sheet -------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_the_command_ends_with_1_after_it_has_built_the_file(option, code, tmp_p
 
 
 def test_a_share_that_is_none_is_refused():
-    with pytest.raises(UserError, match="--allow-bad is 101 %"):
+    with pytest.raises(UserError, match="--allow-bad must be from 0 to 100 %, got 101"):
         build_beton("mnist5k", None, Path("out"), allow_bad=101)
 
 

@@ -517,7 +517,7 @@ def test_a_manifest_of_any_form_is_refused_or_read(change, copied):
     content = changed if isinstance(changed, str | bytes) else json.dumps(manifest)
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     for use in (read_header, inspect_beton, lambda path: verify(path, workers=1), lambda path: BetonLoader(path, 2)):
-        with pytest.raises(UserError, match=f"{file} is damaged .*; delete it") as raised:
+        with pytest.raises(UserError, match=f"{file} is damaged .*: delete it") as raised:
             use(path)
         assert len(str(raised.value)) < 1000 and "\n" not in str(raised.value)
 

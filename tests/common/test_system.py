@@ -20,7 +20,7 @@ def test_cores_are_shared_by_the_processes_of_torchrun(tmp_path, monkeypatch):
 
 def test_the_number_of_workers():
     assert system.resolve_workers(5) == 5
-    with pytest.raises(UserError, match="--workers is 0"):
+    with pytest.raises(UserError, match="--workers must be 1 or more, got 0"):
         system.resolve_workers(0)
 
 

@@ -362,7 +362,7 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
         (["{photos}/no", "--out", "x.npz"], "does not exist"),
         (["{photos}", "--out", "x.npz", "--score", "knn_cosin"], "did you mean knn_cosine"),
         (["{photos}", "--out", "x.npz", "--score", "knn_supervised"], "was trained without labels; this run supports"),
-        (["{photos}", "--out", "x.npz", "--workers", "0"], "--workers is 0"),
+        (["{photos}", "--out", "x.npz", "--workers", "0"], "--workers must be 1 or more, got 0"),
         (["{photos}", "--out", "x.npz", "--score", "knn_cosine", "--fit", "no.beton"], "No file no.beton"),
         (
             ["empty", "--out", "x.npz"],

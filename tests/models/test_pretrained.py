@@ -436,7 +436,7 @@ def wrong_files(folder):
     return {
         "text": (text, "is not a readable file of weights"),
         "half of a file": (cut, "is not a readable file of weights"),
-        "a flipped bit": (flipped, "is not a readable file of weights: the checksum of"),
+        "a flipped bit": (flipped, "is not a readable file of weights .the checksum of"),
         "a tensor": (saved(folder, torch.zeros(3), "tensor.pth"), "holds no weights"),
         "integers": (saved(folder, {name: t.int() for name, t in state.items()}, "int.pth"), r"holds 0 % of"),
         "no tensors": (saved(folder, {"epoch": 3, "lr": [0.1]}, "empty.pth"), "holds no weights"),

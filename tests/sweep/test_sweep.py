@@ -457,7 +457,7 @@ def test_slurm_gets_the_options_and_every_run_only_once(write_sweep, slurm_comma
     assert "#SBATCH --array=0-1%2\n" in (slurm_commands / "script").read_text()
 
     (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
-    with pytest.raises(UserError, match="SLURM refused the jobs: .*invalid partition"):
+    with pytest.raises(UserError, match="SLURM refused the jobs .*invalid partition"):
         submit_to_slurm(sweep, runs, **options)
 
 

@@ -114,7 +114,7 @@ def test_counts_that_contradict_each_other(finished):
     assert "decay_epochs: 9" in refused(run, {**saved, "decay_epochs": 9}, "optim.extend=constant")
     for key in saved.keys() - {"recipe", "model", "step", "decay_epochs", "precision", "cuda_rng", "ema"}:
         sentence = refused(run, {name: value for name, value in saved.items() if name != key})
-        assert f"does not fit its own recipe, so no run goes on from it: '{key}'" in sentence
+        assert f"does not fit its own recipe, so no run goes on from it ('{key}'" in sentence
 
 
 def test_the_state_of_an_optimizer_must_fit_its_parameters(finished):

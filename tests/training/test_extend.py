@@ -33,7 +33,11 @@ def test_a_resume_needs_no_recipe_and_takes_overrides(canvas, tmp_path, fastssl)
     assert checkpoint_in(run)["step"] == 6
     for arguments in (["train"], ["train", "train.epochs=2"], ["train", "--resume", "auto"]):
         code, out, err = fastssl(*arguments)
-        assert code == 2 and "train needs a recipe, such as recipes/zprob_barlow.yaml, or --resume RUN" in err
+        assert (
+            code == 2
+            and "train needs a recipe: name one, such as recipes/zprob_barlow.yaml, or continue a run with --resume RUN"
+            in err
+        )
 
 
 def test_stretch_follows_the_schedule_of_the_longer_run_from_the_next_step_on(canvas, tmp_path):
@@ -81,7 +85,9 @@ def test_an_unfinished_run_is_extended_too(canvas, tmp_path, at_step):
 
 def test_fewer_epochs_and_other_keys_are_refused(canvas, tmp_path):
     run = train(recipe_of(canvas, tmp_path / "run", "train.epochs=2"))
-    with pytest.raises(UserError, match="train.epochs=1, but the run in .* has 2: a resume can only add"):
+    with pytest.raises(
+        UserError, match="train.epochs=1, but the run in .* has 2, and a resume can only add epochs: set"
+    ):
         train(recipe_of(canvas, run, "train.epochs=1"), resume=run)
     with pytest.raises(UserError, match="other values of optim.lr"):
         train(recipe_of(canvas, run, "train.epochs=3", "optim.lr=1"), resume=run)
