@@ -204,4 +204,4 @@ def test_the_command_shows_a_subset(beton, tmp_path, monkeypatch, capsys, lines,
         assert "2 classes, samples per class: min 1, median 2, max 2" in subset
         assert re.search("n01440764 +1 +█{15} ", subset) and re.search("n01443537 +2 +█{30}", subset)
     else:
-        assert err.count("\n") == 1 and "names no image" in err
+        assert err.count("\n") == 2 and "names no image" in err

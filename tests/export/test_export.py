@@ -271,7 +271,7 @@ def test_missing_onnx_packages_are_named_and_a_file_that_differs_is_refused(
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxscript", None)
         code, _, err = run_command(without, capsys, *arguments)
-    assert code == 2 and "onnxscript: pip install 'onnx' 'onnxscript'" in err and err.count("\n") == 1
+    assert code == 2 and "onnxscript\nhint: run `pip install onnx onnxscript`" in err and err.count("\n") == 2
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxruntime", None)
@@ -457,7 +457,7 @@ def test_nothing_is_overwritten_or_half_written(run, checkpoint, tmp_path, monke
         card.write_text("mine too") if "card" in says else card.unlink(missing_ok=True)
         before = sorted(tmp_path.rglob("*"))
         code, _, err = run_command(monkeypatch, capsys, *arguments)
-        assert code == 2 and says in err and err.count("\n") == 1, (arguments, err)
+        assert code == 2 and says in err and err.count("\n") == 2, (arguments, err)
         assert taken.read_text() == "mine" and sorted(tmp_path.rglob("*")) == before
 
 

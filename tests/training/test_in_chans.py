@@ -110,7 +110,10 @@ def test_fastssl_embed_reads_the_same_files(runs, betons, channels, tmp_path, mo
     for name, h in found["files"].items():
         np.testing.assert_allclose(found["beton"][f"{name}" if name in found["beton"] else f"val/{name}"], h, atol=1e-5)
     code, _, err = command(monkeypatch, capsys, "embed", runs[channels], betons[3] / "val.beton", "--out", out)
-    assert code == 2 and f"takes {channels}: name another file, or build it again with --channels {channels}." in err
+    assert (
+        code == 2
+        and f"takes {channels}\nhint: name another file, or build it again with --channels {channels}\n" in err
+    )
 
 
 def test_files_of_other_channels_are_named(runs, tmp_path):
@@ -156,9 +159,9 @@ def test_images_of_other_channels_are_refused(runs, betons, channels, other, eva
     before = sorted((runs[channels]).rglob("*"))
     words = [word.format(other=betons[other], built=betons[channels]) for word in evaluation]
     code, _, err = command(monkeypatch, capsys, "eval", words[0], runs[channels], *words[1:])
-    assert code == 2 and err.count("\n") == 1
+    assert code == 2 and err.count("\n") == 2
     found = f"holds images of {other} channels, and the encoder of {runs[channels]} takes {channels}"
-    assert found in err and err.endswith(f"build it again with --channels {channels}.\n")
+    assert found in err and err.endswith(f"build it again with --channels {channels}\n")
     assert sorted((runs[channels]).rglob("*")) == before
 
 
@@ -169,7 +172,7 @@ def test_images_of_other_channels_are_refused(runs, betons, channels, other, eva
         (1, ["model.in_chans=5"], "holds images of 1 channel, and the encoder (model.in_chans) takes 5: set model"),
         (5, ["model.in_chans=3"], "set model.in_chans=5, with views.mean and views.std for such images, or build"),
         (3, ["model.in_chans=1", "views.mean=[0.5]", "views.std=[1]"], "holds images of 3 channels"),
-        (1, ["data.val={5}/val.beton"], "takes 1: set another data.val, or build it again with --channels 1."),
+        (1, ["data.val={5}/val.beton"], "takes 1: set another data.val, or build it again with --channels 1\n"),
         (5, ["probe.train={3}/train.beton"], "takes 5: set another probe.train, or build"),
         (5, ["data.crop=cpu"], "images of 5 channels, and data.crop=cpu cuts RGB images only: set data.crop=gpu"),
     ],
@@ -180,7 +183,7 @@ def test_what_does_not_go_together_is_refused_before_a_run_begins(
     more = [word.replace("{3}", str(betons[3])).replace("{5}", str(betons[5])) for word in more]
     arguments = overrides(betons, data, tmp_path / "run", *more)
     code, _, err = command(monkeypatch, capsys, "train", "recipes/hprob_barlow.yaml", *arguments)
-    assert code == 2 and message in err and err.count("\n") == 1
+    assert code == 2 and message in err.replace("\nhint: ", ": ") and err.count("\n") == 2
     assert not (tmp_path / "run").exists()
 
 
