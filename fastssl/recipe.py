@@ -49,7 +49,7 @@ def _run_name(name: str) -> str:
     if len(name) > 200 or not _is_file_name(name) or any(not part or part.startswith(".") for part in folders):
         raise PydanticCustomError(
             "name",
-            "Input should be the name of a folder, of 1 to 200 characters, no control character, no dot in front",
+            "Input should be a folder within runs/, in 1 to 200 characters without control characters or dot in front",
         )
     return name
 
@@ -598,7 +598,7 @@ def explain(error: ValidationError, section: type[BaseModel]) -> UserError:
     if first["type"] == "union_tag_invalid":
         given = first["input"]  # in a checkpoint it may be anything
         name = given.get("name") if isinstance(given, dict) else given
-        near = difflib.get_close_matches(str(name)[:100], OBJECTIVES, n=1)
+        near = difflib.get_close_matches(quote(name).strip("'"), OBJECTIVES, n=1)
         return UserError(
             f"objective.name must be {any_of(list(OBJECTIVES))}, got {quote(name)}",
             hint=f"did you mean objective.name={near[0]}?" if near else f"write {EXAMPLES['objective.name']}",
@@ -641,7 +641,9 @@ def _errors_of_one_value(errors: Sequence[Any], known: Mapping[str, object]) -> 
     def key_of(error: Any) -> str:
         parts, _ = _location(error)
         for end in range(len(parts), 0, -1):
-            if not parts[end - 1].isdigit() and ".".join(part for part in parts[:end] if not part.isdigit()) in known:
+            name = ".".join(part for part in parts[:end] if not part.isdigit())
+            if not parts[end - 1].isdigit() and name in known:
+                end += isinstance(known[name], dict)  # the key of an entry
                 return in_short(".".join(parts[:end]))
         return in_short(".".join(parts)) or "it"
 

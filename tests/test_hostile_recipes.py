@@ -89,7 +89,7 @@ def test_a_few_aliases_are_taken_and_an_override_changes_one_of_them(tmp_path):
         (f"train: {{epochs: {NINES[:4000]}}}", "13288 bits"),
         ("train: {epochs: .inf}", "finite"),
         ("optim: {warmup_epochs: 1e308}", "optim.warmup_epochs"),
-        ("optim: {lr: .inf}", "optim.lr: input should be a finite number"),
+        ("optim: {lr: .inf}", "optim.lr must be a finite number"),
         ("optim: {options: {eps: .nan}}", "optim.options.eps"),
         ("views: {std: [.nan]}", "views.std"),
         ("views: {ratio: [1, .inf]}", "views.ratio"),
@@ -105,10 +105,10 @@ def test_a_few_aliases_are_taken_and_an_override_changes_one_of_them(tmp_path):
         (f"objective: {{name: {'x' * 50_000}}}", "objective.name"),
         (f"objective: {{name: {'[' * 90}{']' * 90}}}", "objective.name"),
         (f"seed: [{'1, ' * 30_000}]", "seed"),
-        ("run: {dir: \"a\\0b\"}", "run.dir: input should be a path"),
-        ("model: {init: \"a\\eb\"}", "model.init: input should be a path"),
+        ("run: {dir: \"a\\0b\"}", "run.dir must be a path"),
+        ("model: {init: \"a\\eb\"}", "model.init must be a path"),
         ("data: {train: \"\\ud800\"}", "is there twice"),
-        ("probe: {train: \"\\ud800\"}", "probe.train: input should be a path"),
+        ("probe: {train: \"\\ud800\"}", "probe.train must be a path"),
     ],
 )  # fmt: skip
 def test_a_value_of_any_type_is_one_sentence(refusal, line, problem):
@@ -119,7 +119,7 @@ def test_a_value_of_any_type_is_one_sentence(refusal, line, problem):
     "name", ["", "..", "../x", "a/../../x", "/x", "a//b", ".hidden", "x/", "a\\0b", "\\e[2J", "x" * 201]
 )
 def test_a_name_stays_within_runs(refusal, name):
-    assert "should name a folder within runs/" in refusal(f'name: "{name}"\ndata: {{train: x.beton}}\n')
+    assert "must be a folder within runs/" in refusal(f'name: "{name}"\ndata: {{train: x.beton}}\n')
 
 
 @pytest.mark.parametrize("name", ["2020-01-01", "a/b", "my run (2)", "画像", "x" * 200])
@@ -253,11 +253,11 @@ TEN = f"[{', '.join(map(str, range(10)))}]"
         (grids("data.train: [" + "x" * 300 + "]"), "a folder cannot have a name of"),
         (grids("seed: [2020-13-45]"), "seed"),
         (grids("seed: [.inf]"), "seed"),
-        (grids("name: [../../x]"), "should name a folder within runs/"),
+        (grids("name: [../../x]"), "must be a folder within runs/"),
         ('dir: "a\\0b"\n' + grids("seed: [1]"), "dir"),
         ("grids: [{recipe: MINE}, {recipe: MINE}]\n", "Two grids of the sweep tiny are named mine"),
         ("grids: [{recipe: MINE, name: slurm}]\n", "like the folder of SLURM's logs"),
-        ('grids: [{recipe: "...yaml"}]\n', "would be named ..: give it a `name:`"),
+        ('grids: [{recipe: "...yaml"}]\n', "would be named '..': give it a `name:`"),
         ("grids: [{recipe: /dev/zero}]\n", "/dev/zero is a folder or a device"),
         ("grids: [{recipe: MINE, set: {run.dir: /tmp/x}}]\n", "leave out run.dir"),
     ],

@@ -74,7 +74,7 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
         total = sum(1 for _ in all_names(beton_path)) if names_path(beton_path).exists() else int(index_N.max()) + 1
         is_outside_L = index_L >= total
         if is_outside_L.any():
-            raise listed.error(is_outside_L, f"is no index of {beton_path}", f"the last one is {total - 1}")
+            raise listed.error(is_outside_L, f"is no index of {beton_path}", f"write indices from 0 to {total - 1}")
         limit = (info.manifest or {}).get("limit")
         bad = "bad when the file was built (bad_images.jsonl in its folder has the reason)"
         reason = f"left out by --limit {limit}, or bad" if limit else bad
@@ -117,7 +117,7 @@ def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
         index_L[missing], count_L[missing] = _match(keys, (SUFFIX.sub(b"", name) for name in all_names(beton_path)))
     if not count_L.all():
         example = _text(next(all_names(beton_path), b""))
-        raise listed.error(count_L == 0, f"names no image of {beton_path}", f"its names look like {quote(example)}")
+        raise listed.error(count_L == 0, f"names no image of {beton_path}", f"write names like {quote(example)}")
     if (count_L > 1).any():
         count = count_L[np.argmax(count_L > 1)]
         fix = "write more of the path before it, or its suffix"

@@ -61,7 +61,7 @@ def any_of(words: Sequence[str]) -> str:
 def value_hint(key: str, errors: Sequence[Any], default: object) -> str:
     """What to write in place of a wrong value: the most similar word that it may be, else its default."""
     words = [each for error in errors if error["type"] == "literal_error" for each in _wanted(error)]
-    if near := difflib.get_close_matches(str(errors[0]["input"])[:100], words, n=1):
+    if near := difflib.get_close_matches(quote(errors[0]["input"]).strip("'"), words, n=1):
         return f"did you mean {key}={near[0]}?"
     if isinstance(default, bool):
         return f"write it like {key}={str(default).lower()}"

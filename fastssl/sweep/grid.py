@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError
 
-from fastssl.common.errors import UserError, in_short
+from fastssl.common.errors import UserError, in_short, quote
 from fastssl.recipe import Recipe, Section, UserPath, explain, find_recipe, load_recipe, read_yaml
 
 JOBS_FOLDER = "slurm"  # next to the folders of the grids
@@ -100,7 +100,7 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
         if repeated[name] > 1:
             raise UserError(f"Two grids of the sweep {sweep.name} are named {name}", hint="give one another `name:`")
         if name.startswith("."):
-            raise UserError(f"A grid of {sweep.name} would be named {name}", hint="give it a `name:`")
+            raise UserError(f"A grid of {sweep.name} would be named {quote(name)}", hint="give it a `name:`")
         if name == JOBS_FOLDER:
             raise UserError(
                 f"A grid of {sweep.name} is named {name}, like the folder of SLURM's logs", hint="rename it"

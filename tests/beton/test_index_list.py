@@ -110,8 +110,8 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
         (["# none", ""], "names no images: write the name of one"),
         (
             ["twin.png", "#", "missing.JPEG", "also missing"],
-            "Line 3 of LIST, 'missing.JPEG', names no image of BETON (2 such lines in all); "
-            "its names look like 'train/n01440764/n01440764_10.JPEG'.",
+            "Line 3 of LIST, 'missing.JPEG', names no image of BETON (2 such lines in all): "
+            "write names like 'train/n01440764/n01440764_10.JPEG'.",
         ),
         (["twin.png 7"], "'twin.png 7', names no image"),
         (["same.jpg"], "Line 1 of LIST, 'same.jpg', names 2 images of BETON: write more of the path"),
@@ -129,7 +129,7 @@ def test_a_name_that_is_not_utf_8(beton, tmp_path):
             "file was built (bad_images.jsonl in its folder has the reason): remove it.",
         ),
         (["1", "3"], "Line 2 of LIST, '3', names an image that is not in BETON: it was bad"),
-        (["1", "9", "12"], "'9', is no index of BETON (2 such lines in all): the last one is 8."),
+        (["1", "9", "12"], "'9', is no index of BETON (2 such lines in all): write indices from 0 to 8."),
         (["1", "9" * 40], "names no image of BETON"),
         (["-1"], "'-1', names no image of BETON"),
     ],
@@ -159,7 +159,7 @@ def test_files_without_names_or_indices(beton, tmp_path):
     (tmp_path / "beyond.txt").write_text("9\n")
     old = Path(shutil.copy(beton, tmp_path))  # without manifest and names
     assert read_index_list(old, tmp_path / "indices.txt").tolist() == [7]
-    with pytest.raises(UserError, match="is no index of .*: the last one is 8"):
+    with pytest.raises(UserError, match="is no index of .*: write indices from 0 to 8"):
         read_index_list(old, tmp_path / "beyond.txt")
     with pytest.raises(UserError, match="names.txt is missing, .*older version built it.: build it with"):
         read_index_list(old, tmp_path / "names.txt")
