@@ -1,6 +1,7 @@
 """`fastssl train`, `fastssl sweep` and `fastssl profile`: one run, many runs, and what limits the speed of a run."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,7 +43,13 @@ def train(
 
     run_dir = Path(resume) if resume and resume != "auto" else None
     probe = probe_from_recipe(settings)
-    train(settings, resume="auto" if resume == "auto" else run_dir, probe=probe, diagnose=explain_data_wait)
+    train(
+        settings,
+        resume="auto" if resume == "auto" else run_dir,
+        probe=probe,
+        diagnose=explain_data_wait,
+        evaluation_command=_evaluation_command,
+    )
 
 
 def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> Recipe:
@@ -60,6 +67,24 @@ def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> 
 
         recipe = str(find_run_dir(Path(resume)) / "recipe.yaml")
     return load_recipe(recipe, overrides)
+
+
+def _evaluation_command(recipe: Recipe, run_dir: Path) -> str:
+    """The command that evaluates the run: kNN accuracy; without images and labels for that, its embeddings."""
+    from fastssl.beton import beton_file
+    from fastssl.common.commands import command
+    from fastssl.evaluation import BetonSubset
+    from fastssl.evaluation.runs import check_labels
+
+    data = recipe.data
+    train_file = beton_file(data.train, "train")
+    if data.val:
+        with suppress(UserError, OSError):
+            train_set = BetonSubset(train_file, data.subset, data.limit)
+            check_labels(train_set, BetonSubset(beton_file(data.val, "val")), "kNN", fix_train="", fix_val="")
+            return command("eval", "knn", run_dir)
+    images = train_file if train_file.is_file() else "IMAGES"
+    return command("embed", run_dir, images, "--out", run_dir / "embeddings.npz")
 
 
 def sweep(

@@ -37,13 +37,14 @@ def console(stderr: bool = False) -> Console:
     return result
 
 
-def print_line(console: Console, message: str) -> None:
+def print_line(console: Console, message: str, wrap: bool = True) -> None:
     """Print one message, all printable, not highlighted. Long work goes on where it cannot be written.
 
-    In a file it is one line. On a terminal it is wrapped between words, never inside a path.
+    In a file it is one line. On a terminal it is wrapped between words, never inside a path; without `wrap` the
+    terminal breaks it, as a command that is to be copied has to stay one line.
     """
     text = printable(message)
-    if console.is_terminal:
+    if wrap and console.is_terminal:
         text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     try:
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import NamedTuple
 
 from rich.console import Console, ConsoleRenderable, Group
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.common.terminal import console, print_line, printable
+from fastssl.training.metric_text import GROUPS, KEY_METRICS, LABELS, duration, is_only_in_file, label, shown
 
 LINE = 80  # columns of a log line
 LINES_PER_HEADER = 20
@@ -23,9 +25,12 @@ REFRESHES = 2  # of the panel per second; one takes 4 ms
 WIDEST = 100  # columns of the panel
 # The panel leaves these columns of the window free: the terminal shows ^C there, where it does not move the panel.
 FREE = 3
-GROUP = 26  # columns of a group of metrics in the panel, at least
+BESIDE = 4  # columns between two columns of metrics
+METRIC = 33, 40  # columns of a metric in the panel, at least and at most
 LOSSES = 1024  # of the curve, at most
-BAR_COLOR = "rgb(0,135,175)"  # readable on light and on dark backgrounds, as is the grey of the rest
+CURVE = "loss curve "
+# Readable on light and on dark backgrounds; all other text has the terminal's own color.
+COLOR = "rgb(0,135,175)"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -37,20 +42,15 @@ class Column(NamedTuple):
     width: int = 6
 
 
-# In this order; a line has those that the run computes.
-COLUMNS = (
-    Column("loss", "loss"), Column("accuracy", "accuracy", 8), Column("kl_h", "kl_h"), Column("kl_z", "kl_z"),
-    Column("sigma_h", "sigma_h", 7), Column("sigma_z", "sigma_z", 7), Column("std_z", "std_z"), Column("lr", "lr"),
-    Column("images_per_second", "images/s", 8), Column("data_wait", "wait", 4),
+EPOCH = Column("epoch", "epoch", 5)
+LOSS = Column("loss", "loss")
+# A line has as many of these as fit, those that the run computes, in this order.
+IF_THEY_FIT = (
+    Column("accuracy", "accuracy", 8), Column("kl_h", "KL h"), Column("kl_z", "KL z"), Column("std_z", "std z"),
+    Column("sigma_h", "sigma h", 7), Column("sigma_z", "sigma z", 7),
 )  # fmt: skip
-LEFT_OUT_FIRST = ("kl_h", "kl_z", "lr", "std_z")  # where a line would be longer than LINE
-TIME_LEFT = Column("", "left")
-
-# What the panel shows next to the terms of the loss, in two further groups.
-EMBEDDING = ("accuracy", "kl_h", "kl_z", "sigma_h", "sigma_z", "std_z", "rankme_h", "rankme_z", "knn")
-SPEED = ("images_per_second", "data_wait", "lr", "grad_norm", "skipped_steps", "bad_samples")
-ONLY_IN_FILE = ("epoch", "seconds", "graphs", "graph_breaks", "recompiled")  # and those of EMBEDDING's further figures
-ONLY_IN_FILE_PREFIXES = ("kl_per_dim_", "sigma_min_", "sigma_max_", "sigma_clamped_")
+SPEED = (Column("lr", "lr"), Column("images_per_second", "images/s", 8), Column("data_wait", "data wait", 9))
+TIME_LEFT = Column("", "ETA")
 
 
 class LogTable:
@@ -68,16 +68,22 @@ class LogTable:
         if self.count % LINES_PER_HEADER == 0:
             yield self._join("step", [column.heading for column in self.columns])
         self.count += 1
-        cells = [shown(column.metric, metrics[column.metric]) for column in self.columns[:-1]]
+        cells = [self._cell(column, metrics) for column in self.columns[:-1]]
         yield self._join(f"{step}/{self.total_steps}", [*cells, time_left])
 
+    def _cell(self, column: Column, metrics: Mapping[str, float]) -> str:
+        value = metrics[column.metric]
+        return f"{value + 1:.0f}" if column is EPOCH else shown(column.metric, value)  # people count epochs from 1
+
     def _choose(self, metrics: Mapping[str, float]) -> list[Column]:
-        columns = [*(column for column in COLUMNS if column.metric in metrics), TIME_LEFT]
-        for name in LEFT_OUT_FIRST:
-            if self._step_width() + sum(2 + column.width for column in columns) <= LINE:
-                break
-            columns = [column for column in columns if column.metric != name]
-        return columns
+        before, after = ([column for column in part if column.metric in metrics] for part in ((EPOCH, LOSS), SPEED))
+        after.append(TIME_LEFT)
+        free = LINE - self._step_width() - sum(2 + column.width for column in (*before, *after))
+        for column in IF_THEY_FIT:
+            if column.metric in metrics and 2 + column.width <= free:
+                before.append(column)
+                free -= 2 + column.width
+        return [*before, *after]
 
     def _join(self, step: str, cells: Sequence[str]) -> str:
         aligned = (cell.rjust(column.width) for cell, column in zip(cells, self.columns))
@@ -90,12 +96,20 @@ class LogTable:
 class Display:
     """Shows the progress and the latest metrics of one run. Use as a context manager."""
 
-    def __init__(self, title: str, first_step: int, total_steps: int, epochs: int = 1):
+    def __init__(
+        self,
+        title: str,
+        first_step: int,
+        total_steps: int,
+        epochs: int = 1,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ):
         self.console = console()
         self.title = printable(title)
         self.current = first_step
         self.total_steps = total_steps
         self.epochs = epochs
+        self.is_stopping = is_stopping  # whether a signal has asked for the end, which comes after the step
         self.began = time.monotonic()
         # The first step compiles kernels, so the time left is estimated from its end.
         self.first_step: int | None = None
@@ -137,7 +151,9 @@ class Display:
             for line in self.table.lines(step, metrics, self._time_left()):
                 self.print(line)
         else:
-            found = ", ".join(f"{name} {shown(name, value)}" for name, value in metrics.items() if name != "epoch")
+            found = ", ".join(
+                f"{label(name)} {shown(name, value)}" for name, value in metrics.items() if name != "epoch"
+            )
             self.print(f"Probe after epoch {metrics['epoch'] + 1:.0f}: {found}")
 
     def _remember(self, loss: float) -> None:
@@ -151,8 +167,8 @@ class Display:
             self.losses = self.losses[1::2]
             self.losses_every *= 2
 
-    def print(self, message: str) -> None:
-        print_line(self.console, message)
+    def print(self, message: str, wrap: bool = True) -> None:
+        print_line(self.console, message, wrap)
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
@@ -174,53 +190,72 @@ class Display:
         """The panel, drawn REFRESHES times per second by the thread of `live`."""
         width = panel_width(self.console)
         inside = width - 4
-        epoch = min(self.epochs, self.current * self.epochs // max(1, self.total_steps) + 1)
-        steps = f"step {self.current:,} of {self.total_steps:,}"
-        epochs = f"epoch {epoch} of {self.epochs}"
-        elapsed = duration(time.monotonic() - self.began)
-        times = f"{elapsed} elapsed, {self.activity or self._time_left() + ' left'}"
-        parts: list[ConsoleRenderable] = []
-        if len(steps) + len(epochs) + len(times) + 4 <= inside:
-            parts.append(spread(f"{steps}  {epochs}", times))
-        else:
-            parts += [spread(steps, ""), spread(times, "")]
-        parts.append(self._bar())
-        metrics = self._metrics(inside)
-        if self.latest and len(parts) + metrics.row_count + 4 <= self.console.height:  # with borders and a line above
-            parts += [Text(f"loss {sparkline(self.losses, inside - 5)}", no_wrap=True), metrics]
+        lines: list[ConsoleRenderable] = [self._bar(), *self._progress(inside)]
+        rows = self.console.height - len(lines) - 3  # its borders, and a line above it
+        lines += self._metrics(inside, rows)
         title = Text(self.title)
         title.truncate(inside - 2, overflow="ellipsis")  # a longer one would make the panel wider
-        return Panel(Group(*parts), title=title, title_align="left", width=width)
+        return Panel(Group(*lines), title=title, title_align="left", width=width)
 
     def _bar(self) -> Table:
         bar = Table.grid(expand=True, padding=(0, 1))
         bar.add_column(ratio=1)
-        bar.add_column(justify="right", width=4)
+        bar.add_column(justify="right", width=5)
         share = self.current / max(1, self.total_steps)
-        line = ProgressBar(
-            self.total_steps, self.current, style="grey50", complete_style=BAR_COLOR, finished_style=BAR_COLOR
-        )
-        bar.add_row(line, f"{math.floor(100 * share)}%")
+        line = ProgressBar(self.total_steps, self.current, style="grey50", complete_style=COLOR, finished_style=COLOR)
+        bar.add_row(line, f"{math.floor(100 * share)} %")
         return bar
 
-    def _metrics(self, width: int) -> Table:
+    def _progress(self, width: int) -> list[ConsoleRenderable]:
+        """Step, epoch and times, in one line or in two."""
+        epoch = min(self.epochs, self.current * self.epochs // max(1, self.total_steps) + 1)
+        step = f"step {self.current:,} of {self.total_steps:,}"
+        step_and_epoch = f"{step}, epoch {epoch} of {self.epochs}"
+        times = f"{duration(time.monotonic() - self.began)} elapsed, {self._doing()}"
+        if len(step_and_epoch) + 2 + len(times) <= width:
+            return [spread(step_and_epoch, times)]
+        return [row(step_and_epoch if len(step_and_epoch) <= width else step), row(times)]
+
+    def _doing(self) -> str:
+        if self.is_stopping():
+            return "stopping"
+        if self.activity:
+            return self.activity
+        left = self._time_left()
+        return "starting" if left == "?" else f"{left} left"
+
+    def _metrics(self, width: int, rows: int) -> list[ConsoleRenderable]:
+        """The latest metrics in at most so many rows: all in groups and the curve of the loss, or the most important.
+
+        They stand in two columns where the panel is wide enough.
+        """
         latest = {name: value for name, value in self.latest.items() if not is_only_in_file(name)}
-        terms = [name for name in latest if name not in (*EMBEDDING, *SPEED)]
-        groups = [terms, [name for name in EMBEDDING if name in latest], [name for name in SPEED if name in latest]]
-        if width < 3 * GROUP - 6:
-            groups = [[column.metric for column in COLUMNS if column.metric in latest]]
-        table = Table.grid(expand=True, padding=(0, 1))
-        for _ in groups:
-            table.add_column(no_wrap=True)
-            table.add_column(no_wrap=True, justify="right", style="bold", min_width=8)
-            table.add_column(ratio=1)
-        for row in range(max(map(len, groups))):
-            cells: list[str] = []
-            for names in groups:
-                name = names[row] if row < len(names) else ""
-                cells += [label(name), shown(name, latest[name]) if name else "", ""]
-            table.add_row(*cells)
-        return table
+        if not latest:
+            return []
+        narrowest, widest = METRIC
+        columns = 2 if width >= 2 * narrowest + BESIDE else 1
+        each = min(widest, (width - BESIDE * (columns - 1)) // columns)
+
+        groups = [[name for name in group if name in latest] for group in GROUPS.values()]
+        groups[-1] += [name for name in latest if name not in LABELS]  # of a probe that is not ours
+        blocks: list[list[Text]] = []
+        for heading, names in zip(GROUPS, groups):
+            if names:
+                lines = [metric_line(name, latest[name], each) for name in names]
+                blocks.append([row(heading, f"bold {COLOR}"), *lines])
+        half = math.ceil(len(blocks) / columns)
+        grouped = side_by_side([below_each_other(blocks[i : i + half]) for i in range(0, len(blocks), half)], each)
+
+        important = [name for name in KEY_METRICS if name in latest][: columns * max(0, rows)]
+        lines = [metric_line(name, latest[name], each) for name in important]
+        half = max(1, math.ceil(len(lines) / columns))
+        small = side_by_side([lines[i : i + half] for i in range(0, len(lines), half)], each)
+
+        curve = row(CURVE + sparkline(self.losses, width - len(CURVE)))
+        for choice in ([Text(), *grouped, Text(), curve], [*grouped, curve], grouped, [*small, curve]):
+            if len(choice) <= rows:
+                return [*choice]
+        return [*small]
 
 
 class PanelLive(Live):
@@ -243,6 +278,31 @@ class PanelLive(Live):
         return [Control(ControlType.CARRIAGE_RETURN, *(up * wrapped)), *super().process_renderables(renderables)]
 
 
+def metric_line(name: str, value: float, width: int) -> Text:
+    """A metric of the panel: its name at the left, its value at the right end."""
+    text = shown(name, value)
+    return row(f"{label(name)[: max(0, width - len(text) - 1)].ljust(width - len(text))}{text}")
+
+
+def row(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="crop")
+
+
+def below_each_other(blocks: Iterable[list[Text]]) -> list[Text]:
+    """Blocks of lines with an empty line between two of them."""
+    return [line for number, block in enumerate(blocks) for line in ([Text()] if number else []) + block]
+
+
+def side_by_side(columns: Sequence[list[Text]], width: int) -> list[Text]:
+    """The lines of one or two columns, each of the first `width` wide."""
+    if len(columns) < 2:
+        return [line for column in columns for line in column]
+    rows = []
+    for left, right in zip_longest(*columns, fillvalue=Text()):
+        rows.append(Text.assemble(left, " " * (width + BESIDE - len(left)), right, no_wrap=True, overflow="crop"))
+    return rows
+
+
 def panel_width(console: Console) -> int:
     return max(20, min(WIDEST, console.width - FREE))
 
@@ -254,52 +314,6 @@ def spread(left: str, right: str) -> Table:
     line.add_column(no_wrap=True, justify="right")
     line.add_row(left, right)
     return line
-
-
-def is_only_in_file(name: str) -> bool:
-    return name in ONLY_IN_FILE or name.startswith(ONLY_IN_FILE_PREFIXES)
-
-
-def label(name: str) -> str:
-    """Return the name of a metric as the panel shows it."""
-    named = {"images_per_second": "images/s", "data_wait": "data wait", "skipped_steps": "skipped steps"}
-    return named.get(name, name)
-
-
-def shown(name: str, value: float) -> str:
-    """Return the value of a metric in at most eight characters."""
-    if name in ("data_wait", "accuracy", "knn") and math.isfinite(value):
-        return f"{value:.0%}" if name == "data_wait" else f"{value:.2%}"
-    if name == "images_per_second" and 100 <= value < 999_999.5:
-        return f"{value:,.0f}"
-    return str(value) if isinstance(value, int) else number(value)
-
-
-def number(value: float) -> str:
-    """Return up to four digits of a number in at most six characters (7 below 1e-99): 66.21, 0.0412, 12345, 3.2e-4."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    size = abs(value)
-    if 1e-3 <= size < 99_999.5:
-        decimals = min(max(3 - math.floor(math.log10(size)), 0), 3 if value < 0 else 4)
-        text = f"{value:.{decimals}f}"
-        return text if len(text) <= 6 else f"{value:.{decimals - 1}f}"  # -9.9996 is rounded to -10.000
-    for digits in (1, 0):
-        mantissa, exponent = f"{value:.{digits}e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
-        if len(text) <= 6:
-            break
-    return text
-
-
-def duration(seconds: float) -> str:
-    """Return a time in at most six characters, up to 999 days: 1:05, 2h07m, 3d04h."""
-    seconds = int(seconds)
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02}"
-    if seconds < 86_400:
-        return f"{seconds // 3600}h{seconds // 60 % 60:02}m"
-    return f"{seconds // 86_400}d{seconds // 3600 % 24:02}h"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

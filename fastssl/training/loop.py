@@ -34,7 +34,7 @@ from fastssl.recipe import BYOLConfig, Recipe
 from fastssl.training.memory import explain_out_of_memory
 from fastssl.training.optim import clip_gradients
 from fastssl.training.run_dir import choose_run_dir, locked_run_dir, rename_damaged
-from fastssl.training.run_writer import RunWriter
+from fastssl.training.run_writer import EvaluationCommand, RunWriter
 from fastssl.training.schedule import image_size, target_momentum
 from fastssl.training.setup import StepOutput, TrainingRun, choose_device, prepare
 from fastssl.training.signals import ProbeInterrupted, StopRequest
@@ -49,6 +49,7 @@ def train(
     resume: Path | Literal["auto"] | None = None,
     probe: Probe | None = None,
     diagnose: Diagnose = lambda run, reading: "`fastssl profile` says why.",
+    evaluation_command: EvaluationCommand = lambda recipe, run_dir: None,
 ) -> Path:
     """Train to the recipe's last epoch and return the run directory.
 
@@ -58,6 +59,7 @@ def train(
         probe: a function of the model, called in the main process every `probe.every` epochs and at the end. The
             metrics that it returns are logged, and the checkpoint with the best first metric is kept as best.pt.
         diagnose: returns the sentence that a warning about long waits for data ends with.
+        evaluation_command: returns the command that the last lines of the run suggest.
 
     Raises:
         UserError: for everything that the user can fix.
@@ -67,7 +69,7 @@ def train(
         device = stack.enter_context(joined_processes(choose_device(recipe.train.device)))
         stop = stack.enter_context(StopRequest())
         restarted = any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-        run_dir, resumes = broadcast_from_main(lambda: choose_run_dir(recipe, resume, restarted))
+        run_dir, resumes, taken = broadcast_from_main(lambda: choose_run_dir(recipe, resume, restarted))
         stack.enter_context(explain_out_of_memory(recipe, device, run_dir))
         open_run_dir = partial(stack.enter_context, locked_run_dir(run_dir))
         if resumes:  # lock the directory before reading what another process might still write
@@ -81,7 +83,9 @@ def train(
         loaded = not needs_images or load_images(run, stop)
         if checkpoint and is_main_process():
             rename_damaged(checkpoint)
-        writer = stack.enter_context(RunWriter(run, run_dir))
+        writer = stack.enter_context(RunWriter(run, run_dir, stop, evaluation_command))
+        if taken:
+            writer.explain_number(taken)
         for remark in remarks:
             writer.print(remark)
         if not loaded:
@@ -212,7 +216,7 @@ def run_probe(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Pro
     metrics: dict[str, float] = {}
     if is_main_process():
         try:
-            with stop.interruptible(), writer.during("the probe runs"):
+            with stop.interruptible(), writer.during("probe running"):
                 metrics = probe(state.average.model if state.average else state.model)
         except ProbeInterrupted:
             pass

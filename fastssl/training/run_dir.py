@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from fastssl.common.commands import training_command
 from fastssl.common.environment import describe_environment
 from fastssl.common.errors import UserError
 from fastssl.common.files import (
@@ -49,6 +50,7 @@ class RunDirBusy(UserError):
 class RunDir(NamedTuple):
     path: Path
     resumes: bool  # whether training continues from a checkpoint in it
+    taken: Path | None  # an existing directory, for which this new run got a number: runs/NAME, runs/NAME-2, ...
 
 
 def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restarted: bool) -> RunDir:
@@ -66,6 +68,7 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
     """
     named = Path(recipe.run.dir) if recipe.run.dir else None
     newest, free = _numbered_dirs(recipe.name)
+    taken = None
     if resume == "auto":
         path = named or Path("runs") / recipe.name
     elif resume is not None:
@@ -74,14 +77,18 @@ def choose_run_dir(recipe: Recipe, resume: Path | Literal["auto"] | None, restar
         path = named or newest
     elif named and is_run_dir(named):
         raise UserError(
-            f"{named} already holds a run", hint=f"continue it with --resume {named}, or set another run.dir"
+            f"{named} already holds a run",
+            hint=f"continue it with {training_command('--resume', named)}, or set another run.dir",
         )
+    elif named:
+        path = named
     else:
-        path = named or free
+        path = free
+        taken = newest if newest != free else None
     # A run that was killed before it wrote a checkpoint starts over.
     if not is_run_dir(path):
         _refuse_to_overwrite(path)
-    return RunDir(path, resumes=bool(find_checkpoints(path)))
+    return RunDir(path, bool(find_checkpoints(path)), taken)
 
 
 def _refuse_to_overwrite(path: Path) -> None:

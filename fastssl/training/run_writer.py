@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,16 +11,23 @@ from typing import NamedTuple
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from fastssl.common.commands import training_command
 from fastssl.common.distributed import is_main_process
 from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
 from fastssl.common.files import write_atomically, write_error
-from fastssl.models.checkpoint import LAST, SavedState, write_checkpoint
-from fastssl.training.display import Display, duration, shown
+from fastssl.common.terminal import time_in_words
+from fastssl.models.checkpoint import LAST, SavedState, is_run_dir, write_checkpoint
+from fastssl.recipe import Recipe
+from fastssl.training.display import Display
+from fastssl.training.metric_text import label, shown
 from fastssl.training.run_dir import describe_run, save_views
 from fastssl.training.setup import TrainingRun
 from fastssl.training.signals import StopRequest
 from fastssl.training.snapshot import Snapshot
 from fastssl.training.tracking import MetricsFile, start_trackers
+
+# Returns the command that evaluates a run, given its recipe and its directory; None: the user is told of none.
+EvaluationCommand = Callable[[Recipe, Path], str | None]
 
 
 class PendingSave(NamedTuple):
@@ -39,9 +46,10 @@ class RunWriter:
     be written costs a warning, and the next log step tries again.
     """
 
-    def __init__(self, run: TrainingRun, run_dir: Path):
+    def __init__(self, run: TrainingRun, run_dir: Path, stop: StopRequest, evaluation_command: EvaluationCommand):
         self.run = run
         self.run_dir = run_dir
+        self.evaluation_command = evaluation_command
         self.save_failed = False  # whether last.pt is missing the last step that was to be saved, as far as is known
         self.saved_at = time.monotonic()  # when the last.pt that was begun last was
         self.pending_save: PendingSave | None = None
@@ -58,7 +66,13 @@ class RunWriter:
         self.snapshot = Snapshot()
         self.save_thread = ThreadPoolExecutor(1, "fastssl-checkpoint")
         title = f"{recipe.name}  ({run.device.type}, {run.precision})"
-        self.display = Display(title, state.step, run.schedule.total_steps, recipe.train.epochs)
+        self.display = Display(
+            title,
+            state.step,
+            run.schedule.total_steps,
+            recipe.train.epochs,
+            is_stopping=lambda: stop.received is not None,
+        )
 
     def __enter__(self) -> "RunWriter":
         if self.display:
@@ -73,7 +87,7 @@ class RunWriter:
             self.print(f"Resuming {name} after step {step} {where}")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self.display:
             return
         try:
@@ -83,11 +97,24 @@ class RunWriter:
             self.metrics_file.close()
             for tracker in self.trackers.values():
                 tracker.close()
-            self.display.__exit__(*error)
+            self.display.close()
+            if kind is KeyboardInterrupt:
+                self.print("Ended without a checkpoint of the last step. To continue from the one before:")
+                self.print_command(training_command("--resume", self.run_dir))
 
     def print(self, message: str) -> None:
         if self.display:
             self.display.print(message)
+
+    def print_command(self, command: str, heading: str = "  ") -> None:
+        if self.display:
+            self.display.print(heading + command, wrap=False)
+
+    def explain_number(self, taken: Path) -> None:
+        """Say that the run is not in `taken`, which exists, and how to continue that one."""
+        self.print(f"{taken} exists, so this new run goes to {self.run_dir}.")
+        if is_run_dir(taken):
+            self.print_command(training_command("--resume", taken), "To continue the other one instead: ")
 
     def show_step(self, step: int) -> None:
         """Move the progress bar."""
@@ -179,13 +206,15 @@ class RunWriter:
         if self.display:
             self.display.close()
         step = self.run.state.step
+        resume = training_command("--resume", self.run_dir)
         if self.save_failed:
             raise UserError(
                 f"Stopped at step {step}, which could not be saved",
-                hint=f"free some space, then --resume {self.run_dir} continues from the checkpoint before",
+                hint=f"free some space, then continue from the checkpoint before with {resume}",
             )
         name = signal.Signals(request.received).name if request.received else "another process"
-        self.print(f"Stopped by {name} after step {step}, which is saved: --resume {self.run_dir} continues.")
+        self.print(f"Stopped by {name} after step {step:,} of {self.run.schedule.total_steps:,}, saved. To continue:")
+        self.print_command(resume)
         raise Stopped(request.exit_code if request.received else EXIT_REQUEUE)
 
     def finish(self, problem: str | None = None) -> None:
@@ -209,15 +238,31 @@ class RunWriter:
         if self.save_failed:
             raise UserError(
                 f"{self.run_dir} is trained, but the result cannot be written",
-                hint=f"free some space, then --resume {self.run_dir} continues from its last checkpoint",
+                hint=f"free some space, then continue with {training_command('--resume', self.run_dir)}",
             )
         if self.display:
             self.display.close()
-        best = ", ".join(f"{name} {shown(name, value)}" for name, value in state.best.items() if name != "step")
-        if best:
-            self.print(f"Best probe: {best} at step {state.best['step']} (checkpoints/best.pt)")
         if problem:
             self.print(f"Finished, but {problem} The run is in {self.run_dir}.")
             return
-        took = f"{state.step:,} steps in {duration(state.count_seconds())}"
-        self.print(f"Done: {took}, in {self.run_dir} (look at {self.run_dir / 'views.png'} first)")
+        self.print(f"Done: {state.step:,} steps in {time_in_words(state.count_seconds())}. Saved in {self.run_dir}:")
+        for name, content in self._saved_files().items():
+            self.print(f"  {name.ljust(19)}  {content}")
+        if self.display and (evaluate := self.evaluation_command(self.run.recipe, self.run_dir)):
+            self.print_command(evaluate, "Evaluate:     ")
+        longer = f"train.epochs={2 * self.run.recipe.train.epochs}"
+        self.print_command(training_command("--resume", self.run_dir, longer), "Train longer: ")
+
+    def _saved_files(self) -> dict[str, str]:
+        """What the files of the run hold that a user looks for first."""
+        files = {
+            "encoder.safetensors": "weights of the encoder, with timm's names",
+            "checkpoints/last.pt": "the whole model, and all that --resume needs",
+        }
+        best = dict(self.run.state.best)
+        step = best.pop("step", 0)
+        if best:
+            metrics = ", ".join(f"{label(name)} {shown(name, value)}" for name, value in best.items())
+            files["checkpoints/best.pt"] = f"the best model of the probe: {metrics}, step {step:,}"
+        files["views.png"] = "augmented views: check that you recognize the images"
+        return files

@@ -7,11 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from training_runs import metrics_of as read_metrics
+from training_runs import small, train_jobs
 
 from fastssl.common.terminal import PlainConsole, print_line
+from fastssl.models import DiagonalGaussian, Draws, StandardNormal, ViewOutput
+from fastssl.objectives import TotalLoss
 from fastssl.recipe import load_recipe
 from fastssl.training import display as display_module
-from fastssl.training.display import LINES_PER_HEADER, Display, LogTable, duration, number, shown, sparkline
+from fastssl.training.display import LINES_PER_HEADER, Display, LogTable, sparkline
+from fastssl.training.metric_text import GROUPS, LABELS, duration, is_only_in_file, number, shown
 from fastssl.training.step_log import CountWarning
 
 RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml") if "sweeps" not in path.parts)
@@ -54,26 +60,29 @@ def panel(width, height=24, title="cifar10_zprob_barlow  (cpu, bf16)", total_ste
 @pytest.mark.parametrize("path", RECIPES)
 def test_lines_of_every_recipe_fit_80_columns(path):
     recipe = load_recipe(path)
-    for total_steps in (6, 1120, 48_800, 1_000_000):
+    for total_steps in (6, 1120, 48_800, 1_000_000, 12_345_678):
         check_lines(recipe, total_steps)
 
 
 def check_lines(recipe, total_steps):
+    """Step, epoch, loss, lr, speed, wait and ETA in each line, and as many figures of the embedding as fit."""
     table = LogTable(total_steps)
     header, *lines = [
         *table.lines(1, metrics_of(recipe), "?"),
         *table.lines(total_steps, metrics_of(recipe, -1.5e-10, images_per_second=1_234_567, data_wait=1), "23h59m"),
-        *table.lines(2, metrics_of(recipe, math.nan, lr=math.inf), "99d23h"),
+        *table.lines(2, metrics_of(recipe, math.nan, lr=math.inf, epoch=9998), "99d23h"),
     ]
-    ends = {match.end() for match in re.finditer(r"\S+", header)}
+    cell = re.compile(r"\S+( \S+)*")  # two spaces or more separate cells: "KL z", "3 %"
+    ends = {match.end() for match in cell.finditer(header)}
     for line in lines:
-        assert {match.end() for match in re.finditer(r"\S+", line)} == ends and len(line) == len(header) <= 80
-    headings = header.split()
-    assert headings[:2] == ["step", "loss"] and headings[-3:] == ["images/s", "wait", "left"]
-    assert ("accuracy" in headings) == recipe.objective.needs_labels
-    for space in {"none": "", "hz": "hz"}.get(recipe.embedding.stochastic, recipe.embedding.stochastic):
-        assert f"sigma_{space}" in headings
-    assert "std_z" in headings
+        assert {match.end() for match in cell.finditer(line)} == ends and len(line) == len(header) <= 80
+    headings = re.split(r" {2,}", header.strip())
+    assert headings[:3] == ["step", "epoch", "loss"] and headings[-4:] == ["lr", "images/s", "data wait", "ETA"]
+    spaces = {"none": "", "hz": "hz"}.get(recipe.embedding.stochastic, recipe.embedding.stochastic)
+    telling = ["accuracy"] * recipe.objective.needs_labels + [f"KL {space}" for space in spaces] + ["std z"]
+    shown_of_them = headings[3:-4][: len(telling)]
+    assert shown_of_them == telling[: len(shown_of_them)] and shown_of_them
+    assert total_steps > 99_999 or len(shown_of_them) >= min(2, len(telling)) or recipe.objective.needs_labels
 
 
 def test_the_header_comes_again_and_the_probe_is_a_sentence(capsys):
@@ -85,37 +94,85 @@ def test_the_header_comes_again_and_the_probe_is_a_sentence(capsys):
     lines = capsys.readouterr().out.splitlines()
     headers = [number for number, line in enumerate(lines) if "loss" in line]
     assert [b - a for a, b in pairwise(headers)] == 2 * [LINES_PER_HEADER + 1] and headers[0] == 0
-    assert lines[-1] == "Probe after epoch 4: knn 79.00%"
+    assert lines[-1] == "Probe after epoch 4: kNN accuracy 79.00 %"
 
 
 @pytest.mark.parametrize(
-    "path", ["recipes/barlow.yaml", "recipes/zprob_vicreg.yaml", "recipes/beyond/hzprob_barlow.yaml"]
+    "path", ["recipes/barlow.yaml", "recipes/supervised.yaml", "recipes/beyond/hzprob_barlow.yaml"]
 )
-@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+@pytest.mark.parametrize("width", [20, 40, 60, 77, 80, 100, 200])
 def test_the_panel_fits_the_window(path, width):
-    for height in (6, 10, 24, 50):
+    """The bar, the step and the times come first in every window, and no row is cut off."""
+    for height in (8, 10, 12, 16, 20, 24, 50):
         for total_steps, title in ((48_800, "demo  (cpu, bf16)"), (12_345_678, "long_" * 30)):
             metrics = metrics_of(load_recipe(path), rankme_h=43.2, rankme_z=1.0, knn=0.7912, bad_samples=12_345)
             lines = panel(width, height, title, total_steps, total_steps // 2, metrics)
             assert len({len(line) for line in lines}) == 1
-            # ^C and the cursor have room after the last line; 23 columns is the narrowest panel.
-            assert len(lines[0]) <= max(20, width - 3) and len(lines) < max(height, 7)
-            assert "…" not in "".join(lines[1:]) or width < 40
+            assert len(lines[0]) <= max(20, width - 3) and len(lines) < height  # ^C and the cursor have room
+            assert lines[0][0] == "╭" and lines[-1][0] == "╰" and "…" not in "".join(lines[1:])
+            assert "━" in lines[1] and "50 %" in lines[1]
+            first = " ".join(lines[2:4])
+            assert f"step {total_steps // 2:,}" in first and ("elapsed" in first or width == 20)
+            if width >= 40:
+                assert f"of {total_steps:,}" in first and "left" in first and "loss" in "".join(lines[3:7])
 
 
-def test_the_panel_shows_what_the_log_line_leaves_out():
+@pytest.mark.parametrize("path", RECIPES)
+def test_an_80x24_window_shows_every_metric_in_words(path):
+    """All that the trainer logs is on the panel under a name of its own, or is only for metrics.jsonl."""
+    recipe = load_recipe(path)
+    metrics = metrics_of(recipe, rankme_h=43.2, rankme_z=31.2, knn=0.7912, bad_samples=2)
+    text = "\n".join(panel(80, metrics=metrics))
+    assert "loss curve" in text
+    for name in metrics:
+        assert is_only_in_file(name) or f" {LABELS[name]}  " in text, name
+    for heading in GROUPS:
+        assert f" {heading} " in text
+    assert "_" not in text.replace("cifar10_zprob_barlow", "")  # no name of a variable
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_every_term_of_the_loss_has_a_name(path):
+    """What the loss returns is what `metrics_of` above expects, so the test before this one has seen it."""
+    recipe = load_recipe(path)
+    views = tuple(random_view(recipe) for _ in range(recipe.objective.num_views))
+    priors = torch.nn.ModuleDict({space: StandardNormal() for space in views[0].draws})
+    logged = set(TotalLoss(recipe)(views, priors, torch.zeros(())))
+    assert logged <= set(metrics_of(recipe))
+
+
+def random_view(recipe):
+    z_BD, label_B = torch.randn(8, 16), torch.arange(8)
+    spaces = {"none": "", "z": "z", "h": "h", "hz": "hz"}[recipe.embedding.stochastic]
+    q = DiagonalGaussian(z_BD, torch.zeros(8, 16))
+    target = {"byol": z_BD, "supervised": label_B}.get(recipe.objective.name)
+    return ViewOutput(z_BD, z_BD, {space: Draws(q, q.rsample(2)) for space in spaces}, target)
+
+
+def test_every_metric_of_a_run_has_a_name(canvas, tmp_path):
+    train_jobs([("beyond/hzprob_barlow", small(canvas, tmp_path / "run", "train.epochs=1", "probe.every=1"))])
+    names = {name for line in read_metrics(tmp_path / "run") for name in line} - {"step"}
+    assert {"kl_z", "std_z", "rankme_h", "knn", "data_wait"} <= names
+    assert [name for name in names if not is_only_in_file(name) and name not in LABELS] == []
+
+
+def test_a_probe_that_is_not_ours_keeps_its_names():
+    text = "\n".join(panel(80, metrics={"loss": 1.0, "linear_top5": 0.5}))
+    assert re.search(r" linear_top5 +0.5000 ", text)
+
+
+def test_values_on_the_panel():
     recipe = load_recipe("recipes/zprob_barlow.yaml")
     metrics = metrics_of(recipe, loss=math.nan, skipped_steps=3, bad_samples=2, rankme_z=31.2, graphs=2)
-    values = {"loss": "nan", "on_diagonal": "0.1235", "rankme_z": "31.20", "images/s": "1,432", "data wait": "3%"}
-    values |= {"lr": "0.0032", "skipped steps": "3", "bad_samples": "2"}
+    values = {"loss": "nan", "on-diagonal term": "0.1235", "RankMe of z": "31.20", "images/s": "1,432"}
+    values |= {"time waiting for data": "3 %", "learning rate": "0.0032", "undecodable images": "2"}
     for width in (80, 120):
         text = "\n".join(panel(width, metrics=metrics))
         for name, value in values.items():
             assert re.search(rf"{name} +{re.escape(value)} ", text), name
-        assert "step 12,200 of 48,800" in text and "epoch 26 of 100" in text and "25%" in text
-        assert "kl_per_dim" not in text and "graphs" not in text and "seconds" not in text
-    narrow = "\n".join(panel(40, metrics=metrics))
-    assert "sigma_z" in narrow and "on_diagonal" not in narrow
+        assert "step 12,200 of 48,800, epoch 26 of 100" in text and "25 %" in text
+    narrow = "\n".join(panel(40, 12, metrics=metrics))
+    assert "KL(q||p) of z, nats" in narrow and "on-diagonal" not in narrow
 
 
 def test_a_live_panel_stays_in_place(monkeypatch):
@@ -127,14 +184,14 @@ def test_a_live_panel_stays_in_place(monkeypatch):
         display.step(1)
         display.log(1, {"loss": 2.0, "lr": 0.1})
         display.print("Warning: something.")
-        with display.during("the probe runs"):
+        with display.during("probe running"):
             display.live.refresh()
         before = len(screen.file.getvalue())
         rows = len(panel(80, total_steps=100, step=1, metrics=display.latest))
         screen.width = 60
         display.live.refresh()
         drawn = screen.file.getvalue()
-    assert "Warning: something.\n" in drawn.replace("\r", "") and "the probe runs" in drawn
+    assert "Warning: something.\n" in drawn.replace("\r", "") and "probe running" in drawn
     up = "\x1b[1A"
     assert drawn[before:].count(up) == rows + rows - 1  # twice the rows, but for the one that the cursor is in
     assert not display.live.is_started
@@ -168,7 +225,9 @@ def test_other_values():
         "0:00", "1:05", "59:59", "1h00m", "23h59m", "3d01h",
     ]  # fmt: skip
     assert shown("images_per_second", 12.345) == "12.35" and shown("images_per_second", 12_345.6) == "12,346"
-    assert shown("accuracy", 1.0) == "100.00%" and shown("data_wait", 0.036) == "4%" and shown("knn", math.nan) == "nan"
+    assert (
+        shown("accuracy", 1.0) == "100.00 %" and shown("data_wait", 0.036) == "4 %" and shown("knn", math.nan) == "nan"
+    )
     assert shown("skipped_steps", 1_000_000) == "1000000"
 
 

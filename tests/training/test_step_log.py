@@ -106,7 +106,8 @@ def fit_behind(device, recipe, *, probe=None, stop_at=None, crash_at=None, spoil
         return real(*arguments)
 
     run_dir = Path(recipe.run.dir)
-    with locked_run_dir(run_dir), Watched(on_cpu, run_dir) as writer, pytest.MonkeyPatch.context() as patch:
+    arguments = on_cpu, run_dir, stop, lambda recipe, run_dir: None
+    with locked_run_dir(run_dir), Watched(*arguments) as writer, pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", step)
         patch.setattr(writer, "save_views", lambda views: None)
         patch.setattr(loader, "epoch_order", device.on_host(loader.epoch_order))
@@ -231,5 +232,5 @@ def test_the_time_left_is_counted_from_now_though_the_line_is_late(capsys):
     display.step(100)
     display.log(50, {"loss": 1.0})
     header, line = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "loss", "left"] and len(header) == len(line)
+    assert header.split() == ["step", "loss", "ETA"] and len(header) == len(line)
     assert line.split() in (["50/1000", "1.000", "15:00"], ["50/1000", "1.000", "15:01"])
