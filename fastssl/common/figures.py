@@ -116,9 +116,9 @@ def plain_label(name: str) -> str:
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """Break a text between words into lines of at most `width` inches at a font size in pt; longer words are cut."""
+    """Break a text at its spaces into lines of at most `width` inches at a font size in pt; longer words are cut."""
     lines = [""]
-    for word in text.split():
+    for word in text.split(" "):
         word = shortened(word, width, size, weight)
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and text_width(longer, size, weight) > width:
