@@ -92,7 +92,8 @@ def sweep(
         str, Argument(metavar="SWEEP", help="A YAML file, or the name of a sweep of `fastssl recipes ls`.")
     ],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the runs and predict the hours.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show axes, number of runs, time and disk.")] = False,
+    verbose: Annotated[bool, Option("--verbose", help="With --dry-run: list every run.")] = False,
     images_per_second: Annotated[
         float | None,
         Option(min=0.1, metavar="N", help="With --dry-run: throughput of one run.", show_default="logged or measured"),
@@ -129,7 +130,7 @@ def sweep(
     runs = sweep.expand(chosen, overrides or [])
     if dry_run:
         jobs = parallel if executor == "slurm" else None
-        sweep.dry_run(chosen, runs, per_gpu=per_gpu, jobs=jobs, images_per_second=images_per_second)
+        sweep.dry_run(chosen, runs, per_gpu=per_gpu, jobs=jobs, images_per_second=images_per_second, verbose=verbose)
     elif executor == "slurm":
         code = sweep.submit_to_slurm(
             chosen, runs, per_gpu=per_gpu, retries=retries, parallel=parallel, cpus=cpus, minutes=minutes,

@@ -104,6 +104,12 @@ def time_in_words(seconds: float) -> str:
     return f"{whole // 86_400} d {whole // 3600 % 24:02} h"
 
 
+def count_of(count: int, noun: str) -> str:
+    """Return a number with its noun: 1 run, 1,200 runs, 2 classes."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     """Return a table of two columns: names and their values."""
     table = Table(title=Text(printable(title)), title_justify="left", box=None, show_header=False)

@@ -1,13 +1,17 @@
-"""`fastssl sweep --dry-run`: the runs of a sweep and a prediction of the hours they take."""
+"""`fastssl sweep --dry-run`: the runs of a sweep and a prediction of the time and disk that they take."""
 
 import random
 import statistics
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from fastssl.common.errors import UserError
-from fastssl.common.terminal import console, printable
+from fastssl.common.terminal import console, count_of, print_line, printable, time_in_words
+from fastssl.models import SSLModel
 from fastssl.recipe import Recipe
 from fastssl.sweep.grid import Sweep, SweepRun, short_names
 from fastssl.sweep.local import run_tasks, visible_devices
@@ -39,14 +43,16 @@ def dry_run(
     per_gpu: int = 1,
     jobs: int | None = None,
     images_per_second: float | None = None,
+    verbose: bool = False,
 ) -> None:
-    """Print every grid, its runs with their states, and the predicted hours.
+    """Print the axes of every grid, the states of its runs, and the predicted time and disk.
 
     The throughput of a grid's runs is `images_per_second` if given, else what its runs have logged so far, else, on
     this machine, what `per_gpu` of them reach in parallel during a few steps in a temporary folder.
 
     Args:
         jobs: number of parallel jobs of a cluster; None: the sweep runs on this machine.
+        verbose: list every run.
     """
     estimates: dict[str, GridEstimate] = {}
     for task in make_tasks(runs):
@@ -55,35 +61,52 @@ def dry_run(
 
     finished = 0
     for grid, estimate in estimates.items():
-        finished_here = sum(task.state == "finished" for task in estimate.tasks)
-        finished += finished_here
-        print(f"{grid}: {len(estimate.tasks)} runs, {finished_here} finished")
+        states = Counter(task.state for task in estimate.tasks)
+        finished += states["finished"]
+        of_states = "".join(f", {count:,} {state}" for state, count in states.items() if state != "waiting")
+        print(printable(f"{grid}: {count_of(len(estimate.tasks), 'run')}{of_states}"))
         grid_runs = [task.run for task in estimate.tasks]
+        rows = {}
         for key, short in zip(grid_runs[0].values, short_names(list(grid_runs[0].values))):
-            values = dict.fromkeys(str(run.values[key]) for run in grid_runs)
-            print(printable(f"    {short}: {', '.join(values)}"))
+            rows[short] = ", ".join(dict.fromkeys(str(run.values[key]) for run in grid_runs))
         if estimate.hours is not None:
-            print(f"    {estimate.hours:,.1f} hours at {estimate.rate:,.0f} images/s ({estimate.source})")
-        for task in estimate.tasks:
-            print(f"    {task.state:<8}  {task.run.name}")
+            rows["time"] = f"{time_in_words(3600 * estimate.hours)} in a row at {estimate.rate:,.0f} images/s "
+            rows["time"] += f"({estimate.source})"
+        width = max(map(len, rows), default=0)
+        for name, text in rows.items():
+            print(printable(f"  {name:<{width}}  {text}"))
+        for task in estimate.tasks if verbose else ():
+            print(printable(f"  {task.state:<8}  {task.run.name}"))
 
+    screen = console()
     if finished:
-        console().print(results_table(runs))
-    print(f"{len(runs)} runs in {sweep.folder}, {finished} of them finished; the recipes of all are valid.")
+        screen.print(results_table(runs))
+    print_line(screen, f"Runs: {len(runs):,} in {sweep.folder}, {finished:,} finished. The recipes of all are valid.")
+    run_B = bytes_of_run(runs[0].recipe)
+    print_line(screen, f"Disk: about {len(runs) * run_B / 1e9:,.1f} GB, {run_B / 1e6:,.0f} MB for each run.")
     if missing:
-        print(printable(f"No hours are predicted: {missing}"))
-        return
-    devices = visible_devices([run.recipe for run in runs])
-    parallel = min((jobs or len(devices)) * per_gpu, max(1, len(runs) - finished))
-    hours = sum(estimate.hours or 0 for estimate in estimates.values()) / parallel
-    if jobs:
-        where = f"{jobs} jobs"
+        print_line(screen, f"Time: not predicted, because {missing}")
     else:
-        where = "the CPU" if devices == ["cpu"] else f"{len(devices)} GPUs"
-    print(
-        f"Predicted: {hours:,.1f} hours with {parallel} runs in parallel ({where}, {per_gpu} on each). Assumed: every "
-        "run keeps its rate, the devices are always busy, and probes and checkpoints take no time."
-    )
+        devices = visible_devices([run.recipe for run in runs])
+        parallel = min((jobs or len(devices)) * per_gpu, max(1, len(runs) - finished))
+        seconds = 3600 * sum(estimate.hours or 0 for estimate in estimates.values()) / parallel
+        if jobs:
+            where = count_of(jobs, "job")
+        else:
+            where = "the CPU" if devices == ["cpu"] else count_of(len(devices), "GPU")
+        at_a_time = f"{count_of(parallel, 'run')} in parallel ({where}, {per_gpu} on each)"
+        assumed = "if every run keeps its rate and the devices are always busy; probes and checkpoints come on top"
+        print_line(screen, f"Time: {time_in_words(seconds)} with {at_a_time}, {assumed}.")
+    if not verbose:
+        print_line(screen, "--verbose lists every run.")
+
+
+def bytes_of_run(recipe: Recipe) -> int:
+    """About the size of a run directory: two checkpoints with the state of an Adam optimizer, and the encoder."""
+    with torch.device("meta"):
+        model = SSLModel(recipe)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 4 * (2 * 3 * parameters + sum(parameter.numel() for parameter in model.encoder.parameters()))
 
 
 def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_gpu: int, here: bool) -> str | None:
@@ -100,7 +123,7 @@ def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_
             estimate.source = "--images-per-second"
         elif logged:
             estimate.rate = statistics.harmonic_mean(logged)
-            estimate.source = f"{len(logged)} runs of the sweep"
+            estimate.source = f"{count_of(len(logged), 'run')} of the sweep"
         elif not here:
             return f"no run of {grid} has logged its throughput on the cluster; give it with --images-per-second."
         elif not Path(file := estimate.tasks[0].run.recipe.data.train).exists():

@@ -6,7 +6,16 @@ import re
 import pytest
 
 from fastssl.common import terminal
-from fastssl.common.terminal import console, pairs_table, print_error, print_line, printable, progress, time_in_words
+from fastssl.common.terminal import (
+    console,
+    count_of,
+    pairs_table,
+    print_error,
+    print_line,
+    printable,
+    progress,
+    time_in_words,
+)
 
 
 def test_progress_prints_plain_lines_without_a_terminal(capsys, monkeypatch):
@@ -123,3 +132,8 @@ def test_printable():
 )  # fmt: skip
 def test_times_in_sentences(seconds, words):
     assert time_in_words(seconds) == words
+
+
+def test_a_count_with_its_noun():
+    counts = count_of(0, "run"), count_of(1, "run"), count_of(1200, "image"), count_of(1, "class"), count_of(2, "class")
+    assert counts == ("0 runs", "1 run", "1,200 images", "1 class", "2 classes")

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastssl.common.errors import UserError
+from fastssl.common.terminal import time_in_words
 from fastssl.recipe import load_recipe, shipped_recipes
 from fastssl.sweep import child, dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm, table
 from fastssl.sweep.progress import Task, is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
@@ -177,17 +179,20 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     sweep, runs = loaded(ABLATION)
     dry_run(sweep, runs, per_gpu=4, jobs=5, images_per_second=1000)
     out = capsys.readouterr().out
-    assert "hprob_barlow: 54 runs, 0 finished" in out and "samples: 1, 12, 36" in out
-    assert "180 runs in runs/ablation_cifar10, 0 of them finished" in out
-    hours = 180 * 200 * (40000 // 256 * 256) / 1000 / 3600 / 20
-    assert f"Predicted: {hours:.1f} hours with 20 runs in parallel" in out
-    assert [line.split() for line in out.splitlines() if line.startswith("    waiting")] == [
-        ["waiting", run.name] for run in runs
-    ]
+    assert "hprob_barlow: 54 runs\n" in out and "samples  1, 12, 36" in out
+    assert "Runs: 180 in runs/ablation_cifar10, 0 finished." in out
+    seconds = 180 * 200 * (40000 // 256 * 256) / 1000 / 20
+    assert f"Time: {time_in_words(seconds)} with 20 runs in parallel (5 jobs, 4 on each)" in out
+    # 15 M parameters of ResNet-18, projector and heads: two checkpoints with two moments each, and the encoder
+    assert re.search(r"Disk: about 6[0-9]\.[0-9] GB, 3[0-9]{2} MB for each run", out)
+    assert runs[0].name not in out and len(out.splitlines()) < 40
+    dry_run(sweep, runs, images_per_second=1000, verbose=True)
+    listed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  waiting")]
+    assert listed == [["waiting", run.name] for run in runs]
     dry_run(sweep, runs)
-    assert "No hours are predicted: there is no data/cifar10/train.beton" in capsys.readouterr().out
+    assert "Time: not predicted, because there is no data/cifar10/train.beton" in capsys.readouterr().out
     dry_run(sweep, runs, jobs=5)
-    assert "No hours are predicted: no run of hprob_barlow has logged its throughput" in capsys.readouterr().out
+    assert "Time: not predicted, because no run of hprob_barlow has logged its throughput" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -195,7 +200,7 @@ def test_a_dry_run_predicts_with_no_more_parallel_runs_than_there_are(write_swee
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2])))
     dry_run(sweep, runs, per_gpu=4, jobs=8, images_per_second=1)
     images = runs[0].recipe.train.epochs * 48
-    assert f"Predicted: {images / 3600:.1f} hours with 2 runs in parallel" in capsys.readouterr().out
+    assert f"Time: {time_in_words(images)} with 2 runs in parallel" in capsys.readouterr().out
 
 
 def test_damaged_files_of_a_run_are_tolerated(write_sweep):
@@ -220,7 +225,7 @@ def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
     dry_run(sweep, runs)
     out = capsys.readouterr().out
-    assert "images/s (30 steps of barlow/seed=" in out and "hours with 1 runs in parallel (" in out
+    assert "images/s (30 steps of barlow/seed=" in out and " with 1 run in parallel (" in out
     assert not Path("out").exists()
 
 
