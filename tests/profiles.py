@@ -76,10 +76,12 @@ def gpu_json(**changes) -> Json:
     }  # fmt: skip
     profile["bottleneck"] = {
         "stage": "step",
-        "sentence": "Compute-bound: the GPU works on the model 98 % of the time; only a faster one helps.",
+        "sentence": "The training step is the bottleneck (80 % of the time). Halving its cost would make training "
+        "1.43x as fast; the next limit is image decoding at 16,470 images/s.",
         "accelerator_utilization": 0.983,
         "next": {"stage": "decode", "images_per_second": 16_470.0},
         "twice_as_fast": {"step": 16_470.0, "views": 12_720.0, "decode": 11_547.0},
+        "advice": "What helps: a smaller views.size, a smaller backbone or more GPUs.",
     }
     return changed(profile, changes)
 
@@ -147,8 +149,8 @@ CPU = {
     },
     "bottleneck": {
         "stage": "decode",
-        "sentence": "Decode-bound: the two cores decode and train in turn, and decoding takes the larger part; store "
-        "pixels instead of JPEGs, or train on a machine with more cores.",
+        "sentence": "Image decoding is the bottleneck (51 % of the time). Halving its cost would make training 1.41x "
+        "as fast; the next limit is the training step at 2,700 images/s.",
         "accelerator_utilization": 0.43,
         "next": {"stage": "step", "images_per_second": 2_700.0},
         "twice_as_fast": {"decode": 1_640.0, "step": 1_400.0, "views": 1_200.0, "transfer": 1_163.0},

@@ -1,4 +1,4 @@
-"""Which stage is the bottleneck of training, what fixing it would give, and how to fix it, in one sentence.
+"""Which stage is the bottleneck of training, what a faster one would give, and what helps, in plain sentences.
 
 Pure arithmetic on the costs of the stages; nothing is measured here. Stages that use different resources overlap, and
 the slowest resource sets the pace. Stages on the same resource add up:
@@ -22,6 +22,7 @@ from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.decoding import COPY_IMAGES, DECODE
 from fastssl.loading.spans import Total
+from fastssl.profiling.wording import capitalized, in_sentence, percent, significant
 from fastssl.training.meters import DataWaitWarning, MeterReading
 from fastssl.training.setup import TrainingRun, resolve_precision
 
@@ -32,26 +33,13 @@ RESOURCES = {
     "device": ("views", "step", "communication"),
     "main_thread": ("launch",),
 }
-IN_SENTENCES = {
-    "storage": "the disk",
-    "decode": "decoding",
-    "copy_images": "copying images",
-    "cpu_augment": "cropping on the CPU",
-    "transfer": "the transfer of batches",
-    "views": "the views",
-    "launch": "launching kernels",
-    "step": "the step",
-    "communication": "the exchange of gradients",
-}
-# default: the stage's own name
-HEADS = {"copy_images": "Copy-bound", "cpu_augment": "CPU-augment-bound", "step": "Compute-bound"}
 LOADER_STAGES = ("storage", "decode", "copy_images", "cpu_augment", "transfer")
-PHASES = {"kl": "the KL term", "forward": "the forward pass", "backward": "the backward pass", "draws": "the draws"}
 CANVAS = "a canvas file instead of the full one (build-beton --codec bc4)"
-BLOCKS = "a canvas file in blocks, which need no decoding (build-beton --codec bc4),"
+BLOCKS = "a canvas file in blocks, which need no decoding (build-beton --codec bc4)"
 BALANCED = 1.1  # a bottleneck is named if training without it would be at least this many times as fast
 ALL_BUSY = 0.95  # the cores are the shortage if they are busy for this share of the slowest resource's time
 WORTH_SAYING = 0.05  # share of the cores' time
+DOUBLES = 1.95  # speedup from which on throughput doubles, in words
 
 
 class Cost(NamedTuple):
@@ -87,10 +75,14 @@ class CostModel:
     def cpu_seconds(self) -> float:
         return sum(cost.cpu_seconds for cost in self.stages.values())
 
+    def seconds(self) -> float:
+        """Return how long an image takes in training: the slowest resource sets the pace."""
+        return max(self.resource_seconds().values())
+
     def images_per_second(self) -> float:
         """Return the rate of all processes together."""
-        slowest = max(self.resource_seconds().values())
-        return self.processes / slowest if slowest > 0 else math.inf
+        seconds = self.seconds()
+        return self.processes / seconds if seconds > 0 else math.inf
 
     def bottleneck(self) -> str:
         """Return the stage with the largest part of the slowest resource. At least one stage must cost something."""
@@ -135,89 +127,103 @@ class Setup:
         return max(self.phases, key=lambda name: self.phases[name], default=None)
 
 
-def describe_bottleneck(costs: CostModel, setup: Setup) -> str:
-    """Return the sentence: the bottleneck, how much there is to gain, how to fix it, and what comes next."""
+def describe_bottleneck(costs: CostModel, setup: Setup, seconds: float | None = None) -> str:
+    """Return the verdict in two sentences: the bottleneck, then what halving its cost would give and what comes next.
+
+    Args:
+        seconds: what an image takes in training, of which all shares are; by default, as the costs predict.
+    """
     stage = costs.bottleneck()
     without = costs.with_speedup(stage, math.inf)
     next_rate = without.images_per_second()
     if costs.is_balanced():
+        rate, gain = costs.images_per_second(), costs.speedup(stage, math.inf)
         return (
-            f"Balanced: {_in_sentence(stage, setup)} comes first at {costs.images_per_second():,.0f} images/s, and "
-            f"{_in_sentence(without.bottleneck(), setup)} follows at {next_rate:,.0f}, so no single change would make "
-            "training more than a tenth faster."
+            f"No single stage is the bottleneck: {in_sentence(stage)} limits training to {significant(rate)} images/s, "
+            f"and {in_sentence(without.bottleneck())} to {significant(next_rate)}. "
+            f"A single faster stage would make training at most {gain:.2f}x as fast."
         )
-    head = HEADS.get(stage, f"{stage.capitalize()}-bound")
-    next_one = "no other bottleneck is known"
+    next_limit = "no other limit is known"
     if next_rate < math.inf:
-        next_one = f"the next bottleneck is {_in_sentence(without.bottleneck(), setup)} at {next_rate:,.0f} images/s"
-    return f"{head}: {_potential(stage, costs)}; {suggest_fixes(stage, costs, setup)}; {next_one}."
+        next_limit = f"the next limit is {in_sentence(without.bottleneck())} at {significant(next_rate)} images/s"
+    speedup = costs.speedup(stage, 2)
+    gain = "double throughput" if speedup >= DOUBLES else f"make training {speedup:.2f}x as fast"
+    where, its_cost = _where_the_time_goes(stage, costs, setup, seconds or costs.seconds())
+    return f"{where}. Halving {its_cost} would {gain}; {next_limit}."
 
 
-def _potential(stage: str, costs: CostModel) -> str:
-    """Return a clause that says how much there is to gain."""
-    rate, seconds = costs.images_per_second() / costs.processes, costs.resource_seconds()
-    device = seconds["device"]
-    if seconds["cores"] > ALL_BUSY * max(seconds.values()) and stage not in LOADER_STAGES:
-        total = costs.cpu_seconds()
-        shares = sorted(((cost.cpu_seconds / total, name) for name, cost in costs.stages.items()), reverse=True)
-        parts = [f"{share:.0%} for {IN_SENTENCES[name]}" for share, name in shares if share >= WORTH_SAYING]
-        return f"all cores are busy all of the time ({', '.join(parts)})"
-    if stage in LOADER_STAGES:
-        return f"the step could take {1 / (device * rate):.1f}x more images" if device else "the step takes no time"
-    if stage == "step":
-        busy, speedup = min(1, costs.stages["step"].seconds * rate), costs.speedup("step", 2)
-        return f"the step works {busy:.0%} of the time, and at half its cost training would be {speedup:.1f}x as fast"
-    if stage == "launch":
-        return f"the GPU idles {1 - device * rate:.0%} of the time, waiting for the main thread to launch kernels"
-    return f"without {IN_SENTENCES[stage]} training would be {costs.speedup(stage, math.inf):.1f}x as fast"
+def _where_the_time_goes(stage: str, costs: CostModel, setup: Setup, seconds: float) -> tuple[str, str]:
+    """Return the first sentence, without its period, and how the second one calls the cost of the stage."""
+    busy = costs.resource_seconds()
+    if busy["cores"] > ALL_BUSY * max(busy.values()):
+        of_all_cores = costs.cores * seconds
+        shares = sorted(((cost.cpu_seconds / of_all_cores, name) for name, cost in costs.stages.items()), reverse=True)
+        large = [(share, in_sentence(name)) for share, name in shares if share >= WORTH_SAYING]
+        if len(large) > 1:
+            (first, name), *others = large
+            rest = ", ".join(f"{other} {percent(share)}" for share, other in others)
+            verdict = f"The CPU cores are the bottleneck: {name} takes {percent(first)} of their time, {rest}"
+            return verdict, f"the cost of {name}"
+    of_the_time = f"{percent(min(1.0, costs.stages[stage].seconds / seconds))} of the time"
+    idle = 1 - busy["device"] / seconds
+    if setup.on_gpu and stage in (*LOADER_STAGES, "launch") and idle >= WORTH_SAYING:
+        of_the_time += f"; the GPU is idle for {percent(idle)}"
+    return f"{capitalized(in_sentence(stage))} is the bottleneck ({of_the_time})", "its cost"
 
 
-def suggest_fixes(stage: str, costs: CostModel, setup: Setup) -> str:
-    """Return a clause that says what would remove the bottleneck."""
-    if stage == "step":
-        return _fixes_of_step(costs, setup)
+def suggest_fixes(costs: CostModel, setup: Setup, seconds: float | None = None) -> str:
+    """Return one sentence that says what would make the bottleneck faster; for a balanced run, an empty text.
+
+    seconds: as for describe_bottleneck.
+    """
+    stage = costs.bottleneck()
+    if costs.is_balanced():
+        return ""
     if stage == "storage" and setup.fits_into_memory:
-        return "it ends with the first epoch, as the file fits into memory"
-    if stage in ("decode", "copy_images", "cpu_augment"):
-        options = " or ".join(_fixes_of_decoding(stage, costs, setup))
+        return "It ends with the first epoch, as the file fits into memory."
+    if stage == "step":
+        options = _fixes_of_step(costs, setup)
+    elif stage in ("decode", "copy_images", "cpu_augment"):
+        options = _fixes_of_decoding(stage, costs, setup)
     elif stage == "storage":
-        options = "data.order=quasi_random, a smaller --canvas or --max-side, more memory or a faster disk"
+        options = ["data.order=quasi_random", "a smaller --canvas or --max-side", "more memory", "a faster disk"]
     elif stage == "transfer":
-        options = "a larger train.batch_size" + (" or a smaller canvas" if setup.on_gpu else "")
+        options = ["a larger train.batch_size", *(["a smaller canvas"] if setup.on_gpu else [])]
     elif stage == "views":
         first = "train.compile=true" if setup.on_gpu and not setup.compiled else "a lower views.first.blur"
-        options = f"{first} or fewer operations in views"
+        options = [first, "fewer operations in views"]
     elif stage == "launch":
-        options = "a larger train.batch_size"
+        options = ["a larger train.batch_size"]
         if not setup.compiled:
-            options += " or train.compile=true"
+            options.append("train.compile=true")
         elif setup.cuda_graphs is False:
-            options += " or train.cuda_graphs=true"
+            options.append("train.cuda_graphs=true")
     else:
-        options = "train.compress_gradients=true or a larger train.batch_size"
-    return f"{options} would fix it"
-
-
-def _fixes_of_step(costs: CostModel, setup: Setup) -> str:
+        options = ["train.compress_gradients=true", "a larger train.batch_size"]
     longest = setup.longest_phase()
+    detail = ""
+    if stage == "step" and longest:
+        share = setup.phases[longest] / (seconds or costs.seconds())
+        detail = f" The longest part of the step is {in_sentence(longest)} ({percent(share)} of the time)."
+    *most, last = options
+    return f"What helps: {', '.join(most)}{' or ' if most else ''}{last}.{detail}"
+
+
+def _fixes_of_step(costs: CostModel, setup: Setup) -> list[str]:
     if not setup.on_gpu:
-        fix = "a GPU"
-        if setup.precision != setup.best_precision:
-            fix = f"train.precision={setup.best_precision} or {fix}"
+        options = []
         if "decode" in costs.stages and setup.layout == "full" and costs.speedup("decode", 2) > 1.05:
-            fix = f"{CANVAS} or {fix}"
-    elif setup.precision in ("fp32", "tf32"):
-        fix = "train.precision=bf16"
-    elif not setup.compiled:
-        fix = "train.compile=true"
-    elif longest in ("draws", "objective", "kl"):
-        fix = "fewer embedding.samples or a narrower model.projector"
-    else:
-        fix = "a smaller views.size or backbone, or more GPUs,"
-    if longest is None:
-        return f"{fix} would help"
-    share = setup.phases[longest] / sum(setup.phases.values())
-    return f"{share:.0%} of the step is {PHASES.get(longest, f'the {longest}')}; {fix} would help"
+            options.append(CANVAS)
+        if setup.precision != setup.best_precision:
+            options.append(f"train.precision={setup.best_precision}")
+        return [*options, "a GPU"]
+    if setup.precision in ("fp32", "tf32"):
+        return ["train.precision=bf16"]
+    if not setup.compiled:
+        return ["train.compile=true"]
+    if setup.longest_phase() in ("draws", "objective", "kl"):
+        return ["fewer embedding.samples", "a narrower model.projector"]
+    return ["a smaller views.size", "a smaller backbone", "more GPUs"]
 
 
 def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
@@ -233,21 +239,14 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
         options.append(f"data.workers={workers}")
     elif max(cores, workers) > costs.cores:
         more = costs.processes * (max(cores, workers) - costs.cores)
-        options.append(f"{more} more core{'s' if more > 1 else ''}")
+        options.append(f"{more} more CPU core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
-        options.append("a larger train.batch_size, which threads would load,")
+        options.append("a larger train.batch_size, which threads would load")
     if setup.layout == "full":
         return [*options, CANVAS]
     if setup.crops_on_cpu:
         return [*options, "data.crop=gpu"]
     return [*options, BLOCKS if stage == "decode" and setup.storage == "jpg" else "a smaller --canvas"]
-
-
-def _in_sentence(stage: str, setup: Setup) -> str:
-    """Return the name of a stage within a sentence; for the step also its longest phase."""
-    if stage == "step" and (phase := setup.longest_phase()):
-        return f"the step (mostly {PHASES.get(phase, f'the {phase}')})"
-    return IN_SENTENCES[stage]
 
 
 def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
@@ -273,7 +272,7 @@ def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
 
 
 def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
-    """Return the sentence for a training run that waits for data, from the reading of its meter."""
+    """Return the sentences for a training run that waits for data, from the reading of its meter."""
     if reading.waited < DataWaitWarning.SHARE * reading.seconds:
         return "Another process waits longer than this one: `torchrun ... -m fastssl profile` says why."
     loader = run.state.loader
@@ -296,4 +295,6 @@ def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
         stages |= {stage: Cost(images.seconds - blocked, images.cpu_seconds), "storage": Cost(blocked)}
     setup = setup_of(run, read_header(loader.path).layout, phases={})
     costs = CostModel(stages, available_cores(), loader.decodes_in_reader, world_size())
-    return describe_bottleneck(costs, setup) + " `fastssl profile` measures it."
+    seconds = reading.seconds / reading.images
+    sentences = [describe_bottleneck(costs, setup, seconds), suggest_fixes(costs, setup, seconds)]
+    return " ".join([*filter(None, sentences), "`fastssl profile` measures it."])

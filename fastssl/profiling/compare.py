@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.profiling.profile import Measurement, Profile, accelerator_utilization
-from fastssl.profiling.tables import percent, si, significant
+from fastssl.profiling.wording import percent, si, significant
 
 MIN_DIFFERENCE = 0.02  # of the medians, relative to A's
 SECTIONS = ("environment", "machine", "run", "data", "recipe")  # of a profile, which may cause a difference

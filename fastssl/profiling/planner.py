@@ -15,10 +15,10 @@ from rich.text import Text
 
 from fastssl.common.errors import UserError, quote
 from fastssl.loading.decoding import SMALL_BATCH
-from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck
+from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck, suggest_fixes
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
 from fastssl.profiling.profile import Profile, StageResult
-from fastssl.profiling.tables import percent, si, significant
+from fastssl.profiling.wording import percent, si, significant
 from fastssl.recipe import Recipe
 from fastssl.training.residence import fits_beside_training
 from fastssl.training.setup import DTYPES, resolve_precision
@@ -69,6 +69,7 @@ class TrainingPlan:
     first_epoch_hours: float  # its images come from the disk
     bottleneck: str
     sentence: str
+    advice: str
     gpu_utilization: float
     cores_needed: int  # per GPU, so that they are not the bottleneck
     resource_rates: dict[str, float]  # images per second that each resource could carry
@@ -160,6 +161,7 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         hours=(first_seconds + images * (recipe.train.epochs - 1) / rate) / 3600,
         first_epoch_hours=first_seconds / 3600,
         bottleneck=costs.bottleneck(), sentence=describe_bottleneck(costs, setup),
+        advice=suggest_fixes(costs, setup),
         gpu_utilization=(stages["views"].seconds + stages["step"].seconds) * rate / machine.gpus,
         cores_needed=max(1, math.ceil(costs.cpu_seconds() / slowest)),
         resource_rates={name: machine.gpus / busy for name, busy in seconds.items() if busy}, assumptions=assumptions,

@@ -49,6 +49,10 @@ class Measurement(ProfilePart):
     def of(cls, windows: list[float]) -> Self:
         return cls(median=statistics.median(windows), low=min(windows), high=max(windows), windows=windows)
 
+    def spread(self) -> float:
+        """Return half the range of the windows, relative to the median."""
+        return 0.5 * (self.high - self.low) / self.median if self.median else 0.0
+
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if not self.low <= self.median <= self.high:
@@ -197,7 +201,8 @@ class NextBottleneck(ProfilePart):
 
 class Bottleneck(ProfilePart):
     stage: Key  # or "balanced"
-    sentence: Printable
+    sentence: Printable  # the verdict
+    advice: Printable = ""  # what helps; profiles of older versions say it in the sentence
     accelerator_utilization: Number
     next: NextBottleneck | None  # once the present one is fixed
     twice_as_fast: dict[Key, Positive]  # predicted images per second if that stage were twice as fast
@@ -263,22 +268,30 @@ def accelerator_utilization(stages: Stages) -> Measurement | None:
     return Measurement.of([min(1.0, a / b) for a, b in zip(training.windows, ceiling.windows)])
 
 
+def training_seconds(profile: Profile) -> float:
+    """Return the time that an image takes a process in training, end to end: what every share of time is a share of."""
+    return profile.machine.processes / profile.prediction.measured_images_per_second
+
+
 def device_time(profile: Profile) -> dict[str, float]:
     """Return what the device's time goes to: part -> seconds per image, in the order of a step."""
     # Rates are those of all processes together.
     seconds = {name: profile.machine.processes / x.rate for name, x in profile.stages.by_name().items() if x.rate}
     parts = {}
-    if (waited := profile.stages.end_to_end.data_wait) and "end_to_end" in seconds:
-        parts["wait for data"] = waited.median * seconds["end_to_end"]
+    if waited := profile.stages.end_to_end.data_wait:
+        parts["wait for data"] = waited.median * training_seconds(profile)
     if "views" in seconds:
         parts["views"] = seconds["views"]
     phases = {name: phase.median for name, phase in (profile.stages.step.phases or {}).items()}
-    parts |= phases
     step = seconds.get("step", 0.0)
     rest = step - sum(phases.values())
+    exchange = seconds.get("communication", 0.0)
+    if "backward" in phases:  # which the exchange of gradients is a part of
+        phases["backward"] = max(0.0, phases["backward"] - exchange)
+    parts |= phases
     # Less than 2 % is noise, as the phases were timed separately from the whole step.
     if rest > 0.02 * step:
         parts["rest of the step" if phases else "step"] = rest
-    if "communication" in seconds:
-        parts["communication"] = seconds["communication"]
+    if exchange:
+        parts["communication"] = exchange
     return parts

@@ -24,7 +24,7 @@ from fastssl.common.environment import describe_environment, device_name
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular, part_of
 from fastssl.common.system import available_cores, free_memory
-from fastssl.profiling.bottleneck import Cost, CostModel, describe_bottleneck, setup_of
+from fastssl.profiling.bottleneck import Cost, CostModel, describe_bottleneck, setup_of, suggest_fixes
 from fastssl.profiling.device_stages import DeviceStages, PhaseTimer
 from fastssl.profiling.end_to_end import EndToEndStage
 from fastssl.profiling.loader_stages import LoaderStages, endless
@@ -47,6 +47,7 @@ from fastssl.profiling.profile import (
 from fastssl.profiling.storage import StorageStage
 from fastssl.profiling.timing import StageTimer
 from fastssl.profiling.trace import write_trace
+from fastssl.profiling.wording import percent, significant
 from fastssl.recipe import Recipe
 from fastssl.training.memory import explain_out_of_memory
 from fastssl.training.schedule import image_size
@@ -60,6 +61,7 @@ SHORT_EPOCH = 20  # batches, below which the loader's start in every epoch matte
 ALWAYS_BUSY = 0.9  # share of the time from which on a GPU's kernels leave no gaps that faster launching could fill
 OTHERS_SECONDS = 0.5  # for which other processes are observed
 OTHERS_CORES = 0.1  # that other processes keep busy, from which on a remark says so
+NOISY = 0.1  # spread of the windows of training, from which on a remark says so
 DISAGREEMENT = 0.1  # between predicted and measured, from which on a remark says so
 
 
@@ -101,7 +103,7 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
             recipe=recipe.model_dump(mode="json"), overrides=overrides or [], environment=describe_environment(device),
             machine=machine, data=data, run=profiler.training_run(), stages=stages, prediction=prediction,
             bottleneck=profiler.bottleneck(costs, stages, data, prediction),
-            remarks=[*remarks, *remarks_on(data, prediction, others)], trace=trace.name if trace else None,
+            remarks=[*remarks_on(data, prediction, stages, others), *remarks], trace=trace.name if trace else None,
         )  # fmt: skip
         return profile if is_main_process() else None
 
@@ -251,16 +253,15 @@ class Profiler:
     def bottleneck(self, costs: CostModel, stages: Stages, data: ProfiledData, prediction: Prediction) -> Bottleneck:
         phases = {name: phase.median for name, phase in (stages.step.phases or {}).items()}
         setup = setup_of(self.run, data.layout, phases)
-        sentence = describe_bottleneck(costs, setup)
-        if abs(error := prediction.relative_error) > DISAGREEMENT:
-            sentence += f" (Doubtful: the prediction from the stages is {error:+.0%} off what was measured.)"
+        seconds = world_size() / prediction.measured_images_per_second
         utilization = accelerator_utilization(stages)
         stage = costs.bottleneck()
         without = costs.with_speedup(stage, math.inf)
         rate = without.images_per_second()
         return Bottleneck(
             stage="balanced" if costs.is_balanced() else stage,
-            sentence=sentence,
+            sentence=describe_bottleneck(costs, setup, seconds),
+            advice=suggest_fixes(costs, setup, seconds),
             accelerator_utilization=utilization.median if utilization else 0.0,
             next=NextBottleneck(stage=without.bottleneck(), images_per_second=rate) if rate < math.inf else None,
             twice_as_fast={name: costs.with_speedup(name, 2).images_per_second() for name in costs.stages},
@@ -278,18 +279,36 @@ def predict(costs: CostModel, stages: Stages) -> Prediction:
     )  # fmt: skip
 
 
-def remarks_on(data: ProfiledData, prediction: Prediction, others: float) -> list[str]:
-    """Return what a reader has to know before believing the numbers. others: cores that other processes keep busy."""
+def remarks_on(data: ProfiledData, prediction: Prediction, stages: Stages, others: float) -> list[str]:
+    """Return what changes the meaning of the verdict, the most important first.
+
+    others: cores that other processes keep busy.
+    """
     remarks = []
-    if (batches := data.batches_per_epoch) < SHORT_EPOCH and not data.resident:
-        what = f"An epoch has only {batches} batches, and the loader starts again in each"
-        remarks.append(f"{what}: with a larger data set, training would wait less.")
+    training, storage = stages.end_to_end.images_per_second, stages.storage.rate
     if abs(error := prediction.relative_error) > DISAGREEMENT:
-        what = f"The stages predict {prediction.predicted_images_per_second:,.1f} images/s, {error:+.0%} off"
-        fix = "profile again when nothing else runs, and do not trust the bottleneck if the difference stays."
-        remarks.append(f"{what} what was measured: {fix}")
+        rate = significant(prediction.predicted_images_per_second)
+        remarks.append(
+            f"Do not trust the bottleneck: the stages predict {rate} images/s, {100 * error:+.0f} % off what was "
+            "measured. Profile again when nothing else runs."
+        )
+    if storage and training and data.in_page_cache and storage < training.median:
+        cached = percent(data.in_page_cache)
+        remarks.append(
+            f"{cached} of the file was in the page cache (memory). Where it has to be read from this disk, training is "
+            f"limited to {significant(storage)} images/s."
+        )
+    if training and (spread := training.spread()) > NOISY:
+        remarks.append(
+            f"The speed of training varied by ± {percent(spread)} between windows: smaller differences are noise."
+        )
     if others > OTHERS_CORES:
-        remarks.append(f"Other processes kept {others:.1f} cores of this machine busy when the profile began.")
+        remarks.append(f"Other processes kept {others:.1f} CPU cores of this machine busy when the profile began.")
+    if (batches := data.batches_per_epoch) < SHORT_EPOCH and not data.resident:
+        remarks.append(
+            f"An epoch has only {batches} {'batch' if batches == 1 else 'batches'}, and the loader starts again in "
+            "each: with a larger data set, training would wait less."
+        )
     return remarks
 
 

@@ -1,6 +1,8 @@
-"""A profile as tables: the bottleneck, the stages, the parts of the device's time, what was not measured, remarks."""
+"""A profile as tables: the verdict with what changes its meaning, the speeds, the stages, where the time goes.
 
-import math
+The rows are text, from which page.py makes the tables of the HTML page.
+"""
+
 from typing import NamedTuple
 
 from rich import box
@@ -10,11 +12,22 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.profiling.profile import Profile, StageResult, device_time
+from fastssl.profiling.profile import Profile, StageResult, device_time, training_seconds
+from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, percent, si, significant, times
 
 HEALTHY = 0.9  # accelerator utilization, below which training is worth speeding up outside the model
 MANY_PAGE_FAULTS = 5000  # per step; they take a hundredth of a second
 WORTH_SAYING = 1.01  # speedup that a stage twice as fast must give to be named
+STAGES_CAPTION = (
+    "* the bottleneck. images/s: each stage alone, the median of several windows of time, ± half the range from the "
+    "slowest to the fastest. CPU ms: CPU time per image, over all threads."
+)
+MEANINGS = {  # of stages whose names do not say it all
+    "transfer": "assembles batches of loaded images, and copies them to a GPU",
+    "loader": "the stages above together, while nothing uses the batches",
+    "launch": "the main thread's time to launch the GPU kernels of view augmentation and training step",
+    "replay": "view augmentation and training step on batches on the device: the limit for any faster loading",
+}
 
 
 class StageRow(NamedTuple):
@@ -22,26 +35,33 @@ class StageRow(NamedTuple):
     rate: str  # images per second
     spread: str  # half the range of the windows, in % of the median
     cpu: str  # CPU-milliseconds per image, over all threads
-    details: str
     is_bottleneck: bool
+
+
+class TimeRow(NamedTuple):
+    part: str
+    milliseconds: str  # per image
+    share: str  # of the training time
 
 
 def profile_table(profile: Profile, width: int) -> RenderableType:
     """Return everything that a profile says, for a terminal with `width` columns."""
-    parts: list[RenderableType] = [
-        Panel(Text(profile.bottleneck.sentence, style="bold"), box=box.HEAVY, width=width),
-        Text(subject(profile), style="dim"),
-        Text(),
+    bottleneck = profile.bottleneck
+    verdict = Text(bottleneck.sentence, style="bold")
+    if bottleneck.advice:
+        verdict.append("\n" + bottleneck.advice, style="not bold")
+    return Group(
+        Panel(verdict, box=box.HEAVY, width=width),
+        *(Text(f"Note: {remark}", style="yellow") for remark in profile.remarks),
+        Text(f"\n{subject(profile)}\n", style="dim"),
         _pairs(headline(profile)),
         _stage_table(profile),
-        _device_time_table(profile),
-    ]
-    if profile.stages.step.phases_note:
-        parts.append(Padding(Text(profile.stages.step.phases_note, style="dim"), (0, 0, 1, 0)))
-    if missing := {name: stage.reason for name, stage in profile.stages.by_name().items() if not stage.rate}:
-        parts += [Text("Not measured", style="bold"), Padding(_pairs(missing), (0, 0, 1, 0))]
-    parts += [Text(f"* {remark}") for remark in profile.remarks]
-    return Group(*parts)
+        Text(STAGES_CAPTION, style="dim"),
+        _time_table(profile),
+        Text(time_caption(profile), style="dim"),
+        Text("\nMore on each stage", style="bold"),
+        Padding(_pairs(details(profile)), (0, 0, 1, 0)),
+    )
 
 
 def subject(profile: Profile) -> str:
@@ -50,9 +70,9 @@ def subject(profile: Profile) -> str:
     processes = f", {machine.processes} processes" if machine.processes > 1 else ""
     compiled = ", compiled" if run.compiled else ""
     return (
-        f"{profile.name} on {machine.device} ({machine.cores} cores{processes}): "
-        f"{run.precision}{compiled}, batch {run.batch_size:,}, {run.workers} workers, "
-        f"{run.views} views of {run.size} px, {si(run.parameters)} parameters; {profile.data.images:,} images"
+        f"{profile.name} on {machine.device} ({machine.cores} CPU cores{processes}): "
+        f"{run.precision}{compiled}, batch size {run.batch_size:,}, {_count(run.workers, 'loader thread')}, "
+        f"{_count(run.views, 'view')} of {run.size} px, {si(run.parameters)} parameters; {profile.data.images:,} images"
     )
 
 
@@ -60,29 +80,20 @@ def headline(profile: Profile) -> dict[str, str]:
     """Return the most important numbers, by name."""
     bottleneck, prediction = profile.bottleneck, profile.prediction
     predicted = prediction.predicted_images_per_second
+    utilization = percent(bottleneck.accelerator_utilization)
     lines = {
-        "accelerator utilization": f"{percent(bottleneck.accelerator_utilization)} (healthy from {percent(HEALTHY)})",
-        "end to end": f"{significant(prediction.measured_images_per_second)} images/s measured",
+        "training speed": f"{significant(prediction.measured_images_per_second)} images/s",
         "predicted from the stages": f"{significant(predicted)} images/s ({100 * prediction.relative_error:+.1f} %)",
+        "accelerator utilization": f"{utilization}; loading takes the rest (good: {percent(HEALTHY)} or more)",
     }
     if after := bottleneck.next:
         rate = significant(after.images_per_second)
-        lines["without the bottleneck"] = f"{rate} images/s, then limited by {after.stage}"
+        lines["without the bottleneck"] = f"{rate} images/s, limited by {STAGE_NAMES.get(after.stage, after.stage)}"
     largest_first = sorted(bottleneck.twice_as_fast.items(), key=lambda item: -item[1])
     speedups = {stage: rate / predicted for stage, rate in largest_first if rate >= WORTH_SAYING * predicted}
-    gains = [f"{stage} {100 * (speedup - 1):+.0f} %" for stage, speedup in speedups.items()]
-    lines["one stage twice as fast"] = ", ".join(gains) or "no stage would give 1 % more"
+    gains = [f"{times(speedup)} for {STAGE_NAMES.get(stage, stage)}" for stage, speedup in speedups.items()]
+    lines["speedup from halving a stage"] = ", ".join(gains) or "less than 1 % for each"
     return lines
-
-
-def _stage_table(profile: Profile) -> Table:
-    table = Table("stage", box=box.SIMPLE, pad_edge=False)
-    for head in ("images/s", "spread", "CPU-ms\nper image"):
-        table.add_column(head, justify="right", overflow="fold")
-    table.add_column("", overflow="fold")
-    for row in stage_rows(profile):
-        table.add_row(*map(Text, row[:5]), style="bold yellow" if row.is_bottleneck else "")
-    return table
 
 
 def stage_rows(profile: Profile) -> list[StageRow]:
@@ -90,67 +101,121 @@ def stage_rows(profile: Profile) -> list[StageRow]:
     rows = []
     for name, stage in profile.stages.by_name().items():
         if rate := stage.images_per_second:
-            is_bottleneck = name == profile.bottleneck.stage
-            details = ["the bottleneck"] if is_bottleneck else []
-            if name == "storage" and profile.data.in_page_cache is not None:
-                details.append(f"{percent(profile.data.in_page_cache)} of the file in memory")
-            details += _details(stage)
-            spread = f"± {50 * (rate.high - rate.low) / rate.median:.1f} %"
+            spread = f"± {percent(rate.spread())}"
             cpu = significant(1000 * stage.cpu_seconds.median) if stage.cpu_seconds else ""
-            rows.append(StageRow(name, significant(rate.median), spread, cpu, ", ".join(details), is_bottleneck))
+            is_bottleneck = name == profile.bottleneck.stage
+            rows.append(StageRow(STAGE_NAMES[name], significant(rate.median), spread, cpu, is_bottleneck))
     return rows
 
 
-def _details(stage: StageResult) -> list[str]:
+def time_rows(profile: Profile) -> list[TimeRow]:
+    """Return what the training time, which is the first row, is spent on."""
+    whole = training_seconds(profile)
+    parts = {STAGE_NAMES["end_to_end"]: whole}
+    parts |= {PART_NAMES.get(name, name): seconds for name, seconds in device_time(profile).items()}
+    return [TimeRow(name, significant(1000 * seconds), percent(seconds / whole)) for name, seconds in parts.items()]
+
+
+def time_caption(profile: Profile) -> str:
+    """Return what the shares are of, and why they may not add up."""
+    caption = (
+        "Shares of time are those of the training time, end to end. The parts are timed one by one, so they may not "
+        "add up to it."
+    )
+    note = profile.stages.step.phases_note
+    return f"{caption} {note}" if note else caption
+
+
+def details(profile: Profile) -> dict[str, str]:
+    """Return what else is known of each stage, or why it was not measured."""
+    found = {}
+    for name, stage in profile.stages.by_name().items():
+        if stage.rate:
+            meaning = [MEANINGS[name]] if name in MEANINGS else []
+            found[STAGE_NAMES[name]] = "; ".join([*meaning, *_details(name, stage, profile)])
+        else:
+            found[STAGE_NAMES[name]] = f"not measured. {capitalized(stage.missing or '')}".strip()
+    return {name: text for name, text in found.items() if text}
+
+
+def _details(name: str, stage: StageResult, profile: Profile) -> list[str]:
     """Return what a stage has in addition to its rate."""
-    details = []
+    found = []
     if stage.cold_bytes_per_second:
-        details.append(f"cold {si(stage.cold_bytes_per_second.median, 'B/s')}")
+        found.append(f"{si(stage.cold_bytes_per_second.median, 'B/s')} from disk")
     if stage.warm_bytes_per_second:
-        details.append(f"from the page cache {si(stage.warm_bytes_per_second.median, 'B/s')}")
+        found.append(f"{si(stage.warm_bytes_per_second.median, 'B/s')} from the page cache (memory)")
+    if name == "storage" and profile.data.in_page_cache is not None:
+        found.append(f"{percent(profile.data.in_page_cache)} of the file was in the page cache")
     if stage.workers:
-        most = max(stage.workers)
-        details.append(f"{most} worker{'s' if most > 1 else ''}")
-        if 1 in stage.workers and most > 1:
-            details.append(f"{stage.workers[most].median / stage.workers[1].median:.2f}x of one")
-    if stage.knee:
-        details.append(f"knee at {stage.knee}")
+        found.append(_scaling(stage))
     if stage.bytes_per_second:
-        peak = f" of {si(stage.peak_bytes_per_second, 'B/s')}" if stage.peak_bytes_per_second else ""
-        details.append(si(stage.bytes_per_second.median, "B/s") + peak)
+        peak = f" of {si(stage.peak_bytes_per_second, 'B/s')} possible" if stage.peak_bytes_per_second else ""
+        found.append(si(stage.bytes_per_second.median, "B/s") + peak)
     if stage.kernels:
-        details.append(f"{stage.kernels:,.0f} kernels per batch")
+        found.append(f"{stage.kernels:,.0f} GPU kernels per batch")
     if stage.bytes_per_image:
-        details.append(f"{si(stage.bytes_per_image, 'B')} per image")
+        found.append(f"{si(stage.bytes_per_image, 'B')} read and written per image")
     if stage.flops_per_second:
-        details.append(si(stage.flops_per_second, "FLOP/s"))
-    if stage.mfu is not None:
-        details.append(f"{percent(stage.mfu)} of the peak (MFU)")
+        mfu = "" if stage.mfu is None else f", {percent(stage.mfu)} of the device's peak (MFU)"
+        found.append(si(stage.flops_per_second, "FLOP/s") + mfu)
     if stage.peak_memory_bytes:
-        details.append(f"{si(stage.peak_memory_bytes, 'B')} of memory")
+        found.append(f"{si(stage.peak_memory_bytes, 'B')} of memory at most")
     if stage.page_faults and stage.page_faults >= MANY_PAGE_FAULTS:
-        details.append(f"{stage.page_faults:,.0f} page faults per step")
+        found.append(f"{stage.page_faults:,.0f} page faults per step")
+    return found + _load(stage)
+
+
+def _scaling(stage: StageResult) -> str:
+    """Return how much faster more loader threads are than one."""
+    workers = stage.workers or {}
+    most = max(workers)
+    text = _count(most, "thread")
+    if 1 in workers and most > 1:
+        text += f" are {times(workers[most].median / workers[1].median)} as fast as one"
+    if stage.knee and stage.knee < most:
+        text += f", more than {stage.knee} give less than 5 %"
+    return text
+
+
+def _load(stage: StageResult) -> list[str]:
+    """Return how training waits for data, and how busy it keeps cores and GPU."""
+    found = []
     if stage.data_wait:
-        details.append(f"waits {percent(stage.data_wait.median)} of the time")
+        found.append(f"waits for data {percent(stage.data_wait.median)} of the time")
     if waits := stage.wait_seconds:
-        milliseconds = "/".join(significant(1000 * seconds, 2) for seconds in (waits.p50, waits.p95, waits.p99))
-        details.append(f"p50/p95/p99 {milliseconds} ms")
+        p50, p99 = (significant(1000 * seconds, 2) for seconds in (waits.p50, waits.p99))
+        found.append(f"waits {p50} ms for a batch (median; 99th percentile {p99} ms)")
     if stage.cores_busy is not None:
-        details.append(f"cores {percent(stage.cores_busy)} busy")
+        found.append(f"CPU cores busy {percent(stage.cores_busy)} of the time")
     if gpu := stage.gpu:
-        details.append(f"GPU {percent(gpu.utilization)} busy")
-        details.append(f"{gpu.sm_clock_mhz:,.0f} of {gpu.max_sm_clock_mhz:,.0f} MHz, {gpu.power_w:,.0f} W")
-    return details
+        found.append(f"GPU busy {percent(gpu.utilization)} of the time (nvidia-smi)")
+        found.append(f"{gpu.sm_clock_mhz:,.0f} of {gpu.max_sm_clock_mhz:,.0f} MHz, {gpu.power_w:,.0f} W")
+    return found
 
 
-def _device_time_table(profile: Profile) -> Table:
-    parts = device_time(profile)
-    total = sum(parts.values()) or 1.0
-    table = Table("the device's time", box=box.SIMPLE, pad_edge=False)
-    table.add_column("ms per image", justify="right")
-    table.add_column("share", justify="right")
-    for name, seconds in parts.items():
-        table.add_row(name, significant(1000 * seconds), percent(seconds / total))
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
+def _stage_table(profile: Profile) -> Table:
+    table = Table("stage", box=box.SIMPLE, pad_edge=False)
+    for head in ("images/s", "±", "CPU ms"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in stage_rows(profile):
+        name = f"{row.stage} *" if row.is_bottleneck else row.stage
+        table.add_row(*map(Text, (name, *row[1:4])), style="bold yellow" if row.is_bottleneck else "")
+    return table
+
+
+def _time_table(profile: Profile) -> Table:
+    table = Table("where the time goes", box=box.SIMPLE, pad_edge=False)
+    for head in ("ms/image", "share"):
+        table.add_column(head, justify="right", no_wrap=True)
+    whole, *parts = time_rows(profile)
+    table.add_row(*whole)
+    for row in parts:
+        table.add_row(f"  {row.part}", row.milliseconds, row.share)
     return table
 
 
@@ -161,23 +226,3 @@ def _pairs(lines: dict[str, str]) -> Table:
     for name, value in lines.items():
         table.add_row(name, Text(value))
     return table
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """Format a number of at least 0 with this many significant digits (all digits of whole numbers), without an
-    exponent."""
-    if value <= 0:
-        return "0"
-    decimals = digits - 1 - math.floor(math.log10(value))
-    return f"{value:,.{min(max(decimals, 0), 9)}f}"
-
-
-def percent(share: float) -> str:
-    """Format a share in whole percents, below 10 % with one decimal."""
-    return f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
-
-
-def si(value: float, unit: str = "") -> str:
-    """Format with an SI prefix: 12.1 GB/s."""
-    power = min(max(int(math.log10(value) / 3), 0), 5) if value > 0 else 0
-    return f"{significant(value / 1000**power)} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}".strip()

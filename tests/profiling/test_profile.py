@@ -8,18 +8,23 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from profiles import example_json, example_profile, gpu_json, gpu_profile, measured, stage
 from rich.console import Console, RenderableType
 
 from fastssl.common.errors import UserError
 from fastssl.common.figures import save_figure
+from fastssl.profiling.bottleneck import RESOURCES
 from fastssl.profiling.compare import Change, compare, compare_table, differences
+from fastssl.profiling.device_stages import PHASES
 from fastssl.profiling.page import write_page
 from fastssl.profiling.plots import draw_profile
-from fastssl.profiling.profile import Measurement, Profile, device_time, read_profile, write_profile
-from fastssl.profiling.tables import percent, profile_table, si, significant, stage_rows
+from fastssl.profiling.profile import STAGES, Measurement, Profile, device_time, read_profile, write_profile
+from fastssl.profiling.profiler import remarks_on
+from fastssl.profiling.tables import details, profile_table, stage_rows, time_rows
 from fastssl.profiling.thresholds import failed_thresholds, parse_thresholds
+from fastssl.profiling.wording import PART_NAMES, RESOURCE_NAMES, STAGE_NAMES, percent, si, significant
 
 HOSTILE = "[bold]x[/] <script>alert('x')</script> \"> $x$ :cat: \x1b[31m \ud800 \u202e 中"
 
@@ -313,50 +318,101 @@ def test_the_time_of_the_device_adds_up():
     assert device_time(sparse_profile()) == {"views": 0.01, "step": 0.01}
 
 
+def test_every_key_has_a_name():
+    assert set(STAGE_NAMES) == set(STAGES) and set(RESOURCE_NAMES) == {*RESOURCES, "cores"}
+    assert {*device_time(gpu_profile()), *PHASES} <= set(PART_NAMES)
+    assert len(set(STAGE_NAMES.values())) == len(STAGES)
+
+
 def test_the_table_shows_the_details_of_each_stage():
     rows = {row.stage: row for row in stage_rows(gpu_profile())}
-    assert rows["decode"].details == "16 workers, 13.18x of one, knee at 16"
-    assert rows["transfer"].details == "36.2 GB/s of 55.0 GB/s"
-    assert rows["step"].details == "the bottleneck, 157 TFLOP/s, 16 % of the peak (MFU), 41.2 GB of memory"
-    assert rows["end_to_end"].details.startswith(
-        "waits 1.2 % of the time, p50/p95/p99 0.10/0.20/9.3 ms, cores 61 % busy"
+    assert rows["training step"] == ("training step", "14,250", "± 1.0 %", "0.00400", True)
+    assert "gradient all-reduce" not in rows
+    shown = details(gpu_profile(data__in_page_cache=0.55, stages__decode__knee=8))
+    assert shown["reading from disk"].endswith("55 % of the file was in the page cache")
+    assert shown["image decoding"] == "16 threads are 13.2x as fast as one, more than 8 give less than 5 %"
+    assert shown["batch transfer"].endswith("36.2 GB/s of 55.0 GB/s possible")
+    assert shown["training step"] == "157 TFLOP/s, 16 % of the device's peak (MFU); 41.2 GB of memory at most"
+    assert shown["training end to end"] == (
+        "waits for data 1.2 % of the time; waits 0.10 ms for a batch (median; 99th percentile 9.3 ms); CPU cores busy "
+        "61 % of the time; GPU busy 97 % of the time (nvidia-smi); 1,755 of 1,980 MHz, 512 W"
     )
-    assert rows["end_to_end"].details.endswith("GPU 97 % busy, 1,755 of 1,980 MHz, 512 W")
-    assert rows["step"][1:4] == ("14,250", "± 1.0 %", "0.00400") and rows["step"].is_bottleneck
-    assert "communication" not in rows
+    assert shown["gradient all-reduce"] == "not measured. There is one process"
+
+
+def test_shares_are_of_the_time_of_training_end_to_end():
+    profile = example_profile()
+    rows = time_rows(profile)
+    assert rows[0] == ("training end to end", "0.870", "100 %")  # 1,150 images/s
+    shares = {row.part: row.share for row in rows}
+    assert shares["waiting for data"] == "43 %" and shares["backward pass"] == "15 %"  # 0.13 of 0.87 ms
+    whole = device_time(gpu_profile())
+    exchanged = device_time(gpu_profile(stages__communication=stage(100_000)))
+    assert exchanged["communication"] == pytest.approx(1e-5)  # of which the backward pass was timed with it
+    assert exchanged["backward"] == pytest.approx(whole["backward"] - 1e-5)
 
 
 @every_profile
-@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("width", [60, 80, 100, 125, 160, 200])
 def test_the_table_fits_and_cuts_nothing_off(profile, width):
     text = printed(profile_table(profile, width), width)
     assert max(map(len, text.splitlines())) <= width and "…" not in text and "\x1b" not in text
     words = " ".join(text.replace("┃", " ").split())
-    assert profile.bottleneck.sentence in words
+    for remark in [profile.bottleneck.sentence, profile.bottleneck.advice, *profile.remarks]:
+        assert "".join(remark.split()) in "".join(words.split())
     for row in stage_rows(profile):
-        for cell in [row.stage, row.rate, row.spread, row.cpu, *row.details.split()]:
+        for cell in row[:4]:
             assert cell in words
-    for name, one in profile.stages.by_name().items():
-        if one.images_per_second is None:
-            assert name in words.split("Not measured")[1]
+    for name, detail in details(profile).items():
+        assert name in words.split("More on each stage")[1]
+        assert set(detail.split()) <= set(words.split()) or "<script>" in detail
 
 
-def test_hostile_words_are_shown_as_they_are():
+@pytest.mark.parametrize("width", range(60, 201))
+def test_no_column_is_narrower_than_a_word(width):
+    """Of all tables of the command, at every width."""
+    a, b = gpu_profile(), example_profile()
+    shown = [profile_table(a, width), profile_table(b, width), compare_table("a.json", "b.json", a, b)]
+    for table in shown:
+        lines = printed(table, width).splitlines()
+        assert max(map(len, lines)) <= width
+        # A column of zero or a few characters breaks its text into lines of single letters.
+        pieces = [line.strip() for line in lines if line.startswith(20 * " ")]
+        assert all(len(piece) > 2 or piece in ("%", "A", "B", "") for piece in pieces)
+
+
+def test_untrusted_words_are_shown_as_they_are():
     text = printed(profile_table(hostile_profile(), 160), 160)
     assert "[bold]x[/] <script>" in text and ":cat:" in text and r"\x1b[31m \ud800 \u202e" in text
 
 
-def test_the_bottleneck_comes_first_and_then_the_accelerator():
-    text = printed(profile_table(example_profile(), 160), 160)
-    order = ["Decode-bound", "43 % (healthy from 90 %)", "1,150 images/s measured", "1,163 images/s (+1.1 %)"]
-    order += [
-        "2,700 images/s, then limited by step",
-        "decode +41 %, step +20 %, views +3 %",
-        "the bottleneck, 2 workers",
-    ]
-    order += ["the device's time", "Not measured", "another program may be running"]
+def test_the_verdict_comes_first_then_what_changes_its_meaning():
+    profile = example_profile(bottleneck__advice="What helps: more cores.")
+    text = printed(profile_table(profile, 160), 160)
+    order = ["Image decoding is the bottleneck", "What helps: more cores.", "another program may be running"]
+    order += ["zprob_barlow on AMD EPYC", "1,150 images/s", "1,163 images/s (+1.1 %)", "43 %; loading takes the rest"]
+    order += ["2,700 images/s, limited by training step", "1.41x for image decoding, 1.20x for training step"]
+    order += ["image decoding *", "where the time goes", "Shares of time are those of", "More on each stage"]
     positions = [text.index(words) for words in order]
     assert positions == sorted(positions)
+
+
+def test_what_changes_the_meaning_of_the_verdict_is_remarked():
+    def remarks(**changes) -> list[str]:
+        profile = gpu_profile(data__batches_per_epoch=100, **changes)
+        return remarks_on(profile.data, profile.prediction, profile.stages, others=0.0)
+
+    assert remarks() == []
+    (said,) = remarks(prediction__relative_error=-0.25)
+    assert said.startswith("Do not trust the bottleneck") and "-25 % off" in said
+    (said,) = remarks(stages__storage=stage(8_000))
+    assert said.startswith("100 % of the file was in the page cache") and "limited to 8,000 images/s" in said
+    assert remarks(stages__storage=stage(8_000), data__in_page_cache=0.0) == []  # it was read from the disk
+    (said,) = remarks(stages__end_to_end__images_per_second=measured(11_400, 0.15))
+    assert "varied by ± 15 %" in said
+    profile = gpu_profile(data__batches_per_epoch=1)
+    said = remarks_on(profile.data, profile.prediction, profile.stages, others=1.5)
+    assert "1.5 CPU cores" in said[0] and "only 1 batch," in said[1]
 
 
 def test_numbers_are_short_and_never_in_exponents():
@@ -369,21 +425,32 @@ def test_numbers_are_short_and_never_in_exponents():
 
 @pytest.mark.filterwarnings("error")
 @every_profile
-def test_the_figure_is_drawn(tmp_path, profile):
-    save_figure(tmp_path / "p.png", draw_profile(profile))
-    with Image.open(tmp_path / "p.png") as image:
-        assert image.size == (1400, 1000)
-        panels = np.asarray(image.convert("L")).reshape(2, 500, 2, 700).std(axis=(1, 3))
-    assert panels.min() > 5  # none of them is blank
+def test_the_figures_are_drawn(tmp_path, profile):
+    for drawn in draw_profile(profile):
+        save_figure(tmp_path / "p.png", drawn.figure)
+        with Image.open(tmp_path / "p.png") as image:
+            assert image.width == 690 and 400 < image.height < 800
+            assert np.asarray(image.convert("L")).std() > 5  # not blank
+        sizes = [text.get_fontsize() for text in drawn.figure.findobj(Text) if text.get_text()]
+        assert min(sizes) >= 8 and drawn.caption
+
+
+def figure_named(profile: Profile, name: str):
+    return {drawn.name: drawn.figure for drawn in draw_profile(profile)}[name]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("replay, shown", [(2_680, ""), (60_000, " (far above)"), (1e-3, "")])
+@pytest.mark.parametrize("replay, shown", [(2_680, ""), (60_000, ", far above"), (1e-3, "")])
 def test_the_rate_that_the_device_needs_is_shown_with_decoding(replay, shown):
-    figure = draw_profile(example_profile(stages__replay=stage(replay)))
-    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert f"views and step need {significant(replay)}{shown}" in labels
-    assert "knee: 2 threads" in labels
+    (axes,) = figure_named(example_profile(stages__replay=stage(replay)), "threads").axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"needed: {significant(replay)}{shown}" in labels
+
+
+def test_a_resource_is_shown_in_shares_of_the_training_time():
+    (axes,) = figure_named(gpu_profile(), "resources").axes
+    shown = {text.get_text() for text in axes.texts}
+    assert "99 %" in shown and "24 %" in shown  # 0.0866 and 0.021 of 0.0877 ms
 
 
 class Words(HTMLParser):
@@ -407,14 +474,14 @@ def test_the_page_is_self_contained_and_runs_no_foreign_code(tmp_path, profile):
     write_page(tmp_path / "p.html", profile)
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     found = Words(page)
-    assert "script" not in found.tags and "link" not in found.tags and found.tags.count("img") == 1
+    assert "script" not in found.tags and "link" not in found.tags and found.tags.count("img") == 4
     assert {name for name, _ in found.attributes} <= {
-        "lang", "charset", "http-equiv", "content", "name", "alt", "src", "style",
+        "lang", "charset", "http-equiv", "content", "name", "alt", "src", "class",
     }  # fmt: skip
     assert dict(found.attributes)["src"].startswith("data:image/png;base64,")
     assert "http://" not in page and "https://" not in page and "\x1b" not in page
     assert ("<script>" in found.text) == ("<script>" in profile.name)  # shown, not run
-    for words in ("ui.perfetto.dev", "Not measured", "Machine, data, versions and recipe"):
+    for words in ("ui.perfetto.dev", "not measured", "Machine, data, versions and recipe"):
         assert words in found.text
 
 
@@ -422,8 +489,9 @@ def test_the_page_shows_what_the_table_shows(tmp_path):
     profile = gpu_profile(trace="[x].trace.json.gz")
     write_page(tmp_path / "p.html", profile)
     text = Words((tmp_path / "p.html").read_text(encoding="utf-8")).text
-    for row in stage_rows(profile):
-        assert row.stage in text and row.rate in text
+    for cell in [cell for row in [*stage_rows(profile), *time_rows(profile)] for cell in row if isinstance(cell, str)]:
+        assert cell in text
     for words in (profile.bottleneck.sentence, "[x].trace.json.gz", "there is one process", "2.15.0", "157 TFLOP/s"):
         assert words in text
+    assert "prefers-color-scheme: dark" in (tmp_path / "p.html").read_text(encoding="utf-8")
     assert "NVIDIA H200 datasheet" in text and profile.remarks[0] in text and "timed apart" in text
