@@ -1,4 +1,4 @@
-"""Compare two profiles: what differs between the runs, which rates changed, and whether a change exceeds the noise."""
+"""Compare two profiles: which trains faster, what changed beyond the noise, and what differs between the runs."""
 
 import json
 from collections.abc import Callable
@@ -10,14 +10,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.profiling.profile import Measurement, Profile, accelerator_utilization
-from fastssl.profiling.wording import percent, si, significant
+from fastssl.profiling.profile import STAGES, Measurement, Profile, accelerator_utilization
+from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, in_sentence, percent, si, significant, times
 
 MIN_DIFFERENCE = 0.02  # of the medians, relative to A's
 SECTIONS = ("environment", "machine", "run", "data", "recipe")  # of a profile, which may cause a difference
 # Measured again each time, or different for every file:
 LEFT_OUT = {"machine.peak_flops", "data.in_page_cache", "recipe.run.dir"}
 MAX_DIFFERENCES = 30  # shown
+MAX_NAMED = 4  # stages in a sentence
+RULE = (
+    f"better or worse: the windows of time of A and B do not overlap, and their medians differ by more than "
+    f"{percent(MIN_DIFFERENCE)}; else the change is noise. With three windows each, equal speeds do not overlap in one "
+    "case of ten."
+)
 Unit = Literal["images/s", "ms per image", "B/s", "%"]
 FORMATS: dict[Unit, Callable[[float], str]] = {
     "images/s": significant, "ms per image": lambda seconds: significant(1000 * seconds), "B/s": si, "%": percent,
@@ -40,13 +46,13 @@ class Change:
 
     @property
     def word(self) -> str:
-        """better, worse, no (within the noise), or where the quantity is missing."""
+        """better, worse, noise (the change is within it), or where the quantity was measured."""
         if not self.a or not self.b:
-            return "not in B" if self.a else "not in A"
+            return "only in A" if self.a else "only in B"
         overlap = max(self.a.windows) >= min(self.b.windows) and max(self.b.windows) >= min(self.a.windows)
         if overlap or abs(self.b.median - self.a.median) <= MIN_DIFFERENCE * self.a.median:
-            return "no"
-        is_lower_better = self.unit == "ms per image" or "waits" in self.name
+            return "noise"
+        is_lower_better = self.unit == "ms per image" or self.name == PART_NAMES["wait for data"]
         return "better" if (self.b.median < self.a.median) == is_lower_better else "worse"
 
 
@@ -54,23 +60,28 @@ def compare(a: Profile, b: Profile) -> list[Change]:
     """Return every quantity that at least one of the profiles has, in the order of the stages."""
     in_a, in_b = measurements(a), measurements(b)
     names = dict.fromkeys([*in_a, *in_b])
-    return [Change(name, unit, in_a.get((name, unit)), in_b.get((name, unit))) for name, unit in names]
+    changes = [Change(name, unit, in_a.get((name, unit)), in_b.get((name, unit))) for name, unit in names]
+    return [change for change in changes if change.a or change.b]
 
 
-def measurements(profile: Profile) -> dict[tuple[str, Unit], Measurement]:
-    """Return every measured quantity by its name and the unit that it is shown in."""
+def measurements(profile: Profile) -> dict[tuple[str, Unit], Measurement | None]:
+    """Return every quantity by its name and the unit that it is shown in; None where it was not measured."""
     utilization = accelerator_utilization(profile.stages)
-    found: dict[tuple[str, Unit], Measurement | None] = {("accelerator utilization", "%"): utilization}
-    for name, stage in profile.stages.by_name().items():
+    found: dict[tuple[str, Unit], Measurement | None] = {}
+    for key, stage in profile.stages.by_name().items():
+        name = STAGE_NAMES[key]
         found[name, "images/s"] = stage.images_per_second
-        found[f"{name}, cold", "B/s"] = stage.cold_bytes_per_second
-        found[f"{name}, from the page cache", "B/s"] = stage.warm_bytes_per_second
+        if key == "storage":
+            found[name, "B/s"] = stage.cold_bytes_per_second
+            found["reading from page cache", "B/s"] = stage.warm_bytes_per_second
         for count, rate in sorted((stage.workers or {}).items()):
-            found[f"{name}, {count} worker{'s' if count > 1 else ''}", "images/s"] = rate
+            found[f"{name}, {count} thread{'s' if count > 1 else ''}", "images/s"] = rate
         for phase, seconds in (stage.phases or {}).items():
-            found[f"{name}, {phase}", "ms per image"] = seconds
-        found[f"{name}, waits for data", "%"] = stage.data_wait
-    return {key: measured for key, measured in found.items() if measured}
+            found[PART_NAMES.get(phase, phase), "ms per image"] = seconds
+        if stage.data_wait:
+            found[PART_NAMES["wait for data"], "%"] = stage.data_wait
+    found["accelerator utilization", "%"] = utilization
+    return found
 
 
 def differences(a: Profile, b: Profile) -> list[tuple[str, str, str]]:
@@ -97,42 +108,91 @@ def _flatten(value: object, key: str) -> dict[str, str]:
 
 
 def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
-    """Return what differs, then the rates of both with what changed, for a terminal."""
-    stage_a, stage_b = a.bottleneck.stage, b.bottleneck.stage
-    changed = f"The bottleneck changed: {stage_a} in A, {stage_b} in B."
-    bottleneck = f"The bottleneck is the same: {stage_a}." if stage_a == stage_b else changed
-    rule = (
-        "Beyond noise: the windows of A and B do not overlap, and their medians differ by more than "
-        f"{percent(MIN_DIFFERENCE)}. With three windows each, equal rates do not overlap in one case of ten."
-    )
-    table = Table("", box=box.SIMPLE, pad_edge=False, caption=rule, caption_justify="left")
-    for head in ("A", "B", "B / A"):
-        table.add_column(head, justify="right", overflow="fold")
-    table.add_column("unit")
-    table.add_column("beyond noise", overflow="fold")
-    for change in compare(a, b):
-        ratio = "" if change.ratio is None else f"{significant(change.ratio)}x"
-        a_cell, b_cell = (FORMATS[change.unit](x.median) if x else "" for x in (change.a, change.b))
-        style = {"better": "green", "worse": "red"}.get(change.word)
-        table.add_row(Text(change.name), a_cell, b_cell, ratio, change.unit, change.word, style=style)
+    """Return which trains faster, what changed, what differs, then all rates of both, for a terminal."""
+    changes = compare(a, b)
     reasons = []
     for name, in_a in a.stages.by_name().items():
         in_b = b.stages.by_name()[name]
         if bool(in_a.rate) != bool(in_b.rate):
-            missing = f"B: {in_b.reason}" if in_a.rate else f"A: {in_a.reason}"
-            reasons.append(Text(f"{name} is not in {missing}", style="dim"))
+            without, reason = ("B", in_b.reason) if in_a.rate else ("A", in_a.reason)
+            reasons.append(Text(f"{capitalized(STAGE_NAMES[name])} is not in {without}: {reason}", style="dim"))
     return Group(
-        Text(f"A  {a_name}, {a.measured_at}\nB  {b_name}, {b.measured_at}\n"),
-        *_differences_table(differences(a, b)), Text(bottleneck, style="bold"), table, *reasons,
+        Text(_verdict(changes), style="bold"),
+        *(Text(line) for line in (_bottlenecks(a, b), *_changed(changes))),
+        Text(f"\nA  {a_name}, {a.measured_at}\nB  {b_name}, {b.measured_at}", style="dim"),
+        _rates_table(changes),
+        Text(RULE, style="dim"),
+        *reasons, Text(), *_differences_table(differences(a, b)),
     )  # fmt: skip
+
+
+def _verdict(changes: list[Change]) -> str:
+    """Return which of the two trains faster."""
+    training = next(change for change in changes if change.name == STAGE_NAMES["end_to_end"])
+    if not training.a or not training.b or not training.ratio:
+        return "The speed of training was not measured in both profiles."
+    a, b = significant(training.a.median), significant(training.b.median)
+    if training.word == "noise":
+        return f"A and B train equally fast, within the noise: {a} and {b} images/s."
+    if training.ratio > 1:
+        return f"B trains {times(training.ratio)} faster: {b} images/s instead of {a}."
+    return f"B trains {times(1 / training.ratio)} slower: {b} images/s instead of {a}."
+
+
+def _bottlenecks(a: Profile, b: Profile) -> str:
+    in_a, in_b = (
+        in_sentence(p.bottleneck.stage) if p.bottleneck.stage in STAGES else "no single stage" for p in (a, b)
+    )
+    if in_a == in_b:
+        return f"The bottleneck is the same: {in_a}."
+    return f"The bottleneck changed: {in_a} in A, {in_b} in B."
+
+
+def _changed(changes: list[Change]) -> list[str]:
+    """Return one sentence for the stages that became faster, and one for those that became slower."""
+    combined = [STAGE_NAMES[key] for key in ("loader", "replay", "end_to_end")]
+    stages = set(STAGE_NAMES.values()).difference(combined)
+    speedups = {}
+    for change in changes:
+        is_part = change.unit == "ms per image" or (change.unit == "images/s" and change.name in stages)
+        if is_part and change.ratio and change.word in ("better", "worse"):
+            speedups[change.name] = 1 / change.ratio if change.unit == "ms per image" else change.ratio
+    largest_first = sorted(speedups.items(), key=lambda item: -max(item[1], 1 / item[1]))
+    faster = [f"{name} {times(speedup)}" for name, speedup in largest_first if speedup > 1]
+    slower = [f"{name} {times(1 / speedup)}" for name, speedup in largest_first if speedup < 1]
+    if not faster and not slower:
+        return ["No stage changed by more than the noise."]
+    sentences = []
+    for word, names in (("Faster", faster), ("Slower", slower)):
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        if names:
+            sentences.append(f"{word} in B, beyond the noise: {', '.join(names[:MAX_NAMED])}{more}.")
+    return sentences
+
+
+def _rates_table(changes: list[Change]) -> Table:
+    """Return both values of each quantity, by unit."""
+    table = Table("", box=box.SIMPLE, pad_edge=False)
+    for head in ("A", "B", "B / A"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("change", no_wrap=True)
+    for unit, show in FORMATS.items():
+        table.add_section()
+        table.add_row("share of the time" if unit == "%" else unit, style="bold")
+        for change in [change for change in changes if change.unit == unit]:
+            ratio = "" if change.ratio is None else times(change.ratio)
+            a_cell, b_cell = (show(x.median) if x else "" for x in (change.a, change.b))
+            style = {"better": "green", "worse": "red"}.get(change.word)
+            table.add_row(Text(f"  {change.name}"), a_cell, b_cell, ratio, change.word, style=style)
+    return table
 
 
 def _differences_table(rows: list[tuple[str, str, str]]) -> list[Table | Text]:
     if not rows:
-        return [Text("The two do not differ in machine, versions, data or recipe.\n")]
+        return [Text("A and B do not differ in machine, versions, data or recipe.\n")]
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for head in ("differs, and may be the cause", "A", "B"):
-        table.add_column(head, overflow="fold")
+    for head in ("what differs, and may be the cause", "A", "B"):
+        table.add_column(head, overflow="fold", min_width=12)
     for row in rows[:MAX_DIFFERENCES]:
         table.add_row(*map(Text, row))
     more = len(rows) - MAX_DIFFERENCES
