@@ -137,11 +137,11 @@ def describe_bottleneck(costs: CostModel, setup: Setup, seconds: float | None = 
     without = costs.with_speedup(stage, math.inf)
     next_rate = without.images_per_second()
     if costs.is_balanced():
-        rate, gain = costs.images_per_second(), costs.speedup(stage, math.inf)
+        rate, most = costs.images_per_second(), costs.speedup(stage, math.inf)
         return (
             f"No single stage is the bottleneck: {in_sentence(stage)} limits training to {significant(rate)} images/s, "
             f"and {in_sentence(without.bottleneck())} to {significant(next_rate)}. "
-            f"A single faster stage would make training at most {gain:.2f}x as fast."
+            f"A single faster stage would make training at most {most:.2f}x as fast."
         )
     next_limit = "no other limit is known"
     if next_rate < math.inf:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +19,7 @@ from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck, suggest_fixes
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
 from fastssl.profiling.profile import Profile, StageResult
-from fastssl.profiling.wording import percent, si, significant
+from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, percent, si, significant
 from fastssl.recipe import Recipe
 from fastssl.training.residence import fits_beside_training
 from fastssl.training.setup import DTYPES, resolve_precision
@@ -249,7 +250,8 @@ def _with_loading(
             seconds = stage.cpu_seconds.median
             stages[name] = Cost(seconds if in_reader else seconds / cores, seconds)
         elif name == images or data.crop == "cpu":
-            assumptions.append(f"{name} is left out, as it was not measured: {stage.reason.rstrip('.')}.")
+            left_out = capitalized(STAGE_NAMES[name])
+            assumptions.append(f"{left_out} is left out, as it was not measured: {stage.reason.rstrip('.')}.")
     transfer = profile.stages.transfer
     bus = data.decoded_bytes / (LINK_SHARE * machine.device.pcie)
     measured = _seconds(transfer, profile.machine.processes) or 0.0
@@ -286,26 +288,34 @@ def _rounded(value: float) -> str:
     return significant(float(f"{value:.3g}"))
 
 
-def plan_table(plan: TrainingPlan) -> Table:
-    """Return the plan for a terminal of 80 columns or more; text is wrapped, never cut."""
-    title = f"PREDICTION, not a measurement: {plan.recipe} on {plan.machine}"
-    table = Table(title=Text(title, style="bold"), box=box.SIMPLE, show_header=False, expand=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    at_most = "" if "main_thread" in plan.resource_rates else " at most (launching is not counted)"
-    table.add_row("images/s", _rounded(plan.images_per_second) + at_most, style="bold")
+def plan_table(plan: TrainingPlan) -> Group:
+    """Return the plan for a terminal; text is wrapped, never cut."""
+    at_most = "" if "main_thread" in plan.resource_rates else " at most, as kernel launching is not counted"
     hours = _rounded(plan.hours) if plan.hours >= 0.01 else "less than 0.01"
-    hours += f" for {plan.epochs:,} epochs, without evaluation"
+    hours += f" for {plan.epochs:,} epoch{'' if plan.epochs == 1 else 's'}, without evaluation"
     if plan.first_epoch_hours > 2 * plan.hours / (plan.epochs + 1):
         hours += f"; {_rounded(plan.first_epoch_hours)} of it for the first, whose images come from the disk"
-    table.add_row("hours", hours)
-    table.add_row("bottleneck", Text(plan.sentence), style="bold yellow")
-    table.add_row("GPUs busy", percent(plan.gpu_utilization))
-    table.add_row("cores needed", f"{plan.cores_needed} per GPU", end_section=True)
+    lines = {
+        "training speed": f"{_rounded(plan.images_per_second)} images/s{at_most}",
+        "hours": hours,
+        "GPU busy": f"{percent(plan.gpu_utilization)} of the time",
+        "CPU cores needed": f"{plan.cores_needed} per GPU, so that they are not the bottleneck",
+    }
     for resource, rate in plan.resource_rates.items():
-        stages = ", ".join(RESOURCES.get(resource, ["CPU time of all stages"]))
-        table.add_row(f"{resource} alone", f"{_rounded(rate)} images/s ({stages})")
-    table.add_section()
-    for assumption in plan.assumptions:
-        table.add_row("assumed", Text(assumption))
-    return table
+        stages = ", ".join(STAGE_NAMES[stage] for stage in RESOURCES.get(resource, ())) or "CPU time of all stages"
+        lines[f"limit of the {RESOURCE_NAMES[resource]}"] = f"{_rounded(rate)} images/s ({stages})"
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="dim", min_width=16)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, value)
+    verdict = Text(plan.sentence, style="bold")
+    if plan.advice:
+        verdict.append("\n" + plan.advice, style="not bold")
+    return Group(
+        Text(f"PREDICTION, not a measurement: {plan.recipe} on {plan.machine}", style="bold"),
+        verdict,
+        table,
+        Text("Assumptions", style="bold"),
+        *(Text(f"- {assumption}") for assumption in plan.assumptions),
+    )

@@ -134,8 +134,8 @@ def _new_panel(title: str) -> tuple["Figure", "Axes"]:
     figure, body = new_figure(*SIZE, title, "")
     axes = body.subplots()
     axes.tick_params(labelsize=SMALL)
-    axes.xaxis.label.set_size(TEXT)
-    axes.yaxis.label.set_size(TEXT)
+    axes.xaxis.label.set_fontsize(TEXT)
+    axes.yaxis.label.set_fontsize(TEXT)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

@@ -37,7 +37,7 @@ RESOURCE_NAMES = {
     "reader": "batch thread",
     "device": "device",
     "main_thread": "main thread",
-    "cores": "all CPU cores",
+    "cores": "CPU cores",
 }
 
 
