@@ -200,11 +200,15 @@ def profile(
         return
     screen.print(profiling.profile_table(measured, screen.width))
     profiling.write_files(path, measured)
-    print_line(screen, f"{path} holds these values; {path.with_suffix('.html')} shows them.")
-    print_line(screen, f"Open {measured.trace} in https://ui.perfetto.dev.")
+    print_line(screen, f"Saved {path}, and a page with figures: {path.with_suffix('.html')}")
+    if measured.trace:
+        print_line(screen, f"Trace of three steps, for https://ui.perfetto.dev: {path.with_name(measured.trace)}")
     if machine:
+        screen.print()
         screen.print(profiling.plan_table(profiling.plan_training(measured, settings, machine)))
     if below := profiling.failed_thresholds(measured, thresholds):
         for line in below:
             print_error(line)
         sys.exit(1)
+    if thresholds:
+        print_line(screen, "No value is below its threshold (--fail-under).")
