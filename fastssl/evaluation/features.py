@@ -174,7 +174,7 @@ def load_or_compute_features(
             write_features(folder, compute(loader, advance), len(loader.rows), dtype, is_sound)
         features = read_features(folder)
         if features is None or not is_sound(features):
-            raise UserError(f"{folder} is damaged although it was just written: check the disk.")
+            raise UserError(f"{folder} is damaged although it was just written", hint="check the disk")
     return features
 
 
@@ -276,9 +276,9 @@ def check_finite(batches: Iterable[Features], beton: Path, dtype: DType) -> Iter
     for batch in batches:
         values = np.array([np.abs(x).max() for x in (batch.h, batch.mu, batch.sigma) if x is not None])
         if not np.isfinite(values).all():
-            raise UserError(f"The encoder outputs numbers that are not finite on {beton}: train it again.")
+            raise UserError(f"The encoder outputs numbers that are not finite on {beton}", hint="train it again")
         if values.max() > largest:
-            raise UserError(f"The encoder outputs numbers up to {values.max():.3g}: leave out --dtype {dtype}.")
+            raise UserError(f"The encoder outputs numbers up to {values.max():.3g}", hint=f"leave out --dtype {dtype}")
         yield batch
 
 

@@ -156,7 +156,10 @@ def finetune_recipe(
     keys = [override.partition("=")[0] for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
         if not any(key == settable or key.startswith(f"{settable}.") for settable in SETTABLE):
-            raise UserError(f"--set {override}: fine-tuning sets this itself; it takes {', '.join(SETTABLE)}.")
+            raise UserError(
+                f"--set {override}: fine-tuning sets this itself",
+                hint=f"leave it out, as --set takes {', '.join(SETTABLE)}",
+            )
     images = SampleSelection(train_data.subset).count(train_data.path)
     batch_size = BATCH_SIZE
     while batch_size > 2 and images < MIN_STEPS * batch_size:
@@ -221,7 +224,8 @@ def read_sample_ids(path: Path) -> np.ndarray:
     metadata = read_metadata(path)
     if "index" not in (metadata.dtype.names or ()):
         raise UserError(
-            f"{path} has no field 'index', so no part of it can be fine-tuned on: build it with fastssl build-beton."
+            f"{path} has no field 'index', so no part of it can be fine-tuned on",
+            hint="build it with fastssl build-beton",
         )
     return np.array(metadata["index"])
 

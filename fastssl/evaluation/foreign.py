@@ -75,8 +75,8 @@ def _recipe_of(
     """The recipe that stands for the encoder: its data, evaluation transform and model."""
     architecture, _, tag = backbone.partition(".")
     if tag and backbone not in (known := timm.list_pretrained(f"{architecture}.*")):
-        names = f"those of {architecture} are {', '.join(known)}" if known else f"{architecture} has none"
-        raise UserError(f"--backbone {backbone}: timm {timm.__version__} has no such weights; {names}.")
+        names = f"use one of {', '.join(known)}" if known else f"use --backbone {architecture}, which has none"
+        raise UserError(f"--backbone {backbone}: timm {timm.__version__} has no such weights", hint=names)
     config = timm.get_pretrained_cfg(backbone) if timm.is_model(architecture) else None
     if size is None:
         size = SMALL_STEM_SIZE if stem == "small" else config.input_size[-1] if config else 224

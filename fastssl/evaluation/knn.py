@@ -53,7 +53,10 @@ def evaluate_knn(
     for k in ks:
         # A k that is reduced to the number of images would be reported under the name of the published one.
         if not 1 <= k <= images:
-            raise UserError(f"--k {k} is not between 1 and the {images} images of {data.train.path}: give one that is.")
+            raise UserError(
+                f"--k must be from 1 to {images}, the number of images of {data.train.path}, got {k}",
+                hint="choose another --k",
+            )
 
     def compute() -> dict[str, Any]:
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))

@@ -23,7 +23,7 @@ def probe_from_recipe(recipe: Recipe) -> Probe | None:
     try:
         return knn_probe(recipe)
     except UserError as error:
-        raise UserError(f"The kNN probe, which probe.every=0 switches off, cannot run: {error}") from None
+        raise error.prefixed("The kNN probe, which probe.every=0 switches off, cannot run: ") from None
 
 
 def knn_probe(recipe: Recipe) -> Probe:
@@ -56,7 +56,8 @@ def knn_probe(recipe: Recipe) -> Probe:
     if recipe.probe.split == "rest" and images <= skip:
         raise UserError(
             f"probe.split=rest finds no images: data.limit={skip} leaves out none of the {images} images of "
-            f"{tested.path}; lower it, or set probe.split=val."
+            f"{tested.path}",
+            hint="lower data.limit, or set probe.split=val",
         )
     fix_val = "set another data.val"
     if recipe.probe.train:

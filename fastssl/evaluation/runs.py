@@ -89,7 +89,7 @@ def load_run_encoder(
     weights: Path | None = None
     if untrained:
         if recipe.model.init:
-            raise UserError(f"{run_dir} began with the weights of {recipe.model.init}: evaluate those instead.")
+            raise UserError(f"{run_dir} began with the weights of {recipe.model.init}", hint="evaluate those instead")
         torch.manual_seed(recipe.seed)  # as training.setup.prepare does
         model, suffix = build_model(recipe).eval(), "-untrained"
     else:
@@ -109,7 +109,7 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here: run `fastssl doctor`, or leave it out.")
+        raise UserError("--device cuda, but torch sees no GPU here", hint="run `fastssl doctor`, or leave out --device")
     return torch.device(device)
 
 
@@ -133,7 +133,7 @@ def make_results_dir(folder: Path, recipe: Recipe, fix: str) -> None:
     """
     file = folder / "recipe.yaml"
     if (folder / "checkpoints").exists():
-        raise UserError(f"{folder}, where the results would go, is a run of fastssl train: {fix}.")
+        raise UserError(f"{folder}, where the results would go, is a run of fastssl train", hint=fix)
     if not file.exists():
         with explain_write_errors(folder):
             make_folder(folder)
@@ -141,7 +141,7 @@ def make_results_dir(folder: Path, recipe: Recipe, fix: str) -> None:
         return
     old = load_recipe(file)
     if old.model != recipe.model or old.views.model_copy(update={"eval": recipe.views.eval}) != recipe.views:
-        raise UserError(f"{folder} has results of other weights, or at another image size: {fix}.")
+        raise UserError(f"{folder} has results of other weights, or at another image size", hint=fix)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -237,7 +237,7 @@ def find_evaluation_data(
     val_file = val or config.val
     if val_file is None:
         raise UserError(
-            f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on: give one with --val FILE.beton."
+            f"{encoder.run_dir}/recipe.yaml names no data.val to evaluate on", hint="give one with --val FILE.beton"
         )
     train_file, val_file = beton_file(train or config.train, "train"), beton_file(val_file, "val")
     encoder.check_channels(train_file, val_file)
@@ -267,18 +267,18 @@ def check_labels(
     label_N = train.labels(use, fix_train, classes=2)
     label_M = val.labels(use, fix_val, skip=skip)
     if not np.isin(label_M, label_N).any():
-        raise UserError(f"{val.path} shares no class with {train.path}: name a matching file.")
+        raise UserError(f"{val.path} shares no class with {train.path}", hint="name a matching file")
     train_names, val_names = read_header(train.path).classes, read_header(val.path).classes
     if train_names is not None and val_names is not None and train_names != val_names:
         pairs = zip([*train_names, "none"], [*val_names, "none"], strict=False)
         one, other = next((a, b) for a, b in pairs if a != b)
         raise UserError(
-            f"{train.path} and {val.path} number their classes differently ({one} and {other} are the same one): build "
-            "both from one source, or name a matching file."
+            f"{train.path} and {val.path} number their classes differently ({one} and {other} are the same one)",
+            hint="build both from one source, or name a matching file",
         )
 
 
 def check_draws(encoder: RunEncoder, draws: int | None) -> None:
     """Raise UserError if draws of h are requested from an encoder whose h is deterministic."""
     if draws and "h" not in encoder.recipe.embedding.stochastic:
-        raise UserError(f"{encoder.run_dir} has no stochastic h to draw from: leave out --draws.")
+        raise UserError(f"{encoder.run_dir} has no stochastic h to draw from", hint="leave out --draws")

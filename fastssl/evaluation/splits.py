@@ -18,7 +18,8 @@ def balanced_subsets(labels: Array, labels_per_class: int, count: int, seed: int
     if count_C.min() < labels_per_class:
         raise UserError(
             f"Class {class_C[count_C.argmin()]} has {count_C.min()} training samples, fewer than the "
-            f"{labels_per_class} labels per class that are needed: use fewer, or give more data."
+            f"{labels_per_class} labels per class that are needed",
+            hint="use fewer labels per class, or give more data",
         )
     subsets = []
     for draw in range(count):
@@ -52,5 +53,7 @@ def holdout_split(label_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarra
     """`stratified_holdout` of a tenth, on which linear classifiers are chosen. UserError if nothing can be held out."""
     fit_rows, held_rows = stratified_holdout(label_N, HOLDOUT_SHARE, seed)
     if len(held_rows) == 0:
-        raise UserError("A linear classifier is chosen on held-out images, but no class has two: name more images.")
+        raise UserError(
+            "A linear classifier is chosen on held-out images, but no class has two", hint="name more images"
+        )
     return fit_rows, held_rows

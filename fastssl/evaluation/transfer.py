@@ -52,8 +52,8 @@ def find_target(name: str, path: str | Path) -> TransferTarget:
     train_rows, test_rows = stratified_holdout(label_N, TEST_SHARE, TEST_SEED)
     if len(np.unique(label_N[train_rows])) < 2 or len(test_rows) == 0:
         raise UserError(
-            f"{train} cannot be split into halves to fit and to test on: name data of two classes or more, with two "
-            f"images or more each, for {name}."
+            f"{train} cannot be split into halves to fit and to test on",
+            hint=f"name data of two classes or more, with two images or more each, for {name}",
         )
     return TransferTarget(name, train, train, train_rows, test_rows)
 

@@ -94,32 +94,35 @@ def parse_machine(text: str) -> PlannedMachine:
     for part in filter(None, (part.strip() for part in text.lower().split(","))):
         kind, match = next((k, m) for k, pattern in PATTERNS.items() if (m := re.fullmatch(pattern, part)))
         if kind == "GPUs" and not find_device(match[2]):
-            raise UserError(_unknown_part(part, match[2]))
+            raise _unknown_part(part, match[2])
         if kind in found:
-            raise UserError(f"--plan names the {kind} twice: describe one machine, such as {EXAMPLE}.")
+            raise UserError(f"--plan names the {kind} twice", hint=f"describe one machine, such as {EXAMPLE}")
         found[kind] = match
     for kind in ("GPUs", "cores"):
         if kind not in found:
-            raise UserError(f"--plan does not name the {kind} of the machine: write it like {EXAMPLE}.")
+            raise UserError(f"--plan does not name the {kind} of the machine", hint=f"write it like {EXAMPLE}")
     device, gpus, cores = find_device(found["GPUs"][2]), int(found["GPUs"][1] or 1), int(found["cores"][1])
     assert device
     if not 1 <= gpus <= cores:
-        raise UserError(f"--plan has {gpus} GPUs and {cores} cores: each GPU needs a core, as in {EXAMPLE}.")
+        raise UserError(
+            f"--plan has {gpus} GPUs and {cores} cores, and each GPU needs a core", hint=f"write it like {EXAMPLE}"
+        )
     storage = STORAGE_NAMES[found["storage"][1]] if "storage" in found else "nvme"
     memory = float(found["memory"][1]) * {"g": 1e9, "t": 1e12}[found["memory"][2]] if "memory" in found else None
     return PlannedMachine(gpus, device, cores, storage, memory)
 
 
-def _unknown_part(part: str, name: str) -> str:
-    """Return the message for a part of the description that is no known GPU, with the nearest known name."""
+def _unknown_part(part: str, name: str) -> UserError:
+    """Return the error about a part of the description that is no known GPU, with the nearest known name."""
     if "cpu" in name.split():
-        return f"--plan {part}: a plan is for GPUs, and a CPU can be measured: name a GPU, as in {EXAMPLE}."
+        problem = f"--plan {part}: a plan is for GPUs, and a CPU can be measured"
+        return UserError(problem, hint=f"name a GPU, as in {EXAMPLE}")
     names = [*(device.name.lower() for device in DEVICES.values()), *DEVICES, *STORAGE_NAMES, "cores", "gb"]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; storage is {', '.join(STORAGE)}."
+    hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; storage is {', '.join(STORAGE)}"
     if near:
         hint = f"did you mean {part.removesuffix(name)}{near[0]}?"
-    return f"--plan: {quote(part)} is not a GPU, a number of cores, a storage or a memory size: {hint}"
+    return UserError(f"--plan: {quote(part)} is not a GPU, a number of cores, a storage or a memory size", hint=hint)
 
 
 def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) -> None:
@@ -127,7 +130,10 @@ def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) 
     multiple = machine.gpus * accumulate
     if batch_size % multiple:
         shares = f"{machine.gpus} GPUs x train.accumulate={accumulate}"
-        raise UserError(f"train.batch_size={batch_size} does not divide by {shares}: set a multiple of {multiple}.")
+        raise UserError(
+            f"train.batch_size={batch_size} does not divide by {shares}",
+            hint=f"set train.batch_size to a multiple of {multiple}",
+        )
 
 
 def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> TrainingPlan:
@@ -230,7 +236,7 @@ def _step_seconds(
         source = f"ResNet-50's {reference_rate:,} images/s on {reference.name} (NVIDIA/DeepLearningExamples)"
         basis = f"The step reaches {share} of the {precision} peak, from {source}"
     else:
-        raise UserError("The profile lacks the step's FLOPs, which a plan needs: profile the recipe again.")
+        raise UserError("The profile lacks the step's FLOPs, which a plan needs", hint="profile the recipe again")
     assumptions.append(f"{basis}, scaled half with the peak, half with the memory bandwidth.")
     return seconds
 

@@ -239,22 +239,22 @@ def read_profile(path: Path) -> Profile:
     try:
         text = read_bytes(path, LARGEST_TEXT)
     except FileNotFoundError:
-        raise UserError(f"No profile at {path}: `fastssl profile RECIPE --json {path}` makes one.") from None
+        raise UserError(f"No profile at {path}", hint=f"`fastssl profile RECIPE --json {path}` makes one") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the file of a profile.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror})", hint="give the file of a profile") from None
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
     if first["type"] == "json_invalid":
-        raise UserError(f"{path} is not readable as JSON: give the file that fastssl profile --json wrote.")
+        raise UserError(f"{path} is not readable as JSON", hint="give the file that fastssl profile --json wrote")
     if not first["loc"] or (first["loc"] == ("schema_version",) and first["type"] == "missing"):
-        raise UserError(f"{path} is not a profile: give the file that fastssl profile --json wrote.")
+        raise UserError(f"{path} is not a profile", hint="give the file that fastssl profile --json wrote")
     if first["loc"] == ("schema_version",):
-        raise UserError(f"{path} was written by another version of fastssl: profile again.")
+        raise UserError(f"{path} was written by another version of fastssl", hint="profile the recipe again")
     key = printable(".".join(map(str, first["loc"])))[:200]
     message = first["msg"].removeprefix("Value error, ")
-    raise UserError(f"{path} is a damaged profile ({key}: {message}): profile again.")
+    raise UserError(f"{path} is a damaged profile ({key}: {message})", hint="profile the recipe again")
 
 
 def accelerator_utilization(stages: Stages) -> Measurement | None:

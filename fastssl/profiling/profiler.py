@@ -118,7 +118,9 @@ def default_path(recipe: Recipe, file: Path) -> Path:
 def trace_path(path: Path) -> Path:
     """Return the path of the trace next to the profile's. Raises UserError if files cannot be written there."""
     if path.suffix != ".json" or path.is_dir():
-        raise UserError(f"--json {path}: name a file that ends in .json; page and trace are written next to it.")
+        raise UserError(
+            f"--json {path} does not end in .json", hint="write a name that does; page and trace are written next to it"
+        )
     trace = path.with_suffix(".trace.json.gz")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     probe = part_of(existing / trace.name)
@@ -126,7 +128,7 @@ def trace_path(path: Path) -> Path:
         open_regular(probe, "xb").close()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --json.") from None
+        raise UserError(f"{path} cannot be written ({error.strerror})", hint="name another file with --json") from None
     return trace
 
 

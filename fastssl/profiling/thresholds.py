@@ -26,15 +26,15 @@ def parse_thresholds(texts: list[str]) -> list[Threshold]:
         key = key.strip()
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}."
-            raise UserError(f"--fail-under {text}: unknown key {quote(key)}: {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
+            raise UserError(f"--fail-under {text}: unknown key {quote(key)}", hint=hint)
         example = f"{key}={0.9 if key in SHARES else 1000}"
         # float() would also accept nan, which no value is below, and 1_000.
         minimum = float(number) if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", number) else math.nan
         if not math.isfinite(minimum):
-            raise UserError(f"--fail-under {text}: write KEY=VALUE with a number, such as {example}.")
+            raise UserError(f"--fail-under {text} is not KEY=VALUE with a number", hint=f"write it like {example}")
         if key in SHARES and minimum > 1:
-            raise UserError(f"--fail-under {text}: {key} is a share from 0 to 1, as in {example}.")
+            raise UserError(f"--fail-under {text}: {key} is a share from 0 to 1", hint=f"write it as in {example}")
         thresholds.append(Threshold(key, minimum))
     return thresholds
 
@@ -55,7 +55,10 @@ def failed_thresholds(profile: Profile, thresholds: list[Threshold]) -> list[str
     for key, minimum in thresholds:
         value, reason = values[key]
         if value is None:
-            raise UserError(f"--fail-under {key}: it is not in this profile: {reason.rstrip('.')}.")
+            raise UserError(
+                f"--fail-under {key} is not in this profile ({reason.rstrip('.')})",
+                hint="leave out this --fail-under, or profile where it can be measured",
+            )
         if value < minimum:
             failures.append(f"{key} is {value:.6g}, below {minimum:.6g}.")
     return failures

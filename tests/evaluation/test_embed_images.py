@@ -275,7 +275,7 @@ def test_what_a_model_has_is_what_the_file_has(stochastic, keys, canvas, photos,
 
 def test_parquet_without_pyarrow_names_the_package_and_the_other_formats(encoder, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match="pip install pyarrow, or write a .npz or a .csv"):
+    with pytest.raises(UserError, match="run `pip install pyarrow`, or write a .npz or a .csv"):
         embed_images(encoder, photos, tmp_path / "x.parquet")
 
 
@@ -357,7 +357,7 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
     "arguments, message",
     [
         (["{photos}", "--out", "x.txt"], "--out x.txt must end in .npz, .csv or .parquet."),
-        (["{photos}", "--out", "x"], "must end in"),
+        (["{photos}", "--out", "x"], "is of no known kind"),
         (["{photos}", "--out", "folder.npz"], "is a folder"),
         (["{photos}/no", "--out", "x.npz"], "does not exist"),
         (["{photos}", "--out", "x.npz", "--score", "knn_cosin"], "did you mean knn_cosine"),

@@ -236,7 +236,7 @@ def test_user_errors_name_the_cause_and_the_fix(run, canvas, photos, tmp_path):
     (tmp_path / "x.pt").touch()
     with pytest.raises(UserError, match="x.pt is not a readable checkpoint"):
         load_run_encoder(tmp_path / "x.pt")
-    with pytest.raises(UserError, match="--k 200 is not between 1 and the 48 images"):
+    with pytest.raises(UserError, match="--k must be from 1 to 48"):
         evaluate_knn(*opened(folder), ks=(20, 200))
     with pytest.raises(UserError, match="gone.beton"):
         opened(folder, val=tmp_path / "gone.beton")

@@ -126,7 +126,7 @@ def test_mutual_information_is_that_of_h_alone(weights, canvas, tmp_path):
     [
         (["--backbone", "resnet18"], "holds .* % of the parameters of --backbone resnet18"),
         (["--backbone", "resnet1"], "no architecture 'resnet1': the nearest are"),
-        (["--backbone", "test_resnet.nobody"], "--backbone test_resnet.nobody: timm .* has no such weights; "),
+        (["--backbone", "test_resnet.nobody"], "--backbone test_resnet.nobody: timm .* has no such weights: "),
         (["--stem", "small"], "has another stem"),
         (["--backbone", "test_vit", "--size", "33"], "set --size to 32 or 48"),
         (["RUN"], "takes the place of runs: leave out a run"),

@@ -190,7 +190,7 @@ def test_detectors_skipped_for_a_deterministic_run_are_shown(canvas, others, tmp
     assert set(result["skipped"]) == Q | {"knn_supervised"} and len(Q) == 8
     summary = text_of(ood_summary(result, 80), 80)
     assert "best label-free" in summary and "own uncertainty" not in summary
-    with pytest.raises(UserError, match="is deterministic: the sheet shows"):
+    with pytest.raises(UserError, match="is deterministic, and the sheet shows"):
         draw_ood_sheet(tmp_path / "sheet.png", encoder, sets_of(encoder, others), result)
     assert {result["skipped"][name] for name in Q} == {"the embedding is deterministic"}
     for name, row in result["detectors"].items():  # as if this were so, to see where it stands

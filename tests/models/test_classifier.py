@@ -304,7 +304,9 @@ def test_contradictory_keys_are_refused(override, message):
 
 
 def test_head_lr_factor_without_a_classifier_is_refused():
-    with pytest.raises(UserError, match="optim.head_lr_factor is the learning rate of a classifier, .* leave it out"):
+    with pytest.raises(
+        UserError, match="optim.head_lr_factor is the learning rate of a classifier, .* leave out optim.head"
+    ):
         load_recipe("recipes/barlow.yaml", ["optim.head_lr_factor=10"])
     assert isinstance(build_model(recipe_of({"name": "barlow_twins"}, {})), SSLModel)
 

@@ -102,8 +102,11 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
         ("{}", "not a profile"),
         ('{"rows": []}', "not a profile"),
         ('{"schema": 1, "legs": {}}', "not a profile"),
-        ('{"schema_version": 3, "stages": 0}', "was written by another version of fastssl: profile again."),
-        ('{"schema_version": true, "stages": 0}', "was written by another version of fastssl: profile again."),
+        ('{"schema_version": 3, "stages": 0}', "was written by another version of fastssl: profile the recipe again."),
+        (
+            '{"schema_version": true, "stages": 0}',
+            "was written by another version of fastssl: profile the recipe again.",
+        ),
         ('{"schema_version": 2, "stages": 0}', "is a damaged profile"),
     ],
 )
@@ -157,7 +160,7 @@ def test_a_field_of_the_wrong_type_is_named(tmp_path, key, value):
     path = written(tmp_path, json.dumps(example_json(**{key: value})))
     with pytest.raises(UserError, match=re.escape(key.replace("__", ".").split(".high")[0])) as raised:
         read_profile(path)
-    assert str(raised.value).endswith(": profile again.") and "\n" not in str(raised.value)
+    assert str(raised.value).endswith(": profile the recipe again.") and "\n" not in str(raised.value)
 
 
 def everywhere(value: object, path: tuple = ()):
@@ -217,16 +220,16 @@ def test_values_below_their_thresholds_are_named():
         ("accelerator_utilisation=0.9", "did you mean accelerator_utilization?"),
         ("decod.images_per_second=3", "did you mean decode.images_per_second?"),
         ("zzz=1", "the keys are images_per_second, accelerator_utilization, mfu"),
-        ("images_per_second", "write KEY=VALUE with a number, such as images_per_second=1000"),
-        ("images_per_second=fast", "write KEY=VALUE with a number"),
-        ("images_per_second=nan", "write KEY=VALUE with a number"),
-        ("images_per_second=1e999", "write KEY=VALUE with a number"),
+        ("images_per_second", "is not KEY=VALUE with a number, such as images_per_second=1000"),
+        ("images_per_second=fast", "is not KEY=VALUE with a number"),
+        ("images_per_second=nan", "is not KEY=VALUE with a number"),
+        ("images_per_second=1e999", "is not KEY=VALUE with a number"),
         ("mfu=40", "mfu is a share from 0 to 1"),
         ("", "the keys are"),
-        ("mfu=0.4", "--fail-under mfu: it is not in this profile: it was not measured."),
-        ("gpu_utilization=0.4", "it is not in this profile: there was no GPU."),
-        ("launch.images_per_second=4", "it is not in this profile: there is no GPU."),
-        ("replay.images_per_second=0.4", "it is not in this profile: it was too hot."),
+        ("mfu=0.4", "--fail-under mfu is not in this profile (it was not measured)"),
+        ("gpu_utilization=0.4", "is not in this profile (there was no GPU)"),
+        ("launch.images_per_second=4", "is not in this profile (there is no GPU)"),
+        ("replay.images_per_second=0.4", "is not in this profile (it was too hot)"),
     ],
 )
 def test_a_threshold_that_cannot_be_checked_is_one_sentence(text, says):

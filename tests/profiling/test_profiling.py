@@ -521,7 +521,7 @@ def test_the_command_measures_full_files_writes_all_files_and_fails_below_a_thre
         ([], "profile needs a recipe"),
         (["recipes/barlow.yaml", "--fail-under", "utilisation=1"], "--fail-under"),
         (["recipes/barlow.yaml", "--plan", "8xA1000"], "--plan"),
-        (["recipes/barlow.yaml", "--json", "x.txt"], "ends in .json"),
+        (["recipes/barlow.yaml", "--json", "x.txt"], "does not end in .json"),
         (["recipes/barlow.yaml", "--json", "/proc/x/y.json"], "/proc/x"),
         (["recipes/barlow.yaml"], "build-beton imagenet"),
         (["recipes/barlow.yaml", "--compare", "a.json", "b.json"], "leave out recipe and other options"),

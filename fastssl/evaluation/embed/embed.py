@@ -112,9 +112,9 @@ def embed_images(
     write = find_writer(out)
     processes = resolve_workers(workers)
     if not images.exists():
-        raise UserError(f"{images} does not exist: name a folder of images, a list of paths or a .beton.")
+        raise UserError(f"{images} does not exist", hint="name a folder of images, a list of paths or a .beton")
     if out.resolve() == images.resolve():
-        raise UserError(f"--out {out} is the list of images: name another file.")
+        raise UserError(f"--out {out} is the list of images", hint="name another file")
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if images.suffix == ".beton" and images.is_file():
         encoder.check_channels(images)
@@ -144,7 +144,8 @@ def _check_same_crops(train: Path, conversion: Conversion) -> None:
     if conversion.plan.layout == "full" and read_header(train).resolution is not None:
         raise UserError(
             f"All images of {train} have one size, so their views are cropped on the device, and those of image files "
-            "on the CPU, which a detector could tell apart: build a .beton of the images, or leave out --score."
+            "on the CPU, which a detector could tell apart",
+            hint="build a .beton of the images, or leave out --score",
         )
 
 
@@ -184,7 +185,8 @@ def _embed_files(
         _list_bad_images(report)
         raise UserError(
             f"None of the {len(report.bad):,} images of {files.path} could be read (the first: {report.bad[0].name}: "
-            f"{report.bad[0].reason}); {report.bad_list} lists them."
+            f"{report.bad[0].reason})",
+            hint=f"read {report.bad_list}, which lists them all with the reason",
         )
 
 

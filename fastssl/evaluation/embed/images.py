@@ -66,17 +66,19 @@ def list_images(path: Path, arrays: bool = False) -> ImageFiles:
         with progress(f"Listing {path}", None) as advance:
             samples = SampleList(_samples(found, advance))
     except UnsafeFile as error:
-        raise UserError(f"{path} is {error.strerror}: name a folder, a list of paths, an image or a .beton.") from error
+        raise UserError(
+            f"{path} is {error.strerror}", hint="name a folder, a list of paths, an image or a .beton"
+        ) from error
     except OSError as error:
         file = os.fsdecode(error.filename or path)
-        raise UserError(f"{file} cannot be read ({error.strerror}): make it readable for your user.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror})", hint="make it readable for your user") from error
     except ValueError as error:  # too many links to one folder
-        raise UserError(str(error)) from error
+        raise UserError(str(error), hint="name another folder, or a list of paths") from error
     images = ImageFiles(path, samples, bad, arrays)
     if not len(samples) and not bad:
         betons = ", ".join(sorted(file.name for file in path.glob("*.beton"))) if path.is_dir() else ""
         fix = f"name one of its files, {betons}" if betons else "name another folder, a list of paths or a .beton"
-        raise UserError(f"{path} holds no images: {fix}. {images.account(0, 0)}")
+        raise UserError(f"{path} holds no images ({images.account(0, 0).rstrip('.')})", hint=fix)
     return images
 
 
@@ -98,14 +100,17 @@ def _paths_in_list(path: Path, bad: list[BadImage]) -> Iterator[tuple[str, str]]
         for line in iter(partial(file.readline, LONGEST_LINE), ""):
             name = line.rstrip("\r\n")
             if "\0" in name or len(line) == LONGEST_LINE:
-                raise UserError(f"{path} is no folder, no .beton and no text file with one path per line: name one.")
+                raise UserError(
+                    f"{path} is no folder, no .beton and no text file with one path per line", hint="name one of these"
+                )
             if not name.strip() or name.startswith("#"):
                 continue
             image = os.path.join(path.parent, name)
             if is_first and not os.path.lexists(image) and os.path.lexists(name):
                 raise UserError(
                     f"{path} names {as_utf8(name)}, which is in the current folder but not in {path.parent}, where its "
-                    "relative paths start: write absolute paths, or move the list."
+                    "relative paths start",
+                    hint="write absolute paths, or move the list",
                 )
             is_first = False
             if folder_exists(os.path.dirname(image)):

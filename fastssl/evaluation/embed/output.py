@@ -33,15 +33,18 @@ def find_writer(out: Path) -> Writer:
     """Return the function that writes such a file. Raises UserError for another suffix, or without pyarrow."""
     writers: dict[str, Writer] = {".npz": write_npz, ".csv": write_csv, ".parquet": write_parquet}
     if out.suffix not in writers:
-        raise UserError(f"--out {out} must end in {', '.join(list(writers)[:-1])} or {list(writers)[-1]}.")
+        raise UserError(
+            f"--out {out} is of no known kind",
+            hint=f"write a name that ends in {', '.join(list(writers)[:-1])} or {list(writers)[-1]}",
+        )
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file.")
+        raise UserError(f"--out {out} is a folder", hint="name a file")
     if out.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
             raise UserError(
-                f"--out {out} needs the package pyarrow: pip install pyarrow, or write a .npz or a .csv."
+                f"--out {out} needs the package pyarrow", hint="run `pip install pyarrow`, or write a .npz or a .csv"
             ) from None
     return writers[out.suffix]
 

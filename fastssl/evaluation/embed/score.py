@@ -37,7 +37,10 @@ class Scorer:
     def __init__(self, encoder: RunEncoder, name: str, fit: str | Path | None = None) -> None:
         if name not in DETECTORS:
             nearest = difflib.get_close_matches(name, DETECTORS, n=1, cutoff=0.0)[0]
-            raise UserError(f"--score {name}: did you mean {nearest}? The detectors are {', '.join(DETECTORS)}.")
+            raise UserError(
+                f"--score {name} is no detector",
+                hint=f"did you mean {nearest}? The detectors are {', '.join(DETECTORS)}",
+            )
         self.encoder = encoder
         self.name = name
         self.kind = DETECTORS[name]
@@ -51,7 +54,7 @@ class Scorer:
         problems = unsupported_detectors(encoder.model, label_N)
         if name in problems:
             others = ", ".join(each for each in DETECTORS if each not in problems)
-            raise UserError(f"--score {name}: {problems[name]}; this run supports {others}.")
+            raise UserError(f"--score {name}: {problems[name]}", hint=f"use one that this run supports, {others}")
 
     def fit(self) -> None:
         """Fit the detector, if it learns from training images, whose features are cached."""
@@ -94,4 +97,4 @@ class Scorer:
         try:
             yield
         except ValueError as error:  # the detector is undefined on these images
-            raise UserError(f"--score {self.name}: {error} Choose another detector.") from error
+            raise UserError(f"--score {self.name}: {error}", hint="choose another detector") from error

@@ -149,14 +149,14 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
     """
     file = data or encoder.recipe.data.val
     if file is None:
-        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name images with --data FILE.beton.")
+        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val", hint="name images with --data FILE.beton")
     images = BetonSubset(beton_file(file, "val"))
     encoder.check_channels(images.path)
     about = images.describe()
     if about["images"] < estimators.MIN_SAMPLES:
         raise UserError(
-            f"{images.path} has {about['images']} images, too few for mutual information: choose a file with at least "
-            f"{estimators.MIN_SAMPLES}."
+            f"{images.path} has {about['images']} images, too few for mutual information",
+            hint=f"choose a file with at least {estimators.MIN_SAMPLES}",
         )
     name = "mi" + ("" if seed == 0 else f"-seed{seed}") + encoder.suffix
     if data:

@@ -213,7 +213,9 @@ def pytorch_ood_version() -> str | None:
 def import_pytorch_ood(detector_name: str) -> ModuleType:
     """Import and return pytorch_ood.detector. Raises UserError if it is not installed."""
     if pytorch_ood_version() is None:
-        raise UserError(f"The detector {detector_name} needs the package pytorch-ood: pip install pytorch-ood")
+        raise UserError(
+            f"The detector {detector_name} needs the package pytorch-ood", hint="run `pip install pytorch-ood`"
+        )
     # Imported here because it takes a second.
     import pytorch_ood.detector
 

@@ -50,7 +50,10 @@ def draw_ood_sheet(
     from matplotlib.figure import Figure
 
     if OWN_UNCERTAINTY not in result["detectors"]:
-        raise UserError(f"{encoder.run_dir} is deterministic: the sheet shows {OWN_UNCERTAINTY}, which needs sigma.")
+        raise UserError(
+            f"{encoder.run_dir} is deterministic, and the sheet shows {OWN_UNCERTAINTY}, which needs sigma",
+            hint="leave out --sheet",
+        )
     names = {name: plain_label((names or {}).get(name, name)) for name in ("id", *sets.ood)}
     with np.load(encoder.run_dir / "eval" / result["scores"]) as file:
         scores = {name: file[f"{name}/{OWN_UNCERTAINTY}"] for name in names}

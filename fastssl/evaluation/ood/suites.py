@@ -86,18 +86,18 @@ def find_sets(
     if suite:
         near, far = ([Path(root) / name for name in names] for names in SUITES[suite])
     if not near and not far:
-        raise UserError("There are no OOD images: name files with --near and --far, or a --suite.")
+        raise UserError("There are no OOD images", hint="name files with --near and --far, or a --suite")
     config = encoder.recipe.data
     id_file = id or config.val
     if id_file is None:
-        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val: name ID images with --id FILE.beton.")
+        raise UserError(f"{encoder.run_dir}/recipe.yaml has no data.val", hint="name ID images with --id FILE.beton")
     near, far = ([_file_of_set(path) for path in paths] for paths in (near, far))
     fit_data = find_fit_images(encoder, fit)
     encoder.check_channels(beton_file(id_file, "val"), *near, *far)
     names = ["id", *(set_name(path) for path in (*near, *far))]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"Two of the sets are called {name}: move one of them to a folder with another name.")
+            raise UserError(f"Two of the sets are called {name}", hint="move one of them to a folder with another name")
     sets = OODSets(
         fit=fit_data,
         id=BetonSubset(beton_file(id_file, "val")),
@@ -154,7 +154,7 @@ def check_same_build(paths: Sequence[Path]) -> None:
     for path in paths:
         info = read_header(path)
         if info.manifest is None:
-            raise UserError(f"{path} has no {path.name}.json with its build options: build it with build-beton.")
+            raise UserError(f"{path} has no {path.name}.json with its build options", hint="build it with build-beton")
         options = {name: info.manifest.get(name) for name in BUILD_OPTIONS}
         # Views of images of one size are cropped on the device; of several sizes on the CPU, which rounds to uint8.
         options["images of one size"] = info.resolution is not None
@@ -162,8 +162,9 @@ def check_same_build(paths: Sequence[Path]) -> None:
         for name, value in options.items():
             if value != first[name]:
                 raise UserError(
-                    f"{path} was built with {name}: {value}, {paths[0]} with {name}: {first[name]}, which alone could "
-                    "tell them apart: build all sets with the same options."
+                    f"{path} was built with {name}={value}, {paths[0]} with {name}={first[name]}, which alone could "
+                    "tell them apart",
+                    hint="build all sets with the same options",
                 )
 
 

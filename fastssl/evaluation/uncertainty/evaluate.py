@@ -66,7 +66,7 @@ def evaluate_uncertainty(
     else:
         score = f"mean sigma of {stochastic[0]}"  # for hz that of h, as in Embedding
     if about["val"]["images"] < 2:
-        raise UserError(f"{data.val.path} has a single image, which has no neighbor: choose a larger file.")
+        raise UserError(f"{data.val.path} has a single image, which has no neighbor", hint="choose a larger file")
 
     def compute() -> dict[str, Any]:
         train = cached_features(encoder, data.train, dtype)
