@@ -220,7 +220,7 @@ def test_values_below_their_thresholds_are_named():
         ("accelerator_utilisation=0.9", "did you mean accelerator_utilization?"),
         ("decod.images_per_second=3", "did you mean decode.images_per_second?"),
         ("zzz=1", "the keys are images_per_second, accelerator_utilization, mfu"),
-        ("images_per_second", "is not KEY=VALUE with a number, such as images_per_second=1000"),
+        ("images_per_second", "is not KEY=VALUE with a number: write it like images_per_second=1000"),
         ("images_per_second=fast", "is not KEY=VALUE with a number"),
         ("images_per_second=nan", "is not KEY=VALUE with a number"),
         ("images_per_second=1e999", "is not KEY=VALUE with a number"),
