@@ -1,9 +1,15 @@
 """Runs that are killed, stopped, or meet a full disk or a damaged checkpoint end with the same bits."""
 
+import os
+import pty
+import re
 import resource
 import signal
 import subprocess
+import termios
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -24,7 +30,7 @@ from training_runs import (
 )
 
 import fastssl
-from fastssl.common.errors import EXIT_REQUEUE, Stopped, UserError
+from fastssl.common.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, Stopped, UserError
 from fastssl.loading import loader
 from fastssl.recipe import load_recipe
 from fastssl.training import run_dir, run_writer, train
@@ -106,6 +112,49 @@ def test_sigterm_ends_a_real_process_with_its_step_saved(canvas, tmp_path):
     step = checkpoint_in(tmp_path / "run")["step"]
     assert metrics_of(tmp_path / "run")[-1]["step"] == step >= 4
     assert f"Stopped by SIGTERM after step {step}" in output and "--resume" in output
+
+
+def test_ctrl_c_in_a_terminal_leaves_a_whole_panel_and_a_command_that_works(canvas, tmp_path):
+    run_dir = tmp_path / "my run"
+    process, output = start_in_terminal(command("zprob_barlow", small(canvas, run_dir, "train.epochs=30")))
+    wait_for_line(process, run_dir, 4)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == EXIT_INTERRUPTED
+    step = checkpoint_in(run_dir)["step"]
+    *above, stopped, resume = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output()).split("\n")[:-1]
+    assert stopped == f"Stopped by SIGINT after step {step} of 90, saved. To continue:"
+    assert above[-1].startswith("╰") and "╭" in "".join(above[-20:])  # the last panel, as a whole, is above
+    done = subprocess.run(resume, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert f"after step {step} on cpu" in done.stdout and "Done: 90 steps" in done.stdout
+    evaluate = re.search("Evaluate: +(.*)", done.stdout)[1]
+    done = subprocess.run(evaluate, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and (run_dir / "eval/knn.json").exists(), done.stderr
+
+
+def start_in_terminal(arguments):
+    """Start a process in a terminal of 80 x 24. Returns it, and a function that waits for all of its output."""
+    terminal, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, 80))
+    environment = {**ENVIRONMENT, "TERM": "xterm"}
+    process = subprocess.Popen(arguments, stdin=inside, stdout=inside, stderr=inside, env=environment)
+    os.close(inside)
+    parts = []
+
+    def read():
+        with suppress(OSError):  # the terminal's way to say that the process has ended
+            while part := os.read(terminal, 1 << 16):
+                parts.append(part)
+        os.close(terminal)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def output():
+        reader.join(PATIENCE)
+        return b"".join(parts).decode().replace("\r\n", "\n").replace("\r", "")
+
+    return process, output
 
 
 @pytest.fixture(scope="module")
