@@ -29,8 +29,8 @@ BESIDE = 4  # columns between two columns of metrics
 METRIC = 33, 40  # columns of a metric in the panel, at least and at most
 LOSSES = 1024  # of the curve, at most
 CURVE = "loss curve "
-# Readable on light and on dark backgrounds; all other text has the terminal's own color.
-COLOR = "rgb(0,135,175)"
+# A contrast of 4.5 to 1 on white and on black; all other text has the terminal's own color.
+COLOR = "rgb(0,125,180)"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 

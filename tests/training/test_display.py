@@ -175,6 +175,14 @@ def test_values_on_the_panel():
     assert "KL(q||p) of z, nats" in narrow and "on-diagonal" not in narrow
 
 
+def test_the_color_can_be_read_on_white_and_on_black():
+    """WCAG's contrast of 4.5 to 1, for text of normal size."""
+    values = [int(value) / 255 for value in re.findall(r"\d+", display_module.COLOR)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+    luminance = sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear))
+    assert 1.05 / (luminance + 0.05) >= 4.5 and (luminance + 0.05) / 0.05 >= 4.5
+
+
 def test_a_live_panel_stays_in_place(monkeypatch):
     """Messages come above it. In a narrower window, where each of its lines takes two rows, all of them are erased."""
     screen = terminal(80)

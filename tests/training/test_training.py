@@ -267,11 +267,14 @@ def test_a_directory_with_a_run_is_not_overwritten(small):
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_run_directories_are_numbered_by_default(small, tmp_path, monkeypatch):
+def test_run_directories_are_numbered_by_default(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [a for a in small if not a.startswith("run.dir")]
     recipe = load_recipe("recipes/barlow.yaml", [*arguments, "train.epochs=1", "name=x"])
     assert [str(train(recipe)), str(train(recipe))] == ["runs/x", "runs/x-2"]
+    out = capsys.readouterr().out
+    assert out.count("exists, so this new run") == 1 and "runs/x exists, so this new run goes to runs/x-2." in out
+    assert "train --resume runs/x\n" in out
 
 
 class Payload:

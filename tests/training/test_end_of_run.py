@@ -1,0 +1,56 @@
+"""The last lines of a run: what it saved, and commands that are right for it; and a run directory with a number."""
+
+import re
+import shlex
+
+from training_runs import small
+
+from fastssl.beton import build_beton
+from fastssl.cli.train import _evaluation_command
+from fastssl.recipe import load_recipe
+from fastssl.training.run_dir import choose_run_dir
+
+
+def test_a_run_says_what_it_saved_and_what_comes_next(canvas, tmp_path, fastssl):
+    run = tmp_path / "my run"
+    code, out, err = fastssl("train", "recipes/barlow.yaml", *small(canvas, run, "train.epochs=1", "probe.every=1"))
+    assert code == 0, err
+    done, *files, evaluate, longer = out.splitlines()[-7:]
+    assert re.fullmatch(rf"Done: 3 steps in (under 1|\d+) s\. Saved in {run}:", done)
+    assert [(run / line.split()[0]).is_file() for line in files] == [True] * 4
+    assert "kNN accuracy" in files[2] and files[2].endswith("%, step 3")
+    assert shlex.split(evaluate)[2:] == ["eval", "knn", str(run)]
+    assert shlex.split(longer)[3:] == ["train", "--resume", str(run), "train.epochs=2"]
+    code, out, err = fastssl(*shlex.split(longer)[3:])
+    assert code == 0 and "Done: 6 steps" in out and "train.epochs=4" in out, err
+
+
+def test_the_command_that_evaluates_a_run_depends_on_its_images(canvas, photos, tmp_path):
+    """kNN needs labels of both sides, of the same classes; else the embeddings of the training images are suggested."""
+
+    def of(*keys):
+        recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys))
+        return shlex.split(_evaluation_command(recipe, tmp_path / "run"))[1:3]
+
+    (tmp_path / "flat").mkdir()
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:20]):
+        (tmp_path / "flat" / f"{number}.jpg").write_bytes(path.read_bytes())
+    build_beton("imagefolder", tmp_path / "flat", tmp_path / "unlabeled", canvas=32, workers=1)
+    unlabeled = next((tmp_path / "unlabeled").glob("*.beton"))
+    assert of() == ["eval", "knn"]
+    for keys in (["data.val=null"], [f"data.val={tmp_path}/gone.beton"], [f"data.val={unlabeled}"],
+                 [f"data.train={unlabeled}"]):  # fmt: skip
+        assert of(*keys) == ["embed", str(tmp_path / "run")], keys
+
+
+def test_a_number_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("barlow")
+    assert choose_run_dir(recipe, None, restarted=False).taken is None
+    (tmp_path / "runs" / recipe.name).mkdir(parents=True)
+    (tmp_path / "runs" / f"{recipe.name}-2").mkdir()
+    path, _, taken = choose_run_dir(recipe, None, restarted=False)
+    assert (path.name, taken.name) == (f"{recipe.name}-3", f"{recipe.name}-2")
+    named = load_recipe("barlow", [f"run.dir=runs/{recipe.name}-3"])
+    for chosen in (choose_run_dir(named, None, restarted=False), choose_run_dir(recipe, "auto", restarted=False)):
+        assert chosen.taken is None
