@@ -90,7 +90,7 @@ def write_page(path: Path, profile: Profile) -> None:
         stages=_table(
             ["stage", "images/s", "±", "CPU ms"], [row[:4] for row in stages], [row.is_bottleneck for row in stages]
         ),
-        stages_caption=escape(STAGES_CAPTION.removeprefix("* the bottleneck. ")),
+        stages_caption=escape(STAGES_CAPTION),
         time=_table(["part", "ms per image", "share"], [whole, *parts], [True, *(False for _ in parts)]),
         time_caption=escape(time_caption(profile)),
         details=_pairs(details(profile)),

@@ -19,7 +19,7 @@ HEALTHY = 0.9  # accelerator utilization, below which training is worth speeding
 MANY_PAGE_FAULTS = 5000  # per step; they take a hundredth of a second
 WORTH_SAYING = 1.01  # speedup that a stage twice as fast must give to be named
 STAGES_CAPTION = (
-    "* the bottleneck. images/s: each stage alone, the median of several windows of time, ± half the range from the "
+    "images/s: each stage alone, the median of several windows of time, ± half the range from the "
     "slowest to the fastest. CPU ms: CPU time per image, over all threads."
 )
 MEANINGS = {  # of stages whose names do not say it all
@@ -56,7 +56,7 @@ def profile_table(profile: Profile, width: int) -> RenderableType:
         Text(f"\n{subject(profile)}\n", style="dim"),
         _pairs(headline(profile)),
         _stage_table(profile),
-        Text(STAGES_CAPTION, style="dim"),
+        Text(STAGES_CAPTION if bottleneck.stage == "balanced" else f"* the bottleneck. {STAGES_CAPTION}", style="dim"),
         _time_table(profile),
         Text(time_caption(profile), style="dim"),
         Text("\nMore on each stage", style="bold"),
