@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 WIDTH_OF_FILES = 160  # columns of tables that go to a file or a pipe
 PLAIN_LINE_EVERY = 10.0  # seconds
+SHORT = 2.0  # seconds: a reader of a log does not miss lines about work that took less
 
 
 class PlainConsole(Console):
@@ -126,11 +127,21 @@ class Advance(Protocol):
     def __call__(self, count: int = 1, size_B: int = 0) -> None: ...
 
 
+class _TimeColumn(TimeRemainingColumn):
+    """The time left, and of finished work the time that it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished and task.finished_time is not None:
+            return Text(f"in {time_in_words(task.finished_time)}", style="progress.elapsed")
+        return super().render(task)
+
+
 @contextmanager
 def progress(title: str, total: int | None, unit: str = "images", done: int = 0) -> Iterator[Advance]:
-    """Show on stderr how far long work is, its rate and the time left.
+    """Show on stderr how far long work is, its rate and the time left, and at its end how long it took.
 
-    On a terminal this is a live bar, elsewhere a plain line every ten seconds.
+    On a terminal this is a live bar, elsewhere a plain line every ten seconds. Work of less than SHORT seconds leaves
+    nothing on the screen.
 
     Args:
         title: what is being done.
@@ -149,7 +160,7 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
     size = 0
     title_column = TextColumn("{task.description}", markup=False)
     columns = title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    with Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal) as bar:
+    with Progress(*columns, _TimeColumn(), console=stderr, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(printable(title), total=total, completed=done, rate="")
 
         def advance(count: int = 1, size_B: int = 0) -> None:
@@ -159,13 +170,22 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
             now = time.monotonic()
             seconds = max(now - start, 1e-9)  # some clocks have steps
             per_second = (done - done_before) / seconds
-            rate = f"{per_second:,.1f} {unit}/s" + (f", {size / 1e6 / seconds:,.1f} MB/s" if size else "")
+            rate = f"{_rounded(per_second)} {unit}/s" + (f", {_rounded(size / 1e6 / seconds)} MB/s" if size else "")
             bar.update(task, completed=done, rate=rate)
-            is_last = total is not None and done >= total
-            if not stderr.is_terminal and (is_last or now - last_line >= PLAIN_LINE_EVERY):
+            if stderr.is_terminal:
+                return
+            if total is not None and done >= total:
+                if seconds >= SHORT:
+                    print_line(stderr, f"{title}: {done:,} {unit} in {time_in_words(seconds)}, {rate}")
+            elif now - last_line >= PLAIN_LINE_EVERY:
                 last_line = now
                 line = f"{title}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}, {rate}"
-                line += f", {(total - done) / per_second:,.0f} s left" if total and per_second else ""
+                line += f", {time_in_words((total - done) / per_second)} left" if total and per_second else ""
                 print_line(stderr, line)
 
         yield advance
+        bar.live.transient = time.monotonic() - start < SHORT
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:,.1f}"

@@ -1,6 +1,7 @@
 """Output without a terminal: plain lines of progress, tables, and text that a terminal must not take for commands."""
 
 import io
+import itertools
 import re
 
 import pytest
@@ -20,12 +21,13 @@ from fastssl.common.terminal import (
 
 def test_progress_prints_plain_lines_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "PLAIN_LINE_EVERY", 0.0)
+    monkeypatch.setattr(terminal, "SHORT", 0.0)
     with progress("[train]", 4, unit="files", done=1) as advance:
         advance(2, 5_000_000)
         advance()
     first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("[train]: 3 of 4 files, ") and " files/s, " in first and first.endswith(" s left")
-    assert last.startswith("[train]: 4 of 4 files, ") and last.endswith(", 0 s left")
+    assert first.startswith("[train]: 3 of 4 files, ") and " files/s, " in first and first.endswith(" left")
+    assert last.startswith("[train]: 4 files in under 1 s, ") and last.endswith(" MB/s")
 
 
 def test_progress_without_a_total(capsys, monkeypatch):
@@ -35,11 +37,45 @@ def test_progress_without_a_total(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("listing: 1,000 images, ")
 
 
-def test_progress_is_rare_without_a_terminal(capsys):
+@pytest.mark.parametrize(
+    "seconds_of_each, lines", [(0.001, []), (0.0021, [r"work: 1,000 images in 2 s, 47\d images/s"])]
+)
+def test_progress_is_rare_without_a_terminal(capsys, monkeypatch, seconds_of_each, lines):
+    """Nothing about work of a second, one line about work of two seconds."""
+    clock = itertools.count(step=seconds_of_each)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with progress("work", 1000) as advance:
         for _ in range(1000):
             advance()
-    assert capsys.readouterr().err.count("\n") == 1
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(lines) and all(map(re.fullmatch, lines, printed))
+
+
+def test_progress_of_many_seconds_shows_the_time_left(capsys, monkeypatch):
+    clock = itertools.count(step=1.0)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with progress("work", 100) as advance:
+        for _ in range(100):
+            advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "work: 10 of 100 images, 1.0 images/s, 1 min 30 s left" and len(lines) == 10
+    assert lines[-1] == "work: 100 images in 1 min 40 s, 1.0 images/s"
+
+
+@pytest.mark.parametrize("seconds, shown", [(0.5, None), (65.0, "in 1 min 05 s")])
+def test_a_bar_of_finished_work_says_how_long_it_took(monkeypatch, seconds, shown):
+    """And the bar of short work is cleared away."""
+    screen = terminal.PlainConsole(file=io.StringIO(), force_terminal=True, width=100, markup=False, emoji=False)
+    now = [100.0]
+    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(screen, "get_time", lambda: now[0])
+    with progress("work", 10) as advance:
+        now[0] += seconds
+        advance(10)
+    out = screen.file.getvalue()
+    cleared = out.rstrip().endswith("\x1b[2K")
+    assert cleared == (shown is None) and (shown is None or shown in out)
 
 
 @pytest.mark.parametrize("columns, width", [(None, 160), ("91", 91)])
