@@ -314,7 +314,7 @@ def ood(
           --far data/mnist5k/photos.beton --far data/mnist5k/noise.beton
       fastssl eval ood runs/cifar10_zprob_barlow --suite cifar10 --root data
     """
-    from fastssl.common.terminal import console
+    from fastssl.common.terminal import console, print_line
     from fastssl.evaluation.ood import evaluate_ood, find_sets, ood_summary_table, ood_table, save_ood_table
 
     if suite and (near or far):
@@ -328,8 +328,10 @@ def ood(
     for encoder in _encoders(source, view, device, fit, id_):
         sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
         results.append(evaluate_ood(encoder, sets, seed=seed))
-        save_ood_table(encoder.run_dir, results[-1])
-    _show(results, out, partial(ood_table, width=console().width), ood_summary_table)
+        path = save_ood_table(encoder.run_dir, results[-1])
+    _show(results, out, ood_table, ood_summary_table)
+    if len(results) == 1:
+        print_line(console(), f"{path} holds the table with all columns.")
 
 
 @app.command(cls=Command)
@@ -378,6 +380,7 @@ def mi(
     out_dir: OutDir = None,
     device: Device = "auto",
     seed: Seed = 0,
+    verbose: Annotated[bool, Option("--verbose", help="show every self-check of the estimates")] = False,
     out: Out = None,
 ) -> None:
     """Mutual information between image, h, z and the z of two views, in nats.
@@ -394,7 +397,7 @@ def mi(
         raise UserError("--weights has no data of its own", hint="name images with --data FILE.beton")
     file = beton_file(data, "val") if data else None
     results = [evaluate_mi(encoder, file, seed=seed) for encoder in _encoders(source, view, device, file, file)]
-    _show(results, out, mi_table, mi_summary_table)
+    _show(results, out, partial(mi_table, verbose=verbose), mi_summary_table)
 
 
 class Source(NamedTuple):

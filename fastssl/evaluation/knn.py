@@ -21,7 +21,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Advance, Array, Device, as_labels, as_tensor
 from fastssl.evaluation.features import DType, cached_features, mean_of_draws
-from fastssl.evaluation.metrics import accuracy_interval
+from fastssl.evaluation.metrics import accuracy_interval, chance_levels
 from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
@@ -70,6 +70,7 @@ def evaluate_knn(
         return {
             "metrics": {name: float(correct_M.mean()) for name, correct_M in correct.items()},
             "intervals": {name: list(accuracy_interval(correct_M)) for name, correct_M in correct.items()},
+            "chance": dict.fromkeys(correct, chance_levels(val.label)["accuracy"]),
         }
 
     request = {

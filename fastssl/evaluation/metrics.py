@@ -28,6 +28,7 @@ class ClassificationResult:
     intervals: dict[str, Interval]  # 95 % intervals of the metrics, bootstrap over test samples
     confusion_KK: np.ndarray  # int64 counts: rows the truth, columns the guess
     label_K: np.ndarray  # int64: every class of the classifier or of the test set, ascending
+    chance: dict[str, float]  # the metrics of a guess that knows nothing about the image, as far as they are defined
 
 
 def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed: int = 0) -> ClassificationResult:
@@ -81,7 +82,27 @@ def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed
     label_K = np.union1d(class_C, present_K)
     pair_M = np.searchsorted(label_K, label_M) * len(label_K) + np.searchsorted(label_K, guess_M)
     confusion_KK = np.bincount(pair_M, minlength=len(label_K) ** 2).reshape(len(label_K), -1)
-    return ClassificationResult(compute(slice(None)), intervals, confusion_KK, label_K)
+    metrics = compute(slice(None))
+    chance = {name: value for name, value in chance_levels(label_M).items() if name in metrics}
+    return ClassificationResult(metrics, intervals, confusion_KK, label_K, chance)
+
+
+def chance_levels(labels: Array) -> dict[str, float]:
+    """Return the metrics, on these test labels, of a guess that knows the shares of the classes but not the image.
+
+    Accuracies: the most frequent class is guessed, or the five most frequent ones. nll: probabilities are the shares of
+    the classes. recall_at_1: the nearest neighbor is any other image.
+    """
+    size_K = np.sort(np.unique(as_labels(labels), return_counts=True)[1])[::-1]
+    samples = int(size_K.sum())
+    share_K = size_K / samples
+    return {
+        "accuracy": float(share_K[0]),
+        "accuracy_top5": float(share_K[:TOP].sum()),
+        "accuracy_macro": 1 / len(share_K),
+        "nll": float(-(share_K * np.log(share_K)).sum()),
+        "recall_at_1": float((share_K * (size_K - 1)).sum() / max(1, samples - 1)),
+    }
 
 
 def _test_samples(logits_BC: np.ndarray, label_B: np.ndarray, class_C: np.ndarray) -> tuple[np.ndarray, ...]:

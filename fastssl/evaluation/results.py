@@ -72,8 +72,9 @@ class EvaluationResult(EncoderDescription):
     val: DataDescription  # tested on
     layout: NotRequired[str]  # "full" where both files are, else "canvas"
     # What was measured.
-    metrics: dict[str, Finite]  # shares from 0 to 1 unless tables.UNITS names another unit
+    metrics: dict[str, Finite]  # shares from 0 to 1 unless metric_info.py names another unit
     intervals: NotRequired[dict[str, Interval]]  # of metrics, bootstrap over the test images
+    chance: NotRequired[dict[str, Finite]]  # metrics of a guess that knows nothing about the image
     confusion: NotRequired[str]  # file with the (K, K) confusion matrix
     confusion_classes: NotRequired[list[int]]  # its K labels
     hyperparameters: NotRequired[dict[str, int]]  # of a linear classifier, as they follow from the data
@@ -141,6 +142,7 @@ def save_classification(run_dir: Path, name: str, result: ClassificationResult, 
     return {
         "metrics": result.metrics,
         "intervals": result.intervals,
+        "chance": result.chance,
         "confusion": path.name,
         "confusion_classes": result.label_K.tolist(),
     }

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from small_models import features_of, make_run
+from table_widths import rendered, tables_of
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -483,18 +484,21 @@ def test_table_of_runs_has_a_line_per_metric(canvas, tmp_path, monkeypatch, caps
     # With one seed the neighbors of all images are wrong, so r_auroc is undefined there and in the summary.
     figures = [name for name in FIGURES if all(name in result["metrics"] for result in results[:2])]
     assert list(rows[0].metrics) == figures and len(figures) >= 20
-    table = summary_table(rows)
-    assert table.row_count >= 4 + len(figures) and len(table.columns) == 3
-    assert list(table.columns[0].cells)[3] == "score"
-    one = result_table(results[0])
+    (table,) = tables_of(summary_table(rows), 160)
+    # A line per metric that a row has, a column per row, and what is better and chance.
+    assert table.row_count >= len(figures) and len(table.columns) == 1 + 2 + 2
+    text = rendered(result_table(results[0]), 160)
+    (one,) = tables_of(result_table(results[0]), 160)
     names, values = (list(column.cells) for column in one.columns[:2])
-    assert "uncertainty: mean sigma of z, 0." in one.caption and one.row_count == len(results[0]["metrics"])
-    assert "spearman_blur (-1 to 1)" in names and "aurc (0 to 1)" in names and "nll_scaled (nats)" in names
-    assert values[names.index("aurc (0 to 1)")] == f"{results[0]['metrics']['aurc']:.3f}"
-    assert values[names.index("crop_larger")] == f"{100 * results[0]['metrics']['crop_larger']:.2f}"
+    assert "uncertainty: mean sigma of z, 0." in text and one.row_count == len(results[0]["metrics"])
+    assert values[names.index("AURC by uncertainty")] == f"{100 * results[0]['metrics']['aurc']:.1f} %"
+    assert values[names.index("NLL, scaled")] == f"{results[0]['metrics']['nll_scaled']:.2f} nats"
+    assert values[names.index("correlation with blur")] == f"{results[0]['metrics']['spearman_blur']:.2f}"
+    # Chance, from the labels: 12 images of three classes.
+    assert results[0]["chance"]["accuracy"] == pytest.approx(1 / 3)
     # Tables of other evaluations have no uncertainty.
     knn = [evaluate_knn(*opened(run), ks=(5,)) for run in made]
-    assert summary_table(summarize_runs(knn)).row_count == 2 and "uncertainty" not in result_table(knn[0]).caption
+    assert "uncertainty" not in rendered(result_table(knn[0]), 160)
 
 
 def test_single_test_image_is_refused(canvas, photos, tmp_path):

@@ -5,7 +5,7 @@ from io import StringIO
 from pathlib import Path
 from typing import cast
 
-from rich.box import HEAVY_HEAD, SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from fastssl.common.files import explain_write_errors, write_atomically
@@ -14,51 +14,101 @@ from fastssl.evaluation.ood.detectors import LABEL_BASED, OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
 from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import SetDescription
-from fastssl.evaluation.tables import SummaryRow, result_title
+from fastssl.evaluation.ood.verdict import (
+    GROUPS,
+    best_detector,
+    detectors_of,
+    group_mean,
+    inverted_sets,
+    ood_verdict,
+    runs_verdict,
+)
+from fastssl.evaluation.tables import (
+    FirstThatFits,
+    SummaryRow,
+    needed_width,
+    percent,
+    plain_table,
+    result_title,
+    table_of_rows,
+    text_lines,
+)
 
-WIDE = 120  # columns of a terminal; in a narrower one, FPR and single sets are left out
 HOW_TO_READ = (
     "AUROC: how often an unseen image scores higher than a known one, in percent (50 is chance), with 95 % intervals. "
     "The best ones are chosen on these very images, so theirs are upper bounds."
 )
+# Optional columns, from the widest form of the table to the narrowest. The others are in every form.
+FORMS = (("95 %", "FPR95", "sets"), ("95 %", "FPR95"), ("95 %",), ())
+LEGEND = (
+    "ID: in-distribution images, as the run was trained on. OOD: out-of-distribution images, near (similar) or far.",
+    "AUROC: how often an OOD image scores higher than an ID image, in percent; 50 is chance, higher is better.",
+    "95 %: bootstrap interval over the images. near and far are means over the sets of the group.",
+    "FPR95: share of OOD images that are accepted when 95 % of the ID images are, in percent; lower is better.",
+    "rho: rank correlation of the score with the length of h on ID images; near 1 or -1 it is little more than that.",
+    "The best score is chosen on these very images, so its AUROC is an upper bound.",
+    "inverted: sets whose AUROC is below 50 beyond its interval (marked !): the score points the wrong way there.",
+)
+LABELS_USED = "*: uses labels of the training images."
 
 
-def ood_table(result: OODResult, width: int = 160) -> Table:
-    """Show a line per detector, in percent: AUROC of near and far sets, and in a wide terminal FPR and each set."""
-    wide = width >= WIDE
-    ood_sets = {"near": result["near"], "far": result["far"]}
-    groups = [group for group, sets in ood_sets.items() if sets]
-    names = [name for group in groups for name in ood_sets[group]]
+def ood_table(result: OODResult) -> Group:
+    """Show a line per detector, in as many columns as fit, then which score to use, and what every column means."""
+    ood_sets = {group: result["near"] if group == "near" else result["far"] for group in GROUPS}
     skipped: dict[str, list[str]] = {}
     for detector, reason in result["skipped"].items():
         skipped.setdefault(reason, []).append(detector)
     train, val = cast(SetDescription, result["train"]), cast(SetDescription, result["val"])
-    lines = [
-        "AUROC (higher score = OOD) and FPR at 95 % of ID images accepted, in percent, means over sets; 95 % bootstrap",
-        "intervals. inverted: AUROC is below 50 beyond its interval. rho: rank correlation with |h| on ID images",
+    labels_used = any(row["labels"] for row in result["detectors"].values())
+    about = [
         f"fitted on {train['images']:,} images of {_describe_source(train)}",
         f"ID: {val['images']:,} images of {_describe_source(val)}",
-        *(f"{group} {name}: {_describe_source(ood_sets[group][name])}" for group in groups for name in ood_sets[group]),
+        *(f"{group} {name}: {_describe_source(about)}" for group in GROUPS for name, about in ood_sets[group].items()),
         *(f"skipped: {', '.join(detectors)}: {reason}" for reason, detectors in skipped.items()),
         f"measured {result['measured_at']}",
     ]
-    box = HEAVY_HEAD if wide else SIMPLE_HEAD
-    table = Table(title=result_title(result), caption="\n".join(lines), caption_justify="left", box=box, pad_edge=wide)
-    table.add_column("detector", no_wrap=True)
-    headings = [heading for group in groups for heading in (f"{group}\nAUROC", "95 %", *(["FPR95"] if wide else []))]
-    headings += [name.replace("-", "\n") for name in names] if wide else []
-    for heading in [*headings, "rho"]:
+    return Group(
+        FirstThatFits([_detector_table(result, form) for form in FORMS]),
+        text_lines(ood_verdict(result)),
+        text_lines([*LEGEND, *([LABELS_USED] if labels_used else [])], style="dim"),
+        text_lines(about, style="dim"),
+    )
+
+
+def _detector_table(result: OODResult, form: Sequence[str]) -> Table:
+    """Return the table with the optional columns of `form`."""
+    groups = [group for group in GROUPS if result[group]]
+    sets = [*result["near"], *result["far"]] if "sets" in form else []
+    table = plain_table(result_title(result))
+    table.add_column("detector", overflow="fold")
+    for group in groups:
+        for heading in (f"{group}\nAUROC", *(each for each in form if each != "sets")):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for heading in [*(name.replace("-", "\n") for name in sets), "rho", "inverted"]:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("inverted" if wide else "inv.", overflow="fold")
-    labels_used = False
+    last_labels = False
     for detector, row in result["detectors"].items():
-        if row["labels"] and not labels_used:
-            labels_used = True
+        if row["labels"] and not last_labels:
             table.add_section()
-        table.add_row(detector + (" *" if row["labels"] else ""), *_cells(row, groups, names, wide))
-    if labels_used:
-        table.caption = "\n".join([*lines, "* uses labels of the training images"])
+        last_labels = row["labels"]
+        table.add_row(detector + (" *" if row["labels"] else ""), *_cells(row, groups, sets, form))
     return table
+
+
+def _cells(row: DetectorResult, groups: Sequence[str], sets: Sequence[str], form: Sequence[str]) -> list[str]:
+    """Return the cells after the name of the detector."""
+    cells = []
+    for group in groups:
+        mean = group_mean(row, group)
+        cells.append(percent(mean["metrics"]["auroc"]))
+        if "95 %" in form:
+            low, high = mean["intervals"]["auroc"]
+            cells.append(f"{percent(low)}-{percent(high)}")
+        if "FPR95" in form:
+            cells.append(percent(mean["metrics"]["fpr95_id_positive"]))
+    inverted = inverted_sets(row)
+    cells += [percent(row["sets"][name]["metrics"]["auroc"]) + ("!" if name in inverted else " ") for name in sets]
+    return [*cells, f"{row['norm_correlation']:.2f}", f"{len(inverted)} of {len(row['sets'])}" if inverted else ""]
 
 
 def ood_summary(result: OODResult, width: int = 80) -> Table:
@@ -67,15 +117,7 @@ def ood_summary(result: OODResult, width: int = 80) -> Table:
     "Best" is the highest mean of the near and far AUROC. A deterministic run has no uncertainty of its own. width: the
     columns of the terminal.
     """
-    groups = [group for group in ("near", "far") if result[group]]
-    kinds: dict[str, list[str]] = {}  # detector -> what it is
-    if OWN_UNCERTAINTY in result["detectors"]:
-        kinds[OWN_UNCERTAINTY] = ["own uncertainty"]
-    for labels, kind in ((False, "best label-free"), (True, "best label-based")):
-        names = [name for name, row in result["detectors"].items() if row["labels"] == labels]
-        if names:
-            best = max(names, key=lambda name: _mean_auroc(result["detectors"][name], groups))
-            kinds.setdefault(best, []).append(kind)
+    groups = [group for group in GROUPS if result[group]]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, caption=HOW_TO_READ, caption_justify="left")
     table.caption_style = "none"
     table.width = min(width, 80)
@@ -83,67 +125,60 @@ def ood_summary(result: OODResult, width: int = 80) -> Table:
     table.add_column("score", overflow="fold", ratio=1)
     for group in groups:
         table.add_column(f"{group} AUROC" if width >= 60 else group, justify="right")
-    for name, names_of_kind in kinds.items():
-        row = result["detectors"][name]
+    for name, kinds in summarized_detectors(result["metrics"]).items():
         cells = []
         for group in groups:
-            mean = row["near"] if group == "near" else row["far"]
+            mean = group_mean(result["detectors"][name], group)
             low, high = mean["intervals"]["auroc"]
             auroc = percent(mean["metrics"]["auroc"])
             cells.append(f"{auroc} ({percent(low)}-{percent(high)})" if width >= 80 else auroc)
-        table.add_row(", ".join(names_of_kind), name, *cells)
+        table.add_row(", ".join(kinds), name, *cells)
     return table
 
 
-def _mean_auroc(row: DetectorResult, groups: Sequence[str]) -> float:
-    means = [row["near"] if group == "near" else row["far"] for group in groups]
-    return sum(mean["metrics"]["auroc"] for mean in means) / len(means)
+def summarized_detectors(metrics: dict[str, float]) -> dict[str, list[str]]:
+    """Choose three detectors by metrics such as "energy near auroc". Returns what each one is, by its name."""
+    names = detectors_of(name for name in metrics if name.endswith(" auroc"))
+    kinds: dict[str, list[str]] = {}
+    if OWN_UNCERTAINTY in names:
+        kinds[OWN_UNCERTAINTY] = ["own uncertainty"]
+    for labels, kind in ((False, "best label-free"), (True, "best label-based")):
+        if candidates := [name for name in names if (name in LABEL_BASED) == labels]:
+            kinds.setdefault(best_detector(metrics, candidates), []).append(kind)
+    return kinds
 
 
 def save_ood_table(run_dir: Path, result: OODResult) -> Path:
     """Write the whole table to RUN/eval/ood-NAME.txt, and return its path. Raises UserError if it cannot be written."""
     path = run_dir / "eval" / result["scores"].replace(".scores.npz", ".txt")
     text = StringIO()
-    PlainConsole(file=text, width=WIDTH_OF_FILES, markup=False, emoji=False).print(ood_table(result, WIDTH_OF_FILES))
+    width = max(WIDTH_OF_FILES, needed_width(_detector_table(result, FORMS[0])))
+    PlainConsole(file=text, width=width, markup=False, emoji=False).print(ood_table(result))
     lines = "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
     with explain_write_errors(path):
         write_atomically(path, lines)
     return path
 
 
-def _cells(row: DetectorResult, groups: Sequence[str], names: Sequence[str], wide: bool) -> list[str]:
-    """Return the cells after the name. The last one has the sets where it is inverted, or if narrow their number."""
-    cells = []
-    for group in groups:
-        mean = row["near"] if group == "near" else row["far"]
-        low, high = mean["intervals"]["auroc"]
-        cells += [percent(mean["metrics"]["auroc"]), f"{percent(low)}-{percent(high)}"]
-        if wide:
-            cells.append(percent(mean["metrics"]["fpr95_id_positive"]))
-    inverted = [name for name in names if row["sets"][name]["inverted"]]
-    shown = f"{len(inverted)}/{len(names)}" if inverted else ""
-    if wide:
-        cells += [percent(row["sets"][name]["metrics"]["auroc"]) for name in names]
-        shown = "all" if inverted == names else ", ".join(inverted)
-    return [*cells, f"{row['norm_correlation']:.2f}", shown]
-
-
-def ood_summary_table(rows: Sequence[SummaryRow]) -> Table:
+def ood_summary_table(rows: Sequence[SummaryRow]) -> Group:
     """Show a line per detector and a column per row of `summarize_runs`: near / far AUROC in percent."""
-    table = Table("detector", caption="near / far AUROC in percent: means over sets, then mean ± std over seeds")
-    for row in rows:
-        table.add_column(row.label(), justify="right")
-    for name in dict.fromkeys(metric.split(" ")[0] for row in rows for metric in row.metrics):
-        cells = []
-        for row in rows:
-            found = [row.metrics.get(f"{name} {group} auroc") for group in ("near", "far")]
-            cells.append(" / ".join(metric.format(percent) for metric in found if metric))
-        table.add_row(name + (" *" if name in LABEL_BASED else ""), *cells)
-    return table
+    names = detectors_of(metric for row in rows for metric in row.metrics)
+    table = table_of_rows("detector", "near / far AUROC", rows, names, _near_and_far, show=_starred)
+    lines = ["near / far AUROC in percent (50 is chance): means over sets, then mean ± std over seeds."]
+    return Group(
+        table,
+        text_lines(runs_verdict(rows)),
+        text_lines([*lines, *([LABELS_USED] if set(names) & set(LABEL_BASED) else [])], style="dim"),
+    )
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _starred(name: str) -> str:
+    return name + (" *" if name in LABEL_BASED else "")
+
+
+def _near_and_far(row: SummaryRow, name: str) -> str:
+    found = (row.metrics.get(f"{name} {group} auroc") for group in GROUPS)
+    return " / ".join(metric.format(percent) for metric in found if metric)
 
 
 def _describe_source(about: SetDescription) -> str:
@@ -151,4 +186,4 @@ def _describe_source(about: SetDescription) -> str:
     formats = " and ".join(about["source_formats"] or ["unknown, built before formats were recorded"])
     height, width = about["source_px"]
     own = f", {about['own_bytes']:.0%} stored with their own bytes" if about["own_bytes"] else ""
-    return f"{about['path']} (builder {about['builder']}; source: {formats}, {width:g}x{height:g} px{own})"
+    return f"{about['path']} (builder {about['builder']}; source: {formats}, {height:g}x{width:g} px{own})"

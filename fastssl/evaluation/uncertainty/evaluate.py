@@ -96,6 +96,9 @@ def evaluate_uncertainty(
             result["metrics"] |= group.metrics
             result["intervals"] |= group.intervals
             result |= group.fields
+        levels = metrics.chance_levels(test.label)
+        levels["nll_scaled"] = levels["nll"]
+        result["chance"] = {name: value for name, value in levels.items() if name in result["metrics"]}
         result["uncertainty"] = {key: float(getattr(uncertainty_M, key)()) for key in ("mean", "std", "min", "max")}
 
         paths = [
