@@ -67,7 +67,7 @@ def metric_info(name: str) -> MetricInfo:
         return MetricInfo(f"top-1, k = {found[1]}, T = {found[2]}", "%", "up")
     if found := re.fullmatch(r"crop_larger_(\d+)", name):
         return MetricInfo(f"crops of {found[1]} %", "%", "up")
-    return INFO.get(name, MetricInfo(name, "%", "up"))
+    return INFO.get(name, MetricInfo(name, "", "up"))
 
 
 def explanations(names: list[str]) -> list[str]:

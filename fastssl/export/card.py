@@ -4,12 +4,14 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from fastssl.common.geometry import CENTER
 from fastssl.common.terminal import printable
+from fastssl.export.card_results import card_rows
 from fastssl.export.source import Environment, Source
 from fastssl.models.classifier import Classifier
 from fastssl.models.encoder import has_fixed_size
@@ -26,12 +28,13 @@ OBJECTIVES = {
 UNKNOWN = "not recorded in the run"
 
 
-def model_card(source: Source, file: str, format: str, sigma: bool) -> ModelCard:
+def model_card(source: Source, file: str, format: str, sigma: bool, eval_folder: str | None = None) -> ModelCard:
     """Describe the exported file, as Hugging Face expects it. The license is left to the person who publishes.
 
     Args:
         file: name of the exported file, which is in the folder of the card.
         sigma: whether the file gives mu and sigma too.
+        eval_folder: relative path from the card to RUN/eval/; None: the card is outside the run directory.
     """
     recipe, model, views = source.recipe, source.model, source.recipe.views
     objective = recipe.objective.name
@@ -99,7 +102,7 @@ The recipe, with shortened paths:
 
 ## Results
 
-{results_section(source)}
+{results_section(source, eval_folder)}
 
 ## Made with
 
@@ -213,19 +216,26 @@ def sigma_rows(source: Source) -> str:
     return f"| width of mu and sigma | {head.mu.out_features} |\n| parameters of {name} and heads | {count:,} |\n"
 
 
-def results_section(source: Source) -> str:
+def results_section(source: Source, eval_folder: str | None) -> str:
+    """The results in RUN/eval/, with links to their files if the card is in the run directory."""
     parts = []
     if source.results:
-        lines = ["| evaluation | metric | value | measured on |", "|---|---|---|---|"]
+        lines = [
+            "| evaluation | metric | value (95 % interval) | remark | measured on | file |",
+            "|---|---|---|---|---|---|",
+        ]
         for result in source.results:
             data = [short_path(result.data)] if result.data else []
             images = [f"{result.images:,} images"] if result.images else []
-            for name, value in result.metrics.items():
-                cells = [result.name, name, f"{value:.4g}", ", ".join(data + images)]
-                lines.append(f"| {' | '.join(map(escape, cells))} |")
+            file = escape(f"eval/{result.file}")
+            if eval_folder is not None:
+                file = f"[{escape(result.file)}]({quote(f'{eval_folder}/{result.file}')})"
+            for row in card_rows(result):
+                cells = [result.name, row.metric, row.value, row.remark, ", ".join(data + images)]
+                lines.append(f"| {' | '.join(map(escape, cells))} | {file} |")
         parts.append("\n".join(lines))
     if source.probe:
-        metrics = [f"{escape(key)} {value:.4g}" for key, value in source.probe.items() if key not in ("step", "epoch")]
+        metrics = [f"{escape(key)} {value:.3g}" for key, value in source.probe.items() if key not in ("step", "epoch")]
         parts.append(f"The last probe during training, at step {source.probe['step']:.0f}: {', '.join(metrics)}.")
     return "\n\n".join(parts) or "The run holds no results."
 

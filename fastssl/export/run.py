@@ -1,5 +1,6 @@
 """`fastssl export`: one file, with its model card."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,10 @@ def export_run(run: str | Path, format: Format, out: Path | None = None, sigma: 
             f"--out {path} has another ending than a {format} file", hint=f"name a file that ends in {SUFFIX[format]}"
         )
     card = path.with_name(CARD)
-    text = str(model_card(source, path.name, format, sigma)).encode("utf-8", "replace")
+    eval_folder = None
+    if source.run_dir and path.resolve().is_relative_to(source.run_dir.resolve()):
+        eval_folder = os.path.relpath(source.run_dir.resolve() / "eval", path.resolve().parent)
+    text = str(model_card(source, path.name, format, sigma, eval_folder)).encode("utf-8", "replace")
     for file in (path, card):
         # An export that was killed before it wrote the file has left a card, which is the same.
         if file.exists() and not (file == card and _has_content(card, text)):

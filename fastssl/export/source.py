@@ -6,13 +6,14 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import LARGEST_TEXT, read_bytes, read_lines
 from fastssl.common.schema import Count, Finite, Text
+from fastssl.evaluation.results import Interval
 from fastssl.evaluation.runs import weights_sha256
 from fastssl.models import Model
 from fastssl.models.checkpoint import model_from_checkpoint, newest_checkpoint, run_dir_of
@@ -33,6 +34,13 @@ class MeasuredResult(BaseModel):
     encoder_sha256: Text | None = None
     weights: Text | None = None
     metrics: dict[Text, Finite]
+    intervals: dict[Text, Interval] = {}
+    chance: dict[Text, Finite] = {}
+    saturated: list[Text] = []  # metrics that are lower limits
+    failed: list[Text] = []  # self-checks
+    settings: dict[str, Any] = {}
+    near: dict[Text, Any] = {}  # OOD sets by their names
+    far: dict[Text, Any] = {}
     train: MeasuredImages = MeasuredImages()
     val: MeasuredImages = MeasuredImages()
 
@@ -53,7 +61,8 @@ class EvaluationSummary:
     """One result in RUN/eval/."""
 
     name: str
-    metrics: dict[str, float]
+    file: str  # in RUN/eval/
+    result: MeasuredResult
     images: int | None  # number of images that it was measured on; None: not known
     data: str | None  # path of the .beton file that it was measured on; None: not known
 
@@ -130,7 +139,7 @@ def read_run(run: str | Path) -> Source:
             source.stale.append(f"eval/{file.name}")
         else:
             name = result.evaluation or file.stem
-            source.results.append(EvaluationSummary(name, result.metrics, result.val.images, result.val.path))
+            source.results.append(EvaluationSummary(name, file.name, result, result.val.images, result.val.path))
             if result.train.path == source.recipe.data.train:
                 source.train_images = result.train.images
     source.probe = last_probe(run_dir / "metrics.jsonl", step)

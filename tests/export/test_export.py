@@ -25,7 +25,9 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation import evaluate_knn, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.probe import knn_probe
 from fastssl.export import export_run
+from fastssl.export.card_results import card_rows
 from fastssl.export.onnx_file import EmbedTuple, compare_with_torch
+from fastssl.export.source import EvaluationSummary, MeasuredResult
 from fastssl.models import SSLModel
 from fastssl.recipe import Recipe, ViewsConfig, load_recipe
 from fastssl.training import train
@@ -364,10 +366,14 @@ def test_the_card_reports_what_the_run_holds(run):
         "size | 32 x 32, bilinear, antialiased where it shrinks", "mean | [0.485, 0.456, 0.406]",
         "stochastic | z", "images | 48", "epochs | 2 of 2", "steps | 6", "batch size | 16",
         f"torch | {environment['packages']['torch']}", f"git state | {environment['git']}",
-        f"knn | accuracy_k5_t0.07 | {knn:.4g}",
     ):  # fmt: skip
-        assert f"| {row} |" in text.replace("measured on", ""), row
-    assert f"at step 6: knn {probe['knn']:.4g}." in text
+        assert f"| {row} |" in text, row
+    (line,) = [line for line in text.splitlines() if line.startswith("| knn | top-1, k = 5, T = 0.07 |")]
+    low, high = json.loads((run / "eval" / "knn.json").read_text())["intervals"]["accuracy_k5_t0.07"]
+    assert f"| {100 * knn:.1f} % ({100 * low:.1f} to {100 * high:.1f}) | chance " in line
+    link = re.search(r"\| \[knn\.json\]\((.*?)\) \|$", line)[1]
+    assert (made.card.parent / link).resolve() == (run / "eval" / "knn.json").resolve()
+    assert f"at step 6: knn {probe['knn']:.3g}." in text
     assert "unfinished" not in text and "No accuracy" not in text and str(run) not in text
 
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
@@ -376,7 +382,8 @@ def test_the_card_reports_what_the_run_holds(run):
 
     # A checkpoint inside a run directory stands for the run; the card names its weights by their hash.
     again = export_run(run / "checkpoints" / "last.pt", "timm", run / "again" / "y.safetensors")
-    assert parts_of(again.card)[1] == text.replace("zprob_barlow.safetensors", "y.safetensors")
+    moved = text.replace("zprob_barlow.safetensors", "y.safetensors").replace("../../eval/", "../eval/")
+    assert parts_of(again.card)[1] == moved
     first, second = load_file(made.path), load_file(again.path)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -418,12 +425,11 @@ def test_the_card_of_a_damaged_run_names_what_is_damaged(copy, tmp_path):
     for sentence in (
         "`environment.json` could not be read", "`eval/knn.json` was measured on other weights",
         *(f"`eval/{name}.json` could not be read" for name in damaged),
-        "| &lt;b&gt;x\\|y # z | auroc | 0.875 |  |", "at step 3: knn 0.25.", "torch | not recorded in the run",
+        "| &lt;b&gt;x\\|y # z | auroc | 0.88 |  |  | eval/strange.json |", "at step 3: knn 0.25.",
+        "torch | not recorded in the run",
     ):  # fmt: skip
         assert sentence in text, sentence
-    assert (
-        "0.99" not in text and text.count("could not be read") == 1 + len(damaged) and "accuracy_k5_t0.07" not in text
-    )
+    assert "0.99" not in text and text.count("could not be read") == 1 + len(damaged) and "k = 5" not in text
 
 
 def test_the_card_of_an_unfinished_run_says_so(copy, tmp_path):
@@ -496,3 +502,39 @@ def test_a_write_that_fails_leaves_neither_file_nor_card(run, tmp_path, monkeypa
             export_run(run, "timm", path)
     assert list(tmp_path.iterdir()) == []
     assert {made.name for made in export_run(run, "timm", path).card.parent.iterdir()} == {path.name, "model_card.md"}
+
+
+def test_results_of_a_card_name_sets_and_flag_what_is_not_reliable():
+    names = {"draws_disagreement": 0.45, "kmeans_ssd": 0.9, "knn_cosine": 0.7, "vim": 0.95, "energy": 0.6}
+    metrics = {f"{name} {group} auroc": value for name, value in names.items() for group in ("near", "far")}
+    metrics |= {f"{name} near fpr95_id_positive": 0.5 for name in names}
+    intervals = {name: [value - 0.01, value + 0.01] for name, value in metrics.items()}
+    result = MeasuredResult(
+        metrics=metrics, intervals=intervals, near={"digits-8": {}}, far={"photos": {}, "noise": {}}
+    )
+    rows = list(card_rows(EvaluationSummary("ood", "ood-x.json", result, 800, "val.beton")))
+    assert [row.metric for row in rows] == [
+        "AUROC of draws_disagreement, own uncertainty", "AUROC of kmeans_ssd, best label-free",
+        "AUROC of vim, best label-based",
+    ]  # fmt: skip
+    assert rows[1].value == "digits-8 (near): 90.0 % (89.0 to 91.0); photos, noise (far): 90.0 % (89.0 to 91.0)"
+    assert rows[0].remark == "inverted on near sets; inverted on far sets" and rows[1].remark == ""
+
+    result = MeasuredResult(
+        metrics={"I(V;H) js": 5.123, "I(V;H) mine": 5.0, "I(V;Z) js": 4.0, "I(X;H) upper": 9.0},
+        failed=["I(V;Z) <= I(X;H), upper bound"], saturated=["I(V;H) js"],
+    )  # fmt: skip
+    rows = list(card_rows(EvaluationSummary("mi", "mi.json", result, 800, None)))
+    assert [(row.metric, row.value) for row in rows] == [
+        ("I(V;H)", "at least 5.12 nats"), ("I(V;Z)", "at least 4.00 nats"),
+    ]  # fmt: skip
+    assert "saturated" in rows[0].remark and rows[1].remark == "not reliable: a self-check failed"
+
+    linear = MeasuredResult(
+        metrics={"accuracy": 0.91234, "nll": 1.0}, intervals={"accuracy": [0.9, 0.92]}, chance={"accuracy": 0.1}
+    )
+    (row,) = card_rows(EvaluationSummary("linear-sweep", "linear-sweep.json", linear, 800, None))
+    assert (row.metric, row.value, row.remark) == ("top-1 accuracy", "91.2 % (90.0 to 92.0)", "chance 10.0 %")
+    uncertain = MeasuredResult(metrics={"r_auroc": 0.6, "accuracy": 0.5, "aurc": 0.2})
+    rows = list(card_rows(EvaluationSummary("uncertainty", "u.json", uncertain, 800, None)))
+    assert [row.value for row in rows] == ["60.0 %", "20.0 %"]

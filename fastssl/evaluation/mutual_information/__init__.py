@@ -10,7 +10,7 @@ plots.py, table.py  its figure and its tables
 from fastssl.evaluation.mutual_information.estimators import ESTIMATORS, Estimate, estimate
 from fastssl.evaluation.mutual_information.evaluate import evaluate_mi
 from fastssl.evaluation.mutual_information.gaussian_bounds import PosteriorBounds, posterior_bounds, rate
-from fastssl.evaluation.mutual_information.table import mi_summary_table, mi_table
+from fastssl.evaluation.mutual_information.table import mi_summary_table, mi_table, unreliable_quantities
 
 __all__ = [
     "ESTIMATORS",
@@ -22,4 +22,5 @@ __all__ = [
     "mi_table",
     "posterior_bounds",
     "rate",
+    "unreliable_quantities",
 ]

@@ -24,7 +24,7 @@ from fastssl.evaluation.ood.evaluate import evaluate_ood
 from fastssl.evaluation.ood.separation import metrics
 from fastssl.evaluation.ood.sheet import draw_ood_sheet
 from fastssl.evaluation.ood.suites import SUITES, OODSets, find_sets
-from fastssl.evaluation.ood.table import ood_summary, ood_summary_table, ood_table, save_ood_table
+from fastssl.evaluation.ood.table import ood_summary, ood_summary_table, ood_table, save_ood_table, summarized_detectors
 
 __all__ = [
     "DETECTORS",
@@ -44,4 +44,5 @@ __all__ = [
     "ood_summary_table",
     "ood_table",
     "save_ood_table",
+    "summarized_detectors",
 ]
