@@ -32,7 +32,7 @@ def card_rows(summary: EvaluationSummary) -> Iterator[CardRow]:
 
 def _headline_metrics(result: MeasuredResult) -> list[str]:
     """Return the accuracy, or what is known of an uncertainty; of other results the first metric."""
-    uncertainty = [name for name in ("r_auroc", "aurc") if name in result.metrics]
+    uncertainty = [name for name in result.metrics if name in ("r_auroc", "aurc")]
     if uncertainty:
         return uncertainty
     accuracy = [name for name in result.metrics if name.startswith("accuracy")]

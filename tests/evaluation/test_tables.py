@@ -206,7 +206,7 @@ def test_each_value_has_its_own_unit():
     text = rendered(result_table(linear_result()), 120)
     lines = {line.strip().split("  ")[0]: line for line in text.splitlines()}
     assert "1.40 nats" in lines["NLL"] and "%" not in lines["NLL"]
-    assert lines["top-1 accuracy"].split()[-9:] == "50.0 % 48.0 to 52.0 up 10.0 %".split()
+    assert lines["top-1 accuracy"].split()[-8:] == "50.0 % 48.0 to 52.0 up 10.0 %".split()
     assert "down" in lines["ECE"]
     uncertain = rendered(result_table(uncertainty_result()), 120)
     lines = {line.strip().split("  ")[0]: line for line in uncertain.splitlines()}

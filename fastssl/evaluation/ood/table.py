@@ -186,4 +186,4 @@ def _describe_source(about: SetDescription) -> str:
     formats = " and ".join(about["source_formats"] or ["unknown, built before formats were recorded"])
     height, width = about["source_px"]
     own = f", {about['own_bytes']:.0%} stored with their own bytes" if about["own_bytes"] else ""
-    return f"{about['path']} (builder {about['builder']}; source: {formats}, {height:g}x{width:g} px{own})"
+    return f"{about['path']} (builder {about['builder']}; source: {formats}, {width:g}x{height:g} px{own})"
