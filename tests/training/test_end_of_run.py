@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import signal
 
 from training_runs import small
 
 from fastssl.beton import build_beton
 from fastssl.cli.train import _evaluation_command
+from fastssl.common.errors import EXIT_INTERRUPTED
 from fastssl.recipe import load_recipe
 from fastssl.training.run_dir import choose_run_dir
 
@@ -54,3 +56,12 @@ def test_a_number_is_explained(tmp_path, monkeypatch):
     named = load_recipe("barlow", [f"run.dir=runs/{recipe.name}-3"])
     for chosen in (choose_run_dir(named, None, restarted=False), choose_run_dir(recipe, "auto", restarted=False)):
         assert chosen.taken is None
+
+
+def test_a_second_ctrl_c_says_how_to_continue(canvas, tmp_path, fastssl, at_step):
+    run = tmp_path / "my run"
+    at_step(2, lambda: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
+    code, out, err = fastssl("train", "recipes/barlow.yaml", *small(canvas, run, "checkpoint.every=1"))
+    *_, said, resume = out.splitlines()
+    assert code == EXIT_INTERRUPTED and said.startswith("Ended without a checkpoint of the last step."), err
+    assert shlex.split(resume)[1:] == ["train", "--resume", str(run)]
