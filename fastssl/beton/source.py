@@ -120,7 +120,7 @@ def load_builder(name: str) -> Builder:
 def how_to_make(path: Path) -> str:
     """What to do where the .beton file `path` is missing: name one that is there, or the command that makes it."""
     there = sorted(file.name for file in path.parent.glob("*.beton"))
-    if near := difflib.get_close_matches(path.name, there, 1):
+    if near := difflib.get_close_matches(path.name, there, 1, cutoff=0.75):
         return f"did you mean {path.with_name(near[0])}?"
     # Shipped recipes read data/DATASET/train.beton.
     folder = path.parent if path.stem in BUILT_SPLITS else path.with_suffix("")
@@ -129,7 +129,7 @@ def how_to_make(path: Path) -> str:
     source = " --source DIR" if hasattr(module, "SOURCE") else ""
     download = " --download" if hasattr(module, "DOWNLOAD") else ""
     make = f"make it with `fastssl build-beton {builder}{source}{download} --out {folder}`"
-    if path.stem not in BUILT_SPLITS:
+    if folder not in (path, path.parent):
         make += f", and name {folder}"
     return make + (f", or name {path.with_name(there[0])}" if there else "")
 
@@ -224,7 +224,7 @@ def list_splits(
 def explain_builder_error(builder: str, error: Exception) -> UserError:
     """A builder, which imports nothing but Sample, raises ValueError("what is wrong: what to do.")."""
     message, _, hint = str(error).rpartition(": ")
-    if getattr(error, "errno", None) or not hint[:1].islower():  # of the system or of another library
+    if not message or getattr(error, "errno", None) or not hint[:1].islower():  # of the system or of another library
         return UserError(str(error), hint=f"name the folder or archive of {builder} with --source")
     return UserError(message, hint=hint)
 

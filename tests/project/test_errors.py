@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastssl.beton.source import explain_builder_error, how_to_make
 from fastssl.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,3 +77,42 @@ def test_messages_and_hints_end_without_period_and_hints_say_what_to_do():
 def test_an_error_is_one_sentence_also_after_pickling(error, sentence):
     again = pickle.loads(pickle.dumps(error))
     assert str(error) == str(again) == sentence and again.hint == error.hint
+
+
+@pytest.mark.parametrize(
+    "error, message, hint",
+    [
+        (ValueError("a.csv lists no images: write one per line."), "a.csv lists no images", "write one per line"),
+        (
+            ValueError("a.csv must name its columns."),
+            "a.csv must name its columns",
+            "name the folder or archive of csv",
+        ),
+        (OSError(5, "Input/output error", "x: y"), "[Errno 5] Input/output error: 'x: y'", "name the folder or"),
+    ],
+)
+def test_the_sentence_of_a_builder_is_divided(error, message, hint):
+    explained = explain_builder_error("csv", error)
+    assert explained.message == message and (explained.hint or "").startswith(hint)
+
+
+@pytest.mark.parametrize(
+    "path, hint",
+    [
+        ("data/nope.beton", "`fastssl build-beton imagefolder --source DIR --out data/nope`, and name data/nope"),
+        ("data/cifar10/train.beton", "`fastssl build-beton cifar10 --source DIR --download --out data/cifar10`"),
+        ("data/cifar10", "`fastssl build-beton cifar10 --source DIR --download --out data/cifar10`"),
+        ("data/mnist5k/val.beton", "`fastssl build-beton mnist5k --out data/mnist5k`"),
+    ],
+)
+def test_a_missing_file_comes_with_the_command_that_makes_it(path, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert how_to_make(Path(path)) == f"make it with {hint}"
+
+
+def test_a_missing_file_comes_with_a_file_of_a_similar_name(tmp_path):
+    (tmp_path / "train.beton").touch()
+    assert how_to_make(tmp_path / "trian.beton") == f"did you mean {tmp_path}/train.beton?"
+    assert how_to_make(tmp_path / "other.beton").endswith(
+        f", and name {tmp_path}/other, or name {tmp_path}/train.beton"
+    )
