@@ -10,7 +10,7 @@ The same source and options give the same bytes, whatever the number of workers 
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -340,6 +340,8 @@ def _build_split(
         )
     key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
     old = _read_if_up_to_date(path, key, split)
+    if old is None:
+        _say_what_is_replaced(path, key, len(split.samples))
     manifest = old or _build_file(split, path, plan, pool, key, strict)
     samples, bad = manifest["samples"], manifest["counts"]["bad"]
     return SplitReport(
@@ -466,6 +468,26 @@ def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> 
         return None
     # Sorted: samples of one archive follow each other. Images outside of --limit do not matter.
     return None if changed_since(split.samples, np.sort(split.order).tolist(), started, missing) else manifest
+
+
+def _say_what_is_replaced(path: Path, key: dict[str, Any], samples: int) -> None:
+    """Print how the file of an earlier build is stored, and how the new one: before the work, while it still exists."""
+    from fastssl.beton.manifest import read_manifest
+
+    try:
+        before = _stored_as(read_manifest(path, samples))
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there is none, or its manifest says nothing
+    now = _stored_as(key)
+    what = f" with {now}" if before != now else ", whose images or other options have changed"
+    print_line(console(stderr=True), f"Replaces {path} ({before}){what}.")
+
+
+def _stored_as(manifest: Mapping[str, Any]) -> str:
+    side = manifest["canvas"] if manifest["layout"] == "canvas" else manifest["max_side"]
+    stored = {"raw": "pixels", "jpg": "JPEG", "bc4": "BC4"}[manifest["storage"]]
+    quality = f" quality {quote(manifest['quality'])}" if manifest["storage"] == "jpg" else ""
+    return f"{'canvas' if manifest['layout'] == 'canvas' else 'up to'} {quote(side)} px, {stored}{quality}"
 
 
 def _counts(rows: np.ndarray) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """`fastssl build-beton` and `fastssl inspect`: make .beton files and show their contents."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
 from fastssl.common.errors import UserError, quote
+from fastssl.common.terminal import console, count_of, print_error, print_line, time_in_words
 
 if TYPE_CHECKING:
     from fastssl.beton import BuildEstimate
@@ -106,7 +106,6 @@ def build_beton(
     """
     from fastssl import beton
     from fastssl.beton.ranges import parse_range
-    from fastssl.common.terminal import printable
 
     if list_:
         for info in beton.describe_builders():
@@ -140,7 +139,7 @@ def build_beton(
         _print(
             f"{report.path} holds {_images_and_classes(report.samples, report.classes)}, {report.bytes / 1e6:,.1f} MB"
             + (f", {report.unlabelled:,} without a label" if report.unlabelled and report.classes else "")
-            + (f", {report.bad} bad images skipped" if report.bad else "")
+            + (f", {count_of(report.bad, 'bad image')} skipped" if report.bad else "")
             + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
         )
         if report.empty_classes:
@@ -159,15 +158,13 @@ def build_beton(
         _print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
     _print(result.account)
     if result.problem:
-        print(f"fastssl: {printable(result.problem)}", file=sys.stderr)
+        print_error(result.problem)
         raise SystemExit(1)
 
 
 def _print(text: str) -> None:
     """Print a line with names of files or classes, which may hold anything."""
-    from fastssl.common.terminal import printable
-
-    print(printable(text))
+    print_line(console(), text)
 
 
 def _percent(text: str) -> float:
@@ -178,25 +175,25 @@ def _percent(text: str) -> float:
 
 
 def _images_and_classes(images: int, classes: int) -> str:
-    noun = f"{images:,} image{'' if images == 1 else 's'}"
-    return f"{noun} of {classes:,} class{'' if classes == 1 else 'es'}" if classes else f"{noun} without labels"
+    what = count_of(images, "image")
+    return f"{what} of {count_of(classes, 'class')}" if classes else f"{what} without labels"
 
 
 def _print_estimate(estimate: "BuildEstimate") -> None:
     for split in estimate.splits:
         _print(
             f"{split.path} would hold about {_images_and_classes(split.images, split.classes)}, "
-            f"{split.bytes / 1e6:,.1f} MB, in {split.seconds / 60:,.1f} minutes, as {split.stored}"
+            f"{split.bytes / 1e6:,.1f} MB, as {split.stored}; time to build: {time_in_words(split.seconds)}"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
         )
     for splits in estimate.others:
         size, seconds = sum(split.bytes for split in splits), sum(split.seconds for split in splits)
-        print(f"All as {splits[0].stored} instead: {size / 1e6:,.1f} MB, in {seconds / 60:,.1f} minutes.")
+        _print(f"As {splits[0].stored} instead: {size / 1e6:,.1f} MB; time to build: {time_in_words(seconds)}")
     total = sum(split.bytes for split in estimate.splits)
     fits_disk = "fit on" if total < estimate.free_disk else "DO NOT fit on"
-    print(f"All {total / 1e9:,.2f} GB {fits_disk} the disk: {estimate.free_disk / 1e9:,.1f} GB free.")
+    _print(f"All {total / 1e9:,.2f} GB {fits_disk} the disk: {estimate.free_disk / 1e9:,.1f} GB free.")
     fits_memory = "fit into" if total < estimate.free_memory else "DO NOT fit into"
-    print(f"All {total / 1e9:,.2f} GB {fits_memory} the page cache: {estimate.free_memory / 1e9:,.1f} GB free.")
+    _print(f"All {total / 1e9:,.2f} GB {fits_memory} the page cache: {estimate.free_memory / 1e9:,.1f} GB free.")
 
 
 def inspect(
@@ -222,7 +219,7 @@ def inspect(
       fastssl inspect data/photos/train.beton --verify
     """
     from fastssl import beton
-    from fastssl.common.terminal import console, pairs_table
+    from fastssl.common.terminal import pairs_table
 
     screen = console()
     screen.print(beton.inspect_beton(file))

@@ -671,3 +671,19 @@ def test_the_estimate_is_close_to_what_is_built(forty_photos, tmp_path):
     assert split.bytes == report.bytes  # all 40 were sampled
     limited = estimate_build("imagefolder", forty_photos, tmp_path / "o", BuildOptions(limit=10, **options))
     assert limited.splits[0].images == 10
+
+
+def test_a_build_says_what_it_replaces(photos, tmp_path, capsys):
+    def said(**options):
+        build_beton("imagefolder", photos, tmp_path, workers=1, limit=4, **options)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("Replaces")]
+
+    train, val = tmp_path / "train.beton", tmp_path / "val.beton"
+    assert said(canvas=32) == said(canvas=32) == []
+    assert said(canvas=96, codec="jpeg") == [
+        f"Replaces {path} (canvas 32 px, pixels) with canvas 96 px, JPEG quality 90." for path in (train, val)
+    ]
+    assert said(canvas=96, codec="jpeg", order="source") == [
+        f"Replaces {path} (canvas 96 px, JPEG quality 90), whose images or other options have changed."
+        for path in (train, val)
+    ]
