@@ -215,7 +215,7 @@ def test_each_value_has_its_own_unit():
     assert lines["R-AUROC"].split()[-2:] == ["50.0", "%"] and lines["crops of 75 %"].split()[-2:] == ["50.0", "%"]
     assert lines["correlation with blur"].split()[-1] == "0.00"
     # The same metric, of several runs.
-    several = rendered(summary_table([row_of("x", {"nll": 1.4, "accuracy": 0.4}, chance={"accuracy": 0.1})]), 120)
+    several = rendered(summary_table([row_of("x", {"accuracy": 0.4, "nll": 1.4}, chance={"accuracy": 0.1})]), 120)
     assert "1.40 ± 0.01 nats" in several and "40.0 ± 1.0 %" in several and "chance is" in several
 
 
