@@ -25,7 +25,7 @@ REFRESHES = 2  # of the panel per second; one takes 4 ms
 WIDEST = 100  # columns of the panel
 # The panel leaves these columns of the window free: the terminal shows ^C there, where it does not move the panel.
 FREE = 3
-BESIDE = 4  # columns between two columns of metrics
+GAP = 4  # columns between two columns of metrics
 METRIC = 33, 40  # columns of a metric in the panel, at least and at most
 LOSSES = 1024  # of the curve, at most
 CURVE = "loss curve "
@@ -233,8 +233,8 @@ class Display:
         if not latest:
             return []
         narrowest, widest = METRIC
-        columns = 2 if width >= 2 * narrowest + BESIDE else 1
-        each = min(widest, (width - BESIDE * (columns - 1)) // columns)
+        columns = 2 if width >= 2 * narrowest + GAP else 1
+        each = min(widest, (width - GAP * (columns - 1)) // columns)
 
         groups = [[name for name in group if name in latest] for group in GROUPS.values()]
         groups[-1] += [name for name in latest if name not in LABELS]  # of a probe that is not ours
@@ -299,7 +299,7 @@ def side_by_side(columns: Sequence[list[Text]], width: int) -> list[Text]:
         return [line for column in columns for line in column]
     rows = []
     for left, right in zip_longest(*columns, fillvalue=Text()):
-        rows.append(Text.assemble(left, " " * (width + BESIDE - len(left)), right, no_wrap=True, overflow="crop"))
+        rows.append(Text.assemble(left, " " * (width + GAP - len(left)), right, no_wrap=True, overflow="crop"))
     return rows
 
 
