@@ -1,5 +1,6 @@
 """Checks that every figure must pass, whatever it shows."""
 
+from contextlib import contextmanager
 from itertools import combinations
 
 import pytest
@@ -10,9 +11,9 @@ from matplotlib.text import Text
 TOUCH = 1.5  # px by which two texts may overlap, as their boxes are larger than their letters
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures that are saved in a test, in their order."""
+@contextmanager
+def saved_figures():
+    """Yields a list of the figures that are saved, in their order."""
     figures = []
     save = Figure.savefig
 
@@ -20,8 +21,9 @@ def saved(monkeypatch):
         save(figure, *args, **kwargs)
         figures.append(figure)
 
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield figures
 
 
 def check_figure(figure: Figure, smallest: float = 8.0) -> None:

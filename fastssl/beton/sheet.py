@@ -16,8 +16,8 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
 
+COLUMNS = 6  # a sheet is then about as wide as a page of text in a browser, and its text is read at full size
 SHOWN = 40  # samples
-COLUMNS = 8
 SEED = 0
 THUMBNAIL = 160  # px; the longer side of a thumbnail
 GAP = 14  # px, around everything
@@ -25,7 +25,7 @@ LINE = 18  # px from one line of text to the next
 CELL_WIDTH, CELL_HEIGHT = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP  # px
 CHANNELS_SHOWN = {1: "", 2: "; the first of 2 channels is shown", RGB: ""}
 TITLE_HEIGHT = GAP + LINE + GAP  # px
-PAGE, GREY, PALE = (240, 240, 240), (100, 100, 100), (230, 180, 180)
+PAGE, GREY, PALE = (240, 240, 240), (89, 89, 89), (230, 180, 180)
 
 
 def draw_sheet(path: str | Path, sheet: str | Path) -> int:
@@ -47,7 +47,6 @@ def draw_samples(
     sheet: str | Path,
     groups: Sequence[tuple[str, Sequence[int]]],
     notes: Mapping[int, str] | None = None,
-    columns: int = COLUMNS,
 ) -> None:
     """Draw samples of a .beton, with their classes, into a PNG.
 
@@ -56,14 +55,13 @@ def draw_samples(
         sheet: the PNG file.
         groups: drawn one below the other; each has a title and the positions of its samples in the file.
         notes: position -> second line of the sample's caption. None: the sample's index.
-        columns: samples per row at most.
     """
     info = read_header(path)
     metadata, image_bytes = read_samples(path)
     more = f"; the first three of {info.channels} channels are shown as red, green and blue"
     note_on_channels = CHANNELS_SHOWN.get(info.channels, more)
     groups = [(title + note_on_channels, positions) for title, positions in groups]
-    columns = min(columns, max(len(positions) for _, positions in groups))
+    columns = min(COLUMNS, max(len(positions) for _, positions in groups))
     heights = [TITLE_HEIGHT + -(-len(positions) // columns) * CELL_HEIGHT for _, positions in groups]
     page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
     draw = ImageDraw.Draw(page)

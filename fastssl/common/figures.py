@@ -31,7 +31,7 @@ GRAY, LIGHT_GRAY = "#595959", "#CCCCCC"  # for text and lines of reference; for 
 # Seven colors and four line styles have no common factor: the first 28 series differ in their pair of both.
 LINE_COLORS = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, BLACK)
 LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", ">", "p", "*")
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def add_legend(figure: "SubFigure", panels: Iterable["Axes"]) -> None:
     handles: dict[str, Artist] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels()):
-            handles.setdefault(shortened(label, width / 3 - line, TEXT), handle)
+            handles.setdefault(shortened(label, width / 2 - line, TEXT), handle)
     widest = max(text_width(label, TEXT) for label in handles) + line
     columns = min(len(handles), int(width / widest))
     figure.legend(

@@ -25,7 +25,6 @@ from fastssl.evaluation.metrics import ClassificationResult
 from fastssl.evaluation.plots import draw_confusion
 
 PATH_KEYS = ("run", "weights", "path", "subset", "list")  # fields that hold the path of a file: they change nothing
-MAX_CLASSES_DRAWN = 50  # in the plot of a confusion matrix: more cannot be read
 Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]  # 95 % [low, high]
 
 
@@ -130,15 +129,14 @@ def load_or_compute(
 
 
 def save_classification(run_dir: Path, name: str, result: ClassificationResult, test: Path) -> dict[str, Any]:
-    """Write RUN/eval/NAME.confusion.npy, and a plot of it if there are at most 50 classes.
+    """Write RUN/eval/NAME.confusion.npy, and a plot of it.
 
     test: the .beton that was tested on, for the names of its classes. Returns the fields of an EvaluationResult.
     """
     path = run_dir / "eval" / f"{name}.confusion.npy"
     with explain_write_errors(path):
         write_atomically(path, lambda temporary: np.save(temporary, result.confusion_KK))
-    if len(result.label_K) <= MAX_CLASSES_DRAWN:
-        draw_confusion(path.with_suffix(".png"), result, read_header(test).classes)
+    draw_confusion(path.with_suffix(".png"), result, read_header(test).classes)
     return {
         "metrics": result.metrics,
         "intervals": result.intervals,

@@ -290,7 +290,7 @@ FIRST_ROW = 14 + 18 + 14
 def cells(sheet: Path, count: int) -> list[np.ndarray]:
     """Return the part of the sheet for each thumbnail, uint8 (160, 160, 3), row by row."""
     pixels = np.asarray(Image.open(sheet))
-    corners = [(FIRST_ROW + n // 8 * CELL_HEIGHT, 14 + n % 8 * CELL_WIDTH) for n in range(count)]
+    corners = [(FIRST_ROW + n // 6 * CELL_HEIGHT, 14 + n % 6 * CELL_WIDTH) for n in range(count)]
     return [pixels[top : top + 160, left : left + 160] for top, left in corners]
 
 
@@ -300,7 +300,7 @@ def test_the_sheet_shows_every_sample_upright_and_in_order(inspect, folders, tmp
     code, out, _ = inspect(path, "--sheet", sheet)
     assert code == 0 and f"{sheet} shows 40 samples." in out
     drawn = Image.open(sheet)
-    assert drawn.format == "PNG" and drawn.size == (14 + 8 * CELL_WIDTH, FIRST_ROW + 5 * CELL_HEIGHT)
+    assert drawn.format == "PNG" and drawn.size == (14 + 6 * CELL_WIDTH, FIRST_ROW + 7 * CELL_HEIGHT)
     content, metadata = path.read_bytes(), read_samples(path)[0]
     for cell, row in zip(cells(sheet, 40), metadata, strict=True):
         start = int(row["image"]["data_ptr"])

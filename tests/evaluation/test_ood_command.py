@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from figure_checks import check_figure, saved_figures
 from PIL import Image
 from rich.console import Console
 from scipy.stats import spearmanr
@@ -169,11 +170,13 @@ def check_summary(result):
 
 def check_sheet(path, encoder, sets, result):
     """All four panels hold something: more colors than white and the black of text."""
-    draw_ood_sheet(path, encoder, sets, result, {"id": "known", "stripes": "$a_$"})
+    with saved_figures() as figures:
+        draw_ood_sheet(path, encoder, sets, result, {"id": "known", "stripes": "$a_$"})
+    check_figure(figures[0])
     pixels = np.asarray(Image.open(path).convert("L"))
-    assert pixels.shape == (1000, 1600)
-    for rows in (slice(60, 480), slice(540, 960)):
-        for columns in (slice(50, 780), slice(830, 1550)):
+    assert pixels.shape[1] == 1500 and 1000 < pixels.shape[0] < 1300
+    for rows in (slice(100, 550), slice(650, 1050)):
+        for columns in (slice(50, 730), slice(780, 1450)):
             assert 0.005 < (pixels[rows, columns] < 250).mean() < 0.95
 
 

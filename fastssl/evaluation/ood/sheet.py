@@ -9,7 +9,21 @@ import torch
 
 from fastssl.beton import read_header
 from fastssl.common.errors import UserError
-from fastssl.common.figures import plain_label, save_figure
+from fastssl.common.figures import (
+    GRAY,
+    LIGHT_GRAY,
+    LINE_COLORS,
+    MARKERS,
+    SMALL,
+    TEXT,
+    WIDTH,
+    line_style,
+    new_figure,
+    plain_label,
+    save_figure,
+    shortened,
+    wrapped,
+)
 from fastssl.evaluation.features import augmented_input, cached_features, eval_input, eval_loader
 from fastssl.evaluation.ood.detectors import OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
@@ -24,19 +38,19 @@ if TYPE_CHECKING:
 
 PAIRS_PER_ROW = 5
 PAIRS = 6 * PAIRS_PER_ROW
-EXTREMES_PER_ROW = 10
+EXTREMES_PER_ROW = 7
 EXTREMES = 2 * EXTREMES_PER_ROW  # most certain images, and as many least certain ones
 MAPPED = 800  # points of the map per set, at most
 BINS = 50
+MAX_NAMED = 20  # classes; more names would cover the map
+LONGEST_NAME = 2.0  # inches of a set's or class's name
 CPU = torch.device("cpu")
-# Okabe and Ito's colors, which color-blind readers can distinguish.
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw_ood_sheet(
     path: Path, encoder: RunEncoder, sets: OODSets, result: OODResult, names: Mapping[str, str] | None = None
 ) -> None:
-    """Draw the sheet of a stochastic run, 1600 x 1000 px, in about three seconds.
+    """Draw the sheet of a stochastic run, 1500 px wide, in about three seconds.
 
     Args:
         path: of the PNG file.
@@ -46,21 +60,27 @@ def draw_ood_sheet(
     Raises:
         UserError: if the file cannot be written, or the run is deterministic.
     """
-    # Imported here because it takes half a second. Unlike pyplot, Figure needs no display.
-    from matplotlib.figure import Figure
-
     if OWN_UNCERTAINTY not in result["detectors"]:
         raise UserError(
             f"{encoder.run_dir} is deterministic, and the sheet shows {OWN_UNCERTAINTY}, which needs sigma",
             hint="leave out --sheet",
         )
-    names = {name: plain_label((names or {}).get(name, name)) for name in ("id", *sets.ood)}
+    names = {
+        name: plain_label(shortened((names or {}).get(name, name), LONGEST_NAME, SMALL)) for name in ("id", *sets.ood)
+    }
     with np.load(encoder.run_dir / "eval" / result["scores"]) as file:
         scores = {name: file[f"{name}/{OWN_UNCERTAINTY}"] for name in names}
         id_index_N = file["id/index"]
-    figure = Figure(figsize=(16, 10), dpi=100, layout="constrained")
-    figure.suptitle(plain_label(f"{encoder.recipe.name}, trained without labels"), fontsize=15, weight="bold")
-    (views_panel, extremes_panel), (histogram_panel, map_panel) = figure.subplots(2, 2)
+    figure, body = new_figure(
+        WIDTH,
+        7.2,
+        f"{encoder.recipe.name}, trained without labels",
+        f"Uncertainty is {OWN_UNCERTAINTY}: how much draws of an image's embedding differ. AUROC, in %: how often "
+        "an unseen image has a higher uncertainty than a known one; higher is better, 50 is chance. The end bins "
+        "of the histogram hold all images beyond. Map: t-SNE of the directions of h, colored by class; neighbors "
+        "are similar, distances mean nothing.",
+    )
+    (views_panel, extremes_panel), (histogram_panel, map_panel) = body.subplots(2, 2)
     _draw_pairs(views_panel, encoder, sets.fit)
     _draw_extremes(extremes_panel, encoder, sets.id, id_index_N, scores["id"])
     _draw_histograms(histogram_panel, scores, result, names)
@@ -76,7 +96,7 @@ def _draw_pairs(panel: "Axes", encoder: RunEncoder, data: BetonSubset) -> None:
     for i, pair in enumerate(augmented_input(views)(batch)[batch.valid]):
         for v, image in enumerate(_pixels(pair, views)):
             _place(panel, image, column=i % PAIRS_PER_ROW * 2.3 + v, row=i // PAIRS_PER_ROW * 1.15)
-    _frame(panel, "What it learned from: two random views of an image should have similar embeddings")
+    _frame(panel, "Training: two views of an image get similar embeddings")
 
 
 def _draw_extremes(
@@ -96,13 +116,13 @@ def _draw_extremes(
             images |= zip(batch.index[found_B].tolist(), _pixels(make_input(batch)[found_B], views))
     top = 0.0
     for title, rows in groups.items():
-        panel.text(0, top - 0.12, title, fontsize=11, weight="bold")
+        panel.text(0, top - 0.12, title, fontsize=SMALL, weight="bold")
         for i, n in enumerate(rows):
             column, row = i % EXTREMES_PER_ROW * 1.12, top + i // EXTREMES_PER_ROW * 1.4
             _place(panel, images[int(index_N[n])], column, row)
-            panel.text(column + 0.5, row + 1.23, f"{score_N[n]:#.3g}", fontsize=8, ha="center")
+            panel.text(column + 0.5, row + 1.06, f"{score_N[n]:#.2g}", fontsize=SMALL, ha="center", va="top")
         top += 1.4 * -(-count // EXTREMES_PER_ROW) + 0.5
-    _frame(panel, f"Held-out images by the run's own uncertainty, {OWN_UNCERTAINTY}")
+    _frame(panel, "Held-out images, with their uncertainty")
 
 
 def _pixels(images_BCHW: torch.Tensor, views: ViewsConfig) -> np.ndarray:
@@ -124,7 +144,11 @@ def _frame(panel: "Axes", title: str) -> None:
     panel.set_ylim(bottom + 0.3, -0.4)
     panel.set_anchor("N")
     panel.set_axis_off()
-    panel.set_title(title, fontsize=12)
+    _set_title(panel, title)
+
+
+def _set_title(panel: "Axes", title: str) -> None:
+    panel.set_title(wrapped(title, WIDTH / 2 - 0.4, TEXT, weight="bold"), fontsize=TEXT, weight="bold")
 
 
 def _draw_histograms(
@@ -136,22 +160,23 @@ def _draw_histograms(
     for number, (name, score_N) in enumerate(scores.items()):
         values = np.clip(score_N, edges[0], edges[-1])
         if name == "id":
-            panel.hist(values, edges, density=True, color="0.8", label=names[name])
+            panel.hist(values, edges, density=True, color=LIGHT_GRAY, label=names[name])
             continue
         label = f"{names[name]}: AUROC {percent(separation[name]['metrics']['auroc'])}"
-        color = COLORS[(number - 1) % len(COLORS)]
-        panel.hist(values, edges, density=True, histtype="step", lw=2, color=color, label=label)
-    panel.legend(fontsize=10, frameon=False)
+        panel.hist(values, edges, density=True, histtype="step", lw=1.5, label=label, **line_style(number - 1))
+    # Room for the legend above the bars.
+    panel.set_ylim(top=panel.get_ylim()[1] * (1 + 0.11 * len(scores)))
+    panel.legend(fontsize=SMALL, frameon=False, loc="upper right")
     panel.set_yticks([])
-    panel.set_ylabel("share of the images")
-    panel.set_xlabel(f"{OWN_UNCERTAINTY}; further right is less certain")
+    panel.set_ylabel("density of the images", fontsize=TEXT)
+    panel.set_xlabel("uncertainty: further right is less certain", fontsize=TEXT)
+    panel.tick_params(labelsize=SMALL)
     panel.spines[["top", "right", "left"]].set_visible(False)
-    panel.set_title("Is it less certain of images that are unlike those it was trained on?", fontsize=12)
+    _set_title(panel, "Good if unseen images lie to the right of the known ones (gray)")
 
 
 def _draw_map(panel: "Axes", encoder: RunEncoder, sets: OODSets, names: Mapping[str, str]) -> None:
     """Draw the directions of h of known and of near images on a plane, where neighbors stay neighbors (t-SNE)."""
-    from matplotlib import colormaps
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -168,20 +193,22 @@ def _draw_map(panel: "Axes", encoder: RunEncoder, sets: OODSets, names: Mapping[
 
     label_N = features["id"].label[rows["id"]]
     known_N2, near_N2 = np.split(plane_N2, [len(label_N)])
-    near = ", ".join(names[name] for name in sets.near)
-    panel.scatter(near_N2[:, 0], near_N2[:, 1], s=12, marker="x", lw=0.8, color="0.45", label=near)
+    near = "\n".join(names[name] for name in sets.near)
+    panel.scatter(near_N2[:, 0], near_N2[:, 1], s=10, marker="x", lw=0.7, color=GRAY, label=near)
     classes = read_header(sets.id.path).classes
-    for i, label in enumerate(np.unique(label_N)):
+    labels = np.unique(label_N)
+    for i, label in enumerate(labels):
         points_N2 = known_N2[label_N == label]
-        color = colormaps["tab10"](i % 10)
-        panel.scatter(points_N2[:, 0], points_N2[:, 1], s=12, color=color)
-        x, y = np.median(points_N2, axis=0)
+        color, marker = LINE_COLORS[i % len(LINE_COLORS)], MARKERS[i % len(MARKERS)]
+        panel.scatter(points_N2[:, 0], points_N2[:, 1], s=8, color=color, marker=marker, lw=0)
+    for label in labels if len(labels) <= MAX_NAMED else ():  # on top of all points
+        x, y = np.median(known_N2[label_N == label], axis=0)
         name = classes[label] if classes and 0 <= label < len(classes) else str(label)
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-        panel.text(x, y, plain_label(name), color=color, fontsize=16, weight="bold", bbox=box)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        name = plain_label(shortened(name, LONGEST_NAME / 2, TEXT))
+        panel.text(x, y, name, fontsize=TEXT, weight="bold", ha="center", va="center", bbox=box)
     if near:
-        panel.legend(fontsize=10, frameon=False)
+        panel.legend(fontsize=SMALL, loc="best", markerscale=1.5)
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.set_xlabel("t-SNE of the directions of h: neighbors have similar representations")
-    panel.set_title("Held-out images on a map of the representations: no label was used in training", fontsize=12)
+    _set_title(panel, "Map of the representations: training used no labels")

@@ -22,7 +22,7 @@ from fastssl.evaluation.uncertainty.plots import draw_corruptions, draw_extremes
 
 NEIGHBORS = 50  # for encoders without sigma: the value of Sun et al. for CIFAR-10
 CORRUPTED_IMAGES = 1000
-EXTREMES = 20  # images with the least and with the greatest uncertainty that are drawn
+EXTREMES = 18  # images with the least and with the greatest uncertainty that are drawn
 CURVE_POINTS = 100  # points of a risk-coverage curve that are stored
 PROTOCOL = (
     "uncertainty per image compared with: a wrong nearest other test image (cosine on h), wrong predictions of a "

@@ -7,14 +7,23 @@ from typing import Any
 import numpy as np
 
 from fastssl.beton import draw_samples, read_header
-from fastssl.common.figures import plain_label, save_figure
+from fastssl.common.figures import (
+    BLUE,
+    GRAY,
+    GREEN,
+    SMALL,
+    TEXT,
+    VERMILLION,
+    WIDTH,
+    add_legend,
+    new_figure,
+    save_figure,
+)
 from fastssl.common.files import explain_write_errors
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
 
-# Colors of Okabe and Ito, which color-blind readers can distinguish.
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.55"
 TITLES = {"blur": "Gaussian blur", "noise": "Gaussian noise", "jpeg": "JPEG compression", "crop": "Crop"}
 UNITS = {
     "blur": "standard deviation, % of the side",
@@ -28,28 +37,33 @@ def draw_risk_coverage(
     path: Path, run: str, curves: Mapping[str, list[float]], metrics: Mapping[str, float], score: str
 ) -> None:
     """Draw the error rate among the least uncertain images against the share of images that these are."""
-    # Imported here because it takes half a second. Unlike pyplot, Figure needs no display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, body = new_figure(
+        7,
+        4.4,
+        f"{run}: risk-coverage curve, lower is better",
+        f"Uncertainty: {score}. "
+        "Only the least uncertain images are predicted (coverage: how many, from left to right); risk is the "
+        "error among them. AURC: the area under a curve. A score that says nothing stays near the dotted line; "
+        "the best possible one ranks every wrong prediction last (dashed line).",
+    )
+    axes = body.subplots()
     coverage = 100 * np.array(curves["coverage"])
     error = 1 - metrics["accuracy"]
     least = metrics["aurc"] - metrics["e_aurc"]
     axes.axhline(100 * error, color=GRAY, ls=":", label=f"random order: AURC {error:.3f}")
     for key, label, color, style in (
-        ("uncertainty", f"{score}: AURC {metrics['aurc']:.3f}", BLUE, "-"),
-        ("confidence", f"confidence of the classifier: AURC {metrics['aurc_confidence']:.3f}", ORANGE, "-"),
+        ("uncertainty", f"uncertainty: AURC {metrics['aurc']:.3f}", BLUE, "-"),
+        ("confidence", f"classifier's confidence: AURC {metrics['aurc_confidence']:.3f}", VERMILLION, "-."),
         ("oracle", f"best possible order: AURC {least:.3f}", GREEN, "--"),
     ):
         axes.plot(coverage, 100 * np.array(curves[key]), label=label, color=color, ls=style, lw=2)
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("coverage: % of test images, least uncertain first")
-    axes.set_ylabel("risk: % of wrong predictions among them")
-    axes.set_title(plain_label(f"{run}: risk-coverage curve"))
+    axes.set_xlabel("coverage: % of test images, least uncertain first", fontsize=TEXT)
+    axes.set_ylabel("risk: % of wrong predictions among them", fontsize=TEXT)
+    axes.tick_params(labelsize=SMALL)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    add_legend(body, [axes])
     save_figure(path, figure)
 
 
@@ -58,10 +72,16 @@ def draw_corruptions(path: Path, run: str, result: Mapping[str, Any], score: str
 
     result: has the fields "corruptions", "corrupted_images", "metrics" and "intervals" of the evaluation.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(CORRUPTIONS), sharey=True)
+    figure, body = new_figure(
+        WIDTH,
+        3.4,
+        f"{run}: uncertainty of corrupted images, better if it rises with the corruption",
+        f"Mean uncertainty of {result['corrupted_images']:,} test images, with 95 % intervals; corruptions get "
+        "stronger from left to right. Dotted line: without corruption. The vertical axis does not start at 0. "
+        "Spearman: the rank correlation of uncertainty with strength, with its 95 % interval; 1 is best, 0 means "
+        "no relation.",
+    )
+    panels = body.subplots(1, len(CORRUPTIONS), sharey=True)
     for axes, (name, strengths) in zip(panels, CORRUPTIONS.items()):
         curve = result["corruptions"][name]
         mean_S = np.array(curve["mean"])
@@ -74,14 +94,13 @@ def draw_corruptions(path: Path, run: str, result: Mapping[str, Any], score: str
         axes.set_xticks(position_S, ["none", *(f"{scale * strength:g}" for strength in strengths)])
         # Shown in words because the vertical axis does not start at 0.
         change = mean_S[-1] / mean_S[0] - 1 if mean_S[0] > 0 else 0
-        axes.set_xlabel(f"{UNITS[name]}\nat the strongest: {100 * change:+.2g} %")
+        axes.set_xlabel(f"{UNITS[name]}\nat the strongest: {100 * change:+.2g} %", fontsize=TEXT)
         low, high = result["intervals"][f"spearman_{name}"]
-        spearman = f"Spearman {result['metrics'][f'spearman_{name}']:+.2f} ({low:+.2f} to {high:+.2f})"
-        axes.set_title(f"{TITLES[name]}\n{spearman}", fontsize=11)
+        spearman = f"Spearman {result['metrics'][f'spearman_{name}']:+.2f}\n({low:+.2f} to {high:+.2f})"
+        axes.set_title(f"{TITLES[name]}\n{spearman}", fontsize=TEXT)
+        axes.tick_params(labelsize=SMALL)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("\n".join(score.split(" to ")), fontsize=9)
-    title = f"{run}: mean uncertainty of {result['corrupted_images']:,} corrupted test images, with 95 % intervals"
-    figure.suptitle(plain_label(title))
+    panels[0].set_ylabel(score.replace(" to ", "\nto "), fontsize=TEXT)
     save_figure(path, figure)
 
 
@@ -99,13 +118,12 @@ def draw_extremes(
     count = min(count, len(order_M) // 2)
     least, most = order_M[:count], order_M[::-1][:count]
     symbol = "σ" if "sigma" in score else "d"
-    title = f"{run}: the {count} least uncertain of {len(order_M):,} test images by {score}, the least uncertain first"
     groups = [
-        (title, position_M[least].tolist()),
+        (f"{run}: the {count} least uncertain of {len(order_M):,} test images, by {score}", position_M[least].tolist()),
         (f"the {count} most uncertain, the most uncertain first", position_M[most].tolist()),
     ]
     notes = {
         position_M[m]: f"{symbol} {uncertainty_M[m]:#.5g}, index {index_M[m]}" for m in np.concatenate([least, most])
     }
     with explain_write_errors(path):
-        draw_samples(data.path, path, groups, notes, columns=10)
+        draw_samples(data.path, path, groups, notes)
