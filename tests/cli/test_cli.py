@@ -26,7 +26,7 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
     )  # fmt: skip
     assert code == 0 and " 3/3 " in out and "knn" in out
     code, out, _ = fastssl("eval", "knn", "run", "--k", "5")
-    assert code == 0 and "accuracy_k5" in out and (tmp_path / "run/eval/knn.json").exists()
+    assert code == 0 and "top-1, k = 5" in out and (tmp_path / "run/eval/knn.json").exists()
     code, out, _ = fastssl("eval", "linear", "run")
     assert code == 0 and "accuracy" in out and (tmp_path / "run/eval/linear-sweep.json").exists()
     quick = ["--set", "train.epochs=1", "--set", "train.batch_size=8"]
