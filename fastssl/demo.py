@@ -1,4 +1,4 @@
-"""`fastssl demo`: train on real images in two minutes, from images on disk to accuracies, OOD scores and a figure."""
+"""`fastssl demo`: train on real images in minutes, from images on disk to accuracies, OOD scores and a figure."""
 
 import time
 from pathlib import Path
