@@ -92,7 +92,7 @@ class PartialBuild:
         self._lock = open_regular(self.folder / "lock", "w")
         try:
             if not try_lock(self._lock):
-                warning = f"Warning: {self.path} is on a file system without locks: build it with one process."
+                warning = f"warning: {self.path} is on a file system without locks: build it with one process."
                 print_line(console(stderr=True), warning)
         except BlockingIOError:
             self._lock.close()

@@ -8,6 +8,7 @@ import what they need when they run: `fastssl --help` is fast, and `fastssl doct
 
 import os
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -80,11 +81,15 @@ app.command(cls=Command, rich_help_panel=RESULTS)(embed.embed)
 app.command(cls=Command, rich_help_panel=RESULTS)(export.export)
 
 
+_PYTHONS_SHOW_WARNING = warnings.showwarning
+
+
 def main() -> NoReturn:
     """Run the command in `sys.argv`. A mistake of the user becomes `error:` and `hint:` on stderr, and exit code 2.
 
     With `--debug`, anywhere on the command line, the error is raised with its traceback.
     """
+    warnings.showwarning = _show_warning
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -101,6 +106,14 @@ def main() -> NoReturn:
         fix = "end other programs, or ask for smaller batches or images"
         _end(UserError(f"there was not enough memory ({in_short(error)})", hint=fix))
     sys.exit()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print a warning for the user as one line. Those for developers keep the place in the code."""
+    if category is UserWarning:
+        print_error(str(message), label="warning")
+    else:
+        _PYTHONS_SHOW_WARNING(message, category, *place)
 
 
 def _end(error: UserError) -> NoReturn:

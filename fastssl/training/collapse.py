@@ -51,7 +51,7 @@ class CollapseWarning:
         if self.given or problem is None:
             return None
         self.given = True
-        return f"Warning: {problem}"
+        return f"warning: {problem}"
 
     @property
     def is_suspicious(self) -> bool:

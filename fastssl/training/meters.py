@@ -150,7 +150,7 @@ class DataWaitWarning:
         if self.given or self.readings < self.READINGS or self.seconds < self.SECONDS:
             return None
         self.given = True
-        return f"Warning: {data_wait:.0%} of the time is spent waiting for data. {self.explain(reading)}"
+        return f"warning: {100 * data_wait:.0f} % of the time is spent waiting for data. {self.explain(reading)}"
 
 
 def compile_counts() -> dict[str, int]:

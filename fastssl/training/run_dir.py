@@ -146,7 +146,7 @@ def locked_run_dir(path: Path) -> Iterator[None]:
         with explain_write_errors(path):
             try:
                 if not try_lock(lock):
-                    warning = f"Warning: {path} is on a file system without locks: train in it with one process."
+                    warning = f"warning: {path} is on a file system without locks: train in it with one process."
                     print_line(console(stderr=True), warning)
             except BlockingIOError:
                 raise RunDirBusy(

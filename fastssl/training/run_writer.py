@@ -138,7 +138,7 @@ class RunWriter:
                 tracker.write(step, metrics)
             except OSError as error:
                 del self.trackers[name]
-                self.print(f"Warning: {name} cannot be written ({error}): from here on only metrics.jsonl has metrics.")
+                self.print(f"warning: {name} cannot be written ({error}): from here on only metrics.jsonl has metrics.")
         self.display.log(step, metrics)
 
     def save_views(self, views: tuple[Tensor, ...]) -> None:
@@ -146,7 +146,7 @@ class RunWriter:
             try:
                 save_views(self.run_dir, views, self.run.recipe.views)
             except OSError as error:
-                self.print(f"Warning: views.png cannot be written ({error.strerror}).")
+                self.print(f"warning: views.png cannot be written ({error.strerror}).")
 
     def save(self, name: str = LAST) -> None:
         """Begin to write checkpoints/NAME with the state of this step, once the checkpoint before it is written."""
@@ -178,7 +178,7 @@ class RunWriter:
         if failure and not (name == LAST and self.save_failed):
             then = "the next log step tries again" if name == LAST else f"{name} is left out"
             self.print(
-                f"Warning: the checkpoint of step {step} cannot be written ({failure}): training continues, and {then}."
+                f"warning: the checkpoint of step {step} cannot be written ({failure}): training continues, and {then}."
             )
         if name == LAST:
             self.save_failed = failure is not None

@@ -285,7 +285,7 @@ def slow_precision(precision: str, device: torch.device) -> list[str]:
     best = resolve_precision("auto", "cpu")
     if device.type != "cpu" or precision in ("fp32", best):
         return []
-    return [f"Warning: train.precision={best} is faster on this CPU, which may compute {precision} by way of fp32."]
+    return [f"warning: train.precision={best} is faster on this CPU, which may compute {precision} by way of fp32."]
 
 
 def choose_convolutions(recipe: Recipe, device: torch.device) -> None:

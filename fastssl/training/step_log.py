@@ -64,7 +64,7 @@ class CountWarning:
         if count < self.next:
             return None
         self.next = 2 * count
-        return f"Warning: {self.counted}: {count:,} so far."
+        return f"warning: {self.counted}: {count:,} so far."
 
 
 class StepLog:

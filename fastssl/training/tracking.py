@@ -62,7 +62,7 @@ class MetricsFile:
         except OSError as error:
             self._file.truncate(end)  # leave no half line
             if not self._warned:
-                self.warn(f"Warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory.")
+                self.warn(f"warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory.")
                 self._warned = True
             return
         self._waiting = []

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,17 @@ def test_a_mistake_is_reported_without_traceback_with_exit_code_2(fastssl, argum
     code, _, err = fastssl(*arguments)
     assert code == 2 and message in err and err.startswith("error: ") and "Traceback" not in err
     assert [line.partition(": ")[0] for line in err.splitlines()] in (["error"], ["error", "hint"])
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(fastssl, monkeypatch):
+    def warn(name):
+        warnings.warn(f"{name} was damaged, so the one before is used.", stacklevel=1)
+        return Path(name)
+
+    monkeypatch.setattr("fastssl.cli.setup.find_recipe", lambda name: shipped_recipes() / warn("a\x1b.pt") / "..")
+    monkeypatch.setattr("fastssl.cli.setup.read_recipe_text", lambda path: "name: x")
+    code, out, err = fastssl("recipes", "show", "x")
+    assert (code, out, err) == (0, "name: x\n", "warning: a\\x1b.pt was damaged, so the one before is used.\n")
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -39,7 +39,7 @@ def test_a_collapse_is_one_warning_and_a_last_line(kind, canvas, tmp_path, capsy
     run = train_linear(canvas, tmp_path / "run", "model.projector={layers: 1, hidden: 8, out: 8}", *keys)
     lines = capsys.readouterr().out.splitlines()
     assert len(metrics_of(run)) == 24  # it is never stopped
-    assert [line.startswith("Warning: " + message) for line in lines].count(True) == 1
+    assert [line.startswith("warning: " + message) for line in lines].count(True) == 1
     assert lines[-1].startswith("Finished, but " + message) and str(run) in lines[-1]
     assert not any(line.startswith("Done") for line in lines)
 

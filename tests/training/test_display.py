@@ -191,7 +191,7 @@ def test_a_live_panel_stays_in_place(monkeypatch):
         display.live.auto_refresh = False
         display.step(1)
         display.log(1, {"loss": 2.0, "lr": 0.1})
-        display.print("Warning: something.")
+        display.print("warning: something.")
         with display.during("probe running"):
             display.live.refresh()
         before = len(screen.file.getvalue())
@@ -199,7 +199,7 @@ def test_a_live_panel_stays_in_place(monkeypatch):
         screen.width = 60
         display.live.refresh()
         drawn = screen.file.getvalue()
-    assert "Warning: something.\n" in drawn.replace("\r", "") and "probe running" in drawn
+    assert "warning: something.\n" in drawn.replace("\r", "") and "probe running" in drawn
     up = "\x1b[1A"
     assert drawn[before:].count(up) == rows + rows - 1  # twice the rows, but for the one that the cursor is in
     assert not display.live.is_started

@@ -78,7 +78,7 @@ def test_a_long_wait_gives_one_warning_and_a_slow_start_none():
     warning = DataWaitWarning(lambda seen: explained.append(seen) or "Image decoding is ...")
     assert [warning.check(share, reading(30)) for share in (0.5, 0.5, 0.05, 0.5, 0.5)] == [None] * 5
     assert warning.check(0.42, reading(30)) == (
-        "Warning: 42% of the time is spent waiting for data. Image decoding is ..."
+        "warning: 42 % of the time is spent waiting for data. Image decoding is ..."
     )
     assert warning.check(0.5, reading(30)) is None and len(explained) == 1
     short = DataWaitWarning(lambda seen: "")

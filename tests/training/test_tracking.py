@@ -138,7 +138,7 @@ def test_a_tracker_whose_disk_is_full_is_left_out_and_training_goes_on(canvas, t
     keys = "log.to=[tensorboard]", "train.epochs=1"
     run = train(load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys)))
     assert len(metrics_of(run)) == 3
-    assert capsys.readouterr().out.count("Warning: tensorboard cannot be written") == 1
+    assert capsys.readouterr().out.count("warning: tensorboard cannot be written") == 1
 
 
 def test_parse_metrics_skips_other_lines():
