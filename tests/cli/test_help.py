@@ -21,7 +21,7 @@ def all_commands(group, *names):
 
 TOP = typer.main.get_command(cli.app)
 COMMANDS = dict(all_commands(TOP))
-GROUPS = [(), *{names[:-1] for names in COMMANDS if len(names) > 1}]
+GROUPS = [(), *sorted({names[:-1] for names in COMMANDS if len(names) > 1})]
 
 
 def examples(command):
