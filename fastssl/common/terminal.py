@@ -1,6 +1,7 @@
 """Output for a person: the console, a table of pairs, and the progress of long work."""
 
 import os
+import re
 import sys
 import textwrap
 import time
@@ -59,7 +60,7 @@ def print_error(message: str, hint: str | None = None, *, label: str = "error") 
         error: recipes/x.yaml: train.epochs must be an integer, got 'abc'
         hint: write a whole number, such as train.epochs=100
 
-    On a terminal, labels have a color and lines are wrapped between words, never inside a path.
+    On a terminal, labels have a color and lines are wrapped between words, never inside a path or a command.
     """
     stderr = console(stderr=True)
     lines = [_labeled(stderr, label, "bold red" if label.startswith("error") else "bold yellow", message)]
@@ -76,11 +77,12 @@ def _labeled(console: Console, label: str, style: str, message: str) -> Text:
     start = f"{label}: "
     text = start + printable(message)
     if console.is_terminal:
-        indent = " " * len(start)
+        # A command in backticks, which is to be copied, stays in one piece: no printable text holds a \0.
+        text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), text[len(start) :])
         text = textwrap.fill(
-            text[len(start) :], console.width, initial_indent=start, subsequent_indent=indent,
+            text, console.width, initial_indent=start, subsequent_indent=" " * len(start),
             break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+        ).replace("\0", " ")  # fmt: skip
     result = Text(text)
     result.stylize(style, 0, len(label) + 1)
     return result

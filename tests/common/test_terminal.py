@@ -144,6 +144,15 @@ def test_an_error_on_a_terminal_is_wrapped_between_words(width, monkeypatch):
     assert max(len(line) for line in plain if path not in line) <= width and len(plain) > 4
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_command_in_a_hint_stays_on_one_line(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stderr", Terminal())
+    command = "`fastssl build-beton imagefolder --source DIR --out 'two  spaces' --download`"
+    print_error("No file", f"make it with {command}, and " + "so on " * 30)
+    assert command in terminal.sys.stderr.getvalue()
+
+
 def test_an_error_that_cannot_be_written_is_no_error(monkeypatch):
     class FullDisk(io.StringIO):
         def write(self, text):
