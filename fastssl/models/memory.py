@@ -9,7 +9,8 @@ from fastssl.common.system import free_memory
 FIXES = {
     "encoder": "choose a smaller model.backbone",
     "projector": "lower model.projector.hidden, model.projector.out or model.projector.layers",
-    "heads": "lower model.projector.out, or choose a smaller model.backbone",
+    "heads.h": "choose a smaller model.backbone",
+    "heads.z": "lower model.projector.out",
     "priors": "lower embedding.mixture_components",
     "predictor": "lower objective.predictor_hidden",
     "classifier": "lower objective.classes",
@@ -24,7 +25,7 @@ def count_bytes(model: nn.Module) -> int:
 
 def suggest_smaller(model: nn.Module) -> str:
     """The keys that make the largest part of a model smaller, as the end of a sentence."""
-    sizes = {name: count_bytes(part) for name, part in model.named_children() if name in FIXES}
+    sizes = {name: count_bytes(part) for name, part in model.named_modules() if name in FIXES}
     return FIXES[max(sizes, key=lambda name: sizes[name])] if sizes else FIXES["encoder"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from training_runs import FORKS, PATIENCE, small
 
 from fastssl import cli, load_encoder, load_model
@@ -40,7 +41,7 @@ def recipe_of(*overrides: str, name: str = "zprob_barlow"):
     "overrides, key",
     [
         (["model.projector={layers: 100, hidden: 1000000}"], "model.projector.hidden"),
-        (["model.projector={layers: 1, out: 1000000}"], "lower model.projector.out, or choose"),
+        (["model.projector={layers: 1, out: 1000000}"], "free: lower model.projector.out."),
         (["objective.predictor_hidden=1000000", "model.projector.out=20000"], "objective.predictor_hidden"),
         (["embedding={stochastic: h, prior: mixture, mixture_components: 1000000}", "model.backbone=resnet50"],
          "embedding.mixture_components"),
@@ -304,3 +305,11 @@ def test_a_profile_for_which_there_is_not_enough_memory_is_one_sentence(canvas, 
     code, _, err = fastssl("profile", "recipes/barlow.yaml", *small(canvas, tmp_path / "run"))
     assert code == 2 and err.startswith("error: There was not enough memory (CUDA out of memory.")
     assert "train.batch_size=16" in err and "--resume" not in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("space, key", [("h", "choose a smaller model.backbone"), ("z", "lower model.projector.out")])
+def test_large_heads_are_made_smaller_by_what_sets_their_width(space, key):
+    model = nn.Module()
+    model.encoder = nn.Linear(2, 2)
+    model.heads = nn.ModuleDict({space: nn.Linear(9, 9)})
+    assert model_memory.suggest_smaller(model) == key
