@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -84,10 +85,10 @@ def beton_file(path: str | Path, split: str) -> Path:
         raise UserError(
             f"{path} is a folder without {split}.beton", hint=f"name one of its files, {', '.join(others[:5])}"
         )
+    build = f"fastssl build-beton imagefolder --source {shlex.quote(str(path))} --out DIR"
     raise UserError(
         f"{path} is a folder without {split}.beton",
-        hint=f"make it with `fastssl build-beton imagefolder --source {path} --out DIR` if it holds images, and name "
-        "DIR",
+        hint=f"make it with `{build}` if it holds images, and name DIR",
     )
 
 

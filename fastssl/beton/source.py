@@ -10,6 +10,7 @@ import itertools
 import os
 import pickle
 import pkgutil
+import shlex
 import stat
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -128,9 +129,9 @@ def how_to_make(path: Path) -> str:
     module = load_builder(builder)
     source = " --source DIR" if hasattr(module, "SOURCE") else ""
     download = " --download" if hasattr(module, "DOWNLOAD") else ""
-    make = f"make it with `fastssl build-beton {builder}{source}{download} --out {folder}`"
+    make = f"make it with `fastssl build-beton {builder}{source}{download} --out {shlex.quote(str(folder))}`"
     if folder not in (path, path.parent):
-        make += f", and name {folder}"
+        make += f", and name {folder / 'train.beton'}"
     return make + (f", or name {path.with_name(there[0])}" if there else "")
 
 

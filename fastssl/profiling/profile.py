@@ -4,6 +4,7 @@ Times are in seconds, rates per second over all processes, shares from 0 to 1. T
 so later code relies on types and ranges. Names and paths are made printable when a model is built.
 """
 
+import shlex
 import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -239,7 +240,9 @@ def read_profile(path: Path) -> Profile:
     try:
         text = read_bytes(path, LARGEST_TEXT)
     except FileNotFoundError:
-        raise UserError(f"No profile at {path}", hint=f"`fastssl profile RECIPE --json {path}` makes one") from None
+        raise UserError(
+            f"No profile at {path}", hint=f"`fastssl profile RECIPE --json {shlex.quote(str(path))}` makes one"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", hint="give the file of a profile") from None
     try:

@@ -99,10 +99,14 @@ def test_the_sentence_of_a_builder_is_divided(error, message, hint):
 @pytest.mark.parametrize(
     "path, hint",
     [
-        ("data/nope.beton", "`fastssl build-beton imagefolder --source DIR --out data/nope`, and name data/nope"),
+        (
+            "data/nope.beton",
+            "`fastssl build-beton imagefolder --source DIR --out data/nope`, and name data/nope/train.beton",
+        ),
         ("data/cifar10/train.beton", "`fastssl build-beton cifar10 --source DIR --download --out data/cifar10`"),
         ("data/cifar10", "`fastssl build-beton cifar10 --source DIR --download --out data/cifar10`"),
         ("data/mnist5k/val.beton", "`fastssl build-beton mnist5k --out data/mnist5k`"),
+        ("my data/val.beton", "`fastssl build-beton imagefolder --source DIR --out 'my data'`"),
     ],
 )
 def test_a_missing_file_comes_with_the_command_that_makes_it(path, hint, tmp_path, monkeypatch):
@@ -114,5 +118,5 @@ def test_a_missing_file_comes_with_a_file_of_a_similar_name(tmp_path):
     (tmp_path / "train.beton").touch()
     assert how_to_make(tmp_path / "trian.beton") == f"did you mean {tmp_path}/train.beton?"
     assert how_to_make(tmp_path / "other.beton").endswith(
-        f", and name {tmp_path}/other, or name {tmp_path}/train.beton"
+        f", and name {tmp_path}/other/train.beton, or name {tmp_path}/train.beton"
     )
