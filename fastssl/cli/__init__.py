@@ -89,7 +89,7 @@ def main() -> NoReturn:
 
     With `--debug`, anywhere on the command line, the error is raised with its traceback.
     """
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # called with positions only
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
