@@ -9,17 +9,27 @@ the nearest known one. Of our own modules it imports only those of common, so th
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, PydanticUndefined
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from fastssl.common.errors import UserError, in_short, quote
 from fastssl.common.files import UnsafeFile, read_text
-from fastssl.common.validation import InvalidValues, any_of, keys_of, nearest_key, requirement, value_hint
+from fastssl.common.validation import (
+    InvalidValues,
+    any_of,
+    as_written,
+    keys_of,
+    nearest_key,
+    requirement,
+    value_hint,
+)
 from fastssl.common.yaml_values import MAX_VALUES, parse_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -256,7 +266,7 @@ class SimCLRConfig(ObjectiveConfig):
 
 
 class BYOLConfig(ObjectiveConfig):
-    """The only objective with a target network: SSLModel adds it and a predictor, the training loop moves it."""
+    """The only objective with a predictor and a target network, a copy of the model that follows it slowly."""
 
     name: Literal["byol"] = "byol"  # the objective
     momentum: Probability = 0.996  # momentum of the target network at the first step; it is 1 at the last
@@ -444,11 +454,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: names the file, the key and what to write.
     """
-    path = find_recipe(Path(path))
+    file = find_recipe(Path(path))
+    values = read_yaml(file)
+    if "grids" in values and "data" not in values:
+        raise UserError(
+            f"{path} is a sweep, not a recipe",
+            hint=f"run it with `fastssl sweep {shlex.quote(str(path))}`",
+        )
     try:
-        return _validate(read_yaml(path), overrides)
+        return _validate(values, overrides)
     except ValidationError as error:
-        raise explain(error, Recipe).prefixed(f"{path}: ") from None
+        found = explain(error, Recipe)
+    # The file is not to blame for what an override has set.
+    raise found.prefixed(f"{file}: ") if str(found) == _fault_of(values) else found
+
+
+def _fault_of(values: dict[str, Any]) -> str | None:
+    """What is wrong with the values of a file without overrides."""
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return str(explain(error, Recipe))
+    return None
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -460,6 +487,7 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe
 
 
 def _validate(values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    values = dict(values)
     for override in overrides:
         _apply(values, override)
     return Recipe.model_validate(values)
@@ -587,7 +615,7 @@ def explain(error: ValidationError, section: type[BaseModel]) -> UserError:
     if parts[:2] == ["optim", "options"] and len(parts) > 2:  # pydantic adds each type that it tried
         key = in_short(".".join(parts[:3]))
         return UserError(
-            f"{key} must be a number, true, false or a list of numbers, got {quote(first['input'])}",
+            f"{key} must be a number, true, false or a list of numbers, got {as_written(first['input'])}",
             hint=f"write it like {key}=0.9",
         )
     if first["type"] == "extra_forbidden":
@@ -600,21 +628,22 @@ def explain(error: ValidationError, section: type[BaseModel]) -> UserError:
         name = given.get("name") if isinstance(given, dict) else given
         near = difflib.get_close_matches(quote(name).strip("'"), OBJECTIVES, n=1)
         return UserError(
-            f"objective.name must be {any_of(list(OBJECTIVES))}, got {quote(name)}",
-            hint=f"did you mean objective.name={near[0]}?" if near else f"write {EXAMPLES['objective.name']}",
+            f"objective.name must be {any_of(list(OBJECTIVES))}, got {as_written(name)}",
+            hint=f"did you mean objective.name={near[0]}?" if near else "choose one of these",
         )
     if first["type"] == "union_tag_not_found":
         return UserError("the key objective.name is missing", hint=f"write {any_of(list(OBJECTIVES))}")
     key, same = _errors_of_one_value(errors, known)
     message = f"{key} {requirement(same)}"
-    default = known.get(key, PydanticUndefined)
+    field = known.get(key, FieldInfo())
     if key == "objective":
         return UserError(message, hint="write it whole, such as 'objective={name: vicreg}'")
-    if isinstance(default, BaseModel):
-        return UserError(message, hint=f"write its keys, such as {key}.{next(iter(type(default).model_fields))}=VALUE")
+    if isinstance(field.default, BaseModel):
+        first_key = next(iter(type(field.default).model_fields))
+        return UserError(message, hint=f"write its keys, such as {key}.{first_key}=VALUE")
     if key in EXAMPLES:
         return UserError(message, hint=f"write it like {EXAMPLES[key]}")
-    return UserError(message, hint=value_hint(key, same, default))
+    return UserError(message, hint=value_hint(key, same, field))
 
 
 # For keys that have no default.
@@ -635,7 +664,7 @@ def _location(error: Any) -> tuple[list[str], str | None]:
     return parts, objective
 
 
-def _errors_of_one_value(errors: Sequence[Any], known: Mapping[str, object]) -> tuple[str, list[Any]]:
+def _errors_of_one_value(errors: Sequence[Any], known: Mapping[str, FieldInfo]) -> tuple[str, list[Any]]:
     """The key of the first error, without positions in its list and types that pydantic tried, and all its errors."""
 
     def key_of(error: Any) -> str:
@@ -643,7 +672,7 @@ def _errors_of_one_value(errors: Sequence[Any], known: Mapping[str, object]) -> 
         for end in range(len(parts), 0, -1):
             name = ".".join(part for part in parts[:end] if not part.isdigit())
             if not parts[end - 1].isdigit() and name in known:
-                end += isinstance(known[name], dict)  # the key of an entry
+                end += isinstance(known[name].default, dict)  # the key of an entry
                 return in_short(".".join(parts[:end]))
         return in_short(".".join(parts)) or "it"
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import Recipe, explain, find_recipe, load_recipe, recipe_keys, shipped_recipes
+from fastssl.sweep import load_sweep
 
 SHIPPED = sorted(
     str(path.relative_to(shipped_recipes()))
@@ -154,6 +155,58 @@ def test_error_for_a_wrong_override_names_the_key(minimal, override, message):
         load_recipe(minimal, ["seed=0", "objective.name=barlow_twins", override])
     sentence = str(error.value)
     assert message in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "override, hint",
+    [
+        ("log.to=wandb", "write log.to=[wandb]"),
+        ("log.to=wand", "write log.to=[wandb]"),
+        ("log.to=disk", "its values are tensorboard or wandb, as in log.to=[tensorboard]"),
+        ("log.to=[tensorboard, wand]", "did you mean wandb?"),
+        ("log.to=[disk]", "choose one of these"),
+        ("views.mean=0.5", "write views.mean=[0.5]"),
+        ("views.scale=0.5", "write it like views.scale=[0.08,1]"),
+        ("embedding.stochastic=y", "choose one of these"),
+        ("train.compile=3", "choose one of these"),
+        ("train.compile=autos", "did you mean train.compile=auto?"),
+        ("train.precision=fp61", "did you mean train.precision=fp16?"),
+        ("objective.name=true", "choose one of these"),
+        ("train.epochs=x", "write it like train.epochs=100"),
+    ],
+)
+def test_the_hint_about_a_wrong_value_keeps_the_method(minimal, override, hint):
+    with pytest.raises(UserError) as error:
+        load_recipe(minimal, [override])
+    assert error.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "override, written", [("train.epochs=", "null"), ("embedding.stochastic=true", "true"), ("train.epochs=a", "'a'")]
+)
+def test_a_wrong_value_is_quoted_as_in_yaml(minimal, override, written):
+    with pytest.raises(UserError) as error:
+        load_recipe(minimal, [override])
+    assert error.value.message.endswith(f", got {written}")
+
+
+def test_only_the_faults_of_a_file_name_it(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\ndata: {train: x}\ntrain: {epochs: 0}\n")
+    for overrides in [], ["seed=1"]:
+        with pytest.raises(UserError, match=f"^{path}: train.epochs must be"):
+            load_recipe(path, overrides)
+    with pytest.raises(UserError, match="^train.epochs must be an integer, got 'abc'"):
+        load_recipe(path, ["train.epochs=abc"])
+    with pytest.raises(UserError, match="^unknown key train.epoch:"):
+        load_recipe("zprob_barlow", ["train.epoch=1"])
+
+
+def test_a_sweep_in_place_of_a_recipe_and_the_reverse():
+    with pytest.raises(UserError, match="is a sweep, not a recipe: run it with `fastssl sweep ablation_cifar10`"):
+        load_recipe("ablation_cifar10")
+    with pytest.raises(UserError, match="is a recipe, not a sweep: train it with `fastssl train zprob_barlow`"):
+        load_sweep("zprob_barlow")
 
 
 @pytest.mark.parametrize(

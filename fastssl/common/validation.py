@@ -3,9 +3,10 @@
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fastssl.common.errors import in_short, quote
@@ -35,6 +36,7 @@ WANTED = {
     "too_long": "of at most {max_length} values",
     "missing": "a list of more values",  # of a tuple; a missing key is no wrong value
 }
+CHOICES = ("literal_error", "bool_type", "bool_parsing")  # types of errors whose messages list all legal values
 
 
 class InvalidValues(ValueError):
@@ -50,7 +52,14 @@ def requirement(errors: Sequence[Any]) -> str:
     wanted: list[str] = []
     for error in errors:
         wanted += [each for each in _wanted(error) if each not in wanted]
-    return f"must be {any_of(wanted)}, got {quote(errors[0]['input'])}"
+    return f"must be {any_of(wanted)}, got {as_written(errors[0]['input'])}"
+
+
+def as_written(value: object) -> str:
+    """The value as in YAML, which has true, false and null where Python has True, False and None."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else quote(value)
 
 
 def any_of(words: Sequence[str]) -> str:
@@ -58,25 +67,60 @@ def any_of(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def value_hint(key: str, errors: Sequence[Any], default: object) -> str:
+def value_hint(key: str, errors: Sequence[Any], field: FieldInfo) -> str:
     """What to write in place of a wrong value: the most similar word that it may be, else its default."""
-    words = [each for error in errors if error["type"] == "literal_error" for each in _wanted(error)]
-    if near := difflib.get_close_matches(quote(errors[0]["input"]).strip("'"), words, n=1):
-        return f"did you mean {key}={near[0]}?"
-    if isinstance(default, bool):
-        return f"write it like {key}={str(default).lower()}"
+    default = field.default
     if isinstance(default, tuple):
-        return f"write it like {key}=[{','.join(str(_in_short(each)) for each in default)}]"
+        return _list_hint(key, errors[0], field)
+    choices = [word for error in errors if error["type"] in CHOICES for word in _wanted(error)]
+    if near := difflib.get_close_matches(_bare(errors[0]["input"]), choices, n=1):
+        return f"did you mean {key}={near[0]}?"
+    if all(error["type"] in CHOICES for error in errors):
+        return "choose one of these"
     if isinstance(default, str | int | float):
-        return f"write it like {key}={default}"
+        return f"write it like {key}={_in_short(default)}"
     return f"correct {key}" if default is PydanticUndefined else f"leave out {key}"
 
 
-def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, object]:
-    """All dotted keys of a section and of the sections in it, which are included themselves, with their defaults."""
-    found: dict[str, object] = {}
+def _list_hint(key: str, error: Any, field: FieldInfo) -> str:
+    """The list of the given value if that is one of its items, else a list of a similar word, else the default."""
+    given, words = error["input"], _words_of(field.annotation)
+    near = difflib.get_close_matches(_bare(given), words, n=1)
+    if error["type"] not in ("list_type", "tuple_type") and words:  # an item is wrong
+        return f"did you mean {near[0]}?" if near else "choose one of these"
+    for item in (given, *near):
+        if isinstance(item, str | int | float) and _is_legal([item], field):
+            return f"write {key}=[{_bare(item)}]"
+    if words:
+        return f"its values are {any_of(words)}, as in {key}=[{words[0]}]"
+    return f"write it like {key}=[{','.join(str(_in_short(each)) for each in field.default)}]"
+
+
+def _words_of(annotation: Any) -> list[str]:
+    """The words of all Literals in a type."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _words_of(part)]
+
+
+def _is_legal(value: object, field: FieldInfo) -> bool:
+    kind: Any = Annotated[field.annotation, *field.metadata, None]
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _bare(value: object) -> str:
+    return as_written(value).strip("'")
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """All dotted keys of a section and of the sections in it, which are included themselves, with their fields."""
+    found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
-        found[prefix + name] = field.default
+        found[prefix + name] = field
         below = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for kind in below:
             if isinstance(kind, type) and issubclass(kind, BaseModel):

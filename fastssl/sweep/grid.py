@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,11 +75,16 @@ class SweepRun:
 
 def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep file; `recipes/sweeps/x.yaml` also means the shipped one. Raises UserError if anything is wrong."""
-    path = find_recipe(Path(path))
+    file = find_recipe(Path(path))
+    values = read_yaml(file)
+    if "grids" not in values and "data" in values:
+        raise UserError(
+            f"{path} is a recipe, not a sweep", hint=f"train it with `fastssl train {shlex.quote(str(path))}`"
+        )
     try:
-        return Sweep.model_validate(read_yaml(path))
+        return Sweep.model_validate(values)
     except ValidationError as error:
-        raise explain(error, Sweep).prefixed(f"{path}: ") from None
+        raise explain(error, Sweep).prefixed(f"{file}: ") from None
 
 
 def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:

@@ -64,7 +64,7 @@ def test_from_images_to_accuracies(fastssl, photos, tmp_path, monkeypatch):
         (["sweep", "recipes/sweeps/ablation.yaml"], "did you mean recipes/sweeps/ablation_cifar10.yaml"),
         (["sweep", "recipes/sweeps/ablation_cifar10.yaml", "seed=1"], "seed is an axis"),
         (["sweep", "recipes/sweeps/ablation_cifar10.yaml"], "fastssl build-beton cifar10"),
-        (["sweep", "recipes/barlow.yaml"], "the key grids is missing"),
+        (["sweep", "recipes/barlow.yaml"], "is a recipe, not a sweep"),
         (["recipes", "show", "recipes/nothing.yaml"], "recipes/"),
     ],
 )
