@@ -40,7 +40,15 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_line(console: Console, message: str, wrap: bool = True) -> None:
-    """Print one message, all printable, not highlighted. Long work goes on where it cannot be written.
+    """Print one message, not highlighted. Long work goes on where it cannot be written."""
+    try:
+        console.print(line_text(console, message, wrap), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    except OSError:
+        pass  # stdout is a file on a full disk, or a pipe whose reader has ended
+
+
+def line_text(console: Console, message: str, wrap: bool = True) -> str:
+    """Return a message as `print_line` prints it, all printable.
 
     In a file it is one line. On a terminal it is wrapped between words, never inside a path; without `wrap` the
     terminal breaks it, as a command that is to be copied has to stay one line.
@@ -48,10 +56,7 @@ def print_line(console: Console, message: str, wrap: bool = True) -> None:
     text = printable(message)
     if wrap and console.is_terminal:
         text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
-    try:
-        console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    except OSError:
-        pass  # stdout is a file on a full disk, or a pipe whose reader has ended
+    return text
 
 
 def print_error(message: str, hint: str | None = None, *, label: str = "error") -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -16,7 +17,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.common.terminal import console, print_line, printable
+from fastssl.common.terminal import console, line_text, print_line, printable
 from fastssl.training.metric_text import GROUPS, KEY_METRICS, LABELS, duration, is_only_in_file, label, shown
 
 LINE = 80  # columns of a log line
@@ -120,6 +121,7 @@ class Display:
         self.losses_every = 1
         self.losses_seen = 0
         self.table = LogTable(total_steps)
+        self.messages: deque[tuple[str, bool]] = deque(maxlen=5)  # the latest, and whether they are wrapped
         self.live = PanelLive(self)
 
     def __enter__(self) -> "Display":
@@ -169,6 +171,19 @@ class Display:
 
     def print(self, message: str, wrap: bool = True) -> None:
         print_line(self.console, message, wrap)
+        self.messages.append((message, wrap))
+
+    def messages_above(self) -> list[ConsoleRenderable]:
+        """The latest messages, as many as the window has room for above the panel."""
+        rows = self.console.height - len(self.console.render_lines(self, pad=False))
+        fitting: list[ConsoleRenderable] = []
+        for message, wrap in reversed(self.messages):
+            text = line_text(self.console, message, wrap)
+            rows -= sum(math.ceil(len(line) / self.console.width) for line in text.split("\n"))
+            if rows < 0:
+                break
+            fitting.insert(0, Text(text, no_wrap=True, overflow="ignore"))
+        return fitting
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
@@ -225,7 +240,7 @@ class Display:
         return "starting" if left == "?" else f"{left} left"
 
     def _metrics(self, width: int, rows: int) -> list[ConsoleRenderable]:
-        """The latest metrics in at most so many rows: all in groups and the curve of the loss, or the most important.
+        """The latest metrics in at most so many rows: all in groups, or as many as fit, the most important at least.
 
         They stand in two columns where the panel is wide enough.
         """
@@ -246,8 +261,10 @@ class Display:
         half = math.ceil(len(blocks) / columns)
         grouped = side_by_side([below_each_other(blocks[i : i + half]) for i in range(0, len(blocks), half)], each)
 
-        important = [name for name in KEY_METRICS if name in latest][: columns * max(0, rows)]
-        lines = [metric_line(name, latest[name], each) for name in important]
+        in_order = [name for names in groups for name in names]
+        room = rows - 1 if rows > 5 else max(0, rows)  # a row for the curve, unless there are few
+        chosen = sorted(in_order, key=importance)[: columns * room]
+        lines = [metric_line(name, latest[name], each) for name in in_order if name in chosen]
         half = max(1, math.ceil(len(lines) / columns))
         small = side_by_side([lines[i : i + half] for i in range(0, len(lines), half)], each)
 
@@ -259,33 +276,57 @@ class Display:
 
 
 class PanelLive(Live):
-    """Draws the panel of a display again and again, in the same place.
+    """Draws the panel of a display again and again, in the same place, also after the window has another size.
 
     Where a window becomes narrower, the terminal wraps the lines that were drawn before, so the panel is higher than
-    the lines that rich erases.
+    the lines that rich erases. If it is then higher than the window, its first rows have left the window at the top,
+    where nothing erases them, and come back when the window grows. So from then on each change of the size erases
+    the whole window.
     """
 
     def __init__(self, display: Display):
         super().__init__(display, console=display.console, refresh_per_second=REFRESHES)
+        self.display = display
+        self.drawn_in = self.console.size
         self.drawn_width = 0
+        self.rows_left_window = False
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        rows = math.ceil(self.drawn_width / max(1, self.console.width))  # of the window, for each line of the panel
-        _, height = self._live_render._shape or (0, 0)  # rich below 14.1 has no property for it
-        wrapped = max(0, rows - 1) * height
-        up = (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)
-        self.drawn_width = panel_width(self.console)
-        return [Control(ControlType.CARRIAGE_RETURN, *(up * wrapped)), *super().process_renderables(renderables)]
+        with self._lock:
+            size = self.console.size
+            _, height = self._live_render._shape or (0, 0)  # rich below 14.1 has no property for it
+            rows = math.ceil(self.drawn_width / max(1, size.width)) * height  # that the panel takes now
+            self.rows_left_window |= rows > size.height
+            erase: list[ConsoleRenderable] = []
+            if size != self.drawn_in and self.rows_left_window:
+                # Row by row: what a terminal clears as a whole it may keep above the window.
+                down = (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_DOWN, 1)
+                erase = [Control(ControlType.HOME, *(down * size.height), ControlType.HOME)]
+                erase += self.display.messages_above()
+                self._live_render._shape = None  # nothing is left of it
+            elif rows > height:
+                up = (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)
+                erase = [Control(ControlType.CARRIAGE_RETURN, *(up * (rows - height)))]
+            self.drawn_in = size
+            self.drawn_width = panel_width(self.console)
+            return [*erase, *super().process_renderables(renderables)]
 
 
 def metric_line(name: str, value: float, width: int) -> Text:
     """A metric of the panel: its name at the left, its value at the right end."""
     text = shown(name, value)
-    return row(f"{label(name)[: max(0, width - len(text) - 1)].ljust(width - len(text))}{text}")
+    heading = row(label(name))
+    heading.truncate(max(1, width - len(text) - 1), overflow="ellipsis")
+    return row(f"{heading.plain.ljust(width - len(text))}{text}")
+
+
+def importance(name: str) -> int:
+    """The place of a metric where there is room for some only."""
+    return KEY_METRICS.index(name) if name in KEY_METRICS else len(KEY_METRICS)
 
 
 def row(text: str, style: str = "") -> Text:
-    return Text(text, style=style, no_wrap=True, overflow="crop")
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def below_each_other(blocks: Iterable[list[Text]]) -> list[Text]:
@@ -322,5 +363,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     edges = [len(values) * i // count for i in range(count + 1)] if count else []
     means = [math.fsum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
     low, high = min(means, default=0), max(means, default=0)
-    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0
+    differ = high - low > 1e-9 * max(abs(high), abs(low))  # by more than the rounding of the means
+    scale = (len(BLOCKS) - 1) / (high - low) if differ else 0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

@@ -36,7 +36,7 @@ GROUPS = {
     "Rank (effective dimensions)": {"rankme_h": "RankMe of h", "rankme_z": "RankMe of z"},
 }
 LABELS = {name: label for group in GROUPS.values() for name, label in group.items()}
-# What a small window shows, in this order.
+# What a small window shows at least, the most important first.
 KEY_METRICS = ("loss", "accuracy", "kl_h", "kl_z", "images_per_second", "data_wait", "std_z", "lr", "knn", "rankme_z")
 # Metrics that metrics.jsonl has and the panel has not.
 ONLY_IN_FILE = ("epoch", "seconds", "graphs", "graph_breaks", "recompiled")

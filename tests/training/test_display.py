@@ -109,7 +109,7 @@ def test_the_panel_fits_the_window(path, width):
             lines = panel(width, height, title, total_steps, total_steps // 2, metrics)
             assert len({len(line) for line in lines}) == 1
             assert len(lines[0]) <= max(20, width - 3) and len(lines) < height  # ^C and the cursor have room
-            assert lines[0][0] == "╭" and lines[-1][0] == "╰" and "…" not in "".join(lines[1:])
+            assert lines[0][0] == "╭" and lines[-1][0] == "╰" and (width < 40 or "…" not in "".join(lines[1:]))
             assert "━" in lines[1] and "50 %" in lines[1]
             first = " ".join(lines[2:4])
             assert f"step {total_steps // 2:,}" in first and ("elapsed" in first or width == 20)
@@ -171,6 +171,14 @@ def test_values_on_the_panel():
         for name, value in values.items():
             assert re.search(rf"{name} +{re.escape(value)} ", text), name
         assert "step 12,200 of 48,800, epoch 26 of 100" in text and "25 %" in text
+    for width, height in ((72, 24), (60, 24), (40, 24)):
+        text = "\n".join(panel(width, height, metrics=metrics))
+        for name, value in values.items():
+            assert re.search(rf"{name} +{re.escape(value)} ", text), name
+        assert "loss curve" in text
+    medium = panel(60, 20, metrics=metrics)  # no row is left free
+    assert len(medium) == 19 and "loss curve" in medium[-2] and "on-diagonal term" in medium[5]
+    assert " on-diagon… 0.1235 " in panel(24, metrics=metrics)[5]  # what is cut off has a mark
     narrow = "\n".join(panel(40, 12, metrics=metrics))
     assert "KL(q||p) of z, nats" in narrow and "on-diagonal" not in narrow
 
@@ -205,6 +213,90 @@ def test_a_live_panel_stays_in_place(monkeypatch):
     assert not display.live.is_started
 
 
+class Window:
+    """A terminal that moves rows out at its top where it shrinks, and back where it grows, as tmux does."""
+
+    def __init__(self, height):
+        self.height = height
+        self.rows = [""]  # with those above the window
+        self.y = 0  # of the cursor, in `rows`
+        self.x = 0
+
+    @property
+    def top(self):
+        return max(0, len(self.rows) - self.height)
+
+    def resize(self, height):
+        while len(self.rows) - 1 > self.y and len(self.rows) > height:
+            self.rows.pop()  # empty rows below the cursor
+        self.height = height
+
+    def write(self, text):
+        for command, count, kind, other in re.findall(r"(\x1b\[\??(\d*)([A-Za-z]))|([^\x1b])", text):
+            if kind == "A":
+                self.y = max(self.top, self.y - int(count))
+            elif kind == "B":
+                self.y = min(self.top + self.height - 1, self.y + int(count))
+            elif kind == "H":
+                self.y, self.x = self.top, 0
+            elif kind == "K":
+                self.rows[self.y : self.y + 1] = [""]
+            elif other == "\r":
+                self.x = 0
+            elif other == "\n":
+                self.y, self.x = self.y + 1, 0
+            elif not command:
+                self.rows[self.y] = self.rows[self.y][: self.x].ljust(self.x) + other + self.rows[self.y][self.x + 1 :]
+                self.x += 1
+            self.rows += [""] * (self.y + 1 - len(self.rows))
+
+    def shown(self):
+        return self.rows[self.top :]
+
+
+def test_no_window_shows_the_rows_of_an_earlier_panel(monkeypatch):
+    """Not after it shrank, which moves rows of the panel out of it, nor after it grew, which brings them back."""
+    screen, window = terminal(80), Window(24)
+    monkeypatch.setattr(display_module, "console", lambda: screen)
+    metrics = metrics_of(load_recipe("recipes/zprob_barlow.yaml"), rankme_h=43.2, rankme_z=1.0)
+    window.write("an earlier command\n" * 30)
+    with Display("title", 0, 100) as display:
+        display.live.auto_refresh = False
+        display.print("Training title in runs/title")
+        display.step(1)
+        display.log(1, metrics)
+        written = 0
+        for height in (24, 40, 23, 14, 12, 24, 40, 12, 16, 24):
+            screen.height = height
+            window.resize(height)
+            for _ in range(2):
+                display.live.refresh()
+                drawn = screen.file.getvalue()
+                window.write(drawn[written:])
+                written = len(drawn)
+                rows = [row for row in window.shown() if row]
+                assert [row[0] for row in rows].count("╭") == [row[0] for row in rows].count("╰") == 1, rows
+                first = next(number for number, row in enumerate(rows) if row[0] == "╭")
+                assert rows[first - 1] == "Training title in runs/title" and rows[-1][0] == "╰"
+                assert all(row[0] == "│" for row in rows[first + 1 : -1])
+                assert first == 1 or rows[0] == "an earlier command"
+
+
+def test_the_messages_above_a_panel_are_those_that_fit(monkeypatch):
+    screen = terminal(60, 24)
+    monkeypatch.setattr(display_module, "console", lambda: screen)
+    display = Display("title", 0, 100)
+    for i in range(3):
+        display.print(f"message {i} " + "x" * 70)  # of three rows, as a long word is not wrapped
+    display.print("fastssl train " + "x " * 60, wrap=False)
+    above = [text.plain for text in display.messages_above()]
+    assert [text.split()[1] for text in above] == ["0", "1", "2", "train"] and "\n" not in above[-1]
+    screen.height = len(panel(60, total_steps=100)) + 3 + 3
+    assert [text.plain.split()[1] for text in display.messages_above()] == ["2", "train"]
+    screen.height = 5
+    assert display.messages_above() == []
+
+
 def test_a_curve_of_a_long_run_keeps_its_shape():
     display = Display("title", 0, 10**6)
     for i in range(10_000):
@@ -212,6 +304,7 @@ def test_a_curve_of_a_long_run_keeps_its_shape():
     assert len(display.losses) <= display_module.LOSSES
     assert sparkline(display.losses, 8) == "█▇▆▅▄▃▂▁"
     assert sparkline([], 8) == "" and sparkline([1.0], 8) == "▁" and sparkline([5.0, 5.0], 8) == "▁▁"
+    assert sparkline([24.1] * 100, 7) == 7 * "▁"  # though means of equal values differ in the last bit
 
 
 @pytest.mark.parametrize(
