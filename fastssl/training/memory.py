@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastssl.common.commands import training_command
 from fastssl.common.distributed import broadcast_from_main, world_size
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
 from fastssl.common.system import free_memory
@@ -130,7 +131,8 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device, run_dir: Path | 
         fixes += f", or raise train.accumulate={train.accumulate}"
         resume = ""
         if run_dir and find_checkpoints(run_dir):
-            resume = f"; --resume {run_dir} continues from the last checkpoint where more memory is free"
+            command = training_command("--resume", run_dir)
+            resume = f"; where more memory is free, continue from the last checkpoint with {command}"
         raise UserError(
             f"There was not enough memory ({in_short(error)}) on the {_name(device)}", hint=f"{fixes}{resume}"
         ) from error
