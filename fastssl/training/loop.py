@@ -88,6 +88,8 @@ def train(
             writer.explain_number(taken)
         for remark in remarks:
             writer.print(remark)
+        if not probe and recipe.probe.every and not recipe.data.val:
+            writer.print("There is no probe in this run, as data.val=null leaves it no images to test on.")
         if not loaded:
             writer.stop(stop)
         fit(run, writer, stop, probe, diagnose)

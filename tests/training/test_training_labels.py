@@ -36,6 +36,21 @@ def test_the_probe_of_unlabelled_training_images_is_refused_before_the_run_begin
     assert probe_from_recipe(load_recipe("recipes/barlow.yaml", [*keys, "probe.every=0"])) is None
 
 
+def test_a_run_without_images_for_its_probe_says_so(canvas, tmp_path, fastssl):
+    said = "There is no probe in this run, as data.val=null"
+    for number, (keys, expected) in enumerate(
+        {
+            ("data.val=null", "probe.every=1"): True,
+            ("data.val=null", "probe.every=0"): False,
+            ("data.val=null", "data.limit=20", "probe={every: 1, split: rest, k: 3}"): False,
+            ("probe.every=1",): False,
+        }.items()
+    ):
+        settings = small(canvas, tmp_path / str(number), "train.epochs=1", *keys)
+        code, out, err = fastssl("train", "recipes/barlow.yaml", *settings)
+        assert code == 0 and (said in out) == expected, (keys, out, err)
+
+
 @pytest.mark.parametrize("kind", ["none", "some"])
 def test_the_probe_on_unlabelled_validation_images_is_refused(kind, canvas, tmp_path):
     label_N = read_labels(canvas / "val.beton")
