@@ -49,6 +49,8 @@ class RunWriter:
     def __init__(self, run: TrainingRun, run_dir: Path, stop: StopRequest, evaluation_command: EvaluationCommand):
         self.run = run
         self.run_dir = run_dir
+        self.first_step = run.state.step
+        self.was_finished = self.first_step == run.schedule.total_steps
         self.evaluation_command = evaluation_command
         self.save_failed = False  # whether last.pt is missing the last step that was to be saved, as far as is known
         self.saved_at = time.monotonic()  # when the last.pt that was begun last was
@@ -75,7 +77,7 @@ class RunWriter:
         )
 
     def __enter__(self) -> "RunWriter":
-        if self.display:
+        if self.display and not self.was_finished:
             self.display.__enter__()
         name, step = self.run.recipe.name, self.run.state.step
         where = f"on {self.run.device.type} ({self.run.precision}) in {self.run_dir}"
@@ -83,6 +85,8 @@ class RunWriter:
             self.print(f"Training {name} {where}")
             self.save()  # a run that is killed before its first regular checkpoint can be resumed too
             self.wait_for_save()
+        elif self.was_finished:
+            self.print(f"{name} is already finished: no step is left to train {where}")
         else:
             self.print(f"Resuming {name} after step {step} {where}")
         return self
@@ -245,7 +249,10 @@ class RunWriter:
         if problem:
             self.print(f"Finished, but {problem} The run is in {self.run_dir}.")
             return
-        self.print(f"Done: {state.step:,} steps in {time_in_words(state.count_seconds())}. Saved in {self.run_dir}:")
+        done = "Already finished" if self.was_finished else "Done"
+        took = time_in_words(state.count_seconds())
+        starts = ", all starts together" if self.first_step else ""  # what a checkpoint has counted is in it
+        self.print(f"{done}: {state.step:,} steps in {took}{starts}. Saved in {self.run_dir}:")
         for name, content in self._saved_files().items():
             self.print(f"  {name.ljust(19)}  {content}")
         if self.display and (evaluate := self.evaluation_command(self.run.recipe, self.run_dir)):

@@ -24,7 +24,12 @@ def test_a_run_says_what_it_saved_and_what_comes_next(canvas, tmp_path, fastssl)
     assert shlex.split(evaluate)[2:] == ["eval", "knn", str(run)]
     assert shlex.split(longer)[3:] == ["train", "--resume", str(run), "train.epochs=2"]
     code, out, err = fastssl(*shlex.split(longer)[3:])
-    assert code == 0 and "Done: 6 steps" in out and "train.epochs=4" in out, err
+    assert code == 0 and "Resuming barlow after step 3" in out and "train.epochs=4" in out, err
+    assert re.search(r"^Done: 6 steps in .* s, all starts together\. Saved in", out, re.MULTILINE)
+    code, out, err = fastssl("train", "--resume", run)
+    assert code == 0 and "barlow is already finished: no step is left to train" in out.splitlines()[0], err
+    assert re.search(r"^Already finished: 6 steps in .* s, all starts together\. Saved in", out, re.MULTILINE)
+    assert "Resuming" not in out and "Done" not in out
 
 
 def test_the_command_that_evaluates_a_run_depends_on_its_images(canvas, photos, tmp_path):

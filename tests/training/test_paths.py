@@ -52,7 +52,7 @@ def test_resume_and_eval_take_such_a_path(finished, canvas, tmp_path, inside, fa
     shutil.copytree(finished, run)
     code, out, err = fastssl("train", "--resume", str(run / inside))
     assert code == 0, err
-    assert "Resuming barlow after step 3" in out and "Done: " in out
+    assert "barlow is already finished" in out and "Already finished: 3 steps" in out and "Resuming" not in out
     assert load_run_encoder(run / inside).weights.name == "last.pt"
 
 

@@ -371,7 +371,7 @@ def test_auto_starts_a_run_and_returns_immediately_when_it_is_finished(canvas, t
         assert train(recipe, resume="auto") == tmp_path / "run"
     assert len(metrics_of(tmp_path / "run")) == 3
     out = capsys.readouterr().out
-    assert "Training barlow" in out and "Resuming barlow after step 3" in out
+    assert "Training barlow" in out and "Done: 3 steps" in out and "Already finished: 3 steps" in out
 
 
 def test_auto_without_run_dir_means_the_first_directory_of_the_name(canvas, tmp_path, monkeypatch):
