@@ -42,14 +42,14 @@ def line_style(number: int) -> dict[str, Any]:
     }
 
 
-def new_figure(width: float, height: float, title: str, caption: str) -> tuple["Figure", "SubFigure"]:
+def new_figure(width: float, height: float, title: str, caption: str = "") -> tuple["Figure", "SubFigure"]:
     """Return a figure, and its part between title and caption, where the panels go.
 
     Args:
         width: inches, at most WIDTH.
         height: inches of the part for the panels.
         title: one sentence, which says what is good; shown as it is.
-        caption: how to read the figure, at its foot; shown as it is.
+        caption: how to read the figure, at its foot; shown as it is. Without one, the panels reach to the foot.
     """
     from matplotlib.figure import Figure
 
@@ -58,13 +58,15 @@ def new_figure(width: float, height: float, title: str, caption: str) -> tuple["
     caption = wrapped(printable(caption), width - 2 * margin, SMALL)
     head = _text_height(title, TITLE) + margin
     foot = _text_height(caption, SMALL) + margin
-    total = head + height + foot
+    heights = [head, height, foot] if caption else [head, height]
+    total = sum(heights)
     figure = Figure(figsize=(width, total), dpi=DPI, layout="constrained")
-    body = figure.subfigures(3, 1, squeeze=False, height_ratios=[head, height, foot])[1, 0]
+    body = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[1, 0]
     x = margin / width
     as_it_is: dict[str, Any] = {"parse_math": False, "linespacing": 1.2}
     figure.text(x, 1 - margin / total, title, size=TITLE, weight="bold", va="top", **as_it_is)
-    figure.text(x, margin / total, caption, size=SMALL, color=GRAY, va="bottom", **as_it_is)
+    if caption:
+        figure.text(x, margin / total, caption, size=SMALL, color=GRAY, va="bottom", **as_it_is)
     return figure, body
 
 

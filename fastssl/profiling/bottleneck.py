@@ -13,6 +13,7 @@ the slowest resource sets the pace. Stages on the same resource add up:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -127,11 +128,14 @@ class Setup:
         return max(self.phases, key=lambda name: self.phases[name], default=None)
 
 
-def describe_bottleneck(costs: CostModel, setup: Setup, seconds: float | None = None) -> str:
+def describe_bottleneck(
+    costs: CostModel, setup: Setup, seconds: float | None = None, show: Callable[[float], str] = significant
+) -> str:
     """Return the verdict in two sentences: the bottleneck, then what halving its cost would give and what comes next.
 
     Args:
         seconds: what an image takes in training, of which all shares are; by default, as the costs predict.
+        show: how images per second are written.
     """
     stage = costs.bottleneck()
     without = costs.with_speedup(stage, math.inf)
@@ -139,13 +143,13 @@ def describe_bottleneck(costs: CostModel, setup: Setup, seconds: float | None = 
     if costs.is_balanced():
         rate, most = costs.images_per_second(), costs.speedup(stage, math.inf)
         return (
-            f"No single stage is the bottleneck: {in_sentence(stage)} limits training to {significant(rate)} images/s, "
-            f"and {in_sentence(without.bottleneck())} to {significant(next_rate)}. "
+            f"No single stage is the bottleneck: {in_sentence(stage)} limits training to {show(rate)} images/s, "
+            f"and {in_sentence(without.bottleneck())} to {show(next_rate)}. "
             f"A single faster stage would make training at most {most:.2f}x as fast."
         )
     next_limit = "no other limit is known"
     if next_rate < math.inf:
-        next_limit = f"the next limit is {in_sentence(without.bottleneck())} at {significant(next_rate)} images/s"
+        next_limit = f"the next limit is {in_sentence(without.bottleneck())} at {show(next_rate)} images/s"
     speedup = costs.speedup(stage, 2)
     gain = "double throughput" if speedup >= DOUBLES else f"make training {speedup:.2f}x as fast"
     where, its_cost = _where_the_time_goes(stage, costs, setup, seconds or costs.seconds())

@@ -10,13 +10,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fastssl.common.terminal import count_of
 from fastssl.profiling.profile import STAGES, Measurement, Profile, accelerator_utilization
 from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, in_sentence, percent, si, significant, times
 
 MIN_DIFFERENCE = 0.02  # of the medians, relative to A's
-SECTIONS = ("environment", "machine", "run", "data", "recipe")  # of a profile, which may cause a difference
+SECTIONS = ("recipe", "run", "data", "machine", "environment")  # of a profile; likely causes of a difference first
 # Measured again each time, or different for every file:
-LEFT_OUT = {"machine.peak_flops", "data.in_page_cache", "recipe.run.dir"}
+LEFT_OUT = {"machine.peak_flops", "recipe.run.dir", "environment.command", "environment.slurm_job"}
 MAX_DIFFERENCES = 30  # shown
 MAX_NAMED = 4  # stages in a sentence
 RULE = (
@@ -45,6 +46,13 @@ class Change:
         return self.b.median / self.a.median if self.a and self.b and self.a.median > 0 else None
 
     @property
+    def difference(self) -> str:
+        """Of b from a, as shown: a ratio, of two shares of time the percentage points; empty if one is missing."""
+        if self.unit == "%" and self.a and self.b:
+            return f"{100 * (self.b.median - self.a.median):+.1f} points"
+        return "" if self.ratio is None else times(self.ratio)
+
+    @property
     def word(self) -> str:
         """better, worse, noise (the change is within it), or where the quantity was measured."""
         if not self.a or not self.b:
@@ -58,14 +66,16 @@ class Change:
 
 def compare(a: Profile, b: Profile) -> list[Change]:
     """Return every quantity that at least one of the profiles has, in the order of the stages."""
-    in_a, in_b = measurements(a), measurements(b)
+    counts = {count for p in (a, b) for stage in p.stages.by_name().values() for count in stage.workers or {}}
+    in_a, in_b = (measurements(profile, sorted(counts)) for profile in (a, b))
     names = dict.fromkeys([*in_a, *in_b])
     changes = [Change(name, unit, in_a.get((name, unit)), in_b.get((name, unit))) for name, unit in names]
     return [change for change in changes if change.a or change.b]
 
 
-def measurements(profile: Profile) -> dict[tuple[str, Unit], Measurement | None]:
-    """Return every quantity by its name and the unit that it is shown in; None where it was not measured."""
+def measurements(profile: Profile, thread_counts: list[int]) -> dict[tuple[str, Unit], Measurement | None]:
+    """Return every quantity by its name and the unit that it is shown in; None where it was not measured, so that
+    the quantities of all profiles are in one order."""
     utilization = accelerator_utilization(profile.stages)
     found: dict[tuple[str, Unit], Measurement | None] = {}
     for key, stage in profile.stages.by_name().items():
@@ -74,10 +84,13 @@ def measurements(profile: Profile) -> dict[tuple[str, Unit], Measurement | None]
         if key == "storage":
             found[name, "B/s"] = stage.cold_bytes_per_second
             found["reading from page cache", "B/s"] = stage.warm_bytes_per_second
-        for count, rate in sorted((stage.workers or {}).items()):
-            found[f"{name}, {count} thread{'s' if count > 1 else ''}", "images/s"] = rate
-        for phase, seconds in (stage.phases or {}).items():
-            found[PART_NAMES.get(phase, phase), "ms per image"] = seconds
+        if key in ("decode", "copy_images"):
+            for count in thread_counts:
+                found[f"{name}, {count_of(count, 'thread')}", "images/s"] = (stage.workers or {}).get(count)
+        if key == "step":
+            phases = stage.phases or {}
+            for phase in dict.fromkeys([*PART_NAMES, *phases]):
+                found[PART_NAMES.get(phase, phase), "ms per image"] = phases.get(phase)
         if stage.data_wait:
             found[PART_NAMES["wait for data"], "%"] = stage.data_wait
     found["accelerator utilization", "%"] = utilization
@@ -93,12 +106,12 @@ def differences(a: Profile, b: Profile) -> list[tuple[str, str, str]]:
 
 def _conditions(profile: Profile) -> dict[str, str]:
     """Return what the measurements depend on, by dotted key."""
-    sections, flat = profile.model_dump(), {"fastssl": profile.fastssl_version}
-    for name in SECTIONS:
-        flat |= {key: value for key, value in _flatten(sections[name], name).items() if key not in LEFT_OUT}
+    sections = profile.model_dump()
     if (cached := profile.data.in_page_cache) is not None:
-        flat["data.in_page_cache"] = f"about {10 * round(10 * cached)} %"
-    return flat
+        sections["data"]["in_page_cache"] = f"about {10 * round(10 * cached)} %"
+    flat = {key: value for name in SECTIONS for key, value in _flatten(sections[name], name).items()}
+    flat["fastssl"] = profile.fastssl_version
+    return {key: value for key, value in flat.items() if key not in LEFT_OUT}
 
 
 def _flatten(value: object, key: str) -> dict[str, str]:
@@ -149,18 +162,22 @@ def _bottlenecks(a: Profile, b: Profile) -> str:
 
 
 def _changed(changes: list[Change]) -> list[str]:
-    """Return one sentence for the stages that became faster, and one for those that became slower."""
+    """Return one sentence for the stages that became faster, and one for those that became slower, the largest change
+    of an image's time first. Phases of the step and numbers of threads are in the table only."""
     combined = [STAGE_NAMES[key] for key in ("loader", "replay", "end_to_end")]
     stages = set(STAGE_NAMES.values()).difference(combined)
-    speedups = {}
+    saved = {}  # what a sentence says of a stage -> ms per image
     for change in changes:
-        is_part = change.unit == "ms per image" or (change.unit == "images/s" and change.name in stages)
-        if is_part and change.ratio and change.word in ("better", "worse"):
-            speedups[change.name] = 1 / change.ratio if change.unit == "ms per image" else change.ratio
-    largest_first = sorted(speedups.items(), key=lambda item: -max(item[1], 1 / item[1]))
-    faster = [f"{name} {times(speedup)}" for name, speedup in largest_first if speedup > 1]
-    slower = [f"{name} {times(1 / speedup)}" for name, speedup in largest_first if speedup < 1]
-    if not faster and not slower:
+        is_stage = change.unit == "images/s" and change.name in stages
+        if is_stage and change.a and change.b and change.ratio and change.word in ("better", "worse"):
+            milliseconds = 1000 / change.a.median - 1000 / change.b.median
+            speedup = times(max(change.ratio, 1 / change.ratio))
+            less = "less" if milliseconds > 0 else "more"
+            saved[f"{change.name} {speedup} ({significant(abs(milliseconds))} ms per image {less})"] = milliseconds
+    largest_first = sorted(saved, key=lambda name: -abs(saved[name]))
+    faster = [name for name in largest_first if saved[name] > 0]
+    slower = [name for name in largest_first if saved[name] < 0]
+    if not saved:
         return ["No stage changed by more than the noise."]
     sentences = []
     for word, names in (("Faster", faster), ("Slower", slower)):
@@ -180,10 +197,9 @@ def _rates_table(changes: list[Change]) -> Table:
         table.add_section()
         table.add_row("share of the time" if unit == "%" else unit, style="bold")
         for change in [change for change in changes if change.unit == unit]:
-            ratio = "" if change.ratio is None else times(change.ratio)
             a_cell, b_cell = (show(x.median) if x else "" for x in (change.a, change.b))
             style = {"better": "green", "worse": "red"}.get(change.word)
-            table.add_row(Text(f"  {change.name}"), a_cell, b_cell, ratio, change.word, style=style)
+            table.add_row(Text(f"  {change.name}"), a_cell, b_cell, change.difference, change.word, style=style)
     return table
 
 

@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.common.errors import UserError, quote
+from fastssl.common.terminal import count_of, time_in_words
 from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck, suggest_fixes
 from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
 from fastssl.profiling.profile import Profile, StageResult
-from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, percent, si, significant
+from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, percent, rounded, si
 from fastssl.recipe import Recipe
 from fastssl.training.residence import fits_beside_training
 from fastssl.training.setup import DTYPES, resolve_precision
@@ -167,7 +168,7 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         recipe=recipe.name, machine=str(machine), images_per_second=rate, epochs=recipe.train.epochs,
         hours=(first_seconds + images * (recipe.train.epochs - 1) / rate) / 3600,
         first_epoch_hours=first_seconds / 3600,
-        bottleneck=costs.bottleneck(), sentence=describe_bottleneck(costs, setup),
+        bottleneck=costs.bottleneck(), sentence=describe_bottleneck(costs, setup, show=rounded),
         advice=suggest_fixes(costs, setup),
         gpu_utilization=(stages["views"].seconds + stages["step"].seconds) * rate / machine.gpus,
         cores_needed=max(1, math.ceil(costs.cpu_seconds() / slowest)),
@@ -289,27 +290,22 @@ def _slowdown(here: Device, wanted: str, there: Device, precision: str) -> float
     return (1 - BANDWIDTH_BOUND) * peaks + BANDWIDTH_BOUND * here.bandwidth / there.bandwidth
 
 
-def _rounded(value: float) -> str:
-    """Format with three digits, as a prediction is not more precise."""
-    return significant(float(f"{value:.3g}"))
-
-
 def plan_table(plan: TrainingPlan) -> Group:
     """Return the plan for a terminal; text is wrapped, never cut."""
     at_most = "" if "main_thread" in plan.resource_rates else " at most, as kernel launching is not counted"
-    hours = _rounded(plan.hours) if plan.hours >= 0.01 else "less than 0.01"
-    hours += f" for {plan.epochs:,} epoch{'' if plan.epochs == 1 else 's'}, without evaluation"
+    time = f"{time_in_words(3600 * plan.hours)} for {count_of(plan.epochs, 'epoch')}, without evaluation"
     if plan.first_epoch_hours > 2 * plan.hours / (plan.epochs + 1):
-        hours += f"; {_rounded(plan.first_epoch_hours)} of it for the first, whose images come from the disk"
+        first = time_in_words(3600 * plan.first_epoch_hours)
+        time += f"; {first} of it for the first, whose images come from the disk"
     lines = {
-        "training speed": f"{_rounded(plan.images_per_second)} images/s{at_most}",
-        "hours": hours,
+        "training speed": f"{rounded(plan.images_per_second)} images/s{at_most}",
+        "training time": time,
         "GPU busy": f"{percent(plan.gpu_utilization)} of the time",
         "CPU cores needed": f"{plan.cores_needed} per GPU, so that they are not the bottleneck",
     }
     for resource, rate in plan.resource_rates.items():
         stages = ", ".join(STAGE_NAMES[stage] for stage in RESOURCES.get(resource, ())) or "CPU time of all stages"
-        lines[f"limit of the {RESOURCE_NAMES[resource]}"] = f"{_rounded(rate)} images/s ({stages})"
+        lines[f"limit of the {RESOURCE_NAMES[resource]}"] = f"{rounded(rate)} images/s ({stages})"
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="dim", min_width=16)
     table.add_column(overflow="fold")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (4.6, 3.3)  # inches: as wide as a phone, and half a page
+SIZE = (3.8, 2.9)  # inches: no wider than the page on a phone, where a text of 8 pt is thus one of 8 pt
 TOO_FAR = 5  # ratio of rates above which a line is not drawn
 COMBINED = ("loader", "replay")  # stages that consist of others
 
@@ -41,11 +41,10 @@ def _draw_device_time(profile: Profile) -> ProfileFigure:
     names = [PART_NAMES.get(name, name) for name in parts]
     _draw_bars(axes, names, [1000 * seconds for seconds in parts.values()], labels, colors)
     axes.set_xlabel("ms per image")
-    axes.set_xlim(0, 1.5 * 1000 * max(parts.values()))  # room for the labels
-    caption = (
-        f"Percentages are of the training time, {significant(1000 * training)} ms per image. In orange: the device "
-        "waits for data or for other devices."
-    )
+    axes.set_xlim(0, 1.8 * 1000 * max(parts.values()))  # room for the labels
+    caption = f"Percentages are of the training time, {significant(1000 * training)} ms per image."
+    if VERMILLION in colors:
+        caption += " Orange: the device waits for data or for other devices."
     return ProfileFigure("time", caption, figure)
 
 
@@ -61,19 +60,21 @@ def _draw_resources(profile: Profile) -> ProfileFigure:
     names = [RESOURCE_NAMES.get(name, name) for name in shares]
     percents = [100 * share for share in shares.values()]
     _draw_bars(axes, names, percents, [percent(share) for share in shares.values()], colors)
-    axes.set_xlabel("% of the training time, predicted from the stages")
+    axes.set_xlabel("% of the training time")
     axes.set_xlim(0, 1.25 * max(100.0, *percents))
     axes.axvline(100, color=GRAY, linestyle="--", linewidth=1)
     caption = (
-        "Loader threads read, decode, copy and crop images. The batch thread assembles batches. The device augments "
-        "views and takes training steps; the main thread launches its kernels. All of them share the CPU cores."
+        "Orange: the busiest resource, as predicted from the stages. Dashed line: a resource that is busy all the "
+        "time. Loader threads read, decode, copy and crop images. The batch thread assembles batches. The device "
+        "augments views and takes training steps; the main thread launches its kernels. All of them share the CPU "
+        "cores."
     )
     return ProfileFigure("resources", caption, figure)
 
 
 def _draw_stages(profile: Profile) -> ProfileFigure:
     """Draw the rate of each stage alone, with those of training."""
-    figure, axes = _new_panel("The slowest stage alone limits training")
+    figure, axes = _new_panel("Speed of each stage alone: longer bars are better")
     stages = profile.stages.by_name().items()
     rates = {name: stage.rate for name, stage in stages if stage.rate and name != "end_to_end"}
     measured = profile.prediction.measured_images_per_second
@@ -91,8 +92,13 @@ def _draw_stages(profile: Profile) -> ProfileFigure:
     axes.axvline(predicted, color=GREEN, linestyle="--", linewidth=1.2)
     caption = (
         f"Lines: training end to end, measured (black, {significant(measured)} images/s) and predicted from the stages "
-        f"(green dashes, {significant(predicted)}). Orange: the bottleneck. Gray: several stages together."
+        f"(green dashes, {significant(predicted)}). Training can be slower than each stage alone: the times "
+        "of stages that share a resource, such as the device, add up."
     )
+    if VERMILLION in colors:
+        caption += " Orange: the bottleneck."
+    if LIGHT_GRAY in colors:
+        caption += " Gray: several stages together."
     return ProfileFigure("stages", caption, figure)
 
 
@@ -112,10 +118,19 @@ def _draw_scaling(profile: Profile) -> ProfileFigure:
     if 1 in workers:
         axes.plot(counts, [rates[0] * count for count in counts], color=GRAY, linestyle="--", label="linear scaling")
     axes.errorbar(counts, rates, yerr=errors, color=BLUE, marker="o", linewidth=2, capsize=4, label="measured")
-    if needed := profile.stages.replay.rate:
-        # A line far above the others would squeeze them.
-        shown, note = (float("nan"), ", far above") if needed > TOO_FAR * max(rates) else (needed, "")
-        axes.axhline(shown, color=GREEN, linestyle=":", linewidth=2, label=f"needed: {significant(needed)}{note}")
+    caption = "Bars through the points: from the slowest to the fastest window of time."
+    needed = profile.stages.replay.rate
+    if needed and needed > TOO_FAR * max(rates):  # a line far above the others would squeeze them
+        caption += (
+            f" View augmentation and training step need {significant(needed)} images/s, far above what is drawn here: "
+            "more than these threads deliver."
+        )
+    elif needed:
+        axes.axhline(needed, color=GREEN, linestyle=":", linewidth=2, label=f"needed: {significant(needed)}")
+        caption += (
+            " Needed: the speed of view augmentation and training step. Good: the blue line reaches above the dotted "
+            "green one."
+        )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("loader threads")
     axes.set_ylabel("images/s")
@@ -123,15 +138,11 @@ def _draw_scaling(profile: Profile) -> ProfileFigure:
     axes.set_xticks(counts)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=SMALL)
-    caption = (
-        "Median with the slowest and the fastest window of time. Good: the blue line is above the dotted green one, "
-        "which is the speed of view augmentation and training step."
-    )
     return ProfileFigure("threads", caption, figure)
 
 
 def _new_panel(title: str) -> tuple["Figure", "Axes"]:
-    figure, body = new_figure(*SIZE, title, "")
+    figure, body = new_figure(*SIZE, title)
     axes = body.subplots()
     axes.tick_params(labelsize=SMALL)
     axes.xaxis.label.set_fontsize(TEXT)

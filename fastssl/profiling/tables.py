@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.profiling.profile import Profile, StageResult, device_time, training_seconds
-from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, percent, si, significant, times
+from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, in_sentence, percent, si, significant, times
 
 HEALTHY = 0.9  # accelerator utilization, below which training is worth speeding up outside the model
 MANY_PAGE_FAULTS = 5000  # per step; they take a hundredth of a second
@@ -86,9 +86,9 @@ def headline(profile: Profile) -> dict[str, str]:
         "predicted from the stages": f"{significant(predicted)} images/s ({100 * prediction.relative_error:+.1f} %)",
         "accelerator utilization": f"{utilization}; loading takes the rest (good: {percent(HEALTHY)} or more)",
     }
-    if after := bottleneck.next:
+    if (after := bottleneck.next) and bottleneck.stage != "balanced":
         rate = significant(after.images_per_second)
-        lines["without the bottleneck"] = f"{rate} images/s, limited by {STAGE_NAMES.get(after.stage, after.stage)}"
+        lines["next limit"] = f"{in_sentence(after.stage)} at {rate} images/s, without the bottleneck"
     largest_first = sorted(bottleneck.twice_as_fast.items(), key=lambda item: -item[1])
     speedups = {stage: rate / predicted for stage, rate in largest_first if rate >= WORTH_SAYING * predicted}
     gains = [f"{times(speedup)} for {STAGE_NAMES.get(stage, stage)}" for stage, speedup in speedups.items()]

@@ -61,6 +61,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.{min(max(decimals, 0), 9)}f}"
 
 
+def rounded(value: float) -> str:
+    """Format a prediction: not with more than three digits that are not zero."""
+    return significant(float(f"{value:.3g}"))
+
+
 def percent(share: float) -> str:
     """Format a share in whole percents, below 10 % with one decimal."""
     return f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"

@@ -271,7 +271,7 @@ def test_an_exchange_counts_only_where_the_backward_pass_does_not_hide_it():
 
 
 def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(UserError, match="set a multiple of 7"):
+    with pytest.raises(UserError, match="set train.batch_size to a multiple of 7"):
         plan(invented(), "7xA100, 64 cores")
     with pytest.raises(UserError, match="lacks the step's FLOPs"):
         plan(invented(stages={"step": stage(missing="Left out.")}), "A100, 64 cores")
@@ -283,13 +283,27 @@ def test_a_stage_that_was_not_measured_is_named():
     assert missing in planned.assumptions
 
 
+def test_a_plan_rounds_its_rates_and_gives_its_time_in_words():
+    planned = plan(invented(), "8xA100, 16 cores, nvme, 256 GB")
+    assert planned.sentence.endswith("the next limit is the training step at 39,500 images/s.")
+    short = replace(planned, hours=0.0129, epochs=100, first_epoch_hours=0.0001)
+    assert "46 s for 100 epochs, without evaluation" in shown_plan(short, 120)
+    slow_start = replace(planned, hours=2.5, epochs=10, first_epoch_hours=1.5)
+    said = "2 h 30 min for 10 epochs, without evaluation; 1 h 30 min of it for the first"
+    assert said in " ".join(shown_plan(slow_start, 200).split())
+
+
+def shown_plan(planned: TrainingPlan, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(plan_table(planned))
+    return console.file.getvalue()
+
+
 @pytest.mark.parametrize("width", [60, 80, 140])
 @pytest.mark.parametrize("text", ["8xA100, 16 cores, hdd, 32 GB", "H100 PCIe, 64 cores", "2xV100, 8 cores, nfs"])
 def test_the_table_says_that_it_predicts_and_fits(text, width):
     planned = replace(plan(invented(), text), recipe="a_recipe_with_a_name_that_is_[bold]longer_than_most_names_are")
-    console = Console(file=io.StringIO(), width=width)
-    console.print(plan_table(planned))
-    shown = console.file.getvalue()
+    shown = shown_plan(planned, width)
     assert "PREDICTION, not a measurement" in shown and "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
     words = " ".join(shown.split())

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
+from figure_checks import check_figure
+from matplotlib.colors import to_hex
 from PIL import Image
 from profiles import example_json, example_profile, gpu_json, gpu_profile, measured, stage
 from rich.console import Console, Group, RenderableType
@@ -16,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from fastssl.common.errors import UserError
-from fastssl.common.figures import save_figure
+from fastssl.common.figures import LIGHT_GRAY, VERMILLION, save_figure
 from fastssl.profiling.bottleneck import RESOURCES
 from fastssl.profiling.compare import Change, compare, compare_table, differences
 from fastssl.profiling.device_stages import PHASES
@@ -24,7 +25,7 @@ from fastssl.profiling.page import write_page
 from fastssl.profiling.plots import draw_profile
 from fastssl.profiling.profile import STAGES, Measurement, Profile, device_time, read_profile, write_profile
 from fastssl.profiling.profiler import remarks_on
-from fastssl.profiling.tables import details, profile_table, stage_rows, time_rows
+from fastssl.profiling.tables import details, headline, profile_table, stage_rows, time_rows
 from fastssl.profiling.thresholds import failed_thresholds, parse_thresholds
 from fastssl.profiling.wording import PART_NAMES, RESOURCE_NAMES, STAGE_NAMES, percent, si, significant
 
@@ -287,12 +288,14 @@ def test_differences_that_may_be_the_cause_are_named():
         machine__peak_flops=2e11, data__in_page_cache=0.31, run__batch_size=128,
     )  # fmt: skip
     assert differences(a, b) == [
-        ("environment.packages.torch", "2.15.0", "2.16.0"),
-        ("run.batch_size", "256", "128"),
         ("recipe.train.batch_size", "256", "128"),
+        ("run.batch_size", "256", "128"),
         ("data.in_page_cache", "about 100 %", "about 30 %"),
+        ("environment.packages.torch", "2.15.0", "2.16.0"),
         ("recipe.train.compile", "-", "true"),
     ]
+    started = example_profile(environment={**a.environment, "command": ["fastssl", "profile"], "slurm_job": "7"})
+    assert differences(a, started) == []
     assert differences(a, deepcopy(a)) == []
     text = printed(compare_table("a.json", "b.json", a, b), 80)
     assert "environment.packages.torch" in text and "The bottleneck is the same: image decoding." in text
@@ -309,15 +312,44 @@ def test_a_comparison_leads_with_the_faster_profile_and_what_changed():
     assert lead(a, b) == [
         "B trains 1.99x faster: 2,290 images/s instead of 1,150.",
         "The bottleneck changed: image decoding in A, the training step in B.",
-        "Faster in B, beyond the noise: image decoding 2.07x.",
+        "Faster in B, beyond the noise: image decoding 2.07x (0.261 ms per image less).",
     ]
     assert lead(b, a)[0] == "B trains 1.99x slower: 1,150 images/s instead of 2,290."
-    assert lead(b, a)[2] == "Slower in B, beyond the noise: image decoding 2.07x."
+    assert lead(b, a)[2] == "Slower in B, beyond the noise: image decoding 2.07x (0.261 ms per image more)."
     assert lead(a, a) == [
         "A and B train equally fast, within the noise: 1,150 and 1,150 images/s.",
         "The bottleneck is the same: image decoding.",
         "No stage changed by more than the noise.",
     ]
+
+
+def test_the_stages_that_save_the_most_time_are_named_first_and_without_their_parts():
+    a = example_profile()
+    b = example_profile(
+        stages__views__images_per_second=measured(40_000), stages__step__images_per_second=measured(5_200),
+        stages__step__phases__forward=measured(8e-6), stages__storage=stage(9_000),
+        stages__decode__workers={"1": measured(2_000), "2": measured(1_980)},
+    )  # fmt: skip
+    assert lead(a, b)[2] == (
+        "Faster in B, beyond the noise: view augmentation 4.40x (0.0849 ms per image less), training step 1.37x "
+        "(0.0709 ms per image less)."
+    )
+    small = example_profile(
+        stages__transfer__images_per_second=measured(820_000), stages__step__images_per_second=measured(4_200)
+    )
+    names = lead(a, small)[2].split(":")[1]
+    assert names.index("training step") < names.index("batch transfer 2.00x")
+
+
+def test_numbers_of_threads_are_in_order_and_shares_change_by_points():
+    a = example_profile(stages__end_to_end__data_wait=measured(0.0))
+    b = example_profile(stages__decode__workers={str(n): measured(n) for n in (1, 4, 16)})
+    text = printed(compare_table("a", "b", a, b), 100)
+    assert re.findall(r"image decoding, (\d+) thread", text) == ["1", "2", "4", "16"]
+    names = [change.name for change in compare(a, b)]
+    assert names.index("image decoding, 16 threads") < names.index("batch transfer")
+    (line,) = [line for line in text.splitlines() if "waiting for data" in line]
+    assert line.split()[-3:] == ["+43.0", "points", "worse"] and "43 %" in line
 
 
 def test_the_comparison_states_its_rule_and_how_often_it_errs():
@@ -427,10 +459,18 @@ def test_the_verdict_comes_first_then_what_changes_its_meaning():
     text = printed(profile_table(profile, 160), 160)
     order = ["Image decoding is the bottleneck", "What helps: more cores.", "another program may be running"]
     order += ["zprob_barlow on AMD EPYC", "1,150 images/s", "1,163 images/s (+1.1 %)", "43 %; loading takes the rest"]
-    order += ["2,700 images/s, limited by training step", "1.41x for image decoding, 1.20x for training step"]
+    order += [
+        "the training step at 2,700 images/s, without the bottleneck",
+        "1.41x for image decoding, 1.20x for training step",
+    ]
     order += ["image decoding *", "where the time goes", "Shares of time are those of", "More on each stage"]
     positions = [text.index(words) for words in order]
     assert positions == sorted(positions)
+
+
+def test_a_balanced_profile_has_no_next_limit():
+    assert "next limit" in headline(example_profile())
+    assert "next limit" not in headline(example_profile(bottleneck__stage="balanced"))
 
 
 def test_what_changes_the_meaning_of_the_verdict_is_remarked():
@@ -465,10 +505,17 @@ def test_the_figures_are_drawn(tmp_path, profile):
     for drawn in draw_profile(profile):
         save_figure(tmp_path / "p.png", drawn.figure)
         with Image.open(tmp_path / "p.png") as image:
-            assert image.width == 690 and 400 < image.height < 800
+            assert image.width == 570 and 400 < image.height < 600  # 365 px of a page of 400
+            bottom = np.asarray(image.convert("L"))[-30:]
+            is_empty = not drawn.figure.axes[0].axison  # "not measured"
+            assert bottom.min() < 128 or is_empty  # no white band where a caption would be
             assert np.asarray(image.convert("L")).std() > 5  # not blank
-        sizes = [text.get_fontsize() for text in drawn.figure.findobj(Text) if text.get_text()]
-        assert min(sizes) >= 8 and drawn.caption
+        check_figure(drawn.figure)
+        assert drawn.caption
+
+
+def caption_of(profile: Profile, name: str) -> str:
+    return {drawn.name: drawn.caption for drawn in draw_profile(profile)}[name]
 
 
 def figure_named(profile: Profile, name: str):
@@ -476,11 +523,24 @@ def figure_named(profile: Profile, name: str):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("replay, shown", [(2_680, ""), (60_000, ", far above"), (1e-3, "")])
-def test_the_rate_that_the_device_needs_is_shown_with_decoding(replay, shown):
-    (axes,) = figure_named(example_profile(stages__replay=stage(replay)), "threads").axes
+@pytest.mark.parametrize("replay, drawn", [(2_680, True), (60_000, False), (1e-3, True), (None, False)])
+def test_the_rate_that_the_device_needs_is_drawn_or_said(replay, drawn):
+    profile = example_profile(stages__replay=stage(replay))
+    (axes,) = figure_named(profile, "threads").axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert f"needed: {significant(replay)}{shown}" in labels
+    assert labels == ["linear scaling", *([f"needed: {significant(replay)}"] if drawn else []), "measured"]
+    caption = caption_of(profile, "threads")
+    assert ("dotted" in caption) == drawn and ("need 60,000 images/s, far above" in caption) == (replay == 60_000)
+
+
+@every_profile
+def test_a_caption_explains_the_colors_that_its_figure_shows(profile):
+    for drawn in draw_profile(profile)[:3]:
+        (axes,) = drawn.figure.axes
+        colors = {to_hex(bar.get_facecolor()).upper() for bar in axes.patches}
+        assert ("Orange: " in drawn.caption) == (VERMILLION in colors)
+        assert ("Gray: " in drawn.caption) == (LIGHT_GRAY in colors)
+    assert "Dashed line: " in caption_of(profile, "resources")
 
 
 def test_a_resource_is_shown_in_shares_of_the_training_time():
