@@ -55,7 +55,8 @@ def draw_ood_sheet(
     Args:
         path: of the PNG file.
         encoder, sets, result: the arguments and the result of `evaluate_ood`.
-        names: what the sets are called in the figure, by their names in `sets.ood` and "id"; others keep their names.
+        names: what the sets are called in the figure, by their names in `sets.ood` and "id"; others keep their names,
+            and "id" is "ID images".
 
     Raises:
         UserError: if the file cannot be written, or the run is deterministic.
@@ -63,18 +64,17 @@ def draw_ood_sheet(
     if OWN_UNCERTAINTY not in result["detectors"]:
         raise UserError(
             f"{encoder.run_dir} is deterministic, and the sheet shows {OWN_UNCERTAINTY}, which needs sigma",
-            hint="leave out --sheet",
+            hint="draw sheets of runs with embedding.stochastic=z, h or hz",
         )
-    names = {
-        name: plain_label(shortened((names or {}).get(name, name), LONGEST_NAME, SMALL)) for name in ("id", *sets.ood)
-    }
+    called = {"id": "ID images"} | dict(names or {})
+    names = {name: plain_label(shortened(called.get(name, name), LONGEST_NAME, SMALL)) for name in ("id", *sets.ood)}
     with np.load(encoder.run_dir / "eval" / result["scores"]) as file:
         scores = {name: file[f"{name}/{OWN_UNCERTAINTY}"] for name in names}
         id_index_N = file["id/index"]
     figure, body = new_figure(
         WIDTH,
         7.2,
-        f"{encoder.recipe.name}, trained without labels",
+        f"{encoder.recipe.name}, trained {_labels(encoder)}: good if unseen images are less certain than known ones",
         f"Uncertainty is {OWN_UNCERTAINTY}: how much draws of an image's embedding differ. AUROC, in %: how often "
         "an unseen image has a higher uncertainty than a known one; higher is better, 50 is chance. The end bins "
         "of the histogram hold all images beyond. Map: t-SNE of the directions of h, colored by class; neighbors "
@@ -88,6 +88,10 @@ def draw_ood_sheet(
     save_figure(path, figure)
 
 
+def _labels(encoder: RunEncoder) -> str:
+    return "with labels" if encoder.recipe.objective.needs_labels else "without labels"
+
+
 def _draw_pairs(panel: "Axes", encoder: RunEncoder, data: BetonSubset) -> None:
     """Draw two augmented views of some training images."""
     views = encoder.recipe.views
@@ -96,7 +100,10 @@ def _draw_pairs(panel: "Axes", encoder: RunEncoder, data: BetonSubset) -> None:
     for i, pair in enumerate(augmented_input(views)(batch)[batch.valid]):
         for v, image in enumerate(_pixels(pair, views)):
             _place(panel, image, column=i % PAIRS_PER_ROW * 2.3 + v, row=i // PAIRS_PER_ROW * 1.15)
-    _frame(panel, "Training: two views of an image get similar embeddings")
+    if encoder.recipe.objective.needs_labels:
+        _frame(panel, "Augmented views of training images")
+    else:
+        _frame(panel, "Training: two views of an image get similar embeddings")
 
 
 def _draw_extremes(
@@ -211,4 +218,4 @@ def _draw_map(panel: "Axes", encoder: RunEncoder, sets: OODSets, names: Mapping[
         panel.legend(fontsize=SMALL, loc="best", markerscale=1.5)
     panel.set_xticks([])
     panel.set_yticks([])
-    _set_title(panel, "Map of the representations: training used no labels")
+    _set_title(panel, f"Map of the representations: trained {_labels(encoder)}")
