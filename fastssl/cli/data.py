@@ -111,8 +111,10 @@ def build_beton(
         for info in beton.describe_builders():
             print(f"{info.name:<14} {info.summary}" + (" (--download)" if info.can_download else ""))
         return
-    if builder is None or out is None:
-        raise UserError("build-beton needs a builder and --out", hint="`fastssl build-beton --list` shows the builders")
+    if builder is None:
+        raise UserError("build-beton needs a builder", hint="`fastssl build-beton --list` shows the builders")
+    if out is None:
+        raise UserError("build-beton needs --out, the folder to write to", hint=f"add --out data/{builder}")
     options = beton.BuildOptions(
         canvas=canvas,
         max_side=max_side,

@@ -1,13 +1,14 @@
 """What `fastssl` says about a command line that it cannot parse: a mistyped option, a missing argument."""
 
 import difflib
+from contextlib import suppress
 from typing import Any
 
 import typer
 from pydantic import ValidationError
 
 from fastssl.common.errors import UserError, in_short
-from fastssl.common.validation import any_of, requirement
+from fastssl.common.validation import any_of, choices_of, requirement
 from fastssl.recipe import recipe_keys
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer has no public name for it
@@ -30,13 +31,26 @@ def explain_usage_error(error: Any, arguments: list[str]) -> UserError:
             fix = f"did you mean {any_of([f'{command} {each}' for each in near])}?"
         return UserError(f"{command} has no command '{wrong}'", hint=fix)
     if isinstance(error.__cause__, ValidationError):
-        return UserError(f"{error.param.opts[0]} {requirement(error.__cause__.errors())}", hint=fix)
+        given = error.__cause__.errors()[0]
+        with suppress(TypeError, ValueError):
+            given["input"] = int(given["input"])  # quoted as a number
+        return UserError(f"{error.param.opts[0]} {requirement([given])}", hint=_fix_of(error.param, given) or fix)
     if message.startswith("Missing"):
         param = error.param
         name = param.opts[0] if param.param_type_name == "option" else param.metavar or param.name.upper()
         meaning = param.help[:1].lower() + param.help[1:].removesuffix(".")
         return UserError(f"{command} needs {name}: {meaning}", hint=fix)
     return UserError(f"{command}: {message[0].lower()}{message[1:]}", hint=fix)
+
+
+def _fix_of(param: Any, given: Any) -> str | None:
+    """The choice most like a wrong value of an option, or its default where that is a number."""
+    option = param.opts[-1]
+    if choices := choices_of(given):
+        near = difflib.get_close_matches(str(given["input"]), choices, n=1)
+        return f"did you mean {option} {near[0]}?" if near else "choose one of these"
+    is_number = isinstance(param.default, int | float) and not isinstance(param.default, bool)
+    return f"write it like {option} {param.default}" if is_number else None
 
 
 def _command_of(arguments: list[str]) -> str:

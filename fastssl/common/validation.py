@@ -142,6 +142,11 @@ def _in_short(value: object) -> object:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
+def choices_of(error: Any) -> list[str]:
+    """All legal words, if the error is about a value that must be one of some."""
+    return _wanted(error) if error["type"] in CHOICES or "is not one of" in error["msg"] else []
+
+
 def _wanted(error: Any) -> list[str]:
     context = error.get("ctx", {})
     if error["type"] == "literal_error":

@@ -55,7 +55,7 @@ def evaluate_knn(
         if not 1 <= k <= images:
             raise UserError(
                 f"--k must be from 1 to {images}, the number of images of {data.train.path}, got {k}",
-                hint="choose another --k",
+                hint=f"write it like --k {min(20, images)}",
             )
 
     def compute() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import cli
+from fastssl.cli.setup import FOLDERS
 from fastssl.recipe import load_recipe, shipped_recipes
 
 
@@ -103,6 +104,7 @@ def test_recipes_are_listed_in_groups_beginners_first(fastssl, monkeypatch):
     code, out, _ = fastssl("recipes", "ls")
     assert code == 0 and max(map(len, out.splitlines())) <= 80
     lines = [line.rstrip() for line in out.splitlines()]
+    assert set(FOLDERS.values()) <= set(lines)  # titles are not wrapped
     titles = [line for line in lines if line and line[0].isupper() and "  " not in line]
     assert [title.partition(" ")[0].rstrip(",:") for title in titles] == [
         "To", "ImageNet", "CIFAR-10", "Beyond", "As", "Many",
@@ -149,6 +151,7 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130(fastssl, monkeypatch):
 def test_wrong_usage_ends_in_exit_code_2_and_help_in_0(fastssl):
     code, _, err = fastssl("eval", "knn", "run", "--neighbors", 3)
     assert code == 2 and err.startswith("error: fastssl eval knn has no option --neighbors\nhint: ")
+    assert "--debug" in fastssl("--help")[1]
     code, out, _ = fastssl("sweep", "--help")
     assert code == 0 and "KEY=VALUE" in out
 
@@ -170,8 +173,12 @@ def test_wrong_usage_ends_in_exit_code_2_and_help_in_0(fastssl):
         ("eval \x1b run", "fastssl eval has no command '\\x1b'", "`fastssl eval --help` shows"),
         ("inspect", "fastssl inspect needs FILE", "`fastssl inspect --help` shows"),
         ("build-beton --quality x", "--quality must be an integer, got 'x'", "`fastssl build-beton --help`"),
-        ("build-beton --quality 101", "--quality must be 100 or less, got '101'", "`fastssl build-beton --help`"),
-        ("build-beton --codec png", "--codec must be jpeg or bc4, got 'png'", "`fastssl build-beton --help`"),
+        ("build-beton --quality 101", "--quality must be 100 or less, got 101", "`fastssl build-beton --help`"),
+        ("build-beton --codec png", "--codec must be jpeg or bc4, got 'png'", "choose one of these"),
+        ("build-beton --codec jpg", "--codec must be jpeg or bc4, got 'jpg'", "did you mean --codec jpeg?"),
+        ("build-beton --channels 0", "--channels must be 1 or more, got 0", "write it like --channels 3"),
+        ("build-beton", "build-beton needs a builder", "`fastssl build-beton --list`"),
+        ("build-beton cifar10", "build-beton needs --out", "add --out data/cifar10"),
         ("eval knn run --k", "fastssl eval knn: option '--k' requires", "`fastssl eval knn --help`"),
     ],
 )  # fmt: skip
