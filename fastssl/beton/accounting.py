@@ -72,11 +72,12 @@ def _classify(builder: str, source: str, splits: list[SourceSplit], arrays: bool
                 folders[os.path.relpath(folder.path, source).split(os.sep)[0]] += 1
             else:
                 others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    unused = "image" if unused_images == 1 else "images"
     return {
         "read": used,
         f"litter of other programs{_examples(litter)}": litter.total(),
         f"not images by their suffix{_examples(others)}": others.total(),
-        f"images that {builder} does not read{_examples(folders, 'in ')}": unused_images,
+        f"{unused} that {builder} does not read{_examples(folders, 'in ')}": unused_images,
         "pipes, sockets or devices": special,
     }
 

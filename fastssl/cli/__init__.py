@@ -43,7 +43,7 @@ class Commands(Group):
 app = typer.Typer(
     cls=Commands,
     help="Self-supervised image encoders with per-image uncertainty, trained at the speed of your hardware.",
-    epilog="`fastssl COMMAND -h` shows the options of a command and examples.",
+    epilog="`fastssl COMMAND -h` shows the options of a command and examples; --debug shows the traceback of an error.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,

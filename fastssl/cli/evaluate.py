@@ -380,7 +380,7 @@ def mi(
     out_dir: OutDir = None,
     device: Device = "auto",
     seed: Seed = 0,
-    verbose: Annotated[bool, Option("--verbose", help="show every self-check of the estimates")] = False,
+    verbose: Annotated[bool, Option("--verbose", help="Show every self-check of the estimates.")] = False,
     out: Out = None,
 ) -> None:
     """Mutual information between image, h, z and the z of two views, in nats.

@@ -14,7 +14,7 @@ from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import print_line, printable
 from fastssl.recipe import find_recipe, read_recipe_text, shipped_recipes
 
-recipes = Typer(cls=Group, help="List, show and copy the recipes that come with fastssl.", no_args_is_help=True)
+recipes = Typer(cls=Group, help="List, show and copy the recipes, and explain their keys.", no_args_is_help=True)
 RecipeName = Annotated[str, Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of `ls`.")]
 
 
@@ -75,9 +75,8 @@ def ls() -> None:
         first_line = file.read_text().partition("\n")[0].removeprefix("# ")
         groups[title][name] = IN_COMMON.sub("", first_line).removesuffix(".")
     for title, group in groups.items():
-        table = Table(
-            title=Text(title, "bold"), title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0)
-        )
+        screen.print(Text(title, "bold"))
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, description in group.items():
             table.add_row(Text(name, no_wrap=True), Text(description))
         screen.print(table)

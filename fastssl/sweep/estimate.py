@@ -95,6 +95,8 @@ def dry_run(
         else:
             where = "the CPU" if devices == ["cpu"] else count_of(len(devices), "GPU")
         at_a_time = f"{count_of(parallel, 'run')} in parallel ({where}, {per_gpu} on each)"
+        if parallel == 1:
+            at_a_time = "1 run at a time" + (" on the CPU" if where == "the CPU" else "")
         assumed = "if every run keeps its rate and the devices are always busy; probes and checkpoints come on top"
         print_line(screen, f"Time: {time_in_words(seconds)} with {at_a_time}, {assumed}.")
     if not verbose:

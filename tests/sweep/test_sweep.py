@@ -225,7 +225,7 @@ def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
     dry_run(sweep, runs)
     out = capsys.readouterr().out
-    assert "images/s (30 steps of barlow/seed=" in out and " with 1 run in parallel (" in out
+    assert "images/s (30 steps of barlow/seed=" in out and " with 1 run at a time" in out
     assert not Path("out").exists()
 
 
