@@ -14,13 +14,24 @@ CHANCE = {"r_auroc": 0.5, "crop_larger": 0.5, "spearman": 0.0}
 class MetricInfo:
     label: str
     unit: Literal["%", "nats", ""]  # "": a number from -1 to 1
-    better: Literal["up", "down"]
+    better: Literal["up", "down", ""]  # "": not known
 
     def format(self, value: float, with_unit: bool = True) -> str:
         """Format a share in percent, any other value as it is."""
         if self.unit == "%":
             return f"{100 * value:.1f}" + (" %" if with_unit else "")
         return f"{value:.2f}" + (f" {self.unit}" if with_unit and self.unit else "")
+
+    def against_chance(self, low: float, high: float, chance: float) -> str:
+        """Return what a 95 % interval says about chance: "chance is 10.0 %", or that the value is not better."""
+        if not self.better:
+            return f"chance is {self.format(chance)}"
+        up = self.better == "up"
+        if low > chance if up else high < chance:
+            return f"chance is {self.format(chance)}"
+        if high < chance if up else low > chance:
+            return f"{'below' if up else 'above'} chance ({self.format(chance)})"
+        return f"not better than chance ({self.format(chance)})"
 
 
 INFO = {
@@ -67,7 +78,7 @@ def metric_info(name: str) -> MetricInfo:
         return MetricInfo(f"top-1, k = {found[1]}, T = {found[2]}", "%", "up")
     if found := re.fullmatch(r"crop_larger_(\d+)", name):
         return MetricInfo(f"crops of {found[1]} %", "%", "up")
-    return INFO.get(name, MetricInfo(name, "", "up"))
+    return INFO.get(name, MetricInfo(name, "", ""))
 
 
 def explanations(names: list[str]) -> list[str]:

@@ -81,6 +81,7 @@ class EvaluationResult(EncoderDescription):
     candidates: NotRequired[list[dict[str, float | bool]]]  # each with its held-out accuracy and nll
     folder: NotRequired[str]  # of a fine-tuning run, in RUN/eval/
     uncertainty: NotRequired[Spread]  # of the uncertainty over the test images
+    aurc_minus_error: NotRequired[Interval]  # of the difference, from the same resamples of the test images
     saturated: NotRequired[list[str]]  # metrics that are lower limits
     failed: NotRequired[list[str]]  # self-checks
     fastssl: str  # version

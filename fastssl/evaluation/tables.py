@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -16,16 +17,14 @@ from rich.text import Text
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import PlainConsole, printable
 from fastssl.evaluation.metric_info import chance_levels, explanations, metric_info
-from fastssl.evaluation.results import EvaluationResult, without_paths
+from fastssl.evaluation.results import EvaluationResult, Interval, without_paths
 from fastssl.evaluation.verdict import result_verdict
 from fastssl.recipe import load_recipe
 
 UNLIMITED = 100_000  # columns of a terminal that needs no wrapping
+INTERVAL_LINE = "95 % interval: bootstrap over the tested images, not over seeds of the training."
 CHANCE_LINE = "chance: value of a guess that knows nothing about the image (top-1: always the most frequent class)."
-LEGEND = (
-    "95 % interval: bootstrap over the tested images, not over seeds of the training. " + CHANCE_LINE,
-    "Every word: docs/glossary.md, section Evaluation.",
-)
+WORDS = "Every word: docs/glossary.md, section Evaluation."
 
 
 class FirstThatFits:
@@ -84,7 +83,9 @@ class SummaryRow:
     score: str | None = None  # which uncertainty was measured, in an evaluation of one
     saturated: list[str] = field(default_factory=list)  # metrics that are lower limits in some run
     failed: list[str] = field(default_factory=list)  # self-checks that failed in some run
-    chance: dict[str, float] = field(default_factory=dict)  # metrics without information about the images
+    chance: dict[str, float] = field(default_factory=dict)  # metrics without information about the images; means
+    intervals: dict[str, Interval] = field(default_factory=dict)  # 95 %, of metrics of a single run
+    val: dict[str, Any] = field(default_factory=dict)  # the images that were tested on, without paths
 
     def label(self) -> str:
         """The name of the first run, and the number of the others on a second line."""
@@ -97,6 +98,14 @@ class SummaryRow:
     def heading(self) -> str:
         """The evaluation, the runs, and the uncertainty that was measured."""
         return "\n".join(filter(None, [self.evaluation, self.label(), self.score]))
+
+    def noise(self, name: str) -> tuple[float, float]:
+        """The range of a metric: its mean ± std over seeds or, for a single run, its 95 % interval."""
+        metric = self.metrics[name]
+        if metric.std is not None:
+            return metric.mean - metric.std, metric.mean + metric.std
+        low, high = self.intervals.get(name, (metric.mean, metric.mean))
+        return low, high
 
     def format(self, name: str) -> str:
         """A metric with its unit; "" for one that the runs do not all have."""
@@ -126,9 +135,13 @@ def result_table(result: EvaluationResult) -> Group:
     return Group(
         table,
         text_lines(result_verdict(result)),
-        text_lines([*explanations(list(result["metrics"])), *LEGEND], style="dim"),
+        text_lines([*_legend(list(result["metrics"]), bool(chance)), WORDS], style="dim"),
         text_lines(_about(result), style="dim"),
     )
+
+
+def _legend(names: list[str], has_chance: bool) -> list[str]:
+    return [*explanations(names), INTERVAL_LINE + (f" {CHANCE_LINE}" if has_chance else "")]
 
 
 def _about(result: EvaluationResult) -> list[str]:
@@ -164,6 +177,7 @@ def _summary_row(group: list[EvaluationResult]) -> SummaryRow:
         if all(name in result["metrics"] for result in group):
             values = [result["metrics"][name] for result in group]
             metrics[name] = MeanAndStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    levels = [chance_levels(result) for result in group]
     return SummaryRow(
         evaluation=group[0]["evaluation"],
         runs=[result["run"] for result in group],
@@ -173,20 +187,27 @@ def _summary_row(group: list[EvaluationResult]) -> SummaryRow:
         score=group[0]["settings"].get("score"),
         saturated=sorted({name for result in group for name in result.get("saturated", [])}),
         failed=sorted({name for result in group for name in result.get("failed", [])}),
-        chance=chance_levels(group[0]),
+        chance={
+            name: statistics.fmean(each[name] for each in levels)
+            for name in metrics
+            if all(name in each for each in levels)
+        },
+        intervals=group[0].get("intervals", {}) if len(group) == 1 else {},
+        val=cast(dict[str, Any], without_paths(dict(group[0]["val"]))),
     )
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Group:
     """Show the rows of `summarize_runs`: a line per metric or per row, whichever fits, else one row after the other."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    has_chance = any(row.chance for row in rows)
     forms = [_line_per_metric(rows, names), _line_per_row(rows, names)]
     if len(names) < len(rows):
         forms.reverse()
     return Group(
         FirstThatFits([*forms, _rows_one_after_the_other(rows)]),
         text_lines(runs_verdict(rows)),
-        text_lines([*explanations(names), "mean ± std over the seeds of runs.", CHANCE_LINE], style="dim"),
+        text_lines([*_legend(names, has_chance), "mean ± std over the seeds of runs.", WORDS], style="dim"),
     )
 
 
@@ -199,9 +220,7 @@ def _line_per_metric(rows: Sequence[SummaryRow], names: Sequence[str]) -> Table:
     table.add_column("chance", justify="right", no_wrap=True)
     for name in names:
         info = metric_info(name)
-        levels = {row.chance[name] for row in rows if name in row.chance}
-        chance = info.format(levels.pop()) if len(levels) == 1 else ""
-        table.add_row(info.label, *(row.format(name) for row in rows), info.better, chance)
+        table.add_row(info.label, *(row.format(name) for row in rows), info.better, _chance(rows, name))
     return table
 
 
@@ -210,10 +229,22 @@ def _line_per_row(rows: Sequence[SummaryRow], names: Sequence[str]) -> Table:
     table.add_column("run")
     for name in names:
         info = metric_info(name)
-        table.add_column(f"{info.label}\n(better: {info.better})", justify="right", max_width=18)
+        known = {"better": info.better, "chance": _chance(rows, name)}
+        notes = "".join(f"\n({key}: {text})" for key, text in known.items() if text)
+        table.add_column(info.label + notes, justify="right", max_width=28)
     for row in rows:
         table.add_row(row.heading().replace("\n", " "), *(row.format(name) for name in names))
     return table
+
+
+def _chance(rows: Sequence[SummaryRow], name: str) -> str:
+    """Return the chance level of a metric, or the range of those of the rows; "" if there is none."""
+    info = metric_info(name)
+    levels = [row.chance[name] for row in rows if name in row.chance]
+    if not levels:
+        return ""
+    lowest, highest = info.format(min(levels)), info.format(max(levels))
+    return lowest if lowest == highest else f"{info.format(min(levels), with_unit=False)} to {highest}"
 
 
 def _rows_one_after_the_other(rows: Sequence[SummaryRow]) -> Table:
@@ -269,23 +300,54 @@ def table_of_rows(
 
 
 def runs_verdict(rows: Sequence[SummaryRow]) -> list[str]:
-    """Name the best row of each evaluation by its first metric, and say what chance is."""
+    """Name the best row of each evaluation by its first metric, or those that differ by no more than noise.
+
+    Only rows with the same test images and the same first metric are compared.
+    """
     sentences = []
     for evaluation in dict.fromkeys(row.evaluation for row in rows):
-        same = [row for row in rows if row.evaluation == evaluation and row.metrics]
-        name = next((name for row in same for name in row.metrics), None)
-        same = [row for row in same if name in row.metrics]
-        if name is None:
-            continue
-        info = metric_info(name)
-        choose = max if info.better == "up" else min
-        best = choose(same, key=lambda row: row.metrics[name].mean)
-        sentence = f"{evaluation}: " + ("best is " if len(same) > 1 else "") + f"{best.short_label()}"
-        sentence += f" with {info.label} {best.format(name)}"
-        if name in best.chance:
-            sentence += f"; chance is {info.format(best.chance[name])}"
-        sentences.append(sentence + ".")
+        groups: dict[str, list[SummaryRow]] = {}
+        for row in rows:
+            if row.evaluation == evaluation and row.metrics:
+                groups.setdefault(json.dumps([_first_metric(row), row.val], sort_keys=True), []).append(row)
+        sentences += [f"{evaluation}: {_best_of(group)}." for group in groups.values()]
+        if len(groups) > 1:
+            sentences.append(f"{evaluation}: rows with other test images or another first metric are not compared.")
     return sentences
+
+
+def _first_metric(row: SummaryRow) -> str:
+    return next(iter(row.metrics))
+
+
+def _best_of(rows: Sequence[SummaryRow]) -> str:
+    """Name the best of rows that can be compared, and say how it compares with chance."""
+    name = _first_metric(rows[0])
+    info = metric_info(name)
+    if len(rows) > 1 and not info.better:
+        return f"whether a higher {info.label} is better is not known"
+    best = (min if info.better == "down" else max)(rows, key=lambda row: row.metrics[name].mean)
+    low, high = best.noise(name)
+    chance = f"; {info.against_chance(low, high, best.chance[name])}" if name in best.chance else ""
+    if len(rows) == 1:
+        return f"{best.short_label()} with {info.label} {best.format(name)}{chance}"
+    equal = [row for row in rows if row.noise(name)[0] <= high and row.noise(name)[1] >= low]  # with `best` itself
+    noise = _noise_in_words(equal if len(equal) > 1 else rows, name)
+    if len(equal) == 1:
+        return f"best is {best.short_label()} with {info.label} {best.format(name)}, beyond {noise}{chance}"
+    named = [f"{row.short_label()} ({row.format(name)})" for row in equal]
+    if len(named) > 3:
+        named = [*named[:2], f"{len(named) - 2} more"]
+    worse = len(rows) - len(equal)
+    others = f"; {worse} {'is' if worse == 1 else 'are'} worse" if worse else ""
+    joined = f"{', '.join(named[:-1])} and {named[-1]}"
+    return f"no difference in {info.label} beyond {noise} between {joined}{others}{chance}"
+
+
+def _noise_in_words(rows: Sequence[SummaryRow], name: str) -> str:
+    single = [row.metrics[name].std is None for row in rows]
+    kinds = [*(["the 95 % intervals"] if any(single) else []), *([] if all(single) else ["the std over seeds"])]
+    return " and ".join(kinds)
 
 
 def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:

@@ -1,5 +1,7 @@
 """One sentence on a result: what its first metric says, and whether it is better than chance."""
 
+from collections.abc import Sequence
+
 from fastssl.evaluation.metric_info import chance_levels, metric_info
 from fastssl.evaluation.results import EvaluationResult
 
@@ -14,20 +16,19 @@ def result_verdict(result: EvaluationResult) -> list[str]:
 def classification_verdict(result: EvaluationResult) -> str:
     name = headline_metric(result)
     info = metric_info(name)
-    value = with_interval(result, name)
     frozen = "untrained" if result["weights"] == "untrained" else "frozen"
     subject = f"A linear classifier on the {frozen} encoder"
     if result["evaluation"] == "knn":
         subject = f"A kNN classifier on the {frozen} encoder ({info.label.removeprefix('top-1, ')})"
     elif "folder" in result:
         subject = "The fine-tuned encoder"
-    sentence = f"{subject} classifies {value} of the test images correctly"
+    sentence = f"{subject} classifies {with_interval(result, name)} of the test images correctly"
     chance = chance_levels(result).get(name)
     if chance is None:
         return f"{sentence}."
-    low = result.get("intervals", {}).get(name, [result["metrics"][name]])[0]
-    compared = "; chance is" if low > chance else ", not better than chance:"
-    return f"{sentence}{compared} {info.format(chance)}."
+    value = result["metrics"][name]
+    low, high = result.get("intervals", {}).get(name, [value, value])
+    return f"{sentence}; {info.against_chance(low, high, chance)}."
 
 
 def uncertainty_verdict(result: EvaluationResult) -> list[str]:
@@ -44,15 +45,26 @@ def uncertainty_verdict(result: EvaluationResult) -> list[str]:
         sentences.append(f"The {score} {says} (R-AUROC {with_interval(result, 'r_auroc')}; chance is 50 %).")
     else:
         sentences.append("R-AUROC is not defined: the nearest neighbors of all images are right, or all wrong.")
-    low, high = result["intervals"]["aurc"]
-    error = 1 - values["accuracy"]
-    compared = "below" if high < error else "above" if low > error else "not different from"
+    show = metric_info("aurc").format
+    bounds = result.get("aurc_minus_error")
+    difference = f" (difference {' to '.join(show(bound, with_unit=False) for bound in bounds)})" if bounds else ""
     sentences.append(
-        f"Answering the least uncertain images first, a linear classifier errs on {with_interval(result, 'aurc')} "
-        f"(AURC), {compared} the {metric_info('aurc').format(error)} of a random order; ordered by its own confidence "
-        f"{metric_info('aurc').format(values['aurc_confidence'])}."
+        "If the least uncertain images are answered first, the mean error of a linear classifier over all coverages is "
+        f"{with_interval(result, 'aurc')} (AURC), {against_random_order(bounds)} {show(1 - values['accuracy'])}"
+        f"{difference}; ordered by its own confidence it is {show(values['aurc_confidence'])}."
     )
     return sentences
+
+
+def against_random_order(bounds: Sequence[float] | None) -> str:
+    """Return how an AURC compares with that of a random order, the error of the classifier.
+
+    bounds: 95 % interval of their difference on the same images. None: not known, as in a result of an older version.
+    """
+    if bounds is None:
+        return "that of a random order"
+    low, high = bounds
+    return ("below" if high < 0 else "above" if low > 0 else "not different from") + " that of a random order,"
 
 
 def headline_metric(result: EvaluationResult) -> str:

@@ -4,10 +4,11 @@ import pytest
 from table_widths import check_at_every_width, rendered
 
 from fastssl.evaluation import SummaryRow, result_table, summary_table
+from fastssl.evaluation.metric_info import metric_info
 from fastssl.evaluation.mutual_information import mi_summary_table, mi_table
 from fastssl.evaluation.ood import LABEL_BASED, ood_summary, ood_summary_table, ood_table, save_ood_table
 from fastssl.evaluation.ood.verdict import ood_verdict
-from fastssl.evaluation.tables import MeanAndStd
+from fastssl.evaluation.tables import MeanAndStd, runs_verdict
 from fastssl.evaluation.verdict import result_verdict
 
 LONG = "a-set-with-a-very-long-name-of-tiny-imagenet_and_others"
@@ -222,7 +223,8 @@ def test_each_value_has_its_own_unit():
 def test_sentences_on_accuracy_and_uncertainty_follow_from_the_figures():
     (said,) = result_verdict(knn_result())
     assert "k = 20, T = 0.07" in said and "91.9 % (89.9 to 93.9)" in said and said.endswith("; chance is 12.5 %.")
-    assert "not better than chance: 12.5 %" in result_verdict(knn_result(0.13))[0]
+    assert "not better than chance (12.5 %)" in result_verdict(knn_result(0.13))[0]
+    assert "below chance (12.5 %)" in result_verdict(knn_result(0.05))[0]
     assert "chance" not in result_verdict({**knn_result(), "chance": {}})[0]
     assert "The fine-tuned encoder" in result_verdict(linear_result("semisup-1", folder="x"))[0]
     assert "untrained" in result_verdict(linear_result() | {"weights": "untrained"})[0]
@@ -230,12 +232,89 @@ def test_sentences_on_accuracy_and_uncertainty_follow_from_the_figures():
     assert "predicts which" in result_verdict(uncertainty_result())[0]
     assert "does not predict" in result_verdict(uncertainty_result(r_auroc=0.51))[0]
     assert "is inverted" in result_verdict(uncertainty_result(r_auroc=0.4))[0]
-    assert "51.0 % (49.0 to 53.0) (AURC), below the 60.0 %" in result_verdict(uncertainty_result())[1]
-    assert "not different from" in result_verdict(uncertainty_result(aurc=0.59))[1]
-    assert "above" in result_verdict(uncertainty_result(aurc=0.7))[1]
+    # By the interval of the difference: that of AURC alone, 58.0 to 62.0, includes the error of 60 %.
+    below = result_verdict(uncertainty_result(aurc=0.6) | {"aurc_minus_error": [-0.044, -0.007]})[1]
+    assert "60.0 % (58.0 to 62.0) (AURC), below that of a random order, 60.0 % (difference -4.4 to -0.7)" in below
+    assert "errs on" not in below and "mean error of a linear classifier over all coverages" in below
+    equal = result_verdict(uncertainty_result(aurc=0.5) | {"aurc_minus_error": [-0.01, 0.01]})[1]
+    assert "not different from that of a random order, 60.0 %" in equal
+    assert "above that" in result_verdict(uncertainty_result() | {"aurc_minus_error": [0.01, 0.02]})[1]
+    older = result_verdict(uncertainty_result(aurc=0.2))[1]
+    assert "not different" not in older and "below" not in older and "that of a random order 60.0 %" in older
     undefined = uncertainty_result()
     del undefined["metrics"]["r_auroc"]
     assert "not defined" in result_verdict(undefined)[0]
+
+
+def single(name, value, low, high, metric="accuracy_k20_t0.07", **fields):
+    """A row of one run."""
+    return row_of(name, {metric: value}, std=None, intervals={metric: [low, high]}, **fields)
+
+
+def test_the_best_row_is_named_only_beyond_noise():
+    (said,) = runs_verdict([single("a", 0.919, 0.90, 0.936), single("b", 0.92, 0.90, 0.937)])
+    assert "best" not in said and "no difference" in said and "beyond the 95 % intervals" in said
+    assert "a and 1 more (91.9 %)" in said and "b and 1 more (92.0 %)" in said
+    (said,) = runs_verdict([row_of(f"run{i}", {"accuracy": 0.9}, std=None) for i in range(4)])
+    assert "no difference" in said and "best" not in said and "2 more" in said
+    rows = [single("a", 0.5, 0.48, 0.52), single("b", 0.92, 0.9, 0.94), single("c", 0.91, 0.89, 0.93)]
+    (said,) = runs_verdict(rows)
+    assert "no difference" in said and said.index("b and") < said.index("c and") and "1 is worse" in said
+    (said,) = runs_verdict(rows[:2])
+    assert "best is b and" in said and "beyond the 95 % intervals" in said  # fails if the worst is chosen
+    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.02), row_of("b", {"accuracy": 0.47}, 0.02)])
+    assert "no difference" in said and "beyond the std over seeds" in said
+    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.01), row_of("b", {"accuracy": 0.47}, 0.01)])
+    assert "best is a" in said and "beyond the std over seeds" in said
+    (said,) = runs_verdict([row_of("a", {"nll": 1.0}, 0.01), row_of("b", {"nll": 2.0}, 0.01)])
+    assert "best is a" in said  # lower is better
+    (said,) = runs_verdict([row_of("a", {"x": 1.0}, 0.01), row_of("b", {"x": 2.0}, 0.01)])
+    assert "best" not in said.replace("better", "") and "not known" in said
+
+
+def test_the_best_row_is_compared_with_chance():
+    def said(value, std=0.02):
+        return runs_verdict([row_of("a", {"accuracy": value}, std, chance={"accuracy": 0.1})])[0]
+
+    assert said(0.05).endswith("; below chance (10.0 %).") and said(0.5).endswith("; chance is 10.0 %.")
+    assert said(0.11).endswith("; not better than chance (10.0 %).")
+    nll = runs_verdict([row_of("a", {"nll": 3.0}, 0.1, chance={"nll": 2.3})])[0]
+    assert "above chance (2.30 nats)" in nll
+
+
+def test_only_rows_that_can_be_compared_are():
+    mnist, cifar = (
+        single("mnist", 0.99, 0.98, 1.0, val={"checksum": "1"}),
+        single("c", 0.5, 0.4, 0.6, val={"checksum": "2"}),
+    )
+    said = runs_verdict([mnist, cifar])
+    assert not any("best" in sentence or "no difference" in sentence for sentence in said)
+    assert len(said) == 3 and "are not compared" in said[2]
+    undefined = row_of("x", {"recall_at_1": 0.9}, evaluation="uncertainty")
+    said = runs_verdict([undefined, row_of("y", {"r_auroc": 0.6, "recall_at_1": 0.1}, evaluation="uncertainty")])
+    assert not any("best" in sentence for sentence in said) and "recall@1 90.0" in said[0] and "R-AUROC 60.0" in said[1]
+
+
+def test_value_better_and_chance_are_in_every_form():
+    rows = [row_of(name, {"accuracy": 0.4}, chance={"accuracy": 0.1}) for name in "ab"]
+    for width in (40, 60, 80, 120, 200):
+        table = rendered(summary_table(rows), width).split("knn:")[0]
+        assert "40.0 ± 1.0 %" in table and "up" in table and "10.0 %" in table, table
+    assert "docs/glossary.md" in rendered(summary_table(rows), 120)
+    # The chance of an AURC is the error, which differs between runs.
+    rows = [row_of(str(chance), {"aurc": 0.2}, chance={"aurc": chance}) for chance in (0.3, 0.4)]
+    assert all("30.0 to 40.0 %" in " ".join(rendered(summary_table(rows), width).split()) for width in (80, 120))
+
+
+def test_nothing_is_said_about_what_is_not_shown():
+    assert "chance:" in rendered(result_table(knn_result()), 120)
+    older = {key: value for key, value in knn_result().items() if key != "chance"}
+    assert "chance:" not in rendered(result_table(older), 120)
+    assert "chance:" not in rendered(summary_table([row_of("x", {"accuracy": 0.4})]), 120)
+    unknown = rendered(result_table(result_of("linear-sweep", {"a_metric_of_another_version": 0.5})), 120)
+    assert " up" not in unknown and " down" not in unknown
+    assert metric_info("a_metric_of_another_version").better == ""
+    assert "(better: )" not in rendered(summary_table([row_of(str(i), {"x": 0.4}) for i in range(2)]), 120)
 
 
 def line_of(text, quantity):

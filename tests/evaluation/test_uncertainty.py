@@ -376,6 +376,8 @@ def test_result_has_metrics_intervals_and_plots(canvas, tmp_path, stochastic, mo
     folder, recipe, model = make_run(tmp_path / "run", data_of(canvas), embedding={"stochastic": stochastic})
     result = evaluate_uncertainty(*opened(folder))
     kept = json.loads((folder / "eval" / "uncertainty.json").read_text())
+    low, high = result["aurc_minus_error"]
+    assert low <= result["metrics"]["aurc"] - (1 - result["metrics"]["accuracy"]) <= high
     assert kept == result and list(result["metrics"]) == FIGURES == list(result["intervals"])
     train, val = (
         features_of(folder, canvas / f"{split}.beton", model=model, views=recipe.views) for split in ("train", "val")

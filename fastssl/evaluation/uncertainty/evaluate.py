@@ -190,14 +190,21 @@ def prediction_metrics(
             found[f"e_aurc{suffix}"] = found[f"aurc{suffix}"] - least
         return found
 
+    def areas_and_difference(rows: Rows) -> dict[str, float]:
+        found = areas(rows)
+        return {**found, "aurc_minus_error": found["aurc"] - float(wrong_M[rows].mean())}
+
     values |= areas(slice(None))
-    intervals |= bootstrap_intervals(len(wrong_M), areas, seed)
+    intervals |= bootstrap_intervals(len(wrong_M), areas_and_difference, seed)
+    # AURC and error rise and fall together over resamples, so the interval of `aurc` alone cannot compare them.
+    difference = intervals.pop("aurc_minus_error")
 
     # The numbers of images at coverages of 1 %, 2 %, ..., 100 %, rounded up.
     count_P = np.unique(-(-np.arange(1, CURVE_POINTS + 1) * len(wrong_M) // CURVE_POINTS))
     orders = {"uncertainty": uncertainty_M, "confidence": scores["_confidence"], "oracle": wrong_M}
     curves = {key: measures.risk_coverage(score_M, wrong_M)[count_P - 1].tolist() for key, score_M in orders.items()}
     fields = {
+        "aurc_minus_error": difference,
         "chosen": {**fitted.chosen, "temperature": temperature},
         "candidates": fitted.candidates,
         "hyperparameters": {**fitted.hyperparameters, "held_out_for_temperature": len(held_rows)},

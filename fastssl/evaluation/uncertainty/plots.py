@@ -20,6 +20,7 @@ from fastssl.common.figures import (
     save_figure,
 )
 from fastssl.common.files import explain_write_errors
+from fastssl.evaluation.metric_info import metric_info
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.evaluation.uncertainty.corruptions import CORRUPTIONS
 from fastssl.loading.samples import Samples
@@ -48,13 +49,14 @@ def draw_risk_coverage(
     )
     axes = body.subplots()
     coverage = 100 * np.array(curves["coverage"])
+    show = metric_info("aurc").format
     error = 1 - metrics["accuracy"]
     least = metrics["aurc"] - metrics["e_aurc"]
-    axes.axhline(100 * error, color=GRAY, ls=":", label=f"random order: AURC {error:.3f}")
+    axes.axhline(100 * error, color=GRAY, ls=":", label=f"random order: AURC {show(error)}")
     for key, label, color, style in (
-        ("uncertainty", f"uncertainty: AURC {metrics['aurc']:.3f}", BLUE, "-"),
-        ("confidence", f"classifier's confidence: AURC {metrics['aurc_confidence']:.3f}", VERMILLION, "-."),
-        ("oracle", f"best possible order: AURC {least:.3f}", GREEN, "--"),
+        ("uncertainty", f"uncertainty: AURC {show(metrics['aurc'])}", BLUE, "-"),
+        ("confidence", f"classifier's confidence: AURC {show(metrics['aurc_confidence'])}", VERMILLION, "-."),
+        ("oracle", f"best possible order: AURC {show(least)}", GREEN, "--"),
     ):
         axes.plot(coverage, 100 * np.array(curves[key]), label=label, color=color, ls=style, lw=2)
     axes.set_xlim(0, 100)
