@@ -1,10 +1,9 @@
 """What each metric is called on a screen, its unit, which direction is better, and its value without information."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-from fastssl.evaluation.results import EvaluationResult
 
 # Whatever the labels are; by the first letters of the name.
 CHANCE = {"r_auroc": 0.5, "crop_larger": 0.5, "spearman": 0.0}
@@ -86,10 +85,14 @@ def explanations(names: list[str]) -> list[str]:
     return [text for key, text in EXPLANATIONS.items() if any(name.startswith(key) for name in names)]
 
 
-def chance_levels(result: EvaluationResult) -> dict[str, float]:
-    """Return the values of metrics without any information about the image, as far as they are known."""
-    values = result["metrics"]
-    chance = dict(result.get("chance", {}))
+def chance_levels(values: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+    """Return the values of metrics without any information about the image, as far as they are known.
+
+    Args:
+        values: the metrics.
+        measured: those that follow from the labels: the field "chance" of a result.
+    """
+    chance = dict(measured)
     for name in values:
         for key, value in CHANCE.items():
             if name.startswith(key):

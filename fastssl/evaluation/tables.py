@@ -126,7 +126,7 @@ def result_table(result: EvaluationResult) -> Group:
     table.add_column("metric", overflow="fold")
     for heading in ("value", "95 % interval", "better", "chance"):
         table.add_column(heading, justify="right", no_wrap=True)
-    chance = chance_levels(result)
+    chance = chance_levels(result["metrics"], result.get("chance", {}))
     for name, value in result["metrics"].items():
         info = metric_info(name)
         interval = " to ".join(info.format(bound, with_unit=False) for bound in result["intervals"].get(name, []))
@@ -177,7 +177,7 @@ def _summary_row(group: list[EvaluationResult]) -> SummaryRow:
         if all(name in result["metrics"] for result in group):
             values = [result["metrics"][name] for result in group]
             metrics[name] = MeanAndStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-    levels = [chance_levels(result) for result in group]
+    levels = [chance_levels(result["metrics"], result.get("chance", {})) for result in group]
     return SummaryRow(
         evaluation=group[0]["evaluation"],
         runs=[result["run"] for result in group],

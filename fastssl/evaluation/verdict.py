@@ -23,7 +23,7 @@ def classification_verdict(result: EvaluationResult) -> str:
     elif "folder" in result:
         subject = "The fine-tuned encoder"
     sentence = f"{subject} classifies {with_interval(result, name)} of the test images correctly"
-    chance = chance_levels(result).get(name)
+    chance = chance_levels(result["metrics"], result.get("chance", {})).get(name)
     if chance is None:
         return f"{sentence}."
     value = result["metrics"][name]

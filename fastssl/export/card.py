@@ -11,7 +11,7 @@ from torch import nn
 
 from fastssl.common.geometry import CENTER
 from fastssl.common.terminal import printable
-from fastssl.export.card_results import card_rows
+from fastssl.export.card_results import card_legend, card_rows
 from fastssl.export.source import Environment, Source
 from fastssl.models.classifier import Classifier
 from fastssl.models.encoder import has_fixed_size
@@ -234,6 +234,8 @@ def results_section(source: Source, eval_folder: str | None) -> str:
                 cells = [result.name, row.metric, row.value, row.remark, ", ".join(data + images)]
                 lines.append(f"| {' | '.join(map(escape, cells))} | {file} |")
         parts.append("\n".join(lines))
+        if legend := card_legend(source.results):
+            parts.append(escape(legend))
     if source.probe:
         metrics = [f"{escape(key)} {value:.3g}" for key, value in source.probe.items() if key not in ("step", "epoch")]
         parts.append(f"The last probe during training, at step {source.probe['step']:.0f}: {', '.join(metrics)}.")

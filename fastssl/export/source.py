@@ -27,6 +27,14 @@ class MeasuredImages(BaseModel):
     images: Count | None = None
 
 
+class MeasuredSet(BaseModel):
+    inverted: bool = False
+
+
+class MeasuredDetector(BaseModel):
+    sets: dict[Text, MeasuredSet] = {}  # OOD sets by their names
+
+
 class MeasuredResult(BaseModel):
     """One file in RUN/eval/, as far as a card shows it."""
 
@@ -38,6 +46,8 @@ class MeasuredResult(BaseModel):
     chance: dict[Text, Finite] = {}
     saturated: list[Text] = []  # metrics that are lower limits
     failed: list[Text] = []  # self-checks
+    aurc_minus_error: Interval | None = None
+    detectors: dict[Text, MeasuredDetector] = {}
     settings: dict[str, Any] = {}
     near: dict[Text, Any] = {}  # OOD sets by their names
     far: dict[Text, Any] = {}

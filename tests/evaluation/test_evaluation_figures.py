@@ -152,4 +152,5 @@ def test_learning_curves_of_critics(tmp_path, saved, quantities, nats):
     draw_learning_curves(tmp_path / "x.png", {f"I(Z;Z{i})": estimates for i in range(quantities)})
     check_figure(saved[0])
     labels = [text.get_text() for text in saved[0].findobj(Legend)[0].get_texts()]
+    assert {"js", "mine", "js on shuffled pairs"} <= set(labels)  # the names of the table
     assert ("ceiling" in labels) == (nats > 6), "the ceiling is named where a panel shows it"

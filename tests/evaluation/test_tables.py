@@ -6,6 +6,7 @@ from table_widths import check_at_every_width, rendered
 from fastssl.evaluation import SummaryRow, result_table, summary_table
 from fastssl.evaluation.metric_info import metric_info
 from fastssl.evaluation.mutual_information import mi_summary_table, mi_table
+from fastssl.evaluation.mutual_information.table import mi_verdict
 from fastssl.evaluation.ood import LABEL_BASED, ood_summary, ood_summary_table, ood_table, save_ood_table
 from fastssl.evaluation.ood.verdict import ood_verdict
 from fastssl.evaluation.tables import MeanAndStd, runs_verdict
@@ -319,6 +320,27 @@ def test_nothing_is_said_about_what_is_not_shown():
 
 def line_of(text, quantity):
     return next(line for line in text.splitlines() if line.strip().startswith(quantity))
+
+
+def test_the_sentence_on_mutual_information_follows_from_the_figures():
+    def said(infinite=(), found=()):
+        result = mi_result()
+        result["infinite"] = list(infinite)
+        for quantity, (value, error, saturated) in dict(found).items():
+            each = {"nats": value, "error": error, "ceiling": 13.1, "saturated": saturated, "unseen": 0.0}
+            result["quantities"][quantity] = {"js": each, "mine": each}
+        return " ".join(mi_verdict(result))
+
+    assert "h and z share at least 5.20 ± 0.03 nats" in said() and "no information" not in said()
+    assert "h and z share" not in said(infinite=["I(H;Z)"])
+    nothing = said(found={"I(Z;Z')": (-0.2, 0.1, False)})
+    assert "at least -0.20" not in nothing
+    assert "no information was found that the z of two views share (-0.20 ± 0.10 nats is not above 0)" in nothing
+    assert "No information was found in h" in said(found={"I(V;H)": (0.1, 0.1, False)})
+    assert "h holds at least 0.30" in said(found={"I(V;H)": (0.3, 0.1, False)}).replace("H holds", "h holds")
+    for infinite in ([], ["I(H;Z)"]):
+        limited = said(infinite=infinite, found={"I(H;Z)": (13.0, 0.1, True)})
+        assert "not to be compared with anything: I(H;Z)." in limited
 
 
 def test_failed_self_checks_mark_their_rows():

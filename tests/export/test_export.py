@@ -25,7 +25,7 @@ from fastssl.common.errors import UserError
 from fastssl.evaluation import evaluate_knn, find_evaluation_data, load_run_encoder
 from fastssl.evaluation.probe import knn_probe
 from fastssl.export import export_run
-from fastssl.export.card_results import card_rows
+from fastssl.export.card_results import card_legend, card_rows
 from fastssl.export.onnx_file import EmbedTuple, compare_with_torch
 from fastssl.export.source import EvaluationSummary, MeasuredResult
 from fastssl.models import SSLModel
@@ -518,7 +518,16 @@ def test_results_of_a_card_name_sets_and_flag_what_is_not_reliable():
         "AUROC of vim, best label-based",
     ]  # fmt: skip
     assert rows[1].value == "digits-8 (near): 90.0 % (89.0 to 91.0); photos, noise (far): 90.0 % (89.0 to 91.0)"
-    assert rows[0].remark == "inverted on near sets; inverted on far sets" and rows[1].remark == ""
+    upper = "chosen on these very images, so its AUROC is an upper bound"
+    assert rows[0].remark == "inverted on near sets; inverted on far sets" and rows[1].remark == rows[2].remark == upper
+    # Single sets are inverted where the mean of the group is not.
+    detectors = {
+        "kmeans_ssd": {"sets": {"photos": {"inverted": False}, "noise": {"inverted": True, "metrics": {}}}},
+        "draws_disagreement": {"sets": {"digits-8": {"inverted": False}}},
+    }
+    flagged = MeasuredResult.model_validate(result.model_dump() | {"detectors": detectors})
+    rows = list(card_rows(EvaluationSummary("ood", "ood-x.json", flagged, 800, "val.beton")))
+    assert rows[0].remark == "" and rows[1].remark == f"inverted on noise: do not use it there; {upper}"
 
     result = MeasuredResult(
         metrics={"I(V;H) js": 5.123, "I(V;H) mine": 5.0, "I(V;Z) js": 4.0, "I(X;H) upper": 9.0},
@@ -526,15 +535,46 @@ def test_results_of_a_card_name_sets_and_flag_what_is_not_reliable():
     )  # fmt: skip
     rows = list(card_rows(EvaluationSummary("mi", "mi.json", result, 800, None)))
     assert [(row.metric, row.value) for row in rows] == [
-        ("I(V;H)", "at least 5.12 nats"), ("I(V;Z)", "at least 4.00 nats"),
+        ("I(V;H)", "at least 5.12 nats"), ("I(V;Z)", "4.00 nats"),
     ]  # fmt: skip
     assert "saturated" in rows[0].remark and rows[1].remark == "not reliable: a self-check failed"
+    result = MeasuredResult(metrics={"I(V;H) js": -0.2})
+    assert [row.value for row in card_rows(EvaluationSummary("mi", "mi.json", result, 800, None))] == ["-0.20 nats"]
 
     linear = MeasuredResult(
         metrics={"accuracy": 0.91234, "nll": 1.0}, intervals={"accuracy": [0.9, 0.92]}, chance={"accuracy": 0.1}
     )
     (row,) = card_rows(EvaluationSummary("linear-sweep", "linear-sweep.json", linear, 800, None))
-    assert (row.metric, row.value, row.remark) == ("top-1 accuracy", "91.2 % (90.0 to 92.0)", "chance 10.0 %")
+    assert (row.metric, row.value, row.remark) == ("top-1 accuracy", "91.2 % (90.0 to 92.0)", "chance is 10.0 %")
     uncertain = MeasuredResult(metrics={"r_auroc": 0.6, "accuracy": 0.5, "aurc": 0.2})
     rows = list(card_rows(EvaluationSummary("uncertainty", "u.json", uncertain, 800, None)))
-    assert [row.value for row in rows] == ["60.0 %", "20.0 %"]
+    assert [row.value for row in rows] == ["60.0 %", "20.0 %"] and rows[0].remark == "chance is 50.0 %"
+
+
+def test_a_card_compares_with_chance_and_explains_its_words():
+    def remarks(r_auroc, difference, accuracy=0.85):
+        result = MeasuredResult(
+            metrics={"r_auroc": r_auroc, "accuracy": accuracy, "aurc": 0.2, "e_aurc": 0.1},
+            intervals={"r_auroc": [r_auroc - 0.02, r_auroc + 0.02], "aurc": [0.1, 0.3]},
+            aurc_minus_error=difference,
+        )
+        summary = EvaluationSummary("uncertainty", "u.json", result, 800, None)
+        rows = list(card_rows(summary))
+        assert rows[1].metric == "AURC by uncertainty (lower is better)"
+        legend = card_legend([summary])
+        assert "R-AUROC: " in legend and "AURC: " in legend and "V: " not in legend and "\n" not in legend
+        return [row.remark for row in rows]
+
+    assert remarks(0.4, [0.01, 0.09]) == [
+        "inverted: below chance (50.0 %)", "above that of a random order, 15.0 %",
+    ]  # fmt: skip
+    assert remarks(0.51, [-0.01, 0.01])[0] == "not better than chance (50.0 %)"
+    assert remarks(0.6, [-0.09, -0.01]) == ["chance is 50.0 %", "below that of a random order, 15.0 %"]
+    assert remarks(0.6, None)[1] == "that of a random order 15.0 %"
+    low = MeasuredResult(metrics={"accuracy": 0.05}, intervals={"accuracy": [0.04, 0.06]}, chance={"accuracy": 0.1})
+    (row,) = card_rows(EvaluationSummary("linear-sweep", "l.json", low, 800, None))
+    assert row.remark == "below chance (10.0 %)"
+    knn = EvaluationSummary("knn", "knn.json", MeasuredResult(metrics={"accuracy_k20_t0.07": 0.5}), 800, None)
+    mi = EvaluationSummary("mi", "mi.json", MeasuredResult(metrics={"I(V;H) js": 1.0}), 800, None)
+    assert all(word in card_legend([knn, mi]) for word in ("k: ", "T: ", "V: ", "H: ", "Z: "))
+    assert card_legend([]) == ""

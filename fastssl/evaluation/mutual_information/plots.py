@@ -22,16 +22,16 @@ def draw_learning_curves(path: Path, estimates: Mapping[str, PairEstimates]) -> 
     figure, body = new_figure(
         WIDTH,
         3.4,
-        "Mutual information while the critics learn: lower bounds, so higher is nearer to the truth",
+        "Mutual information while the critics learn",
         "Lines: the estimate on validation samples after each training step of the critic; where a line falls, it "
         "overfits. Points: the reported estimates, on test samples, by the critic of the highest validation "
-        "estimate; an open point is saturated: it is at the ceiling, the most that so many samples can show "
-        "(drawn where a panel reaches it). Shuffled pairs are independent, so their estimate should be 0. Panels "
-        "end at -0.5 nats.",
+        "estimate. js, mine: two estimators, both lower bounds. An open point is saturated: the true value may be much "
+        "larger. Ceiling: the largest estimate that so many images allow (drawn where a panel reaches it). Shuffled "
+        "pairs are independent, so their estimate should be 0. Panels end at -0.5 nats.",
     )
     panels = body.subplots(1, len(estimates), squeeze=False)[0]
     for axes, (quantity, each) in zip(panels, estimates.items(), strict=True):
-        curves = {"JS": each.js, "MINE": each.mine, "JS on shuffled pairs": each.shuffled}
+        curves = {"js": each.js, "mine": each.mine, "js on shuffled pairs": each.shuffled}
         for number, (label, estimate) in enumerate(curves.items()):
             style = line_style(number)
             steps, nats = zip(*estimate.curve, strict=True)

@@ -11,6 +11,7 @@ from fastssl.evaluation.tables import SummaryRow, plain_table, result_title, tab
 
 VERDICTS = {True: "holds", False: "FAILS", None: "inconclusive (saturated)"}
 UNRELIABLE = "UNRELIABLE"
+ERRORS = 2  # standard errors above 0 from which on an estimate shows information
 LEGEND = (
     "All values are in nats (1 nat = 1.44 bits); 0 means independent. More is not better by itself.",
     "js, mine: two estimators, both lower bounds on held-out images ± standard error. js is the main one, mine that of "
@@ -71,16 +72,24 @@ def mi_verdict(result: MIResult) -> list[str]:
     """Say what the estimates show. They are lower bounds; one that failed a self-check says nothing."""
     doubts = unreliable_quantities(_failed(result["checks"]))
     subjects = {
-        "I(V;H)": "h holds at least {} nats about the averaged image V",
-        "I(V;Z)": "z holds at least {} nats about V",
-        "I(Z;Z')": "the z of two views share at least {} nats",
+        "I(V;H)": ("h holds at least {} about the averaged image V", "in h about the averaged image V"),
+        "I(V;Z)": ("z holds at least {} about V", "in z about V"),
+        "I(H;Z)": ("h and z share at least {}", "that h and z share"),
+        "I(Z;Z')": ("the z of two views share at least {}", "that the z of two views share"),
     }
     found, limited = [], []
-    for quantity, words in subjects.items():
-        if quantity in result["quantities"] and quantity not in doubts:
-            js = result["quantities"][quantity]["js"]
-            found.append(words.format(f"{js['nats']:.2f} ± {js['error']:.2f}"))
-            limited += [quantity] if js["saturated"] else []
+    for quantity, (words, nothing) in subjects.items():
+        if quantity not in result["quantities"] or quantity in doubts:
+            continue
+        js = result["quantities"][quantity]["js"]
+        nats = f"{js['nats']:.2f} ± {js['error']:.2f} nats"
+        limited += [quantity] if js["saturated"] else []
+        if quantity in result["infinite"]:
+            continue
+        if js["nats"] > ERRORS * js["error"]:
+            found.append(words.format(nats))
+        else:
+            found.append(f"no information was found {nothing} ({nats} is not above 0)")
     sentences = []
     if found:
         sentence = "; ".join(found)
