@@ -279,9 +279,9 @@ class PanelLive(Live):
     """Draws the panel of a display again and again, in the same place, also after the window has another size.
 
     Where a window becomes narrower, the terminal wraps the lines that were drawn before, so the panel is higher than
-    the lines that rich erases. If it is then higher than the window, its first rows have left the window at the top,
-    where nothing erases them, and come back when the window grows. So from then on each change of the size erases
-    the whole window.
+    the lines that rich erases. Then, or where the window becomes lower than the panel, its first rows may leave the
+    window at the top, where nothing erases them, and come back when the window grows. So from then on each change of
+    the size erases the whole window.
     """
 
     def __init__(self, display: Display):
@@ -296,7 +296,7 @@ class PanelLive(Live):
             size = self.console.size
             _, height = self._live_render._shape or (0, 0)  # rich below 14.1 has no property for it
             rows = math.ceil(self.drawn_width / max(1, size.width)) * height  # that the panel takes now
-            self.rows_left_window |= rows > size.height
+            self.rows_left_window |= rows > min(height, size.height)
             erase: list[ConsoleRenderable] = []
             if size != self.drawn_in and self.rows_left_window:
                 # Row by row: what a terminal clears as a whole it may keep above the window.
@@ -304,9 +304,6 @@ class PanelLive(Live):
                 erase = [Control(ControlType.HOME, *(down * size.height), ControlType.HOME)]
                 erase += self.display.messages_above()
                 self._live_render._shape = None  # nothing is left of it
-            elif rows > height:
-                up = (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)
-                erase = [Control(ControlType.CARRIAGE_RETURN, *(up * (rows - height)))]
             self.drawn_in = size
             self.drawn_width = panel_width(self.console)
             return [*erase, *super().process_renderables(renderables)]
