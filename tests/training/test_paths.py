@@ -62,7 +62,7 @@ def test_a_run_without_its_recipe_is_one_sentence(finished, tmp_path, fastssl):
     (run / "recipe.yaml").unlink()
     for arguments in (["train", "--resume", run], ["eval", "knn", run]):
         code, _, err = fastssl(*arguments)
-        assert code == 2 and "recipe.yaml: put the run's recipe.yaml back there" in " ".join(err.split())
+        assert code == 2 and "recipe.yaml hint: put the run's recipe.yaml back there" in " ".join(err.split())
 
 
 def test_eval_takes_a_lone_checkpoint(finished, canvas, tmp_path, fastssl):
