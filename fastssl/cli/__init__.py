@@ -105,7 +105,7 @@ def main() -> NoReturn:
             raise
         fix = "end other programs, or ask for smaller batches or images"
         _end(UserError(f"there was not enough memory ({in_short(error)})", hint=fix))
-    sys.exit()
+    sys.exit(0)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
