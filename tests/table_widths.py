@@ -27,7 +27,8 @@ def tables_of(renderable, width):
         return [renderable]
     if isinstance(renderable, FirstThatFits):
         console = PlainConsole(width=width)
-        return list(renderable.__rich_console__(console, console.options))
+        shown = renderable.__rich_console__(console, console.options)
+        return [each for each in shown if isinstance(each, Table)]
     if isinstance(renderable, Group):
         return [table for each in renderable.renderables for table in tables_of(each, width)]
     assert isinstance(renderable, (str, Text)), renderable

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -28,18 +28,25 @@ WORDS = "Every word: docs/glossary.md, section Evaluation."
 
 
 class FirstThatFits:
-    """Of several forms of a table, the first one that the terminal is wide enough for; else the last one."""
+    """Of several forms of a table, the first one that the terminal is wide enough for; else the last one.
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    below: for each form, what is shown under it.
+    """
+
+    def __init__(self, tables: Sequence[Table], below: Sequence[RenderableType] = ()) -> None:
         self.tables = tables
+        self.below = below
 
     @cached_property
     def needed_widths(self) -> list[int]:
         return [needed_width(table) for table in self.tables]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        pairs = zip(self.tables, self.needed_widths, strict=True)
-        yield next((table for table, width in pairs if width <= options.max_width), self.tables[-1])
+        fitting = [form for form, width in enumerate(self.needed_widths) if width <= options.max_width]
+        chosen = fitting[0] if fitting else len(self.tables) - 1
+        yield self.tables[chosen]
+        if self.below:
+            yield self.below[chosen]
 
 
 def needed_width(table: Table) -> int:
@@ -86,6 +93,7 @@ class SummaryRow:
     chance: dict[str, float] = field(default_factory=dict)  # metrics without information about the images; means
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95 %, of metrics of a single run
     val: dict[str, Any] = field(default_factory=dict)  # the images that were tested on, without paths
+    inverted: dict[str, list[str]] = field(default_factory=dict)  # OOD detector -> sets, inverted in some run
 
     def label(self) -> str:
         """The name of the first run, and the number of the others on a second line."""
@@ -194,7 +202,19 @@ def _summary_row(group: list[EvaluationResult]) -> SummaryRow:
         },
         intervals=group[0].get("intervals", {}) if len(group) == 1 else {},
         val=cast(dict[str, Any], without_paths(dict(group[0]["val"]))),
+        inverted=_inverted_sets(group),
     )
+
+
+def _inverted_sets(group: list[EvaluationResult]) -> dict[str, list[str]]:
+    """Return for each OOD detector the sets on which it is inverted in some run."""
+    inverted: dict[str, set[str]] = {}
+    for result in group:
+        for detector, row in cast(dict[str, Any], result.get("detectors", {})).items():
+            names = {name for name, found in row["sets"].items() if found["inverted"]}
+            if names:
+                inverted[detector] = inverted.get(detector, set()) | names
+    return {detector: sorted(names) for detector, names in inverted.items()}
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Group:
@@ -269,6 +289,7 @@ def table_of_rows(
     names: Iterable[str],
     cell: Callable[[SummaryRow, str], str],
     show: Callable[[str], str] = str,
+    second: tuple[str, Callable[[SummaryRow, str], str]] | None = None,
 ) -> FirstThatFits:
     """Return a table with a line per name and a column per row; in a narrow terminal one row after the other.
 
@@ -279,23 +300,28 @@ def table_of_rows(
         names: of the lines; repeated ones count once.
         cell: returns the text of a row and a name, "" where there is none.
         show: returns how a name is shown.
+        second: heading and cells of another column after each column of cells.
     """
+    columns = [(value, cell), *([second] if second else [])]
     unique = list(dict.fromkeys(names))
     side_by_side = plain_table("")
     side_by_side.add_column(heading, no_wrap=True)
     for row in rows:
         side_by_side.add_column(row.label(), justify="right")
+        if second:
+            side_by_side.add_column(second[0], justify="right", no_wrap=True)
     for name in unique:
-        side_by_side.add_row(show(name), *(cell(row, name) for row in rows))
+        side_by_side.add_row(show(name), *(show_cell(row, name) for row in rows for _, show_cell in columns))
     stacked = plain_table("")
     stacked.add_column(heading, overflow="fold")
-    stacked.add_column(value, justify="right", no_wrap=True)
+    for title, _ in columns:
+        stacked.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         stacked.add_section()
-        stacked.add_row(row.short_label(), "")
+        stacked.add_row(row.short_label())
         for name in unique:
-            if text := cell(row, name):
-                stacked.add_row(f"  {show(name)}", text)
+            if cell(row, name):
+                stacked.add_row(f"  {show(name)}", *(show_cell(row, name) for _, show_cell in columns))
     return FirstThatFits([side_by_side, stacked])
 
 

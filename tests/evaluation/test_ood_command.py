@@ -452,8 +452,13 @@ def test_runs_with_different_seeds_share_a_column(canvas, others, tmp_path):
         results.append(evaluate_ood(encoder, sets_of(encoder, others)))
     encoder = load_run_encoder(made[0], device="cpu")
     results.append(evaluate_ood(encoder, find_sets(encoder, far=[others / "noise/train.beton"])))
+    for result in results[:2]:  # as if this were so, to see where it stands
+        for row in result["detectors"].values():
+            for found in row["sets"].values():
+                found["inverted"] = False
+    results[1]["detectors"]["knn_cosine"]["sets"]["flat"]["inverted"] = True
     rows = summarize_runs(results)
-    assert [row.seeds for row in rows] == [[0, 1], [0]]
+    assert [row.seeds for row in rows] == [[0, 1], [0]] and rows[0].inverted == {"knn_cosine": ["flat"]}
     values = [result["detectors"]["knn_cosine"]["far"]["metrics"]["auroc"] for result in results[:2]]
     assert rows[0].metrics["knn_cosine far auroc"].mean == pytest.approx(np.mean(values))
     console = Console(width=200, record=True)

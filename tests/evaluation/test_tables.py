@@ -8,7 +8,8 @@ from fastssl.evaluation.metric_info import metric_info
 from fastssl.evaluation.mutual_information import mi_summary_table, mi_table
 from fastssl.evaluation.mutual_information.table import mi_verdict
 from fastssl.evaluation.ood import LABEL_BASED, ood_summary, ood_summary_table, ood_table, save_ood_table
-from fastssl.evaluation.ood.verdict import ood_verdict
+from fastssl.evaluation.ood.verdict import ood_verdict, recommended_detector
+from fastssl.evaluation.ood.verdict import runs_verdict as ood_runs_verdict
 from fastssl.evaluation.tables import MeanAndStd, runs_verdict
 from fastssl.evaluation.verdict import result_verdict
 
@@ -123,7 +124,10 @@ RESULTS = {
     },
     **{
         f"ood of {runs} runs": ood_summary_table(
-            [row_of(f"run_{i}_zprob_vicreg_cifar10", ood_result()["metrics"]) for i in range(runs)]
+            [
+                row_of(f"run_{i}_zprob_vicreg_cifar10", ood_result()["metrics"], inverted={"sigma_std": ["a", "b"]})
+                for i in range(runs)
+            ]
         )
         for runs in (1, 3, 8)
     },
@@ -167,41 +171,158 @@ def test_wide_forms_have_more_columns_and_the_file_has_all(tmp_path):
     assert line.count("!") == 2  # the two sets where it is inverted
 
 
+def test_the_legend_of_ood_is_that_of_the_columns_shown():
+    legends = {width: rendered(ood_table(ood_result()), width).split("AUROC: ")[-1] for width in (60, 90, 200)}
+    assert {width: "FPR95:" in legend for width, legend in legends.items()} == {60: False, 90: False, 200: True}
+    assert {width: "!:" in legend for width, legend in legends.items()} == {60: False, 90: False, 200: True}
+    for width, legend in legends.items():
+        text = " ".join(legend.split())
+        assert "inverted: sets" in text and "docs/glossary.md" in text and "docs/ood.md" in text, width
+    several = rendered(ood_summary_table([row_of("x", ood_result()["metrics"])]), 100)
+    assert "docs/glossary.md" in several and "docs/ood.md" in several
+
+
+def test_the_command_that_scores_own_images_is_shown():
+    command = "fastssl embed RUN PHOTOS --out FILE --score "
+    assert command + "kmeans_ssd" in rendered(ood_table(ood_result(FEATURES)), 80)
+    assert recommended_detector(ood_result(FEATURES)) == "kmeans_ssd"
+    for none_to_use in ((0.5, 0.5), (0.99, 0.3)):  # at chance; inverted
+        result = ood_result({"knn_cosine": none_to_use, "vim": (0.9, 0.9)})
+        assert "fastssl embed" not in rendered(ood_table(result), 80) and recommended_detector(result) is None
+
+
 FEATURES = {"kmeans_ssd": (0.9, 0.9), "knn_cosine": (0.7, 0.7)}
 
 
-def test_the_sentence_on_ood_follows_from_the_figures():
-    def said(aurocs, **fields):
-        return " ".join(ood_verdict(ood_result(aurocs, near=("n",), far=("f",), **fields)))
+def said(aurocs, **fields):
+    """What is said about detectors with these AUROCs on one near and one far set."""
+    inverted_on = fields.pop("inverted_on", None)
+    result = ood_result(aurocs, near=("n",), far=("f",), **fields)
+    if inverted_on:  # on a set whose group has a mean above chance
+        result["detectors"][inverted_on]["sets"]["f"]["inverted"] = True
+    return " ".join(ood_verdict(result))
 
-    assert said(FEATURES).startswith("Use kmeans_ssd") and "as good" not in said(FEATURES)
-    assert "Within the intervals, knn_cosine is as good" in said({**FEATURES, "knn_cosine": (0.89, 0.89)})
-    assert "Use" not in said({"knn_cosine": (0.51, 0.5)}) and "above chance" in said({"knn_cosine": (0.51, 0.5)})
+
+def with_draws(near, far, **fields):
+    return said({**FEATURES, "draws_disagreement": (near, far)}, **fields)
+
+
+def test_the_sentence_on_the_best_detector_follows_from_the_figures():
+    assert said(FEATURES).startswith("Use kmeans_ssd, the best detector without labels: near 90.0 (88.0-92.0), far")
+    assert said(dict(reversed(FEATURES.items()))).startswith("Use kmeans_ssd")
+    assert "overlap" not in said(FEATURES)
+    # Overlapping intervals are not "as good": the detectors score the same images.
+    close = said({**FEATURES, "knn_cosine": (0.89, 0.89), "pca_residual": (0.87, 0.2), "knn_euclidean": (0.6, 0.9)})
+    assert "Its intervals overlap with those of knn_cosine." in close and "as good" not in close
+    four = {name: (0.9 - i / 1000, 0.9) for i, name in enumerate(["kmeans_ssd", "a", "b", "c", "d"])}
+    assert "overlap with those of a, b and 2 more." in said(four)
+
+    at_chance = said({"knn_cosine": (0.51, 0.5)})
+    assert at_chance.startswith("No detector without labels is above chance (50): the best is knn_cosine")
+    assert "on near sets it is not above chance" in said({"knn_cosine": (0.51, 0.9)})
     inverted = said({"knn_cosine": (0.99, 0.3), "kmeans_ssd": (0.6, 0.6)})
-    assert inverted.startswith("Use kmeans_ssd")  # the mean of the other is higher, but it is inverted on far sets
-    assert "No score without labels is right on every set" in said({"knn_cosine": (0.99, 0.3)})
-    assert "With labels of the training images, the best is vim" in said({**FEATURES, "vim": (0.95, 0.9)})
+    assert inverted.startswith("Use kmeans_ssd, the best detector without labels that is inverted on no set")
+    worse_is_inverted = said({"knn_cosine": (0.4, 0.3), "kmeans_ssd": (0.6, 0.6)})
+    assert worse_is_inverted.startswith("Use kmeans_ssd, the best detector without labels: ")
+    only = said({"knn_cosine": (0.99, 0.3)})
+    assert only.startswith("Every detector without labels is inverted on some set: use none of them.")
 
-    def sigma(near, far, **fields):
-        return said({**FEATURES, "draws_disagreement": (near, far)}, **fields)
 
-    assert "Sigma does not help." in sigma(0.8, 0.8) and "worse than kmeans_ssd on both" in sigma(0.8, 0.8)
-    assert "Sigma helps." in sigma(0.97, 0.97) and "better than kmeans_ssd on both" in sigma(0.97, 0.97)
-    assert "Sigma helps." in sigma(0.97, 0.9)
-    assert "Sigma does not help." in sigma(0.91, 0.91) and "as good within the intervals" in sigma(0.91, 0.91)
-    mixed = sigma(0.97, 0.8)
-    assert "Sigma helps on near sets only." in mixed
-    assert "better than kmeans_ssd on near and worse than kmeans_ssd on far" in mixed
-    assert "inverted on f" in sigma(0.97, 0.2)
-    assert "length" not in sigma(0.8, 0.8) and "-0.95" in sigma(0.8, 0.8, norms={"draws_disagreement": -0.95})
+def test_detectors_with_labels_follow_the_same_rule():
+    start = "The best detector with labels of the training images"
+    assert f"{start} is vim: near 95.0" in said({**FEATURES, "vim": (0.95, 0.9), "msp": (0.8, 0.8)})
+    found = said({**FEATURES, "vim": (0.99, 0.9), "msp": (0.8, 0.8)}, inverted_on="vim")
+    assert f"{start} that is inverted on no set is msp" in found
+    assert "Every detector with labels of the training images is inverted" in said({**FEATURES, "vim": (0.9, 0.3)})
+    assert "No detector with labels of the training images is above chance" in said({**FEATURES, "vim": (0.5, 0.51)})
+
+
+def test_the_sentence_on_sigma_follows_from_the_figures():
+    worse = with_draws(0.8, 0.8)
+    assert "Sigma does not help. The best detector with sigma is draws_disagreement: near 80.0" in worse
+    assert "Compared with kmeans_ssd, the best without sigma: worse on near, worse on far." in worse
+    better = with_draws(0.97, 0.97)
+    assert "Sigma helps." in better and "better on near, better on far." in better
+    one = with_draws(0.97, 0.9)
+    assert "Sigma helps on near sets." in one and "better on near, intervals overlap on far." in one
+    overlapping = with_draws(0.91, 0.91)
+    assert "It is not shown that sigma helps." in overlapping
+    assert "intervals overlap on near, intervals overlap on far" in overlapping
+    mixed = with_draws(0.97, 0.8)
+    assert "Sigma helps on near sets." in mixed and "better on near, worse on far" in mixed
+    assert "length" not in worse and "-0.95" in with_draws(0.8, 0.8, norms={"draws_disagreement": -0.95})
     alone = said({**FEATURES, "draws_disagreement": (0.8, 0.8), "sigma_mean": (0.5, 0.3)})
     assert "sigma_mean alone: near 50.0 (48.0-52.0), at chance; far 30.0 (28.0-32.0), inverted." in alone
     # Wider intervals: nothing can be said.
-    assert "Sigma does not help." in sigma(0.97, 0.97, width=0.2) and "worse" not in sigma(0.8, 0.8, width=0.2)
+    assert "It is not shown that sigma helps." in with_draws(0.97, 0.97, width=0.2)
+    assert "worse" not in with_draws(0.8, 0.8, width=0.2)
+    # Better than one without sigma, but not above chance.
+    chance = said({"draws_disagreement": (0.5, 0.5), "knn_cosine": (0.46, 0.47)}, width=0.01)
+    assert "Sigma does not help. The best detector with sigma" in chance
+    low = said({"draws_disagreement": (0.5, 0.5), "knn_cosine": (0.485, 0.485)}, width=0.005)
+    assert "Sigma does not help." in low and "not above chance (50)" in low
 
     deterministic = ood_result(FEATURES)
     deterministic["skipped"] = {"draws_disagreement": "the embedding is deterministic"}
     assert "There is no sigma to use: the embedding is deterministic." in ood_verdict(deterministic)
+
+
+def test_what_is_said_on_ood_has_no_contradictions():
+    """Neither comparison counts a detector that is inverted on some set."""
+    both = said({"knn_cosine": (0.2, 0.2), "sigma_mean": (0.4, 0.4)})
+    assert "use none of them" in both and "Sigma does not help: every detector that uses it is inverted" in both
+    assert "Sigma helps" not in both and "Compared" not in both
+
+    draws = said({"draws_disagreement": (0.99, 0.7), "knn_cosine": (0.7, 0.6)}, inverted_on="draws_disagreement")
+    assert draws.startswith("Use knn_cosine, the best detector without labels that is inverted on no set: ")
+    assert "Sigma does not help: every detector that uses it is inverted" in draws and "Sigma helps" not in draws
+
+    chance = said({"knn_cosine": (0.95, 0.65), "sigma_mean": (0.5, 0.5)}, inverted_on="knn_cosine")
+    assert chance.startswith("No detector without labels that is inverted on no set is above chance (50): the best is")
+    assert "Sigma does not help." in chance and "not above chance (50). There is no detector without sigma" in chance
+    assert "worse" not in chance and "Sigma helps" not in chance
+
+    only = said({"knn_cosine": (0.99, 0.72), "sigma_mean": (0.7, 0.7)}, inverted_on="knn_cosine")
+    assert only.startswith("Use sigma_mean, the best detector without labels that is inverted on no set")
+    assert "There is no detector without sigma, inverted on no set, to compare it with." in only
+    assert "Sigma does not help" not in only and "Sigma helps" not in only and "worse" not in only
+
+    three = {"knn_cosine": (0.99, 0.72), "kmeans_ssd": (0.6, 0.6), "sigma_mean": (0.7, 0.7)}
+    found = said(three, inverted_on="knn_cosine")
+    assert "Compared with kmeans_ssd, the best without sigma that is inverted on no set: better" in found
+
+
+def said_of_runs(aurocs, inverted=None, std=0.01):
+    metrics = ood_result(aurocs)["metrics"]
+    return ood_runs_verdict([row_of("x", metrics, std=std, evaluation="ood", inverted=inverted or {})])
+
+
+@pytest.mark.parametrize("order", [list, lambda items: list(reversed(items))])
+def test_what_is_said_on_several_runs_follows_the_same_rule(order):
+    def of(aurocs, **fields):
+        return said_of_runs(dict(order(list(aurocs.items()))), **fields)
+
+    three = {"sigma_mean": (0.6, 0.6), "kmeans_ssd": (0.9, 0.9), "knn_cosine": (0.7, 0.7)}
+    assert of(three) == [
+        "x and 1 more: Use kmeans_ssd, the best detector without labels: near 90.0 ± 1.0, far 90.0 ± 1.0."
+    ]
+    inverted = of({**three, "vim": (0.99, 0.9), "msp": (0.8, 0.8)}, inverted={"kmeans_ssd": ["f"], "vim": ["n"]})
+    assert "Use knn_cosine, the best detector without labels that is inverted on no set" in inverted[0]
+    assert "labels of the training images that is inverted on no set is msp" in inverted[1]
+    (none,) = of({"knn_cosine": (0.3, 0.4)}, inverted={"knn_cosine": ["f"]})
+    assert "Every detector without labels is inverted on some set: use none of them." in none
+    assert "No detector without labels is above chance (50)" in of({"knn_cosine": (0.505, 0.505)})[0]
+    assert "Use knn_cosine" in of({"knn_cosine": (0.505, 0.505)}, std=None)[0]
+
+
+def test_the_table_of_several_runs_has_the_inverted_sets():
+    metrics = ood_result(FEATURES)["metrics"]
+    rows = [row_of("x", metrics, inverted={"knn_cosine": ["f", "n"]}), row_of("y", metrics)]
+    for width in (60, 200):  # one row after the other, side by side
+        text = rendered(ood_summary_table(rows), width)
+        lines = [line for line in text.split("Use ")[0].splitlines() if line.strip().startswith("knn_cosine")]
+        assert sum("2 sets" in line for line in lines) == 1 and "inverted" in text.split("Use ")[0]
+        assert "inverted: sets" in text
 
 
 def test_each_value_has_its_own_unit():

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.common.terminal import WIDTH_OF_FILES, PlainConsole
+from fastssl.common.terminal import WIDTH_OF_FILES, PlainConsole, count_of
 from fastssl.evaluation.ood.detectors import LABEL_BASED, OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
 from fastssl.evaluation.ood.separation import DetectorResult
@@ -21,6 +21,7 @@ from fastssl.evaluation.ood.verdict import (
     group_mean,
     inverted_sets,
     ood_verdict,
+    recommended_detector,
     runs_verdict,
 )
 from fastssl.evaluation.tables import (
@@ -40,20 +41,23 @@ HOW_TO_READ = (
 )
 # Optional columns, from the widest form of the table to the narrowest. The others are in every form.
 FORMS = (("95 %", "FPR95", "sets"), ("95 %", "FPR95"), ("95 %",), ())
+# What the columns mean, each line with the optional column it is about.
 LEGEND = (
-    "ID: in-distribution images, as the run was trained on. OOD: out-of-distribution images, near (similar) or far.",
-    "AUROC: how often an OOD image scores higher than an ID image, in percent; 50 is chance, higher is better.",
-    "95 %: bootstrap interval over the images. near and far are means over the sets of the group.",
-    "FPR95: share of OOD images that are accepted when 95 % of the ID images are, in percent; lower is better.",
-    "rho: rank correlation of the score with the length of h on ID images; near 1 or -1 it is little more than that.",
-    "The best score is chosen on these very images, so its AUROC is an upper bound.",
-    "inverted: sets whose AUROC is below 50 beyond its interval (marked !): the score points the wrong way there.",
+    ("", "ID: in-distribution images, as in training. OOD: out-of-distribution images, similar (near) or not (far)."),
+    ("", "AUROC: how often an OOD image scores higher than an ID image, in percent; 50 is chance, higher is better."),
+    ("", "near, far: means over the sets of the group, with 95 % bootstrap intervals over the images."),
+    ("FPR95", "FPR95: share of OOD images accepted when 95 % of the ID images are, in percent; lower is better."),
+    ("", "rho: rank correlation of score and length of h on ID images. Near 1 or -1: little more than that length."),
+    ("", "The best detector is chosen on these very images, so its AUROC is an upper bound."),
+    ("", "inverted: sets whose AUROC is below 50 beyond its interval: OOD images score lower than ID images there."),
+    ("sets", "!: inverted on this set."),
 )
 LABELS_USED = "*: uses labels of the training images."
+WHERE_TO_READ = "Every word: docs/glossary.md; every detector: docs/ood.md."
 
 
 def ood_table(result: OODResult) -> Group:
-    """Show a line per detector, in as many columns as fit, then which score to use, and what every column means."""
+    """Show a line per detector, in as many columns as fit, then which one to use, and what every column means."""
     ood_sets = {group: result["near"] if group == "near" else result["far"] for group in GROUPS}
     skipped: dict[str, list[str]] = {}
     for detector, reason in result["skipped"].items():
@@ -67,12 +71,20 @@ def ood_table(result: OODResult) -> Group:
         *(f"skipped: {', '.join(detectors)}: {reason}" for reason, detectors in skipped.items()),
         f"measured {result['measured_at']}",
     ]
+    verdict = text_lines(ood_verdict(result))
+    end = [LABELS_USED] if labels_used else []
+    if name := recommended_detector(result):
+        end.append(f"Your images: fastssl embed RUN PHOTOS --out FILE --score {name}")
+    end.append(WHERE_TO_READ)
+    below = [Group(verdict, text_lines([*_legend(form), *end], style="dim")) for form in FORMS]
     return Group(
-        FirstThatFits([_detector_table(result, form) for form in FORMS]),
-        text_lines(ood_verdict(result)),
-        text_lines([*LEGEND, *([LABELS_USED] if labels_used else [])], style="dim"),
-        text_lines(about, style="dim"),
+        FirstThatFits([_detector_table(result, form) for form in FORMS], below), text_lines(about, style="dim")
     )
+
+
+def _legend(form: Sequence[str]) -> list[str]:
+    """Return what the columns of `form` mean."""
+    return [line for column, line in LEGEND if not column or column in form]
 
 
 def _detector_table(result: OODResult, form: Sequence[str]) -> Table:
@@ -163,13 +175,21 @@ def save_ood_table(run_dir: Path, result: OODResult) -> Path:
 def ood_summary_table(rows: Sequence[SummaryRow]) -> Group:
     """Show a line per detector and a column per row of `summarize_runs`: near / far AUROC in percent."""
     names = detectors_of(metric for row in rows for metric in row.metrics)
-    table = table_of_rows("detector", "near / far AUROC", rows, names, _near_and_far, show=_starred)
-    lines = ["near / far AUROC in percent (50 is chance): means over sets, then mean ± std over seeds."]
-    return Group(
-        table,
-        text_lines(runs_verdict(rows)),
-        text_lines([*lines, *([LABELS_USED] if set(names) & set(LABEL_BASED) else [])], style="dim"),
-    )
+    inverted = ("inverted", _inverted_count)
+    table = table_of_rows("detector", "near / far AUROC", rows, names, _near_and_far, show=_starred, second=inverted)
+    lines = [
+        "near / far AUROC in percent (50 is chance): means over sets, then mean ± std over seeds.",
+        "Above chance: mean - std is above 50. The best detector is chosen on these very images.",
+        "inverted: sets whose AUROC is below 50 beyond its interval in some run: OOD images score lower there.",
+        *([LABELS_USED] if set(names) & set(LABEL_BASED) else []),
+        WHERE_TO_READ,
+    ]
+    return Group(table, text_lines(runs_verdict(rows)), text_lines(lines, style="dim"))
+
+
+def _inverted_count(row: SummaryRow, name: str) -> str:
+    sets = row.inverted.get(name)
+    return count_of(len(sets), "set") if sets else ""
 
 
 def _starred(name: str) -> str:

@@ -1,6 +1,7 @@
-"""Sentences under the OOD table: which score to use for this run, and whether sigma helps, from the intervals."""
+"""Sentences under the OOD table: which detector to use for this run, and whether sigma helps, from the intervals."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, OWN_UNCERTAINTY
@@ -10,37 +11,53 @@ from fastssl.evaluation.tables import SummaryRow, percent
 
 GROUPS: tuple[Literal["near"], Literal["far"]] = ("near", "far")
 MOSTLY_LENGTH = 0.8  # rank correlation with the length of h from which on a score is little more than that length
+NO_LABELS = "without labels"
+LABELS = "with labels of the training images"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A detector that may be recommended, for one run or for runs that differ in their seed alone."""
+
+    name: str
+    mean_auroc: float  # of near and far
+    aurocs: str  # in words
+    above_chance: dict[str, bool]  # by group
+    inverted: list[str]  # sets
+
+    @property
+    def useful(self) -> bool:
+        """Whether it is inverted on no set, and above chance on near or on far sets."""
+        return not self.inverted and any(self.above_chance.values())
 
 
 def ood_verdict(result: OODResult) -> list[str]:
-    """Say which score to use for this run, and whether sigma helps."""
+    """Say which detector to use for this run, and whether sigma helps."""
     rows = result["detectors"]
-    groups = [group for group in GROUPS if result[group]]
-    label_free = [name for name, row in rows.items() if not row["labels"]]
-    sound = [name for name in label_free if not inverted_sets(rows[name])]
-    sentences = []
-    if sound:
-        best = best_detector(result["metrics"], sound)
-        sentences.append(_which_to_use(rows, groups, best, sound))
-    else:
-        sentences.append("No score without labels is right on every set: use none of them for this run.")
-    if label_based := [name for name in rows if name in LABEL_BASED]:
-        best = best_detector(result["metrics"], label_based)
-        sentences.append(f"With labels of the training images, the best is {best}: {_aurocs(rows[best], groups)}.")
-    return [*sentences, *_whether_sigma_helps(result, groups, label_free)]
+    candidates = _candidates(result)
+    label_free = [each for each in candidates if not rows[each.name]["labels"]]
+    label_based = [each for each in candidates if rows[each.name]["labels"]]
+    sentences = [_which_to_use(label_free, NO_LABELS) + _overlapping(rows, label_free)]
+    if label_based:
+        sentences.append(_which_to_use(label_based, LABELS))
+    return [*sentences, *_whether_sigma_helps(result, label_free)]
 
 
 def runs_verdict(rows: Sequence[SummaryRow]) -> list[str]:
-    """Say for each row of a table of several runs which score without labels is the best on average."""
+    """Say for each row of a table of several runs which detectors to use, by the same rule as for one run."""
     sentences = []
     for row in rows:
-        means = {name: metric.mean for name, metric in row.metrics.items()}
-        label_free = [name for name in detectors_of(means) if name not in LABEL_BASED]
-        if label_free:
-            best = best_detector(means, label_free)
-            found = [f"{group} {percent(means[key])}" for group in GROUPS if (key := f"{best} {group} auroc") in means]
-            sentences.append(f"{row.short_label()}: the best score without labels is {best} ({', '.join(found)}).")
+        candidates = [_candidate_of_runs(row, name) for name in detectors_of(row.metrics)]
+        for kind in (NO_LABELS, LABELS):
+            if of_kind := [each for each in candidates if (each.name in LABEL_BASED) == (kind == LABELS)]:
+                sentences.append(f"{row.short_label()}: {_which_to_use(of_kind, kind)}")
     return sentences
+
+
+def recommended_detector(result: OODResult) -> str | None:
+    """Return the detector without labels that `ood_verdict` says to use, None if it says to use none."""
+    best = _best([each for each in _candidates(result) if not result["detectors"][each.name]["labels"]])
+    return best.name if best and best.useful else None
 
 
 def detectors_of(metrics: Iterable[str]) -> list[str]:
@@ -50,72 +67,133 @@ def detectors_of(metrics: Iterable[str]) -> list[str]:
 
 def best_detector(metrics: dict[str, float], names: Sequence[str]) -> str:
     """Return the name with the highest mean of the near and far AUROC, from metrics such as "energy near auroc"."""
-
-    def mean_auroc(name: str) -> float:
-        found = [metrics[key] for group in GROUPS if (key := f"{name} {group} auroc") in metrics]
-        return sum(found) / len(found)
-
-    return max(names, key=mean_auroc)
+    return max(names, key=lambda name: _mean_auroc(metrics, name))
 
 
 def inverted_sets(row: DetectorResult) -> list[str]:
     return [name for name, found in row["sets"].items() if found["inverted"]]
 
 
-def _which_to_use(rows: dict[str, DetectorResult], groups: Sequence[str], best: str, sound: Sequence[str]) -> str:
-    """Name the best of the scores without labels, and those that are as good within the intervals."""
-    at_chance = [group for group in groups if _interval(rows[best], group)[0] <= 0.5]
-    if at_chance == groups:
-        return f"No score without labels is above chance (50): the best is {best}, {_aurocs(rows[best], groups)}."
-    equal = [name for name in sound if name != best and not any(_order(rows[name], rows[best], groups))]
-    sentence = f"Use {best}, the best score without labels: {_aurocs(rows[best], groups)}"
-    if at_chance:
-        sentence += f"; on {at_chance[0]} sets it is not above chance (50)"
-    if equal:
-        more = f" and {len(equal) - 2} more are" if len(equal) > 2 else " are" if len(equal) == 2 else " is"
-        joined = (", " if len(equal) > 2 else " and ").join(equal[:2])
-        sentence += f". Within the intervals, {joined}{more} as good"
-    return sentence + "."
+def group_mean(row: DetectorResult, group: str) -> SeparationResult:
+    return row["near"] if group == "near" else row["far"]
 
 
-def _whether_sigma_helps(result: OODResult, groups: Sequence[str], label_free: Sequence[str]) -> list[str]:
-    """Compare the best score that uses sigma with the best one that does not, and sigma_mean with chance."""
+def _candidates(result: OODResult) -> list[Candidate]:
+    groups = _groups(result)
+    return [
+        Candidate(
+            name,
+            _mean_auroc(result["metrics"], name),
+            ", ".join(_auroc(row, group) for group in groups),
+            {group: _interval(row, group)[0] > 0.5 for group in groups},
+            inverted_sets(row),
+        )
+        for name, row in result["detectors"].items()
+    ]
+
+
+def _candidate_of_runs(row: SummaryRow, name: str) -> Candidate:
+    """Return a detector's results in several runs: above chance means that mean - std is."""
+    found = {group: row.metrics[key] for group in GROUPS if (key := f"{name} {group} auroc") in row.metrics}
+    return Candidate(
+        name,
+        _mean_auroc({key: metric.mean for key, metric in row.metrics.items()}, name),
+        ", ".join(f"{group} {metric.format(percent)}" for group, metric in found.items()),
+        {group: metric.mean - (metric.std or 0) > 0.5 for group, metric in found.items()},
+        row.inverted.get(name, []),
+    )
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the best of those that are inverted on no set; one that is above chance comes before the others."""
+    sound = [each for each in candidates if not each.inverted]
+    return max(sound, key=lambda each: (each.useful, each.mean_auroc), default=None)
+
+
+def _that_is_sound(candidates: Sequence[Candidate], best: Candidate) -> str:
+    """Say so if `best` is the best only because others, inverted on some set, do not count."""
+    excluded = [each for each in candidates if each.inverted]
+    higher = any(each.mean_auroc >= best.mean_auroc for each in excluded)
+    only_above_chance = not best.useful and any(any(each.above_chance.values()) for each in excluded)
+    return " that is inverted on no set" if higher or only_above_chance else ""
+
+
+def _which_to_use(candidates: Sequence[Candidate], kind: str) -> str:
+    """Name the best of the candidates that are inverted on no set, unless it is not above chance."""
+    best = _best(candidates)
+    if best is None:
+        return f"Every detector {kind} is inverted on some set: use none of them."
+    that = _that_is_sound(candidates, best)
+    if not best.useful:
+        return f"No detector {kind}{that} is above chance (50): the best is {best.name}, {best.aurocs}."
+    at_chance = [group for group, above in best.above_chance.items() if not above]
+    but = f"; on {at_chance[0]} sets it is not above chance (50)" if at_chance else ""
+    if kind == LABELS:
+        return f"The best detector {kind}{that} is {best.name}: {best.aurocs}{but}."
+    return f"Use {best.name}, the best detector {kind}{that}: {best.aurocs}{but}."
+
+
+def _overlapping(rows: dict[str, DetectorResult], candidates: Sequence[Candidate]) -> str:
+    """Name the other useful detectors whose intervals overlap with those of the best one on near and on far sets."""
+    best = _best(candidates)
+    if best is None or not best.useful:
+        return ""
+    groups = list(best.above_chance)
+    names = [
+        each.name
+        for each in candidates
+        if each.useful and each != best and not any(_order(rows[each.name], rows[best.name], groups).values())
+    ]
+    if not names:
+        return ""
+    joined = ", ".join(names[:2]) + f" and {len(names) - 2} more" if len(names) > 2 else " and ".join(names)
+    return f" Its intervals overlap with those of {joined}."
+
+
+def _whether_sigma_helps(result: OODResult, label_free: Sequence[Candidate]) -> list[str]:
+    """Compare the best detector that uses sigma with the best one that does not, and sigma_mean with chance."""
     rows = result["detectors"]
-    with_sigma = [name for name in label_free if name in DETECTORS and "sigma" in DETECTORS[name].arrays()]
-    without = [name for name in label_free if name not in with_sigma]
+    with_sigma = [each for each in label_free if each.name in DETECTORS and "sigma" in DETECTORS[each.name].arrays()]
     if not with_sigma:
-        reason = result["skipped"].get(OWN_UNCERTAINTY, "no score that uses it was measured")
+        reason = result["skipped"].get(OWN_UNCERTAINTY, "no detector that uses it was measured")
         return [f"There is no sigma to use: {reason}."]
-    own = best_detector(result["metrics"], with_sigma)
-    sentence = f"The best score that uses it is {own}: {_aurocs(rows[own], groups)}"
-    if without:
-        other = best_detector(result["metrics"], without)
-        order = _order(rows[own], rows[other], groups)
-        sentence = f"{_sigma_in_words(order, groups)} {sentence}, {_compared(order, groups, other)}"
-    sentence += "."
-    if inverted := inverted_sets(rows[own]):
-        sentence += f" It is inverted on {', '.join(inverted)}."
-    rho = rows[own]["norm_correlation"]
-    if abs(rho) >= MOSTLY_LENGTH:
-        sentence += f" Its rank correlation with the length of h is {rho:.2f}: it mostly measures that length."
-    sentences = [sentence]
-    if "sigma_mean" in rows and own != "sigma_mean":
-        sentences.append(f"sigma_mean alone: {_against_chance(rows['sigma_mean'], groups)}.")
-    return sentences
+    own = _best(with_sigma)
+    if own is None:
+        sentence = "Sigma does not help: every detector that uses it is inverted on some set."
+    else:
+        sentence = _compare_sigma(rows, own, with_sigma, [each for each in label_free if each not in with_sigma])
+        rho = rows[own.name]["norm_correlation"]
+        if abs(rho) >= MOSTLY_LENGTH:
+            sentence += f" Its score has a rank correlation of {rho:.2f} with the length of h: it mostly measures that."
+    if "sigma_mean" not in rows or (own is not None and own.name == "sigma_mean"):
+        return [sentence]
+    return [sentence, f"sigma_mean alone: {_against_chance(rows['sigma_mean'], _groups(result))}."]
 
 
-def _sigma_in_words(order: Sequence[int], groups: Sequence[str]) -> str:
-    better = [group for group, sign in zip(groups, order, strict=True) if sign > 0]
-    if not better:
-        return "Sigma does not help."
-    return "Sigma helps." if min(order) >= 0 else f"Sigma helps on {better[0]} sets only."
-
-
-def _compared(order: Sequence[int], groups: Sequence[str], other: str) -> str:
-    words = {1: "better than", 0: "as good within the intervals as", -1: "worse than"}
-    if len(set(order)) == 1:
-        return f"{words[order[0]]} {other}" + (" on both" if len(groups) == 2 else "")
-    return " and ".join(f"{words[sign]} {other} on {group}" for group, sign in zip(groups, order, strict=True))
+def _compare_sigma(
+    rows: dict[str, DetectorResult], own: Candidate, with_sigma: Sequence[Candidate], without: Sequence[Candidate]
+) -> str:
+    """Compare the best detector with sigma, `own`, with the best one without."""
+    found = f"The best detector with sigma{_that_is_sound(with_sigma, own)} is {own.name}: {own.aurocs}"
+    found += "" if own.useful else ", not above chance (50)"
+    other = _best(without)
+    if other is None:
+        start = "" if own.useful else "Sigma does not help. "
+        return f"{start}{found}. There is no detector without sigma, inverted on no set, to compare it with."
+    order = _order(rows[own.name], rows[other.name], list(own.above_chance))
+    helps_on = [group for group, sign in order.items() if sign > 0 and own.above_chance[group]]
+    if len(helps_on) == len(order):
+        verdict = "Sigma helps."
+    elif helps_on:
+        verdict = f"Sigma helps on {helps_on[0]} sets."
+    elif 0 in order.values() and own.useful:
+        verdict = "It is not shown that sigma helps."
+    else:
+        verdict = "Sigma does not help."
+    words = {1: "better", 0: "intervals overlap", -1: "worse"}
+    compared = ", ".join(f"{words[sign]} on {group}" for group, sign in order.items())
+    that = _that_is_sound(without, other)
+    return f"{verdict} {found}. Compared with {other.name}, the best without sigma{that}: {compared}."
 
 
 def _against_chance(row: DetectorResult, groups: Sequence[str]) -> str:
@@ -127,17 +205,25 @@ def _against_chance(row: DetectorResult, groups: Sequence[str]) -> str:
     return "; ".join(found)
 
 
-def _order(one: DetectorResult, other: DetectorResult, groups: Sequence[str]) -> list[int]:
-    """Return for each group 1 if `one` is better beyond the intervals, -1 if it is worse, else 0."""
-    signs = []
+def _order(one: DetectorResult, other: DetectorResult, groups: Sequence[str]) -> dict[str, int]:
+    """Return for each group 1 if the interval of `one` is above that of `other`, -1 if below, 0 if they overlap.
+
+    Overlapping intervals do not mean equal detectors: both score the same images, so their difference varies less.
+    """
+    order = {}
     for group in groups:
         (low, high), (other_low, other_high) = _interval(one, group), _interval(other, group)
-        signs.append(1 if low > other_high else -1 if high < other_low else 0)
-    return signs
+        order[group] = 1 if low > other_high else -1 if high < other_low else 0
+    return order
 
 
-def group_mean(row: DetectorResult, group: str) -> SeparationResult:
-    return row["near"] if group == "near" else row["far"]
+def _groups(result: OODResult) -> list[str]:
+    return [group for group in GROUPS if result[group]]
+
+
+def _mean_auroc(metrics: dict[str, float], name: str) -> float:
+    found = [metrics[key] for group in GROUPS if (key := f"{name} {group} auroc") in metrics]
+    return sum(found) / len(found)
 
 
 def _interval(row: DetectorResult, group: str) -> list[float]:
@@ -147,7 +233,3 @@ def _interval(row: DetectorResult, group: str) -> list[float]:
 def _auroc(row: DetectorResult, group: str) -> str:
     low, high = _interval(row, group)
     return f"{group} {percent(group_mean(row, group)['metrics']['auroc'])} ({percent(low)}-{percent(high)})"
-
-
-def _aurocs(row: DetectorResult, groups: Sequence[str]) -> str:
-    return ", ".join(_auroc(row, group) for group in groups)
