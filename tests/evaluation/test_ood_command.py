@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from figure_checks import check_figure, saved_figures
+from figure_checks import check_figure, saved_figures, shown_texts
 from PIL import Image
 from rich.console import Console
 from scipy.stats import spearmanr
@@ -173,11 +173,17 @@ def check_sheet(path, encoder, sets, result):
     with saved_figures() as figures:
         draw_ood_sheet(path, encoder, sets, result, {"id": "known", "stripes": "$a_$"})
     check_figure(figures[0])
+    assert "\nknown\n" in words_of(figures[0])
     pixels = np.asarray(Image.open(path).convert("L"))
     assert pixels.shape[1] == 1500 and 1000 < pixels.shape[0] < 1300
     for rows in (slice(100, 550), slice(650, 1050)):
         for columns in (slice(50, 730), slice(780, 1450)):
             assert 0.005 < (pixels[rows, columns] < 250).mean() < 0.95
+
+
+def words_of(figure) -> str:
+    """All texts of a figure, one a line; their own lines are joined."""
+    return "\n".join(["", *(text.get_text().replace("\n", " ") for text in shown_texts(figure)), ""])
 
 
 def text_of(table, width):
@@ -193,7 +199,9 @@ def test_detectors_skipped_for_a_deterministic_run_are_shown(canvas, others, tmp
     assert set(result["skipped"]) == Q | {"knn_supervised"} and len(Q) == 8
     summary = text_of(ood_summary(result, 80), 80)
     assert "best label-free" in summary and "own uncertainty" not in summary
-    with pytest.raises(UserError, match="is deterministic, and the sheet shows"):
+    with pytest.raises(
+        UserError, match="is deterministic, and the sheet shows .* with embedding.stochastic=z, h or hz"
+    ):
         draw_ood_sheet(tmp_path / "sheet.png", encoder, sets_of(encoder, others), result)
     assert {result["skipped"][name] for name in Q} == {"the embedding is deterministic"}
     for name, row in result["detectors"].items():  # as if this were so, to see where it stands
@@ -227,6 +235,23 @@ def test_supervised_run_uses_its_own_logits(canvas, others, tmp_path):
     of_id = features_of(folder, canvas / "val.beton", model=model, views=recipe.views)
     logits = model.eval().mean_z(torch.tensor(of_id.h)).numpy()
     np.testing.assert_allclose(scores["id/max_logit"], -logits.max(axis=1), rtol=1e-5)
+    words = sheet_words(tmp_path, encoder, sets_of(encoder, others), result)
+    assert ", trained with labels: good if" in words and "Map of the representations: trained with labels" in words
+    assert "without labels" not in words and "get similar embeddings" not in words
+    assert "\nID images\n" in words
+
+    self_supervised, _, _ = run_of(tmp_path / "barlow", canvas, embedding={"stochastic": "h"})
+    encoder = load_run_encoder(self_supervised, device="cpu")
+    sets = sets_of(encoder, others)
+    words = sheet_words(tmp_path, encoder, sets, evaluate_ood(encoder, sets))
+    assert words.count("trained without labels") == 2 and "get similar embeddings" in words
+    assert "with labels" not in words
+
+
+def sheet_words(tmp_path, encoder, sets, result) -> str:
+    with saved_figures() as figures:
+        draw_ood_sheet(tmp_path / "sheet.png", encoder, sets, result)
+    return words_of(figures[0])
 
 
 @pytest.mark.parametrize("stochastic, stored", [("none", "canvas_bc4"), ("h", "canvas"), ("z", "canvas")])
