@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.beton.source import SourceSplit, as_utf8, file_of
+from fastssl.common.terminal import count_of
 
 MOST_NAMES = 4  # suffixes, folders or names that are listed for a number
 
@@ -45,7 +46,7 @@ def account_for_files(
     parts = [f"Of {sum(images.values()):,} {noun}: " + _listed(images)]
     if source is not None and source.is_dir():
         files = _classify(builder, str(source), splits, arrays)
-        parts.insert(0, f"Of {sum(files.values()):,} files in {source}: " + _listed(files))
+        parts.insert(0, f"Of {count_of(sum(files.values()), 'file')} in {source}: " + _listed(files))
     return as_utf8(" ".join(f"{part}." for part in parts))
 
 

@@ -544,7 +544,7 @@ def test_a_run_that_waits_long_for_data_says_why(stored, head, request, tmp_path
         request.getfixturevalue(stored), "data.limit=40", "train.epochs=1", f"run.dir={tmp_path / 'run'}"
     )
     train(recipe, diagnose=explain_data_wait)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and f"of the time is spent waiting for data. {head} is the bottleneck" in warnings[0]
     assert warnings[0].endswith("`fastssl profile` measures it.")
 

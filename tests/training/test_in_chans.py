@@ -198,7 +198,7 @@ def test_a_backbone_for_rgb_only_is_named(monkeypatch):
     monkeypatch.setattr(image_size, "sees_whole_image", sees_whole_image)
     with pytest.raises(UserError, match="model.backbone=csatv2 takes RGB images only, not model.in_chans=5"):
         check_image_size(ModelConfig(backbone="csatv2", in_chans=5), 32)
-    with pytest.raises(UserError, match="takes no images of views.size=40: choose another one"):
+    with pytest.raises(UserError, match="takes no images of views.size=40: set another model.backbone"):
         check_image_size(ModelConfig(backbone="csatv2", in_chans=5), 40)
 
 

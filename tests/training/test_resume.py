@@ -295,7 +295,7 @@ def test_a_full_disk_gives_one_warning_and_loses_no_line(canvas, tmp_path, at_st
     train(recipe)
     assert_same_run(straight, tmp_path / "run")
     assert (4, True) in saved_while_full and (10, False) in saved_while_full
-    warnings = [line for line in messages if line.startswith("Warning")]
+    warnings = [line for line in messages if line.startswith("warning")]
     assert len([w for w in warnings if "checkpoint" in w]) == 1 and len([w for w in warnings if "metrics" in w]) == 1
     assert not list((tmp_path / "run").rglob("*.part*"))
 

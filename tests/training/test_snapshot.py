@@ -147,7 +147,7 @@ def test_an_error_of_the_thread_is_shown_and_the_next_log_step_tries_again(
     assert saves[:5] == [(1, False, False), (2, False, False), (3, False, True), (4, True, True), (5, False, True)]
     assert checkpoint_in(tmp_path / "run")["step"] == 9
     out = capsys.readouterr().out
-    assert out.count("Warning") == 1 and "the checkpoint of step 2 cannot be written (No space left" in out
+    assert out.count("warning") == 1 and "the checkpoint of step 2 cannot be written (No space left" in out
 
 
 @pytest.mark.usefixtures("default_signals")

@@ -54,7 +54,7 @@ class Scorer:
         problems = unsupported_detectors(encoder.model, label_N)
         if name in problems:
             others = ", ".join(each for each in DETECTORS if each not in problems)
-            raise UserError(f"--score {name}: {problems[name]}", hint=f"use one that this run supports, {others}")
+            raise UserError(f"--score {name}: {problems[name]}", hint=f"use one that this run supports: {others}")
 
     def fit(self) -> None:
         """Fit the detector, if it learns from training images, whose features are cached."""
