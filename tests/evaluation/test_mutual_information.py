@@ -440,7 +440,7 @@ def test_saturated_and_failed_estimates_of_several_runs(quick, canvas, tmp_path,
     with pytest.raises(SystemExit) as exit:
         cli.main()
     shown = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0 and ">= 5.00 ± 0.00" in shown and "self-check FAILS for" in shown
+    assert exit.value.code == 0 and ">= 5.00 ± 0.00" in shown and "self-check FAILS: " in shown
     row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
     assert row["seeds"] == [0, 1] and "I(V;H) js" in row["saturated"] and len(row["failed"]) == 4
 
