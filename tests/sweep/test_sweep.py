@@ -405,7 +405,7 @@ def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
     before = signal.signal(signal.SIGUSR2, requeue)
     first = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
     began = time.time()
-    second = send_when(lambda: time.time() > began + 6, lambda: me.send_signal(signal.SIGUSR2))
+    second = send_when(lambda: time.time() > began + 15, lambda: me.send_signal(signal.SIGUSR2))
     with pytest.raises(SystemExit):
         SlurmJob("tiny", runs, 1, 0)()
     first.join(), second.join()

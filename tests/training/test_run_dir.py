@@ -128,4 +128,8 @@ def test_named_pipes_in_a_run_that_goes_on_do_not_hang(finished, tmp_path, name)
     if name in ("environment.json", "checkpoints/last.pt"):  # what they hold is written again, and previous.pt is read
         assert process.exitcode == 0, stderr
     else:
-        assert process.exitcode == 2 and name in stderr and len(stderr.splitlines()) == 1, stderr
+        assert (
+            process.exitcode == 2
+            and name in stderr
+            and [line.split(": ")[0] for line in stderr.splitlines()] == ["error", "hint"]
+        ), stderr
