@@ -289,7 +289,7 @@ def test_weight_decay_excludes_the_classifier_bias():
     "override, message",
     [
         ("objective={name: supervised}", "the key objective.classes is missing."),
-        ("objective={name: supervised, classes: 1}", "objective.classes: .* greater than or equal to 2, not 1"),
+        ("objective={name: supervised, classes: 1}", "objective.classes must be 2 or more, got 1"),
         ("objective={name: supervised, classes: 9, lambd: 1}", "objective.lambd belongs to barlow_twins"),
         ("embedding.stochastic=z", "set embedding.stochastic to none or h"),
         ("embedding.stochastic=hz", "set embedding.stochastic to none or h"),

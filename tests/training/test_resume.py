@@ -314,7 +314,7 @@ def test_a_waiting_line_is_written_before_the_next_checkpoint(canvas, tmp_path, 
     at_step(1, lambda: full_disk(True))
     at_step(2, lambda: full_disk(False))
     at_step(3, look)
-    monkeypatch.setattr(run_writer.Display, "print", lambda self, line: None)
+    monkeypatch.setattr(run_writer.Display, "print", lambda self, line, wrap=True: None)
     train(load_recipe("recipes/barlow.yaml", small(canvas, run, "log.every=2", "checkpoint.every=3")))
     assert seen == [3, 2]
 
