@@ -175,7 +175,7 @@ def test_each_damaged_image_is_named_with_its_problem(inspect, copied):
     change_byte(path, table_position(20, "image.height"))
 
     code, out, err = inspect(path, "--verify", "--workers", 2)
-    assert code == 2 and f"\nerror: {path} is damaged: " in err
+    assert code == 2 and f"error: {path} is damaged: " in err
     assert "damaged: its metadata table and 5 of 40 samples\nhint: copy it again" in err
     said = dict(
         re.fullmatch(r"sample (\d+), (index \d+, .*?): (.*)", line).groups()[::2]
@@ -217,7 +217,7 @@ def test_one_wrong_bit_is_found_in_a_pixel_a_checksum_and_the_table(copied):
     path.with_name("train.beton.names.txt").unlink()
     found = verify(path, workers=1)
     assert not found.is_table_sound and len(found.faults) == 2 and found.faults[0].name == ""
-    with pytest.raises(UserError, match="damaged: its metadata table and 2 of 40 samples;"):
+    with pytest.raises(UserError, match="damaged: its metadata table and 2 of 40 samples: copy"):
         found.verdict()
     with pytest.raises(UserError, match="damaged: its metadata table;"):
         found._replace(faults=[]).verdict()
