@@ -219,7 +219,7 @@ def test_one_wrong_bit_is_found_in_a_pixel_a_checksum_and_the_table(copied):
     assert not found.is_table_sound and len(found.faults) == 2 and found.faults[0].name == ""
     with pytest.raises(UserError, match="damaged: its metadata table and 2 of 40 samples: copy"):
         found.verdict()
-    with pytest.raises(UserError, match="damaged: its metadata table;"):
+    with pytest.raises(UserError, match="damaged: its metadata table: copy"):
         found._replace(faults=[]).verdict()
 
 

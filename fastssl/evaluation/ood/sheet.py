@@ -64,7 +64,7 @@ def draw_ood_sheet(
     if OWN_UNCERTAINTY not in result["detectors"]:
         raise UserError(
             f"{encoder.run_dir} is deterministic, and the sheet shows {OWN_UNCERTAINTY}, which needs sigma",
-            hint="draw sheets of runs with embedding.stochastic=z, h or hz",
+            hint="choose a run with embedding.stochastic=z, h or hz",
         )
     called = {"id": "ID images"} | dict(names or {})
     names = {name: plain_label(shortened(called.get(name, name), LONGEST_NAME, SMALL)) for name in ("id", *sets.ood)}
