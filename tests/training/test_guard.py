@@ -111,7 +111,7 @@ def test_the_first_step_that_is_not_finite_is_kept_with_its_terms(name, value, t
         same = all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
         assert same == (step == 2)
     assert state.skipped == 1 and guard.first_bad_step == 2
-    message = guard.error_message(tmp_path)
+    message = str(guard.error(tmp_path))
     assert message.startswith("Step 2 was not finite (loss=") and f"{name}={value:.4g}" in message
 
 
