@@ -9,7 +9,7 @@ from fastssl.common.errors import UserError, quote
 from fastssl.common.terminal import console, count_of, print_error, print_line, time_in_words
 
 if TYPE_CHECKING:
-    from fastssl.beton import BuildEstimate
+    from fastssl.beton import BuildEstimate, BuildReport
 
 
 STORAGE_PANEL = "How images are stored"
@@ -135,38 +135,40 @@ def build_beton(
         _print_estimate(beton.estimate_build(builder, source, out, options))
         return
     # BuildOptions has the keyword arguments of build_beton.
-    result = beton.build_beton(builder, source, out, **vars(options))
-    reports = result.splits
-    for report in reports:
-        _print(
-            f"{report.path} holds {_images_and_classes(report.samples, report.classes)}, {report.bytes / 1e6:,.1f} MB"
-            + (f", {report.unlabelled:,} without a label" if report.unlabelled and report.classes else "")
-            + (f", {count_of(report.bad, 'bad image')} skipped" if report.bad else "")
-            + (" (up to date: built from the same images with the same options)" if report.up_to_date else "")
-        )
-        if report.empty_classes:
-            names = ", ".join(report.empty_classes[:5])
-            more = ", ..." if len(report.empty_classes) > 5 else ""
-            _print(
-                f"Classes without images in the split {report.split}: {len(report.empty_classes):,} ({names}{more})."
-            )
-    for report in reports:
-        if report.nearly_black:
-            _print(
-                f"{report.nearly_black:,} images of {report.path} are nearly black: no value is above 1/8 of the "
-                "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
-            )
-    if any(report.bad for report in reports):
-        _print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
-    _print(result.account)
-    if result.problem:
-        print_error(result.problem)
+    report = beton.build_beton(builder, source, out, **vars(options))
+    _print_report(report, out)
+    if report.problem:
+        print_error(report.problem)
         raise SystemExit(1)
 
 
 def _print(text: str) -> None:
     """Print a line with names of files or classes, which may hold anything."""
     print_line(console(), text)
+
+
+def _print_report(report: "BuildReport", out: Path) -> None:
+    """Say what each file holds, and what was left out."""
+    for split in report.splits:
+        _print(
+            f"{split.path} holds {_images_and_classes(split.samples, split.classes)}, {split.bytes / 1e6:,.1f} MB"
+            + (f", {split.unlabelled:,} without a label" if split.unlabelled and split.classes else "")
+            + (f", {count_of(split.bad, 'bad image')} skipped" if split.bad else "")
+            + (" (up to date: built from the same images with the same options)" if split.up_to_date else "")
+        )
+        if split.empty_classes:
+            names = ", ".join(split.empty_classes[:5])
+            more = ", ..." if len(split.empty_classes) > 5 else ""
+            _print(f"Classes without images in the split {split.split}: {len(split.empty_classes):,} ({names}{more}).")
+    for split in report.splits:
+        if split.nearly_black:
+            _print(
+                f"{split.nearly_black:,} images of {split.path} are nearly black: no value is above 1/8 of the "
+                "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
+            )
+    if any(split.bad for split in report.splits):
+        _print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+    _print(report.account)
 
 
 def _percent(text: str) -> float:

@@ -110,7 +110,12 @@ def test_options_of_the_build_are_followed(tmp_path):
     encoder = load_run_encoder(run_of(tmp_path / "run", tmp_path / "data"), device="cpu")
     report = embed_images(encoder, root, tmp_path / "folder.npz", workers=1)
     embed_images(encoder, tmp_path / "data/train.beton", tmp_path / "beton.npz")
-    assert_same_rows(read(tmp_path / "folder.npz"), read(tmp_path / "beton.npz"))
+    folder, beton = by_name(read(tmp_path / "folder.npz")), by_name(read(tmp_path / "beton.npz"))
+    for name, row in folder.items():
+        for key, x in row.items():
+            # To the rounding of matrix products: the bad image makes the batch of the folder larger by one row.
+            np.testing.assert_allclose(x, beton[name][key], rtol=1e-5, atol=1e-6)
+    assert folder.keys() == beton.keys()
     assert report.conversion.is_recorded and "canvas of 72 x 72 px, JPEG quality 40" in report.conversion.reason
     assert [image.name for image in report.bad] == ["large.png"] and "1 megapixels" in report.bad[0].reason
 
@@ -314,8 +319,9 @@ def test_scores_are_those_of_eval_ood(name, encoder, canvas, photos, tmp_path):
         pytest.importorskip("pytorch_ood")
     expected = expected_scores(encoder, canvas / "train.beton", canvas / "val.beton", name)
     embed_images(encoder, canvas / "val.beton", tmp_path / "beton.npz", score=name)
-    # With fewer images than dimensions, covariances are nearly singular.
-    rtol = 1e-3 if name.startswith(("mahalanobis", "kmeans")) else 1e-5
+    # Covariances of fewer images than dimensions are nearly singular, and fitting a classifier enlarges rounding.
+    nearly_singular = name.startswith(("mahalanobis", "kmeans"))
+    rtol = 1e-3 if nearly_singular else 1e-5 if name in LABEL_FREE else 1e-4
     np.testing.assert_allclose(read(tmp_path / "beton.npz")["score"], expected, rtol=rtol, atol=1e-6)
     embed_images(encoder, photos / "val", tmp_path / "folder.npz", score=name, workers=1)
     folder = {key: row["score"] for key, row in by_name(read(tmp_path / "folder.npz")).items()}
