@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 from threading import Thread
 
@@ -270,6 +271,11 @@ def send_when(condition, send):
     return thread
 
 
+def a_run_has_started():
+    """Whether a run was started, and SIGTERM is caught: before that, it would end the process that runs the tests."""
+    return signal.getsignal(signal.SIGTERM) != signal.SIG_DFL and bool(active_children())
+
+
 def same_weights(run, other):
     ours, theirs = (load_file(path / "encoder.safetensors") for path in (run, other))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -332,7 +338,7 @@ def test_a_sweep_resumes_after_a_kill_and_a_stop_and_leaves_no_process(write_swe
     assert reached >= 5 and not is_finished(run) and not is_locked(run)  # it saved a checkpoint when its parent died
 
     me = psutil.Process()
-    stopper = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
+    stopper = send_when(a_run_has_started, lambda: me.send_signal(signal.SIGTERM))
     assert run_locally(sweep, [run]) == 75  # stopped while the run was still importing
     stopper.join()
     assert "Stopped with 0 of 1 runs finished; the same command resumes the sweep." in capsys.readouterr().out
@@ -399,18 +405,21 @@ def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
     me, answered = psutil.Process(), []
 
     def requeue(number, _):
-        answered.append((number, len([child for child in me.children() if "spawn_main" in " ".join(child.cmdline())])))
+        answered.append((number, active_children()))
         raise SystemExit(1)
 
     before = signal.signal(signal.SIGUSR2, requeue)
-    first = send_when(lambda: len(me.children()) > 1, lambda: me.send_signal(signal.SIGTERM))
-    began = time.time()
-    second = send_when(lambda: time.time() > began + 15, lambda: me.send_signal(signal.SIGUSR2))
+    first = send_when(a_run_has_started, lambda: me.send_signal(signal.SIGTERM))
+
+    def the_runs_have_ended():
+        return not first.is_alive() and not active_children()
+
+    second = send_when(the_runs_have_ended, lambda: me.send_signal(signal.SIGUSR2))
     with pytest.raises(SystemExit):
         SlurmJob("tiny", runs, 1, 0)()
     first.join(), second.join()
     signal.signal(signal.SIGUSR2, before)
-    assert answered == [(signal.SIGUSR2, 0)] and not is_locked(runs[0])
+    assert answered == [(signal.SIGUSR2, [])] and not is_locked(runs[0])
 
 
 @pytest.fixture
