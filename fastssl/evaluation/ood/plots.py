@@ -1,6 +1,6 @@
 """The figures of an OOD evaluation: histograms of all scores, ROC curves, and a table of all AUROC values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import OODSets
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 COLUMNS = 5
 BINS = 40
@@ -52,18 +52,16 @@ def draw_ood_plots(
 
 
 def _draw_histograms(path: Path, scores: Scores, detectors: Mapping[str, DetectorResult], sets: OODSets) -> None:
-    rows = -(-len(scores) // COLUMNS)
     figure, body = new_figure(
         WIDTH,
-        1 + 1.75 * rows,
+        1 + 1.75 * _rows(scores),
         "OOD scores by detector: the further an OOD set lies to the right of the gray ID images, the better",
         "Each panel: the scores of all images by one detector; higher means OOD. The horizontal axis goes from the 1st "
         "to the 99th percentile of all sets, and the two end bins hold all scores beyond. Bars of ID images are cut at "
         f"{TALLEST} times the highest bar of OOD images. {ABOUT_AUROC}",
     )
-    panels = body.subplots(rows, min(COLUMNS, len(scores)), squeeze=False).flatten()
-    for panel, (detector, score) in zip(panels, scores.items()):
-        _set_title(panel, detector, detectors[detector])
+    panels = body.subplots(_rows(scores), min(COLUMNS, len(scores)), squeeze=False).flatten()
+    for panel, score in zip(panels, scores.values()):
         low, high = np.percentile(np.concatenate(list(score.values())), (1, 99))
         edges = np.linspace(low, high if high > low else low + 1, BINS + 1).tolist()
         panel.hist(np.clip(score["id"], edges[0], edges[-1]), edges, density=True, color=LIGHT_GRAY, label="ID images")
@@ -76,26 +74,23 @@ def _draw_histograms(path: Path, scores: Scores, detectors: Mapping[str, Detecto
         # One bar of ID images that is much higher would leave nothing of the OOD sets to see.
         panel.set_ylim(0, min(panel.get_ylim()[1], TALLEST * highest))
         panel.locator_params(axis="x", nbins=3)
-    for panel in panels[len(scores) :]:
-        panel.set_axis_off()
-    add_legend(body, panels[: len(scores)])
+    _finish_panels(body, panels, [(name, detectors[name]) for name in scores])
     body.supxlabel("score, higher = OOD", fontsize=TEXT)
     body.supylabel("density of the images", fontsize=TEXT)
     save_figure(path, figure)
 
 
 def _draw_roc(path: Path, scores: Scores, detectors: Mapping[str, DetectorResult], sets: OODSets) -> None:
-    rows = -(-len(scores) // COLUMNS)
     figure, body = new_figure(
         WIDTH,
-        1 + 2.25 * rows,
+        1 + 2.25 * _rows(scores),
         "ROC curves by detector: the closer a curve is to the upper left corner, the better",
         "Each point of a curve is a threshold on the score: images above it are predicted as OOD. On the diagonal "
         f"the score is no better than chance, below it points the wrong way. {ABOUT_AUROC}",
     )
-    panels = body.subplots(rows, min(COLUMNS, len(scores)), squeeze=False, sharex=True, sharey=True).flatten()
-    for panel, (detector, score) in zip(panels, scores.items()):
-        _set_title(panel, detector, detectors[detector])
+    shape = _rows(scores), min(COLUMNS, len(scores))
+    panels = body.subplots(*shape, squeeze=False, sharex=True, sharey=True).flatten()
+    for panel, score in zip(panels, scores.values()):
         panel.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8)
         for number, (other, label) in enumerate(_labels(sets).items()):
             is_ood = np.repeat([0, 1], [len(score["id"]), len(score[other])])
@@ -104,9 +99,7 @@ def _draw_roc(path: Path, scores: Scores, detectors: Mapping[str, DetectorResult
         panel.set_aspect("equal")
         panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         panel.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-    for panel in panels[len(scores) :]:
-        panel.set_axis_off()
-    add_legend(body, panels[: len(scores)])
+    _finish_panels(body, panels, [(name, detectors[name]) for name in scores])
     body.supxlabel("false positive rate: share of ID images predicted as OOD", fontsize=TEXT)
     body.supylabel("true positive rate: share of OOD images predicted as OOD", fontsize=TEXT)
     save_figure(path, figure)
@@ -142,19 +135,29 @@ def _draw_auroc(path: Path, detectors: Mapping[str, DetectorResult], sets: OODSe
     save_figure(path, figure)
 
 
-def _set_title(panel: "Axes", detector: str, row: DetectorResult) -> None:
-    """Title a panel by its detector and its AUROC, and tint it if the detector is inverted on any set."""
-    means = {group: row[group]["metrics"]["auroc"] for group in ("near", "far") if group in row}
-    lines = [
-        detector + (" *" if row["labels"] else ""),
-        "AUROC " + ", ".join(f"{100 * auroc:.1f} {group}" for group, auroc in means.items()),
-    ]
-    inverted = sum(each["inverted"] for each in row["sets"].values())
-    if inverted:
-        lines.append(f"inverted on {inverted} of {len(row['sets'])} sets")
-        panel.set_facecolor(TINT)
-    panel.set_title("\n".join(lines), fontsize=SMALL)
-    panel.tick_params(labelsize=SMALL)
+def _rows(scores: Scores) -> int:
+    return -(-len(scores) // COLUMNS)
+
+
+def _finish_panels(
+    body: "SubFigure", panels: np.ndarray, detectors: Sequence[tuple[str, DetectorResult]]
+) -> None:
+    """Title each panel by its detector and its AUROC, tint those that are inverted on any set, and add the legend."""
+    for panel, (detector, row) in zip(panels, detectors):
+        means = {group: row[group]["metrics"]["auroc"] for group in ("near", "far") if group in row}
+        lines = [
+            detector + (" *" if row["labels"] else ""),
+            "AUROC " + ", ".join(f"{100 * auroc:.1f} {group}" for group, auroc in means.items()),
+        ]
+        inverted = sum(each["inverted"] for each in row["sets"].values())
+        if inverted:
+            lines.append(f"inverted on {inverted} of {len(row['sets'])} sets")
+            panel.set_facecolor(TINT)
+        panel.set_title("\n".join(lines), fontsize=SMALL)
+        panel.tick_params(labelsize=SMALL)
+    for panel in panels[len(detectors) :]:
+        panel.set_axis_off()
+    add_legend(body, panels[: len(detectors)])
 
 
 def _labels(sets: OODSets) -> dict[str, str]:
