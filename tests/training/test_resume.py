@@ -114,6 +114,7 @@ def test_sigterm_ends_a_real_process_with_its_step_saved(canvas, tmp_path):
     assert f"Stopped by SIGTERM after step {step}" in output and "--resume" in output
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_in_a_terminal_leaves_a_whole_panel_and_a_command_that_works(canvas, tmp_path):
     run_dir = tmp_path / "my run"
     process, output = start_in_terminal(command("zprob_barlow", small(canvas, run_dir, "train.epochs=30")))
