@@ -80,7 +80,7 @@ def test_files_in_shards_that_are_not_used_are_said(tmp_path):
             tar.addfile(member, io.BytesIO(content))
     report = build(source, tmp_path / "out", "webdataset")
     check_sums(report.account)
-    assert "Of 1 files" in report.account
+    assert "Of 1 file in" in report.account
     assert "2 stored, 2 left out: files in shards" in report.account
 
 
