@@ -180,7 +180,7 @@ def test_a_batch_that_does_not_divide_is_refused_by_every_process(canvas, tmp_pa
     launcher = start("barlow", small(canvas, tmp_path / "run", "train.batch_size=15"), 2)
     output, _ = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0 and not (tmp_path / "run").exists()
-    assert "process 1: train.batch_size=15 does not divide by 2 processes" in output
+    assert "(rank 1): train.batch_size=15 does not divide by 2 processes" in output
     assert "UserError" not in output  # one sentence; the traceback is torchrun's own
 
 

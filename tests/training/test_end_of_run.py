@@ -4,6 +4,7 @@ import re
 import shlex
 import signal
 
+import pytest
 from training_runs import small
 
 from fastssl.beton import build_beton
@@ -63,6 +64,7 @@ def test_a_number_is_explained(tmp_path, monkeypatch):
         assert chosen.taken is None
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_second_ctrl_c_says_how_to_continue(canvas, tmp_path, fastssl, at_step):
     run = tmp_path / "my run"
     at_step(2, lambda: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
