@@ -444,6 +444,7 @@ def test_a_detector_scores_on_the_device_as_on_the_cpu(name):
     arrays = {
         "features": rng.normal(size=shape), "logits": rng.normal(size=(300, 5)),
         "mu": rng.normal(size=(300, 8)), "sigma": rng.uniform(0.1, 1, (300, 8)),
+        "layers": [rng.normal(size=(300, 4)), rng.normal(size=(300, 16))],
     }  # fmt: skip
     label = rng.integers(5, size=300)
     ours, theirs = (detector(name, device=x).fit(labels=label, **arrays).score(**arrays) for x in ("cuda", "cpu"))

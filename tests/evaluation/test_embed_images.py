@@ -22,6 +22,7 @@ from fastssl.evaluation import cached_features, load_run_encoder
 from fastssl.evaluation.embed import embed_images, load_embedder, output
 from fastssl.evaluation.ood import DETECTORS, LABEL_BASED, LABEL_FREE
 from fastssl.evaluation.ood.evaluate import detector_arrays, embedding_prior, linear_head, shared_arrays
+from fastssl.evaluation.ood.layers import cached_layers
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.export import export_run
 
@@ -309,18 +310,19 @@ def expected_scores(encoder, fit: Path, beton: Path, name: str) -> np.ndarray:
     train = cached_features(encoder, BetonSubset(fit))
     classifier = linear_head(encoder, train, 0) if name in LABEL_BASED else None
     detector = DETECTORS[name](embedding_prior(encoder.model), classifier, "cpu")
-    detector.fit(labels=train.label if name in LABEL_BASED else None, **shared_arrays(train, classifier))
+    arrays = shared_arrays(train, classifier) | {"layers": cached_layers(encoder, BetonSubset(fit))}
+    detector.fit(labels=train.label if name in LABEL_BASED else None, **arrays)
     return detector.score(**detector_arrays(encoder, BetonSubset(beton), classifier, [name])[name])
 
 
-@pytest.mark.parametrize("name", [*LABEL_FREE, "msp", "energy", "mahalanobis", "vim", "odin"])
+@pytest.mark.parametrize("name", [*LABEL_FREE, "msp", "energy", "mahalanobis", "layers_mahalanobis", "vim", "odin"])
 def test_scores_are_those_of_eval_ood(name, encoder, canvas, photos, tmp_path):
     if DETECTORS[name].needs_pytorch_ood:
         pytest.importorskip("pytorch_ood")
     expected = expected_scores(encoder, canvas / "train.beton", canvas / "val.beton", name)
     embed_images(encoder, canvas / "val.beton", tmp_path / "beton.npz", score=name)
     # Covariances of fewer images than dimensions are nearly singular, and fitting a classifier enlarges rounding.
-    nearly_singular = name.startswith(("mahalanobis", "kmeans"))
+    nearly_singular = name.startswith(("mahalanobis", "layers", "kmeans"))
     rtol = 1e-3 if nearly_singular else 1e-5 if name in LABEL_FREE else 1e-4
     np.testing.assert_allclose(read(tmp_path / "beton.npz")["score"], expected, rtol=rtol, atol=1e-6)
     embed_images(encoder, photos / "val", tmp_path / "folder.npz", score=name, workers=1)

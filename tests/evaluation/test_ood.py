@@ -43,13 +43,24 @@ def data():
         return {
             "features": x32, "logits": x32 @ weight_CD.T + bias_C,
             "mu": mu_NE.astype(np.float32), "sigma": sigma_NE.astype(np.float32),
+            "layers": [np.tanh(x32[:, :5]) * 100, x32 @ weight_CD.T.astype(np.float32), x32],
         }  # fmt: skip
 
     return {**arrays(fit_ND), "labels": label_N}, arrays(query_MD), weight_CD
 
 
 def exact(arrays: dict) -> dict:
-    return {name: np.asarray(x, np.int64 if name == "labels" else np.float64) for name, x in arrays.items()}
+    def convert(name, x):
+        return np.asarray(x, np.int64 if name == "labels" else np.float64)
+
+    return {
+        name: [convert(name, each) for each in x] if name == "layers" else convert(name, x)
+        for name, x in arrays.items()
+    }
+
+
+def image(arrays: dict, i: int) -> dict:
+    return {name: [each[i] for each in x] if name == "layers" else x[i] for name, x in arrays.items()}
 
 
 def unit(x):
@@ -115,6 +126,27 @@ def background(fit, x):
     return mahalanobis(x["features"], fit["features"] - mean, mean)
 
 
+def of_layers(distance):
+    """The mean over layers of the standardized distance, one image at a time."""
+
+    def score(fit, x):
+        key = id(fit), distance
+        if key not in moments:
+            moments[key] = [
+                (np.mean(found), np.std(found, ddof=1))
+                for layer in fit["layers"]
+                for found in [[distance({**fit, "features": layer}, {"features": each}) for each in layer]]
+            ]
+        found = [
+            (distance({**fit, "features": layer}, {"features": each}) - mean) / std
+            for layer, each, (mean, std) in zip(fit["layers"], x["layers"], moments[key])
+        ]
+        return np.mean(found)
+
+    moments: dict = {}
+    return score
+
+
 def ssd(fit, x):
     units = unit(fit["features"])
     clusters = KMeans(min(10, N // (4 * D)), n_init=1, random_state=0).fit_predict(units)
@@ -168,6 +200,7 @@ ORACLES = {
     "knn_cosine": kth_neighbor("cosine"),
     "knn_euclidean": kth_neighbor("euclidean"),
     "mahalanobis_unlabelled": background,
+    "layers_unlabelled": of_layers(background),
     "kmeans_ssd": ssd,
     "pca_residual": pca_residual,
     "msp": lambda fit, x: 1 - softmax(x["logits"]).max(),
@@ -179,6 +212,7 @@ ORACLES = {
     "odin": lambda fit, x: -softmax(x["logits"] / 1000).max(),
     "mahalanobis": class_mahalanobis,
     "mahalanobis_relative": lambda fit, x: class_mahalanobis(fit, x) - background(fit, x),
+    "layers_mahalanobis": of_layers(class_mahalanobis),
     "vim": vim,
     "react_energy": react,
     "knn_supervised": kth_neighbor("cosine"),
@@ -198,7 +232,7 @@ def test_detector_equals_its_formula(name, data, monkeypatch):
     arrays = {key: x for key, x in fit.items() if key != "labels"} | labels
     found = detector(name).fit(**arrays).score(**query)
     fit64, query64 = exact(fit), exact(query)
-    expected = np.array([ORACLES[name](fit64, {key: x[i] for key, x in query64.items()}) for i in range(M)])
+    expected = np.array([ORACLES[name](fit64, image(query64, i)) for i in range(M)])
     assert found.dtype == np.float64 and found.shape == (M,)
     if name not in MONOTONE_ONLY:
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).mean())
@@ -286,9 +320,10 @@ def test_scores_of_degenerate_features_are_finite(name):
     logits = np.vstack([np.eye(3) * 1e4, np.zeros((3, 3)), np.eye(3) * -1e4])
     if name == "views_disagreement":
         features = np.stack([features, np.zeros_like(features)], axis=1)
-    q = {"mu": np.full((9, 4), 20.0), "sigma": np.full((9, 4), 0.01)}
+    layers = [features[:, :3], features]
+    q = {"mu": np.full((9, 4), 20.0), "sigma": np.full((9, 4), 0.01), "layers": layers}
     fitted = detector(name).fit(features, labels=np.arange(9) % 5, logits=logits, **q)
-    far = {"mu": q["mu"] * -1, "sigma": q["sigma"] * 500}
+    far = {"mu": q["mu"] * -1, "sigma": q["sigma"] * 500, "layers": [x * 1e3 + 1 for x in layers]}
     scores = np.r_[fitted.score(features, logits=logits, **q), fitted.score(features * 1e3 + 1, logits=logits, **far)]
     assert np.isfinite(scores).all()
 
@@ -304,6 +339,10 @@ def test_missing_and_non_finite_arrays_are_refused(data):
     fit, query, _ = data
     with pytest.raises(ValueError, match="needs labels"):
         detector("mahalanobis").fit(fit["features"])
+    with pytest.raises(ValueError, match="needs layers"):
+        detector("layers_unlabelled").fit(fit["features"])
+    with pytest.raises(ValueError, match="layers contains values that are not finite"):
+        detector("layers_unlabelled").fit(fit["features"], layers=[fit["features"], fit["features"] * np.inf])
     with pytest.raises(ValueError, match="needs sigma"):
         detector("sigma_mean").fit(fit["features"]).score(query["features"])
     broken = query["sigma"].copy()
@@ -318,6 +357,22 @@ def test_missing_and_non_finite_arrays_are_refused(data):
         detector("knn_cosine").score(query["features"])
     with pytest.raises(ValueError, match="one dimension"):
         detector("sigma_std").score(query["features"], sigma=query["sigma"][:, :1])
+
+
+def test_no_layer_counts_more_for_its_channels_or_scale():
+    """A layer with 20 channels and one with 2, scaled by 1e4: the same shift in deviations gives the same score."""
+    rng = np.random.default_rng(0)
+    wide, narrow = rng.normal(size=(4000, 20)), 1e4 * rng.normal(size=(4000, 2))
+    fitted = detector("layers_unlabelled").fit(wide, layers=[wide, narrow])
+    own = fitted.score(wide, layers=[wide, narrow])
+    assert abs(own.mean()) < 1e-9
+    assert own.std() == pytest.approx(math.sqrt(0.5), rel=0.05)  # the mean of two independent standardized distances
+    # Constant layers have no covariance, and a layer of more channels than images has no spread of distances.
+    with pytest.raises(ValueError, match="constant"):
+        detector("layers_unlabelled").fit(wide, layers=[wide, np.ones((4000, 3))])
+    few = [rng.normal(size=(9, 2)), rng.normal(size=(9, 30))]
+    scores = detector("layers_unlabelled").fit(wide, layers=few).score(wide, layers=few)
+    assert np.isfinite(scores).all() and np.abs(scores).max() < 10
 
 
 def test_overflow_becomes_the_largest_float():

@@ -18,6 +18,7 @@ from fastssl.evaluation.ood.evaluate import (
     shared_arrays,
     unsupported_detectors,
 )
+from fastssl.evaluation.ood.layers import cached_layers, layers_of_batch
 from fastssl.evaluation.ood.suites import find_fit_images
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, SampleSelection
@@ -65,6 +66,8 @@ class Scorer:
             if "logits" in self.kind.arrays():
                 self.classifier = linear_head(self.encoder, train, seed=0)
             arrays = shared_arrays(train, self.classifier)
+            if "layers" in self.kind.arrays():
+                arrays["layers"] = cached_layers(self.encoder, self.fit_data)
             if self.name in LABEL_BASED:
                 arrays["labels"] = train.label
         prior = embedding_prior(self.encoder.model)
@@ -89,6 +92,8 @@ class Scorer:
         elif self.name == "odin":
             assert self.classifier is not None
             arrays["logits"] = logits_after_odin(self.encoder, batch, eval_input(views), self.classifier)
+        elif "layers" in self.kind.arrays():
+            arrays["layers"] = layers_of_batch(self.encoder, batch)
         with self._explained():
             return self.detector.score(**arrays)
 

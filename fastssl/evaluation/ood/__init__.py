@@ -5,6 +5,7 @@ label_free.py   detectors that need no labels
 label_based.py  detectors that use labels
 detectors.py    the table of detectors by name
 distances.py    Mahalanobis distance and k-th nearest neighbor, shared by several detectors
+layers.py       the intermediate layers of an encoder, cached
 separation.py   AUROC and other metrics of two sets of scores, with bootstrap resamples
 suites.py       the data sets of an evaluation, including those of OpenOOD
 evaluate.py     `fastssl eval ood`: the evaluation of a run

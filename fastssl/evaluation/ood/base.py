@@ -1,7 +1,7 @@
 """The base class of all detectors."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -25,8 +25,9 @@ class Detector:
     """Base class of detectors: fitted to training images once, then gives every image a score, higher meaning OOD.
 
     A subclass implements `_score`, and `_fit` if it learns from the training images. As with pytest fixtures, the names
-    of their parameters say which arrays they need: `features` (N, D), `labels` (N,), `logits` (N, C), and `mu` and
-    `sigma` (N, E) of the stochastic embedding. They get them as float64 tensors (labels as int64) on `self.device`:
+    of their parameters say which arrays they need: `features` (N, D), `labels` (N,), `logits` (N, C), `mu` and `sigma`
+    (N, E) of the stochastic embedding, and `layers`, a list of intermediate layers, each (N, channels). They get them
+    as float64 tensors (labels as int64) on `self.device`:
 
         class MaxLogit(Detector):
             def _score(self, logits: Tensor) -> Tensor:
@@ -71,19 +72,25 @@ class Detector:
         logits: Array | None = None,
         sigma: Array | None = None,
         mu: Array | None = None,
+        layers: Sequence[Array] | None = None,
     ) -> Self:
         """Fit the detector to N training images; arrays that it does not need are ignored.
 
         Raises:
             ValueError: if an array that it needs is missing or not finite, or a label is negative (no label).
         """
-        self._call(self._fit, features=features, labels=labels, logits=logits, sigma=sigma, mu=mu)
+        self._call(self._fit, features=features, labels=labels, logits=logits, sigma=sigma, mu=mu, layers=layers)
         self.fitted = True
         return self
 
     @torch.no_grad()
     def score(
-        self, features: Array, logits: Array | None = None, sigma: Array | None = None, mu: Array | None = None
+        self,
+        features: Array,
+        logits: Array | None = None,
+        sigma: Array | None = None,
+        mu: Array | None = None,
+        layers: Sequence[Array] | None = None,
     ) -> np.ndarray:
         """Return the scores (M,) of M images: float64, finite, the higher the more out-of-distribution.
 
@@ -92,22 +99,30 @@ class Detector:
         """
         if self.learns() and not self.fitted:
             raise ValueError(f"{type(self).__name__} has not been fitted: call fit first.")
-        score_M = self._call(self._score, features=features, logits=logits, sigma=sigma, mu=mu).double().cpu().numpy()
+        found_M = self._call(self._score, features=features, logits=logits, sigma=sigma, mu=mu, layers=layers)
+        score_M = found_M.double().cpu().numpy()
         if np.isnan(score_M).any():
             raise ValueError(f"{type(self).__name__} is undefined for {np.isnan(score_M).sum()} images.")
         return np.nan_to_num(score_M)  # infinity becomes the largest float64
 
-    def _call(self, method: Callable[..., Result], **given: Array | None) -> Result:
-        selected = {}
+    def _call(self, method: Callable[..., Result], **given: Array | Sequence[Array] | None) -> Result:
+        selected: dict[str, Tensor | list[Tensor]] = {}
         for name in _parameter_names(method):
             array = given[name]
             if array is None:
                 raise ValueError(f"{type(self).__name__} needs {name}.")
-            tensor = as_tensor(as_labels(array) if name == "labels" else array).to(self.device)
-            selected[name] = tensor.long() if name == "labels" else tensor.double()
-            if not torch.isfinite(selected[name]).all():
-                raise ValueError(f"{name} contains values that are not finite.")
+            if isinstance(array, np.ndarray | Tensor):
+                selected[name] = self._convert(name, array)
+            else:
+                selected[name] = [self._convert(name, each) for each in array]
         return method(**selected)
+
+    def _convert(self, name: str, array: Array) -> Tensor:
+        tensor = as_tensor(as_labels(array) if name == "labels" else array).to(self.device)
+        tensor = tensor.long() if name == "labels" else tensor.double()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} contains values that are not finite.")
+        return tensor
 
 
 def _parameter_names(method: Callable[..., object]) -> set[str]:

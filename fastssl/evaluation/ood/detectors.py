@@ -18,6 +18,7 @@ LABEL_FREE: dict[str, type[Detector]] = {
     "knn_cosine": label_free.KnnCosine,
     "knn_euclidean": label_free.KnnEuclidean,
     "mahalanobis_unlabelled": label_free.MahalanobisUnlabelled,
+    "layers_unlabelled": label_free.LayersUnlabelled,
     "kmeans_ssd": label_free.KMeansSSD,
     "pca_residual": label_free.PCAResidual,
 }
@@ -31,6 +32,7 @@ LABEL_BASED: dict[str, type[Detector]] = {
     "odin": label_based.ODIN,
     "mahalanobis": label_based.Mahalanobis,
     "mahalanobis_relative": label_based.MahalanobisRelative,
+    "layers_mahalanobis": label_based.LayersMahalanobis,
     "vim": label_based.ViM,
     "react_energy": label_based.ReActEnergy,
     "knn_supervised": label_based.KnnSupervised,

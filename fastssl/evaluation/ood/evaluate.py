@@ -28,6 +28,7 @@ from fastssl.evaluation.metrics import RESAMPLES
 from fastssl.evaluation.ood import distances, label_based, label_free, plots
 from fastssl.evaluation.ood.base import LinearHead
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, detector
+from fastssl.evaluation.ood.layers import MAX_LAYERS, cached_layers, has_layers
 from fastssl.evaluation.ood.separation import MIN_INVERTED, DetectorResult, compare
 from fastssl.evaluation.ood.suites import OODSets, SetDescription
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
@@ -46,6 +47,7 @@ CONSTANTS = {
     "k_posteriors": label_free.K_POSTERIORS,
     "draws": label_free.DRAWS,
     "clusters": label_free.CLUSTERS,
+    "layers": MAX_LAYERS,
     "variance_kept": label_free.VARIANCE_KEPT,
     "gen": [label_based.GEN_GAMMA, label_based.GEN_CLASSES],
     "react_share": label_based.REACT_PERCENTILE,
@@ -98,6 +100,8 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
         names = [each for each in DETECTORS if each not in skipped]
         classifier = linear_head(encoder, train, seed) if set(names) & set(LABEL_BASED) else None
         train_arrays = shared_arrays(train, classifier)
+        if any("layers" in DETECTORS[each].arrays() for each in names):
+            train_arrays["layers"] = cached_layers(encoder, sets.fit)
         parts = {"id": sets.id, **sets.ood}
         arrays = {part: detector_arrays(encoder, data, classifier, names) for part, data in parts.items()}
         scores: dict[str, dict[str, np.ndarray]] = {}
@@ -147,6 +151,8 @@ def unsupported_detectors(model: Model | EncoderOnly, label_N: np.ndarray) -> di
         arrays = kind.arrays()
         if {"mu", "sigma"} & arrays and not len(model.heads):
             reasons[name] = "the embedding is deterministic"
+        elif "layers" in arrays and not has_layers(model.encoder):
+            reasons[name] = "timm does not return the intermediate layers of this backbone"
         elif kind.needs_supervised_encoder and not supervised:
             known = not isinstance(model, EncoderOnly)
             reasons[name] = "the encoder was trained without labels" if known else "needs a supervised run"
@@ -189,8 +195,11 @@ def shared_arrays(features: Features, classifier: LinearHead | None) -> dict[str
 def detector_arrays(
     encoder: RunEncoder, data: BetonSubset, classifier: LinearHead | None, detector_names: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the arguments of `Detector.score` for each detector; two detectors have arrays of their own."""
-    arrays = dict.fromkeys(detector_names, shared_arrays(cached_features(encoder, data), classifier))
+    """Return the arguments of `Detector.score` for each detector; some have arrays of their own."""
+    shared = shared_arrays(cached_features(encoder, data), classifier)
+    arrays = dict.fromkeys(detector_names, shared)
+    if of_layers := [name for name in detector_names if "layers" in DETECTORS[name].arrays()]:
+        arrays |= dict.fromkeys(of_layers, shared | {"layers": cached_layers(encoder, data)})
     arrays["views_disagreement"] = {"features": cached_features(encoder, data, augmented=True).h}
     if classifier is not None and "odin" in arrays:
         arrays["odin"] = {**arrays["odin"], "logits": odin_logits(encoder, data, classifier)}

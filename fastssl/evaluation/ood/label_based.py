@@ -21,7 +21,7 @@ from torch import Tensor
 from fastssl.common.errors import UserError
 from fastssl.evaluation.ood.base import Detector, LinearHead
 from fastssl.evaluation.ood.distances import fit_gaussian, kth_smallest
-from fastssl.evaluation.ood.label_free import KnnCosine
+from fastssl.evaluation.ood.label_free import KnnCosine, LayerDetector
 
 # The published settings.
 GEN_GAMMA = 0.1
@@ -130,6 +130,18 @@ class MahalanobisRelative(Mahalanobis):
 
     def _score(self, features: Tensor) -> Tensor:
         return super()._score(features) - self.background.distance(features)
+
+
+class LayersMahalanobis(LayerDetector):
+    """`Mahalanobis` of several layers, combined as in `LayerDetector`. Higher is OOD.
+
+    Lee et al., arXiv 1807.03888, without its input perturbation, and without OOD images for the weights of the layers.
+    """
+
+    of_layer = Mahalanobis
+
+    def _fit(self, layers: list[Tensor], labels: Tensor) -> None:
+        self._fit_each(layers, labels)
 
 
 class ViM(Detector):

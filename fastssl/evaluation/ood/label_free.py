@@ -5,6 +5,7 @@ A higher score always means more out-of-distribution (OOD).
 
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ K_POSTERIORS = 5
 DRAWS = 16
 CLUSTERS = 10
 VARIANCE_KEPT = 0.95
+SMALLEST_DEVIATION = 1e-3  # of a layer's distances, relative to their mean; of a Gaussian it is sqrt(2 / channels)
 CHUNK_ELEMENTS = 1 << 22  # draws held at a time: 32 MiB of float64; a mixture needs ten times that
 PAIR_ELEMENTS = 1 << 19  # (image, posterior, dimension) triples at a time: 4 MiB of float64, which fits into a cache
 
@@ -179,6 +181,41 @@ class MahalanobisUnlabelled(Detector):
 
     def _score(self, features: Tensor) -> Tensor:
         return self.gaussian.distance(features)
+
+
+class LayerDetector(Detector):
+    """Base class: a detector fitted to each of several layers of the encoder, each averaged over positions.
+
+    The score is the mean over layers of (d - m) / s, d the detector's score of a layer, m and s its mean and standard
+    deviation over the training images. So no layer counts more because it has more channels, and no OOD images are
+    needed to weigh them, as the logistic regression of Lee et al. (arXiv 1807.03888) needs them. Anthony and Kamnitsas
+    (arXiv 2309.01488) add the distances of several layers in this way.
+    """
+
+    of_layer: ClassVar[type[Detector]]
+
+    def _fit_each(self, layers: list[Tensor], *labels: Tensor) -> None:
+        self.parts = [self.of_layer(device=self.device) for _ in layers]
+        self.scales = []
+        for part, x_ND in zip(self.parts, layers):
+            part._fit(x_ND, *labels)
+            score_N = part._score(x_ND)
+            # With fewer images than channels, all have the same distance, and its deviation would be rounding.
+            smallest = SMALLEST_DEVIATION * score_N.mean()
+            self.scales.append((score_N.mean(), score_N.std().clamp(min=smallest)))
+
+    def _score(self, layers: list[Tensor]) -> Tensor:
+        found = zip(self.parts, layers, self.scales)
+        return torch.stack([(part._score(x_MD) - mean) / std for part, x_MD, (mean, std) in found]).mean(dim=0)
+
+
+class LayersUnlabelled(LayerDetector):
+    """`MahalanobisUnlabelled` of several layers, combined as in `LayerDetector`. Higher is OOD."""
+
+    of_layer = MahalanobisUnlabelled
+
+    def _fit(self, layers: list[Tensor]) -> None:
+        self._fit_each(layers)
 
 
 class KMeansSSD(Detector):
