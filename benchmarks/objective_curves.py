@@ -30,11 +30,13 @@ VARIANTS = {  # recipe and overrides
     "zprob_barlow_mixture": ("cifar10/zprob_barlow", ["embedding.prior=mixture"]),
     "simclr": ("cifar10/barlow", SIMCLR),
     "byol": ("cifar10/barlow", ["objective={name: byol, momentum: 0.99, predictor_hidden: 1024}"]),
+    "sigreg": ("cifar10/sigreg", []),
+    "hprob_sigreg": ("cifar10/hprob_sigreg", []),
     "reference_zprob_barlow": ("reference/cifar10_zprob_barlow", REFERENCE),
     "reference_zprob_vicreg": ("reference/cifar10_zprob_vicreg", REFERENCE),
 }
 TERMS = [
-    "on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent", "prediction", "beta_kl",
+    "on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent", "prediction", "sigreg", "beta_kl",
 ]  # fmt: skip
 BATCH = 128
 

@@ -52,7 +52,19 @@ def naive_vicreg(z1: Tensor, z2: Tensor) -> Tensor:
     return loss
 
 
-NAIVE = {"barlow_twins": naive_barlow_twins, "vicreg": naive_vicreg}
+def naive_sigreg(z1: Tensor, z2: Tensor) -> Tensor:
+    directions_KD = torch.nn.functional.normalize(torch.randn(1024, z1.shape[1], device=z1.device))
+    t_T = torch.linspace(0, 3, 17, device=z1.device)
+    normal_T = (-t_T.square() / 2).exp()
+    loss = 0.95 * (z1 - z2).square().mean() / 4
+    for z in (z1, z2):
+        angle = (z @ directions_KD.T)[:, :, None] * t_T
+        distance = (angle.cos().mean(0) - normal_T).square() + angle.sin().mean(0).square()
+        loss = loss + 0.05 / 2 * 2 * len(z) * torch.trapezoid(distance * normal_T, t_T).mean()
+    return loss
+
+
+NAIVE = {"barlow_twins": naive_barlow_twins, "vicreg": naive_vicreg, "sigreg": naive_sigreg}
 
 
 def recipe_of(objective: str, space: str, samples: int, chunk: int | None, size: int) -> Recipe:

@@ -273,6 +273,20 @@ class BYOLConfig(ObjectiveConfig):
     predictor_hidden: Width = 4096  # width of the predictor's hidden layer
 
 
+class SlicedConfig(ObjectiveConfig):
+    """An objective that projects the embeddings onto random directions, other ones at every step."""
+
+    slices: Width  # random directions onto which the embeddings are projected
+
+
+class SIGRegConfig(SlicedConfig):
+    name: Literal["sigreg"] = "sigreg"  # the objective
+    slices: Width = 1024  # random directions onto which the embeddings are projected
+    lambd: Probability = 0.05  # weight of the SIGReg term; that of the invariance term is 1 - lambd
+    knots: Annotated[int, Field(ge=2, le=1000)] = 17  # values of t at which characteristic functions are compared
+    t_max: Positive = 3.0  # the largest of these values; the least is 0
+
+
 class SupervisedConfig(ObjectiveConfig):
     """Cross-entropy on labels."""
 
@@ -289,7 +303,7 @@ class SupervisedConfig(ObjectiveConfig):
         return False  # the logits of the draws are averaged before the loss
 
 
-AnyObjective = BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SupervisedConfig
+AnyObjective = BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SIGRegConfig | SupervisedConfig
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     kind.model_fields["name"].default: kind for kind in get_args(AnyObjective)
 }
@@ -684,7 +698,7 @@ def _unknown_key(key: str, parts: list[str], objective: str | None, known: list[
     owners = [name for name, kind in OBJECTIVES.items() if parts[-1] in kind.model_fields] if objective else []
     if owners:
         return UserError(
-            f"{key} belongs to {' and '.join(owners)}",
+            f"{key} belongs to {any_of(owners)}",
             hint=f"write the whole objective, 'objective={{name: {objective}}}', or leave out {key}",
         )
     near = nearest_key(parts, known)

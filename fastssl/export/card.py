@@ -23,7 +23,7 @@ CARD = "model_card.md"
 LIBRARY = {"timm": "timm", "safetensors": "fastssl", "onnx": "onnx"}
 OBJECTIVES = {
     "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR", "byol": "BYOL",
-    "supervised": "cross-entropy",
+    "sigreg": "LeJEPA (SIGReg)", "supervised": "cross-entropy",
 }  # fmt: skip
 UNKNOWN = "not recorded in the run"
 

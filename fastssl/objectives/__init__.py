@@ -1,9 +1,9 @@
 """Objectives: pure functions of the views' embeddings z, (B, D) or (S, B, D), computed in fp32.
 
-barlow_twins.py, vicreg.py, simclr.py, byol.py, supervised.py    one objective each
+barlow_twins.py, vicreg.py, simclr.py, byol.py, sigreg.py, supervised.py    one objective each
 total.py      TotalLoss: the recipe's objective plus beta times the KL to the prior
 metrics.py    what training logs next to the loss: accuracy, sigma and KL, RankMe
-batch.py      what several objectives share: stacking the views, products over the batch
+batch.py      what several objectives share: stacking the views, random directions, products over the batch
 
 To add an objective:
 
@@ -16,9 +16,12 @@ To add an objective:
 
 from fastssl.objectives.barlow_twins import barlow_twins_loss
 from fastssl.objectives.byol import byol_loss
+from fastssl.objectives.sigreg import sigreg_loss
 from fastssl.objectives.simclr import simclr_loss
 from fastssl.objectives.supervised import cross_entropy_loss
 from fastssl.objectives.total import TotalLoss
 from fastssl.objectives.vicreg import vicreg_loss
 
-__all__ = ["TotalLoss", "barlow_twins_loss", "byol_loss", "cross_entropy_loss", "simclr_loss", "vicreg_loss"]
+__all__ = [
+    "TotalLoss", "barlow_twins_loss", "byol_loss", "cross_entropy_loss", "sigreg_loss", "simclr_loss", "vicreg_loss",
+]  # fmt: skip

@@ -1,9 +1,10 @@
-"""What several objectives share: the two views as one tensor, unit vectors, and products over the batch."""
+"""What several objectives share: the two views as one tensor, unit vectors, directions, and products over the batch."""
 
 import torch
 from torch import Tensor
 
 from fastssl.common.distributed import gather_rows, sum_over_ranks
+from fastssl.common.randomness import DIRECTIONS, normals
 from fastssl.models.gaussian import at_least_fp32
 
 
@@ -27,6 +28,24 @@ def require_two(rows: int) -> int:
 def unit(z: Tensor) -> Tensor:
     """z (..., D) divided by its length. The length's floor of 1e-6 keeps the gradient of a zero vector finite."""
     return z * (z.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+def distance_from_mean_view(z: Tensor, n: int, gather: bool | None) -> Tensor:
+    """The mean squared distance of views z (V, ..., B, D) from their mean; of two views, a quarter of theirs.
+
+    It is the invariance term of LeJEPA (arXiv 2511.08544) and VISReg (arXiv 2606.02572). n: B over all processes.
+    """
+    return (sum_over_ranks((z - z.mean(0)).square().sum(-2), gather) / n).mean()
+
+
+def random_directions(seed: int, step: int | Tensor, count: int, z: Tensor) -> Tensor:
+    """(K, D) in fp32: K = count unit vectors, uniform on the sphere, for embeddings z (..., D) and on their device.
+
+    They are a function of (seed, step): equal on all processes, and again after a resume. Direction k does not depend
+    on the count.
+    """
+    number_K = torch.arange(count, device=z.device)
+    return unit(normals(seed, step, number_K, 0, 1, z.shape[-1], DIRECTIONS)[0])
 
 
 def sum_of_squared_products(x: Tensor, y: Tensor, n: int, gather: bool | None) -> Tensor:

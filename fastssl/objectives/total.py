@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable
 from functools import reduce
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,23 @@ from fastssl.common.distributed import mean_over_ranks
 from fastssl.models import Draws, ViewOutput
 from fastssl.models.gaussian import Prior
 from fastssl.objectives.barlow_twins import barlow_twins_terms
+from fastssl.objectives.batch import random_directions
 from fastssl.objectives.byol import byol_terms
 from fastssl.objectives.metrics import accuracy, uncertainty_metrics
+from fastssl.objectives.sigreg import sigreg_terms
 from fastssl.objectives.simclr import simclr_terms
 from fastssl.objectives.supervised import supervised_terms
 from fastssl.objectives.vicreg import vicreg_terms
-from fastssl.recipe import Recipe
+from fastssl.recipe import Recipe, SlicedConfig
 
-# The weighted terms of each objective, by objective.name. Each function takes its own config class.
-TERMS: dict[str, Callable[[tuple[ViewOutput, ...], Any], dict[str, Tensor]]] = {
+# The weighted terms of each objective, by objective.name. Each function takes the views' outputs and its own config
+# class; those of a SlicedConfig also the directions (K, D).
+TERMS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "barlow_twins": barlow_twins_terms,
     "vicreg": vicreg_terms,
     "simclr": simclr_terms,
     "byol": byol_terms,
+    "sigreg": sigreg_terms,
     "supervised": supervised_terms,
 }
 
@@ -39,7 +43,7 @@ class TotalLoss(nn.Module):
 
     def __init__(self, recipe: Recipe, beta_warmup_steps: int = 0):
         super().__init__()
-        self.objective, self.embedding = recipe.objective, recipe.embedding
+        self.objective, self.embedding, self.seed = recipe.objective, recipe.embedding, recipe.seed
         self.beta_warmup_steps = beta_warmup_steps
         has_closed_form = self.embedding.prior == "standard_normal"
         is_closed = self.embedding.kl == "closed" or (self.embedding.kl == "auto" and has_closed_form)
@@ -51,7 +55,7 @@ class TotalLoss(nn.Module):
         Args:
             views: the model's outputs.
             priors: the model's priors by space; empty for a deterministic model.
-            step: () the optimizer step, for the warm-up of beta.
+            step: () the optimizer step, for the warm-up of beta and for random directions.
 
         Returns:
             `loss`; the weighted terms that sum to it; `accuracy` of the batch where the objective has labels; and for
@@ -59,7 +63,7 @@ class TotalLoss(nn.Module):
             bits, `kl_per_dim`, and `sigma`, `sigma_min`, `sigma_max`, the mean and the limits of the standard
             deviations, `sigma_clamped`, the share of them that is at a limit of their range.
         """
-        terms = self.objective_terms(views)
+        terms = self.objective_terms(views, step)
         metrics: dict[str, Tensor] = {}
         if self.objective.needs_labels and views[0].target is not None:
             metrics["accuracy"] = accuracy(views[0].z, views[0].target, gather=self.objective.gather)
@@ -77,20 +81,25 @@ class TotalLoss(nn.Module):
             terms["beta_kl"] = self.beta_at(step) * add(kl_penalties)
         return {"loss": add(terms.values()), **terms, **metrics}
 
-    def objective_terms(self, views: tuple[ViewOutput, ...]) -> dict[str, Tensor]:
+    def objective_terms(self, views: tuple[ViewOutput, ...], step: Tensor) -> dict[str, Tensor]:
         """The objective's weighted terms, embedding.chunk draws at a time, computed again in the backward pass.
 
         SimCLR needs a matrix of 2 B x 2 B for each draw; Barlow Twins and VICReg one of D x D, or smaller ones of
-        B x B.
+        B x B; SIGReg one of B x slices x knots for each view.
         """
         objective_terms, chunk, z = TERMS[self.objective.name], self.embedding.chunk, views[0].z
+        directions: tuple[Tensor, ...] = ()
+        if isinstance(self.objective, SlicedConfig):  # the same for all draws, so drawn once for all chunks
+            directions = (random_directions(self.seed, step, self.objective.slices, z),)
         if chunk is None or z.ndim == 2 or chunk >= len(z):
-            return objective_terms(views, self.objective)
+            return objective_terms(views, self.objective, *directions)
         total: dict[str, Tensor] = {}
         for start in range(0, len(z), chunk):
             part = tuple(view._replace(z=view.z[start : start + chunk]) for view in views)
             share = len(part[0].z) / len(z)
-            terms = checkpoint(objective_terms, part, self.objective, use_reentrant=False, preserve_rng_state=False)
+            terms = checkpoint(
+                objective_terms, part, self.objective, *directions, use_reentrant=False, preserve_rng_state=False
+            )
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + share * value
         return total

@@ -162,7 +162,7 @@ class PhaseTimer:
         _, whole_loss = self._timed(lambda: self.network.total_loss(views, model.priors, self.inputs.step))
         if recipe.embedding.stochastic == "none":
             return {"objective": whole_loss}
-        _, objective = self._timed(lambda: self.network.total_loss.objective_terms(views))
+        _, objective = self._timed(lambda: self.network.total_loss.objective_terms(views, self.inputs.step))
         draws = max(0.0, in_model - sum(end - start for start, end in zip(passes[::2], passes[1::2])))
         return {"draws": draws, "objective": objective, "kl": max(0.0, whole_loss - objective)}
 

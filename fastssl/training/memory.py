@@ -16,8 +16,9 @@ from fastssl.loading.loader import pinned_bytes
 from fastssl.models.build import Model, outline_model
 from fastssl.models.checkpoint import find_checkpoints
 from fastssl.models.memory import count_bytes, suggest_smaller
-from fastssl.recipe import Recipe
+from fastssl.recipe import Recipe, SlicedConfig
 
+FP32 = 4  # bytes of a value in the losses
 DRAW = 2  # bytes of a value: a draw that is kept may be bf16
 VIEW = {"cpu": 4, "cuda": 2}  # views are fp32 on a CPU, and may be bf16 on a GPU
 # Averages of the gradient that an optimizer keeps. Of others it is not known: this is a lower limit.
@@ -71,11 +72,20 @@ def step_needs(recipe: Recipe, model: Model, device_type: str, processes: int) -
     spaces = [] if recipe.embedding.stochastic == "none" else list(recipe.embedding.stochastic)
     draws = recipe.embedding.samples * sum(widths[space] for space in spaces)
     image = recipe.model.in_chans * recipe.views.size**2
+    slices = recipe.objective.slices if isinstance(recipe.objective, SlicedConfig) else 0
     return {
         suggest_smaller(model): _state_bytes(recipe, model) + gradients,
         "lower train.batch_size or views.size": views * image * VIEW[device_type],
         "lower embedding.samples or train.batch_size": views * draws * DRAW,
+        "lower objective.slices": slices * (recipe.model.projector.out + views * draws_at_once(recipe)) * FP32,
     }
+
+
+def draws_at_once(recipe: Recipe) -> int:
+    """The draws that the objective takes at once; 1 for a deterministic model."""
+    if recipe.embedding.stochastic == "none":
+        return 1
+    return recipe.embedding.chunk or recipe.embedding.samples
 
 
 def _state_bytes(recipe: Recipe, model: Model) -> int:

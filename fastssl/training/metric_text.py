@@ -11,6 +11,7 @@ GROUPS = {
         "invariance": "invariance term",
         "variance": "variance term",
         "covariance": "covariance term",
+        "sigreg": "SIGReg term",
         "nt_xent": "NT-Xent term",
         "prediction": "prediction term",
         "cross_entropy": "cross-entropy term",

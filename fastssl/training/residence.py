@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastssl.beton.format import bc4_bytes
 from fastssl.beton.read import BetonInfo
 from fastssl.models.build import outline_model
-from fastssl.recipe import Recipe
-from fastssl.training.memory import free_on_gpu, step_needs
+from fastssl.recipe import Recipe, SIGRegConfig
+from fastssl.training.memory import FP32, draws_at_once, free_on_gpu, step_needs
 
 RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a sweep trains on each GPU in parallel
 
@@ -20,6 +20,7 @@ RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a s
 # px, 512 views and bf16, 22.4 GB are counted, and 33.6 GB kept free.
 MARGIN = 1.5
 CORRELATIONS = 6  # matrices (out, out) in fp32: correlation or covariance of the views, its square, and gradients
+ANGLES = 4  # values for each projection and knot of SIGReg, where the step is not compiled
 WORKSPACES = 3_000_000_000  # bytes of cuDNN, cuBLAS and NCCL, of CUDA graphs, and of the first comparison of kernels
 SMALL = 1 / 16  # of the free memory: whether a set up to this stays there makes no difference to training
 
@@ -70,10 +71,12 @@ def estimate_training(recipe: Recipe, dtype: torch.dtype | None, processes: int)
                 activations += projected * saved_bytes(projector, (width,), dtype)
         except RuntimeError:
             return None
-    # The objective keeps those of every draw that it takes at once.
-    draws = recipe.embedding.chunk or recipe.embedding.samples if recipe.embedding.stochastic != "none" else 1
-    correlations = CORRELATIONS * draws * 4 * recipe.model.projector.out**2
-    return counted + int(MARGIN * activations) + correlations + WORKSPACES
+    # The objective keeps the values of every draw that it takes at once.
+    values_of_a_draw = CORRELATIONS * recipe.model.projector.out**2
+    if isinstance(recipe.objective, SIGRegConfig):
+        values_of_a_draw = ANGLES * views * recipe.objective.slices * recipe.objective.knots
+    of_objective = FP32 * draws_at_once(recipe) * values_of_a_draw
+    return counted + int(MARGIN * activations) + of_objective + WORKSPACES
 
 
 def saved_bytes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) -> int:

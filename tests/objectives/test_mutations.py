@@ -19,13 +19,15 @@ import test_total_loss
 import torch
 
 from fastssl.models import DiagonalGaussian, MixtureOfGaussians, SSLModel, StandardNormal, projector, sync_bn
-from fastssl.objectives import byol_loss, metrics, simclr_loss
+from fastssl.objectives import byol_loss, metrics, sigreg, simclr_loss
 from fastssl.objectives.barlow_twins import correlation_errors
+from fastssl.objectives.batch import distance_from_mean_view, random_directions
 from fastssl.objectives.vicreg import unweighted_terms
 from fastssl.training.optim import LAMB, LARS
 
 BARLOW = lambda unbiased: lambda: test_objectives.test_barlow_twins_equals_its_formula(5e-3, unbiased, 1e-5, (7, 4))  # noqa: E731
 VICREG = lambda center: lambda: test_objectives.test_vicreg_equals_its_formula(2.0, 3.0, 5.0, 1.5, 0.0, center, (3, 7))  # noqa: E731
+SIGREG = lambda: test_objectives.test_sigreg_equals_its_formula(0.7, 9, 5.0, (7, 4))  # noqa: E731
 DRAWS = lambda: test_projector.test_draws_equal_the_loop({}, 4)  # noqa: E731
 
 
@@ -54,6 +56,14 @@ MUTATIONS = [  # function, a part of its source, the mistake that replaces it, t
     (simclr_loss, "one_hot, -torch.inf", "one_hot, 0.0", lambda: test_objectives.test_simclr_equals_its_formula(0.7)),
     (simclr_loss, "log_p.logsumexp(0) - math.log(len(log_p))", "log_p.mean(0)",
      test_objectives.test_mcinfonce_averages_probabilities_over_draws),
+    (sigreg.sigreg_loss, "return (1 - lambd) * invariance", "return invariance", SIGREG),
+    (distance_from_mean_view, "z.mean(0)", "z.flip(0)", SIGREG),
+    (sigreg.unweighted_terms, "2 * n * torch", "2 * torch", SIGREG),
+    (sigreg.unweighted_terms, "2 * n * torch", "n * torch", SIGREG),
+    (sigreg.unweighted_terms, "distance * normal_T", "distance", SIGREG),
+    (sigreg.unweighted_terms, "/ (knots - 1)", "/ knots", SIGREG),
+    (sigreg.unweighted_terms, " + imaginary.square()", "", SIGREG),
+    (random_directions, "unit(normals", "(normals", test_objectives.test_directions_are_unit_vectors_by_counter),
     (byol_loss, "stack_views(t2, t1)", "stack_views(t1, t2)", test_objectives.test_byol_equals_its_formula),
     # KL: a sum over dimensions, a mean over images, over the draws that the objective saw.
     (DiagonalGaussian.kl_to, "self.log_var).sum(-1)", "self.log_var).mean(-1)",

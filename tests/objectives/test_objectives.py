@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from fastssl.models import ViewOutput
-from fastssl.objectives import barlow_twins_loss, byol_loss, cross_entropy_loss, simclr_loss, vicreg_loss
+from fastssl.objectives import (
+    barlow_twins_loss,
+    byol_loss,
+    cross_entropy_loss,
+    sigreg_loss,
+    simclr_loss,
+    vicreg_loss,
+)
+from fastssl.objectives.batch import random_directions
 from fastssl.objectives.total import TERMS
-from fastssl.recipe import OBJECTIVES, BarlowTwinsConfig, VICRegConfig
+from fastssl.recipe import OBJECTIVES, BarlowTwinsConfig, SIGRegConfig, SlicedConfig, VICRegConfig
 from fastssl.training.schedule import target_momentum
 
-LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss]
+LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss, sigreg_loss]
 # float64 on both sides, a few hundred additions in another order: 1e-12 is 10^4 roundings.
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 
@@ -59,8 +67,9 @@ def vicreg_reference(z1, z2, inv, var, cov, gamma, eps, center):
 
 
 def terms_of(config, *zs):
-    """The weighted terms of an objective, from embeddings only."""
-    return TERMS[config.name](tuple(ViewOutput(z, z, {}, None) for z in zs), config)
+    """The weighted terms of an objective, from embeddings only, at the first step of a run with seed 0."""
+    directions = [random_directions(0, 0, config.slices, zs[0])] if isinstance(config, SlicedConfig) else []
+    return TERMS[config.name](tuple(ViewOutput(z, z, {}, None) for z in zs), config, *directions)
 
 
 SHAPES = [(7, 4), (3, 7)]  # many samples for the dimensions and few: products of D x D or of B x B
@@ -141,6 +150,63 @@ def test_byol_momentum_grows_from_its_start_to_one():
     assert target_momentum(100, 100, 0.99) == 1
 
 
+def sigreg_reference(z1, z2, directions, lambd, knots, t_max):
+    B, D = z1.shape
+    center = (z1 + z2) / 2
+    invariance = sum(((z[b] - center[b]) ** 2).sum() for z in (z1, z2) for b in range(B)) / (2 * B * D)
+    statistics = []
+    for z, direction in itertools.product((z1, z2), directions):
+        x = [z[b] @ direction for b in range(B)]
+        integrand = []
+        for t in np.linspace(-t_max, t_max, 2 * knots - 1):
+            empirical = sum(np.exp(1j * t * x[b]) for b in range(B)) / B
+            integrand.append(abs(empirical - np.exp(-(t**2) / 2)) ** 2 * np.exp(-(t**2) / 2))
+        width = t_max / (knots - 1)
+        statistics.append(B * width * sum((a + b) / 2 for a, b in itertools.pairwise(integrand)))
+    return (1 - lambd) * invariance + lambd * np.mean(statistics)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("knots, t_max", [(17, 3.0), (9, 5.0), (2, 1.0)])
+@pytest.mark.parametrize("lambd", [0.05, 0.7, 0.0, 1.0])
+def test_sigreg_equals_its_formula(lambd, knots, t_max, shape):
+    z1, z2 = two_views(*shape)
+    directions = random_directions(3, 8, 5, z1).double()
+    got = sigreg_loss(z1, z2, slices=5, lambd=lambd, knots=knots, t_max=t_max, seed=3, step=8)
+    want = sigreg_reference(z1.numpy(), z2.numpy(), directions.numpy(), lambd, knots, t_max)
+    np.testing.assert_allclose(got.item(), want, **CLOSE)
+
+
+def test_sigreg_is_least_for_a_standard_normal():
+    """Close to its expectation there: the mean of |phi_n - phi|^2 is (1 - phi^2) / n."""
+    normal = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    phi = (-t.square() / 2).exp()
+    expected = torch.trapezoid((1 - phi.square()) * phi, t)
+    value = sigreg_loss(*normal, lambd=1)
+    torch.testing.assert_close(value, expected, rtol=0.1, atol=0)
+    worse = [0.8 * normal, 1.25 * normal, normal + 0.2, normal.sign() * 1.0, normal[..., :1].expand_as(normal)]
+    assert all(sigreg_loss(*z, lambd=1) > 2 * value for z in worse)
+
+
+def test_directions_are_unit_vectors_by_counter():
+    z = torch.zeros(2, 5)
+    directions = random_directions(3, 8, 4000, z)
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(4000))
+    # Uniform on the sphere: mean 0 and covariance I / D, to 4 standard errors.
+    assert directions.mean(0).abs().max() < 4 * (1 / 5 / 4000) ** 0.5
+    assert (directions.T @ directions / 4000 - torch.eye(5) / 5).abs().max() < 4 * (0.2 / 4000) ** 0.5
+    assert torch.equal(random_directions(3, torch.tensor(8), 10, z), directions[:10])  # whatever their number
+    for seed, step in ((3, 9), (4, 8)):
+        assert (random_directions(seed, step, 10, z) - directions[:10]).abs().max() > 0.1
+
+
+def test_sigreg_draws_other_directions_at_another_step():
+    z1, z2 = two_views(7, 4)
+    values = {sigreg_loss(z1, z2, slices=5, step=step).item() for step in range(4)}
+    assert len(values) == 4
+
+
 def test_defaults_are_the_published_values():
     z1, z2 = two_views(7, 4)
     a, b = z1.numpy(), z2.numpy()
@@ -163,6 +229,7 @@ def test_perfect_embeddings_have_loss_zero():
     [
         (barlow_twins_loss, BarlowTwinsConfig(), {"on_diagonal", "off_diagonal"}),
         (vicreg_loss, VICRegConfig(), {"invariance", "variance", "covariance"}),
+        (sigreg_loss, SIGRegConfig(), {"invariance", "sigreg"}),
     ],
 )
 def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
@@ -173,6 +240,10 @@ def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
     if config.name == "vicreg":
         doubled = terms_of(VICRegConfig(inv=50.0, var=50.0, cov=2.0), z1, z2)
         assert all(doubled[name].item() == 2 * parts[name].item() for name in names)
+    elif config.name == "sigreg":
+        doubled = terms_of(SIGRegConfig(lambd=0.1), z1, z2)
+        assert doubled["sigreg"].item() == 2 * parts["sigreg"].item()
+        assert doubled["invariance"].item() == pytest.approx(0.9 / 0.95 * parts["invariance"].item(), rel=1e-12)
     else:
         doubled = terms_of(BarlowTwinsConfig(lambd=1e-2), z1, z2)
         assert doubled["off_diagonal"].item() == 2 * parts["off_diagonal"].item()
@@ -181,18 +252,19 @@ def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
 
 FUNCTIONS = {
     "barlow_twins": barlow_twins_loss, "vicreg": vicreg_loss, "simclr": simclr_loss, "byol": byol_loss,
-    "supervised": cross_entropy_loss,
+    "sigreg": sigreg_loss, "supervised": cross_entropy_loss,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_defaults_of_the_recipe_and_of_the_function_are_equal(name):
-    """The function's gather is None, which means the same as True: over all processes."""
+    """The function's gather is None, which means the same as True: over all processes. Seed and step are the run's."""
     assert TERMS.keys() == OBJECTIVES.keys() == FUNCTIONS.keys()
     fields = {key: field.default for key, field in OBJECTIVES[name].model_fields.items() if key != "name"}
     arguments = inspect.signature(FUNCTIONS[name]).parameters.values()
     defaults = {p.name: p.default for p in arguments if p.kind is p.KEYWORD_ONLY}
     assert fields.pop("gather") is True and defaults.pop("gather") is None
+    assert (defaults.pop("seed", 0), defaults.pop("step", 0)) == (0, 0)
     of_the_model = {"momentum", "predictor_hidden", "classes"}
     assert {key: value for key, value in fields.items() if key not in of_the_model} == defaults
 
@@ -237,7 +309,9 @@ def test_fp32_under_autocast_and_for_half_inputs(loss):
 
 
 @pytest.mark.parametrize("B, D", [(64, 256), (1024, 32)])
-@pytest.mark.parametrize("config", [BarlowTwinsConfig(), VICRegConfig()], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config", [BarlowTwinsConfig(), VICRegConfig(), SIGRegConfig()], ids=lambda config: config.name
+)
 def test_fp32_is_precise_enough(config, B, D):
     z1, z2 = two_views(B, D)
     exact = terms_of(config, z1, z2)

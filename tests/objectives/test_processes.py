@@ -26,6 +26,7 @@ from fastssl.objectives import (
     barlow_twins_loss,
     byol_loss,
     cross_entropy_loss,
+    sigreg_loss,
     simclr_loss,
     vicreg_loss,
 )
@@ -73,6 +74,7 @@ LOSSES = [
     (vicreg_loss, {"center": True}),
     (simclr_loss, {}),
     (simclr_loss, {"over_draws": "log_mean_exp"}),
+    (sigreg_loss, {"slices": 30, "step": 5}),
     (byol_against_fixed_targets, {}),
     (cross_entropy_of_fixed_labels, {}),
 ]
@@ -147,7 +149,7 @@ def check_collectives(rank, world):
         barlow_twins_loss(*one_each, gather=False)
     unequal = views(3, 9, 5)[:, :, : 4 if rank else 5]
     by_sample = byol_against_fixed_targets, cross_entropy_of_fixed_labels
-    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, *by_sample):
+    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, sigreg_loss, *by_sample):
         with pytest.raises(ValueError, match="batches of one size"):
             loss(*unequal)
 
@@ -180,6 +182,7 @@ MODELS = [
     ({"name": "vicreg"}, {"stochastic": "hz", "chunk": 2}),
     ({"name": "simclr"}, {"stochastic": "z", "prior": "vamp"}),
     ({"name": "byol", "predictor_hidden": 16}, {"stochastic": "h"}),
+    ({"name": "sigreg", "slices": 30}, {"stochastic": "h", "chunk": 2}),
     ({"name": "supervised", "classes": 5}, {"stochastic": "h", "prior": "mixture"}),
 ]
 

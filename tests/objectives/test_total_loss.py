@@ -6,7 +6,7 @@ from small_models import recipe_of
 
 from fastssl.common.errors import UserError
 from fastssl.models import DiagonalGaussian, Draws, StandardNormal, ViewOutput
-from fastssl.objectives import TotalLoss, barlow_twins_loss
+from fastssl.objectives import TotalLoss, barlow_twins_loss, sigreg_loss
 from fastssl.recipe import Recipe, load_recipe
 
 B, D, S = 5, 4, 3
@@ -98,6 +98,17 @@ def test_sigma_metrics():
     assert not any(terms[name].requires_grad for name in terms.keys() - learned_from)
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_directions_are_those_of_seed_and_step_whatever_the_chunk(chunk):
+    first, second = view(0), view(1)
+    recipe = recipe_of({"name": "sigreg", "slices": 5}, {"stochastic": "z", "chunk": chunk})
+    recipe = recipe.model_copy(update={"seed": 7})
+    for step in (0, 9):
+        terms = TotalLoss(recipe)((first, second), {"z": StandardNormal()}, torch.tensor(step))
+        want = sigreg_loss(first.z, second.z, slices=5, seed=7, step=step)
+        torch.testing.assert_close(terms["invariance"] + terms["sigreg"], want)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -107,11 +118,15 @@ def test_sigma_metrics():
         ("embedding.stochastic=zh", "hz"),
         ("embedding={stochastic: z, prior: vamp, mixture_mode: per_dim}", "always joint"),
         ("embedding={stochastic: hz, prior: mixture, mixture_mode: reference}", "joint or per_dim"),
-        ("objective={name: byol, lambd: 1}", "objective.lambd belongs to barlow_twins: .* .objective={name: byol}"),
-        ("objective.name=simclr", "objective.lambd belongs to barlow_twins: .* .objective={name: simclr}"),
+        (
+            "objective={name: byol, lambd: 1}",
+            "objective.lambd belongs to barlow_twins or sigreg: .* .objective={name: byol}",
+        ),
+        ("objective.name=simclr", "objective.lambd belongs to barlow_twins or sigreg: .* .objective={name: simclr}"),
+        ("objective={name: sigreg, lambd: 2}", "objective.lambd must be 1 or less, got 2"),
         ("objective={name: simclr, temprature: 1}", "objective.temprature: did you mean objective.temperature"),
         ("optim.options.foo=abc", "optim.options.foo must be a number, true, false or a list of numbers, got 'abc'"),
-        ("objective={lambd: 1}", "barlow_twins, vicreg, simclr, byol or supervised"),
+        ("objective={lambd: 1}", "barlow_twins, vicreg, simclr, byol, sigreg or supervised"),
     ],
 )
 def test_contradictory_keys_are_refused(override, message):

@@ -23,7 +23,8 @@ from fastssl.training.step_log import CountWarning
 RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml") if "sweeps" not in path.parts)
 TERMS = {
     "barlow_twins": ["on_diagonal", "off_diagonal"], "vicreg": ["invariance", "variance", "covariance"],
-    "simclr": ["nt_xent"], "byol": ["prediction"], "supervised": ["cross_entropy"],
+    "simclr": ["nt_xent"], "byol": ["prediction"], "sigreg": ["invariance", "sigreg"],
+    "supervised": ["cross_entropy"],
 }  # fmt: skip
 UNCERTAINTY = ("kl", "kl_per_dim", "sigma", "sigma_min", "sigma_max", "sigma_clamped")
 
@@ -137,7 +138,7 @@ def test_every_term_of_the_loss_has_a_name(path):
     recipe = load_recipe(path)
     views = tuple(random_view(recipe) for _ in range(recipe.objective.num_views))
     priors = torch.nn.ModuleDict({space: StandardNormal() for space in views[0].draws})
-    logged = set(TotalLoss(recipe)(views, priors, torch.zeros(())))
+    logged = set(TotalLoss(recipe)(views, priors, torch.zeros((), dtype=torch.int64)))
     assert logged <= set(metrics_of(recipe))
 
 

@@ -54,6 +54,7 @@ def recipe_of(*overrides: str, name: str = "zprob_barlow"):
         (["embedding.samples=1000000000"], "embedding.samples or train.batch_size"),
         (["embedding={stochastic: hz, samples: 1000000}"], "embedding.samples or train.batch_size"),
         (["train.batch_size=1000000000"], "train.batch_size"),
+        (["objective={name: sigreg, slices: 1000000}"], "objective.slices"),
         (["views.size=4096", "train.batch_size=4096"], "views.size"),
         (["model.backbone=vit_7b_patch16_dinov3", "views.size=224"], "choose a smaller model.backbone"),
     ],

@@ -77,7 +77,15 @@ BEYOND = {
     "hz": ["embedding={stochastic: hz, samples: 3, prior: vamp, mixture_components: 3}"],
     "simclr": ["objective={name: simclr, over_draws: log_mean_exp}", "embedding={stochastic: z, samples: 3}"],
     "byol": ["objective={name: byol, predictor_hidden: 32}", "embedding={stochastic: h, samples: 3, chunk: 2}"],
+    "sigreg": ["objective={name: sigreg, slices: 16}", "embedding={stochastic: h, samples: 3, chunk: 2}"],
 }
+LOSS_TERMS = {
+    "hz": ["on_diagonal", "off_diagonal"],
+    "simclr": ["nt_xent"],
+    "byol": ["prediction"],
+    "sigreg": ["invariance", "sigreg"],
+}
+SPACES = {"hz": "hz", "simclr": "z", "byol": "h", "sigreg": "h"}
 
 
 @pytest.mark.parametrize("name", BEYOND)
@@ -85,9 +93,8 @@ def test_objectives_beyond_the_paper_train_log_and_reload(small, name):
     run = train(load_recipe("recipes/barlow.yaml", [*small, *BEYOND[name], "train.epochs=1", "log.rank_every=1"]))
     lines = metrics_of(run)
     for line in lines:
-        terms = {"hz": ["on_diagonal", "off_diagonal"], "simclr": ["nt_xent"], "byol": ["prediction"]}[name]
-        assert line["loss"] == pytest.approx(sum(line[term] for term in (*terms, "beta_kl")), rel=1e-5)
-        for space in {"hz": "hz", "simclr": "z", "byol": "h"}[name]:
+        assert line["loss"] == pytest.approx(sum(line[term] for term in (*LOSS_TERMS[name], "beta_kl")), rel=1e-5)
+        for space in SPACES[name]:
             sigmas = [line[f"{key}_{space}"] for key in ("sigma_min", "sigma", "sigma_max")]
             assert 0.01 <= sigmas[0] <= sigmas[1] <= sigmas[2] <= 5 and 0 <= line[f"sigma_clamped_{space}"] <= 1
             assert line[f"kl_per_dim_{space}"] > 0
