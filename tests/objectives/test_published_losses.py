@@ -1,4 +1,4 @@
-"""Our losses next to those of lightly, with the same random directions. `pip install lightly` runs it."""
+"""Our losses next to those of lightly, with the same random directions: `pip install --no-deps lightly==1.6.0`."""
 
 import pytest
 import torch
