@@ -8,7 +8,7 @@ from fastssl.evaluation.metric_info import chance_levels, explanations, metric_i
 from fastssl.evaluation.mutual_information import unreliable_quantities
 from fastssl.evaluation.ood import summarized_detectors
 from fastssl.evaluation.verdict import against_random_order
-from fastssl.export.source import EvaluationSummary, MeasuredDetector, MeasuredResult
+from fastssl.export.source import EvaluationSummary, MeasuredResult
 
 UNRELIABLE = "not reliable: a self-check failed"
 UPPER_BOUND = "chosen on these very images, so its AUROC is an upper bound"
@@ -78,9 +78,13 @@ def _chance(result: MeasuredResult, name: str) -> str:
 def _ood_rows(result: MeasuredResult) -> Iterator[CardRow]:
     """Yield the run's own uncertainty, the best score without labels and the best one with labels, as on the screen."""
     sets = {"near": result.near, "far": result.far}
-    for name, kinds in summarized_detectors(result.metrics).items():
+    inverted_on = {
+        name: [each for each, found in detector.sets.items() if found.inverted]
+        for name, detector in result.detectors.items()
+    }
+    inverted = [name for name, names in inverted_on.items() if names]
+    for name, kinds in summarized_detectors(result.metrics, inverted).items():
         found, remarks = [], []
-        detector = result.detectors.get(name, MeasuredDetector())
         for group, names in sets.items():
             key = f"{name} {group} auroc"
             if key not in result.metrics:
@@ -90,8 +94,8 @@ def _ood_rows(result: MeasuredResult) -> Iterator[CardRow]:
             found.append(f"{', '.join(names) or group} ({group}): {100 * result.metrics[key]:.1f} %{interval}")
             if name not in result.detectors and bounds and bounds[1] < 0.5:  # single sets are not known
                 remarks.append(f"inverted on {group} sets")
-        if inverted := [each for each, found in detector.sets.items() if found.inverted]:
-            remarks.append(f"inverted on {', '.join(inverted)}: do not use it there")
+        if inverted_on.get(name):
+            remarks.append(f"inverted on {', '.join(inverted_on[name])}: do not use it there")
         if any(kind.startswith("best") for kind in kinds):
             remarks.append(UPPER_BOUND)
         yield CardRow(f"AUROC of {name}, {', '.join(kinds)}", "; ".join(found), "; ".join(remarks))

@@ -521,14 +521,16 @@ def test_results_of_a_card_name_sets_and_flag_what_is_not_reliable():
     assert rows[1].value == "digits-8 (near): 90.0 % (89.0 to 91.0); photos, noise (far): 90.0 % (89.0 to 91.0)"
     upper = "chosen on these very images, so its AUROC is an upper bound"
     assert rows[0].remark == "inverted on near sets; inverted on far sets" and rows[1].remark == rows[2].remark == upper
-    # Single sets are inverted where the mean of the group is not.
+    # Single sets are inverted where the mean of the group is not: such a detector is not the best one.
     detectors = {
         "kmeans_ssd": {"sets": {"photos": {"inverted": False}, "noise": {"inverted": True, "metrics": {}}}},
-        "draws_disagreement": {"sets": {"digits-8": {"inverted": False}}},
+        "draws_disagreement": {"sets": {"digits-8": {"inverted": False}, "noise": {"inverted": True}}},
+        "vim": {"sets": {"digits-8": {"inverted": False}}},
     }
     flagged = MeasuredResult.model_validate(result.model_dump() | {"detectors": detectors})
     rows = list(card_rows(EvaluationSummary("ood", "ood-x.json", flagged, 800, "val.beton")))
-    assert rows[0].remark == "" and rows[1].remark == f"inverted on noise: do not use it there; {upper}"
+    assert [row.metric.split()[2] for row in rows] == ["draws_disagreement,", "knn_cosine,", "vim,"]
+    assert rows[0].remark == "inverted on noise: do not use it there" and rows[2].remark == upper
 
     result = MeasuredResult(
         metrics={"I(V;H) js": 5.123, "I(V;H) mine": 5.0, "I(V;Z) js": 4.0, "I(X;H) upper": 9.0},

@@ -139,9 +139,7 @@ def _rows(scores: Scores) -> int:
     return -(-len(scores) // COLUMNS)
 
 
-def _finish_panels(
-    body: "SubFigure", panels: np.ndarray, detectors: Sequence[tuple[str, DetectorResult]]
-) -> None:
+def _finish_panels(body: "SubFigure", panels: np.ndarray, detectors: Sequence[tuple[str, DetectorResult]]) -> None:
     """Title each panel by its detector and its AUROC, tint those that are inverted on any set, and add the legend."""
     for panel, (detector, row) in zip(panels, detectors):
         means = {group: row[group]["metrics"]["auroc"] for group in ("near", "far") if group in row}

@@ -1,6 +1,6 @@
 """Tables of OOD evaluations: the detectors of one run, or one column per run."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import cast
@@ -126,18 +126,19 @@ def _cells(row: DetectorResult, groups: Sequence[str], sets: Sequence[str], form
 def ood_summary(result: OODResult, width: int = 80) -> Table:
     """Show three detectors: the run's own uncertainty, the best one without labels and the best one with labels.
 
-    "Best" is the highest mean of the near and far AUROC. A deterministic run has no uncertainty of its own. width: the
-    columns of the terminal.
+    "Best" is the highest mean of the near and far AUROC, of the detectors that are inverted on no set. A deterministic
+    run has no uncertainty of its own. width: the columns of the terminal.
     """
     groups = [group for group in GROUPS if result[group]]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, caption=HOW_TO_READ, caption_justify="left")
     table.caption_style = "none"
     table.width = min(width, 80)
     table.add_column("", overflow="fold", min_width=8)
-    table.add_column("score", overflow="fold", ratio=1)
+    table.add_column("detector", overflow="fold", ratio=1)
     for group in groups:
         table.add_column(f"{group} AUROC" if width >= 60 else group, justify="right")
-    for name, kinds in summarized_detectors(result["metrics"]).items():
+    inverted = [name for name, row in result["detectors"].items() if inverted_sets(row)]
+    for name, kinds in summarized_detectors(result["metrics"], inverted).items():
         cells = []
         for group in groups:
             mean = group_mean(result["detectors"][name], group)
@@ -148,15 +149,19 @@ def ood_summary(result: OODResult, width: int = 80) -> Table:
     return table
 
 
-def summarized_detectors(metrics: dict[str, float]) -> dict[str, list[str]]:
-    """Choose three detectors by metrics such as "energy near auroc". Returns what each one is, by its name."""
+def summarized_detectors(metrics: dict[str, float], inverted: Collection[str]) -> dict[str, list[str]]:
+    """Choose three detectors by metrics such as "energy near auroc". Returns what each one is, by its name.
+
+    One that is `inverted` on some set is chosen only if all of its kind are.
+    """
     names = detectors_of(name for name in metrics if name.endswith(" auroc"))
     kinds: dict[str, list[str]] = {}
     if OWN_UNCERTAINTY in names:
         kinds[OWN_UNCERTAINTY] = ["own uncertainty"]
     for labels, kind in ((False, "best label-free"), (True, "best label-based")):
         if candidates := [name for name in names if (name in LABEL_BASED) == labels]:
-            kinds.setdefault(best_detector(metrics, candidates), []).append(kind)
+            sound = [name for name in candidates if name not in inverted]
+            kinds.setdefault(best_detector(metrics, sound or candidates), []).append(kind)
     return kinds
 
 
