@@ -19,7 +19,7 @@ help: ## list the targets
 setup: ## install what is missing: system packages, .venv, the FFCV wheel, fastssl
 	@scripts/setup.sh
 
-demo: setup ## train on 3,200 digits and show what was learned (two to four minutes on two cores)
+demo: setup ## train on 3,200 digits and show what was learned (two to five minutes on two cores)
 	@.venv/bin/python -m fastssl demo
 
 test: setup ## run the tests, in two processes

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 WIDTH_OF_FILES = 160  # columns of tables that go to a file or a pipe
@@ -167,7 +167,8 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
     size = 0
     title_column = TextColumn("{task.description}", markup=False)
     columns = title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    with Progress(*columns, _TimeColumn(), console=stderr, disable=not stderr.is_terminal) as bar:
+    time_column = _TimeColumn(table_column=Column(no_wrap=True))  # where the line is long, the bar is shorter
+    with Progress(*columns, time_column, console=stderr, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(printable(title), total=total, completed=done, rate="")
 
         def advance(count: int = 1, size_B: int = 0) -> None:
