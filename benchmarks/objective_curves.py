@@ -32,11 +32,14 @@ VARIANTS = {  # recipe and overrides
     "byol": ("cifar10/barlow", ["objective={name: byol, momentum: 0.99, predictor_hidden: 1024}"]),
     "sigreg": ("cifar10/sigreg", []),
     "hprob_sigreg": ("cifar10/hprob_sigreg", []),
+    "visreg": ("cifar10/visreg", []),
+    "zprob_visreg": ("cifar10/zprob_visreg", []),
     "reference_zprob_barlow": ("reference/cifar10_zprob_barlow", REFERENCE),
     "reference_zprob_vicreg": ("reference/cifar10_zprob_vicreg", REFERENCE),
 }
 TERMS = [
-    "on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent", "prediction", "sigreg", "beta_kl",
+    "on_diagonal", "off_diagonal", "invariance", "variance", "covariance", "nt_xent", "prediction", "sigreg",
+    "scale", "shape", "center", "beta_kl",
 ]  # fmt: skip
 BATCH = 128
 

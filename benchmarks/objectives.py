@@ -64,7 +64,20 @@ def naive_sigreg(z1: Tensor, z2: Tensor) -> Tensor:
     return loss
 
 
-NAIVE = {"barlow_twins": naive_barlow_twins, "vicreg": naive_vicreg, "sigreg": naive_sigreg}
+def naive_visreg(z1: Tensor, z2: Tensor) -> Tensor:
+    directions_KD = torch.nn.functional.normalize(torch.randn(4096, z1.shape[1], device=z1.device))
+    rank = torch.arange(1, len(z1) + 1, device=z1.device)
+    quantile = torch.special.ndtri(rank / (len(z1) + 1))
+    loss = 0.1 * (z1 - z2).square().mean() / 4
+    for z in (z1, z2):
+        mean, std = z.mean(0), z.std(0, correction=0)
+        ordered = ((z - mean) / std.detach() @ directions_KD.T).sort(0).values
+        shape = (ordered - quantile[:, None]).square().mean()
+        loss = loss + 0.9 / 2 * ((std - 1).square().mean() + shape + mean.square().mean())
+    return loss
+
+
+NAIVE = {"barlow_twins": naive_barlow_twins, "vicreg": naive_vicreg, "sigreg": naive_sigreg, "visreg": naive_visreg}
 
 
 def recipe_of(objective: str, space: str, samples: int, chunk: int | None, size: int) -> Recipe:

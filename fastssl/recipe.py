@@ -287,6 +287,15 @@ class SIGRegConfig(SlicedConfig):
     t_max: Positive = 3.0  # the largest of these values; the least is 0
 
 
+class VISRegConfig(SlicedConfig):
+    name: Literal["visreg"] = "visreg"  # the objective
+    slices: Width = 4096  # random directions onto which the embeddings are projected
+    lambd: Probability = 0.9  # weight of the next three terms; that of the invariance term is 1 - lambd
+    scale: NonNegative = 1.0  # weight of the scale term
+    shape: NonNegative = 1.0  # weight of the shape term
+    center: NonNegative = 1.0  # weight of the center term
+
+
 class SupervisedConfig(ObjectiveConfig):
     """Cross-entropy on labels."""
 
@@ -303,7 +312,9 @@ class SupervisedConfig(ObjectiveConfig):
         return False  # the logits of the draws are averaged before the loss
 
 
-AnyObjective = BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SIGRegConfig | SupervisedConfig
+AnyObjective = (
+    BarlowTwinsConfig | VICRegConfig | SimCLRConfig | BYOLConfig | SIGRegConfig | VISRegConfig | SupervisedConfig
+)
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     kind.model_fields["name"].default: kind for kind in get_args(AnyObjective)
 }

@@ -264,6 +264,7 @@ BEYOND = {
     "simclr": ["objective={name: simclr, over_draws: log_mean_exp}", "embedding={stochastic: z, samples: 3}"],
     "byol": ["objective={name: byol, predictor_hidden: 64}", "embedding={stochastic: h, samples: 3}"],
     "sigreg": ["objective={name: sigreg, slices: 64}", "embedding={stochastic: h, samples: 3, chunk: 2}"],
+    "visreg": ["objective={name: visreg, slices: 64}", "embedding={stochastic: z, samples: 3}"],
     "supervised": ["objective={name: supervised, classes: 3}", "embedding={stochastic: h, samples: 3}"],
 }
 

@@ -23,7 +23,7 @@ CARD = "model_card.md"
 LIBRARY = {"timm": "timm", "safetensors": "fastssl", "onnx": "onnx"}
 OBJECTIVES = {
     "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR", "byol": "BYOL",
-    "sigreg": "LeJEPA (SIGReg)", "supervised": "cross-entropy",
+    "sigreg": "LeJEPA (SIGReg)", "visreg": "VISReg", "supervised": "cross-entropy",
 }  # fmt: skip
 UNKNOWN = "not recorded in the run"
 

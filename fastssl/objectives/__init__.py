@@ -1,6 +1,6 @@
 """Objectives: pure functions of the views' embeddings z, (B, D) or (S, B, D), computed in fp32.
 
-barlow_twins.py, vicreg.py, simclr.py, byol.py, sigreg.py, supervised.py    one objective each
+barlow_twins.py, vicreg.py, simclr.py, byol.py, sigreg.py, visreg.py, supervised.py    one objective each
 total.py      TotalLoss: the recipe's objective plus beta times the KL to the prior
 metrics.py    what training logs next to the loss: accuracy, sigma and KL, RankMe
 batch.py      what several objectives share: stacking the views, random directions, products over the batch
@@ -21,7 +21,9 @@ from fastssl.objectives.simclr import simclr_loss
 from fastssl.objectives.supervised import cross_entropy_loss
 from fastssl.objectives.total import TotalLoss
 from fastssl.objectives.vicreg import vicreg_loss
+from fastssl.objectives.visreg import visreg_loss
 
 __all__ = [
     "TotalLoss", "barlow_twins_loss", "byol_loss", "cross_entropy_loss", "sigreg_loss", "simclr_loss", "vicreg_loss",
+    "visreg_loss",
 ]  # fmt: skip

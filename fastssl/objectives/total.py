@@ -20,6 +20,7 @@ from fastssl.objectives.sigreg import sigreg_terms
 from fastssl.objectives.simclr import simclr_terms
 from fastssl.objectives.supervised import supervised_terms
 from fastssl.objectives.vicreg import vicreg_terms
+from fastssl.objectives.visreg import visreg_terms
 from fastssl.recipe import Recipe, SlicedConfig
 
 # The weighted terms of each objective, by objective.name. Each function takes the views' outputs and its own config
@@ -30,6 +31,7 @@ TERMS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "simclr": simclr_terms,
     "byol": byol_terms,
     "sigreg": sigreg_terms,
+    "visreg": visreg_terms,
     "supervised": supervised_terms,
 }
 

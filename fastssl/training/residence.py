@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastssl.beton.format import bc4_bytes
 from fastssl.beton.read import BetonInfo
 from fastssl.models.build import outline_model
-from fastssl.recipe import Recipe, SIGRegConfig
+from fastssl.recipe import Recipe, SIGRegConfig, VISRegConfig
 from fastssl.training.memory import FP32, draws_at_once, free_on_gpu, step_needs
 
 RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a sweep trains on each GPU in parallel
@@ -21,6 +21,7 @@ RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a s
 MARGIN = 1.5
 CORRELATIONS = 6  # matrices (out, out) in fp32: correlation or covariance of the views, its square, and gradients
 ANGLES = 4  # values for each projection and knot of SIGReg, where the step is not compiled
+SORTED = 8  # values for each projection of VISReg: before and after sorting, their places, and gradients
 WORKSPACES = 3_000_000_000  # bytes of cuDNN, cuBLAS and NCCL, of CUDA graphs, and of the first comparison of kernels
 SMALL = 1 / 16  # of the free memory: whether a set up to this stays there makes no difference to training
 
@@ -75,6 +76,8 @@ def estimate_training(recipe: Recipe, dtype: torch.dtype | None, processes: int)
     values_of_a_draw = CORRELATIONS * recipe.model.projector.out**2
     if isinstance(recipe.objective, SIGRegConfig):
         values_of_a_draw = ANGLES * views * recipe.objective.slices * recipe.objective.knots
+    elif isinstance(recipe.objective, VISRegConfig):
+        values_of_a_draw = SORTED * views * recipe.objective.slices
     of_objective = FP32 * draws_at_once(recipe) * values_of_a_draw
     return counted + int(MARGIN * activations) + of_objective + WORKSPACES
 

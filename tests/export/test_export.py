@@ -41,6 +41,7 @@ KINDS = {
     "hz": {"embedding": {"stochastic": "hz", "prior": "vamp", "mixture_components": 3}},
     "byol": {"embedding": {"stochastic": "z"}, "objective": {"name": "byol", "predictor_hidden": 16}},
     "sigreg": {"embedding": {"stochastic": "h"}, "objective": {"name": "sigreg"}},
+    "visreg": {"embedding": {"stochastic": "z"}, "objective": {"name": "visreg"}},
     "small": {"embedding": {"stochastic": "z"}, "model": {"stem": "small"}},
     "vit": {"embedding": {"stochastic": "z"}, "model": {"backbone": "test_vit", "init": "/home/someone/runs/first"}},
     "center": {"views": {"size": 32, "eval": "center"}},
@@ -151,7 +152,7 @@ def test_the_small_stem_is_refused_for_timm_and_exported_as_safetensors(checkpoi
         assert torch.equal(h, fastssl.load_encoder(checkpoint("small"))(images))
 
 
-@pytest.mark.parametrize("kind", ["z", "h", "hz", "byol", "sigreg", "vit"])
+@pytest.mark.parametrize("kind", ["z", "h", "hz", "byol", "sigreg", "visreg", "vit"])
 def test_safetensors_with_sigma_is_the_whole_model(checkpoint, images, tmp_path, kind):
     """`embed` and the priors are equal bit for bit. BYOL's training parts and this machine's folders are not in it."""
     path, original = tmp_path / "x.safetensors", fastssl.load_model(checkpoint(kind))

@@ -12,7 +12,7 @@ from fastssl.objectives import TotalLoss
 
 BARLOW = {"name": "barlow_twins"}
 BYOL = {"name": "byol", "predictor_hidden": 16}
-OBJECTIVES = [BARLOW, {"name": "vicreg"}, {"name": "simclr"}, BYOL, {"name": "sigreg"}]
+OBJECTIVES = [BARLOW, {"name": "vicreg"}, {"name": "simclr"}, BYOL, {"name": "sigreg"}, {"name": "visreg"}]
 SPACES = ["none", "z", "h", "hz"]
 B, S = 6, 3
 

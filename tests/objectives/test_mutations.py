@@ -19,7 +19,7 @@ import test_total_loss
 import torch
 
 from fastssl.models import DiagonalGaussian, MixtureOfGaussians, SSLModel, StandardNormal, projector, sync_bn
-from fastssl.objectives import byol_loss, metrics, sigreg, simclr_loss
+from fastssl.objectives import byol_loss, metrics, sigreg, simclr_loss, visreg
 from fastssl.objectives.barlow_twins import correlation_errors
 from fastssl.objectives.batch import distance_from_mean_view, random_directions
 from fastssl.objectives.vicreg import unweighted_terms
@@ -28,6 +28,7 @@ from fastssl.training.optim import LAMB, LARS
 BARLOW = lambda unbiased: lambda: test_objectives.test_barlow_twins_equals_its_formula(5e-3, unbiased, 1e-5, (7, 4))  # noqa: E731
 VICREG = lambda center: lambda: test_objectives.test_vicreg_equals_its_formula(2.0, 3.0, 5.0, 1.5, 0.0, center, (3, 7))  # noqa: E731
 SIGREG = lambda: test_objectives.test_sigreg_equals_its_formula(0.7, 9, 5.0, (7, 4))  # noqa: E731
+VISREG = lambda: test_objectives.test_visreg_equals_its_formula(0.4, (2.0, 3.0, 5.0), (7, 4))  # noqa: E731
 DRAWS = lambda: test_projector.test_draws_equal_the_loop({}, 4)  # noqa: E731
 
 
@@ -63,6 +64,14 @@ MUTATIONS = [  # function, a part of its source, the mistake that replaces it, t
     (sigreg.unweighted_terms, "distance * normal_T", "distance", SIGREG),
     (sigreg.unweighted_terms, "/ (knots - 1)", "/ knots", SIGREG),
     (sigreg.unweighted_terms, " + imaginary.square()", "", SIGREG),
+    (visreg.visreg_loss, "return (1 - lambd) * terms[0]", "return terms[0]", VISREG),
+    (visreg.unweighted_terms, "gather) / n\n        std", "gather) / (n - 1)\n        std", VISREG),
+    (visreg.unweighted_terms, "mean.square().mean()", "mean.square().sum()", VISREG),
+    (visreg.unweighted_terms, "zc / std.detach()", "z / std.detach()", VISREG),
+    (visreg.unweighted_terms, "zc / std.detach()", "zc / std",
+     test_objectives.test_visreg_gradients_against_finite_differences_with_fixed_deviations),
+    (visreg.unweighted_terms, "/ (n + 1)", "/ n - 0.5 / n", VISREG),
+    (visreg.unweighted_terms, ".sort(dim=-1).values", ".sort(dim=-2).values", VISREG),
     (random_directions, "unit(normals", "(normals", test_objectives.test_directions_are_unit_vectors_by_counter),
     (byol_loss, "stack_views(t2, t1)", "stack_views(t1, t2)", test_objectives.test_byol_equals_its_formula),
     # KL: a sum over dimensions, a mean over images, over the draws that the objective saw.

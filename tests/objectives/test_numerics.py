@@ -13,7 +13,14 @@ from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import clip_gradients, make_optimizer
 
 BYOL = {"name": "byol", "predictor_hidden": 16}
-OBJECTIVES = [{"name": "barlow_twins"}, {"name": "vicreg"}, {"name": "simclr"}, BYOL, {"name": "sigreg"}]
+OBJECTIVES = [
+    {"name": "barlow_twins"},
+    {"name": "vicreg"},
+    {"name": "simclr"},
+    BYOL,
+    {"name": "sigreg"},
+    {"name": "visreg"},
+]
 EMBEDDINGS = [
     {"stochastic": "none"},
     {"stochastic": "z"},

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from fastssl.models import ViewOutput
@@ -15,13 +16,14 @@ from fastssl.objectives import (
     sigreg_loss,
     simclr_loss,
     vicreg_loss,
+    visreg_loss,
 )
 from fastssl.objectives.batch import random_directions
 from fastssl.objectives.total import TERMS
-from fastssl.recipe import OBJECTIVES, BarlowTwinsConfig, SIGRegConfig, SlicedConfig, VICRegConfig
+from fastssl.recipe import OBJECTIVES, BarlowTwinsConfig, SIGRegConfig, SlicedConfig, VICRegConfig, VISRegConfig
 from fastssl.training.schedule import target_momentum
 
-LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss, sigreg_loss]
+LOSSES = [barlow_twins_loss, vicreg_loss, simclr_loss, sigreg_loss, visreg_loss]
 # float64 on both sides, a few hundred additions in another order: 1e-12 is 10^4 roundings.
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 
@@ -189,6 +191,71 @@ def test_sigreg_is_least_for_a_standard_normal():
     assert all(sigreg_loss(*z, lambd=1) > 2 * value for z in worse)
 
 
+def visreg_reference(z1, z2, directions, lambd, scale, shape, center, stds=None):
+    """stds: of both views, that the shape term divides by; None: those of the views."""
+    B, D = z1.shape
+    middle = (z1 + z2) / 2
+    invariance = sum(((z[b] - middle[b]) ** 2).sum() for z in (z1, z2) for b in range(B)) / (2 * B * D)
+    regularizer = 0.0
+    for v, z in enumerate((z1, z2)):
+        mean = z.sum(0) / B
+        std = np.sqrt(((z - mean) ** 2).sum(0) / B)
+        normalized = (z - mean) / (std if stds is None else stds[v])
+        distances = []
+        for direction in directions:
+            x = sorted(normalized[b] @ direction for b in range(B))
+            distances += [(x[i - 1] - scipy.stats.norm.ppf(i / (B + 1))) ** 2 for i in range(1, B + 1)]
+        regularizer += scale * np.mean((std - 1) ** 2) + shape * np.mean(distances) + center * np.mean(mean**2)
+    return (1 - lambd) * invariance + lambd * regularizer / 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (2.0, 3.0, 5.0), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize("lambd", [0.9, 0.4, 0.0, 1.0])
+def test_visreg_equals_its_formula(lambd, weights, shape):
+    z1, z2 = two_views(*shape)
+    directions = random_directions(3, 8, 5, z1).double()
+    weights = dict(zip(("scale", "shape", "center"), weights, strict=True))
+    got = visreg_loss(z1, z2, slices=5, lambd=lambd, **weights, seed=3, step=8)
+    want = visreg_reference(z1.numpy(), z2.numpy(), directions.numpy(), lambd, **weights)
+    np.testing.assert_allclose(got.item(), want, **CLOSE)
+
+
+def test_visreg_gradients_against_finite_differences_with_fixed_deviations():
+    """The shape term's gradient leaves out the deviations that it divides by."""
+    z1, z2 = (z.requires_grad_() for z in two_views(5, 3))
+    directions = random_directions(0, 0, 4, z1).double().numpy()
+    a, b = z1.detach().numpy(), z2.detach().numpy()
+    stds = [np.std(z, axis=0) for z in (a, b)]
+    visreg_loss(z1, z2, slices=4, lambd=0.7).backward()
+    for view, i, d in itertools.product(range(2), range(5), range(3)):
+        values = []
+        for delta in (1e-6, -1e-6):
+            moved = [a.copy(), b.copy()]
+            moved[view][i, d] += delta
+            values.append(visreg_reference(*moved, directions, 0.7, 1.0, 1.0, 1.0, stds))
+        slope = (values[0] - values[1]) / 2e-6
+        assert (z1, z2)[view].grad[i, d].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+def test_visreg_pulls_collapsed_features_apart():
+    """The gradient of its regularizer does not vanish as features shrink, unlike SIGReg's; the shape is kept."""
+    z = two_views(64, 8)[0]
+    shrunk = (1e-3 * (z - z.mean(0))).requires_grad_()
+    gradients = [
+        torch.autograd.grad(loss(shrunk, shrunk, lambd=1, slices=64), shrunk)[0].norm()
+        for loss in (visreg_loss, sigreg_loss)
+    ]
+    assert gradients[0] > 10 * gradients[1]
+
+
+@pytest.mark.parametrize("loss", [sigreg_loss, visreg_loss])
+def test_the_directions_are_those_of_the_step(loss):
+    z1, z2 = two_views(7, 4)
+    values = {loss(z1, z2, slices=5, step=step).item() for step in range(4)}
+    assert len(values) == 4
+
+
 def test_directions_are_unit_vectors_by_counter():
     z = torch.zeros(2, 5)
     directions = random_directions(3, 8, 4000, z)
@@ -199,12 +266,6 @@ def test_directions_are_unit_vectors_by_counter():
     assert torch.equal(random_directions(3, torch.tensor(8), 10, z), directions[:10])  # whatever their number
     for seed, step in ((3, 9), (4, 8)):
         assert (random_directions(seed, step, 10, z) - directions[:10]).abs().max() > 0.1
-
-
-def test_sigreg_draws_other_directions_at_another_step():
-    z1, z2 = two_views(7, 4)
-    values = {sigreg_loss(z1, z2, slices=5, step=step).item() for step in range(4)}
-    assert len(values) == 4
 
 
 def test_defaults_are_the_published_values():
@@ -230,6 +291,7 @@ def test_perfect_embeddings_have_loss_zero():
         (barlow_twins_loss, BarlowTwinsConfig(), {"on_diagonal", "off_diagonal"}),
         (vicreg_loss, VICRegConfig(), {"invariance", "variance", "covariance"}),
         (sigreg_loss, SIGRegConfig(), {"invariance", "sigreg"}),
+        (visreg_loss, VISRegConfig(), {"invariance", "scale", "shape", "center"}),
     ],
 )
 def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
@@ -240,6 +302,10 @@ def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
     if config.name == "vicreg":
         doubled = terms_of(VICRegConfig(inv=50.0, var=50.0, cov=2.0), z1, z2)
         assert all(doubled[name].item() == 2 * parts[name].item() for name in names)
+    elif config.name == "visreg":
+        doubled = terms_of(VISRegConfig(lambd=0.9, scale=2.0, shape=2.0, center=2.0), z1, z2)
+        assert all(doubled[name].item() == 2 * parts[name].item() for name in names - {"invariance"})
+        assert doubled["invariance"].item() == parts["invariance"].item()
     elif config.name == "sigreg":
         doubled = terms_of(SIGRegConfig(lambd=0.1), z1, z2)
         assert doubled["sigreg"].item() == 2 * parts["sigreg"].item()
@@ -252,7 +318,7 @@ def test_terms_are_weighted_and_sum_to_the_loss(loss, config, names):
 
 FUNCTIONS = {
     "barlow_twins": barlow_twins_loss, "vicreg": vicreg_loss, "simclr": simclr_loss, "byol": byol_loss,
-    "sigreg": sigreg_loss, "supervised": cross_entropy_loss,
+    "sigreg": sigreg_loss, "visreg": visreg_loss, "supervised": cross_entropy_loss,
 }  # fmt: skip
 
 
@@ -286,7 +352,7 @@ def test_draws_are_averaged(loss):
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 7), (2, 5, 3), (2, 3, 7)])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss is not visreg_loss])
 def test_gradients_against_finite_differences(loss, shape):
     views = [z.requires_grad_() for z in two_views(*shape)]
     assert torch.autograd.gradcheck(loss, views)
@@ -310,7 +376,7 @@ def test_fp32_under_autocast_and_for_half_inputs(loss):
 
 @pytest.mark.parametrize("B, D", [(64, 256), (1024, 32)])
 @pytest.mark.parametrize(
-    "config", [BarlowTwinsConfig(), VICRegConfig(), SIGRegConfig()], ids=lambda config: config.name
+    "config", [BarlowTwinsConfig(), VICRegConfig(), SIGRegConfig(), VISRegConfig()], ids=lambda config: config.name
 )
 def test_fp32_is_precise_enough(config, B, D):
     z1, z2 = two_views(B, D)

@@ -29,6 +29,7 @@ from fastssl.objectives import (
     sigreg_loss,
     simclr_loss,
     vicreg_loss,
+    visreg_loss,
 )
 from fastssl.training.guard import FiniteGuard
 from fastssl.training.optim import make_optimizer
@@ -75,6 +76,7 @@ LOSSES = [
     (simclr_loss, {}),
     (simclr_loss, {"over_draws": "log_mean_exp"}),
     (sigreg_loss, {"slices": 30, "step": 5}),
+    (visreg_loss, {"slices": 30, "step": 5}),  # 30 directions do not divide by four processes
     (byol_against_fixed_targets, {}),
     (cross_entropy_of_fixed_labels, {}),
 ]
@@ -149,7 +151,7 @@ def check_collectives(rank, world):
         barlow_twins_loss(*one_each, gather=False)
     unequal = views(3, 9, 5)[:, :, : 4 if rank else 5]
     by_sample = byol_against_fixed_targets, cross_entropy_of_fixed_labels
-    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, sigreg_loss, *by_sample):
+    for loss in (barlow_twins_loss, vicreg_loss, simclr_loss, sigreg_loss, visreg_loss, *by_sample):
         with pytest.raises(ValueError, match="batches of one size"):
             loss(*unequal)
 
@@ -183,6 +185,7 @@ MODELS = [
     ({"name": "simclr"}, {"stochastic": "z", "prior": "vamp"}),
     ({"name": "byol", "predictor_hidden": 16}, {"stochastic": "h"}),
     ({"name": "sigreg", "slices": 30}, {"stochastic": "h", "chunk": 2}),
+    ({"name": "visreg", "slices": 30}, {"stochastic": "z"}),
     ({"name": "supervised", "classes": 5}, {"stochastic": "h", "prior": "mixture"}),
 ]
 

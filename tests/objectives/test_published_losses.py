@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl.objectives import sigreg_loss
+from fastssl.objectives import sigreg_loss, visreg_loss
 from fastssl.objectives.batch import random_directions
 
 
@@ -29,3 +29,12 @@ def test_sigreg_is_lightlys(monkeypatch):
     both = torch.stack(views)
     theirs = lejepa_loss.LeJEPALoss(sigreg_num_vectors=100)(local_proj=both, global_proj=both)
     assert_equal_losses_and_gradients(sigreg_loss(*views, slices=100, step=4), theirs, views)
+
+
+def test_visreg_is_lightlys(monkeypatch):
+    """lightly adds 1e-4 to the deviations, as the paper does; the authors' code and we do not."""
+    visreg = pytest.importorskip("lightly.loss.visreg_loss")
+    views = views_and_directions(monkeypatch, slices=100)
+    both = torch.stack(views)
+    theirs = visreg.VISRegLoss(num_slices=100, eps=1e-12)(local_proj=both, global_proj=both)
+    assert_equal_losses_and_gradients(visreg_loss(*views, slices=100, step=4), theirs, views)

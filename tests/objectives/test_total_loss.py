@@ -120,13 +120,16 @@ def test_directions_are_those_of_seed_and_step_whatever_the_chunk(chunk):
         ("embedding={stochastic: hz, prior: mixture, mixture_mode: reference}", "joint or per_dim"),
         (
             "objective={name: byol, lambd: 1}",
-            "objective.lambd belongs to barlow_twins or sigreg: .* .objective={name: byol}",
+            "objective.lambd belongs to barlow_twins, sigreg or visreg: .* .objective={name: byol}",
         ),
-        ("objective.name=simclr", "objective.lambd belongs to barlow_twins or sigreg: .* .objective={name: simclr}"),
+        (
+            "objective.name=simclr",
+            "objective.lambd belongs to barlow_twins, sigreg or visreg: .* .objective={name: simclr}",
+        ),
         ("objective={name: sigreg, lambd: 2}", "objective.lambd must be 1 or less, got 2"),
         ("objective={name: simclr, temprature: 1}", "objective.temprature: did you mean objective.temperature"),
         ("optim.options.foo=abc", "optim.options.foo must be a number, true, false or a list of numbers, got 'abc'"),
-        ("objective={lambd: 1}", "barlow_twins, vicreg, simclr, byol, sigreg or supervised"),
+        ("objective={lambd: 1}", "barlow_twins, vicreg, simclr, byol, sigreg, visreg or supervised"),
     ],
 )
 def test_contradictory_keys_are_refused(override, message):

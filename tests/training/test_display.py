@@ -24,6 +24,7 @@ RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml") if "sweep
 TERMS = {
     "barlow_twins": ["on_diagonal", "off_diagonal"], "vicreg": ["invariance", "variance", "covariance"],
     "simclr": ["nt_xent"], "byol": ["prediction"], "sigreg": ["invariance", "sigreg"],
+    "visreg": ["invariance", "scale", "shape", "center"],
     "supervised": ["cross_entropy"],
 }  # fmt: skip
 UNCERTAINTY = ("kl", "kl_per_dim", "sigma", "sigma_min", "sigma_max", "sigma_clamped")

@@ -81,7 +81,15 @@ def test_imagenet_in_blocks_is_resident_on_141_gb_and_beside_resnet_18_on_80_gb(
 
 @pytest.mark.parametrize(
     "name",
-    ["supervised", "hprob_vicreg", "beyond/byol", "beyond/zprob_simclr", "beyond/hzprob_barlow", "beyond/hprob_sigreg"],
+    [
+        "supervised",
+        "hprob_vicreg",
+        "beyond/byol",
+        "beyond/zprob_simclr",
+        "beyond/hzprob_barlow",
+        "beyond/hprob_sigreg",
+        "beyond/zprob_visreg",
+    ],
 )
 def test_every_objective_has_an_estimate_above_the_lower_limit(name):
     recipe = recipe_of("model.backbone=test_resnet", "views.size=32", name=name)

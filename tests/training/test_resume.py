@@ -59,6 +59,7 @@ VARIANTS = {
         "optim.head_lr_factor=10",
     ],
     "beyond/hprob_sigreg": ["objective.slices=16", "embedding.samples=3"],
+    "beyond/zprob_visreg": ["objective.slices=16", "embedding.samples=3"],
     "beyond/byol": ["objective.predictor_hidden=32", "embedding={stochastic: h, samples: 3}", "optim.name=lamb"],
 }
 

@@ -78,14 +78,16 @@ BEYOND = {
     "simclr": ["objective={name: simclr, over_draws: log_mean_exp}", "embedding={stochastic: z, samples: 3}"],
     "byol": ["objective={name: byol, predictor_hidden: 32}", "embedding={stochastic: h, samples: 3, chunk: 2}"],
     "sigreg": ["objective={name: sigreg, slices: 16}", "embedding={stochastic: h, samples: 3, chunk: 2}"],
+    "visreg": ["objective={name: visreg, slices: 16}", "embedding={stochastic: z, samples: 3}"],
 }
 LOSS_TERMS = {
     "hz": ["on_diagonal", "off_diagonal"],
     "simclr": ["nt_xent"],
     "byol": ["prediction"],
     "sigreg": ["invariance", "sigreg"],
+    "visreg": ["invariance", "scale", "shape", "center"],
 }
-SPACES = {"hz": "hz", "simclr": "z", "byol": "h", "sigreg": "h"}
+SPACES = {"hz": "hz", "simclr": "z", "byol": "h", "sigreg": "h", "visreg": "z"}
 
 
 @pytest.mark.parametrize("name", BEYOND)
