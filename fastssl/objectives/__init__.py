@@ -8,9 +8,10 @@ batch.py      what several objectives share: stacking the views, random directio
 To add an objective:
 
 1. recipe.py: a subclass of ObjectiveConfig with its `name`, its keys and their defaults, and the values of num_views,
-   needs_labels and has_projector that differ. Add it to AnyObjective.
+   needs_labels and has_projector that differ; of SlicedConfig, if it projects onto random directions. Add it to
+   AnyObjective.
 2. objectives/NAME.py: the loss as a pure function of tensors, and NAME_terms(views, config), which returns the weighted
-   terms by the names under which they are logged; they sum to the loss.
+   terms by the names under which they are logged; they sum to the loss. With a SlicedConfig it also takes directions.
 3. objectives/total.py: one line in TERMS.
 """
 

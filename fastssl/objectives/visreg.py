@@ -47,8 +47,8 @@ def visreg_loss(
         ValueError: if the shapes differ, or the batch over all processes has fewer than 2 samples.
     """
     directions_KD = random_directions(seed, step, slices, z1)
-    terms = unweighted_terms(z1, z2, directions_KD, gather)
-    return (1 - lambd) * terms[0] + lambd * (scale * terms[1] + shape * terms[2] + center * terms[3])
+    invariance, deviation, distribution, mean = unweighted_terms(z1, z2, directions_KD, gather)
+    return (1 - lambd) * invariance + lambd * (scale * deviation + shape * distribution + center * mean)
 
 
 def visreg_terms(views: tuple[ViewOutput, ...], config: VISRegConfig, directions_KD: Tensor) -> dict[str, Tensor]:

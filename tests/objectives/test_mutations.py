@@ -64,7 +64,7 @@ MUTATIONS = [  # function, a part of its source, the mistake that replaces it, t
     (sigreg.unweighted_terms, "distance * normal_T", "distance", SIGREG),
     (sigreg.unweighted_terms, "/ (knots - 1)", "/ knots", SIGREG),
     (sigreg.unweighted_terms, " + imaginary.square()", "", SIGREG),
-    (visreg.visreg_loss, "return (1 - lambd) * terms[0]", "return terms[0]", VISREG),
+    (visreg.visreg_loss, "return (1 - lambd) * invariance", "return invariance", VISREG),
     (visreg.unweighted_terms, "gather) / n\n        std", "gather) / (n - 1)\n        std", VISREG),
     (visreg.unweighted_terms, "mean.square().mean()", "mean.square().sum()", VISREG),
     (visreg.unweighted_terms, "zc / std.detach()", "z / std.detach()", VISREG),

@@ -47,6 +47,8 @@ BUDGETS = {  # per batch of 256; the small step's of 64
     "cifar10/barlow": {FORWARD: Budget(218, 3_521), BACKWARD: Budget(224, 7_423)},
     "cifar10/zprob_barlow": {FORWARD: Budget(241, 3_946), BACKWARD: Budget(238, 7_943)},
     "cifar10/hprob_barlow": {FORWARD: Budget(241, 3_869), BACKWARD: Budget(236, 7_977)},
+    "cifar10/hprob_sigreg": {FORWARD: Budget(245, 3_881), BACKWARD: Budget(230, 7_789)},
+    "cifar10/zprob_visreg": {FORWARD: Budget(245, 4_656), BACKWARD: Budget(233, 8_463)},
 }
 PARAMETERS = Budget(12, 1.43)
 VIEWS = {  # by the further arguments
