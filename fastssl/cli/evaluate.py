@@ -296,6 +296,10 @@ def ood(
         Path | None,
         Option(metavar="FILE.beton", help="Images to fit the detectors on.", show_default="data.train of the run"),
     ] = None,
+    jepa_images: Annotated[
+        int,
+        Option(min=0, metavar="N", help="Also compute JEPA-SCORE, which is slow, of N images of each set."),
+    ] = 0,
     untrained: Untrained = False,
     view: View = None,
     weights: Weights = None,
@@ -327,7 +331,7 @@ def ood(
     results = []
     for encoder in _encoders(source, view, device, fit, id_):
         sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
-        results.append(evaluate_ood(encoder, sets, seed=seed))
+        results.append(evaluate_ood(encoder, sets, seed=seed, jepa_images=jepa_images))
         path = save_ood_table(encoder.run_dir, results[-1])
     _show(results, out, ood_table, ood_summary_table)
     if len(results) == 1:

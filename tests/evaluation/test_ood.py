@@ -203,6 +203,8 @@ ORACLES = {
     "layers_unlabelled": of_layers(background),
     "kmeans_ssd": ssd,
     "pca_residual": pca_residual,
+    "jepa_score": lambda fit, x: -np.sum(np.log(np.maximum(x["features"], 1e-6))),  # of singular values
+    "jepa_score_mu": lambda fit, x: -np.sum(np.log(np.maximum(x["features"], 1e-6))),
     "msp": lambda fit, x: 1 - softmax(x["logits"]).max(),
     "max_logit": lambda fit, x: -x["logits"].max(),
     "energy": lambda fit, x: -np.log(np.exp(x["logits"]).sum()),

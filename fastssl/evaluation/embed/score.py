@@ -18,6 +18,7 @@ from fastssl.evaluation.ood.evaluate import (
     shared_arrays,
     unsupported_detectors,
 )
+from fastssl.evaluation.ood.jacobian import jacobian_values
 from fastssl.evaluation.ood.layers import cached_layers, layers_of_batch
 from fastssl.evaluation.ood.suites import find_fit_images
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
@@ -92,6 +93,8 @@ class Scorer:
         elif self.name == "odin":
             assert self.classifier is not None
             arrays["logits"] = logits_after_odin(self.encoder, batch, eval_input(views), self.classifier)
+        elif self.kind.jacobian_of:
+            arrays["features"] = jacobian_values(self.encoder, batch)[self.kind.jacobian_of]
         elif "layers" in self.kind.arrays():
             arrays["layers"] = layers_of_batch(self.encoder, batch)
         with self._explained():

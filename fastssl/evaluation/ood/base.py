@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Detector:
     # Whether the detector needs the optional package pytorch-ood, or makes sense for supervised encoders only.
     needs_pytorch_ood: ClassVar[bool] = False
     needs_supervised_encoder: ClassVar[bool] = False
+    # Its `features` are the singular values of the Jacobian of this embedding; None: they are h.
+    jacobian_of: ClassVar[Literal["h", "mu"] | None] = None
 
     def __init__(self, prior: Prior | None = None, classifier: LinearHead | None = None, device: Device = "cpu"):
         """See `detector` for the arguments."""

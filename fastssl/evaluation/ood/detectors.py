@@ -21,6 +21,8 @@ LABEL_FREE: dict[str, type[Detector]] = {
     "layers_unlabelled": label_free.LayersUnlabelled,
     "kmeans_ssd": label_free.KMeansSSD,
     "pca_residual": label_free.PCAResidual,
+    "jepa_score": label_free.JEPAScore,
+    "jepa_score_mu": label_free.JEPAScoreMu,
 }
 LABEL_BASED: dict[str, type[Detector]] = {
     "msp": label_based.MSP,

@@ -1,5 +1,6 @@
 """`fastssl eval ood`: fit all detectors that a run supports, score ID and OOD images, and compare the scores."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, cast
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, TypeAdapter
 from torch import Tensor
 
+from fastssl.beton import read_header
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import progress
 from fastssl.evaluation.features import (
@@ -28,12 +30,14 @@ from fastssl.evaluation.metrics import RESAMPLES
 from fastssl.evaluation.ood import distances, label_based, label_free, plots
 from fastssl.evaluation.ood.base import LinearHead
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, detector
+from fastssl.evaluation.ood.jacobian import cached_jacobian_values
 from fastssl.evaluation.ood.layers import MAX_LAYERS, cached_layers, has_layers
-from fastssl.evaluation.ood.separation import MIN_INVERTED, DetectorResult, compare
+from fastssl.evaluation.ood.separation import MIN_INVERTED, DetectorResult, compare, without_missing
 from fastssl.evaluation.ood.suites import OODSets, SetDescription
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
-from fastssl.loading import Batch, BetonLoader
+from fastssl.loading import Batch, BetonLoader, SampleSelection
+from fastssl.loading.samples import Samples
 from fastssl.models import Classifier, Model
 from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.gaussian import Prior
@@ -53,6 +57,7 @@ CONSTANTS = {
     "react_share": label_based.REACT_PERCENTILE,
     "odin": [label_based.ODIN_TEMPERATURE, label_based.ODIN_STEP],
     "ridge": distances.RIDGE,
+    "jepa_eps": label_free.SMALLEST_SINGULAR_VALUE,
     "min_inverted": MIN_INVERTED,
     "resamples": RESAMPLES,
     "features": CACHE_VERSION,
@@ -81,7 +86,7 @@ def _check_sets(result: OODResult) -> OODResult:
 OOD_RESULT: TypeAdapter[OODResult] = TypeAdapter(Annotated[OODResult, AfterValidator(_check_sets)])
 
 
-def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODResult:
+def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0, jepa_images: int = 0) -> OODResult:
     """Evaluate all detectors, and write RUN/eval/ood-NAME.json with the scores of all images and three plots.
 
     The settings of the detectors are constants, and their directions are fixed: nothing is chosen on any data. Logits
@@ -91,19 +96,23 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
         encoder: of the run.
         sets: of `find_sets`.
         seed: of the held-out part of that classifier, and of the resamples for the intervals.
+        jepa_images: images of each set, at most, that JEPA-SCORE is computed of; 0: it is skipped, as it is slow.
     """
     name = f"ood-{sets.name}{encoder.suffix}"
 
     def compute() -> dict[str, Any]:
         train = cached_features(encoder, sets.fit)
         skipped = unsupported_detectors(encoder.model, train.label)
+        if not jepa_images:
+            slow = [each for each, kind in DETECTORS.items() if kind.jacobian_of and each not in skipped]
+            skipped |= dict.fromkeys(slow, "slow; --jepa-images 200 computes it, of 200 images a set")
         names = [each for each in DETECTORS if each not in skipped]
         classifier = linear_head(encoder, train, seed) if set(names) & set(LABEL_BASED) else None
         train_arrays = shared_arrays(train, classifier)
         if any("layers" in DETECTORS[each].arrays() for each in names):
             train_arrays["layers"] = cached_layers(encoder, sets.fit)
         parts = {"id": sets.id, **sets.ood}
-        arrays = {part: detector_arrays(encoder, data, classifier, names) for part, data in parts.items()}
+        arrays = {part: detector_arrays(encoder, data, classifier, names, jepa_images) for part, data in parts.items()}
         scores: dict[str, dict[str, np.ndarray]] = {}
         with progress("Detectors", len(names), "detectors") as advance:
             for each in names:
@@ -112,11 +121,15 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
                 labels = train.label if each in LABEL_BASED else None
                 try:
                     fitted.fit(labels=labels, **train_arrays)
-                    scores[each] = {part: fitted.score(**arrays[part][each]) for part in parts}
+                    found = {part: fitted.score(**arrays[part][each]) for part in parts}
+                    if DETECTORS[each].jacobian_of:
+                        found = {part: on_all_images(parts[part], found[part], jepa_images) for part in parts}
+                    scores[each] = found
                 except ValueError as error:  # this detector is undefined on these images
                     skipped[each] = str(error)
                 advance(1)
-        # The scores of all images as SET/DETECTOR and their ids as SET/index, in the order of the files.
+        # The scores of all images as SET/DETECTOR (JEPA-SCORE: NaN for images without one) and their ids as SET/index,
+        # in the order of the files.
         columns = {f"{part}/index": cached_features(encoder, data).index for part, data in parts.items()}
         columns |= {f"{part}/{each}": score_N for each, found in scores.items() for part, score_N in found.items()}
         path = encoder.run_dir / "eval" / f"{name}.scores.npz"
@@ -124,13 +137,14 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0) -> OODRes
             write_atomically(path, lambda temporary: np.savez(temporary, **columns))  # type: ignore[arg-type]
         id_norm_N = np.linalg.norm(cached_features(encoder, sets.id).h.astype(np.float64), axis=1)
         comparison = compare(scores, {"near": list(sets.near), "far": list(sets.far)}, id_norm_N, seed)
-        plots.draw_ood_plots(encoder.run_dir / "eval", name, scores, comparison["detectors"], sets)
+        scored = {each: without_missing(found) for each, found in scores.items()}
+        plots.draw_ood_plots(encoder.run_dir / "eval", name, scored, comparison["detectors"], sets)
         return {**comparison, "skipped": skipped, "scores": path.name}
 
     request = {
         "evaluation": "ood",
         "protocol": "detectors with constant settings and fixed directions, fitted on training images",
-        "settings": {**CONSTANTS, "pytorch_ood": label_based.pytorch_ood_version()},
+        "settings": {**CONSTANTS, "pytorch_ood": label_based.pytorch_ood_version(), "jepa_images": jepa_images},
         "augmentation": encoder.recipe.views.model_dump(mode="json"),  # of the two views of views_disagreement
         "seed": seed,
         **encoder.describe(),
@@ -149,8 +163,10 @@ def unsupported_detectors(model: Model | EncoderOnly, label_N: np.ndarray) -> di
     reasons = {}
     for name, kind in DETECTORS.items():
         arrays = kind.arrays()
-        if {"mu", "sigma"} & arrays and not len(model.heads):
+        if ({"mu", "sigma"} & arrays or kind.jacobian_of == "mu") and not len(model.heads):
             reasons[name] = "the embedding is deterministic"
+        elif kind.jacobian_of == "mu" and "h" in model.heads:
+            reasons[name] = "mu is h, so it is jepa_score"
         elif "layers" in arrays and not has_layers(model.encoder):
             reasons[name] = "timm does not return the intermediate layers of this backbone"
         elif kind.needs_supervised_encoder and not supervised:
@@ -193,9 +209,16 @@ def shared_arrays(features: Features, classifier: LinearHead | None) -> dict[str
 
 
 def detector_arrays(
-    encoder: RunEncoder, data: BetonSubset, classifier: LinearHead | None, detector_names: list[str]
+    encoder: RunEncoder,
+    data: BetonSubset,
+    classifier: LinearHead | None,
+    detector_names: list[str],
+    jepa_images: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the arguments of `Detector.score` for each detector; some have arrays of their own."""
+    """Return the arguments of `Detector.score` for each detector; some have arrays of their own.
+
+    jepa_images: of how many images, at most, there are singular values; None: of all.
+    """
     shared = shared_arrays(cached_features(encoder, data), classifier)
     arrays = dict.fromkeys(detector_names, shared)
     if of_layers := [name for name in detector_names if "layers" in DETECTORS[name].arrays()]:
@@ -203,7 +226,19 @@ def detector_arrays(
     arrays["views_disagreement"] = {"features": cached_features(encoder, data, augmented=True).h}
     if classifier is not None and "odin" in arrays:
         arrays["odin"] = {**arrays["odin"], "logits": odin_logits(encoder, data, classifier)}
+    if spaces := {name: space for name in detector_names if (space := DETECTORS[name].jacobian_of)}:
+        values = cached_jacobian_values(encoder, dataclasses.replace(data, limit=jepa_images))
+        arrays |= {name: {"features": values[space]} for name, space in spaces.items()}
     return arrays
+
+
+def on_all_images(data: BetonSubset, score_M: np.ndarray, jepa_images: int) -> np.ndarray:
+    """Return the scores (N,) of all images of a set from those of the drawn ones, NaN for the others."""
+    samples = Samples.read(read_header(data.path))
+    row_N, drawn_M = (SampleSelection(data.subset, limit).rows(samples) for limit in (None, jepa_images))
+    score_N = np.full(len(row_N), np.nan)
+    score_N[np.isin(row_N, drawn_M)] = score_M
+    return score_N
 
 
 def odin_logits(encoder: RunEncoder, data: BetonSubset, classifier: LinearHead) -> np.ndarray:

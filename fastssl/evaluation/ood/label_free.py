@@ -5,7 +5,7 @@ A higher score always means more out-of-distribution (OOD).
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ DRAWS = 16
 CLUSTERS = 10
 VARIANCE_KEPT = 0.95
 SMALLEST_DEVIATION = 1e-3  # of a layer's distances, relative to their mean; of a Gaussian it is sqrt(2 / channels)
+SMALLEST_SINGULAR_VALUE = 1e-6  # the published eps of JEPA-SCORE
 CHUNK_ELEMENTS = 1 << 22  # draws held at a time: 32 MiB of float64; a mixture needs ten times that
 PAIR_ELEMENTS = 1 << 19  # (image, posterior, dimension) triples at a time: 4 MiB of float64, which fits into a cache
 
@@ -254,6 +255,25 @@ class PCAResidual(Detector):
 
     def _score(self, features: Tensor) -> Tensor:
         return torch.linalg.vector_norm((features - self.mean_D) @ self.minor_DR, dim=1)
+
+
+class JEPAScore(Detector):
+    """-sum_k log max(s_k, 1e-6), s_k the singular values of the Jacobian of h at the image. Higher is OOD.
+
+    Minus JEPA-SCORE (Balestriero et al., arXiv 2510.05949), the log-density of an image up to a constant, under an
+    encoder whose embeddings of training images are Gaussian. Its `features` (M, K) are the s_k, of `jacobian.py`.
+    """
+
+    jacobian_of: ClassVar[Literal["h", "mu"] | None] = "h"
+
+    def _score(self, features: Tensor) -> Tensor:
+        return -features.clamp(min=SMALLEST_SINGULAR_VALUE).log().sum(dim=1)
+
+
+class JEPAScoreMu(JEPAScore):
+    """`JEPAScore` of the mean mu of a stochastic z, which the KL pulls towards a Gaussian. Higher is OOD."""
+
+    jacobian_of = "mu"
 
 
 def common_noise(mu_ME: Tensor) -> Tensor:

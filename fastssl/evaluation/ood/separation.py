@@ -1,6 +1,7 @@
 """Metrics of how well scores separate data sets, with bootstrap intervals. Only the order of the scores counts."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, NotRequired
 
 import numba
@@ -124,24 +125,28 @@ def compare(
 ) -> Comparison:
     """Compute the metrics of each detector on each OOD set, and their means over the sets of each group.
 
-    scores: detector -> set -> scores, with the set "id" of N in-distribution images. groups: "near" and "far" -> names
-    of the OOD sets. id_norm_N: lengths of the features of the ID images.
+    scores: detector -> set -> scores, with the set "id" of N in-distribution images; NaN where an image has none.
+    groups: "near" and "far" -> names of the OOD sets. id_norm_N: lengths of the features of the ID images.
     """
     others = [other for group in groups.values() for other in group]
-    images = {other: len(score) for other, score in next(iter(scores.values())).items()}
-    id_rows_RN = resample(len(id_norm_N), [seed, 0])
-    ood_rows = {other: resample(images[other], [seed, 1 + i]) for i, other in enumerate(others)}
+    # Detectors with scores of the same images share their resamples.
+    draw = lru_cache(maxsize=2 * (1 + len(others)))(lambda images, number: resample(images, [seed, number]))
     comparison: Comparison = {"detectors": {}, "metrics": {}, "intervals": {}}
     with progress("Intervals", len(scores), "detectors") as advance:
-        for name, score in scores.items():
+        for name, score_of_all in scores.items():
+            score = without_missing(score_of_all)
+            images = {part: len(found) for part, found in score.items()}
+            norm_N = id_norm_N[~np.isnan(score_of_all["id"])]
+            id_rows_RN = draw(images["id"], 0)
+            ood_rows = {other: draw(images[other], 1 + i) for i, other in enumerate(others)}
             exact = {other: metrics(score["id"], score[other]) for other in others}
             resampled = {
                 other: bootstrap_metrics(score["id"], score[other], id_rows_RN, ood_rows[other]) for other in others
             }
-            constant = np.ptp(score["id"]) == 0 or np.ptp(id_norm_N) == 0
+            constant = np.ptp(score["id"]) == 0 or np.ptp(norm_N) == 0
             row: DetectorResult = {
                 "labels": name in LABEL_BASED,
-                "norm_correlation": 0.0 if constant else float(spearmanr(score["id"], id_norm_N).statistic),
+                "norm_correlation": 0.0 if constant else float(spearmanr(score["id"], norm_N).statistic),
                 "sets": {other: mean_over_sets([other], exact, resampled, images) for other in others},
             }
             for group, sets in groups.items():
@@ -153,6 +158,11 @@ def compare(
             comparison["detectors"][name] = row
             advance(1)
     return comparison
+
+
+def without_missing(score: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leave out images that have no score, which is NaN, from the scores of each set."""
+    return {part: found[~np.isnan(found)] for part, found in score.items()}
 
 
 def mean_over_sets(

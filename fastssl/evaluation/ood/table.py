@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import WIDTH_OF_FILES, PlainConsole, count_of
-from fastssl.evaluation.ood.detectors import LABEL_BASED, OWN_UNCERTAINTY
+from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
 from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import SetDescription
@@ -68,6 +68,7 @@ def ood_table(result: OODResult) -> Group:
         f"fitted on {train['images']:,} images of {_describe_source(train)}",
         f"ID: {val['images']:,} images of {_describe_source(val)}",
         *(f"{group} {name}: {_describe_source(about)}" for group in GROUPS for name, about in ood_sets[group].items()),
+        *_jepa_images(result),
         *(f"skipped: {', '.join(detectors)}: {reason}" for reason, detectors in skipped.items()),
         f"measured {result['measured_at']}",
     ]
@@ -80,6 +81,12 @@ def ood_table(result: OODResult) -> Group:
     return Group(
         FirstThatFits([_detector_table(result, form) for form in FORMS], below), text_lines(about, style="dim")
     )
+
+
+def _jepa_images(result: OODResult) -> list[str]:
+    """Say of how many images JEPA-SCORE is, if it was computed."""
+    names = [name for name in result["detectors"] if name in DETECTORS and DETECTORS[name].jacobian_of]
+    return [f"{', '.join(names)}: at most {result['settings']['jepa_images']:,} images of each set"] if names else []
 
 
 def _legend(form: Sequence[str]) -> list[str]:
