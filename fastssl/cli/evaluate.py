@@ -300,6 +300,10 @@ def ood(
         int,
         Option(min=0, metavar="N", help="Also compute JEPA-SCORE, which is slow, of N images of each set."),
     ] = 0,
+    jepa_exact: Annotated[
+        bool,
+        Option("--jepa-exact", help="JEPA-SCORE of all directions of the embedding in place of 64 random ones."),
+    ] = False,
     untrained: Untrained = False,
     view: View = None,
     weights: Weights = None,
@@ -323,6 +327,8 @@ def ood(
 
     if suite and (near or far):
         raise UserError("--suite names its own sets", hint="leave out --near and --far, or leave out --suite")
+    if jepa_exact and not jepa_images:
+        raise UserError("--jepa-exact alone computes nothing", hint="add --jepa-images N")
     source = Source(runs, untrained, weights, backbone, stem, size, out_dir)
     if weights and not (fit and id_):
         raise UserError(
@@ -331,7 +337,7 @@ def ood(
     results = []
     for encoder in _encoders(source, view, device, fit, id_):
         sets = find_sets(encoder, near=near or [], far=far or [], suite=suite, root=root, fit=fit, id=id_)
-        results.append(evaluate_ood(encoder, sets, seed=seed, jepa_images=jepa_images))
+        results.append(evaluate_ood(encoder, sets, seed=seed, jepa_images=jepa_images, jepa_exact=jepa_exact))
         path = save_ood_table(encoder.run_dir, results[-1])
     _show(results, out, ood_table, ood_summary_table)
     if len(results) == 1:

@@ -106,23 +106,23 @@ def test_directions_give_the_jacobian_along_them():
     torch.manual_seed(0)
     encoder = build_encoder("test_resnet", "imagenet", 8).double().eval()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    some = random_directions(10, 96, images.device).double()
-    torch.testing.assert_close(some @ some.T, torch.eye(10, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(some, random_directions(10, 96, images.device).double())
+    some = random_directions(96, images.device).double()
+    torch.testing.assert_close(some @ some.T, torch.eye(24, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(some, random_directions(96, images.device).double())
+    assert [jacobian.directions_of(dims) for dims in (0, 1, 8, 256, 2048)] == [0, 1, 2, 64, 64]
     found = singular_values(encoder, images, some)
     for image, values in zip(images, found):
         expected = np.linalg.svd(some.numpy() @ autograd_jacobian(encoder, image), compute_uv=False)
         np.testing.assert_allclose(values, expected, atol=1e-8 * expected[0])
     # All directions, turned: the values of J itself.
-    torch.testing.assert_close(
-        singular_values(encoder, images, random_directions(96, 96, images.device).double()),
-        singular_values(encoder, images), atol=1e-6, rtol=1e-5,
-    )  # fmt: skip
+    turned = torch.linalg.qr(torch.randn(96, 96, dtype=torch.float64)).Q
+    torch.testing.assert_close(singular_values(encoder, images, turned), singular_values(encoder, images))
 
 
 @pytest.mark.parametrize("stochastic", ["none", "z", "h", "hz"])
 @pytest.mark.parametrize("out", [8, 120])  # fewer and more dimensions of z than h has
-def test_cached_values_are_those_of_what_embed_returns(stochastic, out, canvas, tmp_path, monkeypatch):
+@pytest.mark.parametrize("exact", [True, False])
+def test_cached_values_are_those_of_what_embed_returns(stochastic, out, exact, canvas, tmp_path, monkeypatch):
     encoder = run_of(tmp_path / "run", canvas, stochastic, projector={**PROJECTOR, "hidden": 200, "out": out})
     model = encoder.model
     data = BetonSubset(canvas / "val.beton")
@@ -141,7 +141,7 @@ def test_cached_values_are_those_of_what_embed_returns(stochastic, out, canvas, 
     state = {name: x.clone() for name, x in model.state_dict().items()}
     model.train()
     monkeypatch.setattr(jacobian, "CHUNK_IMAGES", 5)  # and a smaller last chunk
-    found = cached_jacobian_values(encoder, data)
+    found = cached_jacobian_values(encoder, data, exact)
     assert model.training and found.keys() == spaces.keys()
     # Batch norms kept their statistics, and nothing has a gradient.
     for name, x in model.state_dict().items():
@@ -149,15 +149,17 @@ def test_cached_values_are_those_of_what_embed_returns(stochastic, out, canvas, 
     assert all(parameter.grad is None for parameter in model.parameters())
     model.eval()
     for space, embed in spaces.items():
-        assert found[space].shape == (12, min(96, out) if space == "mu" else 96)
+        dims = out if space == "mu" else 96
+        assert found[space].shape == (12, min(96, dims) if exact else dims // 4)
+        directions = np.eye(dims) if exact else random_directions(dims, images.device).numpy()
         for image, values in zip(images, found[space]):
-            expected = np.linalg.svd(autograd_jacobian(embed, image), compute_uv=False)[: len(values)]
+            expected = np.linalg.svd(directions @ autograd_jacobian(embed, image), compute_uv=False)[: len(values)]
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_memory_is_bounded_by_chunks(run, canvas, monkeypatch):
     (batch,) = eval_loader(BetonSubset(canvas / "val.beton"), run.recipe.views, run.device)
-    whole = jacobian_values(run, batch)
+    whole = jacobian_values(run, batch, True)
     seen, advanced, of_both = [], [], jacobian.singular_values_of_both
 
     def watched(embed, head, images):
@@ -166,12 +168,12 @@ def test_memory_is_bounded_by_chunks(run, canvas, monkeypatch):
 
     monkeypatch.setattr(jacobian, "singular_values_of_both", watched)
     monkeypatch.setattr(jacobian, "CHUNK_BYTES", 5 * 4 * 96 * 3 * SIDE * SIDE)
-    found = jacobian_values(run, batch, advanced.append)
+    found = jacobian_values(run, batch, True, advanced.append)
     assert seen == advanced == [5, 5, 2]
     for space, values in whole.items():
         np.testing.assert_allclose(found[space], values, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(jacobian, "CHUNK_BYTES", 1)  # less than one image: one at a time
-    jacobian_values(run, batch)
+    jacobian_values(run, batch, True)
     assert seen[3:] == [1] * 12
 
 
@@ -189,14 +191,15 @@ def few_detectors(monkeypatch):
     monkeypatch.setattr(evaluate, "DETECTORS", {name: evaluate.DETECTORS[name] for name in names})
 
 
-def test_eval_ood_computes_it_only_when_asked(run, canvas, few_detectors, monkeypatch):
+@pytest.mark.parametrize("exact", [True, False])
+def test_eval_ood_computes_it_only_when_asked(exact, run, canvas, few_detectors, monkeypatch):
     sets = find_sets(run, near=[canvas / "train.beton"])
     without = evaluate_ood(run, sets)
     reason = "slow; --jepa-images 200 computes it, of 200 images a set"
     assert without["skipped"] == {"jepa_score": reason, "jepa_score_mu": reason}
     scores_without = dict(np.load(run.run_dir / "eval" / without["scores"]))
 
-    result = evaluate_ood(run, sets, jepa_images=5)
+    result = evaluate_ood(run, sets, jepa_images=5, jepa_exact=exact)
     assert result["skipped"] == {} and result["settings"]["jepa_images"] == 5
     scores = dict(np.load(run.run_dir / "eval" / result["scores"]))
     for name, x in scores_without.items():  # bit for bit
@@ -210,13 +213,13 @@ def test_eval_ood_computes_it_only_when_asked(run, canvas, few_detectors, monkey
             assert is_scored.sum() == 5 and len(found) == len(cached_features(run, data).h)
             drawn = BetonSubset(data.path, None, 5)
             np.testing.assert_array_equal(scores[f"{part}/index"][is_scored], cached_features(run, drawn).index)
-            expected = detector(name).score(cached_jacobian_values(run, drawn)[space])
+            expected = detector(name).score(cached_jacobian_values(run, drawn, exact)[space])
             np.testing.assert_array_equal(found[is_scored], expected)
         scored = [scores[f"{part}/{name}"][np.isfinite(scores[f"{part}/{name}"])] for part in ("id", near)]
         assert result["detectors"][name]["near"]["metrics"] == metrics(*scored)
     # Shown again, not measured again.
     monkeypatch.setattr(evaluate, "detector_arrays", None)
-    assert evaluate_ood(run, sets, jepa_images=5)["measured_at"] == result["measured_at"]
+    assert evaluate_ood(run, sets, jepa_images=5, jepa_exact=exact)["measured_at"] == result["measured_at"]
 
 
 def test_more_images_than_a_set_has_are_all_of_them(run, canvas, few_detectors):
@@ -247,13 +250,13 @@ def test_weights_that_are_not_finite_are_refused(run, canvas):
     with torch.no_grad():
         next(run.model.encoder.layer4.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="The Jacobian of the encoder is not finite"):
-        cached_jacobian_values(run, BetonSubset(canvas / "val.beton"))
+        cached_jacobian_values(run, BetonSubset(canvas / "val.beton"), False)
     assert list((run.run_dir / "features").iterdir()) == []
 
 
 def test_embed_scores_every_image(run, canvas, tmp_path):
     embed_images(run, canvas / "val.beton", tmp_path / "x.npz", score="jepa_score")
-    expected = detector("jepa_score").score(cached_jacobian_values(run, BetonSubset(canvas / "val.beton"))["h"])
+    expected = detector("jepa_score").score(cached_jacobian_values(run, BetonSubset(canvas / "val.beton"), False)["h"])
     np.testing.assert_allclose(np.load(tmp_path / "x.npz")["score"], expected, rtol=1e-4, atol=1e-3)
 
 
@@ -261,7 +264,11 @@ def test_the_command_and_its_table(run, canvas, fastssl, few_detectors):
     near = canvas / "train.beton"
     code, out, _ = fastssl("eval", "ood", run.run_dir, "--near", near, "--device", "cpu", "--jepa-images", 4)
     assert code == 0 and "jepa_score" in out and "jepa_score_mu" in out
-    assert "at most 4 images of each set" in " ".join(out.split())
+    assert "at most 4 images of each set, along up to 64 random directions of the embedding" in " ".join(out.split())
+    code, out, _ = fastssl("eval", "ood", run.run_dir, "--near", near, "--jepa-images", 4, "--jepa-exact")
+    assert code == 0 and "along all directions of the embedding" in " ".join(out.split())
+    code, _, err = fastssl("eval", "ood", run.run_dir, "--near", near, "--jepa-exact")
+    assert code == 2 and "add --jepa-images N" in err
     code, out, _ = fastssl("eval", "ood", run.run_dir, "--near", near, "--device", "cpu")
     assert code == 0 and "skipped: jepa_score, jepa_score_mu: slow; --jepa-images 200" in " ".join(out.split())
     code, _, err = fastssl("eval", "ood", run.run_dir, "--near", near, "--jepa-images", -1)
@@ -280,6 +287,6 @@ def test_images_of_one_channel(tmp_path):
     views = {"size": SIDE, "mean": [0.5], "std": [0.25]}
     folder, _, _ = make_run(tmp_path / "run", data, views=views, model=model)
     encoder = load_run_encoder(folder, device="cpu")
-    found = cached_jacobian_values(encoder, BetonSubset(tmp_path / "built/val.beton"))["h"]
+    found = cached_jacobian_values(encoder, BetonSubset(tmp_path / "built/val.beton"), True)["h"]
     # There are at most as many values above zero as pixels.
     assert found.shape[1] == 96 and (found[:, SIDE * SIDE :] < 1e-6).all() and (found[:, 0] > 0).all()

@@ -94,7 +94,7 @@ class Scorer:
             assert self.classifier is not None
             arrays["logits"] = logits_after_odin(self.encoder, batch, eval_input(views), self.classifier)
         elif self.kind.jacobian_of:
-            arrays["features"] = jacobian_values(self.encoder, batch)[self.kind.jacobian_of]
+            arrays["features"] = jacobian_values(self.encoder, batch, exact=False)[self.kind.jacobian_of]
         elif "layers" in self.kind.arrays():
             arrays["layers"] = layers_of_batch(self.encoder, batch)
         with self._explained():

@@ -6,6 +6,7 @@ label_based.py  detectors that use labels
 detectors.py    the table of detectors by name
 distances.py    Mahalanobis distance and k-th nearest neighbor, shared by several detectors
 layers.py       the intermediate layers of an encoder, cached
+jacobian.py     the singular values of its Jacobian, cached
 separation.py   AUROC and other metrics of two sets of scores, with bootstrap resamples
 suites.py       the data sets of an evaluation, including those of OpenOOD
 evaluate.py     `fastssl eval ood`: the evaluation of a run
@@ -16,7 +17,8 @@ To add a detector:
 1. Write a subclass of `Detector` in label_free.py or label_based.py. The parameters of its `_score`, and of its `_fit`
    if it has one, name the arrays that it needs. Its docstring has the formula, the source and "Higher is OOD".
 2. Add one line to LABEL_FREE or LABEL_BASED in detectors.py.
-3. Add its formula in NumPy for one image to ORACLES in tests/evaluation/test_ood.py, and a row to docs/ood.md.
+3. Compute arrays that only it needs in `detector_arrays` of evaluate.py and in embed/score.py.
+4. Add its formula in NumPy for one image to ORACLES in tests/evaluation/test_ood.py, and a row to docs/ood.md.
 """
 
 from fastssl.evaluation.ood.base import Detector, LinearHead

@@ -30,7 +30,7 @@ from fastssl.evaluation.metrics import RESAMPLES
 from fastssl.evaluation.ood import distances, label_based, label_free, plots
 from fastssl.evaluation.ood.base import LinearHead
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, detector
-from fastssl.evaluation.ood.jacobian import cached_jacobian_values
+from fastssl.evaluation.ood.jacobian import DIRECTIONS, cached_jacobian_values
 from fastssl.evaluation.ood.layers import MAX_LAYERS, cached_layers, has_layers
 from fastssl.evaluation.ood.separation import MIN_INVERTED, DetectorResult, compare, without_missing
 from fastssl.evaluation.ood.suites import OODSets, SetDescription
@@ -57,6 +57,7 @@ CONSTANTS = {
     "react_share": label_based.REACT_PERCENTILE,
     "odin": [label_based.ODIN_TEMPERATURE, label_based.ODIN_STEP],
     "ridge": distances.RIDGE,
+    "jepa_directions": DIRECTIONS,
     "jepa_eps": label_free.SMALLEST_SINGULAR_VALUE,
     "min_inverted": MIN_INVERTED,
     "resamples": RESAMPLES,
@@ -86,7 +87,9 @@ def _check_sets(result: OODResult) -> OODResult:
 OOD_RESULT: TypeAdapter[OODResult] = TypeAdapter(Annotated[OODResult, AfterValidator(_check_sets)])
 
 
-def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0, jepa_images: int = 0) -> OODResult:
+def evaluate_ood(
+    encoder: RunEncoder, sets: OODSets, *, seed: int = 0, jepa_images: int = 0, jepa_exact: bool = False
+) -> OODResult:
     """Evaluate all detectors, and write RUN/eval/ood-NAME.json with the scores of all images and three plots.
 
     The settings of the detectors are constants, and their directions are fixed: nothing is chosen on any data. Logits
@@ -97,6 +100,7 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0, jepa_imag
         sets: of `find_sets`.
         seed: of the held-out part of that classifier, and of the resamples for the intervals.
         jepa_images: images of each set, at most, that JEPA-SCORE is computed of; 0: it is skipped, as it is slow.
+        jepa_exact: along all directions of the embedding, as published, in place of 64 random ones.
     """
     name = f"ood-{sets.name}{encoder.suffix}"
 
@@ -112,7 +116,10 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0, jepa_imag
         if any("layers" in DETECTORS[each].arrays() for each in names):
             train_arrays["layers"] = cached_layers(encoder, sets.fit)
         parts = {"id": sets.id, **sets.ood}
-        arrays = {part: detector_arrays(encoder, data, classifier, names, jepa_images) for part, data in parts.items()}
+        arrays = {
+            part: detector_arrays(encoder, data, classifier, names, jepa_images, jepa_exact)
+            for part, data in parts.items()
+        }
         scores: dict[str, dict[str, np.ndarray]] = {}
         with progress("Detectors", len(names), "detectors") as advance:
             for each in names:
@@ -144,7 +151,12 @@ def evaluate_ood(encoder: RunEncoder, sets: OODSets, *, seed: int = 0, jepa_imag
     request = {
         "evaluation": "ood",
         "protocol": "detectors with constant settings and fixed directions, fitted on training images",
-        "settings": {**CONSTANTS, "pytorch_ood": label_based.pytorch_ood_version(), "jepa_images": jepa_images},
+        "settings": {
+            **CONSTANTS,
+            "pytorch_ood": label_based.pytorch_ood_version(),
+            "jepa_images": jepa_images,
+            "jepa_exact": jepa_exact,
+        },
         "augmentation": encoder.recipe.views.model_dump(mode="json"),  # of the two views of views_disagreement
         "seed": seed,
         **encoder.describe(),
@@ -214,10 +226,12 @@ def detector_arrays(
     classifier: LinearHead | None,
     detector_names: list[str],
     jepa_images: int | None = None,
+    jepa_exact: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the arguments of `Detector.score` for each detector; some have arrays of their own.
 
     jepa_images: of how many images, at most, there are singular values; None: of all.
+    jepa_exact: whether they are those of whole Jacobians.
     """
     shared = shared_arrays(cached_features(encoder, data), classifier)
     arrays = dict.fromkeys(detector_names, shared)
@@ -227,7 +241,7 @@ def detector_arrays(
     if classifier is not None and "odin" in arrays:
         arrays["odin"] = {**arrays["odin"], "logits": odin_logits(encoder, data, classifier)}
     if spaces := {name: space for name in detector_names if (space := DETECTORS[name].jacobian_of)}:
-        values = cached_jacobian_values(encoder, dataclasses.replace(data, limit=jepa_images))
+        values = cached_jacobian_values(encoder, dataclasses.replace(data, limit=jepa_images), jepa_exact)
         arrays |= {name: {"features": values[space]} for name, space in spaces.items()}
     return arrays
 

@@ -86,7 +86,10 @@ def ood_table(result: OODResult) -> Group:
 def _jepa_images(result: OODResult) -> list[str]:
     """Say of how many images JEPA-SCORE is, if it was computed."""
     names = [name for name in result["detectors"] if name in DETECTORS and DETECTORS[name].jacobian_of]
-    return [f"{', '.join(names)}: at most {result['settings']['jepa_images']:,} images of each set"] if names else []
+    settings = result["settings"]
+    along = "all directions" if settings["jepa_exact"] else f"up to {settings['jepa_directions']} random directions"
+    images = f"at most {settings['jepa_images']:,} images of each set"
+    return [f"{', '.join(names)}: {images}, along {along} of the embedding"] if names else []
 
 
 def _legend(form: Sequence[str]) -> list[str]:
