@@ -80,6 +80,7 @@ def ood_result(aurocs=None, near=(LONG, "b"), far=("textures", "noise"), width=0
     return {
         **COMMON, "evaluation": "ood", "near": dict.fromkeys(near, IMAGES), "far": dict.fromkeys(far, IMAGES),
         "detectors": detectors, "metrics": metrics, "skipped": {}, "scores": "ood-x.scores.npz",
+        "settings": {"jepa_images": 200, "jepa_exact": False, "jepa_directions": 64},
     }  # fmt: skip
 
 
