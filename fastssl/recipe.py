@@ -84,8 +84,8 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    train: UserPath  # a .beton, or a folder with train.beton
-    val: UserPath | None = None  # for the probe and the evaluation: a .beton, or a folder with val.beton
+    train: UserPath  # a .beton, a folder with train.beton or its shards, or a pattern of shards
+    val: UserPath | None = None  # the same for the probe and the evaluation, with val.beton
     subset: UserPath | None = None  # a file that lists images by name or index: train on these only; null: all
     limit: Count | None = None  # train on this many images (of the subset), always the same random ones; null: all
     # Where crops are made. auto: on the GPU for a canvas, on the CPU for the full layout.

@@ -19,7 +19,7 @@ There are two layouts. "canvas": every image is resized to one square, stored as
 Every file has the fields `image`, `label`, `index` (the position in the builder's order, counted before bad images are
 skipped), and `height` and `width` of the source after its EXIF rotation, in px. Stock FFCV reads these files. In the
 same folder are X.beton.json (how X.beton was built, its classes, a checksum per sample) and X.beton.names.txt
-(line i + 1: the name of the image with index i).
+(line i + 1: the name of the image with index i). Of a data set in shards, see shards.py.
 """
 
 from fastssl.beton.build import BuildOptions, BuildReport, SplitReport, build_beton, recorded_plan
@@ -30,6 +30,7 @@ from fastssl.beton.read import (
     BetonInfo,
     beton_file,
     data_checksum,
+    has_split,
     read_header,
     read_labels,
     read_metadata,
@@ -56,6 +57,7 @@ __all__ = [
     "draw_samples",
     "draw_sheet",
     "estimate_build",
+    "has_split",
     "inspect_beton",
     "read_header",
     "read_index_list",

@@ -25,6 +25,7 @@ def account_for_files(
     bad: int,
     use: str = "stored",
     arrays: bool = False,
+    in_other_shards: int = 0,
 ) -> str:
     """Return what happened to each file below `source`, if it is a folder, and to each image that the builder listed.
 
@@ -32,12 +33,14 @@ def account_for_files(
         used, bad: numbers of images of all splits. The listed images that are neither were left out by `limit`.
         use: what was done with the images that are good.
         arrays: whether .npy files are images.
+        in_other_shards: images that a build of one shard leaves to the others.
     """
     listed = sum(len(split.samples) for split in splits)
     images = {
         use: used,
         "bad": bad,
-        "left out by --limit": listed - used - bad,
+        "in other shards": in_other_shards,
+        "left out by --limit": listed - used - bad - in_other_shards,
     }
     for split in splits:
         for reason, count in split.left_out.items():

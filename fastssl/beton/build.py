@@ -27,6 +27,7 @@ from fastssl.beton.format import (
     RGB,
     UNLABELLED,
     Manifest,
+    indexed_names_path,
     is_bc4_side,
     manifest_path,
     names_path,
@@ -36,6 +37,7 @@ from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
 from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
+from fastssl.beton.shards import MOST_SHARDS, Shard, exists, is_shard, set_path, sets_in, shard_path
 from fastssl.beton.source import (
     ORDER_SEED,
     ImageSource,
@@ -80,6 +82,8 @@ class BuildOptions:
     max_megapixels: int = MAX_MEGAPIXELS  # larger images are bad
     splits: SplitRule = "auto"  # whether names such as train/ and validation/ tell splits; "none": no name does
     channels: int = RGB  # of the stored images; 1: gray; others only of TIFF and .npy files (channels.py)
+    shards: int | None = None  # files for each split, see shards.py; None: one file
+    shard: int | None = None  # build only this one of them, from 0; None: all
 
     def __post_init__(self) -> None:
         if self.canvas is not None and self.max_side is not None:
@@ -114,6 +118,13 @@ class BuildOptions:
                 f"--channels must be from 1 to {MOST_CHANNELS}, got {self.channels}",
                 hint="write 1 for gray images, 3 for RGB",
             )
+        if self.shards is not None and not 1 <= self.shards <= MOST_SHARDS:
+            raise UserError(
+                f"--shards must be from 1 to {MOST_SHARDS:,}, got {self.shards}", hint="leave out --shards for one file"
+            )
+        if self.shard is not None and (self.shards is None or not 0 <= self.shard < self.shards):
+            has = "needs --shards" if self.shards is None else f"must be from 0 to {self.shards - 1}, got {self.shard}"
+            raise UserError(f"--shard {has}", hint="write --shards N --shard K, with K from 0 to N - 1")
         if self.codec == "bc4" and self.max_side is not None:
             raise UserError("--codec bc4 stores squares", hint="use --canvas in place of --max-side")
         if self.codec is not None and self.channels != RGB:
@@ -173,11 +184,12 @@ class SplitReport(NamedTuple):
     """The result of building one split."""
 
     split: str
-    path: Path
+    path: Path  # of shards, the pattern that names them all
     samples: int
     classes: int
     bytes: int
     bad: int  # images that were skipped
+    bad_images: Path  # the list of them; of shards, a pattern
     unlabelled: int  # of the samples: images without a label, stored with -1
     nearly_black: int  # of the samples: no stored value is above 1/8 of the range; JPEGs stored unchanged do not count
     empty_classes: list[str]  # names of classes without images in the source
@@ -203,8 +215,13 @@ def build_beton(
     max_megapixels: int = MAX_MEGAPIXELS,
     splits: SplitRule = "auto",
     channels: int = RGB,
+    shards: int | None = None,
+    shard: int | None = None,
 ) -> BuildReport:
     """Build OUT/SPLIT.beton, with its manifest and its list of names, for every split that the builder finds.
+
+    With `shards`, each split becomes OUT/SPLIT-00000-of-00064.beton and so on. Each shard is a build of its own, and
+    several processes or machines may build different ones at the same time.
 
     Bad images are skipped and listed in OUT/bad_images.jsonl. A build that was stopped resumes. A split that is up to
     date is not built again.
@@ -214,7 +231,7 @@ def build_beton(
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
         canvas, max_side, codec, quality, order, workers, limit, strict, allow_bad, download, value_range,
-            max_megapixels, splits, channels: see `BuildOptions`.
+            max_megapixels, splits, channels, shards, shard: see `BuildOptions`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written or holds a .beton that is not of
@@ -238,6 +255,8 @@ def build_beton(
         max_megapixels,
         splits,
         channels,
+        shards,
+        shard,
     )
     plan = options.plan(load_builder(builder).CANVAS)
     refuse_output_in_source(source, out)
@@ -262,15 +281,20 @@ def build_beton(
         recorded["max_megapixels"] = max_megapixels
     if channels != RGB:
         recorded["channels"] = channels
+    if shards is not None:
+        recorded["shards"] = shards
     arrays = channels != RGB
     listed = list_splits(builder, source, order, limit, splits, arrays)
+    for split in listed:
+        _check_shards(split, out, shards)
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with worker_pool(resolve_workers(workers)) as pool:
-            reports = [_build_split(split, out, plan, pool, recorded, strict) for split in listed]
+            reports = [_build_split(split, out, plan, pool, recorded, strict, shards, shard) for split in listed]
     stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
-    problem = _too_many_bad(reports, allow_bad, out)
-    return BuildReport(reports, problem, account_for_files(builder, source, listed, stored, bad, arrays=arrays))
+    others = 0 if shard is None else sum(len(split.order) for split in listed) - stored - bad
+    account = account_for_files(builder, source, listed, stored, bad, arrays=arrays, in_other_shards=others)
+    return BuildReport(reports, _too_many_bad(reports, allow_bad), account)
 
 
 def recorded_plan(manifest: Manifest) -> StoragePlan:
@@ -315,7 +339,7 @@ def refuse_output_in_source(source: Path | None, out: Path) -> None:
         )
 
 
-def _too_many_bad(reports: list[SplitReport], allow_bad: float | None, out: Path) -> str | None:
+def _too_many_bad(reports: list[SplitReport], allow_bad: float | None) -> str | None:
     """Return a sentence about the first split with more bad images than allowed; None if there is none."""
     for report in reports:
         images = report.samples + report.bad
@@ -323,26 +347,84 @@ def _too_many_bad(reports: list[SplitReport], allow_bad: float | None, out: Path
         if report.bad > allowed:
             return (
                 f"{report.bad:,} of the {images:,} images of the split {report.split!r} are bad, "
-                f"{report.bad / images:.1%}: see {out / 'bad_images.jsonl'} and repair them, or allow that with "
+                f"{report.bad / images:.1%}: see {report.bad_images} and repair them, or allow that with "
                 f"--allow-bad {np.ceil(100 * report.bad / images):.0f}%."
             )
     return None
 
 
 def _build_split(
-    split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool, options: dict[str, Any], strict: bool
+    split: SourceSplit,
+    out: Path,
+    plan: StoragePlan,
+    pool: Pool,
+    options: dict[str, Any],
+    strict: bool,
+    shards: int | None,
+    only: int | None,
 ) -> SplitReport:
-    """Build one split, unless it is up to date. `options` are those that the manifest records."""
-    path = out / f"{split.name}.beton"
+    """Build one split, as one file or in shards, of which `only` may be one. `options` are those of the manifest."""
+    options = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
+    if shards is None:
+        return _build_if_outdated(split, out / f"{split.name}.beton", plan, pool, options, strict)
+    reports = []
+    for number in range(shards) if only is None else [only]:
+        shard = Shard(number, shards)
+        of_shard = split._replace(order=split.order[shard.bounds(len(split.order))])
+        path, key = shard_path(out, split.name, shard), {**options, "shard": number}
+        reports.append(_build_if_outdated(of_shard, path, plan, pool, key, strict, shard))
+    if only is not None:
+        return reports[0]
+    return SplitReport(
+        split.name,
+        set_path(out, split.name, shards),
+        samples=sum(report.samples for report in reports),
+        classes=len(split.classes),
+        bytes=sum(report.bytes for report in reports),
+        bad=sum(report.bad for report in reports),
+        bad_images=out / f"bad_images-*-of-{shards:05}.jsonl",
+        unlabelled=sum(report.unlabelled for report in reports),
+        nearly_black=sum(report.nearly_black for report in reports),
+        empty_classes=split.empty_classes,
+        up_to_date=all(report.up_to_date for report in reports),
+    )
+
+
+def _check_shards(split: SourceSplit, out: Path, shards: int | None) -> None:
+    """Refuse shards without an image, and a second set: nobody would know which of them a folder stands for."""
+    own = out / f"{split.name}.beton" if shards is None else set_path(out, split.name, shards)
+    there = [path for path in (out / f"{split.name}.beton", *sets_in(out, split.name)) if exists(path) and path != own]
+    if there:
+        raise UserError(
+            f"{there[0]} exists, and a folder holds the split {split.name!r} once, as one file or in shards",
+            hint="use another --out, or delete it",
+        )
+    if shards is not None and shards > len(split.order):
+        raise UserError(
+            f"--shards {shards:,} are more than the {len(split.order):,} images of the split {split.name!r}",
+            hint=f"use --shards {len(split.order)} or less",
+        )
+
+
+def _build_if_outdated(
+    split: SourceSplit,
+    path: Path,
+    plan: StoragePlan,
+    pool: Pool,
+    key: dict[str, Any],
+    strict: bool,
+    shard: Shard | None = None,
+) -> SplitReport:
+    """Build one file of the images in `split.order`, unless it is up to date by its `key`, which the manifest holds."""
     if os.path.lexists(path) and not manifest_path(path).exists() and not partial_folder(path).exists():
         raise UserError(
             f"{path} exists without a manifest, so it may not be of build-beton", hint="move it, or use another --out"
         )
-    key = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
     old = _read_if_up_to_date(path, key, split)
     if old is None:
         _say_what_is_replaced(path, key, len(split.samples))
-    manifest = old or _build_file(split, path, plan, pool, key, strict)
+    bad_images = path.parent / f"bad_images{shard.suffix if shard else ''}.jsonl"  # other processes build other shards
+    manifest = old or _build_file(split, path, plan, pool, key, strict, bad_images)
     samples, bad = manifest["samples"], manifest["counts"]["bad"]
     return SplitReport(
         split.name,
@@ -351,6 +433,7 @@ def _build_split(
         classes=len(split.classes),
         bytes=path.stat().st_size,
         bad=bad,
+        bad_images=bad_images,
         unlabelled=manifest.get("unlabelled", 0),
         nearly_black=manifest.get("nearly_black", 0),
         empty_classes=split.empty_classes,
@@ -359,7 +442,13 @@ def _build_split(
 
 
 def _build_file(
-    split: SourceSplit, path: Path, plan: StoragePlan, pool: Pool, key: dict[str, Any], strict: bool
+    split: SourceSplit,
+    path: Path,
+    plan: StoragePlan,
+    pool: Pool,
+    key: dict[str, Any],
+    strict: bool,
+    bad_images: Path,
 ) -> Manifest:
     """Build one file, or resume its build, and return its manifest."""
     key = {"fastssl": version("fastssl-trainer"), "pillow": version("pillow"), **key}
@@ -371,7 +460,6 @@ def _build_file(
         ):
             partial.restart()
         _encode_images(split, partial, plan, pool, strict)
-        bad_images = path.parent / "bad_images.jsonl"
         _list_bad_images(bad_images, split.name, partial.bad)
         if not len(partial.good):
             raise UserError(
@@ -383,15 +471,26 @@ def _build_file(
         not_found = sorted(image.index for image in partial.bad if image.reason == MISSING)
         if not_found:
             manifest["missing"] = not_found
-        partial.finish(manifest, (sample.name for sample in split.samples))
+        partial.finish(manifest, names_file_of(path), _lines_of_names(split, path))
     return manifest
+
+
+def names_file_of(path: Path) -> Path:
+    """Return where the names of the images of a file go; of a shard, with their indices, as it holds some only."""
+    return indexed_names_path(path) if is_shard(path) else names_path(path)
+
+
+def _lines_of_names(split: SourceSplit, path: Path) -> Iterator[str]:
+    if not is_shard(path):
+        return (sample.name for sample in split.samples)
+    return (f"{index}\t{split.samples[index].name}" for index in np.sort(split.order).tolist())
 
 
 def _encode_images(split: SourceSplit, partial: PartialBuild, plan: StoragePlan, pool: Pool, strict: bool) -> None:
     """Encode and write the images that have not been processed yet, without those of which a worker process dies."""
     _refuse_bad_images(partial.bad, strict)
     total = len(split.order)
-    with progress(split.name, total, done=len(partial.rows)) as advance:
+    with progress(partial.path.stem, total, done=len(partial.rows)) as advance:
 
         def images(end: int) -> Iterator[ImageSource]:
             for index in split.order[len(partial.rows) : end]:
@@ -457,7 +556,7 @@ def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> 
     try:
         manifest = read_manifest(path, len(split.samples))
         is_same = all(manifest[name] == value for name, value in key.items())
-        is_complete = path.stat().st_size == manifest["bytes"] and names_path(path).is_file()
+        is_complete = path.stat().st_size == manifest["bytes"] and names_file_of(path).is_file()
         # `finish` sets this to the time at which the build was started.
         started = manifest_path(path).stat().st_mtime_ns
         missing = set(manifest.get("missing", ()))

@@ -99,6 +99,11 @@ def names_path(path: Path) -> Path:
     return path.with_name(path.name + ".names.txt")
 
 
+def indexed_names_path(path: Path) -> Path:
+    """X.beton.names.tsv of a shard: index, a tab, and the name of each image that was listed for it."""
+    return path.with_name(path.name + ".names.tsv")
+
+
 def metadata_type(fields: dict[str, int]) -> np.dtype[np.void]:
     """Return the dtype of one sample's metadata, aligned as in FFCV; `fields` maps names to type ids."""
     return np.dtype([(name, FIELD_TYPES[type_id][1]) for name, type_id in fields.items()], align=True)

@@ -18,12 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.beton.format import names_path
-from fastssl.beton.read import LONGEST_NAME, all_names, read_header, read_metadata
+from fastssl.beton.read import LONGEST_NAME, MOST_DIGITS, all_names, has_names, read_header, read_metadata
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import UnsafeFile, open_regular
 
 SUFFIX = re.compile(rb"\.[A-Za-z]{3,4}$")  # the .2 of n01440764.2 is not a suffix
-MOST_DIGITS = 18  # of an index that int64 holds
 
 
 class _List(NamedTuple):
@@ -71,7 +70,8 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
     index_N = read_metadata(beton_path)["index"]
     is_absent_L = ~np.isin(index_L, index_N)
     if is_absent_L.any():
-        total = sum(1 for _ in all_names(beton_path)) if names_path(beton_path).exists() else int(index_N.max()) + 1
+        listed_indices = (index for index, _ in all_names(beton_path)) if has_names(beton_path) else index_N
+        total = int(max(listed_indices)) + 1
         is_outside_L = index_L >= total
         if is_outside_L.any():
             raise listed.error(is_outside_L, f"is no index of {beton_path}", f"write indices from 0 to {total - 1}")
@@ -104,7 +104,7 @@ def _read_list(path: Path) -> _List:
 
 def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
     """Return the index of the image that each line names, int64 (lines,)."""
-    if not names_path(beton_path).exists():
+    if not has_names(beton_path):
         raise UserError(
             f"{names_path(beton_path)} is missing, so the images of {beton_path} have no names (stock FFCV or an older "
             "version built it)",
@@ -114,10 +114,12 @@ def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
     if not count_L.all():
         missing = np.flatnonzero(count_L == 0)
         keys = [SUFFIX.sub(b"", listed.lines[line]) for line in missing]
-        index_L[missing], count_L[missing] = _match(keys, (SUFFIX.sub(b"", name) for name in all_names(beton_path)))
+        index_L[missing], count_L[missing] = _match(
+            keys, ((index, SUFFIX.sub(b"", name)) for index, name in all_names(beton_path))
+        )
     if not count_L.all():
-        example = _text(next(all_names(beton_path), b""))
-        raise listed.error(count_L == 0, f"names no image of {beton_path}", f"write names like {quote(example)}")
+        _, example = next(all_names(beton_path), (0, b""))
+        raise listed.error(count_L == 0, f"names no image of {beton_path}", f"write names like {quote(_text(example))}")
     if (count_L > 1).any():
         count = count_L[np.argmax(count_L > 1)]
         fix = "write more of the path before it, or its suffix"
@@ -125,8 +127,8 @@ def _find_names(listed: _List, beton_path: Path) -> np.ndarray:
     return index_L
 
 
-def _match(keys: list[bytes], names: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each key the position of a matching name and the number of matching names, int64 (keys,) each.
+def _match(keys: list[bytes], names: Iterable[tuple[int, bytes]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each key the index of a matching name and the number of matching names, int64 (keys,) each.
 
     A key matches the name that it is; if there is none, it matches names that end with it after a slash. One pass over
     the names, however many keys there are; equal keys get equal results.
@@ -134,7 +136,7 @@ def _match(keys: list[bytes], names: Iterable[bytes]) -> tuple[np.ndarray, np.nd
     first_of: dict[bytes, int] = {}
     first_K = np.array([first_of.setdefault(key, position) for position, key in enumerate(keys)], np.int64)
     index_K, count_K, end_index_K, end_count_K = np.zeros((4, len(keys)), np.int64)
-    for index, name in enumerate(names):
+    for index, name in names:
         key = first_of.get(name)
         if key is not None:
             index_K[key] = index

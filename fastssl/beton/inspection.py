@@ -11,10 +11,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.format import RGB, UNLABELLED, Manifest, names_path
+from fastssl.beton.format import RGB, UNLABELLED, Manifest
 from fastssl.beton.index_list import read_index_list
-from fastssl.beton.read import BetonInfo, read_header, read_samples
-from fastssl.common.terminal import pairs_table, printable
+from fastssl.beton.read import BetonInfo, has_names, names_file, read_header, read_samples
+from fastssl.beton.shards import is_set
+from fastssl.common.terminal import count_of, pairs_table, printable
 
 MOST_CLASSES = 20  # with more classes only the largest ten and the smallest ten are shown
 LONGEST_BAR = 30  # characters
@@ -54,20 +55,22 @@ def subset_table(path: str | Path, list_path: str | Path) -> Table:
 def _file_table(info: BetonInfo) -> Table:
     has_checksums = bool(info.manifest and info.manifest.get("checksums"))
     height, width = info.max_resolution
+    shards = len(info.parts) if is_set(info.path) else 0
+    each = "of each shard" if shards else ""
     none = "none: built by stock FFCV or an older version"
     return pairs_table(
         str(info.path),
         {
             "samples": f"{info.num_samples:,}",
-            "size": f"{info.path.stat().st_size / 1e6:,.1f} MB",
+            "size": f"{info.file_bytes / 1e6:,.1f} MB" + (f" in {count_of(shards, 'shard')}" if shards else ""),
             "fields": ", ".join(f"{name} ({kind})" for name, kind in info.fields.items()),
             "layout": info.layout,
             "images stored as": STORAGE[info.storage],
             **({"channels": str(info.channels)} if info.channels != RGB else {}),
             "height x width": f"{height} x {width} px" + (", all images" if info.resolution else " at most"),
-            "manifest": f"{info.path.name}.json" if info.manifest else none,
+            "manifest": (each or f"{info.path.name}.json") if info.manifest else none,
             "checksums": "for every sample" if has_checksums else none,
-            "names": f"{info.path.name}.names.txt" if names_path(info.path).exists() else none,
+            "names": (each or names_file(info.path).name) if has_names(info.path) else none,
         },
     )
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastssl.beton.format import RGB, ROW, data_start, manifest_path, names_path, write_tables
+from fastssl.beton.format import RGB, ROW, data_start, manifest_path, write_tables
 from fastssl.beton.images import Case
 from fastssl.common.errors import UserError
 from fastssl.common.files import make_folder, open_regular, replace_durably, sync, try_lock
@@ -166,7 +166,7 @@ class PartialBuild:
         self._rows_saved = self._processed
         self._last_save = time.monotonic()
 
-    def finish(self, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    def finish(self, manifest: dict[str, Any], names_file: Path, names: Iterable[str]) -> None:
         """Complete the file, and give it, the list of names and the manifest their final names."""
         with open(self.pages, "r+b") as file:
             metadata = write_tables(file, self.good, self.position, manifest.get("channels", RGB))
@@ -179,8 +179,8 @@ class PartialBuild:
         manifest = {**manifest, "bytes": size, "checksums": checksums}
         manifest_part = self.folder / "manifest.json"
         names_part = self.folder / "names.txt"
-        with open(names_part, "w", encoding="utf-8", errors="surrogateescape") as names_file:
-            names_file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
+        with open(names_part, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
         manifest_part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), "utf-8")
         for part in (names_part, manifest_part):
             sync(part)
@@ -192,7 +192,7 @@ class PartialBuild:
         # The new manifest comes last: it tells that the other files are complete.
         manifest_path(self.path).unlink(missing_ok=True)
         replace_durably(self.pages, self.path)
-        replace_durably(names_part, names_path(self.path))
+        replace_durably(names_part, names_file)
         replace_durably(manifest_part, manifest_path(self.path))
 
     def _resume(self) -> bool:

@@ -5,12 +5,15 @@ with numpy, in a fraction of a second per million samples: a truncated, damaged 
 Files of stock FFCV are read too. Images are not decoded here.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +38,14 @@ from fastssl.beton.format import (
     VERSION,
     ArrayImages,
     Manifest,
+    align,
+    indexed_names_path,
     manifest_path,
     metadata_type,
     names_path,
     read_array_images,
 )
+from fastssl.beton.shards import files_of, is_set, sets_in
 from fastssl.beton.source import how_to_make
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import UnsafeFile, open_regular
@@ -47,14 +53,53 @@ from fastssl.common.terminal import printable
 
 LARGEST_SOURCE_SIDE = 2**31 - 1  # px; areas then fit into 64 bits
 LONGEST_NAME = 1 << 20  # bytes of a line of X.beton.names.txt
+MOST_DIGITS = 18  # of an index that int64 holds
+MAP_FIXED = 0x10  # of <sys/mman.h>
 MOST_FIELDS = 256  # far above any real file; limits what a damaged header can make us read
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+
+class FilePart(NamedTuple):
+    """One file of a set, or the only one."""
+
+    path: Path
+    start: int  # its first byte, where the files of the set follow each other
+    size: int  # bytes
+    identity: tuple[int, ...]  # see `file_identity`
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.identity[-1]
+
+
+def file_identity(stat: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file has been written again or replaced by another one."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def file_parts(path: Path) -> tuple[FilePart, ...]:
+    """Return the files of a set in their order, each with the byte at which it begins in `map_file`.
+
+    Each begins at a multiple of FFCV's page size, so no page of the set holds data of two files.
+    """
+    parts = []
+    start = 0
+    for file in files_of(path):
+        stat = os.stat(file)
+        parts.append(FilePart(file, start, stat.st_size, file_identity(stat)))
+        start = align(start + stat.st_size)
+    return tuple(parts)
 
 
 @dataclass(frozen=True)
 class BetonInfo:
-    """What the header, the tables and the manifest of a .beton tell."""
+    """What the header, the tables and the manifest of a .beton tell, or those of all files of a set."""
 
-    path: Path
+    path: Path  # of a set, its pattern: see shards.py
+    parts: tuple[FilePart, ...]
     num_samples: int
     page_size: int  # bytes
     fields: dict[str, str]  # name -> name of FFCV's field class, in the order of the file
@@ -65,21 +110,33 @@ class BetonInfo:
     max_resolution: tuple[int, int]  # the largest height and the largest width in px
     classes: list[str] | None  # class names; None without a manifest
     metadata_bytes: int  # size of the metadata table in the file
-    manifest: Manifest | None  # the contents of X.beton.json, which build-beton writes
+    manifest: Manifest | None  # the contents of X.beton.json, which build-beton writes; of a set, all together
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(part.size for part in self.parts)
 
 
 def beton_file(path: str | Path, split: str) -> Path:
     """Return the .beton file that a user means by `path`: SPLIT.beton in it if it is a folder. `~` is expanded.
 
+    Of a folder with SPLIT-00000-of-00064.beton and so on, it is the pattern of these shards.
+
     Raises:
-        UserError: it is a folder without that file.
+        UserError: it is a folder without that file, or one with several such files or sets.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         return path
     file = path / f"{split}.beton"
-    if file.exists():
-        return file
+    found = [*([file] if file.exists() else []), *sets_in(path, split)]
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds {' and '.join(each.name for each in found)}, which may be different images",
+            hint="name one of them, or move the other one",
+        )
+    if found:
+        return found[0]
     others = sorted(other.name for other in path.glob("*.beton"))
     if others:
         raise UserError(
@@ -92,8 +149,13 @@ def beton_file(path: str | Path, split: str) -> Path:
     )
 
 
+def has_split(path: Path, split: str) -> bool:
+    """Whether `path` is a folder with SPLIT.beton or with shards of it."""
+    return path.is_dir() and ((path / f"{split}.beton").is_file() or bool(sets_in(path, split)))
+
+
 def read_header(path: str | Path) -> BetonInfo:
-    """Check the whole file except for its image data, and describe it. Raises UserError if it is not sound."""
+    """Check all files except for their image data, and describe them. Raises UserError if one is not sound."""
     path = Path(path)
     checked = _read_checked(path)
     image = checked.metadata["image"]
@@ -101,11 +163,15 @@ def read_header(path: str | Path) -> BetonInfo:
     has_one_size = max_resolution == (int(image["height"].min()), int(image["width"].min()))
     storages: dict[int, Literal["raw", "jpg", "bc4"]] = {RAW: "raw", JPG: "jpg", BC4: "bc4"}
     modes = np.unique(image["mode"]).tolist()
-    manifest = _read_manifest(path, len(image))
+    if is_set(path):
+        manifest = _read_set_manifest(files_of(path), checked.samples_of_files)
+    else:
+        manifest = _read_manifest(path, len(image))
     if manifest and checked.field_types.get("label") == INT_FIELD:
         _check_labels(path, checked.metadata["label"], len(manifest["classes"]))
     return BetonInfo(
         path=path,
+        parts=file_parts(path),
         num_samples=len(image),
         page_size=checked.page_size,
         fields={name: FIELD_TYPES[type_id][0] for name, type_id in checked.field_types.items()},
@@ -154,20 +220,45 @@ def data_checksum(info: BetonInfo) -> str:
 
 
 def read_names(path: Path, indices: Iterable[int]) -> dict[int, str]:
-    """Return the names of the images with these indices; an empty dict without X.beton.names.txt."""
+    """Return the names of the images with these indices; an empty dict for files without a list of names."""
     wanted = {int(index) for index in indices}
-    if not wanted or not names_path(path).exists():
+    if not wanted or not has_names(path):
         return {}
-    found = {index: name for index, name in enumerate(all_names(path)) if index in wanted}
+    found = {index: name for index, name in all_names(path) if index in wanted}
     return {index: name.decode("utf-8", "surrogateescape") for index, name in found.items()}
 
 
-def all_names(path: Path) -> Iterator[bytes]:
-    """Yield the names in X.beton.names.txt in the order of their index: a million are never in memory.
+def has_names(path: Path) -> bool:
+    """Whether build-beton has written a list of names next to the file, or next to each file of a set."""
+    return all(names_file(file).exists() for file in files_of(path))
 
-    Only b"\\n" ends a name; str.splitlines would split at more. Raises UserError if the file cannot be read.
+
+def names_file(file: Path) -> Path:
+    """Return the list of names of a single file or a shard."""
+    return indexed_names_path(file) if indexed_names_path(file).exists() else names_path(file)
+
+
+def all_names(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield index and name of each image that the build has listed: a million are never in memory.
+
+    Only b"\n" ends a name; str.splitlines would split at more. Raises UserError if the names cannot be read.
     """
-    names = names_path(path)
+    for file in files_of(path):
+        names = names_file(file)
+        if names == names_path(file):
+            yield from enumerate(_lines(names, file))
+            continue
+        for line in _lines(names, file):
+            index, tab, name = line.partition(b"\t")
+            if not tab or not index.isdigit() or len(index) > MOST_DIGITS:
+                raise UserError(
+                    f"{names} is damaged: it has a line without an index and a name",
+                    hint=f"delete it, and the images of {path} have no names",
+                )
+            yield int(index), name
+
+
+def _lines(names: Path, beton: Path) -> Iterator[bytes]:
     try:
         with open_regular(names) as file:
             for line in iter(partial(file.readline, LONGEST_NAME), b""):
@@ -176,37 +267,96 @@ def all_names(path: Path) -> Iterator[bytes]:
                 yield line.removesuffix(b"\n")
     except OSError as error:
         raise UserError(
-            f"{names} cannot be read ({error.strerror})", hint=f"delete it, and the images of {path} have no names"
+            f"{names} cannot be read ({error.strerror})", hint=f"delete it, and the images of {beton} have no names"
         ) from error
 
 
 class _Checked(NamedTuple):
-    """The tables of a file that is sound."""
+    """The tables of a file that is sound, or of all files of a set."""
 
     page_size: int
     field_types: dict[str, int]  # name -> FFCV's type id
-    metadata: np.ndarray  # with a format.IMAGE as the column "image"
+    metadata: np.ndarray  # with a format.IMAGE as the column "image"; of a set, its pointers are those of `map_file`
     metadata_bytes: int  # in the file
     image_bytes: np.ndarray
     channels: int
+    file_bytes: int
+    samples_of_files: tuple[int, ...]
 
 
 def map_file(path: Path) -> np.ndarray:
-    """Return the bytes of a file, mapped: they are read from the disk when they are used."""
+    """Return the bytes of a file, mapped: they are read from the disk when they are used.
+
+    Of a set, those of all files: each begins at its `FilePart.start`, and what is between two files is zeros.
+    """
     try:
+        if is_set(path):
+            return _map_one_after_the_other(file_parts(path))
         # numba dispatches slowly on a memmap.
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
+        size = sum(part.size for part in file_parts(path))
         raise UserError(
-            f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than the limit on the address space of a "
+            f"{path} has {size / 1e9:,.1f} GB, more than the limit on the address space of a "
             "process leaves (a mapped file takes address space, not memory)",
             hint="raise the limit: ulimit -v; on Grid Engine h_vmem",
         ) from error
 
 
+def _map_one_after_the_other(parts: Sequence[FilePart]) -> np.ndarray:
+    """Map files into one range of addresses, so that all that reads one mapped file reads a set too."""
+    total = parts[-1].start + parts[-1].size
+    # Its pages are replaced by those of the files; it gives all of them back when the array is deleted.
+    region = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    content = np.frombuffer(region, np.uint8)
+    for part in parts:
+        with open_regular(part.path) as file:
+            address, fixed = content.ctypes.data + part.start, mmap.MAP_SHARED | MAP_FIXED
+            if _libc.mmap(address, part.size, mmap.PROT_READ, fixed, file.fileno(), 0) != address:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), str(part.path))
+    return content
+
+
 def _read_checked(path: Path) -> _Checked:
+    files = files_of(path)
+    checked = [_read_checked_file(file) for file in files]
+    return _join(path, files, checked) if is_set(path) else checked[0]
+
+
+def _join(path: Path, files: Sequence[Path], checked: Sequence[_Checked]) -> _Checked:
+    """Return the tables of a set. Raises UserError if its files do not belong together."""
+    first = checked[0]
+    start = 0
+    for file, each in zip(files, checked):
+        if (each.field_types, each.channels) != (first.field_types, first.channels):
+            raise UserError(f"{file} has other fields or channels than {files[0]}", hint="name files of one build")
+        each.metadata["image"]["data_ptr"] += np.uint64(start)
+        start = align(start + each.file_bytes)
+    metadata = np.concatenate([each.metadata for each in checked])
+    if first.field_types.get("index") == INT_FIELD:
+        index_N = np.sort(metadata["index"])
+        is_repeated_N = index_N[1:] == index_N[:-1]
+        if is_repeated_N.any():
+            raise UserError(
+                f"Two files of {path} hold an image with the index {index_N[int(np.argmax(is_repeated_N))]}",
+                hint="name shards of one build only",
+            )
+    return _Checked(
+        page_size=max(each.page_size for each in checked),
+        field_types=first.field_types,
+        metadata=metadata,
+        metadata_bytes=sum(each.metadata_bytes for each in checked),
+        image_bytes=np.concatenate([each.image_bytes for each in checked]),
+        channels=first.channels,
+        file_bytes=sum(each.file_bytes for each in checked),
+        samples_of_files=tuple(len(each.metadata) for each in checked),
+    )
+
+
+def _read_checked_file(path: Path) -> _Checked:
     try:
         with open_regular(path) as file:
             # numpy cannot map an empty file.
@@ -263,7 +413,8 @@ def _check_tables(content: np.ndarray) -> _Checked:
     _check_allocations(table, position, table_ptr, page_size, num_samples)
     image_bytes = _check_images(metadata["image"], table, channels)
     _check_numbers(metadata, field_types)
-    return _Checked(page_size, field_types, metadata, stored.nbytes, image_bytes, channels)
+    samples = (len(metadata),)
+    return _Checked(page_size, field_types, metadata, stored.nbytes, image_bytes, channels, len(content), samples)
 
 
 def _read_table(content: np.ndarray, start: int, dtype: np.dtype, count: int, name: str) -> np.ndarray:
@@ -395,3 +546,48 @@ def _read_manifest(path: Path, num_samples: int) -> Manifest | None:
             f"{manifest_path(path)} does not belong to {path}", hint="delete it, and the file is read without it"
         )
     return manifest
+
+
+# What must be equal in the manifests of a set, so that its files are of one build.
+SAME_IN_A_SET = (
+    "classes", "layout", "storage", "canvas", "max_side", "quality", "range", "channels", "max_megapixels", "order",
+    "builder", "limit", "splits", "shards", "sample_list_sha256",
+)  # fmt: skip
+COUNTS = ("samples", "bytes", "unlabelled", "nearly_black")
+TABLES_OF_COUNTS = ("counts", "encoded_because", "source_formats")
+
+
+def _read_set_manifest(files: Sequence[Path], samples: Sequence[int]) -> Manifest | None:
+    """Return the manifests of a set as one: counts added, lists joined. None if a file has none.
+
+    Raises UserError if they are of different builds.
+    """
+    manifests: list[Manifest] = []
+    for file, count in zip(files, samples):
+        manifest = _read_manifest(file, count)
+        if manifest is None:
+            return None
+        for name in SAME_IN_A_SET:
+            if manifests and manifest.get(name) != manifests[0].get(name):
+                raise UserError(
+                    f"{file} and {files[0]} are of different builds: they have another {name}",
+                    hint="build the shards again with the same options and images, or name those of one build",
+                )
+        manifests.append(manifest)
+    joined = {**manifests[0], "missing": [index for each in manifests for index in each.get("missing", [])]}
+    joined.pop("shard", None)
+    joined |= {name: sum(each.get(name, 0) for each in manifests) for name in COUNTS}
+    for name in TABLES_OF_COUNTS:
+        total: Counter[str] = Counter()
+        for each in manifests:
+            total.update(each.get(name, {}))
+        joined[name] = dict(total)
+    if all(each.get("checksums") for each in manifests):
+        checksums = [each["checksums"] for each in manifests]
+        joined["checksums"] = {
+            "algorithm": checksums[0]["algorithm"],
+            **{name: "".join(each[name] for each in checksums) for name in ("metadata", "samples")},
+        }
+    else:
+        joined.pop("checksums", None)
+    return joined

@@ -1,5 +1,6 @@
 """Draw samples of a .beton into one PNG."""
 
+import contextlib
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -66,13 +67,17 @@ def draw_samples(
     page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
     draw = ImageDraw.Draw(page)
     first_row = 0
-    with open(info.path, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        files = [(part, stack.enter_context(open(part.path, "rb"))) for part in info.parts]
         for (title, positions), height in zip(groups, heights):
             draw.text((GAP, first_row + GAP), _shorten(printable(title), page.width - 2 * GAP), "black", _font())
             for cell, position in enumerate(positions):
                 row = metadata[position]
                 left = GAP + cell % columns * CELL_WIDTH
                 top = first_row + TITLE_HEIGHT + cell // columns * CELL_HEIGHT
+                start = int(row["image"]["data_ptr"])
+                part, file = next((part, file) for part, file in reversed(files) if part.start <= start)
+                file.seek(start - part.start)
                 thumbnail = _thumbnail(file, row["image"], int(image_bytes[position]), info.channels)
                 # Centered, directly above the caption.
                 page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
@@ -88,12 +93,11 @@ def draw_samples(
 
 
 def _thumbnail(file: BinaryIO, image: np.void, size: int, channels: int) -> Image.Image:
-    """Return a stored image of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL px.
+    """Return the next image of the file, of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL.
 
     Of more than three channels the first three are shown, of two the first.
     """
     try:
-        file.seek(int(image["data_ptr"]))
         content = file.read(size)
         if image["mode"] == RAW:
             pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], channels)

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.beton import jpeg
-from fastssl.beton.format import FIELD, HEADER, JPG, manifest_path, names_path
-from fastssl.beton.pool import worker_pool
-from fastssl.beton.read import BetonInfo, all_names, read_header, read_names, read_samples
+from fastssl.beton.format import FIELD, HEADER, JPG, manifest_path
+from fastssl.beton.pool import Pool, worker_pool
+from fastssl.beton.read import BetonInfo, all_names, has_names, read_header, read_names, read_samples
+from fastssl.beton.shards import files_of, is_set
 from fastssl.common.errors import UserError
 from fastssl.common.system import resolve_workers
-from fastssl.common.terminal import printable, progress
+from fastssl.common.terminal import Advance, printable, progress
 
 SAMPLES_PER_TASK = 256  # few enough that the progress moves
 
@@ -24,6 +25,7 @@ SAMPLES_PER_TASK = 256  # few enough that the progress moves
 class Fault:
     """A damaged sample."""
 
+    path: Path  # of the file
     position: int  # in the file
     index: int | None  # None if the file has no indices
     name: str  # "" if the file has no names
@@ -38,33 +40,36 @@ class Fault:
 class Verification(NamedTuple):
     """The result of `verify`."""
 
-    path: Path
+    path: Path  # of a set, its pattern
     samples: int
-    has_checksums: bool
-    is_table_sound: bool  # the metadata matches its checksum, or has none
+    without_checksums: list[Path]  # files that have none
+    damaged_tables: list[Path]  # files whose metadata does not match its checksum
     faults: list[Fault]
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each fault, and a note if there are no checksums."""
-        if not self.is_table_sound:
-            yield "metadata table: does not match its checksum; labels, indices or sizes are wrong"
-        yield from map(str, self.faults)
-        if not self.has_checksums:
+        """Yield a line for each fault, and a note for each file without checksums."""
+        is_set = any(each.path != self.path for each in self.faults) or set(self.damaged_tables) - {self.path}
+        for path in self.damaged_tables:
+            where = f"{path.name}: " if is_set else ""
+            yield f"{where}metadata table: does not match its checksum; labels, indices or sizes are wrong"
+        for fault in self.faults:
+            yield (f"{fault.path.name}: " if is_set else "") + str(fault)
+        for path in self.without_checksums:
             yield (
-                f"There are no checksums for {self.path}: stock FFCV or an older version built it. "
+                f"There are no checksums for {path}: stock FFCV or an older version built it. "
                 "Decoding alone does not detect a changed pixel."
             )
 
     def verdict(self) -> str:
         """Return a sentence for a sound file. Raises UserError if the file is damaged."""
-        if self.faults or not self.is_table_sound:
-            damaged = [] if self.is_table_sound else ["its metadata table"]
+        if self.faults or self.damaged_tables:
+            damaged = ["its metadata table"] if self.damaged_tables else []
             damaged += [f"{len(self.faults):,} of {self.samples:,} samples"] if self.faults else []
             raise UserError(
                 f"{self.path} is damaged: {' and '.join(damaged)}",
                 hint="copy it again from a sound copy, or delete it and build it again",
             )
-        matching = " and match their checksums" if self.has_checksums else ""
+        matching = "" if self.without_checksums else " and match their checksums"
         return f"All {self.samples:,} samples decode{matching}."
 
 
@@ -74,16 +79,34 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
     Memory does not grow with the images; about 100 bytes of metadata are held per sample.
 
     Args:
-        path: a .beton file.
+        path: a .beton file, or a set of shards.
         workers: number of processes; None: one for each core.
     """
-    info = read_header(path)
-    if names_path(info.path).exists():
-        for _ in all_names(info.path):  # raises an error if they cannot be read
-            pass
-    crc32_N = _read_checksums(info)
-    metadata, image_bytes = read_samples(path)
-    problems: list[tuple[int, str]] = []
+    path = Path(path)
+    whole = read_header(path)
+    without_checksums, damaged_tables = [], []
+    faults: list[Fault] = []
+    with (
+        worker_pool(resolve_workers(workers)) as pool,
+        progress("verifying", whole.num_samples) as advance,
+    ):
+        for file in files_of(path):
+            info = read_header(file) if is_set(path) else whole
+            if has_names(file):
+                for _ in all_names(file):  # raises an error if they cannot be read
+                    pass
+            crc32_N = _read_checksums(info)
+            faults += _find_faults(info, crc32_N, pool, advance)
+            if crc32_N is None:
+                without_checksums.append(file)
+            elif not _is_table_sound(info):
+                damaged_tables.append(file)
+    return Verification(path, whole.num_samples, without_checksums, damaged_tables, faults)
+
+
+def _find_faults(info: BetonInfo, crc32_N: np.ndarray | None, pool: Pool, advance: Advance) -> list[Fault]:
+    """Return the damaged samples of one file."""
+    metadata, image_bytes = read_samples(info.path)
     chunks = (slice(start, start + SAMPLES_PER_TASK) for start in range(0, info.num_samples, SAMPLES_PER_TASK))
     tasks = (
         (
@@ -94,23 +117,20 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
         )
         for chunk in chunks
     )
-    with worker_pool(resolve_workers(workers)) as pool, progress("verifying", info.num_samples) as advance:
-        done = 0
-        for chunk_problems in pool.in_order(_check_chunk, tasks):
-            problems += [(done + number, problem) for number, problem in enumerate(chunk_problems) if problem]
-            size = int(image_bytes[done : done + len(chunk_problems)].sum())
-            done += len(chunk_problems)
-            advance(len(chunk_problems), size)
-
+    problems: list[tuple[int, str]] = []
+    done = 0
+    for chunk_problems in pool.in_order(_check_chunk, tasks):
+        problems += [(done + number, problem) for number, problem in enumerate(chunk_problems) if problem]
+        size = int(image_bytes[done : done + len(chunk_problems)].sum())
+        done += len(chunk_problems)
+        advance(len(chunk_problems), size)
     has_indices = info.fields.get("index") == "IntField"
     index_of = {position: int(metadata["index"][position]) for position, _ in problems} if has_indices else {}
     names = read_names(info.path, index_of.values())
-    faults = [
-        Fault(position, index_of.get(position), names.get(index_of.get(position, -1), ""), problem)
+    return [
+        Fault(info.path, position, index_of.get(position), names.get(index_of.get(position, -1), ""), problem)
         for position, problem in problems
     ]
-    is_table_sound = crc32_N is None or _is_table_sound(info)
-    return Verification(info.path, info.num_samples, crc32_N is not None, is_table_sound, faults)
 
 
 def _read_checksums(info: BetonInfo) -> np.ndarray | None:

@@ -67,6 +67,20 @@ def build_beton(
             rich_help_panel=STORAGE_PANEL,
         ),
     ] = "auto",
+    shards: Annotated[
+        int | None,
+        Option(
+            min=1, metavar="N", help="Write each split as this many files.", show_default="one file",
+            rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = None,
+    shard: Annotated[
+        int | None,
+        Option(
+            min=0, metavar="K", help="Build only this one of --shards, from 0; other processes build the others.",
+            show_default="all", rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = None,
     channels: Annotated[
         int,
         Option(
@@ -130,13 +144,15 @@ def build_beton(
         max_megapixels=max_megapixels,
         splits=splits,
         channels=channels,
+        shards=shards,
+        shard=shard,
     )
     if dry_run:
         _print_estimate(beton.estimate_build(builder, source, out, options))
         return
     # BuildOptions has the keyword arguments of build_beton.
     report = beton.build_beton(builder, source, out, **vars(options))
-    _print_report(report, out)
+    _print_report(report)
     if report.problem:
         print_error(report.problem)
         raise SystemExit(1)
@@ -147,7 +163,7 @@ def _print(text: str) -> None:
     print_line(console(), text)
 
 
-def _print_report(report: "BuildReport", out: Path) -> None:
+def _print_report(report: "BuildReport") -> None:
     """Say what each file holds, and what was left out."""
     for split in report.splits:
         _print(
@@ -166,8 +182,8 @@ def _print_report(report: "BuildReport", out: Path) -> None:
                 f"{split.nearly_black:,} images of {split.path} are nearly black: no value is above 1/8 of the "
                 "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
             )
-    if any(split.bad for split in report.splits):
-        _print(f"The bad images are listed in {out / 'bad_images.jsonl'}.")
+    for bad_images in dict.fromkeys(split.bad_images for split in report.splits if split.bad):
+        _print(f"The bad images are listed in {bad_images}.")
     _print(report.account)
 
 

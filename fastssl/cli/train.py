@@ -72,6 +72,7 @@ def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> 
 def _evaluation_command(recipe: Recipe, run_dir: Path) -> str:
     """The command that evaluates the run: kNN accuracy; without images and labels for that, its embeddings."""
     from fastssl.beton import beton_file
+    from fastssl.beton.shards import exists
     from fastssl.common.commands import command
     from fastssl.evaluation import BetonSubset
     from fastssl.evaluation.runs import check_labels
@@ -83,7 +84,7 @@ def _evaluation_command(recipe: Recipe, run_dir: Path) -> str:
             train_set = BetonSubset(train_file, data.subset, data.limit)
             check_labels(train_set, BetonSubset(beton_file(data.val, "val")), "kNN", fix_train="", fix_val="")
             return command("eval", "knn", run_dir)
-    images = train_file if train_file.is_file() else "IMAGES"
+    images = train_file if exists(train_file) else "IMAGES"
     return command("embed", run_dir, images, "--out", run_dir / "embeddings.npz")
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from fastssl.beton import read_header
+from fastssl.beton.shards import split_of
 from fastssl.common.errors import UserError
 from fastssl.common.files import (
     LARGEST_TEXT,
@@ -152,17 +153,17 @@ def load_or_compute_features(
         dtype: of the floats in the cache.
         fits: whether a cache has the widths that this encoder gives; else it is written again.
     """
-    path = read_header(data.path).path
-    stat = path.stat()
+    parts = read_header(data.path).parts
+    files = [[str(part.path.resolve()), part.size, part.mtime_ns] for part in parts]
     depends_on = depends_on | {
         "version": CACHE_VERSION,
         "weights": encoder.sha256,
-        "beton": [str(path.resolve()), stat.st_size, stat.st_mtime_ns],
+        "beton": files[0] if len(files) == 1 else files,
         "subset": data.subset_sha256(),
         "limit": data.limit,
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-    folder = encoder.run_dir / "features" / f"{data.path.stem}-{key}"
+    folder = encoder.run_dir / "features" / f"{split_of(data.path)}-{key}"
     features = read_features(folder)
 
     def is_sound(features: Features) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastssl.beton import beton_file
+from fastssl.beton import beton_file, has_split
 from fastssl.common.errors import UserError
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
@@ -42,8 +42,8 @@ def find_target(name: str, path: str | Path) -> TransferTarget:
     """
     path = Path(path).expanduser()
     train = beton_file(path, "train")
-    tests = [path / "test.beton", path / "val.beton"] if path.is_dir() else []
-    test = next((file for file in tests if file.is_file()), None)
+    splits = [split for split in ("test", "val") if has_split(path, split)]
+    test = beton_file(path, splits[0]) if splits else None
     fix = f"give --to {name}= labeled data"
     if test:
         check_labels(BetonSubset(train), BetonSubset(test), "a transfer", fix_train=fix, fix_val=fix)

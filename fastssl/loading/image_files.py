@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastssl.beton import read_header, recorded_plan
+from fastssl.beton import beton_file, has_split, read_header, recorded_plan
 from fastssl.beton.build import JPEG_QUALITY
 from fastssl.beton.format import RGB, UNLABELLED
 from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
+from fastssl.beton.shards import exists
 from fastssl.common.errors import UserError
 from fastssl.common.system import available_cores
 from fastssl.loading import kernels
@@ -37,9 +38,10 @@ class Conversion(NamedTuple):
 def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) -> Conversion:
     """Return the conversion of the training file, which its manifest records; otherwise canvases by views.size."""
     train = Path(train).expanduser()
-    train = train / "train.beton" if train.is_dir() else train
-    problem = f"{train} is not here" if not train.is_file() else f"{train.name}.json is not next to {train}"
-    if train.is_file():
+    if train.is_dir():
+        train = beton_file(train, "train") if has_split(train, "train") else train / "train.beton"
+    problem = f"{train.name}.json is not next to {train}" if exists(train) else f"{train} is not here"
+    if exists(train):
         try:
             info = read_header(train)
             plan = None if info.manifest is None else recorded_plan(info.manifest)

@@ -109,7 +109,7 @@ class LoaderState(TypedDict):
 
 
 class BetonLoader:
-    """Iterable over the batches of a .beton file, as `Batch` tuples.
+    """Iterable over the batches of a .beton file, or of a set of shards, as `Batch` tuples.
 
     Each epoch has its own order, a function of (seed, epoch). Over several processes, global batch b is
     order[b * G:(b + 1) * G] with G = batch_size * processes, and rank r gets its r-th equal slice. Iterating starts at
@@ -222,7 +222,7 @@ class BetonLoader:
                 "memory",
                 hint="lower train.batch_size, or build the file again with a smaller --canvas or --max-side",
             )
-        size = self.path.stat().st_size
+        size = info.file_bytes
         memory = free_memory()
         if self.order == "random" and not resident and size > memory:
             warnings.warn(
@@ -512,5 +512,5 @@ def estimate_memory(loader: BetonLoader) -> dict[str, int]:
         used["all images, device"] = len(loader.rows) * loader.image_bytes
         if loader.only_copies:
             used["pieces, while all images are loaded"] = pieces_bytes(loader.workers, used["all images, device"])
-    used["file, if all of it is to stay in the page cache"] = len(samples.file)
+    used["file, if all of it is to stay in the page cache"] = sum(part.size for part in samples.parts)
     return used

@@ -1,7 +1,7 @@
 """The table of all samples of a .beton, and the crop boxes that are cut out of them on the CPU."""
 
+import bisect
 import hashlib
-import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from fastssl.beton import BetonInfo, read_header, read_names, read_samples
 from fastssl.beton.format import BC4, JPG, bc4_bytes
-from fastssl.beton.read import map_file
+from fastssl.beton.read import FilePart, file_parts, map_file
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
@@ -22,12 +22,13 @@ CropMode = Literal["gpu", "cpu", "eval"]
 class Samples(NamedTuple):
     """Arrays over the N rows of a file, in the file's order, already checked against its size.
 
-    A file of stock FFCV may lack labels (then -1), ids (then the row) and source sizes (then the stored ones).
+    A set of shards is one file here: all of its files, mapped one after the other. A file of stock FFCV may lack labels
+    (then -1), ids (then the row) and source sizes (then the stored ones).
     """
 
     path: Path
     file: np.ndarray  # the whole file, mapped, uint8
-    start_N: np.ndarray  # byte of the file at which the image starts
+    start_N: np.ndarray  # byte of `file` at which the image starts
     size_N: np.ndarray  # stored bytes of the image
     mode_N: np.ndarray  # RAW, JPG or BC4 of beton.format
     shape_N2: np.ndarray  # stored height and width in px
@@ -37,12 +38,11 @@ class Samples(NamedTuple):
     index_N: np.ndarray  # stable sample ids
     height_N: np.ndarray  # of the source image, in px
     width_N: np.ndarray
-    identity: tuple[int, ...] = ()  # of the file that was mapped, see `file_identity`
+    parts: tuple[FilePart, ...] = ()  # the files that were mapped
 
     @classmethod
     def read(cls, info: BetonInfo) -> "Samples":
         """Read the table of a file, and map its images."""
-        identity = file_identity(os.stat(info.path))
         metadata, size_N = read_samples(info.path)
         image = metadata["image"]
         shape_N2 = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
@@ -53,9 +53,12 @@ class Samples(NamedTuple):
             is_checked = info.fields.get(name) == "IntField"
             return metadata[name].astype(np.int64) if is_checked else default_N
 
+        file = map_file(info.path)
+        if file_parts(info.path) != info.parts:
+            raise UserError(f"{info.path} has changed since it was opened", hint="start again")
         return cls(
             path=info.path,
-            file=map_file(info.path),
+            file=file,
             start_N=start_N,
             size_N=size_N,
             mode_N=np.ascontiguousarray(image["mode"]),
@@ -66,7 +69,7 @@ class Samples(NamedTuple):
             index_N=column("index", np.arange(len(metadata))),
             height_N=column("height", shape_N2[:, 0]),
             width_N=column("width", shape_N2[:, 1]),
-            identity=identity,
+            parts=info.parts,
         )
 
     @property
@@ -87,14 +90,15 @@ class Samples(NamedTuple):
     def describe(self, row: int) -> str:
         """Name a sample in an error message: its file, index, source image (if known) and position in the file."""
         index = int(self.index_N[row])
-        name = read_names(self.path, [index]).get(index)
+        part = self.part_at(int(self.start_N[row]))
+        name = read_names(part.path, [index]).get(index)
         source = f" ({name})" if name else ""
-        return f"{self.path}: the sample with index {index}{source}, at byte {self.start_N[row]:,},"
+        byte = self.start_N[row] - part.start
+        return f"{part.path}: the sample with index {index}{source}, at byte {byte:,},"
 
-
-def file_identity(stat: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file has been written again or replaced by another one."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    def part_at(self, position: int) -> FilePart:
+        """The file that a byte of `file` belongs to."""
+        return self.parts[bisect.bisect_right(self.parts, position, key=lambda part: part.start) - 1]
 
 
 def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes: int = 1) -> None:

@@ -257,7 +257,7 @@ def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
     """Return the setup of a training run on this machine."""
     loader, train = run.state.loader, run.recipe.train
     cuda_graphs = train.cuda_graphs if world_size() == 1 and train.accumulate == 1 else None
-    fits_into_memory = loader.path.stat().st_size <= free_memory()
+    fits_into_memory = sum(part.size for part in loader.samples.parts) <= free_memory()
     on_gpu = run.device.type == "cuda"
     storage = "bc4" if loader.samples.in_blocks else "jpg" if (loader.samples.mode_N == JPG).any() else "raw"
     return Setup(

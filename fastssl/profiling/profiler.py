@@ -216,7 +216,7 @@ class Profiler:
     def data(self) -> ProfiledData:
         loader = self.loader
         info = read_header(loader.path)
-        file_bytes = loader.path.stat().st_size
+        file_bytes = info.file_bytes
         return ProfiledData(
             path=str(loader.path), images=len(loader.rows), file_bytes=file_bytes,
             image_bytes=float(loader.samples.size_N[loader.rows].mean()), decoded_bytes=loader.image_bytes,

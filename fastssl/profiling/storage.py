@@ -108,8 +108,11 @@ class StorageStage:
         end = -(-int((samples.start_N[rows] + samples.size_N[rows]).max()) // PAGE) * PAGE
         # Mapped pages stay in the page cache, so this mapping lets go of them first.
         _libc.madvise(samples.file.ctypes.data + first, end - first, MADV_DONTNEED)
-        with open(samples.path, "rb") as file:
-            os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
+        for part in samples.parts:
+            start, stop = max(first, part.start) - part.start, min(end, part.start + part.size) - part.start
+            if start < stop:
+                with open(part.path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
         still = share_in_page_cache(samples.file[first : min(end, len(samples.file))])
         self.stays_cached = still is None or still > STILL_CACHED
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastssl.beton.shards import exists
 from fastssl.common.errors import UserError
 from fastssl.common.terminal import console, count_of, print_line, printable, time_in_words
 from fastssl.models import SSLModel
@@ -128,7 +129,7 @@ def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_
             estimate.source = f"{count_of(len(logged), 'run')} of the sweep"
         elif not here:
             return f"no run of {grid} has logged its throughput on the cluster; give it with --images-per-second."
-        elif not Path(file := estimate.tasks[0].run.recipe.data.train).exists():
+        elif not exists(Path(file := estimate.tasks[0].run.recipe.data.train)):
             return f"there is no {file} to time runs with; build it, or give the throughput with --images-per-second."
         else:
             chosen = random.Random(0).sample(estimate.tasks, min(per_gpu, len(estimate.tasks)))
@@ -144,7 +145,7 @@ def images_left(task: Task) -> int:
     if task.state == "finished":
         return 0
     recipe = task.run.recipe
-    if recipe.data.limit and not recipe.data.subset and not Path(recipe.data.train).exists():
+    if recipe.data.limit and not recipe.data.subset and not exists(Path(recipe.data.train)):
         images = recipe.data.limit // recipe.train.batch_size * recipe.train.batch_size
     else:
         images = images_per_epoch(recipe)

@@ -79,7 +79,7 @@ def test_suffixes_are_ignored_only_if_the_whole_name_is_not_found(read):
 
 
 def test_a_whole_name_has_precedence_over_the_end_of_a_name():
-    index, count = _match([b"a/b.jpg", b"b.jpg", b"c"], [b"x/a/b.jpg", b"b.jpg", b"a/b.jpg", b"cc", b"b/cc"])
+    index, count = _match([b"a/b.jpg", b"b.jpg", b"c"], enumerate([b"x/a/b.jpg", b"b.jpg", b"a/b.jpg", b"cc", b"b/cc"]))
     assert index.tolist()[:2] == [2, 1] and count.tolist() == [1, 1, 0]
 
 
@@ -184,7 +184,7 @@ def test_a_list_of_one_percent_is_found_among_many_names():
     names = [f"train/n{n // 1300:08}/n{n // 1300:08}_{n}.JPEG".encode() for n in range(200_000)]
     keys = [name.rpartition(b"/")[2] for name in names[::100]]
     start = time.process_time()
-    index, count = _match(keys, names)
+    index, count = _match(keys, enumerate(names))
     assert time.process_time() - start < 3
     assert (count == 1).all() and (index == np.arange(0, 200_000, 100)).all()
 

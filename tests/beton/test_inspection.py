@@ -211,12 +211,12 @@ def test_one_wrong_bit_is_found_in_a_pixel_a_checksum_and_the_table(copied):
         (25, "does not match its checksum, but decodes"),
     ]
     assert [fault.index for fault in found.faults] == metadata["index"][[11, 25]].tolist()
-    assert found.is_table_sound
+    assert not found.damaged_tables
 
     change_byte(path, table_position(3, "height"))
     path.with_name("train.beton.names.txt").unlink()
     found = verify(path, workers=1)
-    assert not found.is_table_sound and len(found.faults) == 2 and found.faults[0].name == ""
+    assert found.damaged_tables and len(found.faults) == 2 and found.faults[0].name == ""
     with pytest.raises(UserError, match="damaged: its metadata table and 2 of 40 samples: copy"):
         found.verdict()
     with pytest.raises(UserError, match="damaged: its metadata table: copy"):

@@ -13,12 +13,13 @@ from PIL import Image
 from fastssl.beton import bc4, build_beton, read_metadata
 from fastssl.beton import format as beton_format
 from fastssl.beton.format import RAW
+from fastssl.beton.read import file_parts
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_memory, kernels, resident
 from fastssl.loading import loader as loader_module
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.decoding import Buffers
-from fastssl.loading.samples import Samples, file_identity
+from fastssl.loading.samples import Samples
 from fastssl.recipe import ViewsConfig
 
 SIDE = 48
@@ -164,7 +165,7 @@ def test_images_that_lie_anywhere_in_the_file_are_loaded(tmp_path):
     path = tmp_path / "x"
     content.tofile(path)
     start_N = np.array([0, 100, 200, 4900, 300, 400, 2000, 1900, 1800, 500, 600])
-    samples = Samples(path, content, start_N, *[None] * 9, identity=file_identity(path.stat()))
+    samples = Samples(path, content, start_N, *[None] * 9, parts=file_parts(path))
     row_N = np.array([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
     pieces = list(resident.read_pieces(samples, row_N, (5, 20), 2, Buffers(pinned=False)))
     assert np.concatenate([piece.row_B for piece in pieces]).tolist() == row_N.tolist()

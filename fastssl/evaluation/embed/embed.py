@@ -16,6 +16,7 @@ from fastssl.beton import read_header, read_names
 from fastssl.beton.format import RGB
 from fastssl.beton.images import Encoded
 from fastssl.beton.pool import Pool, worker_pool
+from fastssl.beton.shards import exists, is_set
 from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, remove_abandoned_files, write_atomically
@@ -111,12 +112,12 @@ def embed_images(
     # What is quickly found wrong comes first; fitting a detector may take minutes.
     write = find_writer(out)
     processes = resolve_workers(workers)
-    if not images.exists():
+    if not exists(images):
         raise UserError(f"{images} does not exist", hint="name a folder of images, a list of paths or a .beton")
     if out.resolve() == images.resolve():
         raise UserError(f"--out {out} is the list of images", hint="name another file")
     scorer = Scorer(encoder, score, fit) if score is not None else None
-    if images.suffix == ".beton" and images.is_file():
+    if images.suffix == ".beton" and (images.is_file() or is_set(images)):
         encoder.check_channels(images)
         if scorer is not None and scorer.fit_data is not None:
             check_same_build([scorer.fit_data.path, images])

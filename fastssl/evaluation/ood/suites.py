@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.beton import beton_file, read_header, read_metadata
+from fastssl.beton import beton_file, has_split, read_header, read_metadata
+from fastssl.beton.shards import split_of
 from fastssl.common.errors import UserError
 from fastssl.evaluation.results import DataDescription
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
@@ -138,14 +139,15 @@ def _file_of_set(path: Path) -> Path:
     """The .beton of a set, which may be given as its folder. The message about a missing one names its builder."""
     if path.suffix == ".beton":
         return beton_file(path, SPLITS[0])
-    files = [path / f"{split}.beton" for split in SPLITS]
-    return next((file for file in files if file.is_file()), files[0])
+    split = next((split for split in SPLITS if has_split(path, split)), None)
+    return beton_file(path, split) if split else path / f"{SPLITS[0]}.beton"
 
 
 def set_name(path: Path) -> str:
     """Return mnist for mnist/test.beton, and photos-night for photos/night.beton."""
     folder = path.resolve().parent.name
-    return folder if path.stem in SPLITS else f"{folder}-{path.stem}"
+    split = split_of(path)
+    return folder if split in SPLITS else f"{folder}-{split}"
 
 
 def check_same_build(paths: Sequence[Path]) -> None:

@@ -1,0 +1,91 @@
+"""A data set in shards: several .beton files that every command reads as one.
+
+OUT/train-00000-of-00064.beton and so on hold consecutive slices of one list of images, in one random order. The set is
+named by the pattern OUT/train-*-of-00064.beton, or by the folder OUT. Its samples are those of the first shard, then
+those of the second one, and so on: the samples of the file that a build without shards makes, in the same order.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from fastssl.common.errors import UserError
+
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.beton")
+SET = re.compile(r"(.+)-\*-of-(\d{5})\.beton")
+MOST_SHARDS = 99_999  # five digits
+
+
+class Shard(NamedTuple):
+    """Which slice of the images of a split a file holds."""
+
+    number: int  # from 0
+    shards: int  # of how many
+
+    @property
+    def suffix(self) -> str:
+        return f"-{self.number:05}-of-{self.shards:05}"
+
+    def bounds(self, samples: int) -> slice:
+        """Return the positions of this shard's images among those of all shards."""
+        return slice(samples * self.number // self.shards, samples * (self.number + 1) // self.shards)
+
+
+def shard_path(out: Path, split: str, shard: Shard) -> Path:
+    return out / f"{split}{shard.suffix}.beton"
+
+
+def set_path(out: Path, split: str, count: int) -> Path:
+    """Return the pattern that names all shards of a split."""
+    return out / f"{split}-*-of-{count:05}.beton"
+
+
+def is_shard(path: Path) -> bool:
+    return SHARD.fullmatch(path.name) is not None
+
+
+def is_set(path: Path) -> bool:
+    """Whether a path is a pattern that stands for several files: one with a * that is not the name of a file."""
+    return "*" in path.name and not os.path.lexists(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder, or a file that the pattern of a set matches."""
+    return path.exists() or (is_set(path) and any(path.parent.glob(path.name)))
+
+
+def split_of(path: Path) -> str:
+    """Return train for train.beton, for a shard of it and for the pattern of its shards."""
+    for form in (SET, SHARD):
+        if found := form.fullmatch(path.name):
+            return found[1]
+    return path.stem.replace("*", "")
+
+
+def sets_in(folder: Path, split: str) -> list[Path]:
+    """Return the patterns of the sets of shards of a split in a folder; more than one if builds were mixed."""
+    found = (SHARD.fullmatch(file.name) for file in folder.glob(f"{split}-*-of-*.beton"))
+    return [set_path(folder, split, count) for count in sorted({int(each[3]) for each in found if each})]
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a set in the order of their names, or `path` itself if it is no pattern.
+
+    Raises UserError if the pattern matches no file, or if it names all shards of a build and one of them is missing.
+    """
+    if not is_set(path):
+        return [path]
+    files = sorted(path.parent.glob(path.name))
+    if not files:
+        raise UserError(f"No file matches {path}", hint="build it with `fastssl build-beton ... --shards N`")
+    if whole := SET.fullmatch(path.name):
+        count = int(whole[2])
+        numbers = {int(found[2]) for file in files if (found := SHARD.fullmatch(file.name))}
+        if missing := sorted(set(range(count)) - numbers):
+            named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise UserError(
+                f"{len(missing):,} of the {count:,} shards of {path} are missing: {named}",
+                hint=f"build each one with `fastssl build-beton ... --shards {count} --shard NUMBER`",
+            )
+    return files

@@ -1,0 +1,309 @@
+"""A set of shards: built in any order and by any process, and read as the one file that it would be."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import small
+
+from fastssl.beton import beton_file, build_beton, draw_sheet, inspect_beton, read_header, read_index_list, read_names
+from fastssl.beton.read import map_file
+from fastssl.beton.shards import Shard, exists, files_of, is_set, split_of
+from fastssl.common.errors import UserError
+from fastssl.loading import BetonLoader
+from fastssl.loading.order import SampleSelection
+from fastssl.loading.samples import Samples
+from fastssl.recipe import ViewsConfig, load_recipe
+from fastssl.training import train
+
+LAYOUTS = {"canvas": {"canvas": 32}, "jpeg": {"canvas": 40, "codec": "jpeg"}, "full": {"max_side": 500}}
+VIEWS = ViewsConfig(size=24)
+
+
+@pytest.fixture(scope="module")
+def source(photos, tmp_path_factory):
+    """48 photographs in three classes, a bad one among them, and 12 for validation."""
+    root = tmp_path_factory.mktemp("source") / "photos"
+    shutil.copytree(photos, root)
+    (root / "train/class1/bad.jpg").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def built(request, source, tmp_path_factory):
+    """A function of the number of shards: the training set, built once; None for one file."""
+    root, options = tmp_path_factory.mktemp("sets"), LAYOUTS[request.param]
+
+    def build(shards):
+        out = root / str(shards)
+        if not out.exists():
+            build_beton("imagefolder", source, out, shards=shards, workers=1, **options)
+        return beton_file(out, "train")
+
+    return build
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(out.iterdir())}
+
+
+def batches(path, **options):
+    crop = "gpu" if read_header(path).resolution else "cpu"
+    loader = BetonLoader(path, 7, crop=crop, views=VIEWS, seed=5, workers=2, **options)
+    return loader, [batch.tensors() for batch in loader]
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+def test_batches_are_those_of_one_file(built, shards):
+    one, several = built(None), built(shards)
+    assert is_set(several) and not is_set(one) and len(files_of(several)) == shards
+    for options in ({}, {"shuffle": False}, {"drop_last": False}, {"selection": SampleSelection(limit=20, skip=3)}):
+        loader, expected = batches(one, **options)
+        other, found = batches(several, **options)
+        assert len(found) == len(expected) >= 2
+        for mine, theirs in zip(found, expected):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+        # So a run may go on with shards in place of the file.
+        loader.set_epoch(3)
+        other.load_state_dict(loader.state_dict())
+        assert other.epoch == 3
+
+
+def test_a_resident_set_is_read_from_all_shards(built):
+    if not read_header(built(None)).resolution:
+        with pytest.raises(UserError, match="holds images of different sizes"):
+            BetonLoader(built(3), 7, resident=True)
+        return
+    _, expected = batches(built(None), resident=True)
+    _, found = batches(built(3), resident=True)
+    assert all(torch.equal(a, b) for mine, theirs in zip(found, expected) for a, b in zip(mine, theirs))
+
+
+def test_headers_names_and_lists_are_those_of_one_file(built, tmp_path):
+    one, several = built(None), built(3)
+    mine, theirs = read_header(several), read_header(one)
+    for name in ("num_samples", "fields", "layout", "storage", "channels", "resolution", "max_resolution", "classes"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+    for name in ("samples", "counts", "source_formats", "unlabelled", "sample_list_sha256"):
+        assert mine.manifest[name] == theirs.manifest[name], name
+    assert mine.manifest["checksums"]["samples"] == theirs.manifest["checksums"]["samples"]
+    assert mine.file_bytes == sum(file.stat().st_size for file in files_of(several))
+    assert read_names(several, range(49)) == read_names(one, range(49))
+    assert Samples.read(mine).fingerprint() == Samples.read(theirs).fingerprint()
+    for lines in ("class0/000.jpg\ntrain/class2/005\n", "3\n17\n40\n"):
+        (tmp_path / "list.txt").write_text(lines)
+        assert (
+            read_index_list(several, tmp_path / "list.txt").tolist()
+            == read_index_list(one, tmp_path / "list.txt").tolist()
+        )
+    (tmp_path / "list.txt").write_text("49\n")
+    with pytest.raises(UserError, match="is no index of"):
+        read_index_list(several, tmp_path / "list.txt")
+
+
+def test_a_set_is_inspected_drawn_and_verified(built, fastssl, tmp_path):
+    several = built(3)
+    code, out, _ = fastssl("inspect", several, "--verify", "--sheet", tmp_path / "sheet.png")
+    assert code == 0 and "in 3 shards" in out and "All 48 samples decode and match their checksums." in out
+    draw_sheet(built(None), tmp_path / "one.png")
+    assert inspect_beton(several) is not None
+    sheets = [(tmp_path / f"{name}.png").stat().st_size for name in ("sheet", "one")]
+    assert abs(sheets[0] - sheets[1]) < 2000  # but for its title, the same picture
+
+
+def test_damage_is_found_in_its_shard(source, fastssl, tmp_path):
+    build_beton("imagefolder", source, tmp_path, canvas=32, shards=3, workers=1)
+    path = beton_file(tmp_path, "train")
+    part = read_header(path).parts[1]
+    row = int(np.searchsorted(Samples.read(read_header(path)).start_N, part.start)) + 2
+    samples = Samples.read(read_header(path))
+    with open(part.path, "r+b") as file:
+        file.seek(int(samples.start_N[row]) - part.start)
+        file.write(b"\xff\x00\xff")
+    code, out, err = fastssl("inspect", path, "--verify")
+    assert code == 2 and f"train-00001-of-00003.beton: sample 2, index {samples.index_N[row]}" in out
+    assert "damaged: 1 of 48 samples" in err
+    assert samples.describe(row).startswith(f"{part.path}: the sample with index {samples.index_N[row]} (train/class")
+
+
+def test_what_lies_between_two_files_is_zeros(built):
+    path = built(3)
+    whole, parts = map_file(path), read_header(path).parts
+    for part, after in zip(parts, parts[1:]):
+        assert np.array_equal(whole[part.start : part.start + part.size], np.fromfile(part.path, np.uint8))
+        assert not whole[part.start + part.size : after.start].any() and after.start % (1 << 23) == 0
+
+
+# -- building -------------------------------------------------------------------------------------
+
+
+def test_every_image_is_in_one_shard():
+    for samples in (8, 9, 1000, 1_281_167):
+        for shards in (1, 3, 8):
+            bounds = [Shard(number, shards).bounds(samples) for number in range(shards)]
+            assert bounds[0].start == 0 and bounds[-1].stop == samples
+            assert all(one.stop == other.start for one, other in zip(bounds, bounds[1:]))
+            assert max(each.stop - each.start for each in bounds) - min(each.stop - each.start for each in bounds) <= 1
+
+
+def test_shards_of_separate_builds_are_those_of_one_build(source, tmp_path, fastssl):
+    """In any order; what each of them prints accounts for every image."""
+    build_beton("imagefolder", source, tmp_path / "together", canvas=32, shards=3, workers=1)
+    for number in (2, 0, 1):
+        options = ("--canvas", 32, "--shards", 3, "--shard", number, "--workers", 1)
+        if number == 1:
+            with pytest.raises(UserError, match="1 of the 3 shards of .* are missing: 1"):
+                read_header(beton_file(tmp_path / "apart", "train"))
+        code, out, _ = fastssl("build-beton", "imagefolder", "--source", source, "--out", tmp_path / "apart", *options)
+        assert code == 0 and f"train-0000{number}-of-00003.beton holds" in out
+        said = re.search(r"Of 61 images: (\d+) stored,(?: (1) bad,)? (\d+) in other shards\.", out)
+        assert sum(int(each or 0) for each in said.groups()) == 61
+    assert content(tmp_path / "apart") == content(tmp_path / "together")
+    bad = [file for file in content(tmp_path / "apart") if file.startswith("bad_images")]
+    assert len(bad) == 1 and json.loads((tmp_path / "apart" / bad[0]).read_text())["name"] == "train/class1/bad.jpg"
+
+    code, out, _ = fastssl("build-beton", "imagefolder", "--source", source, "--out", tmp_path / "apart", *options[:4])
+    assert "train-*-of-00003.beton holds 48 images of 3 classes" in out and "(up to date" in out
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from fastssl.beton import build_beton, partial_build, pool
+
+partial_build.SAVE_EVERY = 0.0
+pool.TASKS_PER_WORKER = 2
+if __name__ == "__main__":
+    source, out, shard = sys.argv[1:]
+    build_beton("imagefolder", Path(source), Path(out), canvas=192, shards=3, shard=int(shard), workers=1)
+"""
+
+
+def test_shards_built_concurrently_killed_and_repeated_are_those_built_in_turn(forty_photos, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "build.py"
+    script.write_text(BUILD)
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(12):
+        for photo in sorted(forty_photos.glob("*/*.jpg")):
+            os.link(photo, many / f"{number}-{photo.parent.name}-{photo.name}")
+
+    def start(shard):
+        return subprocess.Popen([sys.executable, script, many, out, str(shard)], start_new_session=True)
+
+    builds = [start(shard) for shard in range(3)]
+    rows = out / "train-00001-of-00003.beton.part" / "rows"
+    deadline = time.time() + 120
+    while builds[1].poll() is None and not (rows.exists() and rows.stat().st_size):
+        assert time.time() < deadline
+        time.sleep(0.02)
+    assert builds[1].poll() is None  # it has work left
+    os.killpg(builds[1].pid, signal.SIGKILL)
+    builds[1].wait()
+    assert not (out / "train-00001-of-00003.beton").exists()
+    builds.append(start(1))
+    assert [build.wait(120) for build in builds] == [0, -signal.SIGKILL, 0, 0]
+    build_beton("imagefolder", many, tmp_path / "in_turn", canvas=192, shards=3, workers=2)
+    assert content(out) == content(tmp_path / "in_turn")
+
+
+def test_a_folder_holds_a_split_once(source, tmp_path):
+    build_beton("imagefolder", source, tmp_path / "one", canvas=32, workers=1)
+    with pytest.raises(UserError, match="train.beton exists, and a folder holds the split 'train' once"):
+        build_beton("imagefolder", source, tmp_path / "one", canvas=32, shards=3, workers=1)
+    build_beton("imagefolder", source, tmp_path / "three", canvas=32, shards=3, workers=1)
+    for shards in (None, 2):
+        with pytest.raises(UserError, match=r"train-\*-of-00003.beton exists"):
+            build_beton("imagefolder", source, tmp_path / "three", canvas=32, shards=shards, workers=1)
+    shutil.copy(tmp_path / "one/train.beton", tmp_path / "three/train.beton")
+    with pytest.raises(UserError, match=r"holds train.beton and train-\*-of-00003.beton"):
+        beton_file(tmp_path / "three", "train")
+
+
+def test_files_that_do_not_belong_together_are_refused(source, forty_photos, tmp_path):
+    for name, images, canvas in (("a", source, 32), ("b", source, 40), ("c", forty_photos, 32)):
+        build_beton("imagefolder", images, tmp_path / name, canvas=canvas, shards=3, workers=1)
+    for other, what in (("b", "canvas"), ("c", "classes")):
+        mixed = tmp_path / f"mixed-{other}"
+        shutil.copytree(tmp_path / "a", mixed)
+        for file in (tmp_path / other).glob("train-00002-*"):
+            shutil.copy(file, mixed)
+        if other == "b":  # the same images
+            with pytest.raises(UserError, match=f"are of different builds: they have another {what}"):
+                read_header(beton_file(mixed, "train"))
+        else:
+            with pytest.raises(UserError, match="hold an image with the index|of different builds"):
+                read_header(beton_file(mixed, "train"))
+    shutil.copy(tmp_path / "a/train-00000-of-00003.beton", tmp_path / "a/train-00002-of-00003.beton")
+    with pytest.raises(UserError, match="Two files of .* hold an image with the index"):
+        read_header(beton_file(tmp_path / "a", "train"))
+    (tmp_path / "a/train-00002-of-00003.beton").unlink()
+    with pytest.raises(UserError, match="1 of the 3 shards of .* are missing: 2"):
+        read_header(beton_file(tmp_path / "a", "train"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shards": 0}, "--shards must be from 1"),
+        ({"shard": 0}, "--shard needs --shards"),
+        ({"shards": 3, "shard": 3}, "--shard must be from 0 to 2, got 3"),
+        ({"shards": 30}, "--shards 30 are more than the 12 images of the split 'val'"),
+    ],
+)
+def test_impossible_options_are_refused(source, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        build_beton("imagefolder", source, tmp_path, canvas=32, workers=1, **options)
+
+
+def test_patterns(tmp_path):
+    (tmp_path / "train*.beton").touch()
+    assert not is_set(tmp_path / "train*.beton") and is_set(tmp_path / "t*.beton")
+    assert exists(tmp_path / "t*.beton") and not exists(tmp_path / "x*.beton")
+    names = ("train.beton", "train-00001-of-00004.beton", "train-*-of-00004.beton")
+    assert {split_of(tmp_path / name) for name in names} == {"train"}
+    with pytest.raises(UserError, match="No file matches"):
+        files_of(tmp_path / "x*.beton")
+
+
+def test_a_file_that_changes_between_its_tables_and_its_pixels_is_refused(source, tmp_path, monkeypatch):
+    build_beton("imagefolder", source, tmp_path, canvas=32, shards=2, workers=1)
+    path = beton_file(tmp_path, "train")
+    info = read_header(path)
+    os.utime(files_of(path)[1])
+    with pytest.raises(UserError, match="has changed since it was opened"):
+        Samples.read(info)
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def test_a_run_on_shards_has_the_weights_of_one_on_the_file_and_resumes_on_either(source, tmp_path):
+    """20 steps on one file, on shards, and with a stop after which the other kind of data takes over."""
+    for shards in (None, 3):
+        build_beton("imagefolder", source, tmp_path / f"data-{shards}", canvas=32, shards=shards, workers=1)
+
+    def run(name, shards, *more, resume=None):
+        data = tmp_path / f"data-{shards}"
+        settings = small(data, tmp_path / name, f"data.train={data}", f"data.val={data}", "train.epochs=7", *more)
+        train(load_recipe("zprob_barlow", settings), resume=resume)
+
+    run("one", None)
+    run("three", 3)
+    run("moved", None, "train.epochs=3")
+    (tmp_path / "data-None").rename(tmp_path / "gone")
+    (tmp_path / "data-3").rename(tmp_path / "data-None")  # what the run calls data.train
+    run("moved", None, resume="auto")
+    saved = [torch.load(tmp_path / run / "checkpoints/last.pt", weights_only=True) for run in ("one", "three", "moved")]
+    assert [each["step"] for each in saved] == [21, 21, 21]
+    for other in saved[1:2]:
+        assert all(torch.equal(saved[0]["model"][name], x) for name, x in other["model"].items())
