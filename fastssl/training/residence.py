@@ -20,7 +20,7 @@ RUNS_PER_GPU = "FASTSSL_RUNS_PER_GPU"  # environment variable: the runs that a s
 # px, 512 views and bf16, 22.4 GB are counted, and 33.6 GB kept free.
 MARGIN = 1.5
 CORRELATIONS = 6  # matrices (out, out) in fp32: correlation or covariance of the views, its square, and gradients
-ANGLES = 4  # values for each projection and knot of SIGReg, where the step is not compiled
+ANGLES = 6  # values for each projection and knot of SIGReg, where the step is not compiled
 SORTED = 8  # values for each projection of VISReg: before and after sorting, their places, and gradients
 WORKSPACES = 3_000_000_000  # bytes of cuDNN, cuBLAS and NCCL, of CUDA graphs, and of the first comparison of kernels
 SMALL = 1 / 16  # of the free memory: whether a set up to this stays there makes no difference to training
