@@ -2,6 +2,7 @@
 
 import difflib
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -22,6 +23,11 @@ def explain_usage_error(error: Any, arguments: list[str]) -> UserError:
     command = context.command_path if context else _command_of(arguments)
     message = in_short(error.format_message()).removesuffix(".")
     fix = f"`{command} --help` shows how to call it"
+    if message.startswith("Got unexpected extra") and _names_shards(arguments):
+        return UserError(
+            f"{command} takes one path here, and the shell has put the names of several shards there",
+            hint="put the pattern in quotes",
+        )
     if message.startswith("No such option"):
         return UserError(f"{command} has no option {error.option_name}", hint=_near_option(error, arguments))
     if message.startswith("No such command"):
@@ -51,6 +57,12 @@ def _fix_of(param: Any, given: Any) -> str | None:
         return f"did you mean {option} {near[0]}?" if near else "choose one of these"
     is_number = isinstance(param.default, int | float) and not isinstance(param.default, bool)
     return f"write it like {option} {param.default}" if is_number else None
+
+
+def _names_shards(arguments: list[str]) -> bool:
+    from fastssl.beton.shards import is_shard  # imports what a --help does not need
+
+    return sum(is_shard(Path(each)) for each in arguments) > 1
 
 
 def _command_of(arguments: list[str]) -> str:

@@ -120,6 +120,11 @@ def test_a_set_is_inspected_drawn_and_verified(built, fastssl, tmp_path):
     assert abs(sheets[0] - sheets[1]) < 2000  # but for its title, the same picture
 
 
+def test_a_pattern_that_the_shell_has_replaced_is_explained(built, fastssl):
+    code, _, err = fastssl("inspect", *files_of(built(3)))
+    assert code == 2 and "names of several shards" in err and "hint: put the pattern in quotes" in err
+
+
 def test_damage_is_found_in_its_shard(source, fastssl, tmp_path):
     build_beton("imagefolder", source, tmp_path, canvas=32, shards=3, workers=1)
     path = beton_file(tmp_path, "train")
