@@ -55,7 +55,7 @@ from fastssl.beton.source import (
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import explain_write_errors, read_text, write_atomically
 from fastssl.common.system import resolve_workers
-from fastssl.common.terminal import console, print_line, progress
+from fastssl.common.terminal import console, count_of, print_line, progress
 
 LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
@@ -286,7 +286,7 @@ def build_beton(
     arrays = channels != RGB
     listed = list_splits(builder, source, order, limit, splits, arrays)
     for split in listed:
-        _check_shards(split, out, shards)
+        check_shards(split, out, shards)
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with worker_pool(resolve_workers(workers)) as pool:
@@ -364,7 +364,9 @@ def _build_split(
     only: int | None,
 ) -> SplitReport:
     """Build one split, as one file or in shards, of which `only` may be one. `options` are those of the manifest."""
-    options = {**options, "sample_list_sha256": digest(split.samples), "classes": split.classes}
+    # Another machine may have the source of its shards elsewhere.
+    list_sha256 = digest(split.samples, paths=shards is None)
+    options = {**options, "sample_list_sha256": list_sha256, "classes": split.classes}
     if shards is None:
         return _build_if_outdated(split, out / f"{split.name}.beton", plan, pool, options, strict)
     reports = []
@@ -390,7 +392,7 @@ def _build_split(
     )
 
 
-def _check_shards(split: SourceSplit, out: Path, shards: int | None) -> None:
+def check_shards(split: SourceSplit, out: Path, shards: int | None) -> None:
     """Refuse shards without an image, and a second set: nobody would know which of them a folder stands for."""
     own = out / f"{split.name}.beton" if shards is None else set_path(out, split.name, shards)
     there = [path for path in (out / f"{split.name}.beton", *sets_in(out, split.name)) if exists(path) and path != own]
@@ -420,7 +422,7 @@ def _build_if_outdated(
         raise UserError(
             f"{path} exists without a manifest, so it may not be of build-beton", hint="move it, or use another --out"
         )
-    old = _read_if_up_to_date(path, key, split)
+    old = _read_if_up_to_date(path, key, split, shard)
     if old is None:
         _say_what_is_replaced(path, key, len(split.samples))
     bad_images = path.parent / f"bad_images{shard.suffix if shard else ''}.jsonl"  # other processes build other shards
@@ -462,10 +464,12 @@ def _build_file(
         _encode_images(split, partial, plan, pool, strict)
         _list_bad_images(bad_images, split.name, partial.bad)
         if not len(partial.good):
+            what = f"the shard {path.stem}" if is_shard(path) else f"the split {split.name!r}"
+            fewer = ", or use fewer --shards" if is_shard(path) else ""
             raise UserError(
-                f"None of the {len(partial.bad)} images of the split {split.name!r} could be read (the first: "
+                f"None of the {count_of(len(partial.bad), 'image')} of {what} could be read (the first: "
                 f"{partial.bad[0].reason})",
-                hint=f"read {bad_images}, which lists them all with the reason",
+                hint=f"read {bad_images}, which lists them all with the reason{fewer}",
             )
         manifest = {**key, **_counts(partial.rows)}
         not_found = sorted(image.index for image in partial.bad if image.reason == MISSING)
@@ -549,13 +553,14 @@ def _refuse_bad_images(bad: list[BadImage], strict: bool) -> None:
         raise UserError(f"{bad[0].name} is bad: {bad[0].reason}", hint="repair or remove it, or leave out --strict")
 
 
-def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit) -> Manifest | None:
+def _read_if_up_to_date(path: Path, key: dict[str, Any], split: SourceSplit, shard: Shard | None) -> Manifest | None:
     """Return the manifest of the file if a build with this `key` would give the same file."""
     from fastssl.beton.manifest import read_manifest
 
     try:
         manifest = read_manifest(path, len(split.samples))
-        is_same = all(manifest[name] == value for name, value in key.items())
+        compared = key if shard is None else {name: value for name, value in key.items() if name != "source"}
+        is_same = all(manifest[name] == value for name, value in compared.items())
         is_complete = path.stat().st_size == manifest["bytes"] and names_file_of(path).is_file()
         # `finish` sets this to the time at which the build was started.
         started = manifest_path(path).stat().st_mtime_ns

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from fastssl.beton.build import BuildOptions, refuse_output_in_source
+from fastssl.beton.build import BuildOptions, check_shards, refuse_output_in_source
 from fastssl.beton.format import ALLOCATION, RGB, allocate, data_start
 from fastssl.beton.images import Codec, StoragePlan
 from fastssl.beton.pool import Pool, plain_image, worker_pool
+from fastssl.beton.shards import Shard, set_path, shard_path
 from fastssl.beton.source import SourceSplit, list_splits, load_builder
 from fastssl.common.errors import UserError
 from fastssl.common.system import free_memory, resolve_workers
@@ -46,16 +47,21 @@ def estimate_build(builder: str, source: Path | None, out: Path, options: BuildO
     plan = options.plan(canvas)
     others = _other_plans(options, canvas)
     splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
+    for split in splits:
+        check_shards(split, out, options.shards)
+    if options.shards is not None and options.shard is not None:
+        shard = Shard(options.shard, options.shards)
+        splits = [split._replace(order=split.order[shard.bounds(len(split.order))]) for split in splits]
     with worker_pool(resolve_workers(options.workers)) as pool:
         _warm_up(pool, plan)
-        estimates = [_estimate_split(split, out, plan, pool) for split in splits]
+        estimates = [_estimate_split(split, out, plan, pool, options) for split in splits]
         # Now the files are in the page cache, so other codecs are compared with the chosen one once more.
-        again = [_estimate_split(split, out, plan, pool) for split in splits] if others else []
+        again = [_estimate_split(split, out, plan, pool, options) for split in splits] if others else []
         of_others = []
         for other in others:
             with contextlib.suppress(UserError):  # it does not work on this machine, and is not what was asked for
                 _warm_up(pool, other)
-                compared = [_estimate_split(split, out, other, pool) for split in splits]
+                compared = [_estimate_split(split, out, other, pool, options) for split in splits]
                 of_others.append(
                     [
                         estimate._replace(seconds=max(0.0, first.seconds + estimate.seconds - second.seconds))
@@ -82,7 +88,9 @@ def _other_plans(options: BuildOptions, canvas: int) -> list[StoragePlan]:
     return [plan for plan in plans if plan.storage != chosen and plan.layout == "canvas"]
 
 
-def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool) -> SplitEstimate:
+def _estimate_split(
+    split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool, options: BuildOptions
+) -> SplitEstimate:
     start = time.monotonic()
     images = len(split.order)
     # Every n-th image, because with order "source" the first ones are not a fair sample.
@@ -98,9 +106,13 @@ def _estimate_split(split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool
     seconds = time.monotonic() - start
     of_images = images / (len(sizes) + bad)
     _, end = allocate(sizes, 0)  # with what is left empty at the ends of pages
-    # The allocation table comes after the images, all other tables before them.
-    size = data_start(images) + round(end * of_images) + ALLOCATION.itemsize * images
+    # The allocation table comes after the images, all other tables before them: in each shard.
+    files = 1 if options.shards is None or options.shard is not None else options.shards
+    size = files * data_start(-(-images // files)) + round(end * of_images) + ALLOCATION.itemsize * images
     path = out / f"{split.name}.beton"
+    if options.shards is not None:
+        only = None if options.shard is None else Shard(options.shard, options.shards)
+        path = shard_path(out, split.name, only) if only else set_path(out, split.name, options.shards)
     return SplitEstimate(
         split.name,
         path,

@@ -70,8 +70,9 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
     index_N = read_metadata(beton_path)["index"]
     is_absent_L = ~np.isin(index_L, index_N)
     if is_absent_L.any():
-        listed_indices = (index for index, _ in all_names(beton_path)) if has_names(beton_path) else index_N
-        total = int(max(listed_indices)) + 1
+        # Shards have no names of the images that --limit left out.
+        named = (index for index, _ in all_names(beton_path)) if has_names(beton_path) else ()
+        total = max(max(named, default=-1), int(index_N.max())) + 1
         is_outside_L = index_L >= total
         if is_outside_L.any():
             raise listed.error(is_outside_L, f"is no index of {beton_path}", f"write indices from 0 to {total - 1}")

@@ -5,6 +5,7 @@ with numpy, in a fraction of a second per million samples: a truncated, damaged 
 Files of stock FFCV are read too. Images are not decoded here.
 """
 
+import bisect
 import ctypes
 import errno
 import hashlib
@@ -46,7 +47,7 @@ from fastssl.beton.format import (
     read_array_images,
 )
 from fastssl.beton.shards import files_of, is_set, sets_in
-from fastssl.beton.source import how_to_make
+from fastssl.beton.source import BUILT_SPLITS, how_to_make
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import UnsafeFile, open_regular
 from fastssl.common.terminal import printable
@@ -92,6 +93,11 @@ def file_parts(path: Path) -> tuple[FilePart, ...]:
         parts.append(FilePart(file, start, stat.st_size, file_identity(stat)))
         start = align(start + stat.st_size)
     return tuple(parts)
+
+
+def part_at(parts: Sequence[FilePart], position: int) -> FilePart:
+    """Return the file that a byte of `map_file` belongs to."""
+    return parts[bisect.bisect_right(parts, position, key=lambda part: part.start) - 1]
 
 
 @dataclass(frozen=True)
@@ -215,8 +221,11 @@ def data_checksum(info: BetonInfo) -> str:
     """Return a SHA-256 that identifies the data: of the checksums in the manifest, otherwise of the whole file."""
     if info.manifest and "checksums" in info.manifest:
         return hashlib.sha256(json.dumps(info.manifest["checksums"], sort_keys=True).encode()).hexdigest()
-    with open(info.path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    checksum = hashlib.sha256()
+    for part in info.parts:
+        with open(part.path, "rb") as file:
+            hashlib.file_digest(file, lambda: checksum)
+    return checksum.hexdigest()
 
 
 def read_names(path: Path, indices: Iterable[int]) -> dict[int, str]:
@@ -364,7 +373,9 @@ def _read_checked_file(path: Path) -> _Checked:
     except FileNotFoundError:
         raise UserError(f"No file {path}", hint=how_to_make(path)) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a .beton file", hint="name a file in it") from None
+        sets = sorted({str(each) for split in BUILT_SPLITS for each in sets_in(path, split)})
+        hint = f"name the shards of a split in it, such as '{sets[0]}'" if sets else "name a file in it"
+        raise UserError(f"{path} is a folder, not a .beton file", hint=hint) from None
     except UnsafeFile as error:
         raise UserError(f"{path} is {error.strerror}", hint="name a .beton file") from error
     except OSError as error:
@@ -569,8 +580,9 @@ def _read_set_manifest(files: Sequence[Path], samples: Sequence[int]) -> Manifes
             return None
         for name in SAME_IN_A_SET:
             if manifests and manifest.get(name) != manifests[0].get(name):
+                what = "list of images" if name == "sample_list_sha256" else name
                 raise UserError(
-                    f"{file} and {files[0]} are of different builds: they have another {name}",
+                    f"{file} and {files[0]} are of different builds: they have another {what}",
                     hint="build the shards again with the same options and images, or name those of one build",
                 )
         manifests.append(manifest)

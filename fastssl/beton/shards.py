@@ -66,7 +66,8 @@ def split_of(path: Path) -> str:
 def sets_in(folder: Path, split: str) -> list[Path]:
     """Return the patterns of the sets of shards of a split in a folder; more than one if builds were mixed."""
     found = (SHARD.fullmatch(file.name) for file in folder.glob(f"{split}-*-of-*.beton"))
-    return [set_path(folder, split, count) for count in sorted({int(each[3]) for each in found if each})]
+    counts = {int(each[3]) for each in found if each and each[1] == split}  # not train-extra for train
+    return [set_path(folder, split, count) for count in sorted(counts)]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -77,9 +78,12 @@ def files_of(path: Path) -> list[Path]:
     if not is_set(path):
         return [path]
     files = sorted(path.parent.glob(path.name))
+    whole = SET.fullmatch(path.name)
+    if whole:
+        files = [file for file in files if split_of(file) == whole[1]]
     if not files:
         raise UserError(f"No file matches {path}", hint="build it with `fastssl build-beton ... --shards N`")
-    if whole := SET.fullmatch(path.name):
+    if whole:
         count = int(whole[2])
         numbers = {int(found[2]) for file in files if (found := SHARD.fullmatch(file.name))}
         if missing := sorted(set(range(count)) - numbers):

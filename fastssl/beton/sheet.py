@@ -1,18 +1,16 @@
 """Draw samples of a .beton into one PNG."""
 
-import contextlib
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import BC4, RAW, RGB, UNLABELLED
-from fastssl.beton.read import BetonInfo, read_header, read_samples
+from fastssl.beton.read import BetonInfo, FilePart, part_at, read_header, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
@@ -67,38 +65,36 @@ def draw_samples(
     page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
     draw = ImageDraw.Draw(page)
     first_row = 0
-    with contextlib.ExitStack() as stack:
-        files = [(part, stack.enter_context(open(part.path, "rb"))) for part in info.parts]
-        for (title, positions), height in zip(groups, heights):
-            draw.text((GAP, first_row + GAP), _shorten(printable(title), page.width - 2 * GAP), "black", _font())
-            for cell, position in enumerate(positions):
-                row = metadata[position]
-                left = GAP + cell % columns * CELL_WIDTH
-                top = first_row + TITLE_HEIGHT + cell // columns * CELL_HEIGHT
-                start = int(row["image"]["data_ptr"])
-                part, file = next((part, file) for part, file in reversed(files) if part.start <= start)
-                file.seek(start - part.start)
-                thumbnail = _thumbnail(file, row["image"], int(image_bytes[position]), info.channels)
-                # Centered, directly above the caption.
-                page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
-                has_index = info.fields.get("index") == "IntField"
-                index = f"index {row['index']}" if has_index else f"sample {position}"
-                note = index if notes is None else notes[position]
-                middle = left + THUMBNAIL // 2
-                below = top + THUMBNAIL + 2
-                draw.text((middle, below), _shorten(_class_of(info, row), THUMBNAIL), "black", _font(), anchor="ma")
-                draw.text((middle, below + LINE), _shorten(note, THUMBNAIL), GREY, _font(), anchor="ma")
-            first_row += height
+    for (title, positions), height in zip(groups, heights):
+        draw.text((GAP, first_row + GAP), _shorten(printable(title), page.width - 2 * GAP), "black", _font())
+        for cell, position in enumerate(positions):
+            row = metadata[position]
+            left = GAP + cell % columns * CELL_WIDTH
+            top = first_row + TITLE_HEIGHT + cell // columns * CELL_HEIGHT
+            part = part_at(info.parts, int(row["image"]["data_ptr"]))
+            thumbnail = _thumbnail(part, row["image"], int(image_bytes[position]), info.channels)
+            # Centered, directly above the caption.
+            page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
+            has_index = info.fields.get("index") == "IntField"
+            index = f"index {row['index']}" if has_index else f"sample {position}"
+            note = index if notes is None else notes[position]
+            middle = left + THUMBNAIL // 2
+            below = top + THUMBNAIL + 2
+            draw.text((middle, below), _shorten(_class_of(info, row), THUMBNAIL), "black", _font(), anchor="ma")
+            draw.text((middle, below + LINE), _shorten(note, THUMBNAIL), GREY, _font(), anchor="ma")
+        first_row += height
     write_atomically(Path(sheet), lambda part: page.save(part, "PNG"))
 
 
-def _thumbnail(file: BinaryIO, image: np.void, size: int, channels: int) -> Image.Image:
-    """Return the next image of the file, of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL.
+def _thumbnail(part: FilePart, image: np.void, size: int, channels: int) -> Image.Image:
+    """Return a stored image of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL px.
 
     Of more than three channels the first three are shown, of two the first.
     """
     try:
-        content = file.read(size)
+        with open(part.path, "rb") as file:
+            file.seek(int(image["data_ptr"]) - part.start)
+            content = file.read(size)
         if image["mode"] == RAW:
             pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], channels)
             pixels = np.ascontiguousarray(pixels[..., :RGB] if channels >= RGB else pixels[..., 0])

@@ -282,13 +282,18 @@ class SampleList(Sequence[Sample]):
             return Sample(*pickle.loads(content[self._ends[position] : self._ends[position + 1]]))
 
 
-def digest(samples: Sequence[Sample]) -> str:
-    """Return a SHA-256 of the samples' number, order, paths, labels, names and pixels; files are not read."""
-    if isinstance(samples, SampleList):
+def digest(samples: Sequence[Sample], paths: bool = True) -> str:
+    """Return a SHA-256 of the samples' number, order, paths, labels, names and pixels; files are not read.
+
+    paths: whether files count by their paths; if not, only by the names of their samples within the source.
+    """
+    if isinstance(samples, SampleList) and paths:
         return hashlib.sha256(samples.content).hexdigest()
     result = hashlib.sha256()
     for image, label, name in samples:
-        if isinstance(image, np.ndarray):
+        if file_of(image) is not None and not paths:
+            result.update(repr((label, name)).encode())
+        elif isinstance(image, np.ndarray):
             result.update(repr((label, name, image.shape)).encode())
             result.update(np.ascontiguousarray(image).data)
         else:

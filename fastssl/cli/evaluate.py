@@ -298,7 +298,7 @@ def ood(
     ] = None,
     jepa_images: Annotated[
         int,
-        Option(min=0, metavar="N", help="Also compute JEPA-SCORE, which is slow, of N images of each set."),
+        Option(min=0, metavar="N", help="Also compute JEPA-SCORE, which is slow, of N images of each set (0: none)."),
     ] = 0,
     jepa_exact: Annotated[
         bool,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # What a number is used for. Two purposes never share a number.
-AUGMENTATION, NOISE_Z, ORDER, PAGE_ORDER, NOISE_H, NOISE_EVALUATION, CORRUPTION, DIRECTIONS = range(8)
+AUGMENTATION, NOISE_Z, ORDER, PAGE_ORDER, NOISE_H, NOISE_EVALUATION, CORRUPTION, DIRECTIONS, SUBSPACE = range(9)
 
 _MASK = 0xFFFFFFFF
 _Words = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 tensors of one shape that hold 32-bit values

@@ -312,6 +312,8 @@ class BetonLoader:
     @cached_property
     def _samples_hash(self) -> str:
         file_hash = self.samples.fingerprint()
+        if self.order == "quasi_random":  # which depends on pages, and a file and its shards have other ones
+            file_hash = hashlib.sha256(file_hash.encode() + self.samples.page_N.tobytes()).hexdigest()
         if self.selection.subset is None:
             return file_hash
         return hashlib.sha256(file_hash.encode() + self.rows.tobytes()).hexdigest()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastssl.beton.read import FilePart, file_identity
+from fastssl.beton.read import FilePart, file_identity, part_at
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular
 from fastssl.loading.decoding import Buffers
@@ -87,7 +87,7 @@ def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
         for first, end in zip(limits, limits[1:]):
             position = int(start_B[first])
             if part is None or not part.start <= position < part.start + part.size:
-                part = samples.part_at(position)
+                part = part_at(samples.parts, position)
                 stack.close()
                 file = stack.enter_context(open_regular(part.path))
                 # The positions are those of the file that was mapped when its tables were checked.

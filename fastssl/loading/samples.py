@@ -1,6 +1,5 @@
 """The table of all samples of a .beton, and the crop boxes that are cut out of them on the CPU."""
 
-import bisect
 import hashlib
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,7 +9,7 @@ import torch
 
 from fastssl.beton import BetonInfo, read_header, read_names, read_samples
 from fastssl.beton.format import BC4, JPG, bc4_bytes
-from fastssl.beton.read import FilePart, file_parts, map_file
+from fastssl.beton.read import FilePart, file_parts, map_file, part_at
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
@@ -90,15 +89,11 @@ class Samples(NamedTuple):
     def describe(self, row: int) -> str:
         """Name a sample in an error message: its file, index, source image (if known) and position in the file."""
         index = int(self.index_N[row])
-        part = self.part_at(int(self.start_N[row]))
+        part = part_at(self.parts, int(self.start_N[row]))
         name = read_names(part.path, [index]).get(index)
         source = f" ({name})" if name else ""
         byte = self.start_N[row] - part.start
         return f"{part.path}: the sample with index {index}{source}, at byte {byte:,},"
-
-    def part_at(self, position: int) -> FilePart:
-        """The file that a byte of `file` belongs to."""
-        return self.parts[bisect.bisect_right(self.parts, position, key=lambda part: part.start) - 1]
 
 
 def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes: int = 1) -> None:

@@ -16,7 +16,7 @@ from fastssl.evaluation.embed import embed_images
 from fastssl.evaluation.features import eval_input, eval_loader
 from fastssl.evaluation.ood import detector, evaluate, evaluate_ood, find_sets, jacobian, metrics, ood_table
 from fastssl.evaluation.ood.evaluate import unsupported_detectors
-from fastssl.evaluation.ood.jacobian import cached_jacobian_values, jacobian_values, random_directions, singular_values
+from fastssl.evaluation.ood.jacobian import cached_jacobian_values, jacobian_values, random_subspace, singular_values
 from fastssl.evaluation.ood.label_free import SMALLEST_SINGULAR_VALUE
 from fastssl.models.encoder import build_encoder
 
@@ -106,9 +106,9 @@ def test_directions_give_the_jacobian_along_them():
     torch.manual_seed(0)
     encoder = build_encoder("test_resnet", "imagenet", 8).double().eval()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    some = random_directions(96, images.device).double()
+    some = random_subspace(96, images.device).double()
     torch.testing.assert_close(some @ some.T, torch.eye(24, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(some, random_directions(96, images.device).double())
+    torch.testing.assert_close(some, random_subspace(96, images.device).double())
     assert [jacobian.directions_of(dims) for dims in (0, 1, 8, 256, 2048)] == [0, 1, 2, 64, 64]
     found = singular_values(encoder, images, some)
     for image, values in zip(images, found):
@@ -151,7 +151,7 @@ def test_cached_values_are_those_of_what_embed_returns(stochastic, out, exact, c
     for space, embed in spaces.items():
         dims = out if space == "mu" else 96
         assert found[space].shape == (12, min(96, dims) if exact else dims // 4)
-        directions = np.eye(dims) if exact else random_directions(dims, images.device).numpy()
+        directions = np.eye(dims) if exact else random_subspace(dims, images.device).numpy()
         for image, values in zip(images, found[space]):
             expected = np.linalg.svd(directions @ autograd_jacobian(embed, image), compute_uv=False)[: len(values)]
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-6)

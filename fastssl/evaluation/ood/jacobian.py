@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastssl.common.errors import UserError
-from fastssl.common.randomness import NOISE_EVALUATION, normals
+from fastssl.common.randomness import SUBSPACE, normals
 from fastssl.evaluation.arrays import Advance
 from fastssl.evaluation.features import (
     Features,
@@ -108,10 +108,10 @@ def directions_of(dims: int) -> int:
     return min(dims, max(1, min(DIRECTIONS, dims // DIMS_PER_DIRECTION)))
 
 
-def random_directions(dims: int, device: torch.device) -> Tensor:
+def random_subspace(dims: int, device: torch.device) -> Tensor:
     """Return orthonormal rows (M, dims) float32 that span a random subspace, always the same."""
     image_1 = torch.zeros(1, dtype=torch.int64)
-    noise_MD = normals(0, 0, image_1, 0, directions_of(dims), dims, NOISE_EVALUATION)[:, 0].double()
+    noise_MD = normals(0, 0, image_1, 0, directions_of(dims), dims, SUBSPACE)[:, 0].double()
     return torch.linalg.qr(noise_MD.T).Q.T.float().to(device)
 
 
@@ -151,7 +151,7 @@ def jacobian_values(
         embeds = (h_of, lambda images: mu_of(h_of(images)))
         dims = (each for each in (dims_h, dims_mu) if each)
         return tuple(
-            singular_values(embed, images, random_directions(d, images.device)) for embed, d in zip(embeds, dims)
+            singular_values(embed, images, random_subspace(d, images.device)) for embed, d in zip(embeds, dims)
         )
 
     dims_h, dims_mu = _dims(model)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import WIDTH_OF_FILES, PlainConsole, count_of
-from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED, OWN_UNCERTAINTY
+from fastssl.evaluation.ood.detectors import LABEL_BASED, OWN_UNCERTAINTY
 from fastssl.evaluation.ood.evaluate import OODResult
 from fastssl.evaluation.ood.separation import DetectorResult
 from fastssl.evaluation.ood.suites import SetDescription
@@ -20,6 +20,7 @@ from fastssl.evaluation.ood.verdict import (
     detectors_of,
     group_mean,
     inverted_sets,
+    is_of_some_images,
     ood_verdict,
     recommended_detector,
     runs_verdict,
@@ -85,11 +86,11 @@ def ood_table(result: OODResult) -> Group:
 
 def _jepa_images(result: OODResult) -> list[str]:
     """Say of how many images JEPA-SCORE is, if it was computed."""
-    names = [name for name in result["detectors"] if name in DETECTORS and DETECTORS[name].jacobian_of]
+    names = [name for name in result["detectors"] if is_of_some_images(name)]
     settings = result["settings"]
     along = "all directions" if settings["jepa_exact"] else f"up to {settings['jepa_directions']} random directions"
     images = f"at most {settings['jepa_images']:,} images of each set"
-    return [f"{', '.join(names)}: {images}, along {along} of the embedding"] if names else []
+    return [f"{', '.join(names)}: {images}, along {along} of the embedding; never recommended"] if names else []
 
 
 def _legend(form: Sequence[str]) -> list[str]:
@@ -164,7 +165,8 @@ def summarized_detectors(metrics: dict[str, float], inverted: Collection[str]) -
 
     One that is `inverted` on some set is chosen only if all of its kind are.
     """
-    names = detectors_of(name for name in metrics if name.endswith(" auroc"))
+    measured = detectors_of(name for name in metrics if name.endswith(" auroc"))
+    names = [name for name in measured if not is_of_some_images(name)]
     kinds: dict[str, list[str]] = {}
     if OWN_UNCERTAINTY in names:
         kinds[OWN_UNCERTAINTY] = ["own uncertainty"]

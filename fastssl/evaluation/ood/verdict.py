@@ -47,7 +47,8 @@ def runs_verdict(rows: Sequence[SummaryRow]) -> list[str]:
     """Say for each row of a table of several runs which detectors to use, by the same rule as for one run."""
     sentences = []
     for row in rows:
-        candidates = [_candidate_of_runs(row, name) for name in detectors_of(row.metrics)]
+        names = [name for name in detectors_of(row.metrics) if not is_of_some_images(name)]
+        candidates = [_candidate_of_runs(row, name) for name in names]
         for kind in (NO_LABELS, LABELS):
             if of_kind := [each for each in candidates if (each.name in LABEL_BASED) == (kind == LABELS)]:
                 sentences.append(f"{row.short_label()}: {_which_to_use(of_kind, kind)}")
@@ -79,6 +80,7 @@ def group_mean(row: DetectorResult, group: str) -> SeparationResult:
 
 
 def _candidates(result: OODResult) -> list[Candidate]:
+    """Return what may be recommended: not JEPA-SCORE, which is of some images only and takes up to a second of each."""
     groups = _groups(result)
     return [
         Candidate(
@@ -89,7 +91,13 @@ def _candidates(result: OODResult) -> list[Candidate]:
             inverted_sets(row),
         )
         for name, row in result["detectors"].items()
+        if not is_of_some_images(name)
     ]
+
+
+def is_of_some_images(name: str) -> bool:
+    """Whether a detector is computed of a part of the images, so that it is not compared with the others."""
+    return name in DETECTORS and DETECTORS[name].jacobian_of is not None
 
 
 def _candidate_of_runs(row: SummaryRow, name: str) -> Candidate:
