@@ -55,7 +55,7 @@ from fastssl.beton.source import (
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import explain_write_errors, read_text, write_atomically
 from fastssl.common.system import resolve_workers
-from fastssl.common.terminal import console, count_of, print_line, progress
+from fastssl.common.terminal import console, print_line, progress
 
 LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
 LARGEST_SIDE = 65500  # px; the limit of the JPEG format, and FFCV stores sides in 16 bits
@@ -467,8 +467,7 @@ def _build_file(
             what = f"the shard {path.stem}" if is_shard(path) else f"the split {split.name!r}"
             fewer = ", or use fewer --shards" if is_shard(path) else ""
             raise UserError(
-                f"None of the {count_of(len(partial.bad), 'image')} of {what} could be read (the first: "
-                f"{partial.bad[0].reason})",
+                f"None of the {len(partial.bad)} images of {what} could be read (the first: {partial.bad[0].reason})",
                 hint=f"read {bad_images}, which lists them all with the reason{fewer}",
             )
         manifest = {**key, **_counts(partial.rows)}

@@ -276,7 +276,7 @@ def test_another_machine_may_have_the_source_elsewhere(source, tmp_path, fastssl
 def test_a_shard_of_bad_images_alone_is_named(source, tmp_path):
     with pytest.raises(UserError) as error:
         build_beton("imagefolder", source / "train", tmp_path, canvas=32, shards=49, workers=1)
-    assert re.match("None of the 1 image of the shard train-000..-of-00049 could be read", error.value.message)
+    assert re.match("None of the 1 images of the shard train-000..-of-00049 could be read", error.value.message)
     assert "bad_images-000" in error.value.hint and error.value.hint.endswith("or use fewer --shards")
 
 
