@@ -58,6 +58,14 @@ MOST_DIGITS = 18  # of an index that int64 holds
 MAP_FIXED = 0x10  # of <sys/mman.h>
 MOST_FIELDS = 256  # far above any real file; limits what a damaged header can make us read
 
+# What must be equal in the manifests of a set, so that its files are of one build.
+SAME_IN_A_SET = (
+    "classes", "layout", "storage", "canvas", "max_side", "quality", "range", "channels", "max_megapixels", "order",
+    "builder", "limit", "splits", "shards", "sample_list_sha256",
+)  # fmt: skip
+COUNTS = ("samples", "bytes", "unlabelled", "nearly_black")
+TABLES_OF_COUNTS = ("counts", "encoded_because", "source_formats")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -557,15 +565,6 @@ def _read_manifest(path: Path, num_samples: int) -> Manifest | None:
             f"{manifest_path(path)} does not belong to {path}", hint="delete it, and the file is read without it"
         )
     return manifest
-
-
-# What must be equal in the manifests of a set, so that its files are of one build.
-SAME_IN_A_SET = (
-    "classes", "layout", "storage", "canvas", "max_side", "quality", "range", "channels", "max_megapixels", "order",
-    "builder", "limit", "splits", "shards", "sample_list_sha256",
-)  # fmt: skip
-COUNTS = ("samples", "bytes", "unlabelled", "nearly_black")
-TABLES_OF_COUNTS = ("counts", "encoded_because", "source_formats")
 
 
 def _read_set_manifest(files: Sequence[Path], samples: Sequence[int]) -> Manifest | None:
