@@ -37,7 +37,16 @@ from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
 from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk, worker_pool
 from fastssl.beton.ranges import Range, format_range, parse_range
 from fastssl.beton.reading import MISSING
-from fastssl.beton.shards import MOST_SHARDS, Shard, exists, is_shard, set_path, sets_in, shard_path
+from fastssl.beton.shards import (
+    MOST_SHARDS,
+    Shard,
+    exists,
+    is_shard,
+    set_manifest_path,
+    set_path,
+    sets_in,
+    shard_path,
+)
 from fastssl.beton.source import (
     ORDER_SEED,
     ImageSource,
@@ -364,6 +373,8 @@ def _build_split(
     only: int | None,
 ) -> SplitReport:
     """Build one split, as one file or in shards, of which `only` may be one. `options` are those of the manifest."""
+    from fastssl.beton.set_manifest import write_set_manifest
+
     # Another machine may have the source of its shards elsewhere.
     list_sha256 = digest(split.samples, paths=shards is None)
     options = {**options, "sample_list_sha256": list_sha256, "classes": split.classes}
@@ -375,6 +386,9 @@ def _build_split(
         of_shard = split._replace(order=split.order[shard.bounds(len(split.order))])
         path, key = shard_path(out, split.name, shard), {**options, "shard": number}
         reports.append(_build_if_outdated(of_shard, path, plan, pool, key, strict, shard))
+    is_written = set_manifest_path(set_path(out, split.name, shards)).exists()
+    if not is_written or not all(report.up_to_date for report in reports):
+        write_set_manifest(out, split.name, shards)
     if only is not None:
         return reports[0]
     return SplitReport(

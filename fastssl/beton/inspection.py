@@ -11,10 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.beton.format import RGB, UNLABELLED, Manifest
+from fastssl.beton.format import RGB, UNLABELLED, Manifest, manifest_path
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.read import BetonInfo, has_names, names_file, read_header, read_samples
-from fastssl.beton.shards import is_set
+from fastssl.beton.shards import is_set, set_manifest_path
 from fastssl.common.terminal import count_of, pairs_table, printable
 
 MOST_CLASSES = 20  # with more classes only the largest ten and the smallest ten are shown
@@ -53,7 +53,8 @@ def subset_table(path: str | Path, list_path: str | Path) -> Table:
 
 
 def _file_table(info: BetonInfo) -> Table:
-    has_checksums = bool(info.manifest and info.manifest.get("checksums"))
+    # The manifest of a set has one checksum for each file.
+    has_checksums = bool((info.manifest or {}).get("files" if is_set(info.path) else "checksums"))
     height, width = info.max_resolution
     shards = len(info.parts) if is_set(info.path) else 0
     each = "of each shard" if shards else ""
@@ -68,11 +69,18 @@ def _file_table(info: BetonInfo) -> Table:
             "images stored as": STORAGE[info.storage],
             **({"channels": str(info.channels)} if info.channels != RGB else {}),
             "height x width": f"{height} x {width} px" + (", all images" if info.resolution else " at most"),
-            "manifest": (each or f"{info.path.name}.json") if info.manifest else none,
+            "manifest": _manifest_of(info) if info.manifest else none,
             "checksums": "for every sample" if has_checksums else none,
             "names": (each or names_file(info.path).name) if has_names(info.path) else none,
         },
     )
+
+
+def _manifest_of(info: BetonInfo) -> str:
+    if not is_set(info.path):
+        return manifest_path(info.path).name
+    of_set = set_manifest_path(info.path)
+    return of_set.name if of_set.exists() else "of each shard"
 
 
 def _sizes_table(info: BetonInfo, metadata: np.ndarray, image_bytes: np.ndarray) -> Table:

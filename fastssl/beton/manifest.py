@@ -4,13 +4,16 @@ Not part of read.py: only who reads a manifest imports pydantic, and no worker p
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from fastssl.beton.format import Manifest, manifest_path
+from fastssl.common.errors import UserError
 from fastssl.common.files import read_bytes
+from fastssl.common.terminal import printable
 
 LARGEST = 64 << 20  # bytes, and for each sample as many as the next line says
 LARGEST_PER_SAMPLE = 64  # a checksum takes 8; class names and missing images may take more
@@ -57,12 +60,28 @@ def read_manifest(path: Path, samples: int) -> Manifest:
 
     Raises OSError if it cannot be read, and ValueError, which says what is wrong first, if it has another form.
     """
-    content = read_bytes(manifest_path(path), LARGEST + samples * LARGEST_PER_SAMPLE)
+    return read_checked(manifest_path(path), Schema, samples)
+
+
+def read_checked(path: Path, schema: type[BaseModel], samples: int) -> Manifest:
+    """Return the contents of a manifest at `path`, which may have the size of one of so many samples; as above."""
+    content = read_bytes(path, LARGEST + samples * LARGEST_PER_SAMPLE)
     try:
-        Schema.model_validate_json(content)
+        schema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{key}: {first['msg']}" if key else first["msg"]) from error
     manifest: dict[str, Any] = json.loads(content)
     return manifest
+
+
+def read_or_explain(path: Path, without: str, read: Callable[[Path], Manifest]) -> Manifest | None:
+    """Return read(path), None if there is no such file. Raises UserError, which says what `without` it is done."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error))
+        raise UserError(f"{path} is damaged ({reason:.200})", hint=f"delete it, and {without}") from error

@@ -23,6 +23,7 @@ import numpy as np
 
 from fastssl.beton.format import RGB, ROW, data_start, manifest_path, write_tables
 from fastssl.beton.images import Case
+from fastssl.beton.shards import is_shard, set_manifest_path, set_of
 from fastssl.common.errors import UserError
 from fastssl.common.files import make_folder, open_regular, replace_durably, sync, try_lock
 from fastssl.common.terminal import console, print_line
@@ -190,6 +191,8 @@ class PartialBuild:
 
         # The old manifest goes first: a .beton without a manifest can be read, but with a wrong one it is misread.
         # The new manifest comes last: it tells that the other files are complete.
+        if is_shard(self.path):
+            set_manifest_path(set_of(self.path)).unlink(missing_ok=True)
         manifest_path(self.path).unlink(missing_ok=True)
         replace_durably(self.pages, self.path)
         replace_durably(names_part, names_file)

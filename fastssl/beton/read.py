@@ -9,11 +9,9 @@ import bisect
 import ctypes
 import errno
 import hashlib
-import json
 import mmap
 import os
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,21 +48,12 @@ from fastssl.beton.shards import files_of, is_set, sets_in
 from fastssl.beton.source import BUILT_SPLITS, how_to_make
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import UnsafeFile, open_regular
-from fastssl.common.terminal import printable
 
 LARGEST_SOURCE_SIDE = 2**31 - 1  # px; areas then fit into 64 bits
 LONGEST_NAME = 1 << 20  # bytes of a line of X.beton.names.txt
 MOST_DIGITS = 18  # of an index that int64 holds
 MAP_FIXED = 0x10  # of <sys/mman.h>
 MOST_FIELDS = 256  # far above any real file; limits what a damaged header can make us read
-
-# What must be equal in the manifests of a set, so that its files are of one build.
-SAME_IN_A_SET = (
-    "classes", "layout", "storage", "canvas", "max_side", "quality", "range", "channels", "max_megapixels", "order",
-    "builder", "limit", "splits", "shards", "sample_list_sha256",
-)  # fmt: skip
-COUNTS = ("samples", "bytes", "unlabelled", "nearly_black")
-TABLES_OF_COUNTS = ("counts", "encoded_because", "source_formats")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -177,10 +166,7 @@ def read_header(path: str | Path) -> BetonInfo:
     has_one_size = max_resolution == (int(image["height"].min()), int(image["width"].min()))
     storages: dict[int, Literal["raw", "jpg", "bc4"]] = {RAW: "raw", JPG: "jpg", BC4: "bc4"}
     modes = np.unique(image["mode"]).tolist()
-    if is_set(path):
-        manifest = _read_set_manifest(files_of(path), checked.samples_of_files)
-    else:
-        manifest = _read_manifest(path, len(image))
+    manifest = _read_manifest(path, checked.samples_of_files)
     if manifest and checked.field_types.get("label") == INT_FIELD:
         _check_labels(path, checked.metadata["label"], len(manifest["classes"]))
     return BetonInfo(
@@ -227,8 +213,13 @@ def read_labels(path: str | Path) -> np.ndarray:
 
 def data_checksum(info: BetonInfo) -> str:
     """Return a SHA-256 that identifies the data: of the checksums in the manifest, otherwise of the whole file."""
-    if info.manifest and "checksums" in info.manifest:
-        return hashlib.sha256(json.dumps(info.manifest["checksums"], sort_keys=True).encode()).hexdigest()
+    from fastssl.beton.set_manifest import hash_checksums
+
+    manifest = info.manifest or {}
+    if is_set(info.path) and "files" in manifest:
+        return hash_checksums([file["checksum"] for file in manifest["files"]])
+    if "checksums" in manifest:
+        return hash_checksums(manifest["checksums"])
     checksum = hashlib.sha256()
     for part in info.parts:
         with open(part.path, "rb") as file:
@@ -535,6 +526,13 @@ def _check_numbers(metadata: np.ndarray, field_types: dict[str, int]) -> None:
             )
 
 
+def _read_manifest(path: Path, samples: Sequence[int]) -> Manifest | None:
+    """Return the manifest of a file or a set, whose files have so many `samples`."""
+    from fastssl.beton.set_manifest import read_file_manifest, read_set_manifest
+
+    return read_set_manifest(path, files_of(path), samples) if is_set(path) else read_file_manifest(path, samples[0])
+
+
 def _check_labels(path: Path, label_N: np.ndarray, classes: int) -> None:
     """Raise UserError if a label is that of no class, and is not negative, which is no label."""
     is_wrong_N = label_N >= classes
@@ -545,60 +543,3 @@ def _check_labels(path: Path, label_N: np.ndarray, classes: int) -> None:
             f"names {classes:,} classes",
             hint="copy both again, or build the file again",
         )
-
-
-def _read_manifest(path: Path, num_samples: int) -> Manifest | None:
-    """Return the contents of X.beton.json, None if there is no such file."""
-    from fastssl.beton.manifest import read_manifest
-
-    try:
-        manifest = read_manifest(path, num_samples)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        reason = printable(getattr(error, "strerror", None) or str(error))
-        raise UserError(
-            f"{manifest_path(path)} is damaged ({reason:.200})", hint=f"delete it, and {path} is read without it"
-        ) from error
-    if manifest["samples"] != num_samples:
-        raise UserError(
-            f"{manifest_path(path)} does not belong to {path}", hint="delete it, and the file is read without it"
-        )
-    return manifest
-
-
-def _read_set_manifest(files: Sequence[Path], samples: Sequence[int]) -> Manifest | None:
-    """Return the manifests of a set as one: counts added, lists joined. None if a file has none.
-
-    Raises UserError if they are of different builds.
-    """
-    manifests: list[Manifest] = []
-    for file, count in zip(files, samples):
-        manifest = _read_manifest(file, count)
-        if manifest is None:
-            return None
-        for name in SAME_IN_A_SET:
-            if manifests and manifest.get(name) != manifests[0].get(name):
-                what = "list of images" if name == "sample_list_sha256" else name
-                raise UserError(
-                    f"{file} and {files[0]} are of different builds: they have another {what}",
-                    hint="build the shards again with the same options and images, or name those of one build",
-                )
-        manifests.append(manifest)
-    joined = {**manifests[0], "missing": [index for each in manifests for index in each.get("missing", [])]}
-    joined.pop("shard", None)
-    joined |= {name: sum(each.get(name, 0) for each in manifests) for name in COUNTS}
-    for name in TABLES_OF_COUNTS:
-        total: Counter[str] = Counter()
-        for each in manifests:
-            total.update(each.get(name, {}))
-        joined[name] = dict(total)
-    if all(each.get("checksums") for each in manifests):
-        checksums = [each["checksums"] for each in manifests]
-        joined["checksums"] = {
-            "algorithm": checksums[0]["algorithm"],
-            **{name: "".join(each[name] for each in checksums) for name in ("metadata", "samples")},
-        }
-    else:
-        joined.pop("checksums", None)
-    return joined

@@ -41,6 +41,18 @@ def set_path(out: Path, split: str, count: int) -> Path:
     return out / f"{split}-*-of-{count:05}.beton"
 
 
+def set_of(shard: Path) -> Path:
+    """Return the pattern of the set that a shard belongs to."""
+    found = SHARD.fullmatch(shard.name)
+    assert found is not None
+    return set_path(shard.parent, found[1], int(found[3]))
+
+
+def set_manifest_path(pattern: Path) -> Path:
+    """OUT/train-of-00064.beton.json: what the manifests of all shards of a set hold together, see set_manifest.py."""
+    return pattern.with_name(pattern.name.replace("-*-of-", "-of-") + ".json")
+
+
 def is_shard(path: Path) -> bool:
     return SHARD.fullmatch(path.name) is not None
 

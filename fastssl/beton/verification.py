@@ -12,11 +12,11 @@ import numpy as np
 from fastssl.beton import jpeg
 from fastssl.beton.format import FIELD, HEADER, JPG, manifest_path
 from fastssl.beton.pool import Pool, worker_pool
-from fastssl.beton.read import BetonInfo, all_names, has_names, read_header, read_names, read_samples
-from fastssl.beton.shards import files_of, is_set
+from fastssl.beton.read import BetonInfo, all_names, data_checksum, has_names, read_header, read_names, read_samples
+from fastssl.beton.shards import files_of, is_set, set_manifest_path
 from fastssl.common.errors import UserError
 from fastssl.common.system import resolve_workers
-from fastssl.common.terminal import Advance, printable, progress
+from fastssl.common.terminal import Advance, count_of, printable, progress
 
 SAMPLES_PER_TASK = 256  # few enough that the progress moves
 
@@ -45,10 +45,13 @@ class Verification(NamedTuple):
     without_checksums: list[Path]  # files that have none
     damaged_tables: list[Path]  # files whose metadata does not match its checksum
     faults: list[Fault]
+    of_other_builds: list[Path] = []  # shards that are not those of the set's manifest
 
     def lines(self) -> Iterator[str]:
         """Yield a line for each fault, and a note for each file without checksums."""
         is_set = any(each.path != self.path for each in self.faults) or set(self.damaged_tables) - {self.path}
+        for path in self.of_other_builds:
+            yield f"{path.name}: has other checksums than {set_manifest_path(self.path).name} states for it"
         for path in self.damaged_tables:
             where = f"{path.name}: " if is_set else ""
             yield f"{where}metadata table: does not match its checksum; labels, indices or sizes are wrong"
@@ -62,8 +65,10 @@ class Verification(NamedTuple):
 
     def verdict(self) -> str:
         """Return a sentence for a sound file. Raises UserError if the file is damaged."""
-        if self.faults or self.damaged_tables:
-            damaged = ["its metadata table"] if self.damaged_tables else []
+        if self.faults or self.damaged_tables or self.of_other_builds:
+            others = count_of(len(self.of_other_builds), "shard")
+            damaged = [f"{others} of another build"] if self.of_other_builds else []
+            damaged += ["its metadata table"] if self.damaged_tables else []
             damaged += [f"{len(self.faults):,} of {self.samples:,} samples"] if self.faults else []
             raise UserError(
                 f"{self.path} is damaged: {' and '.join(damaged)}",
@@ -84,7 +89,10 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
     """
     path = Path(path)
     whole = read_header(path)
-    without_checksums, damaged_tables = [], []
+    without_checksums, damaged_tables, of_other_builds = [], [], []
+    of_set = (
+        {file["name"]: file["checksum"] for file in (whole.manifest or {}).get("files", ())} if is_set(path) else {}
+    )
     faults: list[Fault] = []
     with (
         worker_pool(resolve_workers(workers)) as pool,
@@ -101,7 +109,9 @@ def verify(path: str | Path, workers: int | None = None) -> Verification:
                 without_checksums.append(file)
             elif not _is_table_sound(info):
                 damaged_tables.append(file)
-    return Verification(path, whole.num_samples, without_checksums, damaged_tables, faults)
+            if file.name in of_set and of_set[file.name] != data_checksum(info):
+                of_other_builds.append(file)
+    return Verification(path, whole.num_samples, without_checksums, damaged_tables, faults, of_other_builds)
 
 
 def _find_faults(info: BetonInfo, crc32_N: np.ndarray | None, pool: Pool, advance: Advance) -> list[Fault]:

@@ -20,15 +20,18 @@ from fastssl.beton import (
     BuildOptions,
     beton_file,
     build_beton,
+    data_checksum,
     draw_sheet,
     estimate_build,
     has_split,
+    partial_build,
     read_header,
     read_index_list,
     read_names,
 )
+from fastssl.beton.format import manifest_path
 from fastssl.beton.read import map_file
-from fastssl.beton.shards import Shard, exists, files_of, is_set, split_of
+from fastssl.beton.shards import Shard, exists, files_of, is_set, set_manifest_path, split_of
 from fastssl.beton.sheet import TITLE_HEIGHT
 from fastssl.common.errors import Stopped, UserError
 from fastssl.evaluation.runs import BetonSubset
@@ -108,8 +111,7 @@ def test_headers_names_and_lists_are_those_of_one_file(built, tmp_path):
         assert getattr(mine, name) == getattr(theirs, name), name
     for name in ("samples", "counts", "source_formats", "unlabelled"):
         assert mine.manifest[name] == theirs.manifest[name], name
-    assert mine.manifest["checksums"]["samples"] == theirs.manifest["checksums"]["samples"]
-    assert mine.file_bytes == sum(file.stat().st_size for file in files_of(several))
+    assert mine.file_bytes == mine.manifest["bytes"] == sum(file.stat().st_size for file in files_of(several))
     assert read_names(several, range(49)) == read_names(one, range(49))
     assert Samples.read(mine).fingerprint() == Samples.read(theirs).fingerprint()
     for lines in ("class0/000.jpg\ntrain/class2/005\n", "3\n17\n40\n"):
@@ -164,6 +166,8 @@ def test_a_set_without_manifests_is_evaluated_too(source, tmp_path):
     build_beton("imagefolder", source, tmp_path, canvas=32, shards=3, workers=1)
     path = beton_file(tmp_path, "train")
     with_manifests = BetonSubset(path).describe()
+    (tmp_path / "train-of-00003.beton.json").unlink()
+    assert BetonSubset(path).describe() == with_manifests
     (tmp_path / "train-00001-of-00003.beton.json").unlink()
     without = BetonSubset(path).describe()
     assert without["images"] == 48 and without["checksum"] != with_manifests["checksum"]
@@ -313,6 +317,7 @@ def test_files_that_do_not_belong_together_are_refused(source, forty_photos, tmp
     for other, what in (("b", "canvas"), ("c", "classes")):
         mixed = tmp_path / f"mixed-{other}"
         shutil.copytree(tmp_path / "a", mixed)
+        (mixed / "train-of-00003.beton.json").unlink()
         for file in (tmp_path / other).glob("train-00002-*"):
             shutil.copy(file, mixed)
         if other == "b":  # the same images
@@ -321,6 +326,7 @@ def test_files_that_do_not_belong_together_are_refused(source, forty_photos, tmp
         else:
             with pytest.raises(UserError, match="hold an image with the index|of different builds"):
                 read_header(beton_file(mixed, "train"))
+    (tmp_path / "a/train-of-00003.beton.json").unlink()
     shutil.copy(tmp_path / "a/train-00000-of-00003.beton", tmp_path / "a/train-00002-of-00003.beton")
     with pytest.raises(UserError, match="Two files of .* hold an image with the index"):
         read_header(beton_file(tmp_path / "a", "train"))
@@ -360,6 +366,114 @@ def test_a_file_that_changes_between_its_tables_and_its_pixels_is_refused(source
     os.utime(files_of(path)[1])
     with pytest.raises(UserError, match="has changed since it was opened"):
         Samples.read(info)
+
+
+# -- the manifest of a set ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(source, tmp_path):
+    """Three shards, the pattern that names them, and their manifest."""
+    build_beton("imagefolder", source, tmp_path / "three", canvas=32, shards=3, workers=1)
+    path = beton_file(tmp_path / "three", "train")
+    return path, set_manifest_path(path)
+
+
+def test_the_manifest_of_a_set_tells_what_those_of_its_shards_do(three, fastssl):
+    path, manifest = three
+    assert manifest.name == "train-of-00003.beton.json" and '"crc32"' not in manifest.read_text()
+    info = read_header(path)
+    assert [file["name"] for file in info.manifest["files"]] == [file.name for file in files_of(path)]
+    for file, described in zip(files_of(path), info.manifest["files"]):
+        shard = read_header(file)
+        assert described["bytes"] == shard.file_bytes and described["samples"] == shard.num_samples
+        assert described["checksum"] == data_checksum(shard)
+    assert "train-of-00003.beton.json" in fastssl("inspect", path)[1]
+    for shard in files_of(path):
+        manifest_path(shard).rename(shard.with_suffix(".moved"))
+    assert read_header(path).manifest == info.manifest  # no other manifest is read
+    for shard in files_of(path):
+        shard.with_suffix(".moved").rename(manifest_path(shard))
+    manifest.unlink()
+    assert read_header(path) == info and data_checksum(read_header(path)) == data_checksum(info)
+    assert "of each shard" in fastssl("inspect", path)[1]
+    one = read_header(path.with_name("train-0000*-of-00003.beton"))  # a pattern of one's own for the same files
+    assert data_checksum(one) == data_checksum(info)
+
+
+def test_the_last_shard_to_be_built_writes_the_manifest_of_the_set(three, source, tmp_path):
+    path, manifest = three
+    whole = manifest.read_bytes()
+    out = tmp_path / "apart"
+    for number in (1, 2, 0):
+        assert not (out / manifest.name).exists()
+        build_beton("imagefolder", source, out, canvas=32, shards=3, shard=number, workers=1)
+    assert (out / manifest.name).read_bytes() == whole
+    (out / manifest.name).unlink()
+    build_beton("imagefolder", source, out, canvas=32, shards=3, shard=1, workers=1)  # up to date
+    assert (out / manifest.name).read_bytes() == whole
+
+
+def test_the_manifest_of_a_set_goes_before_a_shard_is_replaced(three, source, monkeypatch):
+    path, manifest = three
+    seen, replace = [], partial_build.replace_durably
+
+    def watched(part, final):
+        seen.append(manifest.exists() and final.name.startswith("train"))
+        replace(part, final)
+
+    monkeypatch.setattr(partial_build, "replace_durably", watched)
+    for number in (0, 1):
+        build_beton("imagefolder", source, path.parent, canvas=40, shards=3, shard=number, workers=1)
+        assert seen and not any(seen)
+        assert not manifest.exists()  # the other shards are of another build
+        with pytest.raises(UserError, match="of different builds: they have another canvas"):
+            read_header(path)
+    build_beton("imagefolder", source, path.parent, canvas=40, shards=3, shard=2, workers=1)
+    assert manifest.exists() and read_header(path).resolution == (40, 40)
+
+
+def test_a_manifest_of_other_shards_is_refused(three):
+    path, manifest = three
+    content = json.loads(manifest.read_text())
+
+    def refuses(match, **changes):
+        manifest.write_text(json.dumps({**content, **changes}))
+        with pytest.raises(UserError, match=match) as error:
+            read_header(path)
+        assert "delete" in error.value.hint and manifest.name in str(error.value)
+
+    files = content["files"]
+    refuses("by it, train-00001-of-00003.beton has 5 bytes", files=[files[0], {**files[1], "bytes": 5}, files[2]])
+    refuses("and 17 samples, but", files=[files[0], {**files[1], "samples": 17}, files[2]])
+    refuses("or their names differ", files=[files[1], files[0], files[2]])
+    refuses("names 2 files with 48 samples, and there are 3", files=files[:2])
+    refuses("names 3 files with 47 samples, and there are 3 with 48", samples=47)
+    for damage in ({"files": None}, {"files": [{**files[0], "checksum": "x"}]}, {"files": [{**files[0], "bytes": -1}]}):
+        refuses("is damaged", **damage)
+    for text in ("", "[]", "{}", "[" * 100_000):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            read_header(path)
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(UserError, match="is damaged"):
+        read_header(path)
+
+
+def test_a_shard_of_the_same_size_from_another_build_is_found_by_verify(three, source, tmp_path, fastssl):
+    path, _ = three
+    shutil.copytree(source, tmp_path / "other")
+    for photo in (tmp_path / "other/train").glob("*/*.jpg"):
+        if photo.name != "bad.jpg":
+            Image.open(photo).rotate(180).save(photo)
+    build_beton("imagefolder", tmp_path / "other", tmp_path / "b", canvas=32, shards=3, workers=1)
+    for file in (tmp_path / "b").glob("train-00002-*"):
+        shutil.copy(file, path.parent)
+    assert read_header(path).num_samples == 48
+    code, out, err = fastssl("inspect", path, "--verify", "--workers", 1)
+    assert code == 2 and "train-00002-of-00003.beton: has other checksums than train-of-00003.beton.json" in out
+    assert "is damaged: 1 shard of another build" in err
 
 
 # -- training -------------------------------------------------------------------------------------
