@@ -7,7 +7,8 @@
     bc4.py            compresses a canvas to blocks that need no entropy decoding, and decodes them
     partial_build.py  a file that is being built; a build that was stopped resumes with it
     format.py         the layout of the file: the types of its tables, and how they are written
-    read.py           reads a file, and checks it before compiled code follows its pointers
+    read.py           reads a file or a set of shards; parts.py maps its files one after the other
+    tables.py         checks the tables before compiled code follows their pointers
     manifest.py       the schema of X.beton.json, which may come from elsewhere; set_manifest.py: that of a set
     index_list.py     subsets: lists of names, as indices
     inspection.py     the contents of a file as tables; sheet.py draws some of its images

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.beton import jpeg
 from fastssl.beton.format import BC4, RAW, RGB, UNLABELLED
-from fastssl.beton.read import BetonInfo, FilePart, part_at, read_header, read_samples
+from fastssl.beton.parts import FilePart, part_at
+from fastssl.beton.read import BetonInfo, read_header, read_samples
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastssl.beton.read import FilePart, file_identity, part_at
+from fastssl.beton.parts import FilePart, file_identity, part_at
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular
 from fastssl.loading.decoding import Buffers

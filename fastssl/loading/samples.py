@@ -9,7 +9,7 @@ import torch
 
 from fastssl.beton import BetonInfo, read_header, read_names, read_samples
 from fastssl.beton.format import BC4, JPG, bc4_bytes
-from fastssl.beton.read import FilePart, file_parts, map_file, part_at
+from fastssl.beton.parts import FilePart, file_parts, map_file, part_at
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms

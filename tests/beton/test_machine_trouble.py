@@ -18,8 +18,8 @@ from synthetic_images import jpeg_bytes, photo
 
 from fastssl.beton import build_beton, inspect_beton, read_header, read_labels
 from fastssl.beton.images import StoragePlan, encode_all
+from fastssl.beton.parts import map_file
 from fastssl.beton.pool import Turns
-from fastssl.beton.read import map_file
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader
 

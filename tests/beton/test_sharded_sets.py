@@ -30,7 +30,7 @@ from fastssl.beton import (
     read_names,
 )
 from fastssl.beton.format import manifest_path
-from fastssl.beton.read import map_file
+from fastssl.beton.parts import map_file
 from fastssl.beton.shards import Shard, exists, files_of, is_set, set_manifest_path, split_of
 from fastssl.beton.sheet import TITLE_HEIGHT
 from fastssl.common.errors import Stopped, UserError

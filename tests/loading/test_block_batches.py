@@ -13,7 +13,7 @@ from PIL import Image
 from fastssl.beton import bc4, build_beton, read_metadata
 from fastssl.beton import format as beton_format
 from fastssl.beton.format import RAW
-from fastssl.beton.read import file_parts
+from fastssl.beton.parts import file_parts
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_memory, kernels, resident
 from fastssl.loading import loader as loader_module

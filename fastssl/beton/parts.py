@@ -1,0 +1,96 @@
+"""The files of a .beton: one, or the shards of a set, mapped into one range of addresses."""
+
+import bisect
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastssl.beton.format import align
+from fastssl.beton.shards import files_of, is_set
+from fastssl.common.errors import UserError
+from fastssl.common.files import open_regular
+
+MAP_FIXED = 0x10  # of <sys/mman.h>
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+
+class FilePart(NamedTuple):
+    """One file of a set, or the only one."""
+
+    path: Path
+    start: int  # its first byte, where the files of the set follow each other
+    size: int  # bytes
+    identity: tuple[int, ...]  # see `file_identity`
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.identity[-1]
+
+
+def file_identity(stat: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file has been written again or replaced by another one."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def file_parts(path: Path) -> tuple[FilePart, ...]:
+    """Return the files of a set in their order, each with the byte at which it begins in `map_file`.
+
+    Each begins at a multiple of FFCV's page size, so no page of the set holds data of two files.
+    """
+    parts = []
+    start = 0
+    for file in files_of(path):
+        stat = os.stat(file)
+        parts.append(FilePart(file, start, stat.st_size, file_identity(stat)))
+        start = align(start + stat.st_size)
+    return tuple(parts)
+
+
+def part_at(parts: Sequence[FilePart], position: int) -> FilePart:
+    """Return the file that a byte of `map_file` belongs to."""
+    return parts[bisect.bisect_right(parts, position, key=lambda part: part.start) - 1]
+
+
+def map_file(path: Path) -> np.ndarray:
+    """Return the bytes of a file, mapped: they are read from the disk when they are used.
+
+    Of a set, those of all files: each begins at its `FilePart.start`, and what is between two files is zeros.
+    """
+    try:
+        if is_set(path):
+            return _map_one_after_the_other(file_parts(path))
+        # numba dispatches slowly on a memmap.
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        size = sum(part.size for part in file_parts(path))
+        raise UserError(
+            f"{path} has {size / 1e9:,.1f} GB, more than the limit on the address space of a "
+            "process leaves (a mapped file takes address space, not memory)",
+            hint="raise the limit: ulimit -v; on Grid Engine h_vmem",
+        ) from error
+
+
+def _map_one_after_the_other(parts: Sequence[FilePart]) -> np.ndarray:
+    """Map files into one range of addresses, so that all that reads one mapped file reads a set too."""
+    total = parts[-1].start + parts[-1].size
+    # Its pages are replaced by those of the files; it gives all of them back when the array is deleted.
+    region = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    content = np.frombuffer(region, np.uint8)
+    for part in parts:
+        with open_regular(part.path) as file:
+            address, fixed = content.ctypes.data + part.start, mmap.MAP_SHARED | MAP_FIXED
+            if _libc.mmap(address, part.size, mmap.PROT_READ, fixed, file.fileno(), 0) != address:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), str(part.path))
+    return content
