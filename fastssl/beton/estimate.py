@@ -40,28 +40,35 @@ class BuildEstimate(NamedTuple):
     free_memory: int  # bytes, for the page cache
 
 
-def estimate_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildEstimate:
-    """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing."""
+def estimate_build(
+    builder: str, source: Path | None, out: Path, options: BuildOptions, images: int | None = None
+) -> BuildEstimate:
+    """Estimate what `build_beton` would write with these options, and how long it would take. Writes nothing.
+
+    images: estimate for this many images in all, of which those of the source are a sample; None: for those alone.
+    """
     refuse_output_in_source(source, out)
     canvas = load_builder(builder).CANVAS
     plan = options.plan(canvas)
     others = _other_plans(options, canvas)
     splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
-    for split in splits:
-        check_shards(split, out, options.shards)
+    if images is None:  # a sample may have fewer images than shards
+        for split in splits:
+            check_shards(split, out, options.shards)
+    factor = 1.0 if images is None else images / sum(len(split.order) for split in splits)
     if options.shards is not None and options.shard is not None:
         shard = Shard(options.shard, options.shards)
         splits = [split._replace(order=split.order[shard.bounds(len(split.order))]) for split in splits]
     with worker_pool(resolve_workers(options.workers)) as pool:
         _warm_up(pool, plan)
-        estimates = [_estimate_split(split, out, plan, pool, options) for split in splits]
+        estimates = [_estimate_split(split, out, plan, pool, options, factor) for split in splits]
         # Now the files are in the page cache, so other codecs are compared with the chosen one once more.
-        again = [_estimate_split(split, out, plan, pool, options) for split in splits] if others else []
+        again = [_estimate_split(split, out, plan, pool, options, factor) for split in splits] if others else []
         of_others = []
         for other in others:
             with contextlib.suppress(UserError):  # it does not work on this machine, and is not what was asked for
                 _warm_up(pool, other)
-                compared = [_estimate_split(split, out, other, pool, options) for split in splits]
+                compared = [_estimate_split(split, out, other, pool, options, factor) for split in splits]
                 of_others.append(
                     [
                         estimate._replace(seconds=max(0.0, first.seconds + estimate.seconds - second.seconds))
@@ -89,12 +96,13 @@ def _other_plans(options: BuildOptions, canvas: int) -> list[StoragePlan]:
 
 
 def _estimate_split(
-    split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool, options: BuildOptions
+    split: SourceSplit, out: Path, plan: StoragePlan, pool: Pool, options: BuildOptions, factor: float
 ) -> SplitEstimate:
+    """Estimate a split of `factor` times as many images as it has."""
     start = time.monotonic()
-    images = len(split.order)
+    images = round(len(split.order) * factor)
     # Every n-th image, because with order "source" the first ones are not a fair sample.
-    step = max(1, images // SAMPLED)
+    step = max(1, len(split.order) // SAMPLED)
     sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
     sizes = []
     bad = 0

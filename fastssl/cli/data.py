@@ -28,6 +28,10 @@ def build_beton(
     ] = None,
     workers: Annotated[int | None, Option(metavar="N", help="Number of processes.", show_default="all cores")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Estimate sizes and time, and write nothing.")] = False,
+    images: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Let --dry-run estimate N images, of which the source is a sample."),
+    ] = None,
     list_: Annotated[bool, Option("--list", help="List the builders.")] = False,
     canvas: Annotated[
         int | None,
@@ -147,8 +151,10 @@ def build_beton(
         shards=shards,
         shard=shard,
     )
+    if images is not None and not dry_run:
+        raise UserError("--images is for an estimate", hint="add --dry-run, or use --limit to build fewer images")
     if dry_run:
-        _print_estimate(beton.estimate_build(builder, source, out, options))
+        _print_estimate(beton.estimate_build(builder, source, out, options, images))
         return
     # BuildOptions has the keyword arguments of build_beton.
     report = beton.build_beton(builder, source, out, **vars(options))

@@ -157,7 +157,10 @@ def profile(
     ] = None,
     plan: Annotated[
         str | None,
-        Option(metavar="MACHINE", help="Predict hours and bottleneck on a machine, such as '8xA100, 64 cores, nvme'."),
+        Option(
+            metavar="MACHINE",
+            help="Predict hours and bottleneck on a machine, such as '8xA100, 64 cores, nvme, 100M images'.",
+        ),
     ] = None,
     fail_under: Annotated[
         list[str] | None,

@@ -43,6 +43,7 @@ MEMORY_PER_CORE = 4e9  # bytes of the host, assumed if --plan does not give the 
 CONTEXT = 1e9  # bytes that CUDA itself takes of a GPU
 READ_AROUND = 128e3  # bytes that Linux reads around a page of a mapped file that is not in memory (read_ahead_kb)
 LARGE_PIECE = 8e6  # bytes that data.order=quasi_random reads at a time
+MULTIPLES = {"": 1, "k": 1e3, "t": 1e3, "m": 1e6, "b": 1e9}  # of a number of images: k or thousand, and so on
 EXAMPLE = '--plan "8xA100, 64 cores, nvme"'
 
 
@@ -53,10 +54,12 @@ class PlannedMachine:
     cores: int
     storage: str  # a key of STORAGE
     memory: float | None = None  # bytes of the host
+    images: int | None = None  # of the training set; None: those of the profile
 
     def __str__(self) -> str:
         memory = f", {si(self.memory, 'B')}" if self.memory else ""
-        return f"{self.gpus}x {self.device.name}, {self.cores} cores, {self.storage}{memory}"
+        images = "" if self.images is None else f", {self.images:,} images"
+        return f"{self.gpus}x {self.device.name}, {self.cores} cores, {self.storage}{memory}{images}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ PATTERNS = {  # of the parts of a machine's description, in lower case
     "cores": r"(\d+) *(?:v?cpus?|(?:cpu )?cores?|threads?)",
     "memory": r"(\d+(?:\.\d+)?) *([gt])i?b(?: (?:of )?(?:ram|memory))?",
     "storage": f"({'|'.join(STORAGE_NAMES)})",
+    "images": r"(\d{1,12}(?:\.\d+)?) *(k|m|b|thousand|million|billion|) *images",
     "GPUs": r"(?:(\d+)(?: *[x×*] *| +))?(.*)",
 }
 
@@ -110,7 +114,10 @@ def parse_machine(text: str) -> PlannedMachine:
         )
     storage = STORAGE_NAMES[found["storage"][1]] if "storage" in found else "nvme"
     memory = float(found["memory"][1]) * {"g": 1e9, "t": 1e12}[found["memory"][2]] if "memory" in found else None
-    return PlannedMachine(gpus, device, cores, storage, memory)
+    images = None
+    if "images" in found:
+        images = round(float(found["images"][1]) * MULTIPLES[found["images"][2][:1]])
+    return PlannedMachine(gpus, device, cores, storage, memory, images)
 
 
 def _unknown_part(part: str, name: str) -> UserError:
@@ -118,12 +125,12 @@ def _unknown_part(part: str, name: str) -> UserError:
     if "cpu" in name.split():
         problem = f"--plan {part}: a plan is for GPUs, and a CPU can be measured"
         return UserError(problem, hint=f"name a GPU, as in {EXAMPLE}")
-    names = [*(device.name.lower() for device in DEVICES.values()), *DEVICES, *STORAGE_NAMES, "cores", "gb"]
+    names = [*(device.name.lower() for device in DEVICES.values()), *DEVICES, *STORAGE_NAMES, "cores", "gb", "images"]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; storage is {', '.join(STORAGE)}"
     if near:
         hint = f"did you mean {part.removesuffix(name)}{near[0]}?"
-    return UserError(f"--plan: {quote(part)} is not a GPU, a number of cores, a storage or a memory size", hint=hint)
+    return UserError(f"--plan: {quote(part)} is not a GPU, a storage, or a number of cores, GB or images", hint=hint)
 
 
 def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) -> None:
@@ -141,6 +148,9 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     """Predict training on a machine. Raises UserError if the recipe cannot run there or the profile lacks a step."""
     check_batch_size(machine, profile.run.batch_size, recipe.train.accumulate)
     assumptions: list[str] = []
+    if machine.images is not None:
+        assumptions.append(f"The {machine.images:,} images are like the {profile.data.images:,} profiled ones.")
+        profile = _with_images(profile, machine.images)
     stages = _device_costs(profile, recipe, machine, assumptions)
     costs = CostModel(stages, machine.cores // machine.gpus, processes=machine.gpus)
     first_epoch, resident = costs, recipe.data.resident
@@ -174,6 +184,16 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         cores_needed=max(1, math.ceil(costs.cpu_seconds() / slowest)),
         resource_rates={name: machine.gpus / busy for name, busy in seconds.items() if busy}, assumptions=assumptions,
     )  # fmt: skip
+
+
+def _with_images(profile: Profile, images: int) -> Profile:
+    """Return the profile of a set with so many images like those that were profiled."""
+    if images < profile.run.batch_size:
+        raise UserError(f"--plan: {images:,} images are fewer than a batch", hint="name more images")
+    file_bytes = profile.data.file_bytes * images / profile.data.images
+    batches = images // profile.run.batch_size
+    data = profile.data.model_copy(update=dict(images=images, file_bytes=file_bytes, batches_per_epoch=batches))
+    return profile.model_copy(update={"data": data})
 
 
 def _device_costs(profile: Profile, recipe: Recipe, machine: PlannedMachine, assumptions: list[str]) -> dict[str, Cost]:

@@ -294,6 +294,10 @@ def test_an_estimate_is_of_the_shards(source, tmp_path):
     build_beton("imagefolder", source, tmp_path, canvas=32, shards=3, workers=1)
     real = read_header(beton_file(tmp_path, "train")).file_bytes
     assert all_of_them.bytes == pytest.approx(real, rel=0.02) and third.bytes < one.bytes
+    options = BuildOptions(canvas=32, workers=1, shards=300)
+    many = estimate_build("imagefolder", source, tmp_path / "x", options, images=61_000_000).splits[0]
+    assert many.images == 49_000_000  # 49 of 61 are for training
+    assert many.bytes == pytest.approx(49e6 * (32 * 32 * 3 + 48 + 24), rel=0.02) and many.seconds > 1000 * one.seconds
     with pytest.raises(UserError, match="--shards 300 are more than"):
         estimate_build("imagefolder", source, tmp_path / "x", BuildOptions(canvas=32, workers=1, shards=300))
 

@@ -146,6 +146,8 @@ def test_a_machine_is_described_in_any_order():
         ("A100, H100, 64 cores", "names the GPUs twice"),
         ("8xA100, 4 cores", "each GPU needs a core"),
         ("0xA100, 4 cores", "0 GPUs"),
+        ("A100, 4 cores, 10M imags", "did you mean"),
+        ("A100, 4 cores, 5 images, 6 images", "names the images twice"),
     ],
 )
 def test_an_incomplete_description_is_one_sentence(text, says):
@@ -228,6 +230,21 @@ def test_blocks_that_do_not_fit_are_copied_by_all_cores():
     assert planned.resource_rates["threads"] == pytest.approx(4 / 1e-5)
     assert planned.bottleneck == "step" and planned.cores_needed == 1
     assert not any("left out" in sentence for sentence in planned.assumptions if "Cropping" not in sentence)
+
+
+def test_a_plan_may_be_for_more_images_than_there_are():
+    machine = "8xA100, 16 cores, nvme, 256 GB"
+    few, many = plan(of_blocks(), machine), plan(of_blocks(), f"{machine}, 1.2B images")
+    assert "disk" not in few.resource_rates and "disk" in many.resource_rates
+    assert many.hours > 900 * few.hours and "1,200,000,000 images" in many.machine
+    assert any("The 1,200,000,000 images are like the 1,281,167 profiled ones." in line for line in many.assumptions)
+    # All but 256 GB of 59 TB come from the disk in every epoch.
+    assert any("hold 0.4 % of 59.0 TB" in line for line in many.assumptions)
+    for text in ("1281167 images", "1281.167k images", "1281.167 thousand images", "1.281167 million images"):
+        assert plan(of_blocks(), f"{machine}, {text}").hours == pytest.approx(few.hours, rel=0.01)
+    for text in ("0 images", "255 images"):
+        with pytest.raises(UserError, match="fewer than a batch"):
+            plan(of_blocks(), f"{machine}, {text}")
 
 
 def test_a_measured_gpu_is_scaled_by_peak_and_bandwidth():
