@@ -1,6 +1,6 @@
 """The .beton file: one file with all images of a split, in FFCV's format.
 
-    build.py          build_beton and its options; estimate.py estimates size and time
+    build.py          build_beton; file_build.py builds one file; options.py; estimate.py estimates size and time
     source.py         the builders, and the samples that they list
     pool.py           the worker processes, which encode images and write them to the file
     images.py         one image: decode, convert, resize, encode; jpeg.py decodes as the loader does, resize.py resizes
@@ -23,10 +23,12 @@ same folder are X.beton.json (how X.beton was built, its classes, a checksum per
 (line i + 1: the name of the image with index i). Of a data set in shards, see shards.py.
 """
 
-from fastssl.beton.build import BuildOptions, BuildReport, SplitReport, build_beton, recorded_plan
+from fastssl.beton.build import BuildReport, build_beton
 from fastssl.beton.estimate import BuildEstimate, estimate_build
+from fastssl.beton.file_build import SplitReport
 from fastssl.beton.index_list import read_index_list
 from fastssl.beton.inspection import inspect_beton, subset_table
+from fastssl.beton.options import BuildOptions, recorded_plan
 from fastssl.beton.read import (
     BetonInfo,
     beton_file,

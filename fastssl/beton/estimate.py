@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from fastssl.beton.build import BuildOptions, check_shards, refuse_output_in_source
+from fastssl.beton.build import check_shards, refuse_output_in_source
 from fastssl.beton.format import ALLOCATION, RGB, allocate, data_start
 from fastssl.beton.images import Codec, StoragePlan
+from fastssl.beton.options import BuildOptions
 from fastssl.beton.pool import Pool, plain_image, worker_pool
 from fastssl.beton.shards import Shard, set_path, shard_path
 from fastssl.beton.source import SourceSplit, list_splits, load_builder

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from fastssl.beton import beton_file, has_split, read_header, recorded_plan
-from fastssl.beton.build import JPEG_QUALITY
 from fastssl.beton.format import RGB, UNLABELLED
 from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
+from fastssl.beton.options import JPEG_QUALITY
 from fastssl.beton.shards import exists
 from fastssl.common.errors import UserError
 from fastssl.common.system import available_cores

@@ -14,8 +14,8 @@ from synthetic_images import jpeg_bytes, photo
 
 from fastssl.beton import build_beton, draw_sheet, read_header, read_samples, verify
 from fastssl.beton import format as layout
-from fastssl.beton.build import recorded_plan
 from fastssl.beton.images import Encoded, StoragePlan, encode_all
+from fastssl.beton.options import recorded_plan
 from fastssl.cli import main
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader

@@ -19,9 +19,9 @@ from rich.console import Console
 from synthetic_images import jpeg_bytes, photo
 
 from fastssl.beton import build_beton, draw_sheet, inspect_beton, jpeg, read_header, read_index_list, read_names, verify
-from fastssl.beton.build import BuildOptions
 from fastssl.beton.format import ARRAY_FIELD, FIELD, HEADER, OUR_ARRAY_FIELDS, OUR_FIELDS, metadata_type
 from fastssl.beton.images import StoragePlan, encode_all
+from fastssl.beton.options import BuildOptions
 from fastssl.beton.partial_build import FILES
 from fastssl.beton.source import list_splits
 from fastssl.common.errors import UserError
