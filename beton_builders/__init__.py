@@ -14,6 +14,9 @@ A builder is a module of this package, found by its name (`fastssl build-beton N
 - `LISTS_ARRAYS = True`, if it takes images by their suffix. `splits` then also has `arrays=False`, and with
   `arrays=True` (`--channels` other than 3) .npy files are images.
 
+- `IMAGE_CLASSES`, if images are functions: frozen dataclasses whose fields are text or whole numbers, the paths among
+  them named `path` or `root`. Processes that build shards then share one list of the samples.
+
 A builder may yield `LeftOut(reason, count)` among its samples: how many images of an archive or a table it leaves out,
 and why. (Files and folders of SOURCE that no sample names are counted without its help.)
 

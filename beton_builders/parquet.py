@@ -145,6 +145,9 @@ class RowImage:
         return content
 
 
+IMAGE_CLASSES = (RowImage,)
+
+
 def find_image(path: str, parquet_path: str, root: str) -> str:
     """Return the path of an image that a row names. Raises ValueError for one outside of `root`."""
     folders = (os.path.dirname(parquet_path), root)

@@ -26,6 +26,7 @@ def account_for_files(
     use: str = "stored",
     arrays: bool = False,
     in_other_shards: int = 0,
+    files: dict[str, int] | None = None,
 ) -> str:
     """Return what happened to each file below `source`, if it is a folder, and to each image that the builder listed.
 
@@ -34,6 +35,7 @@ def account_for_files(
         use: what was done with the images that are good.
         arrays: whether .npy files are images.
         in_other_shards: images that a build of one shard leaves to the others.
+        files: what `count_files` has returned; None: they are counted now.
     """
     listed = sum(len(split.samples) for split in splits)
     images = {
@@ -47,21 +49,23 @@ def account_for_files(
             images[f"left out: {reason}"] = images.get(f"left out: {reason}", 0) + count
     noun = "images and other entries" if any(split.left_out for split in splits) else "images"
     parts = [f"Of {sum(images.values()):,} {noun}: " + _listed(images)]
-    if source is not None and source.is_dir():
-        files = _classify(builder, str(source), splits, arrays)
+    files = count_files(builder, source, splits, arrays) if files is None else files
+    if files is not None:
         parts.insert(0, f"Of {count_of(sum(files.values()), 'file')} in {source}: " + _listed(files))
     return as_utf8(" ".join(f"{part}." for part in parts))
 
 
-def _classify(builder: str, source: str, splits: list[SourceSplit], arrays: bool) -> dict[str, int]:
-    """Count the files below `source` by what they are to the builder."""
+def count_files(builder: str, source: Path | None, splits: list[SourceSplit], arrays: bool) -> dict[str, int] | None:
+    """Count the files below `source` by what they are to the builder; None if it is no folder."""
+    if source is None or not source.is_dir():
+        return None
     rules = importlib.import_module("beton_builders._files")  # not at the start: it imports fastssl.beton
     hash_I = _hashes_of_files(splits)
     used = unused_images = special = 0
     litter: Counter[str] = Counter()
     others: Counter[str] = Counter()
     folders: Counter[str] = Counter()
-    for folder in rules.walk(source, litter=True):
+    for folder in rules.walk(str(source), litter=True):
         paths = [os.path.join(folder.path, name) for name in folder.files]
         is_used_F = _is_in(np.fromiter(map(hash, paths), np.int64, len(paths)), hash_I)
         used += int(is_used_F.sum())

@@ -19,11 +19,12 @@ from fastssl.beton.accounting import account_for_files
 from fastssl.beton.file_build import FileBuild, SplitReport
 from fastssl.beton.format import RGB
 from fastssl.beton.images import MAX_MEGAPIXELS, Codec, StoragePlan
+from fastssl.beton.listing import ListedSplit, Listing, list_source
 from fastssl.beton.options import BuildOptions
 from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.ranges import Range
-from fastssl.beton.shards import Shard, exists, set_manifest_path, set_path, sets_in, shard_path
-from fastssl.beton.source import Order, SourceSplit, SplitRule, digest, download_dataset, list_splits, load_builder
+from fastssl.beton.shards import Shard, check_shards, set_manifest_path, set_path, shard_path
+from fastssl.beton.source import Order, SourceSplit, SplitRule, download_dataset, load_builder
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors
 from fastssl.common.system import resolve_workers
@@ -111,19 +112,38 @@ def run_build(builder: str, source: Path | None, out: Path, options: BuildOption
     refuse_output_in_source(source, out)
     if options.download:
         download_dataset(builder, source)
-    recorded = options.recorded(builder, source, plan)
-    arrays = options.channels != RGB
-    listed = list_splits(builder, source, options.order, options.limit, options.splits, arrays)
-    for split in listed:
-        check_shards(split, out, options.shards)
     with explain_write_errors(out):
+        listing = _list_images(builder, source, out, options)
         out.mkdir(parents=True, exist_ok=True)
+        files = files_to_build(listing, out, plan, options, options.recorded(builder, source, plan))
         with worker_pool(resolve_workers(options.workers)) as pool:
-            reports = [_build_split(_files_of_split(split, out, plan, recorded, options), pool) for split in listed]
+            reports = [_build_split(each, pool) for each in files]
+    splits = [each.split for each in listing.splits]
     stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
-    others = 0 if options.shard is None else sum(len(split.order) for split in listed) - stored - bad
-    account = account_for_files(builder, source, listed, stored, bad, arrays=arrays, in_other_shards=others)
+    others = 0 if options.shard is None else sum(each.images for each in listing.splits) - stored - bad
+    arrays = options.channels != RGB
+    account = account_for_files(
+        builder, source, splits, stored, bad, arrays=arrays, in_other_shards=others, files=listing.files
+    )
     return BuildReport(reports, _too_many_bad(reports, options.allow_bad), account)
+
+
+def _list_images(builder: str, source: Path | None, out: Path, options: BuildOptions) -> Listing:
+    """Return the images to build. Processes that build a shard each share one list of them."""
+    if options.shards is None:
+        listing = list_source(builder, source, options)
+        for each in listing.splits:
+            check_shards(each.split.name, each.images, out, None)
+        return listing
+    # Not at the start: it imports pydantic, and every worker process imports this module.
+    from fastssl.beton.shared_list import make_list, read_or_make_list
+
+    if options.shard is None:
+        return make_list(builder, source, out, options)
+    listing = read_or_make_list(builder, source, out, options)
+    for each in listing.splits:
+        check_shards(each.split.name, each.images, out, options.shards)
+    return listing
 
 
 def refuse_output_in_source(source: Path | None, out: Path) -> None:
@@ -149,21 +169,26 @@ def _too_many_bad(reports: list[SplitReport], allow_bad: float | None) -> str | 
     return None
 
 
+def files_to_build(
+    listing: Listing, out: Path, plan: StoragePlan, options: BuildOptions, recorded: dict[str, Any]
+) -> list[list[FileBuild]]:
+    """Return the files of each split: one, or its shards, of which one may be asked for."""
+    return [_files_of_split(each, out, plan, options, recorded) for each in listing.splits]
+
+
 def _files_of_split(
-    split: SourceSplit, out: Path, plan: StoragePlan, recorded: dict[str, Any], options: BuildOptions
+    listed: ListedSplit, out: Path, plan: StoragePlan, options: BuildOptions, recorded: dict[str, Any]
 ) -> list[FileBuild]:
-    """Return the files to build of one split: one, or its shards, of which one may be asked for."""
-    shards = options.shards
-    # Another machine may have the source of its shards elsewhere.
-    list_sha256 = digest(split.samples, paths=shards is None)
-    key = {**recorded, "sample_list_sha256": list_sha256, "classes": split.classes}
+    split, shards = listed.split, options.shards
+    key = {**recorded, "sample_list_sha256": listed.sha256, "classes": split.classes}
     if shards is None:
         return [FileBuild(out / f"{split.name}.beton", split, None, plan, key, options.strict)]
     files = []
     for number in range(shards) if options.shard is None else [options.shard]:
         shard = Shard(number, shards)
-        of_shard = split._replace(order=split.order[shard.bounds(len(split.order))])
-        path = shard_path(out, split.name, shard)
+        # With --shard only the images of this shard are listed.
+        order = split.order[shard.bounds(listed.images)] if options.shard is None else split.order
+        path, of_shard = shard_path(out, split.name, shard), split._replace(order=order)
         files.append(FileBuild(path, of_shard, shard, plan, {**key, "shard": number}, options.strict))
     return files
 
@@ -202,19 +227,3 @@ def _report_set(split: SourceSplit, out: Path, shards: int, reports: list[SplitR
         empty_classes=split.empty_classes,
         up_to_date=all(report.up_to_date for report in reports),
     )
-
-
-def check_shards(split: SourceSplit, out: Path, shards: int | None) -> None:
-    """Refuse shards without an image, and a second set: nobody would know which of them a folder stands for."""
-    own = out / f"{split.name}.beton" if shards is None else set_path(out, split.name, shards)
-    there = [path for path in (out / f"{split.name}.beton", *sets_in(out, split.name)) if exists(path) and path != own]
-    if there:
-        raise UserError(
-            f"{there[0]} exists, and a folder holds the split {split.name!r} once, as one file or in shards",
-            hint="use another --out, or delete it",
-        )
-    if shards is not None and shards > len(split.order):
-        raise UserError(
-            f"--shards {shards:,} are more than the {len(split.order):,} images of the split {split.name!r}",
-            hint=f"use --shards {len(split.order)} or less",
-        )

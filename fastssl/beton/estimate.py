@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from fastssl.beton.build import check_shards, refuse_output_in_source
+from fastssl.beton.build import refuse_output_in_source
 from fastssl.beton.format import ALLOCATION, RGB, allocate, data_start
 from fastssl.beton.images import Codec, StoragePlan
 from fastssl.beton.options import BuildOptions
 from fastssl.beton.pool import Pool, plain_image, worker_pool
-from fastssl.beton.shards import Shard, set_path, shard_path
+from fastssl.beton.shards import Shard, check_shards, set_path, shard_path
 from fastssl.beton.source import SourceSplit, list_splits, load_builder
 from fastssl.common.errors import UserError
 from fastssl.common.system import free_memory, resolve_workers
@@ -55,7 +55,7 @@ def estimate_build(
     splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
     if images is None:  # a sample may have fewer images than shards
         for split in splits:
-            check_shards(split, out, options.shards)
+            check_shards(split.name, len(split.order), out, options.shards)
     factor = 1.0 if images is None else images / sum(len(split.order) for split in splits)
     if options.shards is not None and options.shard is not None:
         shard = Shard(options.shard, options.shards)

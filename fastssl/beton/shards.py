@@ -53,6 +53,22 @@ def set_manifest_path(pattern: Path) -> Path:
     return pattern.with_name(pattern.name.replace("-*-of-", "-of-") + ".json")
 
 
+def check_shards(split: str, images: int, out: Path, shards: int | None) -> None:
+    """Refuse shards without an image, and a second set: nobody would know which of them a folder stands for."""
+    own = out / f"{split}.beton" if shards is None else set_path(out, split, shards)
+    there = [path for path in (out / f"{split}.beton", *sets_in(out, split)) if exists(path) and path != own]
+    if there:
+        raise UserError(
+            f"{there[0]} exists, and a folder holds the split {split!r} once, as one file or in shards",
+            hint="use another --out, or delete it",
+        )
+    if shards is not None and shards > images:
+        raise UserError(
+            f"--shards {shards:,} are more than the {images:,} images of the split {split!r}",
+            hint=f"use --shards {images} or less",
+        )
+
+
 def is_shard(path: Path) -> bool:
     return SHARD.fullmatch(path.name) is not None
 

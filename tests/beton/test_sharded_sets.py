@@ -69,7 +69,7 @@ def built(request, source, tmp_path_factory):
 
 
 def content(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(out.iterdir())}
+    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
 
 
 def batches(path, **options):
@@ -265,6 +265,8 @@ def test_shards_built_concurrently_killed_and_repeated_are_those_built_in_turn(f
     builds.append(start(1))
     assert [build.wait(120) for build in builds] == [0, -signal.SIGKILL, 0, 0]
     build_beton("imagefolder", many, tmp_path / "in_turn", canvas=192, shards=3, workers=2)
+    lists = [content(tmp_path / name / "list-of-00003") for name in ("out", "in_turn")]
+    assert lists[0] == lists[1] and lists[0]["train.jsonl"].count(b"\n") == 480  # they shared one list
     assert content(out) == content(tmp_path / "in_turn")
 
 
