@@ -14,6 +14,7 @@ from torch import Tensor
 
 # What a number is used for. Two purposes never share a number.
 AUGMENTATION, NOISE_Z, ORDER, PAGE_ORDER, NOISE_H, NOISE_EVALUATION, CORRUPTION, DIRECTIONS, SUBSPACE = range(9)
+KEYED_ORDER, KEYED_PAGES, KEYED_WINDOW, KEYED_LIMIT = range(9, 13)  # see loading/keyed_order.py
 
 _MASK = 0xFFFFFFFF
 _Words = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 tensors of one shape that hold 32-bit values
