@@ -6,10 +6,10 @@ tables.py checks the tables before anything here follows them.
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,9 +26,12 @@ from fastssl.beton.format import (
 )
 from fastssl.beton.parts import FilePart, file_parts
 from fastssl.beton.shards import files_of, is_set, sets_in
-from fastssl.beton.tables import read_tables
+from fastssl.beton.tables import Tables, read_tables
 from fastssl.common.errors import UserError
 from fastssl.common.files import UnsafeFile, open_regular
+
+if TYPE_CHECKING:  # it imports pydantic, which no worker process does
+    from fastssl.beton.mapped import MappedTables
 
 LONGEST_NAME = 1 << 20  # bytes of a line of X.beton.names.txt
 MOST_DIGITS = 18  # of an index that int64 holds
@@ -51,6 +54,8 @@ class BetonInfo:
     classes: list[str] | None  # class names; None without a manifest
     metadata_bytes: int  # size of the metadata table in the file
     manifest: Manifest | None  # the contents of X.beton.json, which build-beton writes; of a set, all together
+    # What was checked: all rows, or where those of a very large set are. It goes with this object.
+    tables: "Tables | MappedTables" = field(repr=False, compare=False)
 
     @property
     def file_bytes(self) -> int:
@@ -96,7 +101,11 @@ def has_split(path: Path, split: str) -> bool:
 
 def read_header(path: str | Path) -> BetonInfo:
     """Check all files except for their image data, and describe them. Raises UserError if one is not sound."""
+    from fastssl.beton.mapped import find_mapped
+
     path = Path(path)
+    if mapped := find_mapped(path):
+        return _header_of_mapped(path, mapped)
     checked = read_tables(path)
     image = checked.metadata["image"]
     max_resolution = (int(image["height"].max()), int(image["width"].max()))
@@ -120,6 +129,29 @@ def read_header(path: str | Path) -> BetonInfo:
         classes=manifest["classes"] if manifest else None,
         metadata_bytes=checked.metadata_bytes,
         manifest=manifest,
+        tables=checked,
+    )
+
+
+def _header_of_mapped(path: Path, mapped: "MappedTables") -> BetonInfo:
+    """Describe a very large set by its manifest."""
+    manifest = mapped.manifest
+    is_canvas = manifest["layout"] == "canvas"
+    return BetonInfo(
+        path=path,
+        parts=mapped.parts,
+        num_samples=mapped.num_samples,
+        page_size=mapped.page_size,
+        fields={name: FIELD_TYPES[type_id][0] for name, type_id in mapped.field_types.items()},
+        layout=manifest["layout"],
+        storage=manifest["storage"],
+        channels=mapped.channels,
+        resolution=(mapped.side, mapped.side) if is_canvas else None,
+        max_resolution=(mapped.side, mapped.side),
+        classes=manifest["classes"],
+        metadata_bytes=mapped.metadata_bytes,
+        manifest=manifest,
+        tables=mapped,
     )
 
 

@@ -6,9 +6,9 @@ Files of stock FFCV are read too. Images are not decoded here.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,8 @@ from fastssl.common.files import UnsafeFile, open_regular
 LARGEST_SOURCE_SIDE = 2**31 - 1  # px; areas then fit into 64 bits
 MOST_FIELDS = 256  # far above any real file; limits what a damaged header can make us read
 
+Checked = TypeVar("Checked")
+
 
 class Tables(NamedTuple):
     """The tables of a file that is sound, or of all files of a set."""
@@ -53,6 +55,22 @@ class Tables(NamedTuple):
     channels: int
     file_bytes: int
     samples_of_files: tuple[int, ...]
+
+
+class Header(NamedTuple):
+    """What stands before the metadata of a file."""
+
+    page_size: int
+    num_samples: int
+    field_types: dict[str, int]  # name -> FFCV's type id
+    images: ArrayImages | None  # what all images are if they are in an array field
+    metadata_start: int  # byte of the file
+    metadata_end: int
+    table_start: int  # of the allocation table
+
+    @property
+    def channels(self) -> int:
+        return RGB if self.images is None else self.images.channels
 
 
 def read_tables(path: Path) -> Tables:
@@ -92,8 +110,17 @@ def _join(path: Path, files: Sequence[Path], checked: Sequence[Tables]) -> Table
     )
 
 
+def read_file_header(path: Path) -> Header:
+    """Return the header of one file; where its tables are is checked, their rows are not. Raises as `read_tables`."""
+    return _read_file(path, _check_header)
+
+
 def _read_file_tables(path: Path) -> Tables:
-    """Return the tables of one file. Raises UserError if there is no such file, or if it is not sound."""
+    return _read_file(path, _check_tables)
+
+
+def _read_file(path: Path, check: Callable[[np.ndarray], Checked]) -> Checked:
+    """Return what `check` returns for the bytes of a file. Raises UserError if the file is not there or not sound."""
     try:
         with open_regular(path) as file:
             # numpy cannot map an empty file.
@@ -111,13 +138,13 @@ def _read_file_tables(path: Path) -> Tables:
             f"{path} cannot be read ({error.strerror})", hint="make it readable for your user, or name another file"
         ) from error
     try:
-        return _check_tables(content)
+        return check(content)
     except ValueError as error:
         raise UserError(f"{path} is not a .beton file: {error}", hint="build it with fastssl build-beton") from error
 
 
-def _check_tables(content: np.ndarray) -> Tables:
-    """Check everything in the bytes of a file except for image data. Raises ValueError for what is wrong first."""
+def _check_header(content: np.ndarray) -> Header:
+    """Check what stands before the metadata, and that the file has room for all tables. Raises ValueError."""
     header = _read_table(content, 0, HEADER, 1, "the header")[0]
     if header["version"] == 0:
         raise ValueError("its header was never written, because its build was interrupted")
@@ -136,24 +163,36 @@ def _check_tables(content: np.ndarray) -> Tables:
     descriptors = _read_table(content, position, FIELD, int(header["num_fields"]), "the fields")
     field_types = _read_field_types(descriptors)
     position += descriptors.nbytes
-    stored = _read_table(content, position, metadata_type(field_types), num_samples, "the metadata")
-    position += stored.nbytes
+    end = position + num_samples * metadata_type(field_types).itemsize
+    if end > len(content):
+        raise ValueError(f"the metadata would end at byte {end:,} of {len(content):,}")
     images = _read_array_images(descriptors, field_types)
-    metadata = np.array(stored) if images is None else _with_image_column(stored, field_types, images)
-    channels = RGB if images is None else images.channels
+    table_start = int(header["alloc_table_ptr"])
+    count, rest = divmod(len(content) - table_start, ALLOCATION.itemsize)
+    if table_start < end or count < 1 or rest:
+        raise ValueError("its allocation table is missing or cut off")
+    return Header(page_size, num_samples, field_types, images, position, end, table_start)
+
+
+def _check_tables(content: np.ndarray) -> Tables:
+    """Check everything in the bytes of a file except for image data. Raises ValueError for what is wrong first."""
+    header = _check_header(content)
+    page_size, num_samples, field_types, images, position, end, table_start = header
+    stored = content[position:end].view(metadata_type(field_types))
+    metadata = np.array(stored) if images is None else with_image_column(stored, field_types, images)
     if images is None and (metadata["image"]["mode"] > RAW).any():
         raise ValueError("it holds images stored neither as pixels nor as JPEG")
-
-    table_ptr = int(header["alloc_table_ptr"])
-    count, rest = divmod(len(content) - table_ptr, ALLOCATION.itemsize)
-    if table_ptr < position or count < 1 or rest:
-        raise ValueError("its allocation table is missing or cut off")
-    table = _read_table(content, table_ptr, ALLOCATION, count, "the allocation table")
-    _check_allocations(table, position, table_ptr, page_size, num_samples)
-    image_bytes = _check_images(metadata["image"], table, channels)
-    _check_numbers(metadata, field_types)
-    samples = (len(metadata),)
-    return Tables(page_size, field_types, metadata, stored.nbytes, image_bytes, channels, len(content), samples)
+    table = content[table_start:].view(ALLOCATION)
+    check_allocations(table, end, table_start, page_size)
+    if (table["sample_id"] >= num_samples).any():
+        raise ValueError("its allocation table names samples that it does not have")
+    image_bytes = _find_allocations(metadata["image"], table)
+    check_images(metadata["image"], image_bytes, header.channels)
+    check_source_sides(metadata, field_types)
+    if field_types.get("index") == INT_FIELD:
+        _check_indices(metadata["index"])
+    samples = (num_samples,)
+    return Tables(page_size, field_types, metadata, stored.nbytes, image_bytes, header.channels, len(content), samples)
 
 
 def _read_table(content: np.ndarray, start: int, dtype: np.dtype, count: int, name: str) -> np.ndarray:
@@ -186,7 +225,7 @@ def _read_array_images(descriptors: np.ndarray, field_types: dict[str, int]) -> 
     return read_array_images(descriptors["arguments"][list(field_types).index("image")])
 
 
-def _with_image_column(stored: np.ndarray, field_types: dict[str, int], images: ArrayImages) -> np.ndarray:
+def with_image_column(stored: np.ndarray, field_types: dict[str, int], images: ArrayImages) -> np.ndarray:
     """Return the metadata of images in an array field, which is a pointer, as that of FFCV's own image field."""
     metadata = np.zeros(len(stored), metadata_type({**field_types, "image": IMAGE_FIELD}))
     for name in field_types:
@@ -200,8 +239,11 @@ def _with_image_column(stored: np.ndarray, field_types: dict[str, int], images: 
     return metadata
 
 
-def _check_allocations(table: np.ndarray, start: int, end: int, page_size: int, num_samples: int) -> None:
-    """Check that every allocation is between metadata and table, within one page, and belongs to a sample."""
+def check_allocations(table: np.ndarray, start: int | np.ndarray, end: int | np.ndarray, page_size: int) -> None:
+    """Check that every allocation is between metadata and table, and within one page. Raises ValueError.
+
+    start, end: bytes of the file; of each row, if the rows are of several files.
+    """
     ptr, size = table["ptr"], table["size"]
     # uint64 wraps around, so each value is bounded before two of them are added.
     is_bounded = (ptr >= start) & (ptr <= end) & (size <= page_size)
@@ -210,29 +252,31 @@ def _check_allocations(table: np.ndarray, start: int, end: int, page_size: int, 
     page = np.uint64(page_size)
     if ((ptr % page) + size > page).any():
         raise ValueError("some of its data crosses the end of a page")
-    if (table["sample_id"] >= num_samples).any():
-        raise ValueError("its allocation table names samples that it does not have")
 
 
-def _check_images(image: np.ndarray, table: np.ndarray, channels: int) -> np.ndarray:
-    """Check that every image has its own allocation, found as FFCV finds it, of a valid size. Return the sizes."""
+def _find_allocations(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Check that every image has its own allocation, found as FFCV finds it. Return their sizes."""
     by_ptr = table[np.argsort(table["ptr"])]
     found = np.searchsorted(by_ptr["ptr"], image["data_ptr"])
     allocation = by_ptr[np.minimum(found, len(by_ptr) - 1)]
     is_own = allocation["sample_id"] == np.arange(len(image), dtype=np.uint64)
     if not (is_own & (allocation["ptr"] == image["data_ptr"])).all():
         raise ValueError("its images point at data that is not theirs")
-    pixels = image["height"].astype(np.uint64) * image["width"]
-    if (pixels == 0).any() or (allocation["size"] == 0).any():
-        raise ValueError("it holds images without pixels")
-    expected = np.where(image["mode"] == BC4, pixels * 3 // 4, channels * pixels)
-    if ((image["mode"] != JPG) & (allocation["size"] != expected)).any():
-        raise ValueError("the size of its images does not fit their height and width")
     return allocation["size"].astype(np.int64)
 
 
-def _check_numbers(metadata: np.ndarray, field_types: dict[str, int]) -> None:
-    """Check the sizes of the source images, from which crop boxes are computed, and the indices, which are ids."""
+def check_images(image: np.ndarray, image_bytes: np.ndarray, channels: int) -> None:
+    """Check that the stored bytes of images fit their height and width. Raises ValueError."""
+    pixels = image["height"].astype(np.uint64) * image["width"]
+    if (pixels == 0).any() or (image_bytes == 0).any():
+        raise ValueError("it holds images without pixels")
+    expected = np.where(image["mode"] == BC4, pixels * 3 // 4, channels * pixels)
+    if ((image["mode"] != JPG) & (image_bytes.astype(np.uint64) != expected)).any():
+        raise ValueError("the size of its images does not fit their height and width")
+
+
+def check_source_sides(metadata: np.ndarray, field_types: dict[str, int]) -> None:
+    """Check the sizes of the source images, from which crop boxes are computed. Raises ValueError."""
     for side in ("height", "width"):
         if field_types.get(side) == INT_FIELD:
             is_wrong_N = (metadata[side] < 1) | (metadata[side] > LARGEST_SOURCE_SIDE)
@@ -241,15 +285,15 @@ def _check_numbers(metadata: np.ndarray, field_types: dict[str, int]) -> None:
                 raise ValueError(
                     f"the source of its sample {sample} cannot have a {side} of {metadata[side][sample]} px"
                 )
-    if field_types.get("index") == INT_FIELD:
-        index_N = np.sort(metadata["index"])  # faster than argsort
-        is_repeated_N = index_N[1:] == index_N[:-1]
-        if index_N[0] < 0:
-            sample = int(np.argmin(metadata["index"]))
-            raise ValueError(f"its sample {sample} has the negative index {index_N[0]}")
-        if is_repeated_N.any():
-            order_N = np.argsort(metadata["index"], kind="stable")
-            first = int(np.argmax(is_repeated_N))
-            raise ValueError(
-                f"its samples {order_N[first]} and {order_N[first + 1]} have the same index {index_N[first]}"
-            )
+
+
+def _check_indices(index_N: np.ndarray) -> None:
+    """Check that the indices are ids: not negative, and none of them twice. Raises ValueError."""
+    sorted_N = np.sort(index_N)  # faster than argsort
+    is_repeated_N = sorted_N[1:] == sorted_N[:-1]
+    if sorted_N[0] < 0:
+        raise ValueError(f"its sample {int(np.argmin(index_N))} has the negative index {sorted_N[0]}")
+    if is_repeated_N.any():
+        order_N = np.argsort(index_N, kind="stable")
+        first = int(np.argmax(is_repeated_N))
+        raise ValueError(f"its samples {order_N[first]} and {order_N[first + 1]} have the same index {sorted_N[first]}")

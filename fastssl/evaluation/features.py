@@ -193,8 +193,8 @@ def _are_of(data: BetonSubset, features: Features) -> bool:
     """Whether the features have the ids and labels of these images, in their order."""
     samples = Samples.read(read_header(data.path))
     rows = SampleSelection(data.subset, data.limit).rows(samples)
-    pairs = (features.index, samples.index_N[rows]), (features.label, samples.label_N[rows])
-    return all(np.array_equal(cached, own) for cached, own in pairs)
+    pairs = (features.index, "index"), (features.label, "label")
+    return all(np.array_equal(cached, samples.column(name, rows)) for cached, name in pairs)
 
 
 def concatenate(batches: list[Features]) -> Features:

@@ -15,7 +15,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, make_folder, write_atomically
 from fastssl.common.terminal import console, print_line
 from fastssl.evaluation.results import DataDescription, EncoderDescription
-from fastssl.loading import SampleSelection, require_channels, require_labels
+from fastssl.loading import SampleSelection, count_labels, require_channels, require_labels
 from fastssl.models import Model, build_model
 from fastssl.models.checkpoint import (
     LAST,
@@ -172,7 +172,7 @@ class BetonSubset:
             UserError: one of these images has no label, or they have fewer classes.
         """
         label_N = SampleSelection(self.subset, self.limit, skip).labels(self.path)
-        require_labels(self.path, label_N, use, fix, classes)
+        require_labels(self.path, count_labels([label_N]), use, fix, classes)
         return label_N
 
     def subset_sha256(self) -> str | None:

@@ -14,7 +14,7 @@ from fastssl.loading import kernels
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.crops import CropScratch, new_scratch
 from fastssl.loading.kernels import DecodeArrays
-from fastssl.loading.samples import Cropping, Samples
+from fastssl.loading.samples import Cropping, SampleRows, Samples
 from fastssl.loading.spans import span
 
 # Names of spans.
@@ -30,6 +30,7 @@ class DecodeTask(NamedTuple):
     # uint8 (B, H, W, C) or (B, V, size, size, 3), or the images in blocks; the memory of arrays.out
     image: Tensor | BlockImages
     arrays: DecodeArrays
+    rows: SampleRows
 
 
 class PendingBatch(NamedTuple):
@@ -63,14 +64,15 @@ class ThreadDecoder:
     def prepare(self, row_B: np.ndarray, epoch: int) -> DecodeTask:
         """Collect what the threads need, and get memory for the pixels."""
         samples = self.samples
-        crops = self.cropping.draw(samples, row_B, epoch)
+        rows = samples.at(row_B)
+        crops = self.cropping.draw(rows, epoch)
         memory = self.buffers.take((len(row_B), *self.cropping.image_shape(samples)))
         arrays = DecodeArrays(
             file=samples.file,
-            start_B=samples.start_N[row_B],
-            size_B=samples.size_N[row_B],
-            mode_B=samples.mode_N[row_B],
-            shape_B2=samples.shape_N2[row_B],
+            start_B=rows.start_B,
+            size_B=rows.size_B,
+            mode_B=rows.mode_B,
+            shape_B2=rows.shape_B2,
             box_BV4=crops.box_BV4,
             flip_BV=crops.flip_BV,
             out=memory.numpy(),
@@ -78,8 +80,8 @@ class ThreadDecoder:
             counter=np.zeros(1, np.int64),
         )
         if memory.ndim == 2:
-            return DecodeTask(BlockImages(memory, int(samples.shape_N2[0, 0])), arrays)
-        return DecodeTask(memory, arrays)
+            return DecodeTask(BlockImages(memory, int(samples.largest_K2[0, 0])), arrays, rows)
+        return DecodeTask(memory, arrays, rows)
 
     def begin(self, task: DecodeTask) -> PendingBatch:
         """Start decoding. A batch so small that waking threads would take longer is decoded here."""
@@ -106,7 +108,7 @@ class ThreadDecoder:
     def _own_scratch(self) -> CropScratch:
         """This thread's memory, for the file's largest image."""
         if not hasattr(self._scratch, "memory"):
-            self._scratch.memory = new_scratch(self.samples.shape_N2, self.cropping.views.size)
+            self._scratch.memory = new_scratch(self.samples.largest_K2, self.cropping.views.size)
         memory: CropScratch = self._scratch.memory
         return memory
 

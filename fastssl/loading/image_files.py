@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastssl.beton import beton_file, has_split, read_header, recorded_plan
-from fastssl.beton.format import RGB, UNLABELLED
+from fastssl.beton.format import PAGE_SIZE, RGB, UNLABELLED
 from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
 from fastssl.beton.options import JPEG_QUALITY
 from fastssl.beton.shards import exists
@@ -20,7 +20,7 @@ from fastssl.common.system import available_cores
 from fastssl.loading import kernels
 from fastssl.loading.decoding import Buffers, ThreadDecoder
 from fastssl.loading.loader import Batch
-from fastssl.loading.samples import CropMode, Cropping, Samples
+from fastssl.loading.samples import CropMode, Cropping, SampleRows, Samples, largest_shapes
 from fastssl.recipe import ViewsConfig
 
 IN_MEMORY = Path("images in memory")  # in place of the path of a .beton
@@ -107,16 +107,21 @@ def decode_batch(
     samples = Samples(
         path=IN_MEMORY,
         file=np.frombuffer(b"".join(image.payload for image in images), np.uint8),
-        start_N=np.cumsum(size_N) - size_N,
-        size_N=size_N,
-        mode_N=np.array([image.mode for image in images], np.uint8),
-        shape_N2=shape_N2,
+        rows=SampleRows(
+            start_B=np.cumsum(size_N) - size_N,
+            size_B=size_N,
+            mode_B=np.array([image.mode for image in images], np.uint8),
+            shape_B2=shape_N2,
+            label_B=np.full(len(images), UNLABELLED),
+            index_B=np.array(index, np.int64),
+            height_B=np.array([image.source_height for image in images], np.int64),
+            width_B=np.array([image.source_width for image in images], np.int64),
+        ),
+        count=len(images),
         channels=plan.channels,
-        page_N=np.zeros(len(images), np.int64),
-        label_N=np.full(len(images), UNLABELLED),
-        index_N=np.array(index, np.int64),
-        height_N=np.array([image.source_height for image in images], np.int64),
-        width_N=np.array([image.source_width for image in images], np.int64),
+        storage=plan.storage,
+        largest_K2=largest_shapes(shape_N2),
+        page_size=PAGE_SIZE,
     )
     # As evaluation.features.eval_loader: canvases are cropped on the device.
     crop: CropMode = "gpu" if plan.layout == "canvas" else "cpu" if augmented else "eval"
@@ -128,9 +133,9 @@ def decode_batch(
         decoder.close()
     if (pending.task.arrays.status_B == kernels.FAILED).any():
         raise RuntimeError("turbojpeg does not decode what was encoded for it: `fastssl doctor` may tell why.")
+    rows = pending.task.rows
     label_B, index_B, height_B, width_B = (
-        torch.from_numpy(column_N[row_B]).to(device)
-        for column_N in (samples.label_N, samples.index_N, samples.height_N, samples.width_N)
+        torch.from_numpy(column_B).to(device) for column_B in (rows.label_B, rows.index_B, rows.height_B, rows.width_B)
     )
     valid_B = torch.from_numpy(position_B < len(images)).to(device)
     return Batch(pending.task.image.to(device), label_B, index_B, height_B, width_B, valid_B)

@@ -74,6 +74,13 @@ class DecodeArrays(NamedTuple):
 
 
 @compiled()
+def gather_rows(file: np.ndarray, position_B: np.ndarray, out_BN: np.ndarray) -> None:
+    """Fill each row of `out_BN` with the bytes of the file from a position on. Others run while it waits for a disk."""
+    for b in range(len(position_B)):
+        out_BN[b] = file[position_B[b] : position_B[b] + out_BN.shape[1]]
+
+
+@compiled()
 def copy_images(arrays: DecodeArrays) -> None:
     """Copy the stored bytes of whole images, pixels or blocks, until no sample is left to take."""
     b = take(arrays.counter)

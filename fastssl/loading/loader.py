@@ -29,7 +29,7 @@ from fastssl.loading.decoding import Buffers, PendingBatch, ThreadDecoder, is_sm
 from fastssl.loading.order import Order, SampleSelection, epoch_order
 from fastssl.loading.prefetch import run_ahead
 from fastssl.loading.resident import pieces_bytes, read_pieces
-from fastssl.loading.samples import CropMode, Cropping, Samples
+from fastssl.loading.samples import MODES, CropMode, Cropping, Indices, SampleRows, Samples, as_array
 from fastssl.loading.spans import span
 from fastssl.recipe import ViewsConfig
 
@@ -265,12 +265,12 @@ class BetonLoader:
         """Bytes that the decoding threads hold to cut crops: mostly the largest image."""
         if self.crop == "gpu":
             return 0
-        return self.workers * scratch_bytes(self.samples.shape_N2, self.views.size)
+        return self.workers * scratch_bytes(self.samples.largest_K2, self.views.size)
 
     @property
     def decodes_in_reader(self) -> bool:
         """Whether batches are so small that the reader thread decodes them itself."""
-        return is_small(self.batch_size * self.image_bytes, self.samples.mode_N[self.rows], self.cropping)
+        return is_small(self.batch_size * self.image_bytes, np.array(MODES[self.samples.storage]), self.cropping)
 
     @property
     def only_copies(self) -> bool:
@@ -311,17 +311,17 @@ class BetonLoader:
 
     @cached_property
     def _samples_hash(self) -> str:
-        file_hash = self.samples.fingerprint()
-        if self.order == "quasi_random":  # which depends on pages, and a file and its shards have other ones
-            file_hash = hashlib.sha256(file_hash.encode() + self.samples.page_N.tobytes()).hexdigest()
+        # Pages matter for one order only: a file and its shards have other ones.
+        samples = self.samples
+        file_hash = samples.fingerprint_of_pages() if self.order == "quasi_random" else samples.fingerprint()
         if self.selection.subset is None:
             return file_hash
-        return hashlib.sha256(file_hash.encode() + self.rows.tobytes()).hexdigest()
+        return hashlib.sha256(file_hash.encode() + as_array(self.rows).tobytes()).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch from `position` on, then go to the start of the next epoch."""
-        order_N = epoch_order(self.order, self.seed, self.epoch, self.samples.page_N[self.rows])
-        batches = self._resident_batches(order_N) if self.resident else self._streamed_batches(order_N)
+        order = epoch_order(self.order, self.seed, self.epoch, self.samples, self.rows)
+        batches = self._resident_batches(order) if self.resident else self._streamed_batches(order)
         for batch in batches:
             self.position += self.batch_size * self.world
             yield batch
@@ -333,9 +333,9 @@ class BetonLoader:
         end = len(self.rows) - (global_batch - 1 if self.drop_last else 0)
         return range(self.position, end, global_batch)
 
-    def _streamed_batches(self, order_N: np.ndarray) -> Iterator[Batch]:
+    def _streamed_batches(self, order: Indices) -> Iterator[Batch]:
         """Take the batches from the reader thread."""
-        reader = self._read(self.rows[order_N], self._remaining_positions(), self.epoch)
+        reader = self._read(order, self._remaining_positions(), self.epoch)
         for batch, copied in run_ahead(reader, READY_BATCHES):
             if copied is not None:
                 # The caller's stream waits for the copies. The allocator has to know that this stream uses the memory.
@@ -346,12 +346,12 @@ class BetonLoader:
             yield batch
 
     def _read(
-        self, row_N: np.ndarray, positions: range, epoch: int, *, on_host: bool = False
+        self, order: Indices, positions: range, epoch: int, *, on_host: bool = False
     ) -> Generator[ReadyBatch, None, None]:
         """Runs in the reader thread: decode batches, and start their copies to the device.
 
-        row_N: rows of the file in the order of the epoch. positions: where in it the global batches start. on_host:
-        leave the batches in (pinned) memory of the host.
+        order: of the epoch, as positions in `rows`. positions: where in it the global batches start. on_host: leave the
+        batches in (pinned) memory of the host.
         """
         if self._copies is not None:
             # A new thread has GPU 0, and pinned memory would make a context there.
@@ -363,10 +363,10 @@ class BetonLoader:
                 for first in positions:
                     # Positions after the end of the order wrap around, to fill up the last batch.
                     position_B = first + self.rank * self.batch_size + np.arange(self.batch_size)
-                    row_B = row_N.take(position_B, mode="wrap")
+                    row_B = self.rows[order[position_B % len(order)]]
                     with span("start"):
                         decoding = decoder.begin(decoder.prepare(row_B, epoch))
-                    pending.append(StartedBatch(row_B, position_B < len(row_N), decoding))
+                    pending.append(StartedBatch(row_B, position_B < len(order), decoding))
                     if len(pending) == PENDING_BATCHES:
                         yield self._finish(pending.popleft(), on_host)
                 while pending:
@@ -392,34 +392,34 @@ class BetonLoader:
         image = started.decoding.task.image
         out = started.decoding.task.arrays.out  # the memory of the images
         status_B = started.decoding.task.arrays.status_B
-        row_B = started.row_B
+        rows = started.decoding.task.rows
+        columns = rows.label_B, rows.index_B, rows.height_B, rows.width_B
         self.decoder_warnings += int((status_B == kernels.WARNED).sum())
         # Replacements come from the same batch, so that a damaged sample does not change any other batch.
         good = np.flatnonzero(status_B != kernels.FAILED)
         for b in np.flatnonzero(status_B == kernels.FAILED):
             if self.on_bad_sample == "error" or len(good) == 0:
                 raise UserError(
-                    f"{self.samples.describe(row_B[b])} cannot be decoded",
+                    f"{self.samples.describe(started.row_B[b])} cannot be decoded",
                     hint="build the file again with fastssl build-beton, or set data.on_bad_sample=skip",
                 )
             replacement = good[np.searchsorted(good, b) % len(good)]  # the next good one, or else the first
             out[b] = out[replacement]
-            row_B[b] = row_B[replacement]
+            for column_B in columns:
+                column_B[b] = column_B[replacement]
             self.bad_samples += 1
-        return self._with_columns(image, row_B, started.valid_B)
+        return self._with_columns(image, rows, started.valid_B)
 
-    def _with_columns(self, image: Tensor | BlockImages, row_B: np.ndarray, valid_B: np.ndarray) -> Batch:
-        samples = self.samples
-        label_B, index_B, height_B, width_B = (
-            torch.from_numpy(column_N[row_B])
-            for column_N in (samples.label_N, samples.index_N, samples.height_N, samples.width_N)
-        )
+    def _with_columns(self, image: Tensor | BlockImages, rows: SampleRows, valid_B: np.ndarray) -> Batch:
+        columns = rows.label_B, rows.index_B, rows.height_B, rows.width_B
+        label_B, index_B, height_B, width_B = (torch.from_numpy(column_B) for column_B in columns)
         return Batch(image, label_B, index_B, height_B, width_B, torch.from_numpy(valid_B))
 
-    def _resident_batches(self, order_N: np.ndarray) -> Iterator[Batch]:
+    def _resident_batches(self, order_of_epoch: Indices) -> Iterator[Batch]:
         """Make the same batches from the samples on the device."""
         whole = self.load_resident()
-        order = to_device(torch.from_numpy(order_N), self.device)
+        # Also that of a very large set is an array here: it takes far less than the images.
+        order = to_device(torch.from_numpy(as_array(order_of_epoch)), self.device)
         for first in self._remaining_positions():
             position_B = first + self.rank * self.batch_size + torch.arange(self.batch_size, device=self.device)
             row_B = order[position_B % len(order)]
@@ -460,14 +460,14 @@ class BetonLoader:
                 columns.append(tuple(rest))
                 filled += len(images)
                 advance(len(images), images.nbytes)
-        image = BlockImages(memory, int(self.samples.shape_N2[0, 0])) if memory.ndim == 2 else memory
+        image = BlockImages(memory, int(self.samples.largest_K2[0, 0])) if memory.ndim == 2 else memory
         return Batch(image, *(to_device(torch.cat(parts), self.device) for parts in zip(*columns)))
 
     def _pieces_of_whole_file(self) -> Iterator[Batch]:
         """The selected samples in the file's order, in (pinned) memory of the host."""
         if self.only_copies:
             for row_B, image in read_pieces(self.samples, self.rows, self._image_shape, self.workers, self._buffers):
-                yield self._with_columns(image, row_B, np.ones(len(row_B), bool))
+                yield self._with_columns(image, self.samples.at(row_B), np.ones(len(row_B), bool))
             return
         # Images that are decoded come in the usual batches: what replaces a damaged one comes from the same batch.
         reader = copy.copy(self)
@@ -476,7 +476,8 @@ class BetonLoader:
         reader.rank = 0
         reader.world = 1
         reader.position = 0
-        batches = reader._read(self.rows, reader._remaining_positions(), 0, on_host=True)
+        in_order = epoch_order("sequential", self.seed, 0, self.samples, self.rows)
+        batches = reader._read(in_order, reader._remaining_positions(), 0, on_host=True)
         for batch, _ in run_ahead(batches, READY_BATCHES):
             yield batch
         self.bad_samples = reader.bad_samples
@@ -504,7 +505,7 @@ def estimate_memory(loader: BetonLoader) -> dict[str, int]:
     batch_bytes = batch * loader.image_bytes
     used = {
         f"{BATCHES} batches of {batch}{', pinned' if loader.on_gpu else ''}": BATCHES * loader.batch_bytes_on_host,
-        "table of samples": sum(column.nbytes for column in samples[2:] if isinstance(column, np.ndarray)),
+        "table of samples": samples.table_bytes,
     }
     if loader.crop != "gpu":
         used[f"scratch of {loader.workers} threads"] = loader.scratch_bytes

@@ -6,13 +6,53 @@ from typing import Literal
 
 import numpy as np
 
-from fastssl.beton import read_header, read_index_list
-from fastssl.common.randomness import PAGE_ORDER, permutation
-from fastssl.loading.samples import Samples
+from fastssl.beton import mapped, read_header, read_index_list
+from fastssl.common.randomness import KEYED_LIMIT, KEYED_ORDER, PAGE_ORDER, permutation
+from fastssl.loading.keyed_order import KeyedPermutation, KeyedWindows
+from fastssl.loading.samples import Indices, Samples, in_pieces
 
 Order = Literal["random", "quasi_random", "sequential"]
 WINDOW_PAGES = 32  # of 8 MB in files of build-beton: quasi_random mixes the samples of 256 MB of the file
 LIMIT_SEED = 0  # `limit` draws the same samples for every seed of a run
+
+
+@dataclass(frozen=True)
+class Count:
+    """0 to count - 1 in this order, without memory."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position_B: np.ndarray) -> np.ndarray:
+        return position_B
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The rows at `count` positions of a draw, from position `first` of it on, without memory."""
+
+    rows: Indices
+    drawn: Indices
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position_B: np.ndarray) -> np.ndarray:
+        return self.rows[self.drawn[self.first + position_B]]
+
+
+def _numbers(count: int) -> Indices:
+    return np.arange(count) if count <= mapped.MOST_IN_MEMORY else Count(count)
+
+
+def _shuffled(seed: int, epoch: int, count: int, purpose_if_keyed: int) -> Indices:
+    if count <= mapped.MOST_IN_MEMORY:
+        return permutation(seed, epoch, count).numpy()
+    return KeyedPermutation(count, seed, epoch, purpose_if_keyed)
 
 
 @dataclass(frozen=True)
@@ -23,20 +63,27 @@ class SampleSelection:
     limit: int | None = None  # at most this many of them, drawn at random
     skip: int = 0  # without this many at the beginning of that draw
 
-    def rows(self, samples: Samples) -> np.ndarray:
-        """(M,) int64: the rows of the selected samples, in the file's order."""
-        row_N = np.arange(len(samples.index_N))
+    def rows(self, samples: Samples) -> Indices:
+        """The M rows of the selected samples, in the file's order: int64 (M,), or computed if they are too many.
+
+        More than `mapped.MOST_IN_MEMORY` that `limit` and `skip` leave are in the order of the draw.
+        """
+        row_N = _numbers(len(samples))
         if self.subset is not None:
-            row_N = np.flatnonzero(np.isin(samples.index_N, read_index_list(samples.path, self.subset)))
+            row_N = _rows_of(samples, read_index_list(samples.path, self.subset))
         if self.skip or (self.limit is not None and self.limit < len(row_N)):
-            drawn = permutation(LIMIT_SEED, 0, len(row_N)).numpy()
-            row_N = row_N[np.sort(drawn[self.skip :][: self.limit])]
+            drawn = _shuffled(LIMIT_SEED, 0, len(row_N), KEYED_LIMIT)
+            left = max(0, len(row_N) - self.skip)
+            count = left if self.limit is None else min(left, self.limit)
+            if count > mapped.MOST_IN_MEMORY:
+                return Drawn(row_N, drawn, self.skip, count)
+            row_N = row_N[np.sort(drawn[np.arange(self.skip, self.skip + count)])]
         return row_N
 
     def labels(self, path: str | Path) -> np.ndarray:
         """(M,) int64: the labels of the selected samples, -1 where there is none, without a loader."""
         samples = Samples.read(read_header(path))
-        return samples.label_N[self.rows(samples)]
+        return samples.column("label", self.rows(samples))
 
     def count(self, path: str | Path) -> int:
         """The number of selected samples, without a loader."""
@@ -45,21 +92,40 @@ class SampleSelection:
         return left if self.limit is None else min(left, self.limit)
 
 
-def epoch_order(order: Order, seed: int, epoch: int, page_N: np.ndarray) -> np.ndarray:
-    """(N,) positions 0 to N - 1 in the order in which an epoch visits the samples.
+def _rows_of(samples: Samples, index_L: np.ndarray) -> np.ndarray:
+    """(M,) int64: the rows of the samples with these indices, in the file's order."""
+    found = [row_B[np.isin(samples.column("index", row_B), index_L)] for row_B in in_pieces(_numbers(len(samples)))]
+    return np.concatenate(found)
+
+
+def epoch_order(order: Order, seed: int, epoch: int, samples: Samples, rows: Indices) -> Indices:
+    """Positions 0 to N - 1 of the selected `rows` in the order in which an epoch visits them, int64 (N,).
 
     The order is a function of (seed, epoch), the same for every number of processes. "random" shuffles all samples.
     "quasi_random", for a file that does not fit into memory, shuffles the pages, then the samples of every WINDOW_PAGES
     pages: each part of the file is read once, in large pieces, and a batch still mixes samples of many pages.
     "sequential" is the file's own order in every epoch.
 
+    More than `mapped.MOST_IN_MEMORY` positions are computed when they are asked for, by another permutation of the same
+    kind, in which a page is as many neighbors as a page holds on average.
+    """
+    count = len(rows)
+    if order == "sequential":
+        return _numbers(count)
+    if order == "random":
+        return _shuffled(seed, epoch, count, KEYED_ORDER)
+    if count <= mapped.MOST_IN_MEMORY:
+        return shuffled_pages(seed, epoch, samples.page(rows))
+    block = max(1, samples.rows_of_a_page * count // len(samples))
+    return KeyedWindows(count, block, WINDOW_PAGES, seed, epoch)
+
+
+def shuffled_pages(seed: int, epoch: int, page_N: np.ndarray) -> np.ndarray:
+    """(N,) positions 0 to N - 1: pages are shuffled, then the samples in every WINDOW_PAGES pages.
+
     page_N: the page of the file that contains each sample.
     """
-    if order == "sequential":
-        return np.arange(len(page_N))
     shuffled_N = permutation(seed, epoch, len(page_N)).numpy()
-    if order == "random":
-        return shuffled_N
     pages, page_N = np.unique(page_N, return_inverse=True)
     position_of_page = permutation(seed, epoch, len(pages), PAGE_ORDER).numpy()
     # A stable sort by window keeps the random order within each window.

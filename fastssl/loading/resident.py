@@ -19,7 +19,7 @@ from fastssl.beton.parts import FilePart, file_identity, part_at
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular
 from fastssl.loading.decoding import Buffers
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import Indices, Samples
 
 PIECE = 1 << 26  # bytes that a thread reads at a time: with 16 MB a disk was a third slower
 THREADS = 4  # more than a disk needs; of each, a file in the page cache is copied at 5 GB/s
@@ -40,7 +40,7 @@ class StartedPiece(NamedTuple):
 
 
 def read_pieces(
-    samples: Samples, row_N: np.ndarray, image_shape: tuple[int, ...], workers: int, buffers: Buffers
+    samples: Samples, row_N: Indices, image_shape: tuple[int, ...], workers: int, buffers: Buffers
 ) -> Iterator[Piece]:
     """Yield the images of these rows in their order, while threads read the next ones.
 
@@ -52,7 +52,7 @@ def read_pieces(
     started: deque[StartedPiece] = deque()
     with ThreadPoolExecutor(threads, "fastssl-read") as pool:
         for first in range(0, len(row_N), count):
-            row_B = row_N[first : first + count]
+            row_B = row_N[np.arange(first, min(first + count, len(row_N)))]
             image = buffers.take((len(row_B), *image_shape))
             started.append(StartedPiece(Piece(row_B, image), pool.submit(_read, samples, row_B, image.numpy())))
             if len(started) > threads:
@@ -78,7 +78,7 @@ def _finish(started: StartedPiece, samples: Samples) -> Piece:
 
 def _read(samples: Samples, row_B: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` with the stored bytes of these rows. Neighbors in the file are read at once."""
-    start_B = samples.start_N[row_B]
+    start_B = samples.column("start", row_B)
     size = out[0].nbytes
     new_starts = np.flatnonzero(np.diff(start_B) != size) + 1
     limits = [0, *new_starts.tolist(), len(row_B)]

@@ -1,118 +1,278 @@
-"""The table of all samples of a .beton, and the crop boxes that are cut out of them on the CPU."""
+"""The samples of a .beton or a set of shards, and the crop boxes that are cut out of them on the CPU."""
 
 import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from fastssl.beton import BetonInfo, read_header, read_names, read_samples
-from fastssl.beton.format import BC4, JPG, bc4_bytes
+from fastssl.beton import BetonInfo, read_header, read_names
+from fastssl.beton.format import ALLOCATION, BC4, INT_FIELD, JPG, RAW, bc4_bytes
+from fastssl.beton.mapped import MappedTables
 from fastssl.beton.parts import FilePart, file_parts, map_file, part_at
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
+from fastssl.loading.kernels import gather_rows
 from fastssl.recipe import ViewsConfig
 
 CropMode = Literal["gpu", "cpu", "eval"]
 
 
-class Samples(NamedTuple):
-    """Arrays over the N rows of a file, in the file's order, already checked against its size.
+Storage = Literal["raw", "jpg", "bc4", "mixed"]
+MODES = {"raw": (RAW,), "jpg": (JPG,), "bc4": (BC4,), "mixed": (RAW, JPG)}
+PIECE = 1 << 20  # samples that are read at a time where all of a very large set are
 
-    A set of shards is one file here: all of its files, mapped one after the other. A file of stock FFCV may lack labels
-    (then -1), ids (then the row) and source sizes (then the stored ones).
-    """
+
+class Indices(Protocol):
+    """N integers by their position: an array (N,), or what computes them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position_B: np.ndarray, /) -> np.ndarray: ...
+
+
+def as_array(of: Indices) -> np.ndarray:
+    """(N,) int64: all of the integers, which takes 8 bytes each."""
+    return of[np.arange(len(of))]
+
+
+def in_pieces(of: Indices) -> Iterator[np.ndarray]:
+    """Yield all of the integers, PIECE at a time."""
+    for first in range(0, len(of), PIECE):
+        yield of[np.arange(first, min(first + PIECE, len(of)))]
+
+
+class SampleRows(NamedTuple):
+    """B samples of a file or a set, or all of them; int64 where nothing else is said."""
+
+    start_B: np.ndarray  # byte of the mapped file at which the image starts
+    size_B: np.ndarray  # stored bytes of the image
+    mode_B: np.ndarray  # uint8: RAW, JPG or BC4 of beton.format
+    shape_B2: np.ndarray  # stored height and width in px
+    label_B: np.ndarray  # -1: none
+    index_B: np.ndarray  # stable sample ids
+    height_B: np.ndarray  # of the source image, in px
+    width_B: np.ndarray
+
+    @classmethod
+    def of(cls, metadata_B: np.ndarray, size_B: np.ndarray, row_B: np.ndarray, int_fields: set[str]) -> "SampleRows":
+        """Make the columns of checked metadata.
+
+        A file of stock FFCV may lack labels (then -1), ids (then the row) and source sizes (then the stored ones).
+        """
+        image_B = metadata_B["image"]
+        shape_B2 = np.stack([image_B["height"], image_B["width"]], axis=1).astype(np.int64)
+
+        def column(name: str, default_B: np.ndarray) -> np.ndarray:
+            # Of other types, such as an array's position in the file, nothing is checked.
+            return metadata_B[name].astype(np.int64) if name in int_fields else default_B
+
+        return cls(
+            start_B=image_B["data_ptr"].astype(np.int64),
+            size_B=size_B.astype(np.int64),
+            mode_B=np.ascontiguousarray(image_B["mode"]),
+            shape_B2=shape_B2,
+            label_B=column("label", np.full(len(metadata_B), -1)),
+            index_B=column("index", row_B),
+            height_B=column("height", shape_B2[:, 0]),
+            width_B=column("width", shape_B2[:, 1]),
+        )
+
+    def at(self, row_B: np.ndarray) -> "SampleRows":
+        return SampleRows(*(column[row_B] for column in self))
+
+
+class MappedRows:
+    """All samples of a very large set: each is read from the mapped files, and checked, when it is asked for."""
+
+    def __init__(self, file: np.ndarray, tables: MappedTables) -> None:
+        self.file = file
+        self.tables = tables
+        self.start_F = np.array([part.start for part in tables.parts], np.int64)
+
+    def at(self, row_B: np.ndarray) -> SampleRows:
+        """Raises UserError if a row is not sound."""
+        tables = self.tables
+        file_B, row_in_file_B = tables.file_of(row_B)
+        stored_B = self._read(tables.metadata_F[file_B], row_in_file_B, tables.metadata_type)
+        allocation_B = self._read(tables.allocations_F[file_B], row_in_file_B, ALLOCATION)
+        metadata_B = tables.check_rows(row_B, stored_B, allocation_B)
+        int_fields = {name for name, type_id in tables.field_types.items() if type_id == INT_FIELD}
+        rows = SampleRows.of(metadata_B, allocation_B["size"], row_B, int_fields)
+        return rows._replace(start_B=rows.start_B + self.start_F[file_B])
+
+    def _read(self, table_B: np.ndarray, row_B: np.ndarray, dtype: np.dtype[np.void]) -> np.ndarray:
+        """(B,) rows of tables that start at these bytes. All are within their tables, whose ends were checked."""
+        out_BN = np.empty((len(row_B), dtype.itemsize), np.uint8)
+        gather_rows(self.file, table_B + row_B * dtype.itemsize, out_BN)
+        return out_BN.view(dtype)[:, 0]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a file, in its order. A set of shards is one file here: all of its files, one after the other."""
 
     path: Path
     file: np.ndarray  # the whole file, mapped, uint8
-    start_N: np.ndarray  # byte of `file` at which the image starts
-    size_N: np.ndarray  # stored bytes of the image
-    mode_N: np.ndarray  # RAW, JPG or BC4 of beton.format
-    shape_N2: np.ndarray  # stored height and width in px
+    rows: SampleRows | MappedRows  # of all samples
+    count: int
     channels: int  # of every image; 3: RGB
-    page_N: np.ndarray  # page of the file that contains the image
-    label_N: np.ndarray
-    index_N: np.ndarray  # stable sample ids
-    height_N: np.ndarray  # of the source image, in px
-    width_N: np.ndarray
+    storage: Storage
+    # Stored heights and widths of images of which one is the largest, and one the widest. If all have one size: that.
+    largest_K2: np.ndarray
+    page_size: int  # bytes
     parts: tuple[FilePart, ...] = ()  # the files that were mapped
 
     @classmethod
     def read(cls, info: BetonInfo) -> "Samples":
-        """Read the table of a file, and map its images."""
-        metadata, size_N = read_samples(info.path)
-        image = metadata["image"]
-        shape_N2 = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
-        start_N = image["data_ptr"].astype(np.int64)
-
-        def column(name: str, default_N: np.ndarray) -> np.ndarray:
-            # Of other types, such as an array's position in the file, nothing is checked.
-            is_checked = info.fields.get(name) == "IntField"
-            return metadata[name].astype(np.int64) if is_checked else default_N
-
+        """Take the table of a file, and map its images."""
         file = map_file(info.path)
         if file_parts(info.path) != info.parts:
             raise UserError(f"{info.path} has changed since it was opened", hint="start again")
+        rows: SampleRows | MappedRows
+        if isinstance(info.tables, MappedTables):
+            rows = MappedRows(file, info.tables)
+            largest_K2 = np.array([info.max_resolution], np.int64)
+        else:
+            int_fields = {name for name, kind in info.fields.items() if kind == "IntField"}
+            row_N = np.arange(info.num_samples)
+            rows = SampleRows.of(info.tables.metadata, info.tables.image_bytes, row_N, int_fields)
+            largest_K2 = largest_shapes(rows.shape_B2)
         return cls(
             path=info.path,
             file=file,
-            start_N=start_N,
-            size_N=size_N,
-            mode_N=np.ascontiguousarray(image["mode"]),
-            shape_N2=shape_N2,
+            rows=rows,
+            count=info.num_samples,
             channels=info.channels,
-            page_N=start_N // info.page_size,
-            label_N=column("label", np.full(len(metadata), -1)),
-            index_N=column("index", np.arange(len(metadata))),
-            height_N=column("height", shape_N2[:, 0]),
-            width_N=column("width", shape_N2[:, 1]),
+            storage=info.storage,
+            largest_K2=largest_K2,
+            page_size=info.page_size,
             parts=info.parts,
         )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def at(self, row_B: np.ndarray) -> SampleRows:
+        """The samples in these rows of the file. Of a very large set, raises UserError if one of them is not sound."""
+        return self.rows.at(row_B)
+
+    def column(self, name: str, row_N: Indices) -> np.ndarray:
+        """(N,): start, size, mode, label, index, height or width of these rows, in memory.
+
+        All of a very large set may be more than there is: see `in_pieces`.
+        """
+        if isinstance(self.rows, SampleRows):
+            whole_N: np.ndarray = getattr(self.rows, f"{name}_B")
+            return whole_N[row_N if isinstance(row_N, np.ndarray) else as_array(row_N)]
+        pieces = [getattr(self.at(row_B), f"{name}_B") for row_B in in_pieces(row_N)]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def page(self, row_N: Indices) -> np.ndarray:
+        """(N,) int64: the page of the file that contains each image."""
+        return self.column("start", row_N) // self.page_size
+
+    @property
+    def rows_of_a_page(self) -> int:
+        """How many samples a page holds on average, at least 1."""
+        return max(1, self.count * self.page_size // max(1, sum(part.size for part in self.parts)))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the table stays in the files, see beton/mapped.py."""
+        return isinstance(self.rows, MappedRows)
 
     @property
     def in_blocks(self) -> bool:
         """Whether the images are canvases in BC4. All of a file are, or none."""
-        return bool(self.mode_N[0] == BC4)
+        return self.storage == "bc4"
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of memory that the table of all samples takes."""
+        if isinstance(self.rows, MappedRows):
+            return 0
+        return sum(column.nbytes for column in self.rows)
 
     def fingerprint(self) -> str:
         """A hash that differs for other labels, orders or sizes of images, but not for a copy of the file.
 
-        It reads no image: other images of the same sizes are not noticed.
+        It reads no image: other images of the same sizes are not noticed. That of a very large set is one of the
+        checksums in its manifest, as reading its tables would take minutes.
         """
-        columns = [self.size_N, self.label_N, self.index_N, self.height_N, self.width_N]
+        if isinstance(self.rows, MappedRows):
+            files = [(file["samples"], file["checksum"]) for file in self.rows.tables.manifest["files"]]
+            return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        rows = self.rows
+        columns = [rows.size_B, rows.label_B, rows.index_B, rows.height_B, rows.width_B]
         if self.in_blocks:  # as many bytes may be pixels of another side
-            columns.append(self.shape_N2)
+            columns.append(rows.shape_B2)
         return hashlib.sha256(b"".join(np.ascontiguousarray(c).tobytes() for c in columns)).hexdigest()
+
+    def fingerprint_of_pages(self) -> str:
+        """A hash that differs also for other pages, on which the order "quasi_random" depends."""
+        pages = str(self.rows_of_a_page).encode()
+        if isinstance(self.rows, SampleRows):
+            pages = (self.rows.start_B // self.page_size).tobytes()
+        return hashlib.sha256(self.fingerprint().encode() + pages).hexdigest()
 
     def describe(self, row: int) -> str:
         """Name a sample in an error message: its file, index, source image (if known) and position in the file."""
-        index = int(self.index_N[row])
-        part = part_at(self.parts, int(self.start_N[row]))
+        sample = self.at(np.array([row]))
+        index, start = int(sample.index_B[0]), int(sample.start_B[0])
+        part = part_at(self.parts, start)
         name = read_names(part.path, [index]).get(index)
         source = f" ({name})" if name else ""
-        byte = self.start_N[row] - part.start
-        return f"{part.path}: the sample with index {index}{source}, at byte {byte:,},"
+        return f"{part.path}: the sample with index {index}{source}, at byte {start - part.start:,},"
 
 
-def require_labels(path: Path, label_N: np.ndarray, use: str, fix: str, classes: int = 1) -> None:
-    """Check the labels (N,) of images of `path` before they are used. Everything that needs labels calls this.
+def largest_shapes(shape_N2: np.ndarray) -> np.ndarray:
+    """(2, 2) int64: the height and width of the largest image, and of the widest one."""
+    # As `crops.new_scratch` counts pixels.
+    return shape_N2[[(shape_N2 + 3).prod(axis=1).argmax(), shape_N2[:, 1].argmax()]]
+
+
+class LabelCounts(NamedTuple):
+    """What is checked of the labels of images."""
+
+    images: int
+    without: int  # images that have no label
+    label_C: np.ndarray  # the different labels, sorted
+
+
+def count_labels(pieces: Iterable[np.ndarray]) -> LabelCounts:
+    """Count labels that come in pieces, int64 (n,) each."""
+    images = without = 0
+    label_C = np.empty(0, np.int64)
+    for label_N in pieces:
+        images += len(label_N)
+        without += int((label_N < 0).sum())
+        label_C = np.union1d(label_C, label_N)
+    return LabelCounts(images, without, label_C)
+
+
+def require_labels(path: Path, counts: LabelCounts, use: str, fix: str, classes: int = 1) -> None:
+    """Check the labels of images of `path` before they are used. Everything that needs labels calls this.
 
     Args:
+        counts: of the labels that are used.
         use: what needs labels, and `fix`: what to do without; parts of the message.
         classes: the least number of classes that `use` needs.
 
     Raises:
         UserError: one of the images has no label (a negative one), or they have fewer classes.
     """
-    missing = int((label_N < 0).sum())
-    if missing:
-        verb = "has" if missing == 1 else "have"
+    if counts.without:
+        verb = "has" if counts.without == 1 else "have"
         raise UserError(
-            f"{missing:,} of the {len(label_N):,} images of {path} {verb} no label, which {use} needs", hint=fix
+            f"{counts.without:,} of the {counts.images:,} images of {path} {verb} no label, which {use} needs", hint=fix
         )
-    if len(np.unique(label_N)) < classes:
+    if len(counts.label_C) < classes:
         raise UserError(f"{path} holds one class only, and {use} needs several", hint=fix)
 
 
@@ -154,31 +314,32 @@ class Cropping(NamedTuple):
     def image_shape(self, samples: Samples) -> tuple[int, ...]:
         """The shape of an image in a batch: (H, W, C), for blocks (bytes,), or (crops, size, size, 3)."""
         if self.mode == "gpu":  # all images of the file have this shape
-            height, width = samples.shape_N2[0].tolist()
+            height, width = samples.largest_K2[0].tolist()
             return (bc4_bytes(height),) if samples.in_blocks else (height, width, samples.channels)
         return self.crops if self.mode == "cpu" else 1, self.views.size, self.views.size, 3
 
     def only_copies(self, samples: Samples) -> bool:
         """Whether a batch holds what is stored: pixels or blocks, whole."""
-        return self.mode == "gpu" and not (samples.mode_N == JPG).any()
+        return self.mode == "gpu" and JPG not in MODES[samples.storage]
 
-    def draw(self, samples: Samples, row_B: np.ndarray, epoch: int) -> Crops:
-        """The crops of these rows, the same as in fastssl.views; none with mode "gpu"."""
+    def draw(self, rows: SampleRows, epoch: int) -> Crops:
+        """The crops of these samples, the same as in fastssl.views; none with mode "gpu"."""
         if self.mode == "gpu":
-            return Crops(np.empty((len(row_B), 0, 4)), np.empty((len(row_B), 0), bool))
+            count = len(rows.index_B)
+            return Crops(np.empty((count, 0, 4)), np.empty((count, 0), bool))
         index_B, height_B, width_B = (
-            torch.from_numpy(column[row_B]) for column in (samples.index_N, samples.height_N, samples.width_N)
+            torch.from_numpy(column_B) for column_B in (rows.index_B, rows.height_B, rows.width_B)
         )
         if self.mode == "eval":
             box_BV4 = eval_box(height_B, width_B, self.views.eval)[:, None]
-            flip_BV = torch.zeros(len(row_B), 1, dtype=torch.bool)
+            flip_BV = torch.zeros(len(index_B), 1, dtype=torch.bool)
         else:
-            box_BV4 = torch.empty(len(row_B), self.crops, 4, dtype=torch.float64)
-            flip_BV = torch.empty(len(row_B), self.crops, dtype=torch.bool)
+            box_BV4 = torch.empty(len(index_B), self.crops, 4, dtype=torch.float64)
+            flip_BV = torch.empty(len(index_B), self.crops, dtype=torch.bool)
             for view in range(self.crops):
                 u_BN = uniforms(self.seed, epoch, index_B, view, FLIP + 1, AUGMENTATION)
                 box_BV4[:, view] = crop_box(u_BN, height_B, width_B, self.views.scale, self.views.ratio)
                 flip_BV[:, view] = u_BN[:, FLIP] < self.views.flip
-        source_B2 = np.stack([samples.height_N[row_B], samples.width_N[row_B]], axis=1)
-        stored_per_source_B4 = np.tile(samples.shape_N2[row_B] / source_B2, 2)
+        source_B2 = np.stack([rows.height_B, rows.width_B], axis=1)
+        stored_per_source_B4 = np.tile(rows.shape_B2 / source_B2, 2)
         return Crops(box_BV4.numpy() * stored_per_source_B4[:, None], flip_BV.numpy())

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fastssl.beton import read_header
-from fastssl.beton.format import JPG
 from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.decoding import COPY_IMAGES, DECODE
@@ -259,7 +258,7 @@ def setup_of(run: TrainingRun, layout: str, phases: dict[str, float]) -> Setup:
     cuda_graphs = train.cuda_graphs if world_size() == 1 and train.accumulate == 1 else None
     fits_into_memory = sum(part.size for part in loader.samples.parts) <= free_memory()
     on_gpu = run.device.type == "cuda"
-    storage = "bc4" if loader.samples.in_blocks else "jpg" if (loader.samples.mode_N == JPG).any() else "raw"
+    storage = "jpg" if loader.samples.storage == "mixed" else loader.samples.storage
     return Setup(
         loader.workers,
         layout,

@@ -92,13 +92,13 @@ def worker_counts(workers: int, cores: int) -> list[int]:
 
 def prepared_batches(loader: BetonLoader, crops: int) -> list[DecodeTask]:
     """Return batches for a decoder. They are decoded once, so that their bytes are in memory."""
-    order = loader.rows[epoch_order(loader.order, loader.seed, loader.epoch + 1, loader.samples.page_N[loader.rows])]
-    own, batch = order[loader.rank * loader.batch_size :], loader.batch_size
+    order = epoch_order(loader.order, loader.seed, loader.epoch + 1, loader.samples, loader.rows)
+    batch = loader.batch_size
     decoder = loader.make_decoder(crops=crops)
     prepared = []
     for number in range(max(PENDING_BATCHES, PREPARED // batch)):
-        rows = own.take(number * batch * loader.world + np.arange(batch), mode="wrap")
-        prepared.append(decoder.prepare(rows, 0))
+        position_B = (number * loader.world + loader.rank) * batch + np.arange(batch)
+        prepared.append(decoder.prepare(loader.rows[order[position_B % len(order)]], 0))
         decoder.begin(prepared[-1]).wait()
     decoder.close()
     return prepared

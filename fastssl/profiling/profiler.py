@@ -44,7 +44,7 @@ from fastssl.profiling.profile import (
     accelerator_utilization,
     write_profile,
 )
-from fastssl.profiling.storage import StorageStage
+from fastssl.profiling.storage import StorageStage, mean_size
 from fastssl.profiling.timing import StageTimer
 from fastssl.profiling.trace import write_trace
 from fastssl.profiling.wording import percent, significant
@@ -219,7 +219,7 @@ class Profiler:
         file_bytes = info.file_bytes
         return ProfiledData(
             path=str(loader.path), images=len(loader.rows), file_bytes=file_bytes,
-            image_bytes=float(loader.samples.size_N[loader.rows].mean()), decoded_bytes=loader.image_bytes,
+            image_bytes=mean_size(loader.samples, loader.rows), decoded_bytes=loader.image_bytes,
             layout=info.layout, storage=info.storage, resolution=list(info.resolution) if info.resolution else None,
             crop=loader.crop, resident=loader.resident, fits_into_memory=file_bytes <= free_memory(),
             in_page_cache=self.storage.cached_before if self.storage else None, batches_per_epoch=len(loader),

@@ -14,14 +14,16 @@ import numpy as np
 
 from fastssl.common.distributed import world_size
 from fastssl.loading.kernels import take
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import Indices, Samples
 from fastssl.profiling.profile import Measurement, Rate, StageResult
 
 PAGE = mmap.PAGESIZE
 MAX_BYTES = 1 << 26  # read per window; at a hard disk's 1 MB/s of random reads this takes a minute
 MAX_SECONDS = 2.0
+MOST_ROWS = 1 << 18  # of a very large set: at 3 KB an image, pieces of 64 MB seldom overlap
 STILL_CACHED = 0.2  # if this share of an evicted piece is still in memory, the system did not evict it
 MADV_DONTNEED = 4  # of <sys/mman.h>
+LARGEST_COUNTED = 1 << 38  # bytes: one byte in memory for each of their pages
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -48,9 +50,12 @@ class StorageStage:
     Linux does not evict pages that another process, or another mapping in this process, has mapped.
     """
 
-    def __init__(self, samples: Samples, rows: np.ndarray, workers: int):
+    def __init__(self, samples: Samples, rows: Indices, workers: int):
         self.samples, self.workers = samples, workers
-        self.rows = rows[np.argsort(samples.start_N[rows])]
+        # Of a very large set, neighbors from the middle of the file: pieces of them are read.
+        count = min(len(rows), MOST_ROWS) if samples.is_mapped else len(rows)
+        row_N = rows[np.arange(count) + (len(rows) - count) // 2]
+        self.rows = row_N[np.argsort(samples.column("start", row_N))]
         self.cached_before = share_in_page_cache(samples.file)
         self.random = np.random.default_rng(0)
         self.cold: list[float] = []  # bytes per second, one value per window
@@ -61,7 +66,7 @@ class StorageStage:
     def measure(self) -> None:
         """Time one window. Call it before another mapping of the file in this process is read."""
         rows = self._piece()
-        bytes_read = int(self.samples.size_N[rows].sum())
+        bytes_read = int(self.samples.column("size", rows).sum())
         if not self.stays_cached:
             self._evict(rows)
         if not self.stays_cached:
@@ -85,7 +90,7 @@ class StorageStage:
         limit = float(MAX_BYTES)
         if self.cold:  # a slow disk gets a smaller piece
             limit = min(limit, self.cold[-1] * MAX_SECONDS)
-        starts = self.samples.start_N[self.rows]
+        starts = self.samples.column("start", self.rows)
         last_begin = max(0, len(starts) - 1 - int(np.searchsorted(starts[-1] - starts[::-1], limit)))
         begin = int(self.random.integers(last_begin + 1))
         end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + limit)))
@@ -95,7 +100,7 @@ class StorageStage:
         """Return the seconds that the threads take to read these samples."""
         samples, counter, nothing = self.samples, np.zeros(1, np.int64), np.zeros(0, np.int64)
         _touch(samples.file, nothing, nothing, counter.copy())  # compiles outside the measured time
-        arguments = (samples.file, samples.start_N[rows], samples.size_N[rows], counter)
+        arguments = (samples.file, samples.column("start", rows), samples.column("size", rows), counter)
         with ThreadPoolExecutor(self.workers) as pool:
             start = time.perf_counter()
             for thread in [pool.submit(_touch, *arguments) for _ in range(self.workers)]:
@@ -104,8 +109,9 @@ class StorageStage:
 
     def _evict(self, rows: np.ndarray) -> None:
         samples = self.samples
-        first = int(samples.start_N[rows].min()) // PAGE * PAGE
-        end = -(-int((samples.start_N[rows] + samples.size_N[rows]).max()) // PAGE) * PAGE
+        start_N, size_N = samples.column("start", rows), samples.column("size", rows)
+        first = int(start_N.min()) // PAGE * PAGE
+        end = -(-int((start_N + size_N).max()) // PAGE) * PAGE
         # Mapped pages stay in the page cache, so this mapping lets go of them first.
         _libc.madvise(samples.file.ctypes.data + first, end - first, MADV_DONTNEED)
         for part in samples.parts:
@@ -117,8 +123,22 @@ class StorageStage:
         self.stays_cached = still is None or still > STILL_CACHED
 
 
+def mean_size(samples: Samples, rows: Indices) -> float:
+    """Return the mean of the stored bytes per image, of a very large set that of MOST_ROWS images all over it."""
+    count = min(len(rows), MOST_ROWS) if samples.is_mapped else len(rows)
+    return float(samples.column("size", rows[np.arange(count) * len(rows) // count]).mean())
+
+
 def share_in_page_cache(mapped: np.ndarray) -> float | None:
-    """Return the share (0 to 1) of a mapped file, or of a piece of it, that is in memory; None if it is unknown."""
+    """Return the share (0 to 1) of a mapped file, or of a piece of it, that is in memory; None if it is unknown.
+
+    Of more than LARGEST_COUNTED bytes, it is that of 64 pieces all over them.
+    """
+    if mapped.nbytes > LARGEST_COUNTED:
+        size = LARGEST_COUNTED // 64
+        pieces = [mapped[first : first + size] for first in np.linspace(0, mapped.nbytes - size, 64).astype(int)]
+        shares = [share for piece in pieces if (share := share_in_page_cache(piece)) is not None]
+        return float(np.mean(shares)) if shares else None
     first = mapped.ctypes.data // PAGE * PAGE
     pages_N = np.zeros(-(-(mapped.ctypes.data + mapped.nbytes - first) // PAGE), np.uint8)
     if _libc.mincore(first, len(pages_N) * PAGE, pages_N.ctypes.data) != 0:

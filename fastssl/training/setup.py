@@ -18,7 +18,8 @@ from fastssl.beton.format import RGB
 from fastssl.common.distributed import any_rank, broadcast_from_main, is_main_process, rank, spans_hosts, world_size
 from fastssl.common.errors import UserError
 from fastssl.common.system import cpu_has_bf16
-from fastssl.loading import Batch, BetonLoader, SampleSelection, require_channels, require_labels
+from fastssl.loading import Batch, BetonLoader, SampleSelection, count_labels, require_channels, require_labels
+from fastssl.loading.samples import in_pieces
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint
 from fastssl.models.encoder import has_fixed_size
@@ -342,10 +343,10 @@ def skipped_operations(recipe: Recipe) -> list[str]:
 
 def check_labels(loader: BetonLoader, classes: int) -> None:
     """Raises UserError if an image has no label, or one that the classifier has no output for, or all have the same."""
-    label_N = loader.samples.label_N[loader.rows]
+    counts = count_labels(loader.samples.column("label", row_B) for row_B in in_pieces(loader.rows))
     fix = "list images with labels of several classes in data.subset, or set another data.train"
-    require_labels(loader.path, label_N, "objective.name=supervised", fix, classes=2)
-    lowest, highest = int(label_N.min()), int(label_N.max())
+    require_labels(loader.path, counts, "objective.name=supervised", fix, classes=2)
+    lowest, highest = int(counts.label_C[0]), int(counts.label_C[-1])
     if highest >= classes:
         raise UserError(
             f"objective.classes={classes}, but {loader.path} holds labels from {lowest} to {highest}",

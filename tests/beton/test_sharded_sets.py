@@ -143,15 +143,16 @@ def test_damage_is_found_in_its_shard(source, fastssl, tmp_path):
     build_beton("imagefolder", source, tmp_path, canvas=32, shards=3, workers=1)
     path = beton_file(tmp_path, "train")
     part = read_header(path).parts[1]
-    row = int(np.searchsorted(Samples.read(read_header(path)).start_N, part.start)) + 2
+    row = int(np.searchsorted(Samples.read(read_header(path)).rows.start_B, part.start)) + 2
     samples = Samples.read(read_header(path))
     with open(part.path, "r+b") as file:
-        file.seek(int(samples.start_N[row]) - part.start)
+        file.seek(int(samples.rows.start_B[row]) - part.start)
         file.write(b"\xff\x00\xff")
     code, out, err = fastssl("inspect", path, "--verify")
-    assert code == 2 and f"train-00001-of-00003.beton: sample 2, index {samples.index_N[row]}" in out
+    index = samples.rows.index_B[row]
+    assert code == 2 and f"train-00001-of-00003.beton: sample 2, index {index}" in out
     assert "damaged: 1 of 48 samples" in err
-    assert samples.describe(row).startswith(f"{part.path}: the sample with index {samples.index_N[row]} (train/class")
+    assert samples.describe(row).startswith(f"{part.path}: the sample with index {index} (train/class")
 
 
 def test_what_lies_between_two_files_is_zeros(built):

@@ -19,7 +19,7 @@ from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_me
 from fastssl.loading import loader as loader_module
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.decoding import Buffers
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import SampleRows, Samples
 from fastssl.recipe import ViewsConfig
 
 SIDE = 48
@@ -43,7 +43,7 @@ def decoded(canvas_bc4, tmp_path_factory):
         ("source_height", "height"),
         ("source_width", "width"),
     ):
-        rows[name] = getattr(samples, f"{column}_N")
+        rows[name] = samples.column(column, np.arange(48))
     path = tmp_path_factory.mktemp("decoded") / "train.beton"
     with open(path, "wb") as file:
         for row, image in zip(rows, pixels):
@@ -165,7 +165,8 @@ def test_images_that_lie_anywhere_in_the_file_are_loaded(tmp_path):
     path = tmp_path / "x"
     content.tofile(path)
     start_N = np.array([0, 100, 200, 4900, 300, 400, 2000, 1900, 1800, 500, 600])
-    samples = Samples(path, content, start_N, *[None] * 9, parts=file_parts(path))
+    rows = SampleRows(start_N, *[None] * 7)
+    samples = Samples(path, content, rows, len(start_N), 3, "raw", None, 1 << 23, file_parts(path))
     row_N = np.array([0, 1, 2, 3, 5, 6, 7, 8, 9, 10])
     pieces = list(resident.read_pieces(samples, row_N, (5, 20), 2, Buffers(pinned=False)))
     assert np.concatenate([piece.row_B for piece in pieces]).tolist() == row_N.tolist()

@@ -20,7 +20,7 @@ from fastssl.cli import app
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader, ImageRows, SampleSelection, estimate_memory, kernels
 from fastssl.loading import loader as loader_module
-from fastssl.loading.order import WINDOW_PAGES, epoch_order
+from fastssl.loading.order import WINDOW_PAGES, shuffled_pages
 from fastssl.recipe import JitterConfig, PerViewConfig, ViewsConfig
 from fastssl.views import PairedViews, eval_transform
 
@@ -335,7 +335,7 @@ def test_state_continues_with_another_number_of_processes(canvas):
 
 def test_quasi_random_reads_windows_of_pages_and_mixes_them():
     page_N = np.repeat(np.arange(200), 50)
-    first, again, other = (epoch_order("quasi_random", 1, epoch, page_N) for epoch in (0, 0, 1))
+    first, again, other = (shuffled_pages(1, epoch, page_N) for epoch in (0, 0, 1))
     assert sorted(first) == list(range(10_000))
     assert (first == again).all() and (first != other).any()
     window = WINDOW_PAGES * 50

@@ -323,7 +323,7 @@ def test_labels_without_an_output_are_refused_before_training(canvas, tmp_path, 
     train(load_recipe("recipes/supervised.yaml", [*two, f"data.subset={zeros_and_ones}", "train.epochs=1"]))
 
     loader = BetonLoader(canvas / "train.beton", 8)
-    loader.samples.label_N[:5] = -1
+    loader.samples.rows.label_B[:5] = -1
     with pytest.raises(UserError, match="5 of the 48 images .* have no label, .* data.subset"):
         setup.check_labels(loader, 3)
 

@@ -431,7 +431,8 @@ def test_storage_reads_what_it_has_evicted(photos_640, tmp_path, monkeypatch):
     samples, read, shares = storage.samples, storage._read, []
 
     def watched(rows):
-        piece = samples.file[samples.start_N[rows].min() : (samples.start_N[rows] + samples.size_N[rows]).max()]
+        found = samples.at(rows)
+        piece = samples.file[found.start_B.min() : (found.start_B + found.size_B).max()]
         shares.append(share_in_page_cache(piece))
         return read(rows)
 

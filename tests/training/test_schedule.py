@@ -125,7 +125,8 @@ def test_a_damaged_sample_stops_the_run_with_its_name_and_a_checkpoint(canvas_jp
         (tmp_path / name).write_bytes((canvas_jpeg / name).read_bytes())
     loader = BetonLoader(tmp_path / "train.beton", 16)
     row = 7
-    begin, size, index = loader.samples.start_N[row], loader.samples.size_N[row], int(loader.samples.index_N[row])
+    sample = loader.samples.at([row])
+    begin, size, index = (int(column[0]) for column in (sample.start_B, sample.size_B, sample.index_B))
     with open(tmp_path / "train.beton", "r+b") as file:
         file.seek(begin)
         file.write(bytes(int(size)))

@@ -158,7 +158,7 @@ def _embed_beton(encoder: RunEncoder, beton: Path, scorer: Scorer | None, report
     augmented: Iterator[Batch | None] = iter([])
     if scorer is not None and scorer.needs_views:
         augmented = iter(eval_loader(data, views, encoder.device, batch_size=size, augmented=True))
-    names = read_names(beton, loader.samples.index_N.tolist())
+    names = read_names(beton, loader.samples.column("index", loader.rows).tolist())
     with progress(f"Embedding {beton}", count) as advance:
         for batch in loader:
             pixels = Pixels(batch, next(augmented, None))

@@ -37,7 +37,7 @@ from fastssl.evaluation.ood.suites import OODSets, SetDescription
 from fastssl.evaluation.results import EvaluationResult, load_or_compute
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader, SampleSelection
-from fastssl.loading.samples import Samples
+from fastssl.loading.samples import Samples, as_array
 from fastssl.models import Classifier, Model
 from fastssl.models.encoder_only import EncoderOnly
 from fastssl.models.gaussian import Prior
@@ -249,7 +249,7 @@ def detector_arrays(
 def on_all_images(data: BetonSubset, score_M: np.ndarray, jepa_images: int) -> np.ndarray:
     """Return the scores (N,) of all images of a set from those of the drawn ones, NaN for the others."""
     samples = Samples.read(read_header(data.path))
-    row_N, drawn_M = (SampleSelection(data.subset, limit).rows(samples) for limit in (None, jepa_images))
+    row_N, drawn_M = (as_array(SampleSelection(data.subset, limit).rows(samples)) for limit in (None, jepa_images))
     score_N = np.full(len(row_N), np.nan)
     score_N[np.isin(row_N, drawn_M)] = score_M
     return score_N

@@ -114,7 +114,8 @@ def draw_extremes(
     index_M: ids of the images that the uncertainties belong to. Of images with equal uncertainty, the first are drawn.
     """
     order_M = np.argsort(uncertainty_M, kind="stable")
-    index_N = Samples.read(read_header(data.path)).index_N
+    samples = Samples.read(read_header(data.path))
+    index_N = samples.column("index", np.arange(len(samples)))
     by_index_N = np.argsort(index_N, kind="stable")
     position_M = by_index_N[np.searchsorted(index_N[by_index_N], index_M)]
     count = min(count, len(order_M) // 2)
