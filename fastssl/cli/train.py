@@ -125,8 +125,9 @@ def sweep(
       fastssl sweep ablation_cifar10 --executor slurm --partition gpu
     """
     from fastssl import sweep
+    from fastssl.common.slurm import parse_time_limit
 
-    minutes = sweep.parse_time_limit(time_limit)
+    minutes = parse_time_limit(time_limit)
     chosen = sweep.load_sweep(file)
     runs = sweep.expand(chosen, overrides or [])
     if dry_run:

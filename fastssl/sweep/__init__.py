@@ -8,6 +8,6 @@ hours, `table.py` prints progress and results.
 from fastssl.sweep.estimate import dry_run
 from fastssl.sweep.grid import expand, load_sweep
 from fastssl.sweep.local import run_locally
-from fastssl.sweep.slurm import parse_time_limit, submit_to_slurm
+from fastssl.sweep.slurm import submit_to_slurm
 
-__all__ = ["dry_run", "expand", "load_sweep", "parse_time_limit", "run_locally", "submit_to_slurm"]
+__all__ = ["dry_run", "expand", "load_sweep", "run_locally", "submit_to_slurm"]

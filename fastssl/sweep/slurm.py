@@ -1,19 +1,13 @@
 """Runs on a SLURM cluster through submitit: one job array, whose jobs train several runs on one GPU each."""
 
-import getpass
 import json
-import shutil
 import signal
-import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter, ValidationError
-
-from fastssl.common.errors import UserError
-from fastssl.common.files import LARGEST_TEXT, read_bytes, write_atomically
+from fastssl.common.files import write_atomically
+from fastssl.common.slurm import ids_in_queue, read_jobs, submit_array
 from fastssl.common.terminal import console, print_line
 from fastssl.sweep.grid import JOBS_FOLDER, Sweep, SweepRun
 from fastssl.sweep.local import GRACE, run_tasks
@@ -23,7 +17,6 @@ from fastssl.sweep.table import SweepDisplay, results_table
 if TYPE_CHECKING:
     import submitit  # an optional dependency: imported where it is used
 
-REQUEUES = 1000  # how often a job may reach its time limit; submitit's default is 3
 SIGNAL_DELAY = GRACE + 60  # seconds between the requeue signal and the end of a job at its time limit
 PREEMPTION = 600  # seconds that a preempted job waits to be requeued or killed
 
@@ -128,57 +121,3 @@ def submit_to_slurm(
     if finished < len(runs):
         print(f"The jobs' logs are in {sweep.folder / JOBS_FOLDER}. The same command shows the progress.")
     return 0
-
-
-def read_jobs(path: Path) -> dict[str, str]:
-    """The job of each run, by the name of the run, as the last submission wrote them."""
-    if not path.exists():
-        return {}
-    try:
-        return TypeAdapter(dict[str, str]).validate_json(read_bytes(path, LARGEST_TEXT))
-    except (OSError, ValidationError):
-        raise UserError(
-            f"{path} cannot be read, so it is not known which runs are in SLURM's queue", hint="remove it when none is"
-        ) from None
-
-
-def submit_array(folder: Path, jobs: list[SlurmJob], **parameters: object) -> list[str]:
-    """Submit the jobs as one array with submitit's `parameters`. Returns their ids, in the same order."""
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise UserError(
-            "--executor slurm needs the package submitit", hint="run `pip install submitit`, or use --executor local"
-        ) from None
-    executor = submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=REQUEUES)
-    executor.update_parameters(**parameters)
-    try:
-        with executor.batch():
-            handles = [executor.submit(job) for job in jobs]
-        return [handle.job_id for handle in handles]
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        raise UserError(
-            f"SLURM refused the jobs ({reason})", hint="change --partition, --cpus or --time-limit"
-        ) from None
-
-
-def ids_in_queue() -> set[str]:
-    """The ids of this user's waiting and running jobs, such as 17_3."""
-    if not shutil.which("squeue") or not shutil.which("srun"):
-        raise UserError(
-            "There is no SLURM here (no srun and squeue)", hint="use --executor local, or log in to the cluster"
-        )
-    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode:
-        raise UserError(f"squeue does not answer ({answer.stderr.strip()})", hint="try again when SLURM is up")
-    return set(answer.stdout.split())
-
-
-def parse_time_limit(text: str) -> int:
-    """Minutes of a time limit such as 90 (minutes) or 24:00 (hours and minutes)."""
-    hours, colon, minutes = text.rpartition(":")
-    if not minutes.isdecimal() or (colon and not hours.isdecimal()) or int(hours or 0) * 60 + int(minutes) == 0:
-        raise UserError(f"--time-limit {text} is not a time", hint="write minutes, such as 90, or HH:MM, such as 24:00")
-    return int(hours or 0) * 60 + int(minutes)

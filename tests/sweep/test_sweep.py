@@ -21,9 +21,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastssl.common.errors import UserError
+from fastssl.common.slurm import parse_time_limit
 from fastssl.common.terminal import time_in_words
 from fastssl.recipe import load_recipe, shipped_recipes
-from fastssl.sweep import child, dry_run, expand, load_sweep, parse_time_limit, run_locally, submit_to_slurm, table
+from fastssl.sweep import child, dry_run, expand, load_sweep, run_locally, submit_to_slurm, table
 from fastssl.sweep.progress import Task, is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
 from fastssl.sweep.slurm import SlurmJob
 from fastssl.training import train

@@ -12,11 +12,11 @@ from training_runs import losses_of, metrics_of, small
 
 from fastssl.common.errors import UserError
 from fastssl.common.files import LARGEST_LOG, LONGEST_LINE, UnsafeFile, read_lines
+from fastssl.common.slurm import read_jobs
 from fastssl.export.source import last_probe
 from fastssl.recipe import load_recipe
 from fastssl.sweep.grid import SweepRun
 from fastssl.sweep.progress import last_knn, read_progress
-from fastssl.sweep.slurm import read_jobs
 from fastssl.training import train
 from fastssl.training.tracking import parse_metrics
 
