@@ -139,3 +139,21 @@ def at_step(monkeypatch):
         monkeypatch.setattr(TotalLoss, "forward", watched)
 
     return arrange
+
+
+@pytest.fixture
+def slurm_commands(tmp_path, monkeypatch):
+    """A PATH with a fake SLURM: sbatch stores its script, and squeue prints the file `queue`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    commands = {
+        "srun": "exit 0",
+        "sbatch": f"cp $1 {folder}/script; echo Submitted batch job 17",
+        "squeue": f"cat {folder}/queue",
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "queue").write_text("4_0\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder

@@ -3,6 +3,7 @@
     build.py          build_beton; file_build.py builds one file; options.py; estimate.py estimates size and time
     source.py         the builders, and the samples that they list
     listing.py        what they found; shared_list.py: the list that processes share, each of which builds a shard
+    slurm.py          builds shards as jobs of a cluster
     pool.py           the worker processes, which encode images and write them to the file
     images.py         one image: decode, convert, resize, encode; jpeg.py decodes as the loader does, resize.py resizes
     bc4.py            compresses a canvas to blocks that need no entropy decoding, and decodes them

@@ -108,42 +108,57 @@ def build_beton(
 
 def run_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> BuildReport:
     """Do as `build_beton` does."""
-    plan = options.plan(load_builder(builder).CANVAS)
+    check_build(builder, source, out, options)
+    with explain_write_errors(out):
+        listing = list_images(builder, source, out, options, by_list=options.shard is not None)
+        files = files_to_build(builder, source, out, options, listing)
+        return build_files(builder, source, options, listing, files)
+
+
+def check_build(builder: str, source: Path | None, out: Path, options: BuildOptions) -> None:
+    """Refuse what cannot be built before any work starts, and download the source if asked to."""
+    options.plan(load_builder(builder).CANVAS)
     refuse_output_in_source(source, out)
     if options.download:
         download_dataset(builder, source)
-    with explain_write_errors(out):
-        listing = _list_images(builder, source, out, options)
-        out.mkdir(parents=True, exist_ok=True)
-        files = files_to_build(listing, out, plan, options, options.recorded(builder, source, plan))
-        with worker_pool(resolve_workers(options.workers)) as pool:
-            reports = [_build_split(each, pool) for each in files]
-    splits = [each.split for each in listing.splits]
-    stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
-    others = 0 if options.shard is None else sum(each.images for each in listing.splits) - stored - bad
-    arrays = options.channels != RGB
-    account = account_for_files(
-        builder, source, splits, stored, bad, arrays=arrays, in_other_shards=others, files=listing.files
-    )
-    return BuildReport(reports, _too_many_bad(reports, options.allow_bad), account)
 
 
-def _list_images(builder: str, source: Path | None, out: Path, options: BuildOptions) -> Listing:
-    """Return the images to build. Processes that build a shard each share one list of them."""
+def list_images(builder: str, source: Path | None, out: Path, options: BuildOptions, by_list: bool) -> Listing:
+    """Return the images to build: all, or with `options.shard` those of this shard.
+
+    by_list: whether a list in OUT is used, which processes share, each of which builds a shard.
+    """
     if options.shards is None:
         listing = list_source(builder, source, options)
-        for each in listing.splits:
-            check_shards(each.split.name, each.images, out, None)
-        return listing
-    # Not at the start: it imports pydantic, and every worker process imports this module.
-    from fastssl.beton.shared_list import make_list, read_or_make_list
+    else:
+        # Not at the start: it imports pydantic, and every worker process imports this module.
+        from fastssl.beton.shared_list import make_list, read_or_make_list
 
-    if options.shard is None:
-        return make_list(builder, source, out, options)
-    listing = read_or_make_list(builder, source, out, options)
+        listing = (read_or_make_list if by_list else make_list)(builder, source, out, options)
     for each in listing.splits:
         check_shards(each.split.name, each.images, out, options.shards)
     return listing
+
+
+def build_files(
+    builder: str, source: Path | None, options: BuildOptions, listing: Listing, files: list[list[FileBuild]]
+) -> BuildReport:
+    """Build the files of each split that are not up to date, and report on all."""
+    files[0][0].path.parent.mkdir(parents=True, exist_ok=True)
+    with worker_pool(resolve_workers(options.workers)) as pool:
+        reports = [_build_split(each, pool) for each in files]
+    stored, bad = sum(report.samples for report in reports), sum(report.bad for report in reports)
+    account = account_for_files(
+        builder,
+        source,
+        [each.split for each in listing.splits],
+        stored,
+        bad,
+        arrays=options.channels != RGB,
+        in_other_shards=0 if options.shard is None else sum(each.images for each in listing.splits) - stored - bad,
+        files=listing.files,
+    )
+    return BuildReport(reports, _too_many_bad(reports, options.allow_bad), account)
 
 
 def refuse_output_in_source(source: Path | None, out: Path) -> None:
@@ -170,9 +185,11 @@ def _too_many_bad(reports: list[SplitReport], allow_bad: float | None) -> str | 
 
 
 def files_to_build(
-    listing: Listing, out: Path, plan: StoragePlan, options: BuildOptions, recorded: dict[str, Any]
+    builder: str, source: Path | None, out: Path, options: BuildOptions, listing: Listing
 ) -> list[list[FileBuild]]:
     """Return the files of each split: one, or its shards, of which one may be asked for."""
+    plan = options.plan(load_builder(builder).CANVAS)
+    recorded = options.recorded(builder, source, plan)
     return [_files_of_split(each, out, plan, options, recorded) for each in listing.splits]
 
 

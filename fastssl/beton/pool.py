@@ -278,8 +278,9 @@ def _start_worker(turns: Turns) -> None:
     # Where memory runs out, the kernel is to end a worker, and not another program of the user.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    # Ctrl-C reaches the whole process group; only the main process reacts to it.
+    # Ctrl-C and the signal before a SLURM job's time limit reach all processes; only the main process reacts to them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     # A main process that is killed cannot end its workers, so they watch for that themselves.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -102,7 +102,7 @@ def make_list(builder: str, source: Path | None, out: Path, options: BuildOption
 
 
 def read_or_make_list(builder: str, source: Path | None, out: Path, options: BuildOptions) -> Listing:
-    """Return the images of the shard that is asked for: by the list in OUT, which is made if there is none."""
+    """Return the images of the shard that is asked for, or of all: by the list in OUT, made if there is none."""
     assert options.shards is not None
     folder = list_folder(out, options.shards)
     with contextlib.suppress(_Damaged):  # or another process is replacing it: the next look is under the lock
@@ -296,11 +296,11 @@ def _is_below(path: str) -> bool:
 
 
 def _read(folder: Path, builder: str, source: Path | None, options: BuildOptions) -> Listing | None:
-    """Return the images of a shard, None if there is no list of what this build would list.
+    """Return the images of a shard or of all, None if there is no list of what this build would list.
 
     Raises _Damaged, and UserError if the list cannot be read, or `source` is not what was listed.
     """
-    assert options.shards is not None and options.shard is not None
+    assert options.shards is not None
     try:
         listed_at = os.stat(folder / "header.json").st_mtime
         header = _Header.model_validate(read_checked(folder / "header.json", _Header, 0))
@@ -314,8 +314,10 @@ def _read(folder: Path, builder: str, source: Path | None, options: BuildOptions
         return None
     if not header.is_shared:
         return _of_shard(list_source(builder, source, options), options)
-    paths, shard = _Paths.of(builder, source), Shard(options.shard, options.shards)
-    splits = [_read_split(folder, split, shard, paths) for split in header.splits]
+    paths = _Paths.of(builder, source)
+    numbers = range(options.shards) if options.shard is None else [options.shard]
+    shards = [Shard(number, options.shards) for number in numbers]
+    splits = [_read_split(folder, split, shards, paths) for split in header.splits]
     _check_source(folder, header, splits, source)
     images = sum(split.images for split in header.splits)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(listed_at))
@@ -329,7 +331,8 @@ def _read(folder: Path, builder: str, source: Path | None, options: BuildOptions
 
 def _of_shard(listing: Listing, options: BuildOptions) -> Listing:
     """Return of a list of all images those of the shard that is asked for."""
-    assert options.shards is not None and options.shard is not None
+    if options.shards is None or options.shard is None:
+        return listing
     shard = Shard(options.shard, options.shards)
     splits = []
     for listed in listing.splits:
@@ -338,18 +341,19 @@ def _of_shard(listing: Listing, options: BuildOptions) -> Listing:
     return listing._replace(splits=splits)
 
 
-def _read_split(folder: Path, split: _Split, shard: Shard, paths: _Paths) -> ListedSplit:
-    """Return the images of one shard of a split."""
-    expected = shard.bounds(split.images)
-    if len(split.shards) != shard.shards or not split.images <= split.samples:
+def _read_split(folder: Path, split: _Split, shards: list[Shard], paths: _Paths) -> ListedSplit:
+    """Return the images of some shards of a split, which follow each other."""
+    bounds = [shard.bounds(split.images) for shard in shards]
+    if len(split.shards) != shards[0].shards or not split.images <= split.samples:
         raise _Damaged("its numbers do not fit together")
     index_N = array("q")
 
     def samples() -> Iterator[Sample]:
-        for line in _lines(folder / f"{split.name}.jsonl", split.shards[shard.number]):
-            index, sample = _parse(line, paths)
-            index_N.append(index)
-            yield sample
+        for shard in shards:
+            for line in _lines(folder / f"{split.name}.jsonl", split.shards[shard.number]):
+                index, sample = _parse(line, paths)
+                index_N.append(index)
+                yield sample
 
     try:
         sample_list = SampleList(samples())
@@ -358,7 +362,7 @@ def _read_split(folder: Path, split: _Split, shard: Shard, paths: _Paths) -> Lis
     except OSError as error:
         raise _cannot_read(folder, error) from error
     order = np.array(index_N, np.int64)
-    if len(order) != expected.stop - expected.start or len(np.unique(order)) != len(order):
+    if len(order) != bounds[-1].stop - bounds[0].start or len(np.unique(order)) != len(order):
         raise _Damaged(f"{split.name}.jsonl names other images than the header")
     if len(order) and not 0 <= order.min() <= order.max() < split.samples:
         raise _Damaged(f"{split.name}.jsonl has an index that is none")

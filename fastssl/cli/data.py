@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
+from fastssl.cli.help import SLURM_PANEL
 from fastssl.common.errors import UserError, quote
 from fastssl.common.terminal import console, count_of, print_error, print_line, time_in_words
 
 if TYPE_CHECKING:
     from fastssl.beton import BuildEstimate, BuildReport
+    from fastssl.beton.slurm import SlurmBuild
 
 
 STORAGE_PANEL = "How images are stored"
+MOST_NAMED = 5  # shards in a line
 BAD_IMAGES_PANEL = "Bad images, which are skipped"
 
 
@@ -27,6 +30,9 @@ def build_beton(
         int | None, Option(metavar="N", help="Use at most this many images of each split.", show_default="all")
     ] = None,
     workers: Annotated[int | None, Option(metavar="N", help="Number of processes.", show_default="all cores")] = None,
+    executor: Annotated[
+        Literal["local", "slurm"], Option(help="This machine, or for --shards a SLURM cluster.")
+    ] = "local",
     dry_run: Annotated[bool, Option("--dry-run", help="Estimate sizes and time, and write nothing.")] = False,
     images: Annotated[
         int | None,
@@ -114,6 +120,18 @@ def build_beton(
     max_megapixels: Annotated[
         int, Option(min=1, metavar="N", help="Larger images are bad.", rich_help_panel=BAD_IMAGES_PANEL)
     ] = 179,
+    parallel: Annotated[
+        int, Option(min=1, metavar="N", help="Parallel jobs, each with one shard.", rich_help_panel=SLURM_PANEL)
+    ] = 8,
+    cpus: Annotated[int, Option(min=1, metavar="N", help="Cores per job.", rich_help_panel=SLURM_PANEL)] = 8,
+    time_limit: Annotated[
+        str,
+        Option(metavar="TIME", help="Time until a job is requeued, as minutes or HH:MM.", rich_help_panel=SLURM_PANEL),
+    ] = "24:00",
+    partition: Annotated[
+        str | None,
+        Option(metavar="NAME", help="Partition.", show_default="the cluster's", rich_help_panel=SLURM_PANEL),
+    ] = None,
 ) -> None:  # fmt: skip
     """Convert images to .beton files. The same command resumes a build that was stopped.
 
@@ -121,6 +139,7 @@ def build_beton(
       fastssl build-beton imagefolder --source photos --out data/photos
       fastssl build-beton cifar10 --source downloads --out data/cifar10 --download
       fastssl build-beton imagenet --source ILSVRC --out data/imagenet --dry-run
+      fastssl build-beton imagefolder --source photos --out data/photos --shards 64 --executor slurm --partition cpu
     """
     from fastssl import beton
     from fastssl.beton.ranges import parse_range
@@ -156,8 +175,21 @@ def build_beton(
     if dry_run:
         _print_estimate(beton.estimate_build(builder, source, out, options, images))
         return
-    # BuildOptions has the keyword arguments of build_beton.
-    report = beton.build_beton(builder, source, out, **vars(options))
+    if executor == "slurm":
+        from fastssl.beton.slurm import submit_build
+        from fastssl.common.slurm import parse_time_limit
+
+        minutes = parse_time_limit(time_limit)
+        build = submit_build(
+            builder, source, out, options, parallel=parallel, cpus=cpus, minutes=minutes, partition=partition
+        )
+        _print_jobs(build)
+        if build.report is None:
+            return
+        report = build.report
+    else:
+        # BuildOptions has the keyword arguments of build_beton.
+        report = beton.build_beton(builder, source, out, **vars(options))
     _print_report(report)
     if report.problem:
         print_error(report.problem)
@@ -191,6 +223,23 @@ def _print_report(report: "BuildReport") -> None:
     for bad_images in dict.fromkeys(split.bad_images for split in report.splits if split.bad):
         _print(f"The bad images are listed in {bad_images}.")
     _print(report.account)
+
+
+def _print_jobs(build: "SlurmBuild") -> None:
+    """Say how many shards are complete, and which are submitted now."""
+    _print(
+        f"{build.complete:,} of {count_of(build.shards, 'shard')} are complete, {build.queued:,} were queued or "
+        f"running already, {len(build.submitted):,} are submitted now."
+    )
+    if build.submitted:
+        numbers = ", ".join(map(str, list(build.submitted)[:MOST_NAMED]))
+        numbers += ", ..." if len(build.submitted) > MOST_NAMED else ""
+        first = next(iter(build.submitted.values()))
+        _print(f"Job array {first.split('_')[0]} builds the shards {numbers}.")
+    for shard, job_id in list(build.ended.items())[:MOST_NAMED]:
+        _print(f"The job {job_id} of shard {shard} had ended before it was complete: see its log in {build.folder}.")
+    if build.complete < build.shards:
+        _print(f"The jobs' logs are in {build.folder}. The same command shows the progress.")
 
 
 def _percent(text: str) -> float:

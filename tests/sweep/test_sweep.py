@@ -423,24 +423,6 @@ def test_a_preempted_job_waits_for_the_requeue_signal(write_sweep, monkeypatch):
     assert answered == [(signal.SIGUSR2, [])] and not is_locked(runs[0])
 
 
-@pytest.fixture
-def slurm_commands(tmp_path, monkeypatch):
-    """A PATH with a fake SLURM: sbatch stores its script, and squeue prints the file `queue`."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    commands = {
-        "srun": "exit 0",
-        "sbatch": f"cp $1 {folder}/script; echo Submitted batch job 17",
-        "squeue": f"cat {folder}/queue",
-    }
-    for name, body in commands.items():
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / name).chmod(0o755)
-    (folder / "queue").write_text("4_0\n")
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
 def test_slurm_gets_the_options_and_every_run_only_once(write_sweep, slurm_commands, capsys):
     pytest.importorskip("submitit")
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3, 4, 5])), "train.device=auto")
