@@ -139,7 +139,7 @@ def build_beton(
       fastssl build-beton imagefolder --source photos --out data/photos
       fastssl build-beton cifar10 --source downloads --out data/cifar10 --download
       fastssl build-beton imagenet --source ILSVRC --out data/imagenet --dry-run
-      fastssl build-beton imagefolder --source photos --out data/photos --shards 64 --executor slurm --partition cpu
+      fastssl build-beton csv --source a.csv --out data/a --shards 64 --executor slurm
     """
     from fastssl import beton
     from fastssl.beton.ranges import parse_range
