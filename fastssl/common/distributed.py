@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -52,6 +52,21 @@ def main_progress(title: str, total: int, unit: str = "images") -> AbstractConte
 def spans_hosts() -> bool:
     """Return whether the processes run on several hosts, as torchrun says."""
     return world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+class Node(NamedTuple):
+    """The processes that one torchrun has started: usually those of one host."""
+
+    number: int  # among the nodes; another start may number them otherwise
+    process: int  # this process among those of the node
+    processes: int  # of the node
+
+
+def own_node() -> Node:
+    """Return the node of this process, as torchrun says."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    number = int(os.environ.get("GROUP_RANK", rank() // processes))
+    return Node(number, int(os.environ.get("LOCAL_RANK", rank() % processes)), processes)
 
 
 # Process groups
