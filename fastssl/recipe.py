@@ -85,6 +85,8 @@ class RunConfig(Section):
 
 class DataConfig(Section):
     train: UserPath  # a .beton, a folder with train.beton or its shards, or a pattern of shards
+    # shared: every node sees all shards. local: each node reads only the shards on its own disk (docs/loading.md).
+    shards: Literal["shared", "local"] = "shared"
     val: UserPath | None = None  # the same for the probe and the evaluation, with val.beton
     subset: UserPath | None = None  # a file that lists images by name or index: train on these only; null: all
     limit: Count | None = None  # train on this many images (of the subset), always the same random ones; null: all
@@ -96,6 +98,21 @@ class DataConfig(Section):
     # If an image cannot be decoded. skip: use the next image of the batch in its place.
     on_bad_sample: Literal["error", "skip"] = "error"
     workers: Threads | None = None  # threads that decode; null: all cores that this process may use
+
+    @model_validator(mode="after")
+    def check(self) -> "DataConfig":
+        for key in ("subset", "limit"):
+            if self.shards == "local" and getattr(self, key) is not None:
+                raise InvalidValues(
+                    f"data.shards=local reads all images of the shards on a node, and data.{key} selects some",
+                    hint=f"leave out data.{key}, or build shards of the images that are wanted",
+                )
+        if self.shards == "local" and self.resident is True:
+            raise InvalidValues(
+                "data.shards=local may read other shards in each epoch, and data.resident=true keeps the first ones",
+                hint="leave out data.resident",
+            )
+        return self
 
 
 class JitterConfig(Section):

@@ -4,6 +4,7 @@ A set is opened this way if it has more than MOST_IN_MEMORY samples and a manife
 come from all rows: sides, storage, classes. Opening it checks the header of each file and where its tables are.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -126,14 +127,16 @@ class MappedTables(NamedTuple):
         return metadata_B
 
 
-def find_mapped(path: Path) -> MappedTables | None:
+def find_mapped(path: Path, files: Sequence[Path] | None = None) -> MappedTables | None:
     """Return where the tables of a very large set are; None for a file, and for a set whose tables are read at once.
+
+    files: those of the set that are meant; None: all.
 
     Raises UserError if a file is not sound, or if the manifest is not of these files.
     """
     if not (is_set(path) and SET.fullmatch(path.name) and set_manifest_path(path).exists()):
         return None
-    parts = file_parts(path)
+    parts = file_parts(path, files)
     files = [part.path for part in parts]
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(read_file_header, files))

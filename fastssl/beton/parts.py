@@ -41,14 +41,16 @@ def file_identity(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def file_parts(path: Path) -> tuple[FilePart, ...]:
+def file_parts(path: Path, files: Sequence[Path] | None = None) -> tuple[FilePart, ...]:
     """Return the files of a set in their order, each with the byte at which it begins in `map_file`.
 
     Each begins at a multiple of FFCV's page size, so no page of the set holds data of two files.
+
+    files: those of the set that are meant; None: all.
     """
     parts = []
     start = 0
-    for file in files_of(path):
+    for file in files_of(path) if files is None else files:
         stat = os.stat(file)
         parts.append(FilePart(file, start, stat.st_size, file_identity(stat)))
         start = align(start + stat.st_size)
@@ -60,20 +62,22 @@ def part_at(parts: Sequence[FilePart], position: int) -> FilePart:
     return parts[bisect.bisect_right(parts, position, key=lambda part: part.start) - 1]
 
 
-def map_file(path: Path) -> np.ndarray:
+def map_file(path: Path, files: Sequence[Path] | None = None) -> np.ndarray:
     """Return the bytes of a file, mapped: they are read from the disk when they are used.
 
     Of a set, those of all files: each begins at its `FilePart.start`, and what is between two files is zeros.
+
+    files: those of the set that are meant; None: all.
     """
     try:
         if is_set(path):
-            return _map_one_after_the_other(file_parts(path))
+            return _map_one_after_the_other(file_parts(path, files))
         # numba dispatches slowly on a memmap.
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
-        size = sum(part.size for part in file_parts(path))
+        size = sum(part.size for part in file_parts(path, files))
         raise UserError(
             f"{path} has {size / 1e9:,.1f} GB, more than the limit on the address space of a "
             "process leaves (a mapped file takes address space, not memory)",

@@ -99,25 +99,28 @@ def has_split(path: Path, split: str) -> bool:
     return path.is_dir() and ((path / f"{split}.beton").is_file() or bool(sets_in(path, split)))
 
 
-def read_header(path: str | Path) -> BetonInfo:
-    """Check all files except for their image data, and describe them. Raises UserError if one is not sound."""
+def read_header(path: str | Path, files: Sequence[Path] | None = None) -> BetonInfo:
+    """Check all files except for their image data, and describe them. Raises UserError if one is not sound.
+
+    files: those of the set that are meant, in its order; None: all. They are the whole set for who reads the result.
+    """
     from fastssl.beton.mapped import find_mapped
 
     path = Path(path)
-    if mapped := find_mapped(path):
+    if mapped := find_mapped(path, files):
         return _header_of_mapped(path, mapped)
-    checked = read_tables(path)
+    checked = read_tables(path, files)
     image = checked.metadata["image"]
     max_resolution = (int(image["height"].max()), int(image["width"].max()))
     has_one_size = max_resolution == (int(image["height"].min()), int(image["width"].min()))
     storages: dict[int, Literal["raw", "jpg", "bc4"]] = {RAW: "raw", JPG: "jpg", BC4: "bc4"}
     modes = np.unique(image["mode"]).tolist()
-    manifest = _read_manifest(path, checked.samples_of_files)
+    manifest = _read_manifest(path, files or files_of(path), checked.samples_of_files)
     if manifest and checked.field_types.get("label") == INT_FIELD:
         _check_labels(path, checked.metadata["label"], len(manifest["classes"]))
     return BetonInfo(
         path=path,
-        parts=file_parts(path),
+        parts=file_parts(path, files),
         num_samples=len(image),
         page_size=checked.page_size,
         fields={name: FIELD_TYPES[type_id][0] for name, type_id in checked.field_types.items()},
@@ -248,11 +251,11 @@ def _lines(names: Path, beton: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _read_manifest(path: Path, samples: Sequence[int]) -> Manifest | None:
+def _read_manifest(path: Path, files: Sequence[Path], samples: Sequence[int]) -> Manifest | None:
     """Return the manifest of a file or a set, whose files have so many `samples`."""
     from fastssl.beton.set_manifest import read_file_manifest, read_set_manifest
 
-    return read_set_manifest(path, files_of(path), samples) if is_set(path) else read_file_manifest(path, samples[0])
+    return read_set_manifest(path, files, samples) if is_set(path) else read_file_manifest(path, samples[0])
 
 
 def _check_labels(path: Path, label_N: np.ndarray, classes: int) -> None:

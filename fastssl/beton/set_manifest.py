@@ -55,7 +55,7 @@ def read_set_manifest(path: Path, files: Sequence[Path], samples: Sequence[int])
 
     Args:
         path: the pattern that names the set; if it names some shards only, their manifests are joined.
-        files: its files, in their order.
+        files: its files, or some of them (data.shards=local), in their order.
         samples: how many samples each file has, by its header.
 
     Returns None if neither the set nor each of its files has a manifest. "files" is missing if a file has no checksums.
@@ -68,8 +68,7 @@ def read_set_manifest(path: Path, files: Sequence[Path], samples: Sequence[int])
             lambda file: read_checked(file, SetSchema, sum(samples)),
         )
         if manifest is not None:
-            _check_files(path, manifest, files, samples)
-            return manifest
+            return _of_these_files(path, manifest, files, samples)
     manifests: list[Manifest] = []
     for file, count in zip(files, samples):
         manifest = read_file_manifest(file, count)
@@ -87,6 +86,43 @@ def read_file_manifest(path: Path, samples: int) -> Manifest | None:
         raise UserError(
             f"{manifest_path(path)} does not belong to {path}", hint="delete it, and the file is read without it"
         )
+    return manifest
+
+
+def read_shard_list(path: Path) -> list[SetFile]:
+    """Return what the manifest of a set tells of each of its shards, wherever they are.
+
+    Raises UserError if `path` does not name a whole set, or if its manifest is missing or damaged.
+    """
+    if not (found := SET.fullmatch(path.name)):
+        raise UserError(
+            f"{path} does not name a set of shards",
+            hint="name its folder, or its pattern such as 'data/photos/train-*-of-00064.beton'",
+        )
+    split, count = found[1], int(found[2])
+    where = set_manifest_path(path)
+    manifest = read_or_explain(where, "build the set again", lambda file: read_checked(file, SetSchema, 0))
+    if manifest is None:
+        raise UserError(
+            f"{where} is missing: it tells what the shards on other nodes hold",
+            hint="copy it from the folder of all shards to every node; build-beton has written it there",
+        )
+    files = SetSchema.model_validate(manifest).files
+    names = [shard_path(path.parent, split, Shard(number, count)).name for number in range(count)]
+    if [file.name for file in files] != names or manifest["samples"] != sum(file.samples for file in files):
+        raise UserError(f"{where} does not name the {count:,} shards of {path}", hint="copy it again")
+    return files
+
+
+def _of_these_files(path: Path, manifest: Manifest, files: Sequence[Path], samples: Sequence[int]) -> Manifest:
+    """Return the manifest of a set for some of its files. Raises UserError unless they are those that it names."""
+    found = SET.fullmatch(path.name)
+    assert found
+    if len(files) < int(found[2]):
+        names = {file.name for file in files}
+        named = [each for each in manifest["files"] if each["name"] in names]
+        manifest = {**manifest, "files": named, "samples": sum(each["samples"] for each in named)}
+    _check_files(path, manifest, files, samples)
     return manifest
 
 

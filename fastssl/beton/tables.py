@@ -73,9 +73,12 @@ class Header(NamedTuple):
         return RGB if self.images is None else self.images.channels
 
 
-def read_tables(path: Path) -> Tables:
-    """Return the tables of a file, or those of all files of a set as one. Raises UserError if one is not sound."""
-    files = files_of(path)
+def read_tables(path: Path, files: Sequence[Path] | None = None) -> Tables:
+    """Return the tables of a file, or those of all files of a set as one. Raises UserError if one is not sound.
+
+    files: those of the set that are meant; None: all.
+    """
+    files = files_of(path) if files is None else files
     checked = [_read_file_tables(file) for file in files]
     return _join(path, files, checked) if is_set(path) else checked[0]
 

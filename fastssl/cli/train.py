@@ -84,7 +84,7 @@ def _evaluation_command(recipe: Recipe, run_dir: Path) -> str:
             train_set = BetonSubset(train_file, data.subset, data.limit)
             check_labels(train_set, BetonSubset(beton_file(data.val, "val")), "kNN", fix_train="", fix_val="")
             return command("eval", "knn", run_dir)
-    images = train_file if exists(train_file) else "IMAGES"
+    images = train_file if exists(train_file) and data.shards == "shared" else "IMAGES"
     return command("embed", run_dir, images, "--out", run_dir / "embeddings.npz")
 
 

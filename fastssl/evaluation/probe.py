@@ -11,6 +11,7 @@ from fastssl.loading import SampleSelection, require_channels
 from fastssl.models import Model
 from fastssl.recipe import Recipe
 from fastssl.training.loop import Probe
+from fastssl.training.setup import training_file
 
 MAX_IMAGES = 50_000  # of either side: all of CIFAR-10, and 4 % of ImageNet, where all would be a pass over 1.28 million
 
@@ -19,7 +20,7 @@ def probe_from_recipe(recipe: Recipe) -> Probe | None:
     """The probe of a recipe; None without probe.every, or without images to test on."""
     if not recipe.probe.every or not (recipe.data.val or recipe.probe.split == "rest"):
         return None
-    require_channels(beton_file(recipe.data.train, "train"), recipe.model.in_chans)  # an error here is not the probe's
+    require_channels(training_file(recipe), recipe.model.in_chans)  # an error here is not the probe's
     try:
         return knn_probe(recipe)
     except UserError as error:
@@ -41,8 +42,7 @@ def knn_probe(recipe: Recipe) -> Probe:
     if recipe.probe.train:
         bank = BetonSubset(beton_file(recipe.probe.train, "train"), limit=MAX_IMAGES)
     else:
-        file = beton_file(config.train, "train")
-        bank = BetonSubset(file, config.subset, min(MAX_IMAGES, config.limit or MAX_IMAGES))
+        bank = BetonSubset(training_file(recipe), config.subset, min(MAX_IMAGES, config.limit or MAX_IMAGES))
     if recipe.probe.split == "rest":
         tested, skip = BetonSubset(bank.path, config.subset, MAX_IMAGES), config.limit or 0
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NotRequired
 
 import numpy as np
 import torch
@@ -106,6 +106,7 @@ class LoaderState(TypedDict):
     seed: Count
     order: Order
     samples: Text  # hash of the file's samples
+    assignment: NotRequired[Text]  # with data.shards=local: hash of which node reads which shards in this epoch
 
 
 class BetonLoader:
@@ -160,7 +161,7 @@ class BetonLoader:
         shard: bool = True,
     ) -> None:
         self.path = Path(path)
-        info = read_header(self.path)
+        self.info = info = read_header(self.path, self.own_files())
         if crop == "gpu" and info.resolution is None:
             raise UserError(
                 f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch",
@@ -210,7 +211,7 @@ class BetonLoader:
 
         if len(self) == 0:
             raise UserError(
-                f"{self.path} gives {len(self.rows)} images, fewer than one batch of {batch_size * self.world}",
+                f"{self.path} gives {self.epoch_images} images, fewer than one batch of {batch_size * self.world}",
                 hint="lower train.batch_size, or add images",
             )
         needed = BATCHES * self.batch_bytes_on_host + self.scratch_bytes
@@ -232,9 +233,30 @@ class BetonLoader:
                 stacklevel=2,
             )
 
+    def own_files(self) -> list[Path] | None:
+        """The files of a set that this process reads; None: all. LocalShardsLoader overrides it and what follows."""
+        return None
+
+    @property
+    def epoch_images(self) -> int:
+        """Images of an epoch, over all processes."""
+        return len(self.rows)
+
+    def begin_epoch(self) -> list[str]:
+        """Prepare the running epoch, in all processes together, as `__iter__` does. Returns remarks for the user."""
+        return []
+
+    def epoch_order(self) -> Indices:
+        """The order of the running epoch, as positions in `rows`."""
+        return epoch_order(self.order, self.seed, self.epoch, self.samples, self.rows)
+
+    def positions_in_order(self, first: int) -> np.ndarray:
+        """(batch_size,): this process's part of the global batch that starts at position `first` of the epoch."""
+        return first + self.rank * self.batch_size + np.arange(self.batch_size)
+
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        whole, rest = divmod(len(self.rows), self.batch_size * self.world)
+        whole, rest = divmod(self.epoch_images, self.batch_size * self.world)
         return whole if self.drop_last or rest == 0 else whole + 1
 
     @property
@@ -320,7 +342,8 @@ class BetonLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch from `position` on, then go to the start of the next epoch."""
-        order = epoch_order(self.order, self.seed, self.epoch, self.samples, self.rows)
+        self.begin_epoch()
+        order = self.epoch_order()
         batches = self._resident_batches(order) if self.resident else self._streamed_batches(order)
         for batch in batches:
             self.position += self.batch_size * self.world
@@ -330,7 +353,7 @@ class BetonLoader:
     def _remaining_positions(self) -> range:
         """Positions in the order at which the remaining global batches of the epoch start."""
         global_batch = self.batch_size * self.world
-        end = len(self.rows) - (global_batch - 1 if self.drop_last else 0)
+        end = self.epoch_images - (global_batch - 1 if self.drop_last else 0)
         return range(self.position, end, global_batch)
 
     def _streamed_batches(self, order: Indices) -> Iterator[Batch]:
@@ -362,7 +385,7 @@ class BetonLoader:
             with torch.cuda.stream(self._copies):  # None: no effect
                 for first in positions:
                     # Positions after the end of the order wrap around, to fill up the last batch.
-                    position_B = first + self.rank * self.batch_size + np.arange(self.batch_size)
+                    position_B = self.positions_in_order(first)
                     row_B = self.rows[order[position_B % len(order)]]
                     with span("start"):
                         decoding = decoder.begin(decoder.prepare(row_B, epoch))

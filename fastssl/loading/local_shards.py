@@ -23,16 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastssl.beton.set_manifest import SetFile, hash_checksums, read_shard_list
 from fastssl.common.distributed import all_gather_values, own_node
 from fastssl.common.errors import UserError
-
-
-class ShardFile(NamedTuple):
-    """A shard by the manifest of its set."""
-
-    name: str
-    samples: int
-    bytes: int
+from fastssl.loading.samples import Indices
 
 
 class NodeShards(NamedTuple):
@@ -60,7 +54,7 @@ class Assignment(NamedTuple):
         return hashlib.sha256(json.dumps(nodes).encode()).hexdigest()
 
 
-def complete_shards(folder: Path, files: Sequence[ShardFile]) -> list[int]:
+def complete_shards(folder: Path, files: Sequence[SetFile]) -> list[int]:
     """Return the numbers of the shards in a folder. One that is still being copied has another size, and is left out.
 
     A folder that cannot be read has none.
@@ -76,7 +70,18 @@ def complete_shards(folder: Path, files: Sequence[ShardFile]) -> list[int]:
     return found
 
 
-def exchange(folder: Path, files: Sequence[ShardFile]) -> Assignment:
+def shard_here(path: Path) -> Path:
+    """Return a shard of the set `path` that is on this node. Raises UserError if there is none."""
+    files = read_shard_list(path)
+    found = complete_shards(path.parent, files)
+    if not found:
+        raise UserError(
+            f"{path.parent} holds no complete shard of {path.name}", hint="copy some of the shards to this node"
+        )
+    return path.parent / files[found[0]].name
+
+
+def exchange(folder: Path, files: Sequence[SetFile]) -> Assignment:
     """Exchange the lists of shards with all other nodes. Nothing is assigned yet. All processes call this together.
 
     Raises UserError on all of them if the nodes have manifests of different sets.
@@ -85,8 +90,8 @@ def exchange(folder: Path, files: Sequence[ShardFile]) -> Assignment:
     has_S = torch.zeros(len(files), dtype=torch.int64)
     if node.process == 0:  # what a node has is what its first process saw
         has_S[complete_shards(folder, files)] = 1
-    same = hashlib.sha256(json.dumps([tuple(file) for file in files]).encode()).digest()
-    head = torch.tensor([node.number, node.process, int.from_bytes(same[:7])])
+    same = hash_checksums([(file.name, file.checksum) for file in files])
+    head = torch.tensor([node.number, node.process, int(same[:14], 16)])
     head_R3 = all_gather_values(head)
     if (head_R3[:, 2] != head[2]).any():
         raise UserError(
@@ -170,11 +175,11 @@ class Rounds:
         length: positions that are needed.
     """
 
-    def __init__(self, make: Callable[[int], np.ndarray], images: int, length: int) -> None:
+    def __init__(self, make: Callable[[int], Indices], images: int, length: int) -> None:
         self.make = make
         self.images = images
         self.length = length
-        self._made: dict[int, np.ndarray] = {}
+        self._made: dict[int, Indices] = {}
 
     def __len__(self) -> int:
         return self.length

@@ -131,8 +131,9 @@ class Samples:
     @classmethod
     def read(cls, info: BetonInfo) -> "Samples":
         """Take the table of a file, and map its images."""
-        file = map_file(info.path)
-        if file_parts(info.path) != info.parts:
+        files = [part.path for part in info.parts]
+        file = map_file(info.path, files)
+        if file_parts(info.path, files) != info.parts:
             raise UserError(f"{info.path} has changed since it was opened", hint="start again")
         rows: SampleRows | MappedRows
         if isinstance(info.tables, MappedTables):

@@ -34,7 +34,7 @@ class LoaderStages:
         # As the run decided: what is free on the GPU is another amount now.
         resident = loader.resident
         self.whole = self._loading(training_loader(recipe, loader.device, resident=resident))
-        self.transfer = self._loading(training_loader(recipe, loader.device, LoaderWithoutDecoding, resident))
+        self.transfer = self._loading(training_loader(recipe, loader.device, NoDecoder, resident))
         counts = broadcast_from_main(lambda: worker_counts(loader.workers, cores))  # other hosts may have other cores
         prepared = prepared_batches(loader, crops=0)
         self.decode = {workers: self._decoding(workers, 0, prepared) for workers in counts}
@@ -130,16 +130,12 @@ class Decoding:
         self.decoder.close()
 
 
-class _NoDecoder(ThreadDecoder):
+class NoDecoder(ThreadDecoder):
+    """Lets a loader do everything but decode: order, crop boxes, batches, queue, and on a GPU the copy."""
+
     def begin(self, task: DecodeTask) -> PendingBatch:
         task.arrays.status_B[:] = kernels.DECODED
         return PendingBatch(task, [])
-
-
-class LoaderWithoutDecoding(BetonLoader):
-    """Does everything but decode: order, crop boxes, batches, queue, and on a GPU the copy."""
-
-    decoder_type = _NoDecoder
 
 
 class Loading:

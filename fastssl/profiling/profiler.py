@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from fastssl.beton import read_header
 from fastssl.common.distributed import (
     broadcast_from_main,
     is_main_process,
@@ -215,7 +214,7 @@ class Profiler:
 
     def data(self) -> ProfiledData:
         loader = self.loader
-        info = read_header(loader.path)
+        info = loader.info
         file_bytes = info.file_bytes
         return ProfiledData(
             path=str(loader.path), images=len(loader.rows), file_bytes=file_bytes,

@@ -90,6 +90,11 @@ def train(
             writer.print(remark)
         if not probe and recipe.probe.every and not recipe.data.val:
             writer.print("There is no probe in this run, as data.val=null leaves it no images to test on.")
+        if probe and recipe.data.shards == "local" and not recipe.probe.train:
+            writer.print(
+                "The probe searches the images of one shard on the main process's node (data.shards=local); "
+                "probe.train names others."
+            )
         if not loaded:
             writer.stop(stop)
         fit(run, writer, stop, probe, diagnose)
@@ -129,6 +134,8 @@ def fit(run: TrainingRun, writer: RunWriter, stop: StopRequest, probe: Probe | N
                 break
 
             epoch = loader.epoch
+            for remark in loader.begin_epoch():
+                writer.print(remark)
             loader.views = recipe.views.model_copy(update={"size": image_size(recipe.views, epoch)})
             for batches in in_groups(log.meter.watch(loader), recipe.train.accumulate):
                 if state.step == 0:

@@ -19,6 +19,9 @@ from fastssl.common.distributed import any_rank, broadcast_from_main, is_main_pr
 from fastssl.common.errors import UserError
 from fastssl.common.system import cpu_has_bf16
 from fastssl.loading import Batch, BetonLoader, SampleSelection, count_labels, require_channels, require_labels
+from fastssl.loading.decoding import ThreadDecoder
+from fastssl.loading.local_loader import LocalShardsLoader
+from fastssl.loading.local_shards import shard_here
 from fastssl.loading.samples import in_pieces
 from fastssl.models import Model, ModelInput, WeightAverage, build_model, convert_batch_norms
 from fastssl.models.checkpoint import Checkpoint
@@ -300,8 +303,9 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 
 def training_file(recipe: Recipe) -> Path:
-    """The .beton that data.train means."""
-    return beton_file(recipe.data.train, "train")
+    """The .beton that data.train means. With data.shards=local: a shard on this node, which is as all others are."""
+    path = beton_file(recipe.data.train, "train")
+    return shard_here(path) if recipe.data.shards == "local" else path
 
 
 def crop_of(recipe: Recipe) -> Literal["gpu", "cpu"]:
@@ -315,7 +319,7 @@ def is_resident(recipe: Recipe, device: torch.device) -> bool:
     """Resolve data.resident: whether the run keeps all of its images on the device. All ranks get the same answer."""
     if recipe.data.resident != "auto":
         return recipe.data.resident
-    if device.type != "cuda" or crop_of(recipe) != "gpu":
+    if device.type != "cuda" or crop_of(recipe) != "gpu" or recipe.data.shards == "local":
         return False
     data, file = recipe.data, training_file(recipe)
     set_bytes = SampleSelection(data.subset, data.limit).count(file) * image_bytes(read_header(file))
@@ -357,13 +361,13 @@ def check_labels(loader: BetonLoader, classes: int) -> None:
 def training_loader(
     recipe: Recipe,
     device: torch.device,
-    kind: type[BetonLoader] = BetonLoader,
+    decoder_type: type[ThreadDecoder] = ThreadDecoder,
     resident: bool | None = None,
 ) -> BetonLoader:
     """The loader of data.train.
 
     Its batches are this process's micro-batches: train.batch_size over all processes and train.accumulate. resident:
-    None decides by data.resident.
+    None decides by data.resident. decoder_type: the profiler gives another one.
     """
     data = recipe.data
     require_channels(training_file(recipe), recipe.model.in_chans)
@@ -380,8 +384,9 @@ def training_loader(
             f"train.accumulate={recipe.train.accumulate}, which has no batch statistics",
             hint=f"set train.batch_size={2 * shares}",
         )
+    kind = LocalShardsLoader if data.shards == "local" else BetonLoader
     loader = kind(
-        training_file(recipe),
+        beton_file(data.train, "train"),
         recipe.train.batch_size // shares,
         seed=recipe.seed,
         crop=crop_of(recipe),
@@ -395,9 +400,10 @@ def training_loader(
         on_bad_sample=data.on_bad_sample,
         selection=SampleSelection(data.subset, data.limit),
     )
+    loader.decoder_type = decoder_type
     if len(loader) < recipe.train.accumulate:
         raise UserError(
-            f"{loader.path} gives {len(loader.rows)} images, fewer than one batch of {recipe.train.batch_size}",
+            f"{loader.path} gives {loader.epoch_images} images, fewer than one batch of {recipe.train.batch_size}",
             hint="lower train.batch_size or add images",
         )
     return loader

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from fastssl.beton.set_manifest import SetFile
 from fastssl.common.randomness import permutation
 from fastssl.loading.local_shards import (
     Assignment,
     NodeShards,
     Rounds,
-    ShardFile,
     assign,
     complete_shards,
     count_visits,
@@ -76,7 +76,9 @@ def test_visits_are_counted():
 
 
 def test_only_complete_shards_count(tmp_path):
-    files = [ShardFile(f"train-0000{n}-of-00004.beton", 10, 100 + n) for n in range(4)]
+    files = [
+        SetFile(name=f"train-0000{n}-of-00004.beton", samples=10, bytes=100 + n, checksum="0" * 64) for n in range(4)
+    ]
     (tmp_path / files[1].name).write_bytes(bytes(101))
     (tmp_path / files[2].name).write_bytes(bytes(50))  # still being copied
     (tmp_path / files[3].name).mkdir()

@@ -1,0 +1,262 @@
+"""Batches of nodes that read only the shards on their own disks."""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from fastssl.beton import beton_file, build_beton
+from fastssl.beton.set_manifest import read_shard_list
+from fastssl.beton.shards import files_of, set_manifest_path
+from fastssl.common.distributed import Node
+from fastssl.common.errors import UserError
+from fastssl.loading import BetonLoader, local_loader
+from fastssl.loading.local_loader import LocalShardsLoader
+from fastssl.loading.local_shards import Assignment, NodeShards, complete_shards
+from fastssl.recipe import ViewsConfig, load_recipe
+
+VIEWS = ViewsConfig(size=24)
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """A folder with 48 images in three shards."""
+    out = tmp_path_factory.mktemp("whole")
+    build_beton("imagefolder", photos, out, canvas=32, shards=3, workers=1)
+    return out
+
+
+@pytest.fixture
+def cluster(whole, tmp_path, monkeypatch):
+    """A function that puts shards on nodes, and returns a function that makes the loaders of all their processes."""
+    files = files_of(beton_file(whole, "train"))
+    manifest = set_manifest_path(beton_file(whole, "train"))
+
+    def place(*shards_of_nodes, processes=None):
+        processes = processes or [1] * len(shards_of_nodes)
+        folders = [tmp_path / f"node{number}" for number in range(len(shards_of_nodes))]
+        for folder, shards in zip(folders, shards_of_nodes):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            shutil.copy(manifest, folder)
+            for shard in shards:
+                shutil.copy(files[shard], folder)
+
+        def make(batch_size=4, **options):
+            return [
+                FakeProcess(folders, processes, node, process, monkeypatch, batch_size, options)
+                for node in range(len(folders))
+                for process in range(processes[node])
+            ]
+
+        return make
+
+    return place
+
+
+class FakeProcess:
+    """The loader of one process among those of several nodes, which all are in this process."""
+
+    def __init__(self, folders, processes, node, process, monkeypatch, batch_size, options):
+        self.own = Node(node, process, processes[node])
+
+        def exchange(folder, files):
+            nodes = [NodeShards(count, complete_shards(each, files), []) for each, count in zip(folders, processes)]
+            return Assignment(nodes, node, [file.samples for file in files])
+
+        self.patches = {"exchange": exchange, "own_node": lambda: self.own}
+        self.monkeypatch = monkeypatch
+        # The pattern: a folder may be empty.
+        path = folders[node] / "train-*-of-00003.beton"
+        self.loader = self.run(lambda: LocalShardsLoader(path, batch_size, views=VIEWS, seed=5, workers=1, **options))
+        self.loader.rank, self.loader.world = sum(processes[:node]) + process, sum(processes)
+
+    def run(self, call):
+        for name, value in self.patches.items():
+            self.monkeypatch.setattr(local_loader, name, value)
+        return call()
+
+    def begin(self):
+        return self.run(self.loader.begin_epoch)
+
+    def batches(self, count=None):
+        def take():
+            found = []
+            for batch in self.loader:
+                found.append(batch)
+                if len(found) == count:
+                    break
+            return found
+
+        return self.run(take)
+
+
+def epoch_of(processes, count=None):
+    """The indices of each batch, for each process."""
+    return [[batch.index.tolist() for batch in process.batches(count)] for process in processes]
+
+
+def visits(processes):
+    return Counter(index for batches in epoch_of(processes) for batch in batches for index in batch)
+
+
+@pytest.fixture(scope="module")
+def pixels(whole):
+    """The images of the set by their indices, and the shard of each."""
+    found, shard_of = {}, {}
+    for number, file in enumerate(files_of(beton_file(whole, "train"))):
+        for batch in BetonLoader(file, 1, shuffle=False):
+            found[int(batch.index)] = batch.image[0]
+            shard_of[int(batch.index)] = number
+    return found, shard_of
+
+
+@pytest.mark.parametrize("order", [True, "quasi_random"])
+def test_each_node_reads_its_own_shards_and_each_image_is_visited_once(cluster, pixels, order):
+    """Two processes on the node with two of the three shards: the shares fit."""
+    images, shard_of = pixels
+    processes = cluster([0, 2], [1], processes=[2, 1])(shuffle=order)
+    assert [len(process.loader) for process in processes] == [4] * 3  # 48 images in global batches of 12
+    seen = []
+    for epoch in range(2):
+        assert all(process.begin() == [] for process in processes)
+        for process in processes:
+            own = [0, 2] if process.own.number == 0 else [1]
+            for batch in process.batches():
+                seen.append((epoch, batch.index.tolist()))
+                for index, image in zip(batch.index.tolist(), batch.image):
+                    assert shard_of[index] in own and torch.equal(image, images[index])
+    for epoch in range(2):
+        assert sorted(sum((indices for e, indices in seen if e == epoch), [])) == sorted(images)
+    assert [indices for epoch, indices in seen if epoch == 0] != [indices for epoch, indices in seen if epoch == 1]
+    assert processes[0].loader.epoch == 2 and processes[0].loader.position == 0
+
+
+def test_a_node_with_few_images_repeats_and_one_with_many_leaves_out(cluster, pixels):
+    processes = cluster([0, 1], [2])()
+    assert len(processes[0].loader) == 6
+    remark = (
+        "Epoch 1: of 48 images 8 are visited again, as their nodes have fewer images than their share, 8 are left out "
+        "(data.shards=local)."
+    )
+    assert [process.begin() for process in processes] == [[remark]] * 2
+    assert [process.begin() for process in processes] == [[]] * 2  # once an epoch
+    counts = visits(processes)
+    assert sum(counts.values()) == 48 and len(counts) == 40 and sum(n - 1 for n in counts.values()) == 8
+    assert {pixels[1][index] for index, count in counts.items() if count == 2} == {2}
+    assert [process.begin() for process in processes] == [[remark.replace("Epoch 1", "Epoch 2")]] * 2
+
+
+def test_shards_on_no_node_are_left_out_with_their_number(cluster, pixels):
+    processes = cluster([0], [1])(batch_size=4)
+    assert processes[0].begin() == [
+        "Epoch 1: of 48 images 16 are on no node, 16 are visited again, as their nodes have fewer images than their "
+        "share (data.shards=local)."
+    ]
+    counts = visits(processes)
+    assert len(processes[0].loader) == 6 and len(counts) == 32
+    assert {pixels[1][index] for index in counts} == {0, 1}
+
+
+def test_with_all_shards_everywhere_the_nodes_share_them_in_turns(cluster, pixels):
+    processes = cluster([0, 1, 2], [0, 1, 2], [0, 1, 2])()
+    shards = []
+    for _ in range(3):
+        found = epoch_of(processes)
+        assert sorted(sum(sum(found, []), [])) == sorted(pixels[0])
+        shards.append([{pixels[1][index] for batch in batches for index in batch} for batches in found])
+    assert all(len(each) == 1 for epoch in shards for each in epoch)
+    assert all({tuple(epoch[node])[0] for epoch in shards} == {0, 1, 2} for node in range(3))
+
+
+def test_one_node_with_all_shards_visits_each_image_once(cluster, pixels):
+    (process,) = cluster([0, 1, 2])(batch_size=7)
+    assert process.begin() == [] and len(process.loader) == 6  # 42 of 48, as always
+    assert len(visits([process])) == 42
+
+
+def test_shards_may_move_between_epochs(cluster, whole, pixels):
+    make = cluster([0, 1], [2])
+    processes = make()
+    epoch_of(processes)
+    folders = [process.loader.path.parent for process in processes]
+    shutil.move(folders[0] / "train-00001-of-00003.beton", folders[1])
+    found = epoch_of(processes)
+    assert [{pixels[1][index] for batch in batches for index in batch} for batches in found] == [{0}, {1, 2}]
+    # What is mapped stays readable, and an incomplete copy does not count.
+    begun = processes[1].begin()
+    assert "8 are visited again" in begun[0]
+    for file in folders[1].glob("*.beton"):
+        file.unlink()
+    shutil.copy(whole / "train-00002-of-00003.beton", folders[1])
+    (folders[1] / "train-00001-of-00003.beton").write_bytes(b"incomplete")
+    assert len(processes[1].batches()) == 6
+    assert "16 are on no node" in processes[1].begin()[0]
+    (folders[1] / "train-00002-of-00003.beton").unlink()
+    for process in processes:
+        process.loader.set_epoch(5)
+        with pytest.raises(UserError, match="1 of 2 nodes have no shard of train-.*-of-00003.beton that is theirs"):
+            process.begin()
+
+
+def test_a_position_goes_on_with_the_same_batches(cluster):
+    make = cluster([0, 2], [1], processes=[2, 1])
+    straight = epoch_of(make())
+    interrupted = make()
+    first = epoch_of(interrupted, 2)
+    states = [process.loader.state_dict() for process in interrupted]
+    assert states[0] == states[1] == states[2] and states[0]["position"] == 24
+    resumed = make()
+    for process in resumed:
+        process.loader.load_state_dict(states[0])
+        assert process.begin() == []
+    rest = epoch_of(resumed)
+    assert [a + b for a, b in zip(first, rest)] == straight
+
+
+def test_a_position_goes_on_with_other_nodes_and_says_what_is_repeated(cluster):
+    processes = cluster([0, 1], [2])()
+    epoch_of(processes, 2)
+    state = processes[0].loader.state_dict()
+    (alone,) = cluster([0, 1, 2])(batch_size=8)
+    alone.loader.load_state_dict(state)
+    assert alone.begin() == [
+        "The nodes have other shards than before the interruption. Of the 48 images of epoch 1, of which 33% were "
+        "visited, about 11 are visited twice and as many not at all; the next epoch is regular."
+    ]
+    assert len(alone.batches()) == 4 and alone.begin() == []  # steps 3 to 6; then as usual
+    assert len(visits([alone])) == 48
+    # At the end of an epoch there is nothing to say.
+    at_end = {**state, "epoch": 1, "position": 0}
+    alone.loader.load_state_dict(at_end)
+    assert alone.begin() == []
+
+
+def test_what_cannot_be_read_is_refused(cluster, whole, tmp_path):
+    cluster([0], [1])
+    path = tmp_path / "node0" / "train-*-of-00003.beton"
+    with pytest.raises(UserError, match="does not name a set of shards"):
+        LocalShardsLoader(tmp_path / "node0" / "train-00000-of-00003.beton", 4)
+    manifest = set_manifest_path(path)
+    content = manifest.read_text()
+    for before, after in (("train-00001-of-00003", "../rain-00001-of-0003"), ('"samples": 16', '"samples": 1')):
+        manifest.write_text(content.replace(before, after))
+        with pytest.raises(UserError, match="does not name the 3 shards"):
+            read_shard_list(path)
+    manifest.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_shard_list(path)
+    manifest.unlink()
+    with pytest.raises(UserError, match="train-of-00003.beton.json is missing") as error:
+        LocalShardsLoader(path, 4)
+    assert "copy it" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [("data.limit=5", "data.limit"), ("data.subset=x.txt", "data.subset"), ("data.resident=true", "keeps the first")],
+)
+def test_keys_that_do_not_go_together_are_refused(override, says):
+    with pytest.raises(UserError, match=says):
+        load_recipe("recipes/barlow.yaml", ["data.shards=local", override])
