@@ -133,5 +133,5 @@ class LocalShardsLoader(BetonLoader):
         self._assigned_epoch = None
 
     @property
-    def _samples_hash(self) -> str:  # type: ignore[override]  # of the whole set, as its manifest tells
+    def _samples_hash(self) -> str:
         return hash_checksums([file.checksum for file in self.shard_files])
