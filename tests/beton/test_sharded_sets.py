@@ -1,5 +1,6 @@
 """A set of shards: built in any order and by any process, and read as the one file that it would be."""
 
+import itertools
 import json
 import os
 import re
@@ -510,3 +511,30 @@ def test_a_run_on_shards_has_the_weights_of_one_on_the_file_and_resumes_on_eithe
     assert [each["step"] for each in saved] == [21, 21, 21]
     for other in saved[1:]:
         assert all(torch.equal(saved[0]["model"][name], x) for name, x in other["model"].items())
+
+
+def test_a_position_goes_on_in_other_files_and_other_numbers_of_processes(built):
+    """From one file to shards, from shards to shards and back, each time with one process and with two."""
+
+    def loaders(shards, world):
+        path = built(shards)
+        crop = "gpu" if read_header(path).resolution else "cpu"
+        made = [BetonLoader(path, 8 // world, crop=crop, views=VIEWS, seed=5, workers=1) for _ in range(world)]
+        for rank, loader in enumerate(made):
+            loader.rank, loader.world = rank, world
+        return made
+
+    def take(loaders, state, count):
+        """The indices of the next global batches, and the state after them."""
+        shares = []
+        for loader in loaders:
+            loader.load_state_dict(state) if state else None
+            shares.append([batch.index.tolist() for batch in itertools.islice(loader, count)])
+        return [sum(parts, []) for parts in zip(*shares, strict=True)], loaders[0].state_dict()
+
+    straight, _ = take(loaders(None, 1), None, 6)
+    found, state = [], None
+    for shards, world in ((None, 1), (3, 2), (8, 1), (None, 2), (3, 1)):
+        batches, state = take(loaders(shards, world), state, 1)
+        found += batches
+    assert found == straight[:5] and state["position"] == 40
