@@ -243,7 +243,7 @@ class BetonLoader:
         return len(self.rows)
 
     def begin_epoch(self) -> list[str]:
-        """Prepare the running epoch, in all processes together, as `__iter__` does. Returns remarks for the user."""
+        """Prepare the running epoch, in all processes together. Returns remarks for the user."""
         return []
 
     def epoch_order(self) -> Indices:
@@ -342,7 +342,6 @@ class BetonLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch from `position` on, then go to the start of the next epoch."""
-        self.begin_epoch()
         order = self.epoch_order()
         batches = self._resident_batches(order) if self.resident else self._streamed_batches(order)
         for batch in batches:

@@ -35,7 +35,6 @@ class LocalShardsLoader(BetonLoader):
         self.path = Path(path)
         self.shard_files = read_shard_list(self.path)
         self.assignment = self._assign(epoch=0)
-        self._assigned_epoch: int | None = None  # until begin_epoch has told what an epoch leaves out
         self._saved_assignment: str | None = None
         super().__init__(path, batch_size, **options)
 
@@ -56,15 +55,14 @@ class LocalShardsLoader(BetonLoader):
     def begin_epoch(self) -> list[str]:
         """Look which shards the nodes have now, and open this node's. All processes call this together.
 
+        Without this call an epoch is read from the shards of the one before.
+
         Returns what the user should know: images that are left out or visited again.
         """
-        if self._assigned_epoch == self.epoch:
-            return []
         opened = self.own_files()
         self.assignment = self._assign(self.epoch)
         if self.own_files() != opened:
             self._open()
-        self._assigned_epoch = self.epoch
         visits = count_visits(self.assignment, len(self), self.batch_size).sentence(self.epoch)
         return [*([visits] if visits else []), *self._explain_resume()]
 
@@ -130,7 +128,6 @@ class LocalShardsLoader(BetonLoader):
         """Continue at a saved position; nodes, their processes and their shards may be others."""
         super().load_state_dict(state)
         self._saved_assignment = state.get("assignment")
-        self._assigned_epoch = None
 
     @property
     def _samples_hash(self) -> str:

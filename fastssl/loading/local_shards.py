@@ -87,7 +87,7 @@ def exchange(folder: Path, files: Sequence[SetFile]) -> Assignment:
     Raises UserError on all of them if the nodes have manifests of different sets.
     """
     node = own_node()
-    has_S = torch.zeros(len(files), dtype=torch.int64)
+    has_S = torch.zeros(len(files), dtype=torch.uint8)
     if node.process == 0:  # what a node has is what its first process saw
         has_S[complete_shards(folder, files)] = 1
     same = hash_checksums([(file.name, file.checksum) for file in files])
@@ -102,7 +102,7 @@ def exchange(folder: Path, files: Sequence[SetFile]) -> Assignment:
     nodes = []
     for number in sorted(set(head_R3[:, 0].tolist())):
         of_node_R = head_R3[:, 0] == number
-        has = has_RS[of_node_R].sum(0).nonzero()[:, 0].tolist()
+        has = has_RS[of_node_R].any(0).nonzero()[:, 0].tolist()
         nodes.append((NodeShards(int(of_node_R.sum()), has, []), number))
     # Numbered by what they have: torchrun may number the same nodes otherwise at the next start.
     nodes.sort(key=lambda pair: (pair[0].has, pair[1]))

@@ -1,10 +1,16 @@
 """Which node reads which shards of a set, in which order, and what an epoch then leaves out or repeats."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
 from fastssl.beton.set_manifest import SetFile
+from fastssl.common.distributed import Node, own_node
+from fastssl.common.errors import UserError
 from fastssl.common.randomness import permutation
+from fastssl.loading import local_shards
 from fastssl.loading.local_shards import (
     Assignment,
     NodeShards,
@@ -76,14 +82,66 @@ def test_visits_are_counted():
 
 
 def test_only_complete_shards_count(tmp_path):
-    files = [
-        SetFile(name=f"train-0000{n}-of-00004.beton", samples=10, bytes=100 + n, checksum="0" * 64) for n in range(4)
-    ]
+    files = files_of_set(4)
     (tmp_path / files[1].name).write_bytes(bytes(101))
     (tmp_path / files[2].name).write_bytes(bytes(50))  # still being copied
     (tmp_path / files[3].name).mkdir()
     assert complete_shards(tmp_path, files) == [1]
     assert complete_shards(tmp_path / "gone", files) == []
+
+
+def files_of_set(count, checksum="0"):
+    return [
+        SetFile(name=f"train-{n:05}-of-{count:05}.beton", samples=10, bytes=100 + n, checksum=checksum * 64)
+        for n in range(count)
+    ]
+
+
+def test_lists_are_exchanged(tmp_path, monkeypatch):
+    """Of three processes on two nodes, the first process of each node looks at its disk."""
+    files = files_of_set(3)
+    for node, shards in (("a", [2]), ("b", [0, 1])):
+        (tmp_path / node).mkdir()
+        for shard in shards:
+            (tmp_path / node / files[shard].name).write_bytes(bytes(100 + shard))
+    processes = [(Node(0, 0, 2), "a"), (Node(0, 1, 2), "a"), (Node(1, 0, 1), "b")]
+    sent = {}
+
+    def exchange_as(number, files):
+        node, folder = processes[number]
+        step = itertools.count()
+
+        def gather(values_N):
+            at = next(step)
+            sent[number, at] = values_N
+            return torch.stack([sent.get((other, at), values_N) for other in range(len(processes))])
+
+        monkeypatch.setattr(local_shards, "own_node", lambda: node)
+        monkeypatch.setattr(local_shards, "all_gather_values", gather)
+        return local_shards.exchange(tmp_path / folder, files)
+
+    for number in range(3):  # what each sends; what it receives counts in the second round only
+        exchange_as(number, files)
+    found = [exchange_as(number, files) for number in range(3)]
+    # Numbered by what they have: node 1 of torchrun has the first shards.
+    assert found[0].nodes == [NodeShards(1, [0, 1], []), NodeShards(2, [2], [])]
+    assert [each.own for each in found] == [1, 1, 0] and found[0].nodes == found[1].nodes == found[2].nodes
+    assert found[0].shard_images == [10, 10, 10]
+    with pytest.raises(UserError, match="manifests of different sets"):
+        exchange_as(2, files_of_set(3, "1"))
+
+
+def test_a_single_process_is_a_node(tmp_path):
+    files = files_of_set(2)
+    (tmp_path / files[1].name).write_bytes(bytes(101))
+    assert local_shards.exchange(tmp_path, files) == Assignment([NodeShards(1, [1], [])], 0, [10, 10])
+
+
+def test_the_node_is_what_torchrun_says(monkeypatch):
+    assert own_node() == Node(0, 0, 1)
+    for name, value in (("GROUP_RANK", "3"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert own_node() == Node(3, 1, 4)
 
 
 def test_a_node_with_few_images_begins_again_in_another_order():
