@@ -84,7 +84,7 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    train: UserPath  # a .beton, a folder with train.beton or its shards, or a pattern of shards
+    train: UserPath  # a .beton, a folder with train.beton or its shards, a pattern or a list of shards
     # shared: every node sees all shards. local: each node reads only the shards on its own disk (docs/loading.md).
     shards: Literal["shared", "local"] = "shared"
     val: UserPath | None = None  # the same for the probe and the evaluation, with val.beton

@@ -70,13 +70,14 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
     index_N = read_metadata(beton_path)["index"]
     is_absent_L = ~np.isin(index_L, index_N)
     if is_absent_L.any():
-        # Shards have no names of the images that --limit left out.
+        manifest = info.manifest or {}
         named = (index for index, _ in all_names(beton_path)) if has_names(beton_path) else ()
-        total = max(max(named, default=-1), int(index_N.max())) + 1
+        # Shards have no names of the images that --limit left out, but their number.
+        total = max(max(named, default=-1) + 1, int(index_N.max()) + 1, manifest.get("listed", 0))
         is_outside_L = index_L >= total
         if is_outside_L.any():
             raise listed.error(is_outside_L, f"is no index of {beton_path}", f"write indices from 0 to {total - 1}")
-        limit = (info.manifest or {}).get("limit")
+        limit = manifest.get("limit")
         bad = "bad when the file was built (bad_images.jsonl in its folder has the reason)"
         reason = f"left out by --limit {limit}, or bad" if limit else bad
         raise listed.error(is_absent_L, f"names an image that is not in {beton_path}: it was {reason}", "remove it")

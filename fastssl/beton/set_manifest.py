@@ -24,7 +24,7 @@ from fastssl.common.files import write_atomically
 # What must be equal in the manifests of a set, so that its files are of one build.
 SAME_IN_A_SET = (
     "classes", "layout", "storage", "canvas", "max_side", "quality", "range", "channels", "max_megapixels", "order",
-    "builder", "limit", "splits", "shards", "sample_list_sha256",
+    "builder", "limit", "listed", "splits", "shards", "sample_list_sha256",
 )  # fmt: skip
 COUNTS = ("samples", "bytes", "unlabelled", "nearly_black")
 TABLES_OF_COUNTS = ("counts", "encoded_because", "source_formats")

@@ -3,6 +3,9 @@
 OUT/train-00000-of-00064.beton and so on hold consecutive slices of one list of images, in one random order. The set is
 named by the pattern OUT/train-*-of-00064.beton, or by the folder OUT. Its samples are those of the first shard, then
 those of the second one, and so on: the samples of the file that a build without shards makes, in the same order.
+
+Shards that are not in one folder are named by a list, NAME.shards: a text file with the path of one on each line,
+relative to its folder. The order of the lines is that of the samples.
 """
 
 import os
@@ -10,11 +13,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
+from fastssl.common.files import read_text
 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.beton")
 SET = re.compile(r"(.+)-\*-of-(\d{5})\.beton")
 MOST_SHARDS = 99_999  # five digits
+LIST_SUFFIX = ".shards"
 
 
 class Shard(NamedTuple):
@@ -74,13 +79,13 @@ def is_shard(path: Path) -> bool:
 
 
 def is_set(path: Path) -> bool:
-    """Whether a path is a pattern that stands for several files: one with a * that is not the name of a file."""
-    return "*" in path.name and not os.path.lexists(path)
+    """Whether a path stands for several files: a list of them, or a pattern, which has a * and is not there itself."""
+    return path.suffix == LIST_SUFFIX or ("*" in path.name and not os.path.lexists(path))
 
 
 def exists(path: Path) -> bool:
     """Whether there is such a file or folder, or a file that the pattern of a set matches."""
-    return path.exists() or (is_set(path) and any(path.parent.glob(path.name)))
+    return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
 
 
 def split_of(path: Path) -> str:
@@ -99,12 +104,15 @@ def sets_in(folder: Path, split: str) -> list[Path]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of a set in the order of their names, or `path` itself if it is no pattern.
+    """Return the files of a set in the order of their names or of its list, or `path` itself if it is one file.
 
-    Raises UserError if the pattern matches no file, or if it names all shards of a build and one of them is missing.
+    Raises UserError if the pattern matches no file, if it names all shards of a build and one of them is missing, or if
+    the list cannot be read or names something else.
     """
     if not is_set(path):
         return [path]
+    if path.suffix == LIST_SUFFIX:
+        return _files_of_list(path)
     files = sorted(path.parent.glob(path.name))
     whole = SET.fullmatch(path.name)
     if whole:
@@ -120,4 +128,30 @@ def files_of(path: Path) -> list[Path]:
                 f"{len(missing):,} of the {count:,} shards of {path} are missing: {named}",
                 hint=f"build each one with `fastssl build-beton ... --shards {count} --shard NUMBER`",
             )
+    return files
+
+
+def _files_of_list(path: Path) -> list[Path]:
+    try:
+        lines = read_text(path).split("\n")
+    except FileNotFoundError:
+        raise UserError(f"No file {path}", hint="write the path of a shard on each line of it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(
+            f"{path} cannot be read ({reason})", hint="write the path of a shard on each line of it"
+        ) from error
+    files = []
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if not name or name.startswith("#"):
+            continue
+        if not name.endswith(".beton") or "\0" in name:
+            raise UserError(
+                f"Line {number} of {path}, {quote(name)}, is not the path of a .beton",
+                hint="write the path of a shard on each line",
+            )
+        files.append(path.parent / Path(name).expanduser())
+    if not files:
+        raise UserError(f"{path} names no files", hint="write the path of a shard on each line")
     return files

@@ -139,7 +139,7 @@ def build_beton(
       fastssl build-beton imagefolder --source photos --out data/photos
       fastssl build-beton cifar10 --source downloads --out data/cifar10 --download
       fastssl build-beton imagenet --source ILSVRC --out data/imagenet --dry-run
-      fastssl build-beton csv --source a.csv --out data/a --shards 64 --executor slurm
+      fastssl build-beton csv --source a.csv --out a --shards 64 --executor slurm
     """
     from fastssl import beton
     from fastssl.beton.ranges import parse_range
@@ -272,7 +272,12 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
 
 
 def inspect(
-    file: Annotated[Path, Argument(metavar="FILE.beton", help="A file that build-beton or FFCV has written.")],
+    file: Annotated[
+        Path,
+        Argument(
+            metavar="FILE.beton", help="A file that build-beton or FFCV has written, or a folder with train.beton."
+        ),
+    ],
     verify: Annotated[bool, Option("--verify", help="Decode every image and check its checksum.")] = False,
     workers: Annotated[
         int | None, Option(metavar="N", help="Number of processes for --verify.", show_default="all cores")
@@ -297,6 +302,7 @@ def inspect(
     from fastssl.common.terminal import pairs_table
 
     screen = console()
+    file = beton.beton_file(file, "train")
     screen.print(beton.inspect_beton(file))
     if batch_size is not None:
         from fastssl.loading import BetonLoader, estimate_memory

@@ -28,6 +28,7 @@ from fastssl.beton import (
     partial_build,
     read_header,
     read_index_list,
+    read_metadata,
     read_names,
 )
 from fastssl.beton.format import manifest_path
@@ -317,6 +318,67 @@ def test_a_folder_holds_a_split_once(source, tmp_path):
     shutil.copy(tmp_path / "one/train.beton", tmp_path / "three/train.beton")
     with pytest.raises(UserError, match=r"holds train.beton and train-\*-of-00003.beton"):
         beton_file(tmp_path / "three", "train")
+
+
+def test_shards_in_several_folders_are_named_by_a_list(built, fastssl, tmp_path):
+    pattern, listed = built(3), tmp_path / "photos.shards"
+    (tmp_path / "disk2").mkdir()
+    for file in pattern.parent.glob("train-00001-*"):
+        shutil.copy(file, tmp_path / "disk2")
+    first, _, third = files_of(pattern)
+    listed.write_text(f"# shards\n{first}\n\n disk2/train-00001-of-00003.beton\r\n{third}")
+    assert is_set(listed) and exists(listed) and split_of(listed) == "photos"
+    _, expected = batches(pattern)
+    _, found = batches(listed)
+    assert all(torch.equal(a, b) for mine, theirs in zip(found, expected) for a, b in zip(mine, theirs))
+    assert Samples.read(read_header(listed)).fingerprint() == Samples.read(read_header(pattern)).fingerprint()
+    assert data_checksum(read_header(listed)) == data_checksum(read_header(pattern))
+    assert read_names(listed, range(49)) == read_names(pattern, range(49))
+    code, out, _ = fastssl("inspect", listed, "--verify", "--workers", 1)
+    assert code == 0 and "in 3 shards" in out and "All 48 samples decode and match" in out
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "names no files"),
+        (b"# none\n", "names no files"),
+        (b"\xff", "it is no UTF-8 text"),
+        (b"a.beton\n/etc/passwd", "Line 2 of .*, '/etc/passwd', is not the path of a .beton"),
+        (b"a\0.beton", "is not the path of a .beton"),
+        (b"missing.beton", "No file .*missing.beton"),
+    ],
+)
+def test_a_wrong_list_of_shards_is_refused(content, message, tmp_path):
+    listed = tmp_path / "x.shards"
+    with pytest.raises(UserError, match="No file .*x.shards"):
+        read_header(listed)
+    listed.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_header(listed)
+
+
+def test_an_index_that_a_limit_left_out_has_that_reason(source, tmp_path):
+    for name, shards in (("one", None), ("three", 3)):
+        build_beton("imagefolder", source, tmp_path / name, canvas=32, limit=11, shards=shards, workers=1)
+    index_N = read_metadata(beton_file(tmp_path / "one", "train"))["index"]
+    absent = next(index for index in range(48, -1, -1) if index not in index_N)
+    said = []
+    for name in ("one", "three"):
+        (tmp_path / "list.txt").write_text(f"{absent}\n")
+        with pytest.raises(UserError, match="it was left out by --limit 11, or bad"):
+            read_index_list(beton_file(tmp_path / name, "train"), tmp_path / "list.txt")
+        (tmp_path / "list.txt").write_text("49\n")
+        with pytest.raises(UserError, match="is no index of .*") as error:
+            read_index_list(beton_file(tmp_path / name, "train"), tmp_path / "list.txt")
+        said.append(error.value.hint)
+    assert said == ["write indices from 0 to 48"] * 2
+
+
+def test_inspect_takes_a_folder(built, fastssl):
+    for shards in (None, 3):
+        code, out, _ = fastssl("inspect", built(shards).parent)
+        assert code == 0 and built(shards).name in out
 
 
 def test_files_that_do_not_belong_together_are_refused(source, forty_photos, tmp_path):

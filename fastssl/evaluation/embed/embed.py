@@ -117,7 +117,7 @@ def embed_images(
     if out.resolve() == images.resolve():
         raise UserError(f"--out {out} is the list of images", hint="name another file")
     scorer = Scorer(encoder, score, fit) if score is not None else None
-    if images.suffix == ".beton" and (images.is_file() or is_set(images)):
+    if is_set(images) or (images.suffix == ".beton" and images.is_file()):
         encoder.check_channels(images)
         if scorer is not None and scorer.fit_data is not None:
             check_same_build([scorer.fit_data.path, images])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.beton import beton_file, has_split, read_header, read_metadata
-from fastssl.beton.shards import split_of
+from fastssl.beton.shards import is_set, split_of
 from fastssl.common.errors import UserError
 from fastssl.evaluation.results import DataDescription
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
@@ -137,7 +137,7 @@ def result_name(
 
 def _file_of_set(path: Path) -> Path:
     """The .beton of a set, which may be given as its folder. The message about a missing one names its builder."""
-    if path.suffix == ".beton":
+    if path.suffix == ".beton" or is_set(path):
         return beton_file(path, SPLITS[0])
     split = next((split for split in SPLITS if has_split(path, split)), None)
     return beton_file(path, split) if split else path / f"{SPLITS[0]}.beton"
