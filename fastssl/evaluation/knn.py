@@ -22,7 +22,7 @@ from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Advance, Array, Device, as_labels, as_tensor
 from fastssl.evaluation.features import DType, cached_features, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval, chance_levels
-from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute
+from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute, save_outcomes
 from fastssl.evaluation.runs import EvaluationData, RunEncoder, check_draws
 
 KS, TEMPERATURES = (20, 200), (0.07, 0.1)
@@ -57,6 +57,7 @@ def evaluate_knn(
                 f"--k must be from 1 to {images}, the number of images of {data.train.path}, got {k}",
                 hint=f"write it like --k {min(20, images)}",
             )
+    name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + data.suffix
 
     def compute() -> dict[str, Any]:
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
@@ -68,9 +69,10 @@ def evaluate_knn(
             )
         correct = {f"accuracy_k{k}_t{t:g}": guess_M.numpy() == val.label for (k, t), guess_M in guesses.items()}
         return {
-            "metrics": {name: float(correct_M.mean()) for name, correct_M in correct.items()},
-            "intervals": {name: list(accuracy_interval(correct_M)) for name, correct_M in correct.items()},
+            "metrics": {metric: float(correct_M.mean()) for metric, correct_M in correct.items()},
+            "intervals": {metric: list(accuracy_interval(correct_M)) for metric, correct_M in correct.items()},
             "chance": dict.fromkeys(correct, chance_levels(val.label)["accuracy"]),
+            "outcomes": save_outcomes(encoder.run_dir, name, correct),
         }
 
     request = {
@@ -81,7 +83,6 @@ def evaluate_knn(
         **encoder.describe(),
         **description,
     }
-    name = "knn" + (f"-draws{draws}" if draws else "") + encoder.suffix + data.suffix
     return load_or_compute(encoder.run_dir, name, request, compute, RESULT)
 
 

@@ -29,6 +29,7 @@ class ClassificationResult:
     confusion_KK: np.ndarray  # int64 counts: rows the truth, columns the guess
     label_K: np.ndarray  # int64: every class of the classifier or of the test set, ascending
     chance: dict[str, float]  # the metrics of a guess that knows nothing about the image, as far as they are defined
+    correct_M: np.ndarray  # bool: whether the most likely class is right
 
 
 def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed: int = 0) -> ClassificationResult:
@@ -84,7 +85,7 @@ def classification_metrics(logits: Array, labels: Array, classes: Array, *, seed
     confusion_KK = np.bincount(pair_M, minlength=len(label_K) ** 2).reshape(len(label_K), -1)
     metrics = compute(slice(None))
     chance = {name: value for name, value in chance_levels(label_M).items() if name in metrics}
-    return ClassificationResult(metrics, intervals, confusion_KK, label_K, chance)
+    return ClassificationResult(metrics, intervals, confusion_KK, label_K, chance, correct_M)
 
 
 def chance_levels(labels: Array) -> dict[str, float]:

@@ -74,6 +74,7 @@ class EvaluationResult(EncoderDescription):
     metrics: dict[str, Finite]  # shares from 0 to 1 unless metric_info.py names another unit
     intervals: NotRequired[dict[str, Interval]]  # of metrics, bootstrap over the test images
     chance: NotRequired[dict[str, Finite]]  # metrics of a guess that knows nothing about the image
+    outcomes: NotRequired[str]  # file with a bool (M,) per accuracy: which test images are right, in their order
     confusion: NotRequired[str]  # file with the (K, K) confusion matrix
     confusion_classes: NotRequired[list[int]]  # its K labels
     hyperparameters: NotRequired[dict[str, int]]  # of a linear classifier, as they follow from the data
@@ -137,14 +138,27 @@ def save_classification(run_dir: Path, name: str, result: ClassificationResult, 
     path = run_dir / "eval" / f"{name}.confusion.npy"
     with explain_write_errors(path):
         write_atomically(path, lambda temporary: np.save(temporary, result.confusion_KK))
+    outcomes = save_outcomes(run_dir, name, {"accuracy": result.correct_M})
     draw_confusion(path.with_suffix(".png"), result, read_header(test).classes)
     return {
         "metrics": result.metrics,
         "intervals": result.intervals,
         "chance": result.chance,
+        "outcomes": outcomes,
         "confusion": path.name,
         "confusion_classes": result.label_K.tolist(),
     }
+
+
+def save_outcomes(run_dir: Path, name: str, correct: Mapping[str, np.ndarray]) -> str:
+    """Write RUN/eval/NAME.correct.npz, from which a report compares runs image by image. Returns the file's name.
+
+    correct: for each accuracy, bool (M,): whether the guess for each test image is right.
+    """
+    path = run_dir / "eval" / f"{name}.correct.npz"
+    with explain_write_errors(path):
+        write_atomically(path, lambda temporary: np.savez(temporary, **correct))  # type: ignore[arg-type]
+    return path.name
 
 
 def without_paths(value: object) -> object:

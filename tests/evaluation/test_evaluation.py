@@ -104,6 +104,10 @@ def test_knn_and_linear_write_the_result_that_they_return(run, canvas, monkeypat
         for metric, value in written["metrics"].items():
             low, high = written["intervals"][metric]
             assert low <= high and (low <= value <= high or metric == "ece")
+        with np.load(folder / "eval" / written["outcomes"]) as outcomes:
+            assert len(outcomes.files) == (4 if name == "knn" else 1)
+            for metric, correct_M in outcomes.items():
+                assert correct_M.shape == (12,) and correct_M.mean() == written["metrics"][metric]
     confusion = np.load(folder / "eval" / swept["confusion"])
     assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["metrics"]["accuracy"])
     assert {name.split(".")[0] for name in os.listdir(folder / "eval")} == set(names)

@@ -99,7 +99,7 @@ def test_ood_figures(tmp_path, saved, near, far, constant):
 def test_confusion_matrix(tmp_path, saved, classes, names):
     rng = np.random.default_rng(0)
     confusion = np.diag(rng.integers(20, 90, classes)) + rng.integers(0, 2, (classes, classes))
-    result = ClassificationResult({"accuracy": 0.7}, {}, confusion, np.arange(classes), {})
+    result = ClassificationResult({"accuracy": 0.7}, {}, confusion, np.arange(classes), {}, np.ones(1, bool))
     draw_confusion(tmp_path / "x.png", result, names)
     check_figure(saved[0])
     axes = saved[0].axes[0]
