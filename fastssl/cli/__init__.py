@@ -1,9 +1,9 @@
 """The command `fastssl`: one file per group of commands. Each command parses, calls one function and prints.
 
-`data.py` builds and inspects .beton files, `train.py` trains, sweeps and profiles, `embed.py` embeds
-photographs, `evaluate.py` holds `fastssl eval`,
-`export.py` writes a trained model for others, `setup.py` checks the machine, runs the demo and lists recipes. Commands
-import what they need when they run: `fastssl --help` is fast, and `fastssl doctor` runs where torch is missing.
+`data.py` builds and inspects .beton files, `train.py` trains, sweeps and profiles, `evaluate.py` holds `fastssl eval`,
+`report.py` compares runs, `embed.py` embeds photographs, `export.py` writes a trained model for others, `setup.py`
+checks the machine, runs the demo and lists recipes. Commands import what they need when they run: `fastssl --help` is
+fast, and `fastssl doctor` runs where torch is missing.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastssl import __version__
-from fastssl.cli import data, embed, evaluate, export, setup, train
+from fastssl.cli import data, embed, evaluate, export, report, setup, train
 from fastssl.cli.help import Command, Group
 from fastssl.cli.usage import UsageError, explain_usage_error
 from fastssl.common.errors import EXIT_INTERRUPTED, UserError, in_short, is_out_of_memory
@@ -26,9 +26,9 @@ class Commands(Group):
 
     # Any: typer does not export the type of its base class's argument.
     def list_commands(self, ctx: Any) -> list[str]:
-        """Put eval, which typer lists last as a group, where it is used: before embed and export."""
+        """Put eval, which typer lists last as a group, where it is used: before what shows its results."""
         names = [name for name in super().list_commands(ctx) if name != "eval"]
-        names.insert(names.index("embed"), "eval")
+        names.insert(names.index("report"), "eval")
         return names
 
     def invoke(self, ctx: Any) -> Any:
@@ -77,6 +77,7 @@ app.command(cls=Command, rich_help_panel=TRAINING)(train.train)
 app.command(cls=Command, rich_help_panel=TRAINING)(train.profile)
 app.command(cls=Command, rich_help_panel=TRAINING)(train.sweep)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=RESULTS)
+app.command(cls=Command, rich_help_panel=RESULTS)(report.report)
 app.command(cls=Command, rich_help_panel=RESULTS)(embed.embed)
 app.command(cls=Command, rich_help_panel=RESULTS)(export.export)
 

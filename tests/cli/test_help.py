@@ -77,6 +77,7 @@ def test_the_top_help_lists_every_command_in_the_order_of_use(fastssl):
         "profile",
         "sweep",
         "eval",
+        "report",
         "embed",
         "export",
     )

@@ -1,0 +1,36 @@
+"""`fastssl report`: compare runs in one file."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Runs = Annotated[list[Path], Argument(metavar="RUN", help="Run directories, or folders that hold some, as of a sweep.")]
+Out = Annotated[
+    Path, Option(metavar="FILE", help="File to write: .html, .md for Markdown or .csv for the values of every run.")
+]
+
+
+def report(runs: Runs, out: Out = Path("report.html")) -> None:
+    """Compare trained runs: their evaluations, with differences and their noise over seeds, their curves and commands.
+
+    Runs that differ in their seed alone are one row. Nothing is measured: what a run lacks is listed with the command
+    that measures it.
+
+    Examples:
+      fastssl report runs/mine --out report.html
+      fastssl report runs/zprob runs/barlow --out table.md
+    """
+    from fastssl.common.terminal import console, print_line, printable
+    from fastssl.reporting import write_report
+
+    written = write_report(runs, out)
+    for sentence in written.findings:
+        print(printable(sentence))
+    for line in written.remarks:
+        print_line(console(stderr=True), f"Note: {line}.")
+    print(printable(f"{out} compares {written.title}."))
+    if written.missing:
+        print("Not measured yet; the commands are in the report too:")
+    for command in written.missing:
+        print(printable(f"  {command}"))

@@ -1,0 +1,172 @@
+"""What was measured of each run: the columns of the report's tables, and what single images contribute to them."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from fastssl.evaluation.metric_info import MetricInfo, metric_info
+from fastssl.evaluation.ood.evaluate import OODResult
+from fastssl.evaluation.results import EvaluationResult, without_paths
+from fastssl.evaluation.verdict import headline_metric
+from fastssl.reporting.differences import Difference, mean_difference, placements
+from fastssl.reporting.runs import Run
+from fastssl.reporting.variants import Variant
+
+# The order of the columns.
+EVALUATIONS = ("knn", "linear", "semisup", "transfer", "ood", "uncertainty", "mi")
+Group = Literal["accuracy", "ood", "uncertainty", "mi"]
+SHOWN_UNCERTAINTY = ("r_auroc", "recall_at_1", "e_aurc", "spearman_blur", "spearman_noise", "spearman_jpeg")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of one evaluation on the same images."""
+
+    group: Group
+    evaluation: str  # such as "knn"
+    images: str  # JSON of what was tested on, without paths
+    metric: str  # its name in the result
+    title: str  # heading of the column, or of the row
+
+    @property
+    def info(self) -> MetricInfo:
+        return AUROC if self.group == "ood" else NATS if self.group == "mi" else metric_info(self.metric)
+
+
+AUROC = MetricInfo("AUROC", "%", "up")
+NATS = MetricInfo("mutual information", "nats", "")
+
+
+class Found(NamedTuple):
+    """A value, and the result that it is from."""
+
+    value: float
+    result: EvaluationResult
+    name: str  # of the result's file in eval/
+
+
+Values = dict[Measure, dict[Path, Found]]  # measure -> run directory -> value
+
+
+def collect_measures(runs: Sequence[Run]) -> tuple[Values, list[str]]:
+    """Return the measures of all runs, and sentences on what is left out.
+
+    Where a run has several results of one evaluation on the same images, with other settings, the one with the
+    shortest file name counts: that of the defaults.
+    """
+    values: Values = {}
+    remarks = []
+    for run in runs:
+        for name, result in sorted(run.results.items(), key=lambda item: (len(item[0]), item[0])):
+            if _kind(result["evaluation"]) not in EVALUATIONS:
+                remarks.append(f"{run.dir / 'eval' / name}.json is of an evaluation that this version does not know")
+                continue
+            for measure, value in _measures(result):
+                others = values.setdefault(measure, {})
+                if run.dir in others:
+                    remarks.append(f"{run.dir / 'eval' / name}.json: {others[run.dir].name}.json is shown in its place")
+                    break
+                others[run.dir] = Found(value, result, name)
+                if measure.group == "accuracy" and "outcomes" not in result:
+                    file = run.dir / "eval" / f"{name}.json"
+                    remarks.append(f"{file} does not tell which images are right: delete it, and evaluate again")
+    for measure, found in values.items():
+        if measure.evaluation in ("knn", "uncertainty", "ood") or measure.evaluation.startswith("linear"):
+            settings = {json.dumps(without_paths(each.result["settings"]), sort_keys=True) for each in found.values()}
+            if len(settings) > 1:
+                remarks.append(f"{measure.title}: the runs were evaluated with {len(settings)} different settings")
+    ordered = dict(sorted(values.items(), key=lambda item: EVALUATIONS.index(_kind(item[0].evaluation))))
+    return _with_unique_titles(ordered), list(dict.fromkeys(remarks))
+
+
+def _kind(evaluation: str) -> str:
+    """Return semisup for semisup-1percent."""
+    return evaluation.partition("-")[0]
+
+
+def _measures(result: EvaluationResult) -> list[tuple[Measure, float]]:
+    evaluation, metrics = result["evaluation"], result["metrics"]
+    images: dict[str, Any] = {"val": result["val"], **{key: result.get(key) for key in ("near", "far")}}
+    where = json.dumps(without_paths(images), sort_keys=True)
+
+    def measure(group: Group, metric: str, title: str) -> tuple[Measure, float]:
+        return Measure(group, evaluation, where, metric, title), metrics[metric]
+
+    if evaluation == "ood":
+        found = {name: re.fullmatch(r"(\w+) (near|far) auroc", name) for name in metrics}
+        return [measure("ood", name, f"{each[1]} {each[2]}") for name, each in found.items() if each]
+    if evaluation == "uncertainty":
+        score = result["settings"].get("score", "uncertainty")
+        return [
+            measure("uncertainty", name, f"{metric_info(name).label} ({score})")
+            for name in SHOWN_UNCERTAINTY if name in metrics
+        ]  # fmt: skip
+    if evaluation == "mi":
+        return [measure("mi", name, name) for name in metrics if name.endswith((" js", " mine", " rate"))]
+    if evaluation == "knn":
+        name = headline_metric(result)
+        return [measure("accuracy", name, f"kNN {metric_info(name).label.removeprefix('top-1, ')}")]
+    return [measure("accuracy", "accuracy", evaluation.replace("-", " "))]
+
+
+def _with_unique_titles(values: Values) -> Values:
+    """Add the name of the tested file to titles that stand for several images."""
+    titles = [measure.title for measure in values]
+    renamed: Values = {}
+    for measure, found in values.items():
+        title = measure.title
+        if titles.count(title) > 1:
+            path = Path(next(iter(found.values())).result["val"]["path"])
+            title = f"{title}, {path.parent.name}/{path.stem}"
+        renamed[Measure(measure.group, measure.evaluation, measure.images, measure.metric, title)] = found
+    return renamed
+
+
+def compare_with_baseline(measure: Measure, variant: Variant, found: dict[Path, Found]) -> Difference | None:
+    """Return a variant's difference to its baseline, over the seeds that both have; None without two such seeds."""
+    if variant.baseline is None:
+        return None
+    baselines = {run.seed: run for run in variant.baseline.runs if run.dir in found}
+    pairs = [(run, baselines[run.seed]) for run in variant.runs if run.dir in found and run.seed in baselines]
+    values_S2 = np.array([[found[run.dir].value for run in pair] for pair in pairs])
+    return mean_difference(values_S2, _differences_of_images(measure, pairs, found))
+
+
+def _differences_of_images(
+    measure: Measure, pairs: Sequence[tuple[Run, Run]], found: dict[Path, Found]
+) -> list[np.ndarray]:
+    """Return what each image contributes to the difference, as a mean over the pairs; [] if that is not known."""
+    means: list[np.ndarray] = []
+    for run, baseline in pairs:
+        own, other = (_contributions(measure, each, found[each.dir].result) for each in (run, baseline))
+        if not own or [len(part) for part in own] != [len(part) for part in other]:
+            return []
+        parts = [(a - b) / len(pairs) for a, b in zip(own, other)]
+        means = [mean + part for mean, part in zip(means, parts)] if means else parts
+    return means
+
+
+def _contributions(measure: Measure, run: Run, result: EvaluationResult) -> list[np.ndarray]:
+    """Return for each kind of images, float (images,): what each contributes to the metric, which is their mean.
+
+    Of an accuracy, whether the image is right. Of a mean AUROC over sets, the placements of the ID images, and those of
+    the images of each set. Empty where the files do not tell.
+    """
+    if measure.group == "accuracy":
+        correct = run.array(result.get("outcomes", ""), measure.metric)
+        return [] if correct is None or correct.dtype != bool else [correct.astype(np.float64)]
+    if measure.group != "ood":
+        return []
+    detector, group, _ = measure.metric.split()
+    ood_result = cast(OODResult, result)
+    sets = list(ood_result["near"] if group == "near" else ood_result["far"])
+    scores = {part: run.array(ood_result["scores"], f"{part}/{detector}") for part in ("id", *sets)}
+    if any(each is None or each.dtype.kind != "f" or not np.isfinite(each).all() for each in scores.values()):
+        return []  # such as JEPA-SCORE, which only some images have
+    pairs = [placements(cast(np.ndarray, scores["id"]), cast(np.ndarray, scores[each])) for each in sets]
+    return [np.mean([of_id for of_id, _ in pairs], axis=0), *(of_set / len(sets) for _, of_set in pairs)]

@@ -1,0 +1,206 @@
+"""The tables of a report, as text: every format of the report shows these cells."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.recipe import Recipe
+from fastssl.reporting.differences import LEVEL, Difference, holm
+from fastssl.reporting.measures import Found, Group, Measure, Values, compare_with_baseline
+from fastssl.reporting.variants import Variant, compared_values, flat
+
+NONE = "–"
+MARKED = (
+    " Bold with ▲ or ▼: better or worse than the deterministic variant of the same objective, by more than the noise "
+    "of seeds and test images (paired; p < 0.05 after Holm's correction for all comparisons of this table)."
+)
+
+
+class Cell(NamedTuple):
+    text: str
+    mark: Literal["", "better", "worse"] = ""  # than the baseline, by more than the noise
+    share: float | None = None  # in a heat map: where the value is between the lowest, 0, and the highest, 1
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    title: str
+    caption: str
+    corner: str  # heading of the first column
+    columns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    differences: list[list[str]] = field(default_factory=list)  # to the baselines: rows of DIFFERENCE_COLUMNS
+
+
+DIFFERENCE_COLUMNS = ["variant", "measure", "difference", "95 % interval", "p (Holm)", "seeds", "test images"]
+
+
+def result_tables(values: Values, variants: Sequence[Variant]) -> list[ReportTable]:
+    """Return the tables of the evaluations that some run has."""
+    of_ood = "AUROC in percent, of the {} sets ({}); mean ± standard deviation over seeds. 50 is chance. * uses labels."
+    tables = [
+        _table(
+            "Accuracy", "Top-1 accuracy in percent, mean ± standard deviation over seeds.", "variant",
+            _of_group(values, "accuracy"), values, variants,
+        ),
+        *(
+            _table(
+                f"OOD detection, {where}", of_ood.format(where, ", ".join(_sets(values, where))), "detector",
+                [m for m in _of_group(values, "ood") if m.metric.split()[1] == where], values, variants,
+                a_row_is="measure",
+            )
+            for where in ("near", "far")
+        ),
+        _table(
+            "Uncertainty",
+            "What the run's uncertainty says of errors and corruptions; mean ± standard deviation over seeds.",
+            "variant", _of_group(values, "uncertainty"), values, variants,
+        ),
+        _table(
+            "Mutual information",
+            "In nats, mean ± standard deviation over seeds. js and mine: lower bounds by critics; rate: an upper bound "
+            "of what a stochastic embedding keeps of the image.",
+            "quantity", _of_group(values, "mi"), values, variants, a_row_is="measure",
+        ),
+    ]  # fmt: skip
+    return [table for table in tables if table.rows]
+
+
+def _of_group(values: Values, group: Group) -> list[Measure]:
+    return [measure for measure in values if measure.group == group]
+
+
+def _sets(values: Values, where: str) -> list[str]:
+    found = (found for measure in _of_group(values, "ood") for found in values[measure].values())
+    return sorted({name for each in found for name in cast(dict[str, Any], each.result)[where]})
+
+
+def _table(
+    title: str,
+    caption: str,
+    corner: str,
+    measures: Sequence[Measure],
+    values: Values,
+    variants: Sequence[Variant],
+    a_row_is: Literal["variant", "measure"] = "variant",
+) -> ReportTable:
+    shown = [v for v in variants if any(run.dir in values[measure] for run in v.runs for measure in measures)]
+    compared = {
+        (variant, measure): difference
+        for variant in shown for measure in measures
+        if measure.info.better and (difference := compare_with_baseline(measure, variant, values[measure]))
+    }  # fmt: skip
+    adjusted = dict(zip(compared, holm([difference.p for difference in compared.values()])))
+    differences = [
+        _difference_row(variant, measure, difference, adjusted[variant, measure])
+        for (variant, measure), difference in compared.items()
+    ]
+
+    def cell(variant: Variant, measure: Measure) -> Cell:
+        found = [values[measure][run.dir] for run in variant.runs if run.dir in values[measure]]
+        difference = compared.get((variant, measure))
+        mark: Literal["", "better", "worse"] = ""
+        if difference and adjusted[variant, measure] < 1 - LEVEL:
+            mark = "better" if (difference.mean > 0) == (measure.info.better == "up") else "worse"
+        return Cell(mean_and_std([each.value for each in found], measure), mark)
+
+    if a_row_is == "variant":
+        columns = [_heading(measure) for measure in measures]
+        rows = [(_with_seeds(variant), [cell(variant, measure) for measure in measures]) for variant in shown]
+    else:
+        columns = [_with_seeds(variant) for variant in shown]
+        rows = [(_heading(measure), [cell(variant, measure) for variant in shown]) for measure in measures]
+    return ReportTable(title, caption + (MARKED if compared else ""), corner, columns, rows, differences)
+
+
+def mean_and_std(values: Sequence[float], measure: Measure) -> str:
+    if not values:
+        return NONE
+    show = measure.info.format
+    text = show(statistics.fmean(values), with_unit=False)
+    return text + (f" ± {show(statistics.stdev(values), with_unit=False)}" if len(values) > 1 else "")
+
+
+def _heading(measure: Measure) -> str:
+    if measure.group == "ood":
+        detector = measure.metric.split()[0]
+        return f"{detector} *" if detector in LABEL_BASED else detector
+    return measure.title + {"up": " ↑", "down": " ↓", "": ""}[measure.info.better]
+
+
+def _with_seeds(variant: Variant) -> str:
+    seeds = len(variant.runs)
+    return f"{variant.label} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _difference_row(variant: Variant, measure: Measure, difference: Difference, adjusted: float) -> list[str]:
+    show = measure.info.format
+    return [
+        variant.label, measure.title, f"{'+' if difference.mean > 0 else ''}{show(difference.mean, with_unit=False)}",
+        f"{show(difference.low, with_unit=False)} to {show(difference.high, with_unit=False)}", f"{adjusted:.3f}",
+        str(difference.seeds), f"{difference.images:,}" if difference.images else NONE,
+    ]  # fmt: skip
+
+
+HEAT_MAP_KEYS = ("embedding.beta", "embedding.samples", "embedding.prior")
+MOST_MEASURES = 4  # of which heat maps are drawn
+
+
+def heat_maps(values: Values, variants: Sequence[Variant]) -> list[ReportTable]:
+    """Return tables of beta x samples, one for each measure and for variants that agree in all else but these.
+
+    Only where two of beta, samples and prior vary, or one of them has three values.
+    """
+    maps = []
+    groups: dict[str, list[Variant]] = {}
+    for variant in variants:
+        if variant.recipe.embedding.stochastic != "none":
+            groups.setdefault(_all_else(variant.recipe), []).append(variant)
+    measures = [m for m in values if (m.group, m.metric) in (("uncertainty", "r_auroc"),) or m.group == "accuracy"]
+    for group in groups.values():
+        points = {variant: tuple(flat(variant.recipe)[key] for key in HEAT_MAP_KEYS) for variant in group}
+        varying = [len(set(column)) for column in zip(*points.values())]
+        if max(varying) < 3 and sum(count > 1 for count in varying) < 2:
+            continue
+        for measure in measures[:MOST_MEASURES]:
+            maps += _heat_map(measure, values[measure], points)
+    return maps
+
+
+def _all_else(recipe: Recipe) -> str:
+    return repr({key: value for key, value in compared_values(recipe).items() if key not in (*HEAT_MAP_KEYS, "name")})
+
+
+def _heat_map(
+    measure: Measure, found: dict[Path, Found], points: dict[Variant, tuple[float, int, str]]
+) -> list[ReportTable]:
+    means = {
+        points[variant]: statistics.fmean(values)
+        for variant in points
+        if (values := [found[run.dir].value for run in variant.runs if run.dir in found])
+    }
+    if not means:
+        return []
+    betas = sorted({beta for beta, _, _ in means})
+    rows_of = sorted({(prior, samples) for _, samples, prior in means})
+    low, high = min(means.values()), max(means.values())
+
+    def cell(beta: float, prior: str, samples: int) -> Cell:
+        value = means.get((beta, samples, prior))
+        if value is None:
+            return Cell(NONE)
+        return Cell(measure.info.format(value, with_unit=False), share=(value - low) / (high - low or 1))
+
+    embedding = next(iter(points)).recipe.embedding.stochastic
+    objective = next(iter(points)).label.partition(",")[0]
+    return [
+        ReportTable(
+            f"{measure.title}: {objective}",
+            f"{_heading(measure)} over beta, samples and prior of {embedding}; mean over seeds.",
+            "prior, samples", [f"beta {beta:g}" for beta in betas],
+            [(f"{prior}, S = {samples}", [cell(beta, prior, samples) for beta in betas]) for prior, samples in rows_of],
+        )
+    ]  # fmt: skip

@@ -1,0 +1,30 @@
+"""`fastssl report`: compare runs, and write what is found as one file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastssl.common.errors import UserError
+from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.reporting.page import report_page
+from fastssl.reporting.report import Report, make_report
+from fastssl.reporting.text import as_csv, as_markdown
+
+FORMATS = {".html": report_page, ".md": as_markdown, ".csv": as_csv}
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Report:
+    """Read the runs in `paths`, compare them, and write a report to `out`. Returns what it shows.
+
+    Args:
+        paths: run directories, and folders that hold some, such as those of sweeps.
+        out: a .html, .md or .csv file. The CSV has a line for each value of each run.
+
+    Raises:
+        UserError: there is no run, a recipe is damaged, or `out` cannot be written or has another suffix.
+    """
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out {out} must end in {', '.join(FORMATS)}", hint="write it like --out report.html")
+    report = make_report(paths)
+    with explain_write_errors(out):
+        write_atomically(out, FORMATS[out.suffix](report))
+    return report

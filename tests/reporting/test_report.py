@@ -1,0 +1,220 @@
+"""Reports of fabricated runs: groups, figures, marks, what is missing, and files that are damaged."""
+
+import csv
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+from fabricated_runs import fabricate_run
+
+from fastssl.common.errors import UserError
+from fastssl.reporting import make_report, write_report
+from fastssl.reporting.charts import curve_charts
+from fastssl.reporting.runs import read_run
+
+BETTER = {"barlow": 0.60, "zprob_barlow": 0.70, "hprob_barlow": 0.60}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Three variants of three seeds: Z-prob is better than the deterministic one, H-prob as good."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for name, accuracy in BETTER.items():
+        for seed in range(3):
+            fabricate_run(
+                folder / name / f"seed={seed}", f"cifar10/{name}", seed,
+                accuracies={"knn": accuracy + seed / 200, "linear-sweep": accuracy},
+                aurocs={"knn_cosine": (0.6, 0.9 if name == "zprob_barlow" else 0.7), "vim": (0.6, 0.7)},
+                r_auroc=None if name == "barlow" else 0.6 + seed / 100,
+            )  # fmt: skip
+    return folder
+
+
+def table_named(report, title):
+    return next(table for table in report.tables if table.title == title)
+
+
+def test_seeds_are_grouped_and_compared_with_the_deterministic_variant(sweep):
+    report = make_report([sweep])
+    assert [variant.label for variant in report.variants] == [
+        "Barlow Twins",
+        "Z-prob Barlow Twins",
+        "H-prob Barlow Twins",
+    ]
+    deterministic, z_prob, h_prob = report.variants
+    assert [variant.baseline for variant in report.variants] == [None, deterministic, deterministic]
+    assert [run.seed for run in z_prob.runs] == [0, 1, 2]
+    assert report.remarks == []
+
+
+def test_means_deviations_and_marks(sweep):
+    table = table_named(make_report([sweep]), "Accuracy")
+    assert table.columns == ["kNN k = 20, T = 0.07 ↑", "linear sweep ↑"]
+    for name, (label, cells) in zip(BETTER, table.rows, strict=True):
+        values = [
+            json.loads((sweep / name / f"seed={seed}" / "eval" / "knn.json").read_text())["metrics"][
+                "accuracy_k20_t0.07"
+            ]
+            for seed in range(3)
+        ]
+        assert cells[0].text == f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+        assert [cell.mark for cell in cells] == (["better"] * 2 if name == "zprob_barlow" else ["", ""])
+        assert label.endswith("(3 seeds)")
+    measured = {(row[0], row[1]): row for row in table.differences}
+    row = measured["Z-prob Barlow Twins", "kNN k = 20, T = 0.07"]
+    assert row[2] == "+10.0" and float(row[4]) < 0.05 and row[5:] == ["3", "400"]
+
+
+def test_ood_tables_have_a_row_for_each_detector(sweep):
+    report = make_report([sweep])
+    near, far = (table_named(report, f"OOD detection, {where}") for where in ("near", "far"))
+    assert [name for name, _ in far.rows] == ["knn_cosine", "vim *"] and "(other)" in far.caption
+    assert [[cell.mark for cell in cells] for _, cells in far.rows] == [["", "better", ""], ["", "", ""]]
+    assert not any(cell.mark for _, cells in near.rows for cell in cells)
+    images = next(row for row in far.differences if row[0].startswith("Z-prob"))[6]
+    assert images == "800"  # ID and OOD
+
+
+def test_an_accuracy_without_single_images_is_said(tmp_path):
+    for name in ("barlow", "zprob_barlow"):
+        for seed in range(2):
+            folder = tmp_path / f"{name}-{seed}"
+            fabricate_run(
+                folder, f"cifar10/{name}", seed, accuracies={"knn": 0.5 + seed / 10}, outcomes=name == "barlow"
+            )
+    report = make_report([tmp_path])
+    assert [line for line in report.remarks if "does not tell which images are right" in line and "zprob" in line]
+    assert table_named(report, "Accuracy").differences[0][6] == "–"
+
+
+def test_what_is_missing_is_a_command(sweep, tmp_path):
+    report = make_report([sweep])
+    (semisup,) = [command for command in report.missing if " semisup " in command]
+    assert semisup.count("seed=") == 9 and semisup.startswith("fastssl eval semisup ")
+    uncertainty = next(command for command in report.missing if " uncertainty " in command)
+    assert uncertainty.count("/barlow/seed=") == 3 == uncertainty.count("seed=")
+    assert not any(command.startswith(("fastssl eval knn", "fastssl eval ood")) for command in report.missing)
+    run = fabricate_run(tmp_path / "run", "cifar10/vicreg", 0)
+    (run / "encoder.safetensors").unlink()
+    report = make_report([run])
+    assert report.missing == [f"fastssl train --resume {run}"] and report.remarks == [
+        f"{run} is not finished: its results are those of its last checkpoint"
+    ]
+
+
+def test_the_page_needs_nothing_and_escapes_all(sweep, tmp_path):
+    out = tmp_path / "report.html"
+    run = fabricate_run(tmp_path / "<script>alert(1)<!--", "cifar10/vicreg", 0, accuracies={"knn": 0.5})
+    (run / "environment.json").write_text(json.dumps({"command": ["x", "</pre><script>"], "device": "<b>&"}))
+    write_report([sweep, run], out)
+    page = out.read_text()
+    assert "<script" not in page and "</pre><" not in page.replace("</pre><h2>", "").replace("</pre>\n", "")
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!data:)[^"'>\s]""", page)
+    assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
+    assert page.count('class="better"') == 3 and len(out.read_bytes()) < 400_000
+    # Everything that scrolls is reached by keys.
+    assert page.count('class="scroll"') == page.count('class="scroll" tabindex="0"')
+
+
+def test_markdown_and_csv_hold_the_same_values(sweep, tmp_path):
+    report = write_report([sweep], tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    for table in report.tables:
+        for _, cells in table.rows:
+            for cell in cells:
+                assert (f"**{cell.text}** ▲" if cell.mark == "better" else cell.text) in text
+    write_report([sweep], tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 * (2 + 2 * 2) + 6
+    knn = [
+        float(row["value"]) for row in rows if row["variant"] == "Z-prob Barlow Twins" and row["evaluation"] == "knn"
+    ]
+    shown = dict(table_named(report, "Accuracy").rows)["Z-prob Barlow Twins (3 seeds)"][0].text
+    assert shown == f"{100 * statistics.fmean(knn):.1f} ± {100 * statistics.stdev(knn):.1f}"
+
+
+def test_variants_of_one_objective_are_named_by_what_differs_and_get_heat_maps(tmp_path):
+    for beta in (1e-2, 1e-3):
+        for samples in (1, 12):
+            fabricate_run(
+                tmp_path / f"{beta},{samples}", "cifar10/zprob_vicreg", 0, accuracies={"knn": 0.3 + 5 * beta * samples},
+                overrides=[f"embedding.beta={beta}", f"embedding.samples={samples}"],
+            )  # fmt: skip
+    report = make_report([tmp_path])
+    assert "Z-prob VICReg, samples=12, beta=0.001" in [variant.label for variant in report.variants]
+    (heat_map,) = report.heat_maps
+    assert heat_map.columns == ["beta 0.001", "beta 0.01"]
+    assert [name for name, _ in heat_map.rows] == ["standard_normal, S = 1", "standard_normal, S = 12"]
+    shares = [[cell.share for cell in cells] for _, cells in heat_map.rows]
+    assert shares == [[0, pytest.approx(0.045 / 0.595)], [pytest.approx(0.055 / 0.595), 1]]
+
+
+def test_curves_are_drawn_for_what_was_logged(sweep):
+    charts = curve_charts(make_report([sweep]).variants)
+    assert [chart.title for chart in charts] == [
+        "loss by epoch", "kNN accuracy, % by epoch", "kNN accuracy, % by hours", "images/s by epoch"
+    ]  # fmt: skip
+    assert charts[0].svg.count('<path class="c') == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("eval/knn.json", b"{"), ("eval/knn.json", b'{"evaluation": "knn"}'), ("eval/knn.json", b"\xff\xfe"),
+        ("environment.json", b"[]"), ("metrics.jsonl", b'{"step": "x"}\n\x00\n{"step": 1e400}\n'),
+        ("eval/knn.correct.npz", b"PK\x03\x04"), ("profile.json", b"{}"), ("views.png", b"<svg>"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_costs_its_own_figures(tmp_path, damage):
+    file, content = damage
+    for name in ("barlow", "zprob_barlow"):
+        for seed in range(2):
+            fabricate_run(
+                tmp_path / f"{name}-{seed}", f"cifar10/{name}", seed, accuracies={"knn": 0.5, "linear-sweep": 0.6}
+            )
+    (tmp_path / "barlow-0" / file).write_bytes(content)
+    report = make_report([tmp_path])
+    write_report([tmp_path], tmp_path / "report.html")
+    assert table_named(report, "Accuracy").rows[1][1][1].text == "60.0 ± 0.0"
+    told = {"eval/knn.json", "environment.json", "profile.json"}
+    assert bool(report.remarks) == (file in told)
+
+
+def test_pickles_are_not_read(tmp_path):
+    run = fabricate_run(tmp_path / "run", "cifar10/barlow", 0, accuracies={"knn": 0.5})
+    np.savez(run / "eval" / "knn.correct.npz", **{"accuracy_k20_t0.07": np.array([print], object)})
+    assert read_run(run).array("knn.correct.npz", "accuracy_k20_t0.07") is None
+
+
+def test_runs_are_found_but_not_those_within_runs(tmp_path):
+    run = fabricate_run(tmp_path / "a" / "b" / "run", "cifar10/barlow", 0)
+    fabricate_run(run / "eval" / "semisup-1-seed0-abc", "cifar10/supervised", 0)
+    assert [variant.label for variant in make_report([tmp_path]).variants] == ["Barlow Twins"]
+    copied = fabricate_run(tmp_path / "copy", "cifar10/barlow", 0)
+    report = make_report([tmp_path])
+    assert len(report.variants[0].runs) == 1 and any(
+        str(copied) in line or "left out" in line for line in report.remarks
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "out", "message"), [("none", "r.html", "holds no run"), (".", "r.pdf", "must end in")]
+)
+def test_mistakes_are_one_sentence(tmp_path, path, out, message):
+    with pytest.raises(UserError, match=message):
+        write_report([tmp_path / path], tmp_path / out)
+    assert not (tmp_path / out).exists()
+
+
+def test_the_command_says_what_was_found_and_what_is_missing(sweep, tmp_path, fastssl):
+    out = tmp_path / "report.md"
+    code, printed, _ = fastssl("report", str(sweep), "--out", str(out))
+    assert code == 0 and out.exists()
+    assert (
+        "Accuracy: 2 better and 0 worse than deterministic variants by more than the noise, of 4 differences."
+        in printed
+    )
+    assert f"{out} compares 3 variants, 9 runs." in printed and "  fastssl eval mi " in printed
