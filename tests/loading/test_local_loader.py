@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fastssl.beton import beton_file, build_beton
+from fastssl.beton import beton_file, build_beton, mapped
 from fastssl.beton.set_manifest import read_shard_list
 from fastssl.beton.shards import files_of, set_manifest_path
 from fastssl.common.distributed import Node
@@ -114,12 +114,17 @@ def pixels(whole):
     return found, shard_of
 
 
+@pytest.mark.parametrize("most_in_memory", [mapped.MOST_IN_MEMORY, 10])  # as above it: tables that stay in the files
 @pytest.mark.parametrize("order", [True, "quasi_random"])
-def test_each_node_reads_its_own_shards_and_each_image_is_visited_once(cluster, pixels, order):
+def test_each_node_reads_its_own_shards_and_each_image_is_visited_once(
+    cluster, pixels, order, most_in_memory, monkeypatch
+):
     """Two processes on the node with two of the three shards: the shares fit."""
+    monkeypatch.setattr(mapped, "MOST_IN_MEMORY", most_in_memory)
     images, shard_of = pixels
     processes = cluster([0, 2], [1], processes=[2, 1])(shuffle=order)
     assert [len(process.loader) for process in processes] == [4] * 3  # 48 images in global batches of 12
+    assert {process.loader.samples.is_mapped for process in processes} == {most_in_memory == 10}
     seen = []
     for epoch in range(2):
         assert all(process.begin() == [] for process in processes)

@@ -11,10 +11,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_runs import ENVIRONMENT, PATIENCE, SMALL, assert_same_run, checkpoint_in, losses_of, wait_for_line
+from training_runs import (
+    ENVIRONMENT,
+    PATIENCE,
+    SMALL,
+    assert_same_run,
+    checkpoint_in,
+    losses_of,
+    metrics_of,
+    wait_for_line,
+)
 
 from fastssl.beton import beton_file, build_beton
 from fastssl.beton.shards import files_of, set_manifest_path
+from fastssl.common.errors import UserError
+from fastssl.evaluation.probe import probe_from_recipe
+from fastssl.recipe import load_recipe
+from fastssl.training import train
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +106,8 @@ def test_one_of_two_nodes_dies_and_the_run_continues_with_the_shards_of_the_othe
     # Two nodes of one process each, with 32 and 16 images of 48.
     assert "Epoch 1: of 48 images 8 are visited again, as their nodes have fewer images than their share, 8 are" in said
     assert "of 48 images 16 are on no node, 16 are visited again" in said
-    if checkpoint := checkpoint_in(run):
-        assert checkpoint["step"] == 180 and len(checkpoint["loader"]["assignment"]) == 64
+    checkpoint = checkpoint_in(run)
+    assert checkpoint["step"] == 180 and len(checkpoint["loader"]["assignment"]) == 64
 
 
 @pytest.mark.slow
@@ -111,3 +124,24 @@ def test_a_killed_run_goes_on_with_the_same_batches_on_the_same_nodes(nodes, tmp
             else:
                 assert [launcher.wait(PATIENCE) for launcher in launchers] == [0, 0]
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_one_node_trains_and_probes_with_the_shards_it_has(nodes, photos, tmp_path, capsys):
+    """The probe searches one of its two shards; the images of the third are left out, with their number."""
+    for file in (nodes[0].parent / "whole").glob("val-*"):
+        shutil.copy(file, nodes[0] / "data")
+    data = nodes[0] / "data"
+    settings = [*SMALL, f"data.train={data}", f"data.val={data}", "data.shards=local", "probe.every=1", "probe.k=3"]
+    recipe = load_recipe("recipes/barlow.yaml", [*settings, f"run.dir={tmp_path / 'run'}"])
+    train(recipe, probe=probe_from_recipe(recipe))
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "The probe searches the images of one shard on the main process's node" in said
+    for epoch in (1, 2):
+        assert f"Epoch {epoch}: of 48 images 16 are on no node, 16 are visited again" in said
+    assert [step for step, _ in losses_of(tmp_path / "run")] == list(range(1, 7))
+    assert sum("knn" in line for line in metrics_of(tmp_path / "run")) == 2
+    # The shards that a run was trained on are a part of what it is.
+    shared = [f"data.train={data.parent.parent / 'whole'}", "data.shards=shared", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="other values of data.shards"):
+        train(load_recipe("recipes/barlow.yaml", [*settings, *shared]), resume="auto")
