@@ -158,7 +158,8 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     if resident == "auto":
         room = int(machine.device.memory - CONTEXT)
         dtype = DTYPES.get(_precisions(profile, recipe, machine.device)[1])
-        resident = profile.data.crop == "gpu" and fits_beside_training(recipe, dtype, set_bytes, room, machine.gpus)
+        resident = profile.data.crop == "gpu" and recipe.data.shards == "shared"
+        resident = resident and fits_beside_training(recipe, dtype, set_bytes, room, machine.gpus)
     if resident:
         held = f"{si(set_bytes, 'B')} of {si(machine.device.memory, 'B')}"
         assumptions.append(f"All images stay on each GPU (data.resident), {held}: loading them once is not counted.")
