@@ -5,8 +5,8 @@ of an epoch every node lists the shards that it has, and all nodes exchange the 
 this epoch is a function of these lists and of the epoch:
 
 * A shard that one node has is that node's.
-* A shard that several nodes have is that of the one with the fewest images so far, shards in their order. Between nodes
-  with as many images the epoch decides, so that copies of a shard take turns.
+* A shard that several nodes have is that of the one with the fewest images so far for each of its processes, shards in
+  their order. Between nodes with as many the epoch decides, so that copies of a shard take turns.
 
 An epoch has as many steps as if all images were visited once, wherever they are: learning rates and steps do not
 depend on the nodes. A node visits its images in an order that is a function of (seed, epoch, its shards). One with
@@ -119,10 +119,14 @@ def assign(lists: Assignment, epoch: int) -> Assignment:
             holders[shard].append(number)
     reads: list[list[int]] = [[] for _ in nodes]
     images = [0] * len(nodes)
+
+    def load(number: int) -> tuple[float, int]:
+        return images[number] / nodes[number].processes, (number + epoch) % len(nodes)
+
     # First what only one node has, so that the other shards even it out.
     for shard in sorted(range(len(holders)), key=lambda shard: (len(holders[shard]) > 1, shard)):
         if holders[shard]:
-            reader = min(holders[shard], key=lambda node: (images[node], (node + epoch) % len(nodes)))
+            reader = min(holders[shard], key=load)
             reads[reader].append(shard)
             images[reader] += lists.shard_images[shard]
     return lists._replace(nodes=[node._replace(reads=sorted(r)) for node, r in zip(nodes, reads, strict=True)])

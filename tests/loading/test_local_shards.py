@@ -22,9 +22,10 @@ from fastssl.loading.local_shards import (
 )
 
 
-def reads(has, images, epoch=0):
+def reads(has, images, epoch=0, processes=None):
     """What each node reads of what each has."""
-    lists = Assignment([NodeShards(1, shards, []) for shards in has], 0, images)
+    processes = processes or [1] * len(has)
+    lists = Assignment([NodeShards(count, shards, []) for count, shards in zip(processes, has)], 0, images)
     return [node.reads for node in assign(lists, epoch).nodes]
 
 
@@ -36,6 +37,7 @@ def test_a_shard_of_several_nodes_is_that_of_the_one_with_the_fewest_images():
     assert reads([[0, 1, 2], [2]], [10, 10, 10]) == [[0, 1], [2]]
     assert reads([[0, 1, 2, 3], [0, 1, 2, 3]], [40, 10, 10, 20]) == [[0], [1, 2, 3]]
     assert reads([[0, 1], [1, 2], [0, 2]], [10, 10, 10]) == [[0], [1], [2]]
+    assert reads([[0, 1, 2], [0, 1, 2]], [10, 10, 10], processes=[1, 2]) == [[0], [1, 2]]
 
 
 def test_copies_take_turns():
