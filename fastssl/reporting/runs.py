@@ -43,6 +43,7 @@ class Run:
     environment: dict[str, Any]  # of environment.json, which may lack any key
     curves: dict[str, Curve]  # metric of metrics.jsonl -> its values
     results: dict[str, EvaluationResult]  # name of the file in eval/ -> a result of the last weights
+    epochs_begun: int  # as the log says
     profile: Profile | None
     unread: list[str] = field(default_factory=list)  # sentences about files that could not be read
 
@@ -52,7 +53,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return (self.dir / "encoder.safetensors").is_file()
+        """Whether the log reaches the last epoch. The weights may have been left elsewhere."""
+        return self.epochs_begun >= self.recipe.train.epochs
 
     def array(self, file: str, name: str) -> np.ndarray | None:
         """Return an array of RUN/eval/FILE, an .npz; None if it cannot be read."""
@@ -117,7 +119,8 @@ def read_run(path: Path) -> Run:
     environment = read_json_object(path / "environment.json")
     if environment is None:
         unread.append(f"{path / 'environment.json'} is missing or damaged")
-    return Run(path, recipe, environment or {}, _read_curves(path, unread), results, profile, unread)
+    curves, epochs_begun = _read_log(path, unread)
+    return Run(path, recipe, environment or {}, curves, results, epochs_begun, profile, unread)
 
 
 def _not_a_result(file: Path, error: ValidationError) -> str:
@@ -126,15 +129,19 @@ def _not_a_result(file: Path, error: ValidationError) -> str:
     return f"{file} is not a result of fastssl eval" + (f" ({key}: {first['msg']})" if key else "")
 
 
-def _read_curves(run_dir: Path, unread: list[str]) -> dict[str, Curve]:
-    """Return the curve of each metric. The line of a probe has no seconds: it gets those of the line before."""
+def _read_log(run_dir: Path, unread: list[str]) -> tuple[dict[str, Curve], int]:
+    """Return the curve of each metric, and the number of epochs that the log reaches.
+
+    The line of a probe has no seconds: it gets those of the line before.
+    """
     columns: dict[str, list[tuple[float, float, float]]] = {}
-    seconds, steps_per_epoch = 0.0, 0.0
+    epochs, seconds, steps_per_epoch = 0, 0.0, 0.0
     try:
         for entry in parse_metrics(read_lines(run_dir / "metrics.jsonl")):
             step = float(entry["step"] or 0)
             seconds = float(entry.get("seconds") or seconds)
-            if (epoch := entry.get("epoch")) is not None:
+            if (epoch := entry.get("epoch")) is not None and epoch >= 0:
+                epochs = max(epochs, int(epoch) + 1)
                 steps_per_epoch = max(steps_per_epoch, step / (epoch + 1))
             for name, value in entry.items():
                 if value is not None and name not in NO_CURVE:
@@ -142,7 +149,8 @@ def _read_curves(run_dir: Path, unread: list[str]) -> dict[str, Curve]:
     except OSError as error:
         unread.append(f"{run_dir / 'metrics.jsonl'} cannot be read ({error.strerror})")
     curves = {name: Curve(*np.array(rows).T) for name, rows in columns.items()}
-    return {name: curve._replace(epoch=curve.epoch / (steps_per_epoch or 1)) for name, curve in curves.items()}
+    curves = {name: curve._replace(epoch=curve.epoch / (steps_per_epoch or 1)) for name, curve in curves.items()}
+    return curves, epochs
 
 
 def read_array(path: Path, name: str) -> np.ndarray | None:
