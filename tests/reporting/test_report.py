@@ -163,7 +163,8 @@ def test_curves_are_drawn_for_what_was_logged(sweep):
     "damage",
     [
         ("eval/knn.json", b"{"), ("eval/knn.json", b'{"evaluation": "knn"}'), ("eval/knn.json", b"\xff\xfe"),
-        ("environment.json", b"[]"), ("metrics.jsonl", b'{"step": "x"}\n\x00\n{"step": 1e400}\n{"step": 1, "epoch": -1, "loss": 2}\n'),
+        ("environment.json", b"[]"),
+        ("metrics.jsonl", b'{"step": "x"}\n\x00\n{"step": 1e400}\n{"step": 1, "epoch": -1, "loss": 2}\n'),
         ("eval/knn.correct.npz", b"PK\x03\x04"), ("profile.json", b"{}"), ("views.png", b"<svg>"),
     ],
 )  # fmt: skip
