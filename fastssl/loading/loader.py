@@ -161,7 +161,7 @@ class BetonLoader:
         shard: bool = True,
     ) -> None:
         self.path = Path(path)
-        self.info = info = read_header(self.path, self.own_files())
+        info = read_header(self.path, self.own_files())
         if crop == "gpu" and info.resolution is None:
             raise UserError(
                 f"{self.path} holds images of different sizes, which data.crop=gpu cannot batch",

@@ -81,16 +81,16 @@ class LocalShardsLoader(BetonLoader):
     def _open(self) -> None:
         """Map the shards of the running epoch in place of those before."""
         info = read_header(self.path, self.own_files())
-        kind, before = (
-            (each.layout, each.storage, each.channels, each.resolution, each.fields) for each in (info, self.info)
+        samples = Samples.read(info)
+        same_size = self.crop != "gpu" or (
+            info.resolution is not None and self.cropping.image_shape(samples) == self._image_shape
         )
-        if kind != before:
+        if info.storage != self.samples.storage or not same_size:
             raise UserError(
                 f"{self.path.parent} holds shards of another build than in the epoch before",
                 hint="copy the shards of one build to all nodes",
             )
-        self.info = info
-        self.samples = Samples.read(info)
+        self.samples = samples
         self.rows = self.selection.rows(self.samples)
 
     def _explain_resume(self) -> list[str]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from fastssl.beton import read_header
 from fastssl.common.distributed import world_size
 from fastssl.common.system import available_cores, free_memory
 from fastssl.loading.decoding import COPY_IMAGES, DECODE
@@ -295,7 +296,7 @@ def explain_data_wait(run: TrainingRun, reading: MeterReading) -> str:
     blocked = images.seconds - images.cpu_seconds / loader.workers
     if run.device.type == "cuda" and blocked > images.seconds / 2:
         stages |= {stage: Cost(images.seconds - blocked, images.cpu_seconds), "storage": Cost(blocked)}
-    setup = setup_of(run, loader.info.layout, phases={})
+    setup = setup_of(run, read_header(loader.path, loader.own_files()).layout, phases={})
     costs = CostModel(stages, available_cores(), loader.decodes_in_reader, world_size())
     seconds = reading.seconds / reading.images
     sentences = [describe_bottleneck(costs, setup, seconds), suggest_fixes(costs, setup, seconds)]

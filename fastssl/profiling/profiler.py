@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastssl.beton import read_header
 from fastssl.common.distributed import (
     broadcast_from_main,
     is_main_process,
@@ -214,7 +215,7 @@ class Profiler:
 
     def data(self) -> ProfiledData:
         loader = self.loader
-        info = loader.info
+        info = read_header(loader.path, loader.own_files())
         file_bytes = info.file_bytes
         return ProfiledData(
             path=str(loader.path), images=len(loader.rows), file_bytes=file_bytes,
