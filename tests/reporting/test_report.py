@@ -4,15 +4,18 @@ import csv
 import json
 import re
 import statistics
+from typing import get_args
 
 import numpy as np
 import pytest
 from fabricated_runs import fabricate_run
 
 from fastssl.common.errors import UserError
+from fastssl.recipe import AnyObjective, EmbeddingConfig
 from fastssl.reporting import make_report, write_report
 from fastssl.reporting.charts import curve_charts
 from fastssl.reporting.runs import read_run
+from fastssl.reporting.variants import OBJECTIVES, STOCHASTIC
 
 BETTER = {"barlow": 0.60, "zprob_barlow": 0.70, "hprob_barlow": 0.60}
 
@@ -218,3 +221,10 @@ def test_the_command_says_what_was_found_and_what_is_missing(sweep, tmp_path, fa
         in printed
     )
     assert f"{out} compares 3 variants, 9 runs." in printed and "  fastssl eval mi " in printed
+
+
+def test_every_objective_and_kind_of_embedding_has_a_name():
+    """variants.py raises a KeyError for others."""
+    objectives = {model.model_fields["name"].default for model in get_args(AnyObjective)}
+    assert set(OBJECTIVES) == objectives
+    assert set(STOCHASTIC) == set(get_args(EmbeddingConfig.model_fields["stochastic"].annotation))
