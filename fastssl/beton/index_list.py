@@ -10,7 +10,7 @@ Names are bytes here: a million take half of the memory that strings take, and t
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.beton.format import names_path
-from fastssl.beton.read import LONGEST_NAME, MOST_DIGITS, all_names, has_names, read_header, read_metadata
+from fastssl.beton.read import LONGEST_NAME, MOST_DIGITS, BetonInfo, all_names, has_names, read_header
+from fastssl.beton.tables import Tables
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import UnsafeFile, open_regular
 
@@ -67,13 +68,16 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
         number = listed.numbers[first_L[np.argmax(is_repeated_L)]]
         raise listed.error(is_repeated_L, f"names the image of line {number} again", "remove one of them")
 
-    index_N = read_metadata(beton_path)["index"]
-    is_absent_L = ~np.isin(index_L, index_N)
+    is_absent_L = np.ones(len(index_L), bool)
+    largest = 0
+    for index_n in _index_pieces(info):
+        is_absent_L &= ~np.isin(index_L, index_n)
+        largest = max(largest, int(index_n.max()))
     if is_absent_L.any():
         manifest = info.manifest or {}
         named = (index for index, _ in all_names(beton_path)) if has_names(beton_path) else ()
         # Shards have no names of the images that --limit left out, but their number.
-        total = max(max(named, default=-1) + 1, int(index_N.max()) + 1, manifest.get("listed", 0))
+        total = max(max(named, default=-1) + 1, largest + 1, manifest.get("listed", 0))
         is_outside_L = index_L >= total
         if is_outside_L.any():
             raise listed.error(is_outside_L, f"is no index of {beton_path}", f"write indices from 0 to {total - 1}")
@@ -82,6 +86,14 @@ def read_index_list(beton_path: str | Path, list_path: str | Path) -> np.ndarray
         reason = f"left out by --limit {limit}, or bad" if limit else bad
         raise listed.error(is_absent_L, f"names an image that is not in {beton_path}: it was {reason}", "remove it")
     return index_L
+
+
+def _index_pieces(info: BetonInfo) -> Iterator[np.ndarray]:
+    """Yield the indices of all samples; of a very large set, those of one file at a time."""
+    if isinstance(info.tables, Tables):
+        yield info.tables.metadata["index"]
+    else:
+        yield from info.tables.pieces_of("index")
 
 
 def _read_list(path: Path) -> _List:

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from fastssl.beton.format import RGB, UNLABELLED, Manifest, manifest_path
 from fastssl.beton.index_list import read_index_list
-from fastssl.beton.read import BetonInfo, has_names, names_file, read_header, read_samples
+from fastssl.beton.read import BetonInfo, has_names, names_file, read_header
 from fastssl.beton.shards import is_set, set_manifest_path
+from fastssl.beton.tables import Tables
 from fastssl.common.terminal import count_of, pairs_table, printable
 
 MOST_CLASSES = 20  # with more classes only the largest ten and the smallest ten are shown
@@ -31,12 +32,17 @@ OUTCOMES = {  # key of the manifest's "counts" -> name of the row
 def inspect_beton(path: str | Path) -> Group:
     """Return tables of a file's fields, sizes and classes, and of how it was built. No image is decoded."""
     info = read_header(path)
-    metadata, image_bytes = read_samples(path)
-    tables = [_file_table(info), _sizes_table(info, metadata, image_bytes)]
+    tables = [_file_table(info)]
+    if isinstance(info.tables, Tables):
+        tables.append(_sizes_table(info, info.tables.metadata, info.tables.image_bytes))
     if info.manifest:
         tables.append(_build_table(info.manifest))
-    if info.fields.get("label") == "IntField":
-        tables.append(_classes_table("classes", metadata["label"], info.classes or []))
+    if not isinstance(info.tables, Tables):
+        tables.append(
+            _table("Sizes and classes are not shown: the tables of so many samples are read in pieces only.", "")
+        )
+    elif info.fields.get("label") == "IntField":
+        tables.append(_classes_table("classes", info.tables.metadata["label"], info.classes or []))
     return Group(*(Padding(table, (0, 0, 1, 0)) for table in tables))
 
 
@@ -44,12 +50,17 @@ def subset_table(path: str | Path, list_path: str | Path) -> Table:
     """Return a table of the images that a list names (see index_list.py), counted by class."""
     listed = read_index_list(path, list_path)
     info = read_header(path)
-    metadata, _ = read_samples(path)
     share = f"{len(listed):,} of {info.num_samples:,} images, {len(listed) / info.num_samples:.2%}"
     title = f"{printable(str(list_path))} names {share}"
     if info.fields.get("label") != "IntField":
         return _table(title, "")
-    return _classes_table(title, metadata["label"][np.isin(metadata["index"], listed)], info.classes or [])
+    if isinstance(info.tables, Tables):
+        metadata = info.tables.metadata
+        label_L = metadata["label"][np.isin(metadata["index"], listed)]
+    else:
+        pieces = zip(info.tables.pieces_of("label"), info.tables.pieces_of("index"))
+        label_L = np.concatenate([label_n[np.isin(index_n, listed)] for label_n, index_n in pieces])
+    return _classes_table(title, label_L, info.classes or [])
 
 
 def _file_table(info: BetonInfo) -> Table:

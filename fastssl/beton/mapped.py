@@ -4,7 +4,7 @@ A set is opened this way if it has more than MOST_IN_MEMORY samples and a manife
 come from all rows: sides, storage, classes. Opening it checks the header of each file and where its tables are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from fastssl.beton.format import (
     Manifest,
     metadata_type,
 )
-from fastssl.beton.parts import FilePart, file_parts
+from fastssl.beton.parts import FilePart, file_parts, map_file
 from fastssl.beton.set_manifest import read_set_manifest
 from fastssl.beton.shards import SET, is_set, set_manifest_path
 from fastssl.beton.tables import (
@@ -99,6 +99,12 @@ class MappedTables(NamedTuple):
             raise IndexError(f"rows are from 0 to {self.num_samples - 1}")
         file_B = np.searchsorted(self.first_row_F, row_B, side="right") - 1
         return file_B, row_B - self.first_row_F[file_B]
+
+    def pieces_of(self, name: str) -> Iterator[np.ndarray]:
+        """Yield a column of integers, file by file. Its values are what the files hold: they are not checked."""
+        for part, first, end in zip(self.parts, self.metadata_F.tolist(), self.metadata_end_F.tolist()):
+            content = map_file(part.path)
+            yield np.array(content[first - part.start : end - part.start].view(self.metadata_type)[name])
 
     def _checked(self, row_B: np.ndarray, metadata_B: np.ndarray, allocation_B: np.ndarray) -> np.ndarray:
         file_B, row_in_file_B = self.file_of(row_B)

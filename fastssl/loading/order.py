@@ -9,7 +9,7 @@ import numpy as np
 from fastssl.beton import mapped, read_header, read_index_list
 from fastssl.common.randomness import KEYED_LIMIT, KEYED_ORDER, PAGE_ORDER, permutation
 from fastssl.loading.keyed_order import KeyedPermutation, KeyedWindows
-from fastssl.loading.samples import Indices, Samples, in_pieces
+from fastssl.loading.samples import Indices, Samples
 
 Order = Literal["random", "quasi_random", "sequential"]
 WINDOW_PAGES = 32  # of 8 MB in files of build-beton: quasi_random mixes the samples of 256 MB of the file
@@ -94,7 +94,11 @@ class SampleSelection:
 
 def _rows_of(samples: Samples, index_L: np.ndarray) -> np.ndarray:
     """(M,) int64: the rows of the samples with these indices, in the file's order."""
-    found = [row_B[np.isin(samples.column("index", row_B), index_L)] for row_B in in_pieces(_numbers(len(samples)))]
+    found = []
+    first = 0
+    for index_n in samples.index_pieces():
+        found.append(first + np.flatnonzero(np.isin(index_n, index_L)))
+        first += len(index_n)
     return np.concatenate(found)
 
 

@@ -13,7 +13,7 @@ import torch
 from fastssl.beton import BetonInfo, read_header, read_names
 from fastssl.beton.format import ALLOCATION, BC4, INT_FIELD, JPG, RAW, bc4_bytes
 from fastssl.beton.mapped import MappedTables
-from fastssl.beton.parts import FilePart, file_parts, map_file, part_at
+from fastssl.beton.parts import FilePart, file_parts, map_file, part_at, read_single_pages
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
@@ -25,6 +25,7 @@ CropMode = Literal["gpu", "cpu", "eval"]
 
 Storage = Literal["raw", "jpg", "bc4", "mixed"]
 MODES = {"raw": (RAW,), "jpg": (JPG,), "bc4": (BC4,), "mixed": (RAW, JPG)}
+MOST_ADVISED = 10_000  # files
 PIECE = 1 << 20  # samples that are read at a time where all of a very large set are
 
 
@@ -94,6 +95,12 @@ class MappedRows:
         self.file = file
         self.tables = tables
         self.start_F = np.array([part.start for part in tables.parts], np.int64)
+        # Each piece with another advice is a mapping of its own, and Linux allows 65,530.
+        if len(tables.parts) <= MOST_ADVISED:
+            ends_F = tables.metadata_end_F, self.start_F + [part.size for part in tables.parts]
+            for starts_F, end_F in zip((tables.metadata_F, tables.allocations_F), ends_F):
+                for start, end in zip(starts_F.tolist(), end_F.tolist()):
+                    read_single_pages(file, start, end)
 
     def at(self, row_B: np.ndarray) -> SampleRows:
         """Raises UserError if a row is not sound."""
@@ -173,6 +180,13 @@ class Samples:
             return whole_N[row_N if isinstance(row_N, np.ndarray) else as_array(row_N)]
         pieces = [getattr(self.at(row_B), f"{name}_B") for row_B in in_pieces(row_N)]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def index_pieces(self) -> Iterator[np.ndarray]:
+        """Yield the ids of all samples in the file's order, int64 (n,) each: those of a file of a very large set."""
+        if isinstance(self.rows, SampleRows):
+            yield self.rows.index_B
+        else:
+            yield from self.rows.tables.pieces_of("index")
 
     def page(self, row_N: Indices) -> np.ndarray:
         """(N,) int64: the page of the file that contains each image."""
