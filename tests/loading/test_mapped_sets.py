@@ -1,9 +1,11 @@
 """Very large sets of shards: with a lowered threshold, small ones are read as sets of a billion samples are."""
 
+import importlib.util
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from fastssl.beton.shards import set_manifest_path
 from fastssl.beton.tables import read_file_header
 from fastssl.common.errors import Stopped, UserError
 from fastssl.loading import BetonLoader, SampleSelection, estimate_memory
-from fastssl.loading.order import Count, Drawn
+from fastssl.loading.order import Count, Drawn, epoch_order
 from fastssl.loading.samples import Samples
 from fastssl.recipe import ViewsConfig, load_recipe
 from fastssl.training import train
@@ -28,6 +30,7 @@ LAYOUTS = {
     "bc4": {"canvas": 96},
     "full": {"max_side": 500},
 }
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VIEWS = ViewsConfig(size=24)
 THRESHOLD = 10
 
@@ -50,6 +53,13 @@ def raw(photos, tmp_path_factory):
 @pytest.fixture
 def lowered(monkeypatch):
     monkeypatch.setattr(mapped, "MOST_IN_MEMORY", THRESHOLD)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def loader_of(path, **options):
@@ -139,6 +149,37 @@ def test_a_position_is_restored_and_other_files_are_refused(raw, lowered, tmp_pa
     build_beton("imagefolder", photos, tmp_path, shards=5, workers=1, canvas=40)
     with pytest.raises(UserError, match="does not hold the images that the run has read so far"):
         loader_of(beton_file(tmp_path, "train"), shuffle="quasi_random").load_state_dict(loader.state_dict())
+
+
+def test_a_list_names_samples_and_inspect_says_what_it_does_not_show(raw, monkeypatch, tmp_path, fastssl):
+    (tmp_path / "list.txt").write_text("3\n17\n40\n")
+    (tmp_path / "wrong.txt").write_text("3\n1000\n")
+    _, shown, _ = fastssl("inspect", raw, "--subset", tmp_path / "list.txt")
+    monkeypatch.setattr(mapped, "MOST_IN_MEMORY", THRESHOLD)
+    code, out, _ = fastssl("inspect", raw, "--subset", tmp_path / "list.txt")
+    names = "list.txt names 3 of 48 images"
+    assert code == 0 and out[out.index(names) :] == shown[shown.index(names) :]
+    assert "Sizes and classes are not shown" in out and "samples per class: " not in out[: out.index(names)]
+    code, _, err = fastssl("inspect", raw, "--subset", tmp_path / "wrong.txt")
+    assert code == 2 and "is no index of" in err
+    code, out, _ = fastssl("inspect", raw, "--verify", "--batch-size", 8)
+    assert code == 0 and "All 48 samples decode" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*GB of memory are free")
+def test_seventeen_million_samples_are_opened_without_reading_their_tables(tmp_path):
+    """Files with holes, of 54 GB: only rows of the first batches are in them, so that reading others would fail."""
+    billion = load_script("billion_samples")
+    path = billion.fabricate(tmp_path / "data", 17_000_000)
+    for order in (True, "quasi_random"):
+        loader = BetonLoader(path, billion.BATCH, seed=0, shuffle=order)
+        assert loader.samples.is_mapped and len(loader) == 17_000_000 // billion.BATCH
+        row_B = loader.rows[epoch_order(loader.order, 0, 0, loader.samples, loader.rows)[np.arange(billion.BATCH)]]
+        batch = next(iter(loader))
+        assert batch.index.tolist() == row_B.tolist() and len(set(row_B // 1_000_000)) > 5
+        assert batch.label.tolist() == (row_B % billion.CLASSES).tolist() and not batch.image.any()
+        with pytest.raises(UserError, match="is damaged at its sample"):
+            loader.samples.at(np.array([8_000_000]))
 
 
 # -- damage ---------------------------------------------------------------------------------------
