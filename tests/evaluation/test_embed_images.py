@@ -236,6 +236,16 @@ def test_one_image_and_names_in_other_encodings(encoder, photos, tmp_path):
     assert parquet.read_table(tmp_path / "names.parquet")["name"].to_pylist() == expected
 
 
+def test_a_pattern_and_a_list_of_shards_give_what_one_file_gives(encoder, photos, canvas, tmp_path):
+    build_beton("imagefolder", photos, tmp_path / "data", canvas=32, shards=3, workers=1)
+    shards = [f"data/val-{number:05}-of-00003.beton" for number in range(3)]
+    (tmp_path / "val.shards").write_text("\n".join(shards))
+    embed_images(encoder, canvas / "val.beton", tmp_path / "one.npz")
+    for name in ("data/val-*-of-00003.beton", "val.shards"):
+        embed_images(encoder, tmp_path / name, tmp_path / "several.npz")
+        assert_same_rows(read(tmp_path / "one.npz"), read(tmp_path / "several.npz"))
+
+
 def test_a_beton_without_names_and_ids(encoder, canvas, tmp_path):
     shutil.copy(canvas / "val.beton", tmp_path / "x.beton")
     report = embed_images(encoder, tmp_path / "x.beton", tmp_path / "out.npz")
