@@ -17,6 +17,7 @@ from fastssl.common.terminal import printable
 
 LARGEST = 64 << 20  # bytes, and for each sample as many as the next line says
 LARGEST_PER_SAMPLE = 64  # a checksum takes 8; class names and missing images may take more
+MOST_COUNTED = 1 << 27  # samples; a larger set is in shards, and the manifest of a set has no checksum for each sample
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -66,7 +67,7 @@ def read_manifest(path: Path, samples: int) -> Manifest:
 
 def read_checked(path: Path, schema: type[BaseModel], samples: int) -> Manifest:
     """Return the contents of a manifest at `path`, which may have the size of one of so many samples; as above."""
-    content = read_bytes(path, LARGEST + samples * LARGEST_PER_SAMPLE)
+    content = read_bytes(path, LARGEST + min(samples, MOST_COUNTED) * LARGEST_PER_SAMPLE)
     try:
         schema.model_validate_json(content)
     except ValidationError as error:

@@ -49,10 +49,13 @@ class MappedTables(NamedTuple):
 
     parts: tuple[FilePart, ...]
     num_samples: int
-    first_row_F: np.ndarray  # int64: row of the set, of the first sample of each file
-    metadata_F: np.ndarray  # int64: byte at which the metadata of each file begins
-    metadata_end_F: np.ndarray  # int64
-    allocations_F: np.ndarray  # int64: byte at which the allocation table of each file begins
+    # Of each file, int64: row of the set of its first sample; bytes of all files at which it, its metadata (and where
+    # these end) and its allocation table begin.
+    first_row_F: np.ndarray
+    start_F: np.ndarray
+    metadata_F: np.ndarray
+    metadata_end_F: np.ndarray
+    allocations_F: np.ndarray
     page_size: int
     field_types: dict[str, int]
     images: ArrayImages | None  # what all images are if they are in an array field
@@ -114,11 +117,10 @@ class MappedTables(NamedTuple):
         is_own_B = allocation_B["sample_id"] == row_in_file_B.astype(np.uint64)
         if not (is_own_B & (allocation_B["ptr"] == image_B["data_ptr"])).all():
             raise ValueError("its image points at data that is not its own")
-        start_F = np.array([part.start for part in self.parts], np.int64)
-        end_B = (self.allocations_F - start_F)[file_B].astype(np.uint64)
-        check_allocations(
-            allocation_B, (self.metadata_end_F - start_F)[file_B].astype(np.uint64), end_B, self.page_size
-        )
+        start_B = self.start_F[file_B]
+        first_B = (self.metadata_end_F[file_B] - start_B).astype(np.uint64)
+        end_B = (self.allocations_F[file_B] - start_B).astype(np.uint64)
+        check_allocations(allocation_B, first_B, end_B, self.page_size)
         if (image_B["mode"] != MODES[self.manifest["storage"]]).any():
             raise ValueError(f"its image is not stored as its manifest says ({self.manifest['storage']})")
         sides_B = np.stack([image_B["height"], image_B["width"]])
@@ -161,6 +163,7 @@ def find_mapped(path: Path, files: Sequence[Path] | None = None) -> MappedTables
         parts=parts,
         num_samples=sum(samples),
         first_row_F=np.cumsum(samples) - samples,
+        start_F=start_F,
         metadata_F=start_F + [header.metadata_start for header in headers],
         metadata_end_F=start_F + [header.metadata_end for header in headers],
         allocations_F=start_F + [header.table_start for header in headers],

@@ -27,6 +27,7 @@ MACHINE_FIXES = {
 # The temporary file of write_atomically: .NAME.PID.part with the suffix of NAME, such as .last.pt.4711.part.pt.
 PART_NAME = re.compile(r"\.(?P<name>.+)\.(?P<pid>[1-9]\d{0,9})\.part(?P<suffix>\.[^.]+)?")
 LARGEST_TEXT = 64 << 20  # bytes of a file of text that is read whole
+PIECE = 16 << 20  # bytes that are read at a time
 LARGEST_LOG = 4 << 30  # bytes of a file that is read line by line
 LONGEST_LINE = 1 << 20  # bytes of a line in it
 
@@ -69,11 +70,16 @@ def _open_regular(path: str, flags: int) -> int:
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """Return the content of a regular file. Raises OSError, also if it has more than `limit` bytes."""
+    pieces: list[bytes] = []
+    left = limit + 1
     with open_regular(path) as file:
-        content: bytes = file.read(limit + 1)
-    if len(content) > limit:
+        # In pieces, as `read` takes as much memory at once as it may return.
+        while left and (piece := file.read(min(PIECE, left))):
+            pieces.append(piece)
+            left -= len(piece)
+    if not left:
         raise UnsafeFile(path, f"larger than the {limit:,} bytes that such a file may have")
-    return content
+    return b"".join(pieces)
 
 
 def read_text(path: str | Path, limit: int = LARGEST_TEXT, errors: str = "strict") -> str:

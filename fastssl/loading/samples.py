@@ -94,10 +94,10 @@ class MappedRows:
     def __init__(self, file: np.ndarray, tables: MappedTables) -> None:
         self.file = file
         self.tables = tables
-        self.start_F = np.array([part.start for part in tables.parts], np.int64)
+        self.int_fields = {name for name, type_id in tables.field_types.items() if type_id == INT_FIELD}
         # Each piece with another advice is a mapping of its own, and Linux allows 65,530.
         if len(tables.parts) <= MOST_ADVISED:
-            ends_F = tables.metadata_end_F, self.start_F + [part.size for part in tables.parts]
+            ends_F = tables.metadata_end_F, tables.start_F + [part.size for part in tables.parts]
             for starts_F, end_F in zip((tables.metadata_F, tables.allocations_F), ends_F):
                 for start, end in zip(starts_F.tolist(), end_F.tolist()):
                     read_single_pages(file, start, end)
@@ -109,9 +109,8 @@ class MappedRows:
         stored_B = self._read(tables.metadata_F[file_B], row_in_file_B, tables.metadata_type)
         allocation_B = self._read(tables.allocations_F[file_B], row_in_file_B, ALLOCATION)
         metadata_B = tables.check_rows(row_B, stored_B, allocation_B)
-        int_fields = {name for name, type_id in tables.field_types.items() if type_id == INT_FIELD}
-        rows = SampleRows.of(metadata_B, allocation_B["size"], row_B, int_fields)
-        return rows._replace(start_B=rows.start_B + self.start_F[file_B])
+        rows = SampleRows.of(metadata_B, allocation_B["size"], row_B, self.int_fields)
+        return rows._replace(start_B=rows.start_B + tables.start_F[file_B])
 
     def _read(self, table_B: np.ndarray, row_B: np.ndarray, dtype: np.dtype[np.void]) -> np.ndarray:
         """(B,) rows of tables that start at these bytes. All are within their tables, whose ends were checked."""
