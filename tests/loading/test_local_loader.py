@@ -33,7 +33,7 @@ def cluster(whole, tmp_path, monkeypatch):
     files = files_of(beton_file(whole, "train"))
     manifest = set_manifest_path(beton_file(whole, "train"))
 
-    def place(*shards_of_nodes, processes=None):
+    def put(*shards_of_nodes, processes=None):
         processes = processes or [1] * len(shards_of_nodes)
         folders = [tmp_path / f"node{number}" for number in range(len(shards_of_nodes))]
         for folder, shards in zip(folders, shards_of_nodes):
@@ -52,7 +52,7 @@ def cluster(whole, tmp_path, monkeypatch):
 
         return make
 
-    return place
+    return put
 
 
 class FakeProcess:
