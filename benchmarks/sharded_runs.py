@@ -2,9 +2,9 @@
 
     python benchmarks/sharded_runs.py IMAGES WORK --canvas 32 --batch-size 32 --size 32
 
-Builds IMAGES as one file and as 1, 3 and 8 shards in WORK, and trains twenty steps of a ResNet-18 on the CPU from each, in
-one process and in two, some of them killed after step 7 and continued on other files or with other processes. Prints a
-Markdown table of how each run ends, compared with one that nothing disturbed.
+Builds IMAGES as one file and as 1, 3 and 8 shards in WORK, and trains twenty steps of a ResNet-18 on the CPU from each,
+in one process and in two, some of them killed after step 7 and continued on other files or with other processes. Prints
+a Markdown table of how each run ends, compared with one that nothing disturbed.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def main() -> None:
     settings = [
         f"train.batch_size={arguments.batch_size}", f"data.limit={STEPS * arguments.batch_size}",
         f"views.size={arguments.size}", "model.stem=imagenet", "embedding.samples=3", "train.epochs=1",
-        "data.val=null", "probe.every=0", "log.every=1", "checkpoint.every=5", "train.device=cpu", "train.precision=fp32",
+        "data.val=null", "probe.every=0", "log.every=1", "checkpoint.every=5", "train.device=cpu",
+        "train.precision=fp32",
     ]  # fmt: skip
     print("| run | compared with | weights, losses and position |\n|---|---|---|")
     ends: dict[str, tuple[dict[str, Any], list[float]]] = {}
@@ -88,12 +89,10 @@ def train(overrides: list[str], run: Path, part: Part) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     metrics = run / "metrics.jsonl"
-    while part.is_killed and not (metrics.exists() and metrics.read_text().count("\n") >= KILLED_AFTER):
-        if process.poll() is not None:
-            break
-        time.sleep(0.02)
-    else:
-        if part.is_killed:
+    if part.is_killed:
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= KILLED_AFTER):
+            time.sleep(0.02)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     output, _ = process.communicate()
     if process.returncode != (-signal.SIGKILL if part.is_killed else 0):
