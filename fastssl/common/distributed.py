@@ -164,6 +164,26 @@ def broadcast_from_main(make: Callable[[], Value]) -> Value:
     return cast(Value, box[0])
 
 
+def on_all_ranks(make: Callable[[], Value]) -> Value:
+    """Call `make` on every rank, and return each rank's own result when all have one.
+
+    Raises:
+        UserError: on every rank, if `make` raises one on any of them: the one of the first such rank.
+    """
+    if not dist.is_initialized():
+        return make()
+    error: UserError | None = None
+    try:
+        value = make()
+    except UserError as raised:
+        error = raised
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=_control)
+    if first := next((each for each in errors if each), None):
+        raise error or first
+    return value
+
+
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on at least one rank. Ranks wait for each other here, but not for their GPUs."""
     return any_rank_each([flag])[0]

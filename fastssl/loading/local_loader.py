@@ -1,5 +1,6 @@
 """The loader of node-local shards (data.shards=local): local_shards.py has the rules."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import numpy as np
 
 from fastssl.beton import read_header
 from fastssl.beton.set_manifest import hash_checksums, read_shard_list
-from fastssl.common.distributed import own_node
+from fastssl.common.distributed import on_all_ranks, own_node
 from fastssl.common.errors import UserError
 from fastssl.loading.loader import BetonLoader, LoaderState
 from fastssl.loading.local_shards import Assignment, NodeShards, Rounds, assign, count_visits, exchange, order_seed
 from fastssl.loading.order import epoch_order
 from fastssl.loading.samples import Indices, Samples
+
+ATTEMPTS = 3  # to open the shards of an epoch while others move them
+PAUSE = 1.0  # seconds between two of them
 
 
 class LocalShardsLoader(BetonLoader):
@@ -33,10 +37,11 @@ class LocalShardsLoader(BetonLoader):
 
     def __init__(self, path: str | Path, batch_size: int, **options: Any) -> None:
         self.path = Path(path)
-        self.shard_files = read_shard_list(self.path)
+        self.shard_files = on_all_ranks(lambda: read_shard_list(self.path))
         self.assignment = self._assign(epoch=0)
         self._saved_assignment: str | None = None
-        super().__init__(path, batch_size, **options)
+        on_all_ranks(lambda: BetonLoader.__init__(self, path, batch_size, **options))
+        self._opened = self.own_files()
 
     @property
     def node(self) -> NodeShards:
@@ -59,10 +64,15 @@ class LocalShardsLoader(BetonLoader):
 
         Returns what the user should know: images that are left out or visited again.
         """
-        opened = self.own_files()
-        self.assignment = self._assign(self.epoch)
-        if self.own_files() != opened:
-            self._open()
+        for attempt in range(1, ATTEMPTS + 1):
+            self.assignment = self._assign(self.epoch)
+            try:
+                on_all_ranks(self._open_own_files)
+                break
+            except UserError:  # a shard was moved after its node had listed it
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(PAUSE)
         visits = count_visits(self.assignment, len(self), self.batch_size).sentence(self.epoch)
         return [*([visits] if visits else []), *self._explain_resume()]
 
@@ -78,10 +88,17 @@ class LocalShardsLoader(BetonLoader):
             )
         return assignment
 
-    def _open(self) -> None:
-        """Map the shards of the running epoch in place of those before."""
-        info = read_header(self.path, self.own_files())
-        samples = Samples.read(info)
+    def _open_own_files(self) -> None:
+        """Map the shards of the running epoch in place of those before, unless they are the same."""
+        if self.own_files() == self._opened:
+            return
+        try:
+            info = read_header(self.path, self.own_files())
+            samples = Samples.read(info)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror})", hint="copy the shard to the node again"
+            ) from error
         same_size = self.crop != "gpu" or (
             info.resolution is not None and self.cropping.image_shape(samples) == self._image_shape
         )
@@ -91,7 +108,8 @@ class LocalShardsLoader(BetonLoader):
                 hint="copy the shards of one build to all nodes",
             )
         self.samples = samples
-        self.rows = self.selection.rows(self.samples)
+        self.rows = self.selection.rows(samples)
+        self._opened = self.own_files()
 
     def _explain_resume(self) -> list[str]:
         """Say what a resume in the middle of an epoch repeats, if the nodes read other shards than before it."""

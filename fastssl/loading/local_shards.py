@@ -90,7 +90,7 @@ def exchange(folder: Path, files: Sequence[SetFile]) -> Assignment:
     has_S = torch.zeros(len(files), dtype=torch.uint8)
     if node.process == 0:  # what a node has is what its first process saw
         has_S[complete_shards(folder, files)] = 1
-    same = hash_checksums([(file.name, file.checksum) for file in files])
+    same = hash_checksums([file.model_dump() for file in files])
     head = torch.tensor([node.number, node.process, int(same[:14], 16)])
     head_R3 = all_gather_values(head)
     if (head_R3[:, 2] != head[2]).any():

@@ -15,7 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.beton import beton_file, read_header
 from fastssl.beton.format import RGB
-from fastssl.common.distributed import any_rank, broadcast_from_main, is_main_process, rank, spans_hosts, world_size
+from fastssl.common.distributed import (
+    any_rank,
+    broadcast_from_main,
+    is_main_process,
+    on_all_ranks,
+    rank,
+    spans_hosts,
+    world_size,
+)
 from fastssl.common.errors import UserError
 from fastssl.common.system import cpu_has_bf16
 from fastssl.loading import Batch, BetonLoader, SampleSelection, count_labels, require_channels, require_labels
@@ -123,6 +131,9 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
         for size in image_sizes(recipe.views):
             key = "views.size" if size == recipe.views.size else "views.progressive_resize"
             check_image_size(recipe.model, size, key)
+    if recipe.data.shards == "local":
+        # A node without a shard ends the run on all nodes, with its sentence.
+        on_all_ranks(lambda: training_file(recipe))
     loader = training_loader(recipe, device)
     check_combinations(recipe, loader)
     check_memory(recipe, device, len(loader.rows) * loader.image_bytes if loader.resident else 0)

@@ -1,6 +1,9 @@
 """Batches of nodes that read only the shards on their own disks."""
 
+import json
+import os
 import shutil
+import socket
 from collections import Counter
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from fastssl.beton import beton_file, build_beton, mapped
 from fastssl.beton.set_manifest import read_shard_list
 from fastssl.beton.shards import files_of, set_manifest_path
-from fastssl.common.distributed import Node
+from fastssl.common.distributed import Node, joined_processes
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader, local_loader
 from fastssl.loading.local_loader import LocalShardsLoader
@@ -204,6 +207,64 @@ def test_shards_may_move_between_epochs(cluster, whole, pixels):
         process.loader.set_epoch(5)
         with pytest.raises(UserError, match="1 of 2 nodes have no shard of train-.*-of-00003.beton that is theirs"):
             process.begin()
+
+
+def run_node(rank, folder, case, store):
+    """One of two real processes, each a node; in the second epoch a shard arrives, and is moved on."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store))
+    shard = "train-00002-of-00003.beton"
+    exchange = local_loader.exchange
+
+    def exchange_and_move(*arguments):
+        lists = exchange(*arguments)
+        if rank == 1 and (folder / "1" / shard).exists():  # after this node has listed it
+            shutil.move(folder / "1" / shard, folder / "0")
+        return lists
+
+    with joined_processes(torch.device("cpu")):
+        try:
+            loader = LocalShardsLoader(folder / str(rank) / "train-*-of-00003.beton", 4, seed=5, workers=1)
+            for epoch in range(2):
+                if epoch == 1 and case == "moved":
+                    local_loader.exchange = exchange_and_move
+                    if rank == 1:
+                        shutil.copy(folder / shard, folder / "1")
+                loader.begin_epoch()
+                indices = [index for batch in loader for index in batch.index.tolist()]
+                (folder / f"{rank}-{epoch}.json").write_text(json.dumps([loader.node.reads, indices]))
+        except UserError as error:
+            (folder / f"{rank}-error.txt").write_text(str(error))
+
+
+def run_two_nodes(whole, folder, case):
+    files = files_of(beton_file(whole, "train"))
+    shutil.copy(files[2], folder)
+    for node, shards in (("0", [0]), ("1", [1])):
+        (folder / node).mkdir()
+        shutil.copy(set_manifest_path(beton_file(whole, "train")), folder / node)
+        for shard in shards:
+            shutil.copy(files[shard], folder / node)
+    if case == "no manifest":
+        set_manifest_path(beton_file(folder / "1", "train")).unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(run_node, (folder, case, port), nprocs=2, start_method="spawn")
+
+
+def test_a_shard_that_is_moved_while_an_epoch_begins_is_read_where_it_is_then(whole, tmp_path, pixels):
+    run_two_nodes(whole, tmp_path, "moved")
+    found = [[json.loads((tmp_path / f"{rank}-{epoch}.json").read_text()) for rank in (0, 1)] for epoch in (0, 1)]
+    assert [[reads for reads, _ in of_epoch] for of_epoch in found] == [[[0], [1]], [[0, 2], [1]]]
+    for reads, indices in found[1]:
+        assert {pixels[1][index] for index in indices} == set(reads)
+
+
+def test_what_one_node_lacks_is_said_on_all_of_them(whole, tmp_path):
+    run_two_nodes(whole, tmp_path, "no manifest")
+    errors = [(tmp_path / f"{rank}-error.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1] and f"{tmp_path}/1/train-of-00003.beton.json is missing" in errors[0]
 
 
 def test_a_position_goes_on_with_the_same_batches(cluster):
