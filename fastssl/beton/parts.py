@@ -15,7 +15,9 @@ from fastssl.beton.format import align
 from fastssl.beton.shards import files_of, is_set
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular
+from fastssl.common.system import most_mappings, used_mappings
 
+SPARE_MAPPINGS = 5_000  # for threads, libraries and arrays: without any, the next allocation fails
 MAP_FIXED = 0x10  # of <sys/mman.h>
 MADV_RANDOM = 1
 
@@ -67,19 +69,21 @@ def part_at(parts: Sequence[FilePart], position: int) -> FilePart:
 def map_file(path: Path, files: Sequence[Path] | None = None) -> np.ndarray:
     """Return the bytes of a file, mapped: they are read from the disk when they are used.
 
-    Of a set, those of all files: each begins at its `FilePart.start`, and what is between two files is zeros.
+    Of a set, those of all files: each begins at its `FilePart.start`. Nothing may be read between two files.
 
     files: those of the set that are meant; None: all.
     """
+    parts = file_parts(path, files) if is_set(path) else ()
     try:
-        if is_set(path):
-            return _map_one_after_the_other(file_parts(path, files))
+        if parts:
+            return _map_one_after_the_other(path, parts)
         # numba dispatches slowly on a memmap.
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
-        size = sum(part.size for part in file_parts(path, files))
+        error.__traceback__ = None  # it holds what was mapped, and this needs memory
+        size = sum(part.size for part in parts or file_parts(path))
         raise UserError(
             f"{path} has {size / 1e9:,.1f} GB, more than the limit on the address space of a "
             "process leaves (a mapped file takes address space, not memory)",
@@ -87,19 +91,34 @@ def map_file(path: Path, files: Sequence[Path] | None = None) -> np.ndarray:
         ) from error
 
 
-def _map_one_after_the_other(parts: Sequence[FilePart]) -> np.ndarray:
+def _map_one_after_the_other(path: Path, parts: Sequence[FilePart]) -> np.ndarray:
     """Map files into one range of addresses, so that all that reads one mapped file reads a set too."""
+    _require_mappings(path, len(parts))
     total = parts[-1].start + parts[-1].size
     # Its pages are replaced by those of the files; it gives all of them back when the array is deleted.
     region = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
     content = np.frombuffer(region, np.uint8)
-    for part in parts:
+    # A file is mapped up to the next one, beyond its end: what is between them needs no mapping of its own.
+    for part, end in zip(parts, [*(part.start for part in parts[1:]), total]):
         with open_regular(part.path) as file:
-            address, fixed = content.ctypes.data + part.start, mmap.MAP_SHARED | MAP_FIXED
-            if _libc.mmap(address, part.size, mmap.PROT_READ, fixed, file.fileno(), 0) != address:
+            address, size, fixed = content.ctypes.data + part.start, end - part.start, mmap.MAP_SHARED | MAP_FIXED
+            if _libc.mmap(address, size, mmap.PROT_READ, fixed, file.fileno(), 0) != address:
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number), str(part.path))
     return content
+
+
+def _require_mappings(path: Path, count: int) -> None:
+    """Raise UserError if Linux does not let this process have so many more ranges of addresses."""
+    limit, used = most_mappings(), used_mappings()
+    if used + count + SPARE_MAPPINGS > limit:
+        # A run opens a set twice: for the probe, or when node-local shards have moved.
+        needed = used + 2 * count + SPARE_MAPPINGS
+        raise UserError(
+            f"{path} has {count:,} files, and this process, which has {used:,} ranges of addresses, may have {limit:,} "
+            "(vm.max_map_count)",
+            hint=f"raise the limit as root: sysctl -w vm.max_map_count={needed}; or build the set in fewer shards",
+        )
 
 
 def read_single_pages(mapped: np.ndarray, start: int, end: int) -> None:

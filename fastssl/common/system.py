@@ -9,6 +9,7 @@ from fastssl.common.errors import UserError
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+MOST_MAPPINGS = 65_530  # Linux's default of vm.max_map_count
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: the instructions that oneDNN uses for products in bf16
 
 
@@ -55,6 +56,21 @@ def free_memory() -> int:
         lines = dict(line.split(":") for line in file)
     free = 1024 * int(lines["MemAvailable"].split()[0])
     return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
+
+
+def most_mappings() -> int:
+    """Return how many ranges of addresses Linux lets a process have: the sysctl vm.max_map_count."""
+    words = _read(PROC / "sys/vm/max_map_count")
+    return int(words[0]) if words and words[0].isdecimal() else MOST_MAPPINGS
+
+
+def used_mappings() -> int:
+    """Return how many ranges of addresses this process has; 0 where the system does not tell."""
+    try:
+        with open(PROC / "self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
 
 
 def _cpu_info() -> list[str]:

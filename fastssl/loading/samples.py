@@ -17,6 +17,7 @@ from fastssl.beton.parts import FilePart, file_parts, map_file, part_at, read_si
 from fastssl.common.errors import UserError
 from fastssl.common.geometry import FLIP, crop_box, eval_box
 from fastssl.common.randomness import AUGMENTATION, uniforms
+from fastssl.common.system import most_mappings, used_mappings
 from fastssl.loading.kernels import gather_rows
 from fastssl.recipe import ViewsConfig
 
@@ -25,7 +26,6 @@ CropMode = Literal["gpu", "cpu", "eval"]
 
 Storage = Literal["raw", "jpg", "bc4", "mixed"]
 MODES = {"raw": (RAW,), "jpg": (JPG,), "bc4": (BC4,), "mixed": (RAW, JPG)}
-MOST_ADVISED = 10_000  # files
 PIECE = 1 << 20  # samples that are read at a time where all of a very large set are
 
 
@@ -95,8 +95,8 @@ class MappedRows:
         self.file = file
         self.tables = tables
         self.int_fields = {name for name, type_id in tables.field_types.items() if type_id == INT_FIELD}
-        # Each piece with another advice is a mapping of its own, and Linux allows 65,530.
-        if len(tables.parts) <= MOST_ADVISED:
+        # Each piece with another advice is a range of addresses of its own: up to four more of each file.
+        if used_mappings() + 4 * len(tables.parts) <= most_mappings() // 4:
             ends_F = tables.metadata_end_F, tables.start_F + [part.size for part in tables.parts]
             for starts_F, end_F in zip((tables.metadata_F, tables.allocations_F), ends_F):
                 for start, end in zip(starts_F.tolist(), end_F.tolist()):

@@ -32,10 +32,11 @@ from fastssl.beton import (
     read_names,
 )
 from fastssl.beton.format import manifest_path
-from fastssl.beton.parts import map_file
+from fastssl.beton.parts import SPARE_MAPPINGS, map_file
 from fastssl.beton.shards import Shard, exists, files_of, is_set, set_manifest_path, split_of
 from fastssl.beton.sheet import TITLE_HEIGHT
 from fastssl.common.errors import Stopped, UserError
+from fastssl.common.system import most_mappings, used_mappings
 from fastssl.evaluation.runs import BetonSubset
 from fastssl.loading import BetonLoader
 from fastssl.loading.order import SampleSelection
@@ -157,12 +158,44 @@ def test_damage_is_found_in_its_shard(source, fastssl, tmp_path):
     assert samples.describe(row).startswith(f"{part.path}: the sample with index {index} (train/class")
 
 
-def test_what_lies_between_two_files_is_zeros(built):
+def test_each_file_of_a_set_takes_one_range_of_addresses(built):
     path = built(3)
+    before = used_mappings()
     whole, parts = map_file(path), read_header(path).parts
-    for part, after in zip(parts, parts[1:]):
+    assert used_mappings() - before <= 4
+    for part in parts:
         assert np.array_equal(whole[part.start : part.start + part.size], np.fromfile(part.path, np.uint8))
-        assert not whole[part.start + part.size : after.start].any() and after.start % (1 << 23) == 0
+        assert part.start % (1 << 23) == 0
+
+
+def test_more_files_than_linux_maps_are_refused(built, monkeypatch):
+    path = built(3)
+    needed = used_mappings() + 3 + SPARE_MAPPINGS
+    monkeypatch.setattr("fastssl.beton.parts.most_mappings", lambda: needed + 100)
+    assert len(map_file(path))
+    monkeypatch.setattr("fastssl.beton.parts.most_mappings", lambda: needed - 100)
+    with pytest.raises(UserError, match=r"has 3 files.*sysctl -w vm\.max_map_count=\d+;"):
+        map_file(path)
+
+
+def test_sets_are_mapped_until_linux_refuses_and_the_process_goes_on(built):
+    """The same shard is mapped in place of others: opening so many is what takes the time."""
+    script = """
+import sys
+from pathlib import Path
+from fastssl.beton.parts import SPARE_MAPPINGS, map_file
+files = [Path(sys.argv[1])] * 16_384
+kept = []
+try:
+    while True:
+        kept.append(map_file(Path("x/train-*-of-16384.beton"), files))
+except Exception as error:
+    print(len(kept), type(error).__name__, error)
+"""
+    file = built(3).parent / "train-00000-of-00003.beton"
+    run = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True)
+    sets = (most_mappings() - SPARE_MAPPINGS) // 16_384
+    assert run.stdout.startswith(f"{sets} UserError x/train-*-of-16384.beton has 16,384 files"), run.stdout
 
 
 def test_a_set_without_manifests_is_evaluated_too(source, tmp_path):
