@@ -212,6 +212,7 @@ def test_a_regular_file_is_opened_as_open_does(tmp_path):
 def test_a_file_that_is_read_whole_has_a_limit(tmp_path):
     (tmp_path / "x").write_bytes(b"12345")
     assert read_bytes(tmp_path / "x", limit=5) == b"12345"
+    assert read_bytes(tmp_path / "x", limit=1 << 46) == b"12345"  # a limit takes no memory
     with pytest.raises(OSError, match="larger than the 4 bytes"):
         read_bytes(tmp_path / "x", limit=4)
 
