@@ -23,14 +23,14 @@ from fastssl.beton.format import (
     Manifest,
     metadata_type,
 )
-from fastssl.beton.parts import FilePart, file_parts, map_file
+from fastssl.beton.parts import FilePart, file_parts, map_file, require_unchanged
 from fastssl.beton.set_manifest import read_set_manifest
 from fastssl.beton.shards import SET, is_set, set_manifest_path
 from fastssl.beton.tables import (
     Header,
     check_allocations,
     check_images,
-    check_source_sides,
+    find_wrong_source,
     read_file_header,
     with_image_column,
 )
@@ -104,9 +104,14 @@ class MappedTables(NamedTuple):
         return file_B, row_B - self.first_row_F[file_B]
 
     def pieces_of(self, name: str) -> Iterator[np.ndarray]:
-        """Yield a column of integers, file by file. Its values are what the files hold: they are not checked."""
+        """Yield a column of integers, file by file. Its values are what the files hold: they are not checked.
+
+        Raises UserError if a file has changed since the set was opened.
+        """
         for part, first, end in zip(self.parts, self.metadata_F.tolist(), self.metadata_end_F.tolist()):
+            require_unchanged(part)
             content = map_file(part.path)
+            require_unchanged(part)  # nor between the first look and the mapping
             yield np.array(content[first - part.start : end - part.start].view(self.metadata_type)[name])
 
     def _checked(self, row_B: np.ndarray, metadata_B: np.ndarray, allocation_B: np.ndarray) -> np.ndarray:
@@ -127,7 +132,8 @@ class MappedTables(NamedTuple):
         if (sides_B > self.side).any() or (self.manifest["layout"] == "canvas" and (sides_B != self.side).any()):
             raise ValueError(f"its image has another size than its manifest says ({self.side} px)")
         check_images(image_B, allocation_B["size"], self.channels)
-        check_source_sides(metadata_B, self.field_types)
+        if wrong := find_wrong_source(metadata_B, self.field_types):
+            raise ValueError(f"its source {wrong[1]}")
         if (metadata_B["index"] < 0).any():
             raise ValueError("its index is negative")
         if (metadata_B["label"] >= len(self.manifest["classes"])).any():

@@ -51,14 +51,31 @@ def file_parts(path: Path, files: Sequence[Path] | None = None) -> tuple[FilePar
     Each begins at a multiple of FFCV's page size, so no page of the set holds data of two files.
 
     files: those of the set that are meant; None: all.
+
+    Raises UserError if one is not there: a name among them may be a link to a file that is away.
     """
     parts = []
     start = 0
     for file in files_of(path) if files is None else files:
-        stat = os.stat(file)
+        try:
+            stat = os.stat(file)
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be read ({error.strerror})", hint="copy it again, or what it links to"
+            ) from error
         parts.append(FilePart(file, start, stat.st_size, file_identity(stat)))
         start = align(start + stat.st_size)
     return tuple(parts)
+
+
+def require_unchanged(part: FilePart) -> None:
+    """Raise UserError if a file has been written again, replaced or deleted since the `FilePart` was made."""
+    try:
+        is_same = file_identity(os.stat(part.path)) == part.identity
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise UserError(f"{part.path} has changed since it was opened", hint="start again")
 
 
 def part_at(parts: Sequence[FilePart], position: int) -> FilePart:

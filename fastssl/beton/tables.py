@@ -191,7 +191,8 @@ def _check_tables(content: np.ndarray) -> Tables:
         raise ValueError("its allocation table names samples that it does not have")
     image_bytes = _find_allocations(metadata["image"], table)
     check_images(metadata["image"], image_bytes, header.channels)
-    check_source_sides(metadata, field_types)
+    if wrong := find_wrong_source(metadata, field_types):
+        raise ValueError(f"the source of its sample {wrong[0]} {wrong[1]}")
     if field_types.get("index") == INT_FIELD:
         _check_indices(metadata["index"])
     samples = (num_samples,)
@@ -278,16 +279,18 @@ def check_images(image: np.ndarray, image_bytes: np.ndarray, channels: int) -> N
         raise ValueError("the size of its images does not fit their height and width")
 
 
-def check_source_sides(metadata: np.ndarray, field_types: dict[str, int]) -> None:
-    """Check the sizes of the source images, from which crop boxes are computed. Raises ValueError."""
+def find_wrong_source(metadata: np.ndarray, field_types: dict[str, int]) -> tuple[int, str] | None:
+    """Check the sizes of the source images, from which crop boxes are computed.
+
+    Returns the row of one that is impossible and what is wrong with it; None if all are possible.
+    """
     for side in ("height", "width"):
         if field_types.get(side) == INT_FIELD:
             is_wrong_N = (metadata[side] < 1) | (metadata[side] > LARGEST_SOURCE_SIDE)
             if is_wrong_N.any():
-                sample = int(np.argmax(is_wrong_N))
-                raise ValueError(
-                    f"the source of its sample {sample} cannot have a {side} of {metadata[side][sample]} px"
-                )
+                row = int(np.argmax(is_wrong_N))
+                return row, f"cannot have a {side} of {metadata[side][row]} px"
+    return None
 
 
 def _check_indices(index_N: np.ndarray) -> None:

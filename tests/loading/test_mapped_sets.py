@@ -197,7 +197,7 @@ DAMAGE = {
     "another mode": ("image.mode", 0, "not stored as its manifest says"),
     "an unknown label": ("label", 3, "its label is that of no class"),
     "a negative index": ("index", -1, "its index is negative"),
-    "a source without pixels": ("height", 0, "cannot have a height of 0 px"),
+    "a source without pixels": ("height", 0, ": its source cannot have a height of 0 px"),
 }
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_row_is_refused_when_its_batch_is_read(raw, lowered, tmp_path,
     change_row(path.with_name("train-00002-of-00005.beton"), 4, name, value)
     loader = loader_of(path, shuffle=False)
     batches = []
-    with pytest.raises(UserError, match=rf"train-00002-of-00005.beton is damaged at its sample 4: .*{message}"):
+    with pytest.raises(UserError, match=rf"train-00002-of-00005.beton is damaged at its sample 4.*{message}"):
         for batch in loader:
             batches.append(batch)
     assert len(batches) == 2  # of seven samples: the row is in the fourth one, which is started before the third ends
@@ -277,6 +277,29 @@ def test_a_file_that_was_replaced_is_refused(raw, lowered, tmp_path):
     os.utime(path.with_name("train-00002-of-00005.beton"))
     with pytest.raises(UserError, match="has changed since it was opened"):
         Samples.read(info)
+
+
+@pytest.mark.parametrize("kind", ["shorter", "gone", "of another build"])
+def test_a_file_that_was_replaced_is_not_read_for_a_list(raw, lowered, tmp_path, kind):
+    shutil.copytree(raw.parent, tmp_path / "data")
+    path = beton_file(tmp_path / "data", "train")
+    loader = loader_of(path)
+    file = path.with_name("train-00001-of-00005.beton")
+    file.unlink()
+    if kind != "gone":
+        file.write_bytes(b"" if kind == "shorter" else path.with_name("train-00002-of-00005.beton").read_bytes())
+    with pytest.raises(UserError, match="train-00001-of-00005.beton has changed since it was opened"):
+        list(loader.samples.index_pieces())
+
+
+def test_a_broken_link_among_shards_is_explained(raw, tmp_path, fastssl):
+    shutil.copytree(raw.parent, tmp_path / "data")
+    path = beton_file(tmp_path / "data", "train")
+    file = path.with_name("train-00002-of-00005.beton")
+    file.rename(tmp_path / "elsewhere.beton")
+    file.symlink_to(tmp_path / "away.beton")
+    code, _, err = fastssl("inspect", path)
+    assert code == 2 and "train-00002-of-00005.beton cannot be read (No such file or directory)" in err
 
 
 # -- training -------------------------------------------------------------------------------------
