@@ -36,8 +36,8 @@ from fastssl.beton.tables import (
 )
 from fastssl.common.errors import UserError
 
-# Samples. Up to so many, tables and orders are arrays: 16.7 million take 1.7 GB. Above, both are computed or read for
-# each batch.
+# Samples. Up to so many, tables and orders are arrays: 16.7 million take about 3 GB. Above, both are computed or read
+# for each batch.
 MOST_IN_MEMORY = 1 << 24
 THREADS = 16  # that read headers: on a network disk each takes milliseconds
 LARGEST_SIDE = (1 << 16) - 1  # px, of format.IMAGE
