@@ -4,6 +4,7 @@ A set is opened this way if it has more than MOST_IN_MEMORY samples and a manife
 come from all rows: sides, storage, classes. Opening it checks the header of each file and where its tables are.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastssl.beton.format import (
 )
 from fastssl.beton.parts import FilePart, file_parts, map_file, require_unchanged
 from fastssl.beton.set_manifest import read_set_manifest
-from fastssl.beton.shards import SET, is_set, set_manifest_path
+from fastssl.beton.shards import SET, files_of, is_set, set_manifest_path
 from fastssl.beton.tables import (
     Header,
     check_allocations,
@@ -39,6 +40,7 @@ from fastssl.common.errors import UserError
 # Samples. Up to so many, tables and orders are arrays: 16.7 million take about 3 GB. Above, both are computed or read
 # for each batch.
 MOST_IN_MEMORY = 1 << 24
+BYTES_IN_MEMORY = 150  # of a sample, with its place in an order: records/scale.md
 THREADS = 16  # that read headers: on a network disk each takes milliseconds
 LARGEST_SIDE = (1 << 16) - 1  # px, of format.IMAGE
 MODES = {"raw": RAW, "jpg": JPG, "bc4": BC4}
@@ -179,6 +181,22 @@ def find_mapped(path: Path, files: Sequence[Path] | None = None) -> MappedTables
         channels=first.channels,
         side=side,
         manifest=manifest,
+    )
+
+
+def warn_of_large_tables(path: Path, files: Sequence[Path] | None = None) -> None:
+    """Say how much memory the tables of a very large file take, or of a set that `find_mapped` does not know."""
+    samples = sum(read_file_header(file).num_samples for file in files or files_of(path))
+    if samples <= MOST_IN_MEMORY:
+        return
+    if SET.fullmatch(path.name):
+        advice = f"{set_manifest_path(path)} is missing: copy it there, or run the build again, which writes it"
+    else:
+        advice = "build it with --shards, and name the whole set, by its folder or as 'train-*-of-00064.beton'"
+    warnings.warn(
+        f"{path} has {samples:,} images, whose tables take about {samples * BYTES_IN_MEMORY / 1e9:.2g} GB of memory in "
+        f"each process. Those of a whole set of shards with its manifest take none; {advice}.",
+        stacklevel=1,  # one place, so that Python shows it once
     )
 
 

@@ -104,11 +104,12 @@ def read_header(path: str | Path, files: Sequence[Path] | None = None) -> BetonI
 
     files: those of the set that are meant, in its order; None: all. They are the whole set for who reads the result.
     """
-    from fastssl.beton.mapped import find_mapped
+    from fastssl.beton.mapped import find_mapped, warn_of_large_tables
 
     path = Path(path)
     if mapped := find_mapped(path, files):
         return _header_of_mapped(path, mapped)
+    warn_of_large_tables(path, files)
     checked = read_tables(path, files)
     image = checked.metadata["image"]
     max_resolution = (int(image["height"].max()), int(image["width"].max()))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from fastssl.beton import read_header
+from fastssl.beton import mapped, read_header
 from fastssl.beton.format import RGB
 from fastssl.common.distributed import main_progress, rank, world_size
 from fastssl.common.errors import UserError
@@ -26,7 +26,7 @@ from fastssl.loading import kernels
 from fastssl.loading.blocks import BlockImages
 from fastssl.loading.crops import scratch_bytes
 from fastssl.loading.decoding import Buffers, PendingBatch, ThreadDecoder, is_small
-from fastssl.loading.order import Order, SampleSelection, epoch_order
+from fastssl.loading.order import Drawn, Order, SampleSelection, epoch_order
 from fastssl.loading.prefetch import run_ahead
 from fastssl.loading.resident import pieces_bytes, read_pieces
 from fastssl.loading.samples import MODES, CropMode, Cropping, Indices, SampleRows, Samples, as_array
@@ -200,6 +200,12 @@ class BetonLoader:
         self.world = world_size() if shard else 1
         self.samples = Samples.read(info)
         self.rows = selection.rows(self.samples)
+        if isinstance(self.rows, Drawn) and self.order != "random":
+            raise UserError(
+                f"data.limit leaves {len(self.rows):,} images of {self.path}, and so many are drawn in no order of the "
+                f"file, on which the {self.order} order depends",
+                hint=f"leave out data.limit, lower it to at most {mapped.MOST_IN_MEMORY:,}, or set data.order=random",
+            )
         self.epoch = 0
         self.position = 0  # samples handed out in this epoch, over all processes
         self.bad_samples = 0  # samples that were replaced
@@ -324,8 +330,10 @@ class BetonLoader:
                 hint="resume with the recipe.yaml of the run, or start a new run",
             )
         if state["samples"] != self._samples_hash:
+            many = f" and, above {mapped.MOST_IN_MEMORY:,} images, in the same shards with the manifest of their set"
             raise UserError(
-                f"{self.path} does not hold the images that the run has read so far, in their order",
+                f"{self.path} does not hold the images that the run has read so far, in their order"
+                f"{many if len(self.samples) > mapped.MOST_IN_MEMORY else ''}",
                 hint="set data.train (and data.subset) to the file that was used before, or start a new run",
             )
         self.epoch = state["epoch"]

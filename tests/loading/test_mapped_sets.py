@@ -105,9 +105,14 @@ def test_a_set_without_its_manifest_is_read_at_once(raw, lowered, tmp_path):
     shutil.copytree(raw.parent, tmp_path / "data")
     path = beton_file(tmp_path / "data", "train")
     set_manifest_path(path).unlink()
-    loader = loader_of(path)
+    with pytest.warns(UserWarning, match="has 48 images, whose tables take .*train-of-00005.beton.json is missing"):
+        loader = loader_of(path)
     assert not loader.samples.is_mapped
     assert_same_batches(loader, loader_of(raw))
+    with pytest.raises(UserError, match="in their order and, above 10 images, in the same shards with the manifest"):
+        loader_of(raw).load_state_dict(loader.state_dict())
+    with pytest.warns(UserWarning, match="has 19 images, whose tables take .*name the whole set"):
+        read_header(path.with_name("train-0000[12]*.beton"))
 
 
 def test_selections_are_those_of_arrays(raw, monkeypatch, tmp_path):
@@ -129,6 +134,10 @@ def test_selections_are_those_of_arrays(raw, monkeypatch, tmp_path):
     few = SampleSelection(limit=5).rows(samples)
     assert few.tolist() == sorted(rows[0][:5])
     assert SampleSelection(limit=20).count(raw) == 20
+    for order in (False, "quasi_random"):
+        with pytest.raises(UserError, match="data.limit leaves 20 images .*order depends: leave out data.limit"):
+            loader_of(raw, selection=SampleSelection(limit=20), shuffle=order)
+    assert len(loader_of(raw, selection=SampleSelection(limit=8), shuffle=False)) == 1
 
 
 def test_a_resident_set_is_the_same(raw, monkeypatch):
