@@ -15,7 +15,10 @@ A builder is a module of this package, found by its name (`fastssl build-beton N
   `arrays=True` (`--channels` other than 3) .npy files are images.
 
 - `IMAGE_CLASSES`, if images are functions: frozen dataclasses whose fields are text or whole numbers, the paths among
-  them named `path` or `root`. Processes that build shards then share one list of the samples.
+  them named `path` or `root`. Processes that build shards then share one list of the samples;
+- `LABEL_FILES`, patterns of the files below SOURCE that tell which images there are or their labels, such as "*.txt".
+  If one changes, processes that build shards list the samples again. A SOURCE that is a file, and the archives and
+  tables that images are in, count without it.
 
 A builder may yield `LeftOut(reason, count)` among its samples: how many images of an archive or a table it leaves out,
 and why. (Files and folders of SOURCE that no sample names are counted without its help.)

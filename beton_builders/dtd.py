@@ -17,6 +17,7 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "the folder that holds images and labels"
+LABEL_FILES = ("labels/*.txt", "dtd/labels/*.txt", "dtd/dtd/labels/*.txt")
 DOWNLOAD = [{"dataset": "DTD"}]
 
 ARCHIVE = "dtd-r1.0.1.tar.gz"

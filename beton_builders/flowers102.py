@@ -18,6 +18,7 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "the folder with jpg and imagelabels.mat"
+LABEL_FILES = ("*.mat", "flowers-102/*.mat")
 DOWNLOAD = [{"dataset": "Flowers102"}]
 
 NAMES = """

@@ -43,6 +43,7 @@ SOURCE = "the folder of ImageNet's tars or images"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT, SOLUTION = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+LABEL_FILES = (SOLUTION, f"{DEVKIT}.tar.gz", f"{DEVKIT}/{META}", f"{DEVKIT}/{TRUTH}")
 LARGEST_DEVKIT = 1 << 28  # bytes unpacked; the official one has 12 million
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 

@@ -11,6 +11,7 @@ labels are from 0 to 99 in that order. Order of the samples: by class and file n
 from pathlib import Path
 
 from beton_builders import Splits
+from beton_builders.imagenet import LABEL_FILES as LABEL_FILES
 from beton_builders.imagenet import SOURCE as SOURCE
 from beton_builders.imagenet import find_splits
 

@@ -26,6 +26,7 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "the folder that the archives are unpacked in"
+LABEL_FILES = ("*.json",)
 DOWNLOAD = [{"dataset": "INaturalist", "version": version} for version in ("2021_train_mini", "2021_valid")]
 
 LISTS = {"train": "train2018.json", "val": "val2018.json"}

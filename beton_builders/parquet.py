@@ -41,6 +41,7 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "a folder of .parquet files or one of them"
+LABEL_FILES = ("**/*.parquet",)
 SPLITS_BY_NAME = True
 
 IMAGES, LABELS = ("image", "img", "images"), ("label", "labels", "fine_label")

@@ -22,6 +22,7 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "the folder that holds val_256"
+LABEL_FILES = ("*.txt",)
 DOWNLOAD = [{"dataset": "Places365", "split": "val", "small": True}]
 
 IMAGES, CATEGORIES = "places365_val.txt", "categories_places365.txt"

@@ -21,6 +21,7 @@ from fastssl.beton import Sample
 
 CANVAS = 256
 SOURCE = "the folder SUN397"
+LABEL_FILES = ("*.txt", "Partitions/*.txt", "SUN397/*.txt", "SUN397/Partitions/*.txt")
 DOWNLOAD = [{"dataset": "SUN397"}]
 
 LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}

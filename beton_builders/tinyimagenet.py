@@ -21,6 +21,7 @@ from fastssl.beton import Sample
 
 CANVAS = 64
 SOURCE = "the folder tiny-imagenet-200"
+LABEL_FILES = ("wnids.txt", "val/val_annotations.txt", "*/wnids.txt", "*/val/val_annotations.txt")
 
 FOLDER = "tiny-imagenet-200"
 

@@ -36,6 +36,7 @@ from fastssl.beton import LeftOut, Sample
 
 CANVAS = 256
 SOURCE = "a folder of .tar shards or one shard"
+LABEL_FILES = ("classes.txt",)
 SPLITS_BY_NAME = True
 
 FILE_OF_SAMPLE = re.compile(r"(?P<key>(.*/)?[^/.]+)\.(?P<suffix>[^/]*)", re.DOTALL)

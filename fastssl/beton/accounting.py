@@ -35,7 +35,7 @@ def account_for_files(
         use: what was done with the images that are good.
         arrays: whether .npy files are images.
         in_other_shards: images that a build of one shard leaves to the others.
-        files: what `count_files` has returned; None: they are counted now.
+        files: what `count_files` has returned; None: they are counted now; {}: nothing is said about files.
     """
     listed = sum(len(split.samples) for split in splits)
     images = {
@@ -50,7 +50,7 @@ def account_for_files(
     noun = "images and other entries" if any(split.left_out for split in splits) else "images"
     parts = [f"Of {sum(images.values()):,} {noun}: " + _listed(images)]
     files = count_files(builder, source, splits, arrays) if files is None else files
-    if files is not None:
+    if files:
         parts.insert(0, f"Of {count_of(sum(files.values()), 'file')} in {source}: " + _listed(files))
     return as_utf8(" ".join(f"{part}." for part in parts))
 

@@ -206,7 +206,7 @@ def _files_of_split(
         # With --shard only the images of this shard are listed.
         order = split.order[shard.bounds(listed.images)] if options.shard is None else split.order
         path, of_shard = shard_path(out, split.name, shard), split._replace(order=order)
-        of_key = {**key, "shard": number}
+        of_key = {**key, "shard": number, "spot_check": listed.spot_check}
         if options.limit is not None:
             of_key["listed"] = len(split.samples)  # a shard has no names of the images that were left out
         files.append(FileBuild(path, of_shard, shard, plan, of_key, options.strict))

@@ -95,8 +95,9 @@ class FileBuild:
         from fastssl.beton.manifest import read_manifest
 
         path, split = self.path, self.split
-        # Another machine may have the source of a shard elsewhere.
-        compared = {name: value for name, value in self.key.items() if name != "source" or not self.shard}
+        # Another machine may have the source of a shard elsewhere: see `_refuse_other_source`.
+        ignored = ("source", "spot_check") if self.shard else ()
+        compared = {name: value for name, value in self.key.items() if name not in ignored}
         try:
             manifest = read_manifest(path, len(split.samples))
             is_same = all(manifest[name] == value for name, value in compared.items())
@@ -109,8 +110,18 @@ class FileBuild:
             return None
         if not (is_same and is_complete):
             return None
+        self._refuse_other_source(manifest)
         # Sorted: samples of one archive follow each other. Images outside of --limit do not matter.
         return None if changed_since(split.samples, np.sort(split.order).tolist(), started, missing) else manifest
+
+    def _refuse_other_source(self, manifest: Manifest) -> None:
+        """Raise UserError for a shard of another data set whose images have the same names and labels."""
+        before, now = manifest.get("source"), self.key["source"]
+        if self.shard and before != now and manifest.get("spot_check") != self.key["spot_check"]:
+            raise UserError(
+                f"{self.path} is built from {quote(before)}, and --source {now} holds other images with the same names",
+                hint="use another --out, or delete the shards of the other source",
+            )
 
     def _say_what_is_replaced(self) -> None:
         """Print how the file of an earlier build is stored, and how the new one: before the work, while it exists."""

@@ -6,19 +6,19 @@ Not part of read.py: only who reads a manifest imports pydantic, and no worker p
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fastssl.beton.format import Manifest, manifest_path
 from fastssl.common.errors import UserError
 from fastssl.common.files import read_bytes
+from fastssl.common.schema import Count
 from fastssl.common.terminal import printable
 
 LARGEST = 64 << 20  # bytes, and for each sample as many as the next line says
 LARGEST_PER_SAMPLE = 64  # a checksum takes 8; class names and missing images may take more
 MOST_COUNTED = 1 << 27  # samples; a larger set is in shards, and the manifest of a set has no checksum for each sample
-Count = Annotated[int, Field(ge=0)]
 
 
 class Checksums(BaseModel, strict=True):
@@ -37,6 +37,7 @@ class Schema(BaseModel, strict=True):
     bytes: Count = 0
     builder: str | None = None
     source: str | None = None
+    spot_check: str | None = None  # of a shard, see `listing.spot_check`
     fastssl: str | None = None
     pillow: str | None = None
     canvas: int | None = None

@@ -16,10 +16,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from fastssl.beton.format import ALLOCATION, Manifest, manifest_path
-from fastssl.beton.manifest import Count, Schema, read_checked, read_manifest, read_or_explain
+from fastssl.beton.manifest import Schema, read_checked, read_manifest, read_or_explain
 from fastssl.beton.shards import SET, Shard, set_manifest_path, set_path, shard_path
-from fastssl.common.errors import UserError
+from fastssl.common.errors import UserError, quote
 from fastssl.common.files import write_atomically
+from fastssl.common.schema import Count
 
 # What must be equal in the manifests of a set, so that its files are of one build.
 SAME_IN_A_SET = (
@@ -191,6 +192,12 @@ def _join(files: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
                     f"{file} and {files[0]} are of different builds: they have another {what}",
                     hint="build the shards again with the same options and images, or name those of one build",
                 )
+        if manifest.get("source") != first.get("source") and manifest.get("spot_check") != first.get("spot_check"):
+            raise UserError(
+                f"{file} and {files[0]} are of different images with the same names, from {quote(manifest['source'])} "
+                f"and {quote(first['source'])}",
+                hint="build the shards again from one source, or name those of one build",
+            )
     joined = {name: value for name, value in first.items() if name not in ("shard", "checksum")}
     joined["missing"] = [index for each in manifests for index in each.get("missing", [])]
     joined |= {name: sum(each.get(name, 0) for each in manifests) for name in COUNTS}

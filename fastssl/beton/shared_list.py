@@ -8,6 +8,10 @@ An image is the path of a file, [path, offset, size], or {"class": NAME, ...}: t
 IMAGE_CLASSES. Paths are relative to --source, which may be elsewhere on another machine, and lead to nothing outside of
 it. Where a builder holds images in memory, or names files outside of --source, every process lists the source itself.
 
+A list is used while what it was read from is as it was: a --source that is a file, the archives and tables that hold
+images, and the builder's LABEL_FILES, by size and time of change. Another --source must hold the same images, by a spot
+check.
+
 The folder may come from elsewhere: nothing in it is run. The header is checked by its schema, the lines by their types
 and their SHA-256.
 """
@@ -29,8 +33,8 @@ from pydantic import BaseModel, Field
 
 from fastssl.beton.accounting import count_files
 from fastssl.beton.format import RGB
-from fastssl.beton.listing import ListedSplit, Listing, list_source
-from fastssl.beton.manifest import Count, read_checked
+from fastssl.beton.listing import SPOT_CHECKED, ListedSplit, Listing, list_source, spot_check, spot_checked
+from fastssl.beton.manifest import read_checked
 from fastssl.beton.options import BuildOptions
 from fastssl.beton.shards import Shard, check_shards
 from fastssl.beton.source import (
@@ -39,10 +43,12 @@ from fastssl.beton.source import (
     SampleList,
     SourceSplit,
     as_utf8,
+    file_of,
     load_builder,
 )
 from fastssl.common.errors import UserError
 from fastssl.common.files import make_folder, open_regular, try_lock, write_atomically
+from fastssl.common.schema import Count
 from fastssl.common.terminal import console, print_line, printable, progress, time_in_words
 
 LONGEST_LINE = 1 << 20  # bytes
@@ -58,6 +64,13 @@ class _Slice(BaseModel, strict=True):
     sha256: Sha256
 
 
+class _Stamp(BaseModel, strict=True):
+    """What a file was when it was read."""
+
+    size: Count  # bytes
+    changed: Annotated[int, Field(ge=0, lt=2**63)]  # ns since the epoch
+
+
 class _Split(BaseModel, strict=True):
     name: Annotated[str, Field(pattern=r"^[^/\x00]+$")]
     classes: list[str]
@@ -66,6 +79,8 @@ class _Split(BaseModel, strict=True):
     samples: Count  # with those that --limit leaves out
     images: Count
     sample_list_sha256: Sha256
+    spot_check: Sha256  # see `listing.spot_check`
+    spot_checked: Annotated[list[str], Field(max_length=SPOT_CHECKED)]  # its images, as in a line of the list
     shards: list[_Slice]
 
 
@@ -76,11 +91,20 @@ class _Header(BaseModel, strict=True):
     source: str | None
     is_shared: bool  # False: every process lists the source itself
     files: dict[str, Count] | None
+    tables: dict[str, _Stamp]  # the files that were read to list the images, by their paths as JSON
     splits: list[_Split]
 
 
 class _Damaged(ValueError):
     """A list that cannot be used; the message says why."""
+
+
+class _Outdated(_Damaged):
+    """A list of what the source was; the message says what has changed."""
+
+
+class _CannotRead(UserError):
+    """A list is there, and reading it fails, which may pass: another process or a network disk replaces it."""
 
 
 class _CannotShare(Exception):
@@ -95,17 +119,19 @@ def make_list(builder: str, source: Path | None, out: Path, options: BuildOption
     """List the images of a source, and replace the list in OUT, which other processes use. Returns all images."""
     assert options.shards is not None
     folder = list_folder(out, options.shards)
+    tables = _label_files(builder, source)
     listing = _list_checked(builder, source, out, options)
     make_folder(folder)
     with _locked(folder):
-        return _write(folder, listing, builder, source, options)
+        return _write(folder, listing, tables, builder, source, options)
 
 
 def read_or_make_list(builder: str, source: Path | None, out: Path, options: BuildOptions) -> Listing:
     """Return the images of the shard that is asked for, or of all: by the list in OUT, made if there is none."""
     assert options.shards is not None
     folder = list_folder(out, options.shards)
-    with contextlib.suppress(_Damaged):  # or another process is replacing it: the next look is under the lock
+    # If another process is replacing it, the next look is under the lock.
+    with contextlib.suppress(_Damaged, _CannotRead):
         if (found := _read(folder, builder, source, options)) is not None:
             return found
     make_folder(folder)
@@ -114,8 +140,10 @@ def read_or_make_list(builder: str, source: Path | None, out: Path, options: Bui
             if (found := _read(folder, builder, source, options)) is not None:
                 return found
         except _Damaged as error:
-            print_line(console(stderr=True), f"The list in {folder} is damaged ({error}), so it is made again.")
-        listing = _write(folder, _list_checked(builder, source, out, options), builder, source, options)
+            what = "outdated" if isinstance(error, _Outdated) else "damaged"
+            print_line(console(stderr=True), f"The list in {folder} is {what} ({error}), so it is made again.")
+        tables = _label_files(builder, source)
+        listing = _write(folder, _list_checked(builder, source, out, options), tables, builder, source, options)
     return _of_shard(listing, options)
 
 
@@ -150,6 +178,41 @@ def _what_is_listed(builder: str, options: BuildOptions) -> dict[str, str | int 
     }
 
 
+# --- what a list is read from -------------------------------------------------------------------
+
+
+def _stamp(path: str | os.PathLike[str]) -> _Stamp | None:
+    """Return what a file is now, None if it is not there."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _Stamp(size=status.st_size, changed=status.st_mtime_ns % 2**63)
+
+
+def _label_files(builder: str, source: Path | None) -> dict[str, _Stamp]:
+    """Return the files that tell a builder its images or labels, by their paths: a source that is one, LABEL_FILES."""
+    if source is None:
+        return {}
+    patterns = getattr(load_builder(builder), "LABEL_FILES", ())
+    found = [source] if source.is_file() else [path for pattern in patterns for path in source.glob(pattern)]
+    return {os.fspath(path): stamp for path in found if path.is_file() and (stamp := _stamp(path))}
+
+
+def _check_tables(header: _Header, paths: "_Paths", builder: str, source: Path | None) -> None:
+    """Raise _Outdated if what the list was read from has changed."""
+    try:
+        then = {str(paths.decode(json.loads(name))): stamp for name, stamp in header.tables.items()}
+    except (ValueError, RecursionError) as error:
+        raise _Damaged("it names a table that is no file") from error
+    now = _label_files(builder, source)
+    for path in [*then, *now]:
+        found = now.get(path) or _stamp(path)
+        if found != then.get(path):
+            what = "is missing" if found is None else "has changed since" if path in then else "is new"
+            raise _Outdated(f"{printable(path)} {what}")
+
+
 # --- write --------------------------------------------------------------------------------------
 
 
@@ -161,21 +224,33 @@ def _list_checked(builder: str, source: Path | None, out: Path, options: BuildOp
     return listing
 
 
-def _write(folder: Path, listing: Listing, builder: str, source: Path | None, options: BuildOptions) -> Listing:
-    """Write the list. Its header goes first and comes last, so that it is never next to lines of another list."""
+def _write(
+    folder: Path,
+    listing: Listing,
+    tables: dict[str, _Stamp],
+    builder: str,
+    source: Path | None,
+    options: BuildOptions,
+) -> Listing:
+    """Write the list. Its header goes first and comes last, so that it is never next to lines of another list.
+
+    tables: the label files as they were before the source was listed; those that images are in are added.
+    """
     shards = options.shards
     assert shards is not None
     (folder / "header.json").unlink(missing_ok=True)
     header = _Header(
         listed=_what_is_listed(builder, options),
-        source=None if source is None else printable(str(source)),
+        source=_absolute(source),
         is_shared=True,
         files=None,
+        tables={},
         splits=[],
     )
     paths = _Paths.of(builder, source)
     try:
-        header.splits = [_write_split(folder, each, shards, paths) for each in listing.splits]
+        header.splits = [_write_split(folder, each, shards, paths, tables) for each in listing.splits]
+        header.tables = {json.dumps(paths.encode(path)): stamp for path, stamp in tables.items()}
     except _CannotShare:
         header.is_shared = False
         header.splits = []
@@ -187,13 +262,13 @@ def _write(folder: Path, listing: Listing, builder: str, source: Path | None, op
     return listing._replace(files=header.files)
 
 
-def _write_split(folder: Path, listed: ListedSplit, shards: int, paths: "_Paths") -> _Split:
-    """Write the images of a split, and return what the header tells of them."""
+def _write_split(folder: Path, listed: ListedSplit, shards: int, paths: "_Paths", tables: dict[str, _Stamp]) -> _Split:
+    """Write the images of a split, and return what the header tells of them. Adds the tables that they are in."""
     split = listed.split
     slices: list[_Slice] = []
 
-    def write(path: Path) -> None:
-        with open(path, "wb") as file, progress(f"{split.name}: writing the list", listed.images) as advance:
+    def write(part: Path) -> None:
+        with open(part, "wb") as file, progress(f"{split.name}: writing the list", listed.images) as advance:
             for number in range(shards):
                 start, sha256 = file.tell(), hashlib.sha256()
                 order = split.order[Shard(number, shards).bounds(listed.images)].tolist()
@@ -203,6 +278,9 @@ def _write_split(folder: Path, listed: ListedSplit, shards: int, paths: "_Paths"
                     line = json.dumps([index, label, name, paths.encode(image)]).encode() + b"\n"
                     file.write(line)
                     sha256.update(line)
+                    table = None if isinstance(image, str | os.PathLike) else file_of(image)
+                    if table is not None and (path := os.fspath(table)) not in tables and (stamp := _stamp(path)):
+                        tables[path] = stamp  # the list holds positions in it
                 advance(len(order))
                 slices.append(_Slice(start=start, size=file.tell() - start, sha256=sha256.hexdigest()))
 
@@ -215,6 +293,8 @@ def _write_split(folder: Path, listed: ListedSplit, shards: int, paths: "_Paths"
         samples=len(split.samples),
         images=listed.images,
         sample_list_sha256=listed.sha256,
+        spot_check=listed.spot_check or "",
+        spot_checked=[json.dumps(paths.encode(image)) for image in spot_checked(split)],
         shards=slices,
     )
 
@@ -314,19 +394,28 @@ def _read(folder: Path, builder: str, source: Path | None, options: BuildOptions
         return None
     if not header.is_shared:
         return _of_shard(list_source(builder, source, options), options)
+    if not header.splits:
+        raise _Damaged("it names no split")
     paths = _Paths.of(builder, source)
+    try:
+        _check_tables(header, paths, builder, source)
+    except OSError as error:
+        raise _cannot_read(folder, error) from error
     numbers = range(options.shards) if options.shard is None else [options.shard]
     shards = [Shard(number, options.shards) for number in numbers]
     splits = [_read_split(folder, split, shards, paths) for split in header.splits]
-    _check_source(folder, header, splits, source)
+    is_own = header.source == _absolute(source)
+    if not is_own:
+        _check_other_source(folder, header, paths, source)
     images = sum(split.images for split in header.splits)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(listed_at))
+    of_other = "" if is_own else f" from {header.source}"
     print_line(
         console(stderr=True),
-        f"Uses the list of {images:,} images in {folder}, made at {made}. Files that were added to the source since "
-        "are not in it: delete the folder to list them.",
+        f"Uses the list of {images:,} images in {folder}, made at {made}{of_other}. Files that were added to the "
+        "source since are not in it: delete the folder to list them.",
     )
-    return Listing(splits, header.files)
+    return Listing(splits, header.files if is_own else {})  # its files were counted in the other source
 
 
 def _of_shard(listing: Listing, options: BuildOptions) -> Listing:
@@ -374,7 +463,7 @@ def _read_split(folder: Path, split: _Split, shards: list[Shard], paths: _Paths)
         split.empty_classes,
         split.left_out,
     )
-    return ListedSplit(of_shard, split.images, split.sample_list_sha256)
+    return ListedSplit(of_shard, split.images, split.sample_list_sha256, split.spot_check)
 
 
 def _lines(path: Path, part: _Slice) -> Iterator[bytes]:
@@ -407,26 +496,32 @@ def _parse(line: bytes, paths: _Paths) -> tuple[int, Sample]:
     return index, Sample(paths.decode(image), label, name)
 
 
-def _check_source(folder: Path, header: _Header, splits: list[ListedSplit], source: Path | None) -> None:
-    """Refuse another data set: the source may be elsewhere on this machine, but must hold the first image."""
-    if source is None or header.source == printable(str(source)):
-        return
-    split = next((each.split for each in splits if len(each.split.order)), None)
-    if split is None:
-        return
-    image, _, name = split.samples[int(split.order[0])]
-    path = image if isinstance(image, str) else image[0] if isinstance(image, tuple) else getattr(image, "path", None)
-    if path is not None and not os.path.lexists(path):
-        raise UserError(
-            f"The list in {folder} is of {header.source}, and {source} does not hold its image {printable(name)}",
-            hint="name the same images with --source, or delete that folder, and they are listed again",
-        )
+def _absolute(source: Path | None) -> str | None:
+    return None if source is None else printable(os.path.abspath(source))
+
+
+def _check_other_source(folder: Path, header: _Header, paths: _Paths, source: Path | None) -> None:
+    """Refuse another data set: the source may be elsewhere on this machine, but must hold the same images."""
+    for split in header.splits:
+        try:
+            images = [paths.decode(json.loads(image)) for image in split.spot_checked]
+        except (ValueError, RecursionError) as error:
+            raise _Damaged("it names no images for a spot check") from error
+        if spot_check(images) != split.spot_check:
+            missing = any((path := file_of(image)) and not os.path.lexists(path) for image in images)
+            what = "does not hold its images" if missing else "holds other images"
+            raise UserError(
+                f"The list in {folder} is of {header.source}, and {source} {what}",
+                hint="name the same images with --source, or use another --out, or delete that folder and the shards",
+            )
 
 
 def _cannot_read(folder: Path, error: OSError) -> UserError:
-    return UserError(
+    is_forbidden = isinstance(error, PermissionError)
+    return _CannotRead(
         f"The list of images in {folder} cannot be read ({error.strerror})",
-        hint="make it readable for your user, or delete it, and the source is listed again",
+        hint=f"{'make it readable for your user' if is_forbidden else 'run the same command again'}, "
+        "or delete it, and the source is listed again",
     )
 
 

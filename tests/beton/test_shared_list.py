@@ -1,5 +1,6 @@
 """The list of a source's images that processes share, each of which builds a shard."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastssl.beton import BuildOptions, beton_file, build_beton, listing, read_header
+from fastssl.beton import BuildOptions, beton_file, build_beton, listing, read_header, shared_list
+from fastssl.beton.manifest import read_checked
 from fastssl.beton.shared_list import list_folder, read_or_make_list
+from fastssl.beton.source import load_builder
 from fastssl.common.errors import UserError
 from fastssl.common.files import try_lock
 
@@ -155,7 +158,7 @@ def test_the_source_may_be_elsewhere_but_is_the_same(source, tmp_path, listings)
     build(tmp_path / "mount/copy", out, 1)
     assert len(listings) == 1
     (tmp_path / "other/train/class0").mkdir(parents=True)
-    with pytest.raises(UserError, match="is of .*/source, and .*/other does not hold its image train/class"):
+    with pytest.raises(UserError, match="is of .*/source, and .*/other does not hold its images"):
         build(tmp_path / "other", out, 2)
 
 
@@ -185,6 +188,12 @@ def changed_header(**changes):
     return damage
 
 
+def changed_top(folder: Path, **changes) -> None:
+    header = json.loads((folder / "header.json").read_text())
+    header["splits"][0]["spot_checked"] = changes.pop("spot_checked", [])
+    (folder / "header.json").write_text(json.dumps({**header, **changes}))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -197,6 +206,14 @@ def changed_header(**changes):
         changed_header(name="../train"),
         changed_header(images=13),
         changed_header(samples=3),
+        changed_header(samples=2**64),
+        changed_header(shards=[{"start": 2**64, "size": 1, "sha256": "0" * 64}] * 3),
+        changed_header(spot_checked=["0"] * 257),
+        lambda folder: changed_top(folder, source="/x", spot_checked=["["]),
+        lambda folder: changed_top(folder, splits=[]),
+        lambda folder: changed_top(folder, tables={'"../a"': {"size": 1, "changed": 2**64}}),
+        lambda folder: changed_top(folder, tables={'"../a"': {"size": 1, "changed": 1}}),
+        lambda folder: changed_top(folder, tables={"[": {"size": 1, "changed": 1}}),
         changed_header(shards=[]),
         changed_header(sample_list_sha256="x"),
         lambda folder: changed_line(folder, lambda line: [*line[:3], "/etc/passwd"]),
@@ -278,6 +295,7 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 from fastssl.beton import BuildOptions, listing
+from fastssl.beton.manifest import read_checked
 from fastssl.beton.shared_list import read_or_make_list
 
 list_splits = listing.list_splits
@@ -310,3 +328,134 @@ def test_processes_that_start_at_once_list_once(source, tmp_path):
     assert sum("Uses the list" in each for each in said) == 2
     build(source, tmp_path / "in_turn")
     assert content(out) == content(tmp_path / "in_turn")
+
+
+# -- a source that has changed, or is another one ---------------------------------------------------
+
+
+def change_in_place(path: Path, content: bytes) -> None:
+    """Write another content of the same size, a second later: the clock of a file system may be coarse."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+
+
+def rows_in_a_csv(root: Path, order) -> Path:
+    names = [f"train/class{number % 2}/{number:02}.png,c{number % 2}" for number in order if number != 4]
+    return (root / "list.csv", "\n".join(["path,label", *names]).encode())
+
+
+def test_a_csv_that_changes_is_listed_again(source, tmp_path, listings, capsys):
+    path, content = rows_in_a_csv(source, range(12))
+    path.write_bytes(content)
+    for shard in range(3):
+        build(path, tmp_path / "out", shard, "csv")
+    change_in_place(path, content.replace(b"00.png,c0", b"00.png,c1").replace(b"01.png,c1", b"01.png,c0"))
+    reports = [build(path, tmp_path / "out", shard, "csv").splits[0] for shard in range(3)]
+    assert len(listings) == 2 and not any(report.up_to_date for report in reports)
+    assert f"is outdated ({path} has changed since), so it is made again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("builder", ["webdataset", "parquet"])
+def test_images_of_an_archive_or_a_table_that_is_written_again_are_listed_again(builder, source, tmp_path, listings):
+    """The same images in another order: what the list says of a position would be another image's label."""
+    make = {"webdataset": photos_in_a_tar, "parquet": photos_in_parquet}[builder]
+    images = make(source, tmp_path / "images")
+    for shard in range(3):
+        build(images, tmp_path / "out", shard, builder)
+    (table,) = images.iterdir()
+    (source / "train/class0/00.png").rename(source / "train/class1/99.png")  # another order
+    changed = next(make(source, tmp_path / "changed").iterdir())
+    os.utime(changed, ns=(0, table.stat().st_mtime_ns + 10**9))
+    os.replace(changed, table)
+    for shard in range(3):
+        build(images, tmp_path / "out", shard, builder)
+    assert len(listings) == 2
+    build(images, tmp_path / "fresh", None, builder)
+    for path in (tmp_path / "fresh").glob("train-*.beton"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_label_files_that_change_are_noticed(source, tmp_path, listings, capsys):
+    images = photos_in_a_tar(source, tmp_path / "images")
+    build(images, tmp_path / "out", 0, "webdataset")
+    (images / "classes.txt").write_text("cat\ndog\n")
+    build(images, tmp_path / "out", 0, "webdataset")
+    (images / "classes.txt").write_text("cats\ndogs\n")
+    build(images, tmp_path / "out", 0, "webdataset")
+    (images / "classes.txt").unlink()
+    build(images, tmp_path / "out", 0, "webdataset")
+    build(images, tmp_path / "out", 1, "webdataset")
+    assert len(listings) == 4
+    said = capsys.readouterr().err
+    assert all(
+        f"classes.txt {what}), so it is made again" in said for what in ("is new", "has changed since", "is missing")
+    )
+
+
+def test_builders_that_read_lists_name_them():
+    for name in ("tinyimagenet", "dtd", "flowers102", "inaturalist", "places365", "sun397", "imagenet", "imagenet100"):
+        assert load_builder(name).LABEL_FILES
+
+
+@pytest.fixture
+def other(source, tmp_path):
+    """Other pixels with the names, labels and times of change of `source`."""
+    shutil.copytree(source, tmp_path / "other")
+    for path in (tmp_path / "other").rglob("*.png"):
+        Image.new("RGB", (8, 8), (0, 99, 20)).save(path)
+    return tmp_path / "other"
+
+
+def test_shards_of_another_source_with_the_same_names_are_not_up_to_date(source, other, tmp_path):
+    out = tmp_path / "out"
+    build(source, out)
+    before = content(out)
+    for options in ({}, {"shard": 1}):
+        shutil.rmtree(list_folder(out, 3), ignore_errors=True)
+        with pytest.raises(UserError, match="is built from '.*/source', and --source .*/other holds other images with"):
+            build(other, out, **options)
+    assert content(out) == before
+
+
+def test_shards_of_two_sources_are_not_read_as_a_set(source, other, tmp_path):
+    for shard, images in enumerate((source, source, other)):
+        build(images, tmp_path / "out", shard)
+        shutil.rmtree(list_folder(tmp_path / "out", 3))
+    assert not (tmp_path / "out/train-of-00003.beton.json").exists()
+    with pytest.raises(UserError, match="are of different images with the same names, from '.*other' and '.*source'"):
+        read_header(beton_file(tmp_path / "out", "train"))
+
+
+def test_a_list_of_another_source_is_refused(source, other, tmp_path):
+    build(source, tmp_path / "out", 0)
+    with pytest.raises(UserError, match="The list in .* is of .*/source, and .*/other holds other images"):
+        build(other, tmp_path / "out", 1)
+
+
+def test_a_copy_of_the_source_is_up_to_date_and_its_files_are_not_counted(source, tmp_path, capsys):
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    shutil.copytree(source, copy)
+    assert "Of 12 files in" in build(source, out).account
+    report = build(copy, out, 1)
+    assert report.splits[0].up_to_date and report.account.startswith("Of 12 images: 4 stored")
+    assert f"from {source}. Files that were added" in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_read_for_a_moment_is_read_again(source, tmp_path, listings, monkeypatch):
+    build(source, tmp_path / "out", 0)
+    fails = [OSError(errno.ESTALE, "Stale file handle")]
+
+    def stale(*arguments):
+        if fails:
+            raise fails.pop()
+        return read_checked(*arguments)
+
+    monkeypatch.setattr(shared_list, "read_checked", stale)
+    build(source, tmp_path / "out", 1)
+    assert not fails and len(listings) == 1
+    fails += [OSError(errno.ESTALE, "Stale file handle")] * 2
+    with pytest.raises(UserError, match="cannot be read .Stale file handle") as error:
+        build(source, tmp_path / "out", 2)
+    assert error.value.hint.startswith("run the same command again")
