@@ -225,11 +225,14 @@ def _build_split(files: list[FileBuild], pool: Pool) -> SplitReport:
 
 
 def _complete_set(out: Path, split: str, shards: int, reports: list[SplitReport]) -> None:
-    """Write the manifest of the set if it is missing or a shard is new, and if all shards are there."""
+    """Write the manifest of the set unless it is there and true, and if all shards are there.
+
+    A process that has found one shard up to date does not read the manifests of all others, which may be gigabytes.
+    """
     from fastssl.beton.set_manifest import write_set_manifest
 
     is_there = set_manifest_path(set_path(out, split, shards)).exists()
-    if not is_there or not all(report.up_to_date for report in reports):
+    if not is_there or len(reports) == shards or not all(report.up_to_date for report in reports):
         write_set_manifest(out, split, shards)
 
 

@@ -116,7 +116,7 @@ def read_header(path: str | Path, files: Sequence[Path] | None = None) -> BetonI
     has_one_size = max_resolution == (int(image["height"].min()), int(image["width"].min()))
     storages: dict[int, Literal["raw", "jpg", "bc4"]] = {RAW: "raw", JPG: "jpg", BC4: "bc4"}
     modes = np.unique(image["mode"]).tolist()
-    manifest = _read_manifest(path, files or files_of(path), checked.samples_of_files)
+    manifest = _read_manifest(path, files or files_of(path), checked)
     if manifest and checked.field_types.get("label") == INT_FIELD:
         _check_labels(path, checked.metadata["label"], len(manifest["classes"]))
     return BetonInfo(
@@ -252,11 +252,13 @@ def _lines(names: Path, beton: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _read_manifest(path: Path, files: Sequence[Path], samples: Sequence[int]) -> Manifest | None:
-    """Return the manifest of a file or a set, whose files have so many `samples`."""
+def _read_manifest(path: Path, files: Sequence[Path], tables: Tables) -> Manifest | None:
+    """Return the manifest of a file or a set with these tables."""
     from fastssl.beton.set_manifest import read_file_manifest, read_set_manifest
 
-    return read_set_manifest(path, files, samples) if is_set(path) else read_file_manifest(path, samples[0])
+    if is_set(path):
+        return read_set_manifest(path, files, tables.samples_of_files, tables.crc32_of_files)
+    return read_file_manifest(path, tables.samples_of_files[0])
 
 
 def _check_labels(path: Path, label_N: np.ndarray, classes: int) -> None:

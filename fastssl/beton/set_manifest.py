@@ -1,10 +1,11 @@
 """The manifest of a set of shards: OUT/train-of-00064.beton.json, so that opening a set reads one file and not 64.
 
 It holds what the manifests of the shards hold together, without the checksums of the samples, and the name, samples,
-bytes and checksum of each shard. The build that completes the set writes it last. It is deleted before a shard is
+bytes and checksums of each shard. The build that completes the set writes it last. It is deleted before a shard is
 replaced. A set without it is read by joining the manifests of its shards.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from fastssl.beton.format import ALLOCATION, Manifest, manifest_path
 from fastssl.beton.manifest import Schema, read_checked, read_manifest, read_or_explain
 from fastssl.beton.shards import SET, Shard, set_manifest_path, set_path, shard_path
 from fastssl.common.errors import UserError, quote
-from fastssl.common.files import write_atomically
+from fastssl.common.files import read_text, write_atomically
 from fastssl.common.schema import Count
 
 # What must be equal in the manifests of a set, so that its files are of one build.
@@ -37,6 +38,7 @@ class SetFile(BaseModel, strict=True):
     name: str
     samples: Count
     bytes: Count
+    metadata: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]  # CRC-32 of its metadata, which tells labels and indices
     checksum: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # see `hash_checksums`
 
 
@@ -51,13 +53,16 @@ def hash_checksums(checksums: Any) -> str:
     return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
 
 
-def read_set_manifest(path: Path, files: Sequence[Path], samples: Sequence[int]) -> Manifest | None:
+def read_set_manifest(
+    path: Path, files: Sequence[Path], samples: Sequence[int], crc32s: Sequence[int] | None = None
+) -> Manifest | None:
     """Return what the manifest of a set holds, or would hold if the build had written it.
 
     Args:
         path: the pattern that names the set; if it names some shards only, their manifests are joined.
         files: its files, or some of them (data.shards=local), in their order.
         samples: how many samples each file has, by its header.
+        crc32s: CRC-32 of the metadata of each file; None: they have not been read.
 
     Returns None if neither the set nor each of its files has a manifest. "files" is missing if a file has no checksums.
     Raises UserError if a manifest is damaged, or not of these files, or if the files are of different builds.
@@ -69,7 +74,10 @@ def read_set_manifest(path: Path, files: Sequence[Path], samples: Sequence[int])
             lambda file: read_checked(file, SetSchema, sum(samples)),
         )
         if manifest is not None:
-            return _of_these_files(path, manifest, files, samples)
+            manifest = _of_these_files(path, manifest, files, samples)
+            for file, described, crc32 in zip(files, manifest["files"], crc32s or ()):
+                check_metadata(set_manifest_path(path), file, described["metadata"], crc32)
+            return manifest
     manifests: list[Manifest] = []
     for file, count in zip(files, samples):
         manifest = read_file_manifest(file, count)
@@ -127,6 +135,22 @@ def _of_these_files(path: Path, manifest: Manifest, files: Sequence[Path], sampl
     return manifest
 
 
+def check_metadata(manifest: Path, file: Path, expected: str, crc32: int) -> None:
+    """Raise UserError if a shard has other labels or indices than the manifest of its set says.
+
+    Args:
+        manifest: path of the manifest of the set.
+        file: the shard.
+        expected: what the manifest has as the `SetFile.metadata` of the shard.
+        crc32: of the shard's metadata, all its rows as they are in the file.
+    """
+    if f"{crc32:08x}" != expected:
+        raise UserError(
+            f"{file} is not the shard that {manifest} names: it has other labels or images",
+            hint=f"copy the shard again, or delete {manifest.name}, and the shards are read without it",
+        )
+
+
 def _check_files(path: Path, manifest: Manifest, files: Sequence[Path], samples: Sequence[int]) -> None:
     """Raise UserError unless the files of a set are those that its manifest names."""
     known = [(each["name"], each["bytes"], each["samples"]) for each in manifest["files"]]
@@ -150,7 +174,10 @@ def _check_files(path: Path, manifest: Manifest, files: Sequence[Path], samples:
 
 
 def write_set_manifest(out: Path, split: str, shards: int) -> bool:
-    """Write the manifest of a set if all of its shards are there, and are of one build. Returns whether they are."""
+    """Write the manifest of a set if all of its shards are there, and are of one build. Returns whether they are.
+
+    One that holds the same already stays as it is.
+    """
     files = [shard_path(out, split, Shard(number, shards)) for number in range(shards)]
     # A look at the names first: of a thousand processes, each of which builds a shard, one has all manifests to read.
     if not all(file.exists() and manifest_path(file).exists() for file in files):
@@ -166,16 +193,21 @@ def write_set_manifest(out: Path, split: str, shards: int) -> bool:
         joined = _join(files, manifests)
     except (OSError, ValueError, UserError):  # another process is replacing a shard, or has not replaced it yet
         return False
-    write_atomically(
-        set_manifest_path(set_path(out, split, shards)), json.dumps(joined, indent=1, ensure_ascii=False) + "\n"
-    )
+    where = set_manifest_path(set_path(out, split, shards))
+    text = json.dumps(joined, indent=1, ensure_ascii=False) + "\n"
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+        if read_text(where, len(text.encode())) == text:
+            return True
+    write_atomically(where, text)
     return True
 
 
 def _of_shard(manifest: Manifest) -> Manifest:
     """Return the manifest of a shard with one hash in place of the checksums, which take 8 bytes for each sample."""
     checksums = manifest.pop("checksums", None)
-    return {**manifest, "checksum": hash_checksums(checksums) if checksums else None}
+    if not checksums:
+        return {**manifest, "checksum": None}
+    return {**manifest, "metadata": checksums["metadata"], "checksum": hash_checksums(checksums)}
 
 
 def _join(files: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
@@ -198,7 +230,7 @@ def _join(files: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
                 f"and {quote(first['source'])}",
                 hint="build the shards again from one source, or name those of one build",
             )
-    joined = {name: value for name, value in first.items() if name not in ("shard", "checksum")}
+    joined = {name: value for name, value in first.items() if name not in ("shard", "metadata", "checksum")}
     joined["missing"] = [index for each in manifests for index in each.get("missing", [])]
     joined |= {name: sum(each.get(name, 0) for each in manifests) for name in COUNTS}
     for name in TABLES_OF_COUNTS:
@@ -208,7 +240,13 @@ def _join(files: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
         joined[name] = dict(total)
     if all(each["checksum"] for each in manifests):
         joined["files"] = [
-            {"name": file.name, "samples": each["samples"], "bytes": each.get("bytes", 0), "checksum": each["checksum"]}
+            {
+                "name": file.name,
+                "samples": each["samples"],
+                "bytes": each.get("bytes", 0),
+                "metadata": each["metadata"],
+                "checksum": each["checksum"],
+            }
             for file, each in zip(files, manifests)
         ]
     else:

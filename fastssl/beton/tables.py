@@ -6,6 +6,7 @@ Files of stock FFCV are read too. Images are not decoded here.
 """
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -55,6 +56,7 @@ class Tables(NamedTuple):
     channels: int
     file_bytes: int
     samples_of_files: tuple[int, ...]
+    crc32_of_files: tuple[int, ...]  # of the metadata as it is in each file
 
 
 class Header(NamedTuple):
@@ -110,6 +112,7 @@ def _join(path: Path, files: Sequence[Path], checked: Sequence[Tables]) -> Table
         channels=first.channels,
         file_bytes=sum(each.file_bytes for each in checked),
         samples_of_files=tuple(len(each.metadata) for each in checked),
+        crc32_of_files=tuple(crc32 for each in checked for crc32 in each.crc32_of_files),
     )
 
 
@@ -195,8 +198,17 @@ def _check_tables(content: np.ndarray) -> Tables:
         raise ValueError(f"the source of its sample {wrong[0]} {wrong[1]}")
     if field_types.get("index") == INT_FIELD:
         _check_indices(metadata["index"])
-    samples = (num_samples,)
-    return Tables(page_size, field_types, metadata, stored.nbytes, image_bytes, header.channels, len(content), samples)
+    return Tables(
+        page_size=page_size,
+        field_types=field_types,
+        metadata=metadata,
+        metadata_bytes=stored.nbytes,
+        image_bytes=image_bytes,
+        channels=header.channels,
+        file_bytes=len(content),
+        samples_of_files=(num_samples,),
+        crc32_of_files=(zlib.crc32(content[position:end].data),),
+    )
 
 
 def _read_table(content: np.ndarray, start: int, dtype: np.dtype, count: int, name: str) -> np.ndarray:

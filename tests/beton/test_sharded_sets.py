@@ -579,6 +579,34 @@ def test_a_shard_of_the_same_size_from_another_build_is_found_by_verify(three, s
     assert "is damaged: 1 shard of another build" in err
 
 
+def test_a_shard_with_other_labels_is_refused(three, source, tmp_path):
+    """Files of pixels of one size have the same size, whatever they show."""
+    path, manifest = three
+    shutil.copytree(source, tmp_path / "other")
+    (tmp_path / "other/train/class0").rename(tmp_path / "other/train/a")
+    (tmp_path / "other/train/class2").rename(tmp_path / "other/train/class0")
+    (tmp_path / "other/train/a").rename(tmp_path / "other/train/class2")
+    build_beton("imagefolder", tmp_path / "other", tmp_path / "b", canvas=32, shards=3, workers=1)
+    name = "train-00002-of-00003.beton"
+    assert (tmp_path / "b" / name).stat().st_size == (path.parent / name).stat().st_size
+    shutil.copy(tmp_path / "b" / name, path.parent)
+    with pytest.raises(UserError, match=f"{name} is not the shard that {manifest} names: it has other labels"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("damage", [lambda text: "{", lambda text: text.replace('"class0"', '"classX"')])
+def test_a_manifest_of_a_set_that_is_not_true_is_written_again(damage, three, source):
+    path, manifest = three
+    whole = manifest.read_text()
+    manifest.write_text(damage(whole))
+    assert manifest.read_text() != whole
+    report = build_beton("imagefolder", source, path.parent, canvas=32, shards=3, workers=1)
+    assert all(split.up_to_date for split in report.splits) and manifest.read_text() == whole
+    at = manifest.stat().st_mtime_ns
+    build_beton("imagefolder", source, path.parent, canvas=32, shards=3, workers=1)
+    assert manifest.stat().st_mtime_ns == at
+
+
 # -- training -------------------------------------------------------------------------------------
 
 
