@@ -40,7 +40,7 @@ from fastssl.common.errors import UserError
 # Samples. Up to so many, tables and orders are arrays: 16.7 million take about 3 GB. Above, both are computed or read
 # for each batch.
 MOST_IN_MEMORY = 1 << 24
-BYTES_IN_MEMORY = 150  # of a sample, with its place in an order: records/scale.md
+BYTES_IN_MEMORY = 200  # of a sample, with its place in an order: records/scale.md
 THREADS = 16  # that read headers: on a network disk each takes milliseconds
 LARGEST_SIDE = (1 << 16) - 1  # px, of format.IMAGE
 MODES = {"raw": RAW, "jpg": JPG, "bc4": BC4}
