@@ -6,12 +6,15 @@ import shutil
 import socket
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from fastssl.beton import beton_file, build_beton, mapped
+from fastssl.beton.format import metadata_type
 from fastssl.beton.set_manifest import read_shard_list
 from fastssl.beton.shards import files_of, set_manifest_path
+from fastssl.beton.tables import read_file_header
 from fastssl.common.distributed import Node, joined_processes
 from fastssl.common.errors import UserError
 from fastssl.loading import BetonLoader, local_loader
@@ -207,6 +210,19 @@ def test_shards_may_move_between_epochs(cluster, whole, pixels):
         process.loader.set_epoch(5)
         with pytest.raises(UserError, match="1 of 2 nodes have no shard of train-.*-of-00003.beton that is theirs"):
             process.begin()
+
+
+def test_a_shard_of_another_build_is_refused(cluster, tmp_path):
+    make = cluster([0, 1])
+    file = tmp_path / "node0/train-00001-of-00003.beton"
+    header = read_file_header(file)
+    content = np.memmap(file, np.uint8, mode="r+")
+    content[header.metadata_start : header.metadata_end].view(metadata_type(header.field_types))["label"][2] ^= 1
+    content.flush()
+    with pytest.raises(
+        UserError, match="train-00001-of-00003.beton is not the shard that .* names: it has other labels"
+    ):
+        make()
 
 
 def run_node(rank, folder, case, store):
