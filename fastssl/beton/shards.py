@@ -151,7 +151,7 @@ def _files_of_list(path: Path) -> list[Path]:
                 f"Line {number} of {path}, {quote(name)}, is not the path of a .beton",
                 hint="write the path of a shard on each line",
             )
-        files.append(path.parent / Path(name).expanduser())
+        files.append(path.parent / os.path.expanduser(name))
     if not files:
         raise UserError(f"{path} names no files", hint="write the path of a shard on each line")
     return files

@@ -1,7 +1,9 @@
 """Build shards on a SLURM cluster through submitit: one job array, each of whose jobs builds one shard."""
 
 import dataclasses
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,12 +13,13 @@ from fastssl.beton.options import BuildOptions
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.slurm import ids_in_queue, read_jobs, submit_array
-from fastssl.common.terminal import console, print_line
+from fastssl.common.terminal import console, count_of, print_line, printable
 
 if TYPE_CHECKING:
     import submitit  # an optional dependency: imported where it is used
 
 JOBS_FOLDER = "slurm"  # in the folder of the shards
+MOST_NAMED = 5  # jobs in a message
 SIGNAL_DELAY = 120  # seconds between the requeue signal and the end of a job at its time limit
 
 
@@ -74,7 +77,8 @@ def submit_build(
         cpus: cores per job, and its worker processes unless `options.workers` is given.
         minutes: time limit of a job. It is then requeued, and resumes.
 
-    Raises UserError where there is no SLURM, where SLURM refuses the jobs, and as `build_beton`.
+    Raises UserError where there is no SLURM, where SLURM refuses the jobs, where jobs of another build into `out` are
+    queued or running, and as `build_beton`.
     """
     if options.shards is None:
         raise UserError("--executor slurm builds shards", hint="add --shards N, the number of files for each split")
@@ -82,18 +86,20 @@ def submit_build(
         raise UserError("--executor slurm submits all shards that are missing", hint="leave out --shard")
     in_queue = ids_in_queue()
     folder = (out / JOBS_FOLDER).absolute()
+    names = _job_names(builder, source, options)
     last_ids = read_jobs(folder / "jobs.json")
+    _refuse_other_jobs(out, {name: job_id for name, job_id in last_ids.items() if job_id in in_queue}, names)
     check_build(builder, source, out, options)
     with explain_write_errors(out):
         listing = list_images(builder, source, out, options, by_list=True)
         by_split = files_to_build(builder, source, out, options, listing)
         is_complete = [all(file.read_if_up_to_date() for file in of_shard) for of_shard in zip(*by_split, strict=True)]
         queued = {
-            str(number): last_ids[str(number)]
-            for number, done in enumerate(is_complete)
-            if not done and last_ids.get(str(number)) in in_queue
+            name: last_ids[name]
+            for name, done in zip(names, is_complete)
+            if not done and last_ids.get(name) in in_queue
         }
-        missing = [number for number, done in enumerate(is_complete) if not done and str(number) not in queued]
+        missing = [number for number, done in enumerate(is_complete) if not done and names[number] not in queued]
         ids: list[str] = []
         if missing:
             of_jobs = dataclasses.replace(options, workers=options.workers or cpus, download=False)
@@ -112,7 +118,7 @@ def submit_build(
                 slurm_array_parallelism=parallel,
                 slurm_signal_delay_s=SIGNAL_DELAY,
             )
-            submitted_ids = {str(number): job_id for number, job_id in zip(missing, ids)}
+            submitted_ids = {names[number]: job_id for number, job_id in zip(missing, ids)}
             write_atomically(folder / "jobs.json", json.dumps({**queued, **submitted_ids}, indent=2) + "\n")
         report = build_files(builder, source, options, listing, by_split) if all(is_complete) else None
     return SlurmBuild(
@@ -120,7 +126,29 @@ def submit_build(
         complete=sum(is_complete),
         queued=len(queued),
         submitted=dict(zip(missing, ids)),
-        ended={number: last_ids[str(number)] for number in missing if str(number) in last_ids},
+        ended={number: last_ids[names[number]] for number in missing if names[number] in last_ids},
         folder=folder,
         report=report,
     )
+
+
+def _job_names(builder: str, source: Path | None, options: BuildOptions) -> list[str]:
+    """Return how jobs.json names the job of each shard: by all that its shard depends on, not by its number alone."""
+    assert options.shards is not None
+    # How a shard is built does not matter.
+    of_shards = dataclasses.replace(options, workers=None, strict=False, allow_bad=None, download=False)
+    build = repr((builder, None if source is None else os.path.abspath(source), of_shards))
+    sha256 = hashlib.sha256(build.encode("utf-8", "backslashreplace")).hexdigest()
+    return [f"{number} of {options.shards}, build {sha256[:12]}" for number in range(options.shards)]
+
+
+def _refuse_other_jobs(out: Path, queued: dict[str, str], names: list[str]) -> None:
+    """Raise UserError if jobs of other options are in the queue: they would replace what this build makes."""
+    own = set(names)
+    if ids := [job_id for name, job_id in queued.items() if name not in own]:
+        named = ", ".join(map(printable, ids[:MOST_NAMED])) + (", ..." if len(ids) > MOST_NAMED else "")
+        raise UserError(
+            f"{count_of(len(ids), 'job')} of a build with other options into {out} {'is' if len(ids) == 1 else 'are'} "
+            f"queued or running: {named}",
+            hint=f"wait for them, cancel them with `scancel {printable(ids[0]).split('_')[0]}`, or use another --out",
+        )

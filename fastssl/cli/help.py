@@ -5,6 +5,8 @@ from typing import Any
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from fastssl.common.errors import UserError
+
 # Panels of the options of several commands.
 WEIGHTS_PANEL = "Weights from elsewhere, in place of runs"
 SLURM_PANEL = "With --executor slurm"
@@ -23,12 +25,26 @@ class Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types_of_switches(super().get_params(ctx))
 
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params.get("executor") == "local":
+            _refuse_slurm_options(self.params, ctx)
+        return super().invoke(ctx)
+
 
 class Group(TyperGroup):
     """A group of commands, such as `fastssl eval`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types_of_switches(super().get_params(ctx))
+
+
+def _refuse_slurm_options(params: list[Any], ctx: Any) -> None:
+    for param in params:
+        is_given = ctx.get_parameter_source(param.name).name == "COMMANDLINE"
+        if is_given and getattr(param, "rich_help_panel", None) == SLURM_PANEL:
+            raise UserError(
+                f"{param.opts[0]} is of --executor slurm", hint=f"add --executor slurm, or leave out {param.opts[0]}"
+            )
 
 
 def _without_types_of_switches(params: list[Any]) -> list[Any]:

@@ -380,6 +380,7 @@ def test_shards_in_several_folders_are_named_by_a_list(built, fastssl, tmp_path)
         (b"a.beton\n/etc/passwd", "Line 2 of .*, '/etc/passwd', is not the path of a .beton"),
         (b"a\0.beton", "is not the path of a .beton"),
         (b"missing.beton", "No file .*missing.beton"),
+        (b"~nosuchuser/x.beton", "No file .*~nosuchuser/x.beton"),
     ],
 )
 def test_a_wrong_list_of_shards_is_refused(content, message, tmp_path):

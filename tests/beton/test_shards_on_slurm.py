@@ -21,6 +21,12 @@ def content(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
 
 
+def submitted_ids(out: Path) -> dict[str, str]:
+    ids = json.loads((out / "slurm/jobs.json").read_text())
+    assert len({name.partition(", build ")[2] for name in ids}) == 1
+    return {name.partition(",")[0]: job_id for name, job_id in ids.items()}
+
+
 @pytest.fixture
 def command(photos, tmp_path, fastssl):
     """Run build-beton on 61 photographs in three shards."""
@@ -43,7 +49,7 @@ def test_missing_shards_are_submitted_once_and_the_state_is_shown(command, photo
     for line in ("array=0-2%2", "time=270", "cpus-per-task=6", "partition=cpu", "signal=USR2@120"):
         assert f"#SBATCH --{line}" in lines
     assert "gpus" not in script.read_text()
-    assert json.loads((out / "slurm/jobs.json").read_text()) == {"0": "17_0", "1": "17_1", "2": "17_2"}
+    assert submitted_ids(out) == {"0 of 3": "17_0", "1 of 3": "17_1", "2 of 3": "17_2"}
     assert (out / "list-of-00003/header.json").exists()  # no job has to list the source
 
     script.unlink()
@@ -57,7 +63,7 @@ def test_missing_shards_are_submitted_once_and_the_state_is_shown(command, photo
     assert "1 of 3 shards are complete, 1 were queued or running already, 1 are submitted now." in said
     assert "The job 17_0 of shard 0 had ended before it was complete: see its log in" in said
     assert "#SBATCH --array" not in script.read_text()  # submitit submits one job as such
-    assert json.loads((out / "slurm/jobs.json").read_text()) == {"2": "17_2", "0": "17"}
+    assert submitted_ids(out) == {"2 of 3": "17_2", "0 of 3": "17"}
 
     for shard in (0, 2):
         build_beton("imagefolder", photos, out, canvas=32, shards=3, shard=shard, workers=1)
@@ -73,6 +79,30 @@ def test_missing_shards_are_submitted_once_and_the_state_is_shown(command, photo
     (slurm_commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     code, _, err = command(*slurm)
     assert code == 2 and "SLURM refused the jobs" in err and "invalid partition" in err
+
+
+def test_jobs_of_another_build_do_not_count_as_those_of_this_one(command, tmp_path, slurm_commands):
+    pytest.importorskip("submitit")
+    slurm, queue = ("--executor", "slurm"), slurm_commands / "queue"
+    assert "3 are submitted now" in command(*slurm)[1]
+    queue.write_text("17_0\n17_2\n")
+    (slurm_commands / "script").unlink()
+    for others in (("--canvas", 64), ("--shards", 2), ("--limit", 30)):
+        code, _, err = command(*others, *slurm)
+        assert code == 2 and "2 jobs of a build with other options into" in err and "17_0, 17_2" in err
+        assert "scancel 17`" in err
+    assert not (slurm_commands / "script").exists()
+    assert "2 were queued or running already, 1 are submitted now" in command("--workers", 2, *slurm)[1]
+    queue.write_text("")
+    assert "0 were queued or running already, 3 are submitted now" in command("--canvas", 64, *slurm)[1]
+
+
+@pytest.mark.parametrize(
+    "option", [("--partition", "gpu"), ("--cpus", 8), ("--parallel", 2), ("--time-limit", "1:00")], ids=lambda o: o[0]
+)
+def test_options_of_slurm_are_refused_without_it(option, command, fastssl):
+    for code, _, err in (command(*option), fastssl("sweep", "ablation_cifar10", "--dry-run", *option)):
+        assert code == 2 and f"{option[0]} is of --executor slurm" in err
 
 
 def test_what_cannot_be_submitted_is_one_sentence(command, photos, tmp_path, monkeypatch, slurm_commands):
