@@ -512,7 +512,7 @@ def _check_other_source(folder: Path, header: _Header, paths: _Paths, source: Pa
             what = "does not hold its images" if missing else "holds other images"
             raise UserError(
                 f"The list in {folder} is of {header.source}, and {source} {what}",
-                hint="name the same images with --source, or use another --out, or delete that folder and the shards",
+                hint="name the same images with --source, or use another --out, or delete that folder to list it",
             )
 
 
