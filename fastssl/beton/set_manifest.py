@@ -225,9 +225,9 @@ def _join(files: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
                     hint="build the shards again with the same options and images, or name those of one build",
                 )
         if manifest.get("source") != first.get("source") and manifest.get("spot_check") != first.get("spot_check"):
+            sources = f"{quote(manifest.get('source'))} and {quote(first.get('source'))}"
             raise UserError(
-                f"{file} and {files[0]} are of different images with the same names, from {quote(manifest['source'])} "
-                f"and {quote(first['source'])}",
+                f"{file} and {files[0]} are of different images with the same names, from {sources}",
                 hint="build the shards again from one source, or name those of one build",
             )
     joined = {name: value for name, value in first.items() if name not in ("shard", "metadata", "checksum")}

@@ -426,6 +426,12 @@ def test_shards_of_two_sources_are_not_read_as_a_set(source, other, tmp_path):
     assert not (tmp_path / "out/train-of-00003.beton.json").exists()
     with pytest.raises(UserError, match="are of different images with the same names, from '.*other' and '.*source'"):
         read_header(beton_file(tmp_path / "out", "train"))
+    # A manifest from elsewhere may lack what it is from.
+    path = tmp_path / "out" / "train-00002-of-00003.beton.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != "source"}))
+    with pytest.raises(UserError, match="are of different images with the same names, from None and '.*source'"):
+        read_header(beton_file(tmp_path / "out", "train"))
 
 
 def test_a_list_of_another_source_is_refused(source, other, tmp_path):
