@@ -28,7 +28,7 @@ from fastssl.beton.parts import FilePart, file_parts
 from fastssl.beton.shards import files_of, is_set, sets_in
 from fastssl.beton.tables import Tables, read_tables
 from fastssl.common.errors import UserError
-from fastssl.common.files import UnsafeFile, open_regular
+from fastssl.common.files import UnsafeFile, expand_user, open_regular
 
 if TYPE_CHECKING:  # it imports pydantic, which no worker process does
     from fastssl.beton.mapped import MappedTables
@@ -70,7 +70,7 @@ def beton_file(path: str | Path, split: str) -> Path:
     Raises:
         UserError: it is a folder without that file, or one with several such files or sets.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_dir():
         return path
     file = path / f"{split}.beton"

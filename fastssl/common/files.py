@@ -100,6 +100,11 @@ def read_lines(path: str | Path) -> Iterator[str]:
             is_start = is_end
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return the path with ~ expanded. Without such a user, ~name stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, to write files into. Raises UnsafeFile if it is a symbolic link."""
     if path.is_symlink():

@@ -10,6 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastssl.beton import beton_file, read_header
 from fastssl.common.errors import UserError
+from fastssl.common.files import expand_user
 from fastssl.common.terminal import printable
 from fastssl.evaluation.runs import RunEncoder, find_device, make_results_dir, weights_sha256
 from fastssl.models.encoder_only import EncoderOnly
@@ -50,11 +51,11 @@ def load_foreign_encoder(
     Raises:
         UserError: the weights do not fit the backbone, or `out_dir` belongs to something else.
     """
-    weights = Path(weights).expanduser()
+    weights = expand_user(weights)
     train_file, val_file = str(beton_file(train, "train")), str(beton_file(val, "val")) if val else None
     recipe = _recipe_of(weights, backbone, train_file, val_file, stem, size, view)
     chosen = find_device(device)
-    folder = Path(out_dir).expanduser() if out_dir else weights.with_name(f"{recipe.name}_eval")
+    folder = expand_user(out_dir) if out_dir else weights.with_name(f"{recipe.name}_eval")
     check_image_size(recipe.model, recipe.views.size, "--size")
     torch.manual_seed(recipe.seed)  # of tensors that the file lacks
     model = EncoderOnly(recipe).eval()

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastssl.beton import beton_file, data_checksum, read_header, read_index_list
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, make_folder, write_atomically
+from fastssl.common.files import expand_user, explain_write_errors, make_folder, write_atomically
 from fastssl.common.terminal import console, print_line
 from fastssl.evaluation.results import DataDescription, EncoderDescription
 from fastssl.loading import SampleSelection, count_labels, require_channels, require_labels
@@ -77,7 +77,7 @@ def load_run_encoder(
     Raises:
         UserError: there is no run or checkpoint, or no GPU for "cuda".
     """
-    run = Path(run).expanduser()
+    run = expand_user(run)
     if run.is_file() and run.suffix in CHECKPOINT_SUFFIXES:
         source, run_dir = run, run_dir_of(run) or directory_of_lone_checkpoint(run)
     else:

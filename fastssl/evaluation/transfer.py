@@ -9,6 +9,7 @@ import numpy as np
 
 from fastssl.beton import beton_file, has_split
 from fastssl.common.errors import UserError
+from fastssl.common.files import expand_user
 from fastssl.evaluation.features import DType, cached_features
 from fastssl.evaluation.finetune import finetune, read_sample_ids, write_sample_list
 from fastssl.evaluation.linear import PROTOCOLS, Protocol, fit_and_test, linear_settings
@@ -40,7 +41,7 @@ def find_target(name: str, path: str | Path) -> TransferTarget:
     Raises:
         UserError: there is neither, or no labels.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     train = beton_file(path, "train")
     splits = [split for split in ("test", "val") if has_split(path, split)]
     test = beton_file(path, splits[0]) if splits else None

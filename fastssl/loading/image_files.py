@@ -16,6 +16,7 @@ from fastssl.beton.images import MAX_MEGAPIXELS, Encoded, StoragePlan
 from fastssl.beton.options import JPEG_QUALITY
 from fastssl.beton.shards import exists
 from fastssl.common.errors import UserError
+from fastssl.common.files import expand_user
 from fastssl.common.system import available_cores
 from fastssl.loading import kernels
 from fastssl.loading.decoding import Buffers, ThreadDecoder
@@ -37,7 +38,7 @@ class Conversion(NamedTuple):
 
 def find_conversion(train: str | Path, views: ViewsConfig, in_chans: int = RGB) -> Conversion:
     """Return the conversion of the training file, which its manifest records; otherwise canvases by views.size."""
-    train = Path(train).expanduser()
+    train = expand_user(train)
     if train.is_dir():
         train = beton_file(train, "train") if has_split(train, "train") else train / "train.beton"
     problem = f"{train.name}.json is not next to {train}" if exists(train) else f"{train} is not here"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
-from fastssl.common.files import machine_fix, open_regular, write_atomically
+from fastssl.common.files import expand_user, machine_fix, open_regular, write_atomically
 from fastssl.common.schema import Count, Finite, first_problem
 from fastssl.common.system import total_memory
 from fastssl.common.terminal import printable
@@ -256,7 +256,7 @@ def find_run_dir(path: Path) -> Path:
     Raises:
         UserError: if there is no run, or several.
     """
-    path = path.expanduser()
+    path = expand_user(path)
     if path.exists():
         folder = path if path.is_dir() else path.parent
         for candidate in (folder, folder.parent) if folder.name == "checkpoints" else (folder,):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastssl.common.errors import UserError, in_short, is_out_of_memory
-from fastssl.common.files import open_regular
+from fastssl.common.files import expand_user, open_regular
 from fastssl.models.checkpoint import Checkpoint, DamagedArchive, check_archive, newest_checkpoint
 from fastssl.models.exported import check_dense
 from fastssl.recipe import Recipe
@@ -43,7 +43,7 @@ def read_weights(source: str, key: str) -> WeightsFile:
         UserError: there is no such file, it is damaged, holds no tensors, or holds Python objects, which only code
             could build.
     """
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if not path.is_file():
         return _of_checkpoint(newest_checkpoint(path))
     recipe: Recipe | None = None

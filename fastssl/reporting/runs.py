@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fastssl.common.errors import UserError
-from fastssl.common.files import open_regular, read_lines
+from fastssl.common.files import expand_user, open_regular, read_lines
 from fastssl.common.terminal import printable
 from fastssl.evaluation.ood.evaluate import OOD_RESULT
 from fastssl.evaluation.results import RESULT, EvaluationResult, read_json_object
@@ -68,7 +68,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in paths:
-        path = path.expanduser()
+        path = expand_user(path)
         runs = [path] if is_run_dir(path) else list(_runs_below(path))
         if not runs:
             raise UserError(f"{path} holds no run", hint="name run directories of fastssl train, or folders of them")

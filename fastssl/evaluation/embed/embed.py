@@ -19,7 +19,7 @@ from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.shards import exists, is_set
 from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, remove_abandoned_files, write_atomically
+from fastssl.common.files import expand_user, explain_write_errors, remove_abandoned_files, write_atomically
 from fastssl.common.system import resolve_workers
 from fastssl.common.terminal import console, print_line, printable, progress
 from fastssl.evaluation.embed.images import BadImage, ImageFiles, list_images
@@ -106,7 +106,7 @@ def embed_images(
     Raises:
         UserError: an argument is wrong, no image can be read, or `out` cannot be written.
     """
-    images, out = Path(images).expanduser(), Path(out).expanduser()
+    images, out = expand_user(images), expand_user(out)
     in_chans = encoder.recipe.model.in_chans
     report = EmbedReport(out)
     # What is quickly found wrong comes first; fitting a detector may take minutes.
