@@ -384,10 +384,10 @@ def test_an_estimate_counts_what_is_empty_at_the_ends_of_pages(tmp_path):
 
 
 def test_another_codec_that_does_not_work_is_left_out_of_an_estimate(source, tmp_path, monkeypatch):
-    def estimate_split(split, out, plan, pool, options):
+    def estimate_split(split, out, plan, pool, options, factor):
         if plan.storage != "raw":
             raise UserError("numba does not work on this machine")
-        return estimate_one(split, out, plan, pool, options)
+        return estimate_one(split, out, plan, pool, options, factor)
 
     estimate_one = estimate._estimate_split
     monkeypatch.setattr(estimate, "_estimate_split", estimate_split)

@@ -94,7 +94,13 @@ def test_only_complete_shards_count(tmp_path):
 
 def files_of_set(count, checksum="0"):
     return [
-        SetFile(name=f"train-{n:05}-of-{count:05}.beton", samples=10, bytes=100 + n, checksum=checksum * 64)
+        SetFile(
+            name=f"train-{n:05}-of-{count:05}.beton",
+            samples=10,
+            bytes=100 + n,
+            metadata="0" * 8,
+            checksum=checksum * 64,
+        )
         for n in range(count)
     ]
 

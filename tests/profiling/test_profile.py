@@ -572,7 +572,7 @@ def test_the_page_is_self_contained_and_runs_no_foreign_code(tmp_path, profile):
     found = Words(page)
     assert "script" not in found.tags and "link" not in found.tags and found.tags.count("img") == 4
     assert {name for name, _ in found.attributes} <= {
-        "lang", "charset", "http-equiv", "content", "name", "alt", "src", "class",
+        "lang", "charset", "http-equiv", "content", "name", "alt", "src", "class", "tabindex", "role", "aria-label",
     }  # fmt: skip
     assert dict(found.attributes)["src"].startswith("data:image/png;base64,")
     assert "http://" not in page and "https://" not in page and "\x1b" not in page
