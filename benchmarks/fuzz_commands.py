@@ -297,9 +297,8 @@ def on_a_run(rng: Random, folder: Path) -> Command:
 def run(rng: Random, folder: Path, base: Path, outside: Path) -> list[Command]:
     shutil.copytree(base / "run", folder / "run")
     entries = sorted(path for path in (folder / "run").rglob("*") if path.name not in ("mine.pt", ".mine.part.pt"))
-    for _ in range(rng.choice((1, 1, 2))):
-        path = rng.choice(entries)
-        if not os.path.lexists(path):
+    for path in rng.sample(entries, rng.choice((1, 1, 2))):
+        if not os.path.lexists(path):  # it was in a folder that is gone
             continue
         if path.suffix in (".json", ".jsonl") and path.is_file() and rng.randrange(3):
             (mutate_json if path.suffix == ".json" else mutate_lines)(rng, path, outside)
