@@ -78,7 +78,7 @@ def _cell(cell: Cell) -> str:
     if cell.mark:
         return f'<td class="{cell.mark}">{text}</td>'
     if cell.share is not None:
-        # A light blue behind text of the page's color keeps its contrast on light and dark pages.
+        # On a light blue, text of the page's color keeps its contrast on light and dark pages.
         return f'<td class="heat" style="background: rgb(0 114 178 / {0.05 + 0.35 * cell.share:.2f})">{text}</td>'
     return f"<td>{text}</td>"
 

@@ -542,7 +542,7 @@ def test_bootstrap_metrics_equal_metrics_of_each_resample():
 
 
 def test_bhattacharyya_distances_of_many_images_take_no_more_memory():
-    """Each image once left 6 MB behind: 17 GB for the images of an evaluation."""
+    """Each image once kept 6 MB: 17 GB for the images of an evaluation."""
     rng = np.random.default_rng(0)
     mu, sigma = rng.standard_normal((1000, 1024)), rng.uniform(0.05, 0.5, (1000, 1024))
     fitted = detector("posterior_bhattacharyya").fit(features=mu, mu=mu, sigma=sigma)

@@ -116,7 +116,7 @@ class PosteriorBhattacharyya(PosteriorKL):
         factors = math.gcd(dimensions, FACTORS)
         centered_ME = mu - self.center_E
         score_M = mu.new_empty(len(mu))
-        # Memory for all rounds. Allocated anew in each, it grew to 17 GB: small results split what had been freed.
+        # Memory for all rounds. Allocated in each round, it grew to 17 GB: small results split what had been freed.
         rows = min(len(mu), max(1, PAIR_ELEMENTS // self.mu_NE.numel()))
         s_BNE, square_BNE = mu.new_empty(2, rows, posteriors, dimensions)
         for first in range(0, len(mu), rows):
