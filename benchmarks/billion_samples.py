@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def fabricate(folder: Path, count: int, shard: int = SHARD, seed: int = 0) -> Pa
                 "name": path.name,
                 "samples": size,
                 "bytes": path.stat().st_size,
-                "metadata": f"{number:08x}",  # no checksum: opening so large a set does not read its metadata
+                "metadata": f"{number:08x}",  # that of an incomplete table: opening a very large set does not read it
                 "checksum": f"{number:064x}",
             }
         )
@@ -136,6 +137,8 @@ def fabricate(folder: Path, count: int, shard: int = SHARD, seed: int = 0) -> Pa
             image["data_ptr"] = data_start(sizes[number]) + page_N * PAGE_SIZE + in_page_N * image_bytes
             metadata["index"] = own_N
             metadata["label"] = own_N % CLASSES
+            if len(own_N) == sizes[number]:
+                files[number]["metadata"] = f"{zlib.crc32(metadata.tobytes()):08x}"
             allocation = np.zeros(len(own_N), ALLOCATION)
             allocation["sample_id"] = in_file_N
             allocation["ptr"] = image["data_ptr"]
@@ -152,11 +155,11 @@ def fabricate(folder: Path, count: int, shard: int = SHARD, seed: int = 0) -> Pa
         "samples": count, "classes": [str(number) for number in range(CLASSES)], "layout": "canvas", "storage": "raw",
         "canvas": SIDE, "channels": 3, "bytes": sum(file["bytes"] for file in files), "files": files,
     }  # fmt: skip
-    set_manifest_path(pattern).write_text(json.dumps(manifest))
     if count <= mapped.MOST_IN_MEMORY:
         for first in range(0, count, shard):
             write(np.arange(first, min(first + shard, count)))
-    else:
+    set_manifest_path(pattern).write_text(json.dumps(manifest))
+    if count > mapped.MOST_IN_MEMORY:
         write(np.unique(np.concatenate(list(visited(pattern, seed)))))
     return pattern
 
