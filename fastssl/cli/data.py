@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from fastssl.cli.help import SLURM_PANEL
+from fastssl.cli.help import SLURM_PANEL, Cpus, Partition, TimeLimit
 from fastssl.common.errors import UserError, quote
 from fastssl.common.terminal import console, count_of, print_error, print_line, time_in_words
 
@@ -123,15 +123,9 @@ def build_beton(
     parallel: Annotated[
         int, Option(min=1, metavar="N", help="Parallel jobs, each with one shard.", rich_help_panel=SLURM_PANEL)
     ] = 8,
-    cpus: Annotated[int, Option(min=1, metavar="N", help="Cores per job.", rich_help_panel=SLURM_PANEL)] = 8,
-    time_limit: Annotated[
-        str,
-        Option(metavar="TIME", help="Time until a job is requeued, as minutes or HH:MM.", rich_help_panel=SLURM_PANEL),
-    ] = "24:00",
-    partition: Annotated[
-        str | None,
-        Option(metavar="NAME", help="Partition.", show_default="the cluster's", rich_help_panel=SLURM_PANEL),
-    ] = None,
+    cpus: Cpus = 8,
+    time_limit: TimeLimit = "24:00",
+    partition: Partition = None,
 ) -> None:  # fmt: skip
     """Convert images to .beton files. The same command resumes a build that was stopped.
 

@@ -1,8 +1,9 @@
 """How help is shown: short types of options, and examples at the end, where the prompt is."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from rich.markup import escape
+from typer import Option
 from typer.core import TyperCommand, TyperGroup
 
 from fastssl.common.errors import UserError
@@ -10,6 +11,15 @@ from fastssl.common.errors import UserError
 # Panels of the options of several commands.
 WEIGHTS_PANEL = "Weights from elsewhere, in place of runs"
 SLURM_PANEL = "With --executor slurm"
+
+# Options of both commands that submit jobs.
+Cpus = Annotated[int, Option(min=1, metavar="N", help="Cores per job.", rich_help_panel=SLURM_PANEL)]
+TimeLimit = Annotated[
+    str, Option(metavar="TIME", help="Time until a job is requeued, as minutes or HH:MM.", rich_help_panel=SLURM_PANEL)
+]
+Partition = Annotated[
+    str | None, Option(metavar="NAME", help="Partition.", show_default="the cluster's", rich_help_panel=SLURM_PANEL)
+]
 
 
 class Command(TyperCommand):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from fastssl.cli.help import SLURM_PANEL
+from fastssl.cli.help import SLURM_PANEL, Cpus, Partition, TimeLimit
 from fastssl.common.errors import UserError
 from fastssl.recipe import Recipe, find_recipe, load_recipe
 
@@ -107,15 +107,9 @@ def sweep(
     parallel: Annotated[
         int, Option(min=1, metavar="N", help="Parallel jobs, each with one GPU.", rich_help_panel=SLURM_PANEL)
     ] = 8,
-    cpus: Annotated[int, Option(min=1, metavar="N", help="Cores per job.", rich_help_panel=SLURM_PANEL)] = 8,
-    time_limit: Annotated[
-        str,
-        Option(metavar="TIME", help="Time until a job is requeued, as minutes or HH:MM.", rich_help_panel=SLURM_PANEL),
-    ] = "24:00",
-    partition: Annotated[
-        str | None,
-        Option(metavar="NAME", help="Partition.", show_default="the cluster's", rich_help_panel=SLURM_PANEL),
-    ] = None,
+    cpus: Cpus = 8,
+    time_limit: TimeLimit = "24:00",
+    partition: Partition = None,
 ) -> None:
     """Train every run of a sweep. The same command skips finished runs and resumes the others.
 
