@@ -6,7 +6,7 @@
 
 Variants take turns within a round; each row is the median over rounds of images per second. The step is the one of
 `fastssl train` (Barlow Twins, projector 1024-1024-1024, AdamW). The time to compile is that of the first step, in fp32
-and bf16. A compiled step has torch's own gradients of convolutions (fastssl/models/small_convolution.py).
+and bf16. A compiled step has torch's own convolutions (fastssl/models/small_convolution.py).
 """
 
 import argparse
