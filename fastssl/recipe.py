@@ -206,6 +206,8 @@ class ModelConfig(Section):
 class EmbeddingConfig(Section):
     stochastic: Literal["none", "z", "h", "hz"] = "none"  # which of h and z are Gaussians
     samples: Count = 12  # S, the Monte Carlo draws of each image
+    # What the layer of log sigma^2 reads. normalized: features scaled to one length, so that sigma cannot follow it.
+    sigma_input: Literal["features", "normalized"] = "features"
     chunk: Count | None = None  # draws per pass, computed again in the backward pass; null: all in one pass
     beta: NonNegative = 1e-3  # weight of the KL term
     beta_warmup_epochs: Epochs = 0  # epochs in which beta grows linearly from 0

@@ -442,10 +442,10 @@ def test_an_evaluation_on_the_device_gives_the_cpu_s_figures(canvas, tmp_path):
 def test_a_detector_scores_on_the_device_as_on_the_cpu(name):
     """float64 on both, but for one's products in float32."""
     rng = np.random.default_rng(0)
-    shape = (300, 2, 16) if name == "views_disagreement" else (300, 16)
+    images = (300, 2) if DETECTORS[name].of_views else (300,)
     arrays = {
-        "features": rng.normal(size=shape), "logits": rng.normal(size=(300, 5)),
-        "mu": rng.normal(size=(300, 8)), "sigma": rng.uniform(0.1, 1, (300, 8)),
+        "features": rng.normal(size=(*images, 16)), "logits": rng.normal(size=(300, 5)),
+        "mu": rng.normal(size=(*images, 8)), "sigma": rng.uniform(0.1, 1, (*images, 8)),
         "layers": [rng.normal(size=(300, 4)), rng.normal(size=(300, 16))],
     }  # fmt: skip
     label = rng.integers(5, size=300)

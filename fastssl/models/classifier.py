@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleDict()
         self.priors = nn.ModuleDict()
         if recipe.embedding.stochastic != "none":
-            head = GaussianHead(width, width)
+            head = GaussianHead(width, width, recipe.embedding.sigma_input == "normalized")
             self.heads["h"] = head
             self.priors["h"] = make_prior(recipe.embedding, head)
         self.classifier = nn.Linear(width, cast(SupervisedConfig, recipe.objective).classes)

@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The published code's ranges. As torch.clamp does, no gradient reaches a parameter outside of them.
@@ -85,16 +86,21 @@ class DiagonalGaussian:
 class GaussianHead(nn.Module):
     """Two linear layers: features (B, in_dim) -> DiagonalGaussian over out_dim.
 
+    Args:
+        normalize_for_sigma: the layer of log sigma^2 reads the features scaled to the length sqrt(in_dim).
+
     They run in their parameters' precision even under autocast: bf16 would round the log-variance to steps of 1/64 to
     1/16, and these two products are small compared with the encoder.
     """
 
-    def __init__(self, in_dim: int, out_dim: int):
+    def __init__(self, in_dim: int, out_dim: int, normalize_for_sigma: bool = False):
         super().__init__()
         self.mu = nn.Linear(in_dim, out_dim)
         self.log_var = nn.Linear(in_dim, out_dim)
+        self.normalize_for_sigma = normalize_for_sigma
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.mu.weight.dtype)
-            return DiagonalGaussian(self.mu(x), self.log_var(x))
+            sigma_input = F.rms_norm(x, x.shape[-1:]) if self.normalize_for_sigma else x
+            return DiagonalGaussian(self.mu(x), self.log_var(sigma_input))

@@ -50,7 +50,8 @@ class SSLModel(nn.Module):
         widths = {"h": cast(int, self.encoder.num_features), "z": sizes.out}
         self.projector = Projector(widths["h"], sizes.hidden, sizes.out, sizes.layers)
         spaces = [] if embedding.stochastic == "none" else list(embedding.stochastic)
-        heads = {space: GaussianHead(widths[space], widths[space]) for space in spaces}
+        normalize = embedding.sigma_input == "normalized"
+        heads = {space: GaussianHead(widths[space], widths[space], normalize) for space in spaces}
         self.heads = nn.ModuleDict(heads)
         self.priors = nn.ModuleDict({space: make_prior(embedding, head) for space, head in heads.items()})
         self.predictor: Projector | None = None

@@ -244,7 +244,7 @@ def test_detector_equals_its_formula(name, data, monkeypatch):
 
 
 def test_every_detector_has_an_oracle_and_documents_its_direction():
-    assert set(ORACLES) | {"views_disagreement"} == set(DETECTORS)
+    assert set(ORACLES) | {"views_sigma", "views_disagreement"} == set(DETECTORS)
     for name, kind in DETECTORS.items():
         assert "igher is OOD" in kind.__doc__, name
     with pytest.raises(ValueError, match="no detector 'sigma'"):
@@ -255,6 +255,12 @@ def test_views_disagreement():
     pair_M2D = np.random.default_rng(0).normal(size=(M, 2, D))
     found = detector("views_disagreement").fit(pair_M2D).score(pair_M2D)
     np.testing.assert_allclose(found, [1 - unit(a) @ unit(b) for a, b in pair_M2D], atol=1e-12)
+
+
+def test_views_sigma():
+    sigma_M2E = np.random.default_rng(0).uniform(0.1, 1, (M, 2, E))
+    found = detector("views_sigma").score(sigma_M2E, sigma=sigma_M2E)
+    np.testing.assert_allclose(found, [(sum(a) + sum(b)) / (2 * E) for a, b in sigma_M2E], rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["joint", "per_dim", "reference"])
@@ -322,10 +328,12 @@ def test_scores_of_degenerate_features_are_finite(name):
     features[:, 3] = 0
     features[:, 4] = features[:, 5]
     logits = np.vstack([np.eye(3) * 1e4, np.zeros((3, 3)), np.eye(3) * -1e4])
-    if name == "views_disagreement":
-        features = np.stack([features, np.zeros_like(features)], axis=1)
     layers = [features[:, :3], features]
-    q = {"mu": np.full((9, 4), 20.0), "sigma": np.full((9, 4), 0.01), "layers": layers}
+    shape = (9, 4)
+    if DETECTORS[name].of_views:
+        features = np.stack([features, np.zeros_like(features)], axis=1)
+        shape = (9, 2, 4)
+    q = {"mu": np.full(shape, 20.0), "sigma": np.full(shape, 0.01), "layers": layers}
     fitted = detector(name).fit(features, labels=np.arange(9) % 5, logits=logits, **q)
     far = {"mu": q["mu"] * -1, "sigma": q["sigma"] * 500, "layers": [x * 1e3 + 1 for x in layers]}
     scores = np.r_[fitted.score(features, logits=logits, **q), fitted.score(features * 1e3 + 1, logits=logits, **far)]

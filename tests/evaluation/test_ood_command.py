@@ -101,19 +101,27 @@ def test_every_detector_of_a_stochastic_run(canvas, others, tmp_path, monkeypatc
     paths |= {name: others / name / "train.beton" for name in ("stripes", "noise", "flat")}
     of = {name: features_of(folder, path, model=model, views=recipe.views) for name, path in paths.items()}
     pair = {
-        name: features_of(folder, path, model=model, views=recipe.views, augmented=True).h
-        for name, path in paths.items()
+        name: features_of(folder, path, model=model, views=recipe.views, augmented=True) for name, path in paths.items()
     }
     weight, bias = linear_head(encoder, of["fit"], seed=0)
-    for name in ("sigma_mean", "prior_kl", "views_disagreement", "knn_cosine", "energy", "mahalanobis", "odin"):
+    for name in (
+        "sigma_mean",
+        "prior_kl",
+        "views_sigma",
+        "views_disagreement",
+        "knn_cosine",
+        "energy",
+        "mahalanobis",
+        "odin",
+    ):
         fitted = detector(name, prior=model.priors["z"])
 
         def arrays(part, name=name):
-            x = of[part]
+            x = pair[part] if DETECTORS[name].of_views else of[part]
             data = {"fit": sets.fit, "id": sets.id, **sets.ood}[part]
-            logits = x.h.astype(float) @ weight.numpy().T + bias.numpy()
+            logits = of[part].h.astype(float) @ weight.numpy().T + bias.numpy()
             return {
-                "features": pair[part] if name == "views_disagreement" else x.h, "mu": x.mu, "sigma": x.sigma,
+                "features": x.h, "mu": x.mu, "sigma": x.sigma,
                 "logits": odin_logits(encoder, data, (weight, bias)) if name == "odin" else logits,
             }  # fmt: skip
 
@@ -213,7 +221,7 @@ def test_detectors_skipped_for_a_deterministic_run_are_shown(canvas, others, tmp
     folder, _, _ = run_of(tmp_path / "run", canvas)
     encoder = load_run_encoder(folder, device="cpu")
     result = evaluate_ood(encoder, sets_of(encoder, others))
-    assert set(result["skipped"]) == Q | SLOW | {"knn_supervised"} and len(Q) == 8
+    assert set(result["skipped"]) == Q | SLOW | {"knn_supervised"} and len(Q) == 9
     summary = text_of(ood_summary(result, 80), 80)
     assert "best label-free" in summary and "own uncertainty" not in summary
     with pytest.raises(

@@ -143,6 +143,16 @@ def test_head_is_fp32_under_autocast():
 # --- The priors --------------------------------------------------------------------------------
 
 
+def test_sigma_of_normalized_features_does_not_depend_on_their_length():
+    head, features = GaussianHead(6, 4, normalize_for_sigma=True), torch.randn(5, 6)
+    q = head(features)
+    unit = features / features.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(q.log_var, head.log_var(unit * math.sqrt(6)))
+    assert torch.equal(q.mu, head.mu(features))
+    torch.testing.assert_close(head(features * 7).sigma, q.sigma)
+    torch.testing.assert_close(head(features * 7).mu, head.mu(features * 7))
+
+
 def test_standard_normal():
     x = torch.randn(3, 5, 4).double()
     torch.testing.assert_close(StandardNormal().log_prob(x), D.Normal(0.0, 1.0).log_prob(x).sum(-1), **CLOSE)

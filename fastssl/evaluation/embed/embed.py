@@ -156,7 +156,7 @@ def _embed_beton(encoder: RunEncoder, beton: Path, scorer: Scorer | None, report
     size = min(BATCH_SIZE, count)
     loader = eval_loader(data, views, encoder.device, batch_size=size)
     augmented: Iterator[Batch | None] = iter([])
-    if scorer is not None and scorer.needs_views:
+    if scorer is not None and scorer.kind.of_views:
         augmented = iter(eval_loader(data, views, encoder.device, batch_size=size, augmented=True))
     names = read_names(beton, loader.samples.column("index", loader.rows).tolist())
     with progress(f"Embedding {beton}", count) as advance:
@@ -197,7 +197,7 @@ def _decoded_batches(
     """Yield batches of the good images in order, and add the bad ones to the report. Runs in a thread."""
     assert report.conversion is not None
     plan, views, size = report.conversion.plan, encoder.recipe.views, min(BATCH_SIZE, len(files.samples))
-    needs_views = scorer is not None and scorer.needs_views
+    needs_views = scorer is not None and scorer.kind.of_views
 
     def decode(images: list[Encoded], index: list[int]) -> Pixels:
         batch, augmented = (

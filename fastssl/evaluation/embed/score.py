@@ -46,7 +46,6 @@ class Scorer:
         self.encoder = encoder
         self.name = name
         self.kind = DETECTORS[name]
-        self.needs_views = name == "views_disagreement"  # of h of two augmented views of each image
         # The training images; None for a detector that does not need any.
         self.fit_data: BetonSubset | None = None
         label_N = np.empty(0, np.int64)
@@ -82,14 +81,14 @@ class Scorer:
 
         Args:
             features: those of the batch.
-            augmented: the same images with the crops of two training views; only `needs_views` needs them.
+            augmented: the same images with the crops of two training views; only detectors with `of_views` need them.
         """
         arrays = shared_arrays(features, self.classifier)
         views = self.encoder.recipe.views
-        if self.needs_views:
+        if self.kind.of_views:
             assert augmented is not None
             (pair,) = embed_batches(self.encoder.model, [augmented], augmented_input(views))
-            arrays = {"features": pair.h}
+            arrays = shared_arrays(pair, None)
         elif self.name == "odin":
             assert self.classifier is not None
             arrays["logits"] = logits_after_odin(self.encoder, batch, eval_input(views), self.classifier)

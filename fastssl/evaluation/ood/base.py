@@ -39,6 +39,8 @@ class Detector:
     # Whether the detector needs the optional package pytorch-ood, or makes sense for supervised encoders only.
     needs_pytorch_ood: ClassVar[bool] = False
     needs_supervised_encoder: ClassVar[bool] = False
+    # Its arrays are those of two augmented views of each image, (N, 2, D) and (N, 2, E).
+    of_views: ClassVar[bool] = False
     # Its `features` are the singular values of the Jacobian of this embedding; None: they are h.
     jacobian_of: ClassVar[Literal["h", "mu"] | None] = None
 

@@ -14,6 +14,7 @@ LABEL_FREE: dict[str, type[Detector]] = {
     "posterior_kl": label_free.PosteriorKL,
     "posterior_bhattacharyya": label_free.PosteriorBhattacharyya,
     "draws_disagreement": label_free.DrawsDisagreement,
+    "views_sigma": label_free.ViewsSigma,
     "views_disagreement": label_free.ViewsDisagreement,
     "knn_cosine": label_free.KnnCosine,
     "knn_euclidean": label_free.KnnEuclidean,

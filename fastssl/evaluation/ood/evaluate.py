@@ -157,7 +157,7 @@ def evaluate_ood(
             "jepa_images": jepa_images,
             "jepa_exact": jepa_exact,
         },
-        "augmentation": encoder.recipe.views.model_dump(mode="json"),  # of the two views of views_disagreement
+        "augmentation": encoder.recipe.views.model_dump(mode="json"),  # of the two views of detectors with `of_views`
         "seed": seed,
         **encoder.describe(),
         **sets.describe(),
@@ -237,7 +237,8 @@ def detector_arrays(
     arrays = dict.fromkeys(detector_names, shared)
     if of_layers := [name for name in detector_names if "layers" in DETECTORS[name].arrays()]:
         arrays |= dict.fromkeys(of_layers, shared | {"layers": cached_layers(encoder, data)})
-    arrays["views_disagreement"] = {"features": cached_features(encoder, data, augmented=True).h}
+    if of_views := [name for name in detector_names if DETECTORS[name].of_views]:
+        arrays |= dict.fromkeys(of_views, shared_arrays(cached_features(encoder, data, augmented=True), None))
     if classifier is not None and "odin" in arrays:
         arrays["odin"] = {**arrays["odin"], "logits": odin_logits(encoder, data, classifier)}
     if spaces := {name: space for name in detector_names if (space := DETECTORS[name].jacobian_of)}:

@@ -143,13 +143,24 @@ class DrawsDisagreement(Detector):
 
 
 class ViewsDisagreement(Detector):
-    """1 - cosine similarity of h of two augmented views, 0 to 2. Higher is OOD: the encoder is not invariant there.
+    """1 - cosine similarity of h of two augmented views, 0 to 2. Higher is OOD: the encoder is not invariant there."""
 
-    Its `features` (M, 2, D) are h of both views of each image.
-    """
+    of_views = True
 
     def _score(self, features: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(features[:, 0], features[:, 1], dim=1)
+
+
+class ViewsSigma(Detector):
+    """Mean of sigma over dimensions and two augmented views. Higher is OOD, as for `sigma_mean`, with less noise.
+
+    Sigma is then that of the images that training has seen, which are augmented views.
+    """
+
+    of_views = True
+
+    def _score(self, sigma: Tensor) -> Tensor:
+        return sigma.mean(dim=(1, 2))
 
 
 class KnnCosine(Detector):
