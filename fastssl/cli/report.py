@@ -10,6 +10,8 @@ Out = Annotated[
     Path, Option(metavar="FILE", help="File to write: .html, .md for Markdown or .csv for the values of every run.")
 ]
 
+LONGEST_COMMAND = 300  # characters on the terminal; a command names every run of a sweep
+
 
 def report(runs: Runs, out: Out = Path("report.html")) -> None:
     """Compare trained runs: their evaluations, with differences and their noise over seeds, their curves and commands.
@@ -31,6 +33,7 @@ def report(runs: Runs, out: Out = Path("report.html")) -> None:
         print_line(console(stderr=True), f"Note: {line}.")
     print(printable(f"{out} compares {written.title}."))
     if written.missing:
-        print("Not measured yet; the commands are in the report too:")
+        print("Not measured yet; the report has the whole commands:")
     for command in written.missing:
-        print(printable(f"  {command}"))
+        short = command if len(command) <= LONGEST_COMMAND else f"{command[:LONGEST_COMMAND]} ..."
+        print(printable(f"  {short}"))

@@ -223,6 +223,13 @@ def test_the_command_says_what_was_found_and_what_is_missing(sweep, tmp_path, fa
     assert f"{out} compares 3 variants, 9 runs." in printed and "  fastssl eval mi " in printed
 
 
+def test_a_command_with_many_runs_is_whole_in_the_file_alone(tmp_path, fastssl):
+    runs = [fabricate_run(tmp_path / "runs" / f"seed={seed}", "cifar10/barlow", seed) for seed in range(30)]
+    code, printed, _ = fastssl("report", str(tmp_path / "runs"), "--out", str(tmp_path / "report.md"))
+    assert code == 0 and max(map(len, printed.splitlines())) < 320
+    assert all(str(run) in (tmp_path / "report.md").read_text() for run in runs)
+
+
 def test_every_objective_and_kind_of_embedding_has_a_name():
     """variants.py raises a KeyError for others."""
     objectives = {model.model_fields["name"].default for model in get_args(AnyObjective)}
