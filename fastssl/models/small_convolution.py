@@ -27,7 +27,8 @@ class SmallConvolution(nn.Conv2d):
         weight_OKKC = self.weight.permute(0, 2, 3, 1)
         # For each output position: the part of the kernel that lies on the image.
         parts = [weight_OKKC[:, y : y + height, x : x + width].flatten(1) for y in rows for x in columns]
-        flat = F.linear(input.permute(0, 2, 3, 1).flatten(1), torch.cat(parts))
+        matrix = parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is a view of the weight
+        flat = F.linear(input.permute(0, 2, 3, 1).flatten(1), matrix)
         return flat.view(len(input), len(rows), len(columns), self.out_channels).permute(0, 3, 1, 2)
 
 
