@@ -7,7 +7,7 @@ HOST_HAS ?=
 export PYTHON TORCH PY HOST_HAS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow gpu-check lint wheel offline-bundle clean
+.PHONY: help setup demo test test-slow gpu-check lint docs wheel offline-bundle clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,10 @@ lint: setup ## check style, formatting and types (ruff, mypy)
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+docs: setup ## build the documentation as a site in dist/docs; a broken link is an error
+	@.venv/bin/python scripts/write_reference.py
+	@.venv/bin/python scripts/build_docs.py
 
 wheel: ## build the self-contained FFCV wheel into .cache/wheels
 	@scripts/build_ffcv_wheel.sh

@@ -57,7 +57,7 @@ printf '%s\n' "$torch" >.venv/fastssl-torch
 
 say "installing into .venv (the first time with torch from PyPI: a 3 GB download, a few minutes)"
 .venv/bin/pip install --constraint "$constraints" --find-links "$(wheel_folder)" \
-    --only-binary ffcv --editable '.[demo,parquet,tensorboard,onnx,ood,slurm,dev]'
+    --only-binary ffcv --editable '.[demo,parquet,tensorboard,onnx,ood,slurm,docs,dev]'
 
 .venv/bin/python -c 'import ffcv, numba, timm, torch, torchvision' ||
     die "the installed packages cannot be imported; start over with 'make clean' and the same command again."

@@ -75,8 +75,10 @@ def build_beton(
         builder: name of a module of beton_builders.
         source: folder or archive with the images; None for a builder that brings its own.
         out: folder for the files.
-        canvas, max_side, codec, quality, order, workers, limit, strict, allow_bad, download, value_range,
-            max_megapixels, splits, channels, shards, shard: see `BuildOptions`.
+        workers: number of processes; None: all cores.
+        download: download the data set to `source` first.
+
+    The other arguments are those of `fastssl build-beton`.
 
     Raises:
         UserError: an option or the source is wrong, `out` cannot be written or holds a .beton that is not of
