@@ -8,7 +8,8 @@ from fastssl.reporting.charts import COLORS, curve_charts, legend
 from fastssl.reporting.report import Report
 from fastssl.reporting.tables import DIFFERENCE_COLUMNS, Cell, ReportTable
 
-# Colors of Okabe and Ito, as in fastssl/common/figures.py; black is the color of the text, as the page may be dark.
+# Colors of Okabe and Ito, as in fastssl/common/figures.py, darker or lighter where a line would have a contrast of less
+# than 3 with the page; black is the color of the text, as the page may be dark.
 STYLE = """
 .better, .worse { font-weight: bold; }
 .better::after { content: " ▲"; color: #007A59; } .worse::after { content: " ▼"; color: #B84F00; }
@@ -20,9 +21,10 @@ svg .grid { stroke: var(--line); stroke-width: 1; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2em 1.4em; }
 .legend svg { width: 36px; height: 8px; margin-right: .5em; vertical-align: middle; }
 .c0 { stroke: #0072B2; } .c1 { stroke: #D55E00; } .c2 { stroke: #009E73; } .c3 { stroke: #CC79A7; }
-.c4 { stroke: #E69F00; } .c5 { stroke: #56B4E9; } .c6 { stroke: var(--text); }
+.c4 { stroke: #B87D00; } .c5 { stroke: #2F93CC; } .c6 { stroke: var(--text); }
 @media (prefers-color-scheme: dark) {
-  .c0 { stroke: #3D9BDC; } .better::after { color: #2BC796; } .worse::after { color: #F08A4B; }
+  .c0 { stroke: #3D9BDC; } .c4 { stroke: #E69F00; } .c5 { stroke: #56B4E9; }
+  .better::after { color: #2BC796; } .worse::after { color: #F08A4B; }
 }
 th[scope] { white-space: normal; } th[scope=col] { min-width: 5em; vertical-align: bottom; }
 th[scope=row] { min-width: 8em; font-weight: normal; overflow-wrap: break-word; }

@@ -120,6 +120,40 @@ def test_the_page_needs_nothing_and_escapes_all(sweep, tmp_path):
     assert page.count('class="scroll"') == page.count('class="scroll" tabindex="0"')
 
 
+def luminance(color):
+    """The relative luminance of WCAG 2 of a color such as #0072B2 or #fff, 0 to 1."""
+    digits = color.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    values = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in values]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_contrast_and_keyboard_order(sweep, tmp_path, mode):
+    """WCAG 2.1 AA: 4.5 for text and marks, 3 for lines of charts; the order of the keyboard is that of the page."""
+    write_report([sweep], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    blocks = re.split(r"(@media \(prefers-color-scheme: dark\) \{\n.*?\n\})", style, flags=re.DOTALL)
+    rules = "".join(blocks[::2] + (blocks[1::2] if mode == "dark" else []))  # the last rule for a name counts
+    variables = dict(re.findall(r"--(\w+): (#\w+)", rules))
+    lines = dict(re.findall(r"\.(c\d) \{ stroke: (#\w+)", rules))
+    marks = dict(re.findall(r"\.(better|worse)::after \{(?: content: \"[^\"]*\";)? color: (#\w+)", rules))
+    assert (luminance(variables["page"]) < 0.1) == (mode == "dark")
+    assert set(variables) >= {"text", "soft", "page", "area"} and len(lines) == 6 and set(marks) == {"better", "worse"}
+    for background in (variables["page"], variables["area"]):
+        text = [variables["text"], variables["soft"], *marks.values()]
+        assert min(contrast(color, background) for color in text) >= 4.5
+    assert min(contrast(color, variables["page"]) for color in [*lines.values(), variables["mark"]]) >= 3
+    assert page.count('tabindex="0"') >= 3 and set(re.findall(r'tabindex="(-?\d+)"', page)) == {"0"}
+
+
 def test_markdown_and_csv_hold_the_same_values(sweep, tmp_path):
     report = write_report([sweep], tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
