@@ -1,9 +1,12 @@
 """The programs in examples/ run as their docstrings say."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +18,43 @@ from fastssl.beton import read_header, read_labels, read_names
 ROOT = Path(__file__).parents[2]
 
 
-def output_of(name, *arguments):
-    """What a program of examples/ prints."""
+def run_program(path, *arguments, **environment):
+    """What a program prints."""
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [sys.executable, path, *map(str, arguments)],
+        env=os.environ | {name: str(value) for name, value in variables.items()}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def output_of(name, *arguments):
+    return run_program(ROOT / "examples" / name, *arguments)
+
+
 def test_every_example_has_a_test():
     text = Path(__file__).read_text()
-    assert all(f'"{program.name}"' in text for program in (ROOT / "examples").glob("*.py"))
+    assert all(f'"{program.name}"' in text for program in (ROOT / "examples").iterdir() if program.is_file())
+
+
+def test_the_notebook_of_the_tutorial(photos, tmp_path):
+    """Its cells, one after the other in one process, on 48 photographs; the strange ones are noise."""
+    cells = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "tutorial.py").write_text("if __name__ == '__main__':\n" + textwrap.indent(program, "    "))
+    cells_dir = tmp_path / "cells"
+    shutil.copytree(photos / "train", cells_dir / "train")
+    shutil.copytree(photos / "val", cells_dir / "intact")
+    (cells_dir / "defective").mkdir()
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(cells_dir / "defective" / f"{number:02}.png")
+    keys = "model.backbone=test_resnet train.batch_size=16 train.epochs=2 views.size=32 data.workers=1 train.device=cpu"
+    printed = run_program(tmp_path / "tutorial.py", PHOTOS=cells_dir, WORK=tmp_path, KEYS=keys, MPLBACKEND="agg")
+    share = re.search(r"A defective cell scores higher than an intact one in (\d+)% of all pairs\.", printed)
+    assert int(share[1]) >= 80
+    assert (tmp_path / "strangest.png").stat().st_size > 10_000
 
 
 def test_train_from_python(canvas, tmp_path):
