@@ -111,7 +111,15 @@ def _measures(result: EvaluationResult) -> list[tuple[Measure, float]]:
     if evaluation == "knn":
         name = headline_metric(result)
         return [measure("accuracy", name, f"kNN {metric_info(name).label.removeprefix('top-1, ')}")]
-    return [measure("accuracy", "accuracy", evaluation.replace("-", " "))]
+    return [measure("accuracy", "accuracy", _title(evaluation))]
+
+
+def _title(evaluation: str) -> str:
+    """Return "1 % of the labels" for semisup-1percent, "dtd, linear sweep" for transfer-dtd-linear-sweep."""
+    share = re.fullmatch(r"semisup-(.+)percent", evaluation)
+    target = re.fullmatch(r"transfer-(.+)-(linear-\w+|finetune)", evaluation)
+    name = f"{share[1]} % of the labels" if share else f"{target[1]}, {target[2]}" if target else evaluation
+    return name.replace("-", " ")
 
 
 def _with_unique_titles(values: Values) -> Values:

@@ -20,8 +20,8 @@ LARGEST_VIEWS = 2 << 20  # bytes of a views.png that a page holds
 PNG = b"\x89PNG\r\n\x1a\n"
 # What `fastssl eval` measures, with the options that have no default.
 EVALUATIONS = {
-    "knn": "", "linear": "", "semisup": "", "transfer": " --data DIR", "ood": " --near DIR --far DIR",
-    "uncertainty": "", "mi": "",
+    "knn": "", "linear": "", "semisup": "", "transfer": " --to NAME=DATA",
+    "ood": " --near NEAR.beton --far FAR.beton", "uncertainty": "", "mi": "",
 }  # fmt: skip
 
 

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import typer
+from command_lines import parse
 
-from fastssl.cli import app
 from fastssl.cli.usage import UsageError
 from fastssl.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "records").rglob("*.md")])
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-COMMAND = typer.main.get_command(app)
 
 
 class Snippet(NamedTuple):
@@ -95,12 +93,8 @@ FASTSSL = [
 def test_commands_are_understood(snippet, arguments, monkeypatch):
     """The command exists and takes these options; a recipe takes these keys."""
     monkeypatch.chdir(ROOT)
-    command, context = COMMAND, None
-    while hasattr(command, "resolve_command") and arguments and not arguments[0].startswith("-"):
-        context = command.context_class(command, context, info_name=command.name)
-        name, command, arguments = command.resolve_command(context, arguments)
     try:
-        parsed = command.make_context(command.name, list(arguments), context).params
+        parsed = parse(arguments)
     except UsageError as error:
         if snippet.is_command or "No such" in str(error):
             raise

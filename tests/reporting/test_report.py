@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+import shlex
 import statistics
 from typing import get_args
 
 import numpy as np
 import pytest
+from command_lines import parse
 from fabricated_runs import fabricate_run
 
 from fastssl.common.errors import UserError
@@ -96,6 +98,8 @@ def test_what_is_missing_is_a_command(sweep, tmp_path):
     report = make_report([sweep])
     (semisup,) = [command for command in report.missing if " semisup " in command]
     assert semisup.count("seed=") == 9 and semisup.startswith("fastssl eval semisup ")
+    for command in report.missing:
+        assert parse(shlex.split(command)[1:])
     uncertainty = next(command for command in report.missing if " uncertainty " in command)
     assert uncertainty.count("/barlow/seed=") == 3 == uncertainty.count("seed=")
     assert not any(command.startswith(("fastssl eval knn", "fastssl eval ood")) for command in report.missing)
@@ -186,6 +190,15 @@ def test_variants_of_one_objective_are_named_by_what_differs_and_get_heat_maps(t
     assert [name for name, _ in heat_map.rows] == ["standard_normal, S = 1", "standard_normal, S = 12"]
     shares = [[cell.share for cell in cells] for _, cells in heat_map.rows]
     assert shares == [[0, pytest.approx(0.045 / 0.595)], [pytest.approx(0.055 / 0.595), 1]]
+
+
+@pytest.mark.parametrize("evaluation, title", [
+    ("linear-sweep", "linear sweep"), ("semisup-1percent", "1 % of the labels"), ("semisup-mine", "semisup mine"),
+    ("transfer-dtd-linear-sweep", "dtd, linear sweep"), ("transfer-my-set-finetune", "my set, finetune"),
+])  # fmt: skip
+def test_titles_of_accuracies(tmp_path, evaluation, title):
+    fabricate_run(tmp_path, "cifar10/barlow", 0, accuracies={evaluation: 0.5})
+    assert table_named(make_report([tmp_path]), "Accuracy").columns == [f"{title} ↑"]
 
 
 def test_curves_are_drawn_for_what_was_logged(sweep):
