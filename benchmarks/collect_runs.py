@@ -7,8 +7,7 @@ command after each run adds what is new. `fastssl report` reads the copies as it
 """
 
 import argparse
-import filecmp
-import shutil
+import json
 from pathlib import Path
 
 KEPT = ("recipe.yaml", "environment.json", "metrics.jsonl", "profile.json", "eval/*.json", "eval/*.correct.npz")
@@ -25,9 +24,15 @@ def main() -> None:
             continue
         for file in sorted(file for pattern in KEPT for file in run.glob(pattern)):
             target = options.out / file.relative_to(options.source)
-            if not (target.exists() and filecmp.cmp(file, target, shallow=False)):
+            content = file.read_bytes()
+            if file.name == "environment.json":
+                environment = json.loads(content)
+                for start in (environment, *environment.get("earlier", [])):
+                    start["command"][0] = "fastssl"  # else the path of the program on this machine
+                content = json.dumps(environment, indent=2).encode()
+            if not target.exists() or target.read_bytes() != content:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+                target.write_bytes(content)
                 print(target)
 
 
