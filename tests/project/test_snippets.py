@@ -110,7 +110,7 @@ def test_many_commands_are_found():
 
 def python_snippets():
     for page in PAGES:
-        # The first is made of docstrings and signatures; the code of the second is run by test_extend.py.
+        # The first is made of docstrings and signatures; the code of the second is run by test_extend_docs.py.
         if page.name not in ("api.md", "extend.md"):
             for language, start, lines in blocks_of(page):
                 if language == "python":
