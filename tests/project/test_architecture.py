@@ -76,3 +76,9 @@ def test_the_rule_sees_every_form_of_import(tmp_path):
     path = ROOT / "fastssl" / "views" / "paired.py"
     assert {"recipe", "views"} <= imports_of(path)
     assert "evaluation" in imports_of(ROOT / "fastssl" / "cli" / "evaluate.py")
+
+
+def test_test_files_have_names_of_their_own():
+    """Without packages, pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names))
