@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from fastssl.evaluation.mutual_information import unreliable_quantities
 from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.evaluation.results import EvaluationResult
 from fastssl.recipe import Recipe
 from fastssl.reporting.differences import LEVEL, Difference, holm
 from fastssl.reporting.measures import Found, Group, Measure, Values, compare_with_baseline
@@ -62,7 +64,8 @@ def result_tables(values: Values, variants: Sequence[Variant]) -> list[ReportTab
         _table(
             "Mutual information",
             "In nats, mean ± standard deviation over seeds. js and mine: lower bounds by critics; rate: an upper bound "
-            "of what a stochastic embedding keeps of the image.",
+            "of what a stochastic embedding keeps of the image. ≥: saturated in some run, so a lower limit. "
+            "?: an estimate that fails a self-check in some run.",
             "quantity", _of_group(values, "mi"), values, variants, a_row_is="measure",
         ),
     ]  # fmt: skip
@@ -105,7 +108,8 @@ def _table(
         mark: Literal["", "better", "worse"] = ""
         if difference and adjusted[variant, measure] < 1 - LEVEL:
             mark = "better" if (difference.mean > 0) == (measure.info.better == "up") else "worse"
-        return Cell(mean_and_std([each.value for each in found], measure), mark)
+        text = mean_and_std([each.value for each in found], measure)
+        return Cell(_with_doubts(text, measure, [each.result for each in found]), mark)
 
     if a_row_is == "variant":
         columns = [_heading(measure) for measure in measures]
@@ -122,6 +126,15 @@ def mean_and_std(values: Sequence[float], measure: Measure) -> str:
     show = measure.info.format
     text = show(statistics.fmean(values), with_unit=False)
     return text + (f" ± {show(statistics.stdev(values), with_unit=False)}" if len(values) > 1 else "")
+
+
+def _with_doubts(text: str, measure: Measure, results: Sequence[EvaluationResult]) -> str:
+    """Mark lower limits with ≥ and estimates that failed a self-check with ?, as `fastssl eval mi` does."""
+    sign = "≥ " if any(measure.metric in result.get("saturated", []) for result in results) else ""
+    failed = unreliable_quantities(check for result in results for check in result.get("failed", []))
+    # The rate is computed from the known q, so no self-check concerns it.
+    is_doubtful = measure.metric.endswith((" js", " mine")) and measure.metric.split(" ")[0] in failed
+    return sign + text + (" ?" if is_doubtful else "")
 
 
 def _heading(measure: Measure) -> str:

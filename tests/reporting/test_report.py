@@ -192,6 +192,18 @@ def test_variants_of_one_objective_are_named_by_what_differs_and_get_heat_maps(t
     assert shares == [[0, pytest.approx(0.045 / 0.595)], [pytest.approx(0.055 / 0.595), 1]]
 
 
+def test_lower_limits_and_doubtful_estimates_of_mutual_information_are_marked(tmp_path):
+    fabricate_run(tmp_path, "cifar10/barlow", 0, accuracies={"mi": 0.5})
+    file = tmp_path / "eval" / "mi.json"
+    metrics = {"I(V;H) js": 4.5, "I(H;Z) js": 15.2, "I(H;Z) mine": 15.1}
+    marks = {"saturated": ["I(H;Z) js"], "failed": ["I(V;H), shuffled pairs: 0"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": metrics, "intervals": {}} | marks))
+    rows = dict(table_named(make_report([tmp_path]), "Mutual information").rows)
+    assert {name: cell.text for name, (cell,) in rows.items()} == {
+        "I(V;H) js": "4.50 ?", "I(H;Z) js": "≥ 15.20", "I(H;Z) mine": "15.10"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("evaluation, title", [
     ("linear-sweep", "linear sweep"), ("semisup-1percent", "1 % of the labels"), ("semisup-mine", "semisup mine"),
     ("transfer-dtd-linear-sweep", "dtd, linear sweep"), ("transfer-my-set-finetune", "my set, finetune"),
