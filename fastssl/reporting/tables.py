@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from fastssl.evaluation.mutual_information import unreliable_quantities
-from fastssl.evaluation.ood.detectors import LABEL_BASED
+from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED
 from fastssl.evaluation.results import EvaluationResult
 from fastssl.recipe import Recipe
 from fastssl.reporting.differences import LEVEL, Difference, holm
@@ -51,7 +51,7 @@ def result_tables(values: Values, variants: Sequence[Variant]) -> list[ReportTab
         *(
             _table(
                 f"OOD detection, {where}", of_ood.format(where, ", ".join(_sets(values, where))), "detector",
-                [m for m in _of_group(values, "ood") if m.metric.split()[1] == where], values, variants,
+                _detectors_of(values, where), values, variants,
                 a_row_is="measure",
             )
             for where in ("near", "far")
@@ -74,6 +74,13 @@ def result_tables(values: Values, variants: Sequence[Variant]) -> list[ReportTab
 
 def _of_group(values: Values, group: Group) -> list[Measure]:
     return [measure for measure in values if measure.group == group]
+
+
+def _detectors_of(values: Values, where: str) -> list[Measure]:
+    """The AUROC of every detector, in the order of `fastssl eval ood` whichever run has which detectors."""
+    order = {name: position for position, name in enumerate(DETECTORS)}
+    found = [measure for measure in _of_group(values, "ood") if measure.metric.split()[1] == where]
+    return sorted(found, key=lambda measure: order.get(measure.metric.split()[0], len(order)))
 
 
 def _sets(values: Values, where: str) -> list[str]:

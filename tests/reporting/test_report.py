@@ -82,6 +82,15 @@ def test_ood_tables_have_a_row_for_each_detector(sweep):
     assert images == "800"  # ID and OOD
 
 
+def test_detectors_have_one_order_whichever_run_has_them(tmp_path):
+    fabricate_run(tmp_path / "a", "cifar10/barlow", 0, aurocs={"vim": (0.6, 0.6), "knn_cosine": (0.6, 0.6)})
+    fabricate_run(
+        tmp_path / "b", "cifar10/zprob_barlow", 0, aurocs={"knn_cosine": (0.6, 0.6), "sigma_mean": (0.6, 0.6)}
+    )
+    far = table_named(make_report([tmp_path]), "OOD detection, far")
+    assert [name for name, _ in far.rows] == ["sigma_mean", "knn_cosine", "vim *"]
+
+
 def test_an_accuracy_without_single_images_is_said(tmp_path):
     for name in ("barlow", "zprob_barlow"):
         for seed in range(2):
