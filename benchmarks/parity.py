@@ -45,12 +45,14 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, help="file of the table")
     arguments.add_argument("--train", choices=NAMES, help=argparse.SUPPRESS)
     options = arguments.parse_args()
+    work = options.work  # other images or epochs have other results
+    options.work = work / f"{options.images_per_class}-per-class-{options.epochs}-epochs"
     if options.train:
         (seed,) = options.seeds
         train_timed(options, options.train, seed)
         return
     prepare_images(options)
-    results = [result_of(options, seed) for seed in options.seeds]
+    results = [result_of(options, seed, work) for seed in options.seeds]
     text = report(options, results)
     print(text)
     if options.out:
@@ -73,14 +75,14 @@ def prepare_images(options: argparse.Namespace) -> None:
     fastssl("build-beton", "imagefolder", "--source", images, "--out", options.work, "--canvas", SIZE)
 
 
-def result_of(options: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+def result_of(options: argparse.Namespace, seed: int, work: Path) -> dict[str, dict[str, float]]:
     """Time and accuracies of both trainings with a seed. They run at once, the evaluations after them."""
     path = options.work / f"seed{seed}.json"
     if path.exists():
         return json.loads(path.read_text())
     command = [
         sys.executable, __file__, "--source", options.source, "--seeds", seed, "--epochs", options.epochs,
-        "--work", options.work,
+        "--images-per-class", options.images_per_class, "--work", work,
     ]  # fmt: skip
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     started = {
@@ -219,7 +221,7 @@ def report(options: argparse.Namespace, results: list[dict[str, dict[str, float]
         *map(row, NAMES),
         "",
     ]
-    for metric in ("knn", "linear"):
+    for metric in ("knn", "linear") if len(results) > 1 else ():
         differences = [result["fastssl"][metric] - result["lightly"][metric] for result in results]
         # Of independent trainings: a seed means other random numbers in each.
         deviations = [statistics.stdev([result[name][metric] for result in results]) for name in NAMES]

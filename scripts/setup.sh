@@ -16,7 +16,7 @@ torch=${TORCH:-$(last fastssl-torch pip)}
 [[ $torch == pip || $torch == system ]] || die "TORCH is 'pip' or 'system', not '$torch'."
 
 # The environment is out of date if the checkout has moved or a file that describes it has changed.
-stamp=$(printf '%s\n' "$PWD" "$python" "$torch" | cat - pyproject.toml constraints.txt scripts/*.sh scripts/*.py | sha256sum)
+stamp=$(printf '%s\n' "$PWD" "$python" "$torch" | cat - pyproject.toml constraints.txt scripts/*.sh scripts/system_torch.py | sha256sum)
 if [[ $(last fastssl-stamp none) == "$stamp" ]] && .venv/bin/python -c ''; then
     exit 0
 fi

@@ -86,11 +86,11 @@ class DiagonalGaussian:
 class GaussianHead(nn.Module):
     """Two linear layers: features (B, in_dim) -> DiagonalGaussian over out_dim.
 
-    Args:
-        normalize_for_sigma: the layer of log sigma^2 reads the features scaled to the length sqrt(in_dim).
-
     They run in their parameters' precision even under autocast: bf16 would round the log-variance to steps of 1/64 to
     1/16, and these two products are small compared with the encoder.
+
+    Args:
+        normalize_for_sigma: the layer of log sigma^2 reads the features scaled to the length sqrt(in_dim).
     """
 
     def __init__(self, in_dim: int, out_dim: int, normalize_for_sigma: bool = False):

@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
+from small_models import recipe_of
 from torch import distributions as D
 
-from fastssl.models import DiagonalGaussian, GaussianHead, MixtureOfGaussians, StandardNormal, VampPrior
+from fastssl.models import (
+    DiagonalGaussian,
+    GaussianHead,
+    MixtureOfGaussians,
+    StandardNormal,
+    VampPrior,
+    build_model,
+)
 
 # float64 on both sides, sums of a few dozen terms in another order.
 CLOSE = dict(rtol=1e-12, atol=1e-12)
@@ -151,6 +159,15 @@ def test_sigma_of_normalized_features_does_not_depend_on_their_length():
     assert torch.equal(q.mu, head.mu(features))
     torch.testing.assert_close(head(features * 7).sigma, q.sigma)
     torch.testing.assert_close(head(features * 7).mu, head.mu(features * 7))
+
+
+@pytest.mark.parametrize("objective, stochastic", [({}, "z"), ({}, "h"), ({"name": "supervised", "classes": 3}, "h")])
+@pytest.mark.parametrize("sigma_input", ["features", "normalized"])
+def test_the_recipe_says_what_sigma_reads(objective, stochastic, sigma_input):
+    recipe = recipe_of(objective or {"name": "vicreg"}, {"stochastic": stochastic, "sigma_input": sigma_input})
+    head = build_model(recipe).heads[stochastic]
+    features = torch.randn(5, head.mu.in_features)
+    assert torch.allclose(head(features * 7).sigma, head(features).sigma) == (sigma_input == "normalized")
 
 
 def test_standard_normal():

@@ -1,6 +1,6 @@
 """Copy what a report needs of finished runs, without weights: recipes, logs and results.
 
-python benchmarks/collect_runs.py runs/study_cifar10 records/study/runs
+python scripts/collect_runs.py runs/study_cifar10 records/study/runs
 
 A run is finished if it has its encoder.safetensors. Files that are already there and equal are left alone, so the same
 command after each run adds what is new. `fastssl report` reads the copies as it reads the runs.
