@@ -1,6 +1,7 @@
 """The documentation: pages made of the code are up to date, and every link of the site leads somewhere."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_sections_of_a_docstring():
         "A sum: of two numbers.\n\n**Arguments**\n\n* `a, b`: the numbers,\n  which may be negative.\n\n"
         "Any type that adds.\n\n**Returns**\n\nTheir sum.\n\n```python\nadd(1, 2)\n```\n"
     )
+
+
+def test_every_row_of_a_table_belongs_to_a_table_with_a_header():
+    # A row after a blank line is shown as text with bars in it.
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "records").rglob("*.md")]
+    stray = []
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for table in re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE):
+            rows = table.splitlines()
+            if len(rows) < 2 or not re.fullmatch(r"\|[ :|-]+\|", rows[1]):
+                stray.append(f"{page.relative_to(ROOT)}: {rows[0][:60]}")
+    assert len(pages) > 30 and not stray
 
 
 def test_the_site_is_built_without_a_broken_link():
