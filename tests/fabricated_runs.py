@@ -19,6 +19,7 @@ def fabricate_run(
     accuracies=None,
     aurocs=None,
     r_auroc=None,
+    information=None,
     overrides=(),
     epochs=4,
     logged_epochs=None,
@@ -32,6 +33,7 @@ def fabricate_run(
             every run but for a few, as if some images were hard.
         aurocs: detector -> AUROC on the near set and on the far set, roughly.
         r_auroc: of the uncertainty.
+        information: I(V;H) in nats.
     """
     settings = [f"seed={seed}", "data.val=data/test.beton", f"train.epochs={epochs}", *overrides]
     (folder / "eval").mkdir(parents=True)
@@ -57,6 +59,8 @@ def fabricate_run(
     if r_auroc is not None:
         fields = {"settings": {"score": "sigma_mean"}, "metrics": {"r_auroc": r_auroc}}
         _write_result(folder, "uncertainty", **fields)
+    if information is not None:
+        _write_result(folder, "mi", metrics={"I(V;H) js": information})
     return folder
 
 

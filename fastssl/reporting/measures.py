@@ -151,7 +151,7 @@ def _differences_of_images(
     """Return what each image contributes to the difference, as a mean over the pairs; [] if that is not known."""
     means: list[np.ndarray] = []
     for run, baseline in pairs:
-        own, other = (_contributions(measure, each, found[each.dir].result) for each in (run, baseline))
+        own, other = (image_contributions(measure, each, found[each.dir].result) for each in (run, baseline))
         if not own or [len(part) for part in own] != [len(part) for part in other]:
             return []
         parts = [(a - b) / len(pairs) for a, b in zip(own, other)]
@@ -159,7 +159,7 @@ def _differences_of_images(
     return means
 
 
-def _contributions(measure: Measure, run: Run, result: EvaluationResult) -> list[np.ndarray]:
+def image_contributions(measure: Measure, run: Run, result: EvaluationResult) -> list[np.ndarray]:
     """Return for each kind of images, float (images,): what each contributes to the metric, which is their mean.
 
     Of an accuracy, whether the image is right. Of a mean AUROC over sets, the placements of the ID images, and those of

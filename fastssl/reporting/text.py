@@ -17,12 +17,12 @@ def as_markdown(report: Report) -> str:
     lines = [f"# {_escaped(report.title)}", "", *(f"- {_escaped(each)}" for each in report.findings), ""]
     for table in [*report.tables, *report.heat_maps, report.runs]:
         lines += [f"## {_escaped(table.title)}", "", _escaped(table.caption), ""]
-        lines += _markdown_rows(
+        lines += markdown_table(
             [table.corner, *table.columns], [[_escaped(name), *map(_marked, cells)] for name, cells in table.rows]
         )
         if table.differences:
             lines += ["Differences to the deterministic variants:", ""]
-            lines += _markdown_rows(DIFFERENCE_COLUMNS, [[_escaped(text) for text in row] for row in table.differences])
+            lines += markdown_table(DIFFERENCE_COLUMNS, [[_escaped(text) for text in row] for row in table.differences])
     for title, texts in (("Not measured yet", report.missing), ("Left out, or not readable", report.remarks)):
         if texts:
             lines += [f"## {title}", "", *(f"- {_escaped(text)}" for text in texts), ""]
@@ -35,7 +35,8 @@ def _marked(cell: Cell) -> str:
     return f"**{_escaped(cell.text)}**{mark}" if cell.mark else _escaped(cell.text)
 
 
-def _markdown_rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, and an empty one. The cells of rows must have been escaped."""
     lines = [[_escaped(head) for head in heads], ["---"] * len(heads), *rows]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 
@@ -52,9 +53,7 @@ def as_csv(report: Report) -> str:
     """Return a line for each value of each run."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["variant", "seed", "run", "evaluation", "metric", "measure", "value", "low", "high", "test_images"]
-    )
+    writer.writerow(CSV_COLUMNS)
     variant_of = {run.dir: (variant.label, run.seed) for variant in report.variants for run in variant.runs}
     for measure, found in report.values.items():
         for run_dir, each in found.items():

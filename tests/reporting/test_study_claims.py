@@ -1,0 +1,66 @@
+"""The readings of the paper's claims, from fabricated runs whose truth is known."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from fabricated_runs import fabricate_run
+
+from fastssl.reporting import make_report
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from study_claims import read_claims  # noqa: E402
+
+
+def readings(folder, *, z_loses=0.0, h_loses=0.2, h_keeps_less=0.5, sigma=(0.7, 0.9), msp=(0.6, 0.8), seeds=3):
+    for objective in ("barlow", "vicreg"):
+        for name, loses, less in (("", 0, 0), ("zprob_", z_loses, 0), ("hprob_", h_loses, h_keeps_less)):
+            for seed in range(seeds):
+                fabricate_run(
+                    folder / f"{name}{objective}" / f"seed={seed}", f"cifar10/{name}{objective}", seed,
+                    accuracies={"linear-sweep": 0.6 - loses}, information=4 - less + seed / 100,
+                    aurocs={
+                        "sigma_mean": sigma, "msp": msp, "draws_disagreement": (0.5, 0.5), "energy": msp,
+                        "mahalanobis": msp, "mahalanobis_unlabelled": (0.6, 0.9),
+                    },
+                )  # fmt: skip
+    report = make_report([folder])
+    return read_claims(report.values, report.variants)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdicts"),
+    [
+        ({}, ("supported", "supported", "supported")),
+        ({"z_loses": 0.1}, ("not supported", "supported", "supported")),
+        ({"h_loses": 0.0}, ("supported", "not supported", "supported")),
+        ({"h_keeps_less": -0.5}, ("supported", "not supported", "supported")),
+        ({"h_keeps_less": 0.0}, ("supported", "undecided", "supported")),
+        ({"sigma": (0.7, 0.3)}, ("supported", "supported", "not supported")),
+        ({"sigma": (0.6, 0.7), "msp": (0.8, 0.9)}, ("supported", "supported", "not supported")),
+        ({"sigma": (0.6, 0.8)}, ("supported", "supported", "undecided")),  # above chance, and as good as MSP
+        ({"seeds": 1}, ("undecided", "undecided", "undecided")),
+    ],
+)
+def test_verdicts(tmp_path, changes, verdicts):
+    assert tuple(each.verdict for each in readings(tmp_path, **changes)) == verdicts
+
+
+def test_figures(tmp_path):
+    matches, loses, detects = readings(tmp_path, z_loses=0.1, h_loses=0.2)
+    (linear,) = [row for row in matches.rows if row[0] == "linear sweep"]
+    assert linear[1:3] == ["60.0 ± 0.0", "50.0 ± 0.0"] and linear[3].startswith("-10.0 (-")
+    information = loses.rows[-1]
+    assert information[0] == "I(V;H) js" and information[1:4] == [
+        "4.01 ± 0.01",
+        "3.51 ± 0.01",
+        "-0.50 (-0.50 to -0.50)",
+    ]
+    assert [row[:2] for row in detects.rows[1:]] == [
+        [f"{name} {objective}", where]
+        for name in ("Z-prob", "H-prob") for objective in ("Barlow Twins", "VICReg") for where in ("near", "far")
+    ]  # fmt: skip
+    mean, low, high = (
+        float(each) for each in detects.rows[1][-2].replace("(", "").replace(")", "").replace("to ", "").split()
+    )
+    assert low < mean < high and mean == pytest.approx(20, abs=2)  # an AUROC of 70 % is 20 points above chance
