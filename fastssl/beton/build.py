@@ -62,6 +62,7 @@ def build_beton(
     channels: int = RGB,
     shards: int | None = None,
     shard: int | None = None,
+    hold_out: float | None = None,
 ) -> BuildReport:
     """Build OUT/SPLIT.beton, with its manifest and its list of names, for every split that the builder finds.
 
@@ -104,6 +105,7 @@ def build_beton(
         channels,
         shards,
         shard,
+        hold_out,
     )
     return run_build(builder, source, out, options)
 

@@ -52,7 +52,9 @@ def estimate_build(
     canvas = load_builder(builder).CANVAS
     plan = options.plan(canvas)
     others = _other_plans(options, canvas)
-    splits = list_splits(builder, source, options.order, options.limit, options.splits, arrays=options.channels != RGB)
+    splits = list_splits(
+        builder, source, options.order, options.limit, options.splits, options.channels != RGB, options.hold_out
+    )
     if images is None:  # a sample may have fewer images than shards
         for split in splits:
             check_shards(split.name, len(split.order), out, options.shards)

@@ -36,7 +36,9 @@ class Listing(NamedTuple):
 
 def list_source(builder: str, source: Path | None, options: BuildOptions) -> Listing:
     """Let the builder list all images of its source."""
-    splits = list_splits(builder, source, options.order, options.limit, options.splits, options.channels != RGB)
+    splits = list_splits(
+        builder, source, options.order, options.limit, options.splits, options.channels != RGB, options.hold_out
+    )
     # Another machine may have the source of its shards elsewhere.
     paths = options.shards is None
     return Listing(

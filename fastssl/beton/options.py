@@ -37,6 +37,7 @@ class BuildOptions:
     channels: int = RGB  # of the stored images; 1: gray; others only of TIFF and .npy files (channels.py)
     shards: int | None = None  # files for each split, see shards.py; None: one file
     shard: int | None = None  # build only this one of them, from 0; None: all
+    hold_out: float | None = None  # images, in %, of a source without splits that become val; None: none
 
     def __post_init__(self) -> None:
         if self.canvas is not None and self.max_side is not None:
@@ -60,6 +61,11 @@ class BuildOptions:
             raise UserError(
                 f"--allow-bad must be from 0 to 100 %, got {self.allow_bad:g} %",
                 hint="write a percentage, such as --allow-bad 5%",
+            )
+        if self.hold_out is not None and not 0 < self.hold_out < 100:
+            raise UserError(
+                f"--hold-out must be more than 0 % and less than 100 %, got {self.hold_out:g} %",
+                hint="write a percentage, such as --hold-out 10%",
             )
         if self.max_megapixels < 1:
             raise UserError(
@@ -146,6 +152,8 @@ class BuildOptions:
             recorded["channels"] = self.channels
         if self.shards is not None:
             recorded["shards"] = self.shards
+        if self.hold_out is not None:
+            recorded["hold_out"] = self.hold_out
         return recorded
 
 

@@ -85,9 +85,8 @@ class _Split(BaseModel, strict=True):
 
 
 class _Header(BaseModel, strict=True):
-    listed: dict[
-        str, str | int | bool | None
-    ]  # all that the list depends on, but for the source: see `_what_is_listed`
+    # All that the list depends on, but for the source: see `_what_is_listed`.
+    listed: dict[str, str | int | float | bool | None]
     source: str | None
     is_shared: bool  # False: every process lists the source itself
     files: dict[str, Count] | None
@@ -165,7 +164,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _what_is_listed(builder: str, options: BuildOptions) -> dict[str, str | int | bool | None]:
+def _what_is_listed(builder: str, options: BuildOptions) -> dict[str, str | int | float | bool | None]:
     """Return all that a list depends on, but for the source, which may be elsewhere on another machine."""
     return {
         "fastssl": version("fastssl-trainer"),
@@ -175,6 +174,7 @@ def _what_is_listed(builder: str, options: BuildOptions) -> dict[str, str | int 
         "splits": options.splits,
         "arrays": options.channels != RGB,
         "shards": options.shards,
+        "hold_out": options.hold_out,
     }
 
 

@@ -165,13 +165,14 @@ def list_splits(
     limit: int | None = None,
     split_rule: SplitRule = "auto",
     arrays: bool = False,
+    hold_out: float | None = None,
 ) -> list[SourceSplit]:
     """List the splits of `source` (None: the builder brings its own images) with their samples.
 
     Order "shuffle" is a fixed random order, "source" the builder's. A `limit` takes only this many samples of each
     split, chosen at random. With the `split_rule` "none" no name of a folder or file tells a split. With `arrays`,
-    builders that search folders list .npy files too. Raises UserError if `source` cannot be read or does not have the
-    builder's layout.
+    builders that search folders list .npy files too. `hold_out` percent of a source without splits become the split
+    val. Raises UserError if `source` cannot be read or does not have the builder's layout.
     """
     module = load_builder(builder)
     if source is None and hasattr(module, "SOURCE"):
@@ -191,9 +192,14 @@ def list_splits(
         raise UserError(f"{builder} does not take its splits from names", hint="leave out --splits none")
     if hasattr(module, "LISTS_ARRAYS"):
         options["arrays"] = arrays
+
+    def list_all() -> Listed:
+        return module.splits(source, **options)
+
     splits = []
     try:
-        for name, (classes, listed) in module.splits(source, **options).items():
+        listed_splits = list_all() if hold_out is None else _hold_out(list_all, hold_out)
+        for name, (classes, listed) in listed_splits.items():
             left_out: dict[str, int] = {}
             labels: set[int] = set()
             # Pixels that are in memory anyway stay in the builder's list.
@@ -214,12 +220,39 @@ def list_splits(
     if not splits:
         raise UserError(f"{source} holds no files of {builder}", hint="name its folder or archive with --source")
     for split in splits:
+        if not split.samples and hold_out is not None:
+            raise UserError(
+                f"--hold-out {hold_out:g}% leaves the split {split.name!r} without images",
+                hint="name another share, or leave it out",
+            )
         if not split.samples:
             raise UserError(
                 f"{source} holds no images for the split {split.name!r}",
                 hint=f"name the folder or archive of {builder} with --source, or remove what is empty there",
             )
     return splits
+
+
+def _hold_out(list_all: Callable[[], Listed], percent: float) -> Listed:
+    """Return the split train as train and val. The source is listed for each of them, as its samples may be many.
+
+    A hash of its name decides about a sample: it stays in its split when other images are added or removed.
+    """
+
+    def is_held_out(sample: Sample) -> bool:
+        name = hashlib.sha256(os.fsencode(sample.name)).digest()
+        return int.from_bytes(name[:8], "big") < percent / 100 * 2**64
+
+    first, second = list_all(), list_all()
+    if list(first) != ["train"]:
+        raise UserError(
+            f"--hold-out is for a source without splits, and this one has {', '.join(first)}",
+            hint="leave out --hold-out",
+        )
+    classes, listed = first["train"]
+    train = (each for each in listed if isinstance(each, LeftOut) or not is_held_out(each))
+    val = (each for each in second["train"][1] if isinstance(each, Sample) and is_held_out(each))
+    return {"train": (classes, train), "val": (classes, val)}
 
 
 def explain_builder_error(builder: str, error: Exception) -> UserError:

@@ -77,6 +77,13 @@ def build_beton(
             rich_help_panel=STORAGE_PANEL,
         ),
     ] = "auto",
+    hold_out: Annotated[
+        str | None,
+        Option(
+            metavar="N%", help="Share of the images that becomes the split val, of a source that has no splits.",
+            show_default="none", rich_help_panel=STORAGE_PANEL,
+        ),
+    ] = None,
     shards: Annotated[
         int | None,
         Option(
@@ -155,7 +162,7 @@ def build_beton(
         workers=workers,
         limit=limit,
         strict=strict,
-        allow_bad=None if allow_bad is None else _percent(allow_bad),
+        allow_bad=_percent("--allow-bad", allow_bad),
         download=download,
         value_range=parse_range(range_),
         max_megapixels=max_megapixels,
@@ -163,6 +170,7 @@ def build_beton(
         channels=channels,
         shards=shards,
         shard=shard,
+        hold_out=_percent("--hold-out", hold_out),
     )
     if images is not None and not dry_run:
         raise UserError("--images is for an estimate", hint="add --dry-run, or use --limit to build fewer images")
@@ -236,11 +244,11 @@ def _print_jobs(build: "SlurmBuild") -> None:
         _print(f"The jobs' logs are in {build.folder}. The same command shows the progress.")
 
 
-def _percent(text: str) -> float:
+def _percent(option: str, text: str | None) -> float | None:
     try:
-        return float(text.removesuffix("%"))
+        return None if text is None else float(text.removesuffix("%"))
     except ValueError:
-        raise UserError(f"--allow-bad must be a percentage, got {quote(text)}", hint="write it like 5%") from None
+        raise UserError(f"{option} must be a percentage, got {quote(text)}", hint="write it like 5%") from None
 
 
 def _images_and_classes(images: int, classes: int) -> str:

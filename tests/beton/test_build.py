@@ -306,6 +306,24 @@ def test_only_splits_none_is_recorded_so_that_older_files_stay_up_to_date(tmp_pa
         assert manifest.get("splits") == recorded
 
 
+def test_held_out_images_are_built_as_val(tmp_path):
+    for number in range(40):
+        folder = tmp_path / "photos" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    build = functools.partial(build_beton, "imagefolder", tmp_path / "photos", workers=1, canvas=8)
+    for shards in (None, 2):
+        report = build(out=tmp_path / f"out{shards}", hold_out=25, shards=shards)
+        assert [split.split for split in report.splits] == ["train", "val"]
+        assert sum(split.samples for split in report.splits) == 40
+        assert "Of 40 images: 40 stored." in report.account
+    manifest = read_header(tmp_path / "outNone" / "val.beton").manifest
+    assert manifest["hold_out"] == 25 and manifest["samples"] == report.splits[1].samples
+    for share in (0, 100, -3):
+        with pytest.raises(UserError, match="--hold-out must be more than 0 % and less than 100 %"):
+            build(out=tmp_path / "none", hold_out=share)
+
+
 # --- processes that die, disks that are full ----------------------------------------------------
 
 

@@ -62,6 +62,49 @@ def test_splits_none_is_for_builders_that_take_splits_from_names(tmp_path):
             list_splits(builder, tmp_path, split_rule="none")
 
 
+def make_classes(folder, images):
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(images):
+            (folder / name / f"{number:03}.jpg").touch()
+
+
+def names_of(split):
+    return {sample.name for sample in split.samples}
+
+
+def test_hold_out_takes_a_share_of_each_class_for_val(tmp_path):
+    make_classes(tmp_path, 500)
+    train, val = list_splits("imagefolder", tmp_path, hold_out=20)
+    assert (train.name, val.name) == ("train", "val") and train.classes == val.classes == ["cat", "dog"]
+    assert names_of(train) | names_of(val) == names_of(list_splits("imagefolder", tmp_path)[0])
+    assert len(train.samples) + len(val.samples) == 1000
+    for label in (0, 1):  # 100 ± 9
+        assert 70 < sum(sample.label == label for sample in val.samples) < 130
+    make_classes(tmp_path, 700)
+    train_later, val_later = list_splits("imagefolder", tmp_path, hold_out=20)
+    assert names_of(train) < names_of(train_later) and names_of(val) < names_of(val_later)
+
+
+def test_hold_out_counts_what_is_left_out_once(monkeypatch):
+    listed = [LeftOut("rows without an image", 2), *(Sample(f"{n}.jpg", 0, str(n)) for n in range(40))]
+    builder = SimpleNamespace(CANVAS=32, splits=lambda source: {"train": (["a"], listed)})
+    monkeypatch.setattr("fastssl.beton.source.load_builder", lambda name: builder)
+    train, val = list_splits("some", None, hold_out=50)
+    assert train.left_out == {"rows without an image": 2} and val.left_out == {}
+    assert len(train.samples) + len(val.samples) == 40 and len(val.samples) > 5
+
+
+def test_hold_out_of_splits_or_of_too_few_images_is_an_error(tmp_path):
+    make_classes(tmp_path / "few", 2)
+    with pytest.raises(UserError, match="--hold-out 0.01% leaves the split 'val' without images: name another share"):
+        list_splits("imagefolder", tmp_path / "few", hold_out=0.01)
+    make_classes(tmp_path / "split" / "train", 2)
+    make_classes(tmp_path / "split" / "val", 2)
+    with pytest.raises(UserError, match="is for a source without splits, and this one has train, val: leave out"):
+        list_splits("imagefolder", tmp_path / "split", hold_out=10)
+
+
 def test_a_function_that_reads_an_image_tells_its_file_by_an_attribute(tmp_path):
     """As the parquet builder's do: a change of the file is seen, whatever kind of `image` the sample has."""
     path = tmp_path / "table.parquet"
