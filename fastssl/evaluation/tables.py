@@ -1,6 +1,7 @@
 """Tables of evaluation results: one run with intervals; several runs with mean and standard deviation over seeds."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+from scipy.stats import t as student_t
 
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import PlainConsole, printable
@@ -24,6 +26,11 @@ from fastssl.recipe import load_recipe
 UNLIMITED = 100_000  # columns of a terminal that needs no wrapping
 INTERVAL_LINE = "95 % interval: bootstrap over the tested images, not over seeds of the training."
 CHANCE_LINE = "chance: value of a guess that knows nothing about the image (top-1: always the most frequent class)."
+NOISE = "the 95 % intervals"
+COMPARE = (
+    "mean ± std over the seeds of runs. fastssl report compares them seed by seed and image by image, and sees smaller "
+    "differences."
+)
 WORDS = "Every word: docs/glossary.md, section Evaluation."
 
 
@@ -98,7 +105,10 @@ class SummaryRow:
     def label(self) -> str:
         """The name of the first run, and the number of the others on a second line."""
         others = f"\nand {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
-        return Path(self.runs[0]).resolve().name + (" (untrained)" if self.untrained else "") + others
+        first = Path(self.runs[0]).resolve()
+        # A sweep makes NAME/seed=0 of the recipe NAME: without it, all of its runs have one name.
+        name = f"{first.parent.name}/{first.name}" if "=" in first.name else first.name
+        return name + (" (untrained)" if self.untrained else "") + others
 
     def short_label(self) -> str:
         return self.label().replace("\n", " ")
@@ -108,10 +118,12 @@ class SummaryRow:
         return "\n".join(filter(None, [self.evaluation, self.label(), self.score]))
 
     def noise(self, name: str) -> tuple[float, float]:
-        """The range of a metric: its mean ± std over seeds or, for a single run, its 95 % interval."""
+        """The 95 % interval of a metric: of its mean over seeds (Student's t) or, for a single run, over images."""
         metric = self.metrics[name]
         if metric.std is not None:
-            return metric.mean - metric.std, metric.mean + metric.std
+            seeds = len(self.runs)
+            reach = float(student_t.ppf(0.975, seeds - 1)) * metric.std / math.sqrt(seeds)
+            return metric.mean - reach, metric.mean + reach
         low, high = self.intervals.get(name, (metric.mean, metric.mean))
         return low, high
 
@@ -227,7 +239,7 @@ def summary_table(rows: Sequence[SummaryRow]) -> Group:
     return Group(
         FirstThatFits([*forms, _rows_one_after_the_other(rows)]),
         text_lines(runs_verdict(rows)),
-        text_lines([*_legend(names, has_chance), "mean ± std over the seeds of runs.", WORDS], style="dim"),
+        text_lines([*_legend(names, has_chance), COMPARE, WORDS], style="dim"),
     )
 
 
@@ -358,22 +370,15 @@ def _best_of(rows: Sequence[SummaryRow]) -> str:
     if len(rows) == 1:
         return f"{best.short_label()} with {info.label} {best.format(name)}{chance}"
     equal = [row for row in rows if row.noise(name)[0] <= high and row.noise(name)[1] >= low]  # with `best` itself
-    noise = _noise_in_words(equal if len(equal) > 1 else rows, name)
     if len(equal) == 1:
-        return f"best is {best.short_label()} with {info.label} {best.format(name)}, beyond {noise}{chance}"
+        return f"best is {best.short_label()} with {info.label} {best.format(name)}, beyond {NOISE}{chance}"
     named = [f"{row.short_label()} ({row.format(name)})" for row in equal]
     if len(named) > 3:
         named = [*named[:2], f"{len(named) - 2} more"]
     worse = len(rows) - len(equal)
     others = f"; {worse} {'is' if worse == 1 else 'are'} worse" if worse else ""
     joined = f"{', '.join(named[:-1])} and {named[-1]}"
-    return f"no difference in {info.label} beyond {noise} between {joined}{others}{chance}"
-
-
-def _noise_in_words(rows: Sequence[SummaryRow], name: str) -> str:
-    single = [row.metrics[name].std is None for row in rows]
-    kinds = [*(["the 95 % intervals"] if any(single) else []), *([] if all(single) else ["the std over seeds"])]
-    return " and ".join(kinds)
+    return f"no difference in {info.label} beyond {NOISE} between {joined}{others}{chance}"
 
 
 def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:

@@ -385,23 +385,35 @@ def test_the_best_row_is_named_only_beyond_noise():
     assert "no difference" in said and said.index("b and") < said.index("c and") and "1 is worse" in said
     (said,) = runs_verdict(rows[:2])
     assert "best is b and" in said and "beyond the 95 % intervals" in said  # fails if the worst is chosen
-    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.02), row_of("b", {"accuracy": 0.47}, 0.02)])
-    assert "no difference" in said and "beyond the std over seeds" in said
-    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.01), row_of("b", {"accuracy": 0.47}, 0.01)])
-    assert "best is a" in said and "beyond the std over seeds" in said
+    # Two seeds: the interval is 9 standard deviations wide on either side.
+    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.002), row_of("b", {"accuracy": 0.47}, 0.002)])
+    assert "no difference" in said and "beyond the 95 % intervals" in said
+    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.001), row_of("b", {"accuracy": 0.47}, 0.001)])
+    assert "best is a" in said and "beyond the 95 % intervals" in said
     (said,) = runs_verdict([row_of("a", {"nll": 1.0}, 0.01), row_of("b", {"nll": 2.0}, 0.01)])
     assert "best is a" in said  # lower is better
     (said,) = runs_verdict([row_of("a", {"x": 1.0}, 0.01), row_of("b", {"x": 2.0}, 0.01)])
     assert "best" not in said.replace("better", "") and "not known" in said
 
 
+def test_runs_of_a_sweep_are_named_with_their_recipe():
+    """All of them end in seed=0."""
+    rows = [row_of(f"{name}/seed=0", {"accuracy": 0.5}) for name in ("zprob_vicreg", "vicreg")]
+    assert [row.short_label() for row in rows] == ["zprob_vicreg/seed=0 and 1 more", "vicreg/seed=0 and 1 more"]
+
+
+def test_the_interval_of_a_mean_over_seeds_is_that_of_students_t():
+    low, high = row_of("a", {"accuracy": 0.5}, 0.01).noise("accuracy")
+    assert (low, high) == pytest.approx((0.5 - 12.706 * 0.01 / 2**0.5, 0.5 + 12.706 * 0.01 / 2**0.5), abs=1e-5)
+
+
 def test_the_best_row_is_compared_with_chance():
-    def said(value, std=0.02):
+    def said(value, std=0.002):
         return runs_verdict([row_of("a", {"accuracy": value}, std, chance={"accuracy": 0.1})])[0]
 
     assert said(0.05).endswith("; below chance (10.0 %).") and said(0.5).endswith("; chance is 10.0 %.")
     assert said(0.11).endswith("; not better than chance (10.0 %).")
-    nll = runs_verdict([row_of("a", {"nll": 3.0}, 0.1, chance={"nll": 2.3})])[0]
+    nll = runs_verdict([row_of("a", {"nll": 3.0}, 0.05, chance={"nll": 2.3})])[0]
     assert "above chance (2.30 nats)" in nll
 
 

@@ -101,13 +101,13 @@ def is_of_some_images(name: str) -> bool:
 
 
 def _candidate_of_runs(row: SummaryRow, name: str) -> Candidate:
-    """Return a detector's results in several runs: above chance means that mean - std is."""
+    """Return a detector's results in several runs: above chance means that the interval of their mean is."""
     found = {group: row.metrics[key] for group in GROUPS if (key := f"{name} {group} auroc") in row.metrics}
     return Candidate(
         name,
         _mean_auroc({key: metric.mean for key, metric in row.metrics.items()}, name),
         ", ".join(f"{group} {metric.format(percent)}" for group, metric in found.items()),
-        {group: metric.mean - (metric.std or 0) > 0.5 for group, metric in found.items()},
+        {group: row.noise(f"{name} {group} auroc")[0] > 0.5 for group in found},
         row.inverted.get(name, []),
     )
 
