@@ -20,7 +20,7 @@ def embed(
     out: Annotated[Path, Option(metavar="FILE", help="File to write, by its name .npz, .csv or .parquet.")],
     score: Annotated[
         str | None,
-        Option(metavar="DETECTOR", help="Add an OOD score, such as knn_cosine. docs/ood.md has all."),
+        Option(metavar="DETECTOR", help="Add an OOD score, such as mahalanobis_unlabelled. docs/ood.md has all."),
     ] = None,
     fit: Annotated[
         Path | None,
@@ -40,7 +40,7 @@ def embed(
     Examples:
       fastssl embed runs/demo photos --out photos.npz
       fastssl embed runs/demo data/mnist5k/val.beton --out digits.csv
-      fastssl embed runs/demo photos --out photos.npz --score knn_cosine
+      fastssl embed runs/demo photos --out photos.npz --score mahalanobis_unlabelled
     """
     # Before torch is imported: threads of the encoder that wait for each other must leave the cores to the processes
     # that convert images. With 2 cores for both, 4,000 images of 32 px took 15 s of CPU time in place of 25.
