@@ -251,6 +251,7 @@ def _report_set(split: SourceSplit, out: Path, shards: int, reports: list[SplitR
         bad_images=out / f"bad_images-*-of-{shards:05}.jsonl",
         unlabelled=sum(report.unlabelled for report in reports),
         nearly_black=sum(report.nearly_black for report in reports),
+        enlarged=sum(report.enlarged for report in reports),
         empty_classes=split.empty_classes,
         up_to_date=all(report.up_to_date for report in reports),
     )

@@ -31,6 +31,7 @@ class SplitEstimate(NamedTuple):
     stored: str  # as what, for users
     bytes: int
     bad: float  # share of the sampled images that cannot be read
+    enlarged: float  # share of the others whose sides are less than half of the canvas's
     seconds: float
 
 
@@ -108,12 +109,13 @@ def _estimate_split(
     step = max(1, len(split.order) // SAMPLED)
     sampled = (split.samples[index].image for index in split.order[::step][:SAMPLED])
     sizes = []
-    bad = 0
+    bad = enlarged = 0
     for result in pool.encode(sampled, plan, SAMPLED_PER_TASK):
         if isinstance(result, str):
             bad += 1
         else:
             sizes.append(len(result.payload))
+            enlarged += 2 * max(result.source_width, result.source_height) < result.width
     seconds = time.monotonic() - start
     of_images = images / (len(sizes) + bad)
     _, end = allocate(sizes, 0)  # with what is left empty at the ends of pages
@@ -132,5 +134,6 @@ def _estimate_split(
         plan.described,
         size,
         bad / (len(sizes) + bad),
+        enlarged / max(1, len(sizes)),
         seconds * of_images,
     )

@@ -39,6 +39,7 @@ class SplitReport(NamedTuple):
     bad_images: Path  # the list of them; of shards, a pattern
     unlabelled: int  # of the samples: images without a label, stored with -1
     nearly_black: int  # of the samples: no stored value is above 1/8 of the range; JPEGs stored unchanged do not count
+    enlarged: int  # of the samples: images whose sides are less than half of the canvas's
     empty_classes: list[str]  # names of classes without images in the source
     up_to_date: bool  # nothing was done: the file had been built from the same images with the same options
 
@@ -86,6 +87,7 @@ class FileBuild:
             bad_images=self.bad_images,
             unlabelled=manifest.get("unlabelled", 0),
             nearly_black=manifest.get("nearly_black", 0),
+            enlarged=manifest.get("enlarged", 0),
             empty_classes=self.split.empty_classes,
             up_to_date=old is not None,
         )
@@ -245,10 +247,12 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
     counts = {name: cases.pop(name, 0) for name in ("passed_through", "raw", "bad")}
     counts["encoded"] = sum(cases.values())
     formats, numbers = np.unique(rows["source_format"][rows["case"] != Case.BAD], return_counts=True)
+    is_enlarged = (2 * rows["source_width"] < rows["width"]) & (2 * rows["source_height"] < rows["height"])
     return {
         "samples": len(rows) - counts["bad"],
         "unlabelled": int(((rows["label"] == UNLABELLED) & (rows["case"] != Case.BAD)).sum()),
         "nearly_black": int(rows["is_nearly_black"].sum()),
+        "enlarged": int(is_enlarged.sum()),
         "counts": counts,
         "encoded_because": cases,
         "source_formats": {

@@ -51,6 +51,7 @@ class Schema(BaseModel, strict=True):
     order: dict[str, int] | str | None = None
     unlabelled: Count = 0
     nearly_black: Count = 0
+    enlarged: Count = 0
     missing: list[int] = []
     counts: dict[str, Count] = {}
     encoded_because: dict[str, Count] = {}

@@ -26,9 +26,9 @@ from fastssl.common.schema import Count
 # What must be equal in the manifests of a set, so that its files are of one build.
 SAME_IN_A_SET = (
     "classes", "layout", "storage", "canvas", "max_side", "quality", "range", "channels", "max_megapixels", "order",
-    "builder", "limit", "listed", "splits", "shards", "sample_list_sha256",
+    "builder", "limit", "listed", "splits", "hold_out", "shards", "sample_list_sha256",
 )  # fmt: skip
-COUNTS = ("samples", "bytes", "unlabelled", "nearly_black")
+COUNTS = ("samples", "bytes", "unlabelled", "nearly_black", "enlarged")
 TABLES_OF_COUNTS = ("counts", "encoded_because", "source_formats")
 
 

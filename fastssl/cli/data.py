@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STORAGE_PANEL = "How images are stored"
 MOST_NAMED = 5  # shards in a line
+MOST_ENLARGED = 0.5  # share of the images above which a smaller canvas is suggested
 BAD_IMAGES_PANEL = "Bad images, which are skipped"
 
 
@@ -222,9 +223,18 @@ def _print_report(report: "BuildReport") -> None:
                 f"{split.nearly_black:,} images of {split.path} are nearly black: no value is above 1/8 of the "
                 "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
             )
+        _say_if_enlarged(str(split.path), split.enlarged / max(1, split.samples))
     for bad_images in dict.fromkeys(split.bad_images for split in report.splits if split.bad):
         _print(f"The bad images are listed in {bad_images}.")
     _print(report.account)
+
+
+def _say_if_enlarged(path: str, share: float) -> None:
+    if share > MOST_ENLARGED:
+        _print(
+            f"{share:.0%} of the images of {path} have less than half of the canvas's side, and are enlarged: a "
+            "smaller --canvas takes less space and loads faster."
+        )
 
 
 def _print_jobs(build: "SlurmBuild") -> None:
@@ -263,6 +273,7 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
             f"{split.bytes / 1e6:,.1f} MB, as {split.stored}; time to build: {time_in_words(split.seconds)}"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
         )
+        _say_if_enlarged(str(split.path), split.enlarged)
     for splits in estimate.others:
         size, seconds = sum(split.bytes for split in splits), sum(split.seconds for split in splits)
         _print(f"As {splits[0].stored} instead: {size / 1e6:,.1f} MB; time to build: {time_in_words(seconds)}")

@@ -151,6 +151,19 @@ def test_larger_images_than_the_option_allows_are_bad(kind, monkeypatch):
     assert stored_pixels(read).min() == 255
 
 
+@pytest.mark.parametrize(("canvas", "is_said"), [(16, False), (17, True)])
+def test_a_canvas_of_more_than_twice_the_images_side_is_said(canvas, is_said, tmp_path, fastssl):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 6 + number), (90, number, 0)).save(tmp_path / "photos" / f"{number}.png")
+    command = f"build-beton imagefolder --source {tmp_path}/photos --out {tmp_path}/out --canvas {canvas} --workers 1"
+    for more in ([], ["--dry-run"]):
+        code, out, _ = fastssl(*command.split(), *more)
+        said = " ".join(out.split())
+        assert code == 0
+        assert ("100% of the images of" in said and "a smaller --canvas takes less space" in said) == is_said
+
+
 def test_a_build_counts_images_that_are_nearly_black(tmp_path):
     """Whatever their bit depth and layout, and the range is recorded."""
     photos = tmp_path / "photos"
