@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("run", help="run directory of fastssl train")
     parser.add_argument("photographs", help="folder of images, at any depth")
     parser.add_argument("--count", type=int, default=20, help="photographs to print")
-    parser.add_argument("--score", default="mahalanobis_unlabelled", help="detector; docs/ood.md has all")
+    parser.add_argument("--score", default="layers_unlabelled", help="detector; docs/ood.md has all")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "scores.npz"

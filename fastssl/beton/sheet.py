@@ -4,6 +4,7 @@ import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -28,11 +29,17 @@ TITLE_HEIGHT = GAP + LINE + GAP  # px
 PAGE, GREY, PALE = (240, 240, 240), (89, 89, 89), (230, 180, 180)
 
 
+class Cell(NamedTuple):
+    """One image of a sheet."""
+
+    picture: Image.Image  # at most THUMBNAIL px on each side
+    caption: str
+    note: str  # the line below the caption
+
+
 def draw_sheet(path: str | Path, sheet: str | Path) -> int:
     """Draw random samples, always the same, with class and index, into a PNG. Returns the number of samples."""
-    sheet = Path(sheet)
-    if sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet {sheet} is not a PNG file", hint="write a name that ends in .png")
+    sheet = check_sheet(sheet)
     info = read_header(path)
     count = min(SHOWN, info.num_samples)
     positions = np.sort(np.random.default_rng(SEED).permutation(info.num_samples)[:count])
@@ -40,6 +47,14 @@ def draw_sheet(path: str | Path, sheet: str | Path) -> int:
     with explain_write_errors(sheet):
         draw_samples(path, sheet, [(f"{info.path.name}: {which}", positions.tolist())])
     return count
+
+
+def check_sheet(sheet: str | Path) -> Path:
+    """Return the path. Raises UserError if it is not that of a PNG file."""
+    sheet = Path(sheet)
+    if sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet {sheet} is not a PNG file", hint="write a name that ends in .png")
+    return sheet
 
 
 def draw_samples(
@@ -58,47 +73,51 @@ def draw_samples(
     """
     info = read_header(path)
     metadata, image_bytes = read_samples(path)
+    has_index = info.fields.get("index") == "IntField"
+
+    def cell(position: int) -> Cell:
+        row = metadata[position]
+        part = part_at(info.parts, int(row["image"]["data_ptr"]))
+        picture = _stored_picture(part, row["image"], int(image_bytes[position]), info.channels)
+        index = f"index {row['index']}" if has_index else f"sample {position}"
+        return Cell(picture, _class_of(info, row), index if notes is None else notes[position])
+
     more = f"; the first three of {info.channels} channels are shown as red, green and blue"
     note_on_channels = CHANNELS_SHOWN.get(info.channels, more)
-    groups = [(title + note_on_channels, positions) for title, positions in groups]
-    columns = min(COLUMNS, max(len(positions) for _, positions in groups))
-    heights = [TITLE_HEIGHT + -(-len(positions) // columns) * CELL_HEIGHT for _, positions in groups]
+    draw_cells(sheet, [(title + note_on_channels, [cell(each) for each in positions]) for title, positions in groups])
+
+
+def draw_cells(sheet: str | Path, groups: Sequence[tuple[str, Sequence[Cell]]]) -> None:
+    """Draw groups of images, each with a title, one below the other into a PNG."""
+    columns = min(COLUMNS, max(len(cells) for _, cells in groups))
+    heights = [TITLE_HEIGHT + -(-len(cells) // columns) * CELL_HEIGHT for _, cells in groups]
     page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
     draw = ImageDraw.Draw(page)
     first_row = 0
-    for (title, positions), height in zip(groups, heights):
+    for (title, cells), height in zip(groups, heights):
         draw.text((GAP, first_row + GAP), _shorten(printable(title), page.width - 2 * GAP), "black", _font())
-        for cell, position in enumerate(positions):
-            row = metadata[position]
-            left = GAP + cell % columns * CELL_WIDTH
-            top = first_row + TITLE_HEIGHT + cell // columns * CELL_HEIGHT
-            part = part_at(info.parts, int(row["image"]["data_ptr"]))
-            thumbnail = _thumbnail(part, row["image"], int(image_bytes[position]), info.channels)
+        for number, cell in enumerate(cells):
+            left = GAP + number % columns * CELL_WIDTH
+            top = first_row + TITLE_HEIGHT + number // columns * CELL_HEIGHT
             # Centered, directly above the caption.
-            page.paste(thumbnail, (left + (THUMBNAIL - thumbnail.width) // 2, top + THUMBNAIL - thumbnail.height))
-            has_index = info.fields.get("index") == "IntField"
-            index = f"index {row['index']}" if has_index else f"sample {position}"
-            note = index if notes is None else notes[position]
+            picture = cell.picture
+            page.paste(picture, (left + (THUMBNAIL - picture.width) // 2, top + THUMBNAIL - picture.height))
             middle = left + THUMBNAIL // 2
             below = top + THUMBNAIL + 2
-            draw.text((middle, below), _shorten(_class_of(info, row), THUMBNAIL), "black", _font(), anchor="ma")
-            draw.text((middle, below + LINE), _shorten(note, THUMBNAIL), GREY, _font(), anchor="ma")
+            draw.text((middle, below), _shorten(printable(cell.caption), THUMBNAIL), "black", _font(), anchor="ma")
+            draw.text((middle, below + LINE), _shorten(cell.note, THUMBNAIL), GREY, _font(), anchor="ma")
         first_row += height
     write_atomically(Path(sheet), lambda part: page.save(part, "PNG"))
 
 
-def _thumbnail(part: FilePart, image: np.void, size: int, channels: int) -> Image.Image:
-    """Return a stored image of `size` bytes (a row of format.IMAGE); its longer side is at most THUMBNAIL px.
-
-    Of more than three channels the first three are shown, of two the first.
-    """
+def _stored_picture(part: FilePart, image: np.void, size: int, channels: int) -> Image.Image:
+    """Return a stored image of `size` bytes (a row of format.IMAGE) as a thumbnail."""
     try:
         with open(part.path, "rb") as file:
             file.seek(int(image["data_ptr"]) - part.start)
             content = file.read(size)
         if image["mode"] == RAW:
             pixels = np.frombuffer(content, np.uint8).reshape(image["height"], image["width"], channels)
-            pixels = np.ascontiguousarray(pixels[..., :RGB] if channels >= RGB else pixels[..., 0])
         elif image["mode"] == BC4:
             from fastssl.beton import bc4  # imports numba, which few sheets need
 
@@ -110,13 +129,19 @@ def _thumbnail(part: FilePart, image: np.void, size: int, channels: int) -> Imag
             pixels = jpeg.decode(content, shrink).pixels
     except (ValueError, OSError) as error:
         return _crossed_box(f"does not decode: {error}")
-    thumbnail = Image.fromarray(pixels)
+    return thumbnail(pixels)
+
+
+def thumbnail(pixels_HWC: np.ndarray) -> Image.Image:
+    """Return an image whose longer side is at most THUMBNAIL px. Of more than three channels the first three are shown,
+    of two the first."""
+    channels = pixels_HWC.shape[-1]
+    picture = Image.fromarray(np.ascontiguousarray(pixels_HWC[..., :RGB] if channels >= RGB else pixels_HWC[..., 0]))
     # A small image is enlarged by a whole number, which shows its pixels as they are.
-    factor = max(1, THUMBNAIL // max(thumbnail.size))
-    enlarged = (thumbnail.width * factor, thumbnail.height * factor)
-    thumbnail = thumbnail.resize(enlarged, Image.Resampling.NEAREST)
-    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-    return thumbnail
+    factor = max(1, THUMBNAIL // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return picture
 
 
 def _crossed_box(reason: str) -> Image.Image:

@@ -17,9 +17,10 @@ from PIL import Image
 from small_models import make_run
 
 from fastssl.beton import build_beton
+from fastssl.beton.sheet import draw_cells
 from fastssl.common.errors import UserError
 from fastssl.evaluation import cached_features, load_run_encoder
-from fastssl.evaluation.embed import embed_images, load_embedder, output
+from fastssl.evaluation.embed import embed, embed_images, load_embedder, output, strangest
 from fastssl.evaluation.ood import DETECTORS, LABEL_BASED, LABEL_FREE
 from fastssl.evaluation.ood.evaluate import detector_arrays, embedding_prior, linear_head, shared_arrays
 from fastssl.evaluation.ood.layers import cached_layers
@@ -341,6 +342,37 @@ def test_scores_are_those_of_eval_ood(name, encoder, canvas, photos, tmp_path):
         np.testing.assert_allclose(folder[key.removeprefix("val/")], row["score"], rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("source", ["folder", "beton"])
+def test_the_sheet_shows_the_images_with_the_highest_scores(
+    source, fastssl, run, canvas, photos, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(strangest, "SHOWN", 5)
+    monkeypatch.setattr(
+        strangest, "draw_cells", lambda sheet, groups: drawn.extend(groups) or draw_cells(sheet, groups)
+    )
+    monkeypatch.setattr(embed, "BATCH_SIZE", 4)
+    images = photos / "val" if source == "folder" else canvas / "val.beton"
+    out, sheet = tmp_path / "a.npz", tmp_path / "strangest.png"
+    command = ["embed", run, images, "--out", out, "--score", "sigma_mean", "--sheet", sheet, "--device", "cpu"]
+    code, said, _ = fastssl(*command)
+    assert code == 0 and f"{sheet} shows the 5 with the highest score." in " ".join(said.split())
+    file = np.load(out)
+    order = np.argsort(-file["score"], kind="stable")[:5]
+    ((title, cells),) = drawn
+    assert [cell.caption for cell in cells] == file["name"][order].tolist()
+    assert [cell.note for cell in cells] == [f"{value:.4g}" for value in file["score"][order]]
+    assert f"the 5 of {len(file['name']):,} images with the highest sigma_mean" in title
+    # A thumbnail is the image of that name: the photographs have different mean colors.
+    for cell in cells:
+        path = next(iter((photos / "val").rglob(Path(cell.caption).name)), None) if source == "folder" else None
+        if path is not None:
+            mean = np.asarray(Image.open(path).convert("RGB")).mean(axis=(0, 1))
+            assert np.asarray(cell.picture).mean(axis=(0, 1)) == pytest.approx(mean, abs=8)
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG" and picture.width > 5 * 160
+
+
 def test_training_images_that_a_detector_does_not_need_need_not_exist(encoder, photos, tmp_path):
     config = encoder.recipe.data.model_copy(update={"train": "gone.beton"})
     object.__setattr__(encoder, "recipe", encoder.recipe.model_copy(update={"data": config}))
@@ -393,6 +425,8 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
         (["list.txt", "--out", "x.npz"], "None of the 2 images of list.txt could be read (the first: no/a.jpg"),
         (["model.bin", "--out", "x.npz"], "no text file with one path per line"),
         (["void.txt", "--out", "x.npz"], "void.txt holds no images"),
+        (["{photos}", "--out", "x.npz", "--sheet", "a.png"], "--sheet draws the images with the highest score: add"),
+        (["{photos}", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "a.jpg"], "is not a PNG file"),
         (["list.csv", "--out", "./list.csv"], "is the list of images: name another file"),
     ],
 )

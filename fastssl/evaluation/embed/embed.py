@@ -17,6 +17,7 @@ from fastssl.beton.format import RGB
 from fastssl.beton.images import Encoded
 from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.shards import exists, is_set
+from fastssl.beton.sheet import check_sheet
 from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
 from fastssl.common.files import expand_user, explain_write_errors, remove_abandoned_files, write_atomically
@@ -25,6 +26,7 @@ from fastssl.common.terminal import console, print_line, printable, progress
 from fastssl.evaluation.embed.images import BadImage, ImageFiles, list_images
 from fastssl.evaluation.embed.output import Rows, find_writer
 from fastssl.evaluation.embed.score import Scorer
+from fastssl.evaluation.embed.strangest import Strangest
 from fastssl.evaluation.features import BATCH_SIZE, check_finite, embed_batches, eval_input, eval_loader
 from fastssl.evaluation.ood.suites import check_same_build
 from fastssl.evaluation.runs import (
@@ -57,6 +59,7 @@ class EmbedReport:
     bad_list: Path | None = None  # a line of JSON for each bad image; None: there are none
     conversion: Conversion | None = None  # of image files; printed before the work if it is not a recorded one
     account: str | None = None  # a sentence that accounts for every file
+    drawn: int = 0  # images on the sheet
 
 
 class Pixels(NamedTuple):
@@ -88,6 +91,7 @@ def embed_images(
     *,
     score: str | None = None,
     fit: str | Path | None = None,
+    sheet: str | Path | None = None,
     workers: int | None = None,
 ) -> EmbedReport:
     """Write names, h, mu, sigma and scores of images to one file, in the order of the images.
@@ -101,6 +105,7 @@ def embed_images(
         out: a .npz, .csv or .parquet. An existing file is replaced when the new one is complete.
         score: name of a detector of `fastssl.evaluation.ood.DETECTORS`; a higher score means more unusual.
         fit: .beton that the detector is fitted to, and as which images are converted; None: the run's data.train.
+        sheet: a PNG on which the images with the highest scores are drawn; None: none is drawn.
         workers: processes that convert image files; None: all cores.
 
     Raises:
@@ -116,12 +121,15 @@ def embed_images(
         raise UserError(f"{images} does not exist", hint="name a folder of images, a list of paths or a .beton")
     if out.resolve() == images.resolve():
         raise UserError(f"--out {out} is the list of images", hint="name another file")
+    if sheet is not None and score is None:
+        raise UserError("--sheet draws the images with the highest score", hint="add --score layers_unlabelled")
+    strangest = None if sheet is None else Strangest(check_sheet(expand_user(sheet)))
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if is_set(images) or (images.suffix == ".beton" and images.is_file()):
         encoder.check_channels(images)
         if scorer is not None and scorer.fit_data is not None:
             check_same_build([scorer.fit_data.path, images])
-        rows = _embed_beton(encoder, images, scorer, report)
+        rows = _embed_beton(encoder, images, scorer, strangest, report)
     else:
         files = list_images(images, arrays=in_chans != RGB)
         report.conversion = find_conversion(fit or encoder.recipe.data.train, encoder.recipe.views, in_chans)
@@ -129,7 +137,7 @@ def embed_images(
             print_line(console(), printable(report.conversion.reason))
         if scorer is not None and scorer.fit_data is not None:
             _check_same_crops(scorer.fit_data.path, report.conversion)
-        rows = _embed_files(encoder, files, scorer, report, processes)
+        rows = _embed_files(encoder, files, scorer, strangest, report, processes)
     if scorer is not None:
         scorer.fit()
     with explain_write_errors(out):
@@ -137,6 +145,8 @@ def embed_images(
             remove_abandoned_files(out.parent, out.name)
         write_atomically(out, lambda part: write(part, rows))
         _list_bad_images(report)
+    if strangest is not None and score is not None:
+        report.drawn = strangest.draw(score)
     return report
 
 
@@ -150,7 +160,9 @@ def _check_same_crops(train: Path, conversion: Conversion) -> None:
         )
 
 
-def _embed_beton(encoder: RunEncoder, beton: Path, scorer: Scorer | None, report: EmbedReport) -> Iterator[Rows]:
+def _embed_beton(
+    encoder: RunEncoder, beton: Path, scorer: Scorer | None, strangest: Strangest | None, report: EmbedReport
+) -> Iterator[Rows]:
     data, views = BetonSubset(beton), encoder.recipe.views
     count = read_header(beton).num_samples
     size = min(BATCH_SIZE, count)
@@ -162,21 +174,32 @@ def _embed_beton(encoder: RunEncoder, beton: Path, scorer: Scorer | None, report
     with progress(f"Embedding {beton}", count) as advance:
         for batch in loader:
             pixels = Pixels(batch, next(augmented, None))
-            rows, index = _embed_batch(encoder, beton, pixels, scorer, report)
-            yield Rows([as_utf8(names.get(i, str(i))) for i in index], rows)
+            columns, index = _embed_batch(encoder, beton, pixels, scorer, report)
+            rows = Rows([as_utf8(names.get(i, str(i))) for i in index], columns)
+            if strangest is not None:
+                strangest.add(rows, batch)
+            yield rows
             advance(len(index))
 
 
 def _embed_files(
-    encoder: RunEncoder, files: ImageFiles, scorer: Scorer | None, report: EmbedReport, workers: int
+    encoder: RunEncoder,
+    files: ImageFiles,
+    scorer: Scorer | None,
+    strangest: Strangest | None,
+    report: EmbedReport,
+    workers: int,
 ) -> Iterator[Rows]:
     report.bad += files.bad
     total, done = len(files.samples), 0
     with worker_pool(workers) as pool, progress(f"Embedding {files.path}", total) as advance:
         batches = _decoded_batches(encoder, files, scorer, report, pool)
         for pixels in run_ahead(batches, READY_BATCHES):
-            rows, index = _embed_batch(encoder, files.path, pixels, scorer, report)
-            yield Rows([files.samples[i].name for i in index], rows)
+            columns, index = _embed_batch(encoder, files.path, pixels, scorer, report)
+            rows = Rows([files.samples[i].name for i in index], columns)
+            if strangest is not None:
+                strangest.add(rows, pixels.batch)
+            yield rows
             advance(index[-1] + 1 - done)  # with the bad images before it
             done = index[-1] + 1
         if done < total:
