@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from fastssl.cli.help import SLURM_PANEL, Cpus, Partition, TimeLimit
 from fastssl.common.errors import UserError
-from fastssl.recipe import Recipe, find_recipe, load_recipe
+from fastssl.recipe import Recipe, find_recipe, load_recipe, make_recipe
 
 RECIPE = "A YAML file, or the name of a recipe of `fastssl recipes ls`."
 Overrides = Annotated[
@@ -168,6 +168,7 @@ def profile(
       fastssl profile demo
       fastssl profile zprob_barlow data.train=data/photos train.batch_size=512
       fastssl profile demo --plan '8xA100, 64 cores, nvme'
+      fastssl profile profiles/demo.json --plan '1xH100, 16 cores, nvme, 1M images'
       fastssl profile --compare profiles/before.json profiles/after.json
     """
     from fastssl import profiling
@@ -187,6 +188,16 @@ def profile(
             "profile needs a recipe",
             hint="name one, such as recipes/zprob_barlow.yaml, or compare two profiles with --compare A.json B.json",
         )
+    if recipe.endswith(".json"):
+        if plan is None or json or fail_under:
+            raise UserError(
+                f"{recipe} is a profile, from which --plan predicts without measuring",
+                hint="add --plan MACHINE and no other option, or name a recipe",
+            )
+        saved = profiling.read_profile(Path(recipe))
+        settings = make_recipe(saved.recipe, overrides or [])
+        screen.print(profiling.plan_table(profiling.plan_training(saved, settings, profiling.parse_machine(plan))))
+        return
     settings = load_recipe(recipe, overrides or [])
     path = json or profiling.default_path(settings, find_recipe(Path(recipe)))
     # Wrong options are reported before the minute of measurement, not after it.

@@ -149,9 +149,12 @@ def describe_bottleneck(
     next_limit = "no other limit is known"
     if next_rate < math.inf:
         next_limit = f"the next limit is {in_sentence(without.bottleneck())} at {show(next_rate)} images/s"
-    speedup = costs.speedup(stage, 2)
+    # Of what was measured, which may be more than the costs predict.
+    seconds = max(seconds or 0.0, costs.seconds())
+    saved = costs.seconds() - costs.with_speedup(stage, 2).seconds()
+    speedup = seconds / (seconds - saved)
     gain = "double throughput" if speedup >= DOUBLES else f"make training {speedup:.2f}x as fast"
-    where, its_cost = _where_the_time_goes(stage, costs, setup, seconds or costs.seconds())
+    where, its_cost = _where_the_time_goes(stage, costs, setup, seconds)
     return f"{where}. Halving {its_cost} would {gain}; {next_limit}."
 
 
@@ -233,15 +236,16 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
     """Return the threads or cores that would move the bottleneck elsewhere, and the file that loads faster."""
     seconds = costs.resource_seconds()
     without = costs.with_speedup(stage, math.inf).resource_seconds()
-    target = max(1e-12, without["device"] or min(s for s in seconds.values() if s))  # seconds per image
+    # Seconds per image of the next limit, which more cores would not move.
+    target = max(1e-12, without["device"], without["reader"], without["disk"], without["main_thread"])
     threads = seconds["reader" if costs.decodes_in_reader else "threads"]
     workers = math.ceil(setup.workers * threads / target)
     cores = math.ceil(costs.cpu_seconds() / target)
     options = []
     if not costs.decodes_in_reader and setup.workers < workers <= costs.cores and seconds["cores"] < threads:
         options.append(f"data.workers={workers}")
-    elif max(cores, workers) > costs.cores:
-        more = costs.processes * (max(cores, workers) - costs.cores)
+    elif cores > costs.cores:
+        more = costs.processes * (cores - costs.cores)
         options.append(f"{more} more CPU core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
         options.append("a larger train.batch_size, which threads would load")

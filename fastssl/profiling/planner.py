@@ -151,6 +151,8 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     if machine.images is not None:
         assumptions.append(f"The {machine.images:,} images are like the {profile.data.images:,} profiled ones.")
         profile = _with_images(profile, machine.images)
+    else:
+        assumptions.append(f"The set has the {profile.data.images:,} profiled images; for more, add `, 1.3M images`.")
     stages = _device_costs(profile, recipe, machine, assumptions)
     costs = CostModel(stages, machine.cores // machine.gpus, processes=machine.gpus)
     first_epoch, resident = costs, recipe.data.resident

@@ -260,9 +260,10 @@ class Profiler:
         stage = costs.bottleneck()
         without = costs.with_speedup(stage, math.inf)
         rate = without.images_per_second()
+        doubt = "Uncertain, see the note. " if abs(prediction.relative_error) > DISAGREEMENT else ""
         return Bottleneck(
             stage="balanced" if costs.is_balanced() else stage,
-            sentence=describe_bottleneck(costs, setup, seconds),
+            sentence=doubt + describe_bottleneck(costs, setup, seconds),
             advice=suggest_fixes(costs, setup, seconds),
             accelerator_utilization=utilization.median if utilization else 0.0,
             next=NextBottleneck(stage=without.bottleneck(), images_per_second=rate) if rate < math.inf else None,

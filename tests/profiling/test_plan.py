@@ -330,3 +330,27 @@ def test_the_table_says_that_it_predicts_and_fits(text, width):
         assert sentence in words
     names, rates = planned.resource_rates, words.split("Assumptions")[0]
     assert all(f"limit of the {RESOURCE_NAMES[name]}" in rates for name in names)
+
+
+def test_a_saved_profile_is_planned_without_measuring(fastssl, tmp_path, monkeypatch):
+    file = tmp_path / "saved.json"
+    profile = invented()
+    file.write_text(profile.model_copy(update={"recipe": recipe().model_dump(mode="json")}).model_dump_json())
+    monkeypatch.setattr("fastssl.profiling.profile_recipe", None)
+    code, said, _ = fastssl("profile", file, "--plan", "1xA100, 16 cores, nvme")
+    assert code == 0 and "PREDICTION, not a measurement: invented on 1x A100" in " ".join(said.split())
+    code, more_epochs, _ = fastssl("profile", file, "train.epochs=20", "--plan", "1xA100, 16 cores, nvme")
+    assert "for 10 epochs" in said and "for 20 epochs" in more_epochs
+    for arguments in ([file], [file, "--plan", "1xA100, 16 cores, nvme", "--fail-under", "images_per_second=1"]):
+        code, _, err = fastssl("profile", *arguments)
+        assert code == 2 and "is a profile, from which --plan predicts" in " ".join(err.split())
+
+
+def test_the_cores_that_are_advised_are_those_that_are_needed():
+    """Threads that wait for the disk are no cores, and cores beyond the next limit help nothing."""
+    profile = invented(
+        data={"file_bytes": 1e12, "image_bytes": 1e5, "images": 10_000_000}, stages={"decode": stage(190, 1e-2)}
+    )
+    planned = plan(profile, "1xA100, 16 cores, nvme")
+    assert planned.bottleneck == "decode" and planned.cores_needed > 16
+    assert f"{planned.cores_needed - 16} more CPU cores" in planned.advice
