@@ -164,6 +164,8 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
     stderr = console(stderr=True)
     start = last_line = time.monotonic()
     done_before = done
+    # When the first items were done: before that, processes start, which says nothing about the time left.
+    first: tuple[float, int] | None = None
     size = 0
     title_column = TextColumn("{task.description}", markup=False)
     columns = title_column, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
@@ -172,13 +174,14 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
         task = bar.add_task(printable(title), total=total, completed=done, rate="")
 
         def advance(count: int = 1, size_B: int = 0) -> None:
-            nonlocal done, size, last_line
+            nonlocal done, size, last_line, first
             done += count
             size += size_B
             now = time.monotonic()
             seconds = max(now - start, 1e-9)  # some clocks have steps
             per_second = (done - done_before) / seconds
             rate = f"{_rounded(per_second)} {unit}/s" + (f", {_rounded(size / 1e6 / seconds)} MB/s" if size else "")
+            first = first or (now, done)
             bar.update(task, completed=done, rate=rate)
             if stderr.is_terminal:
                 return
@@ -188,7 +191,9 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
             elif now - last_line >= PLAIN_LINE_EVERY:
                 last_line = now
                 line = f"{title}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}, {rate}"
-                line += f", {time_in_words((total - done) / per_second)} left" if total and per_second else ""
+                if total is not None and done > first[1]:
+                    seconds_left = (total - done) * (now - first[0]) / (done - first[1])
+                    line += f", {time_in_words(seconds_left)} left"
                 print_line(stderr, line)
 
         yield advance
