@@ -133,8 +133,10 @@ def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_
             return f"there is no {file} to time runs with; build it, or give the throughput with --images-per-second."
         else:
             chosen = random.Random(0).sample(estimate.tasks, min(per_gpu, len(estimate.tasks)))
+            names = " and ".join(task.run.name for task in chosen)
+            print_line(console(stderr=True), f"Timing {TIMED_STEPS} steps of {names}; --images-per-second skips this.")
             estimate.rate = time_runs([task.run for task in chosen], per_gpu)
-            estimate.source = f"{TIMED_STEPS} steps of {' and '.join(task.run.name for task in chosen)}"
+            estimate.source = f"{TIMED_STEPS} steps of {names}"
             if estimate.rate is None:
                 return f"the timed runs of {grid} failed."
     return None

@@ -1,6 +1,7 @@
 """Runs on this machine: several in parallel on each GPU, each in its own process."""
 
 import os
+import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ def run_locally(sweep: Sweep, runs: list[SweepRun], *, per_gpu: int = 1, retries
         return EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_REQUEUE
     failed = [task for task in tasks if task.state == "failed"]
     print_line(console(), f"{finished} of {len(runs)} runs are finished, in {sweep.folder}.")
+    if finished:
+        folder = shlex.quote(str(sweep.folder))
+        print_line(console(), f"Evaluate: fastssl eval knn {folder}/*/*    Compare: fastssl report {folder}")
     for task in failed:
         print_line(console(), f"Failed: {task.run.name}: {task.error} (full output: {log_path(task.run)})")
     if failed:

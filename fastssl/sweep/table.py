@@ -7,9 +7,9 @@ from collections import Counter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastssl.common.terminal import console, print_line, printable
+from fastssl.common.terminal import console, count_of, print_line, printable
 from fastssl.sweep.grid import SweepRun, short_names
-from fastssl.sweep.progress import Task, images_per_epoch, is_finished, last_knn, read_progress
+from fastssl.sweep.progress import Task, images_per_epoch, is_finished, last_knn, log_path, read_progress
 
 
 class SweepDisplay:
@@ -21,6 +21,7 @@ class SweepDisplay:
 
     def __init__(self, title: str, tasks: list[Task]):
         self.console = console()
+        self.tasks = tasks
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -48,7 +49,10 @@ class SweepDisplay:
     def print_state(self, task: Task) -> None:
         """Print one line for a task that has just changed its state."""
         if task.state == "running":
-            state = f"running on {task.device}"
+            state = f"running on {task.device}, output in {log_path(task.run)}"
+        elif task.state == "finished":
+            finished = sum(each.state == "finished" for each in self.tasks)
+            state = f"finished: {finished} of {count_of(len(self.tasks), 'run')}"
         elif task.state == "failed":
             state = f"failed: {task.error}"
         elif task.state == "waiting" and task.error:
