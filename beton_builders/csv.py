@@ -138,7 +138,8 @@ def find_dialect(source: Path) -> Dialect:
             found.append((separator, columns))
     if not found:
         raise ValueError(
-            f"{source} must name its columns in line 1, path among them, and that line is {first_line.strip()[:60]!r}."
+            f"{source} must name its columns in line 1, and that line is {first_line.strip()[:60]!r}: write "
+            "path,label or path,label,split there."
         )
     if len(found) > 1:
         names = " or ".join(f"{SEPARATORS[separator]}s" for separator, _ in found)

@@ -12,17 +12,18 @@ import torch.nn.functional as F
 import fastssl
 
 BATCH = 64
+SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory of fastssl train")
-    parser.add_argument("photographs", type=Path, help="folder of .jpg files, at any depth")
+    parser.add_argument("photographs", type=Path, help="folder of JPEG and PNG files, at any depth")
     parser.add_argument("query", type=Path, help="one photograph")
     parser.add_argument("--count", type=int, default=5, help="photographs to print")
     options = parser.parse_args()
     model = fastssl.load_model(options.run)
-    paths = sorted(options.photographs.rglob("*.jpg"))
+    paths = sorted(path for path in options.photographs.rglob("*") if path.suffix.lower() in SUFFIXES)
     h_ND = torch.cat([model.embed(paths[i : i + BATCH]).h for i in range(0, len(paths), BATCH)])
     query_1D = model.embed([options.query]).h
     similarity_N = F.cosine_similarity(h_ND, query_1D)

@@ -32,7 +32,7 @@ def doctor() -> None:
 def demo(
     seed: Annotated[int, Option(min=0, metavar="N", help="Seed of the weights, the views and the noise.")] = 0,
 ) -> None:
-    """Train on 3,200 handwritten digits for two to four minutes, and show what the encoder has learned.
+    """Train on 3,200 handwritten digits for two to five minutes, and show what the encoder has learned.
 
     Examples:
       fastssl demo

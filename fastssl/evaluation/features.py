@@ -117,7 +117,7 @@ def cached_features(
     def compute(loader: BetonLoader, advance: Advance) -> Iterator[Features]:
         return check_finite(embed_batches(encoder.model, loader, make_input, advance), data.path, dtype)
 
-    title = f"Features of {data.path}" + (", two views" if augmented else "")
+    title = f"{encoder.run_dir}: features of {data.path}" + (", two views" if augmented else "")
     depends_on = {"view": view, "dtype": dtype}
 
     def fits(features: Features) -> bool:

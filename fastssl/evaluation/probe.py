@@ -24,7 +24,7 @@ def probe_from_recipe(recipe: Recipe) -> Probe | None:
     try:
         return knn_probe(recipe)
     except UserError as error:
-        raise error.prefixed("The kNN probe, which probe.every=0 switches off, cannot run: ") from None
+        raise error.prefixed("The kNN probe cannot run, and probe.every=0 leaves it out: ") from None
 
 
 def knn_probe(recipe: Recipe) -> Probe:

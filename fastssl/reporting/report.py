@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from fastssl.common.files import open_regular
 from fastssl.common.terminal import count_of, progress
+from fastssl.evaluation.metric_info import metric_info
+from fastssl.evaluation.results import EvaluationResult
+from fastssl.evaluation.verdict import headline_metric
 from fastssl.profiling.tables import headline as profile_headline
 from fastssl.reporting.measures import Values, collect_measures
 from fastssl.reporting.runs import Run, find_runs, read_run
@@ -74,7 +77,7 @@ def make_report(paths: Sequence[Path]) -> Report:
     ]
     return Report(
         title=f"{count_of(len(variants), 'variant')}, {count_of(len(runs), 'run')}",
-        findings=_findings(tables, variants),
+        findings=[*_findings(tables, variants), *_untrained(runs)],
         variants=variants,
         values=values,
         tables=tables,
@@ -104,6 +107,19 @@ def _findings(tables: Sequence[ReportTable], variants: Sequence[Variant]) -> lis
             "No variant is compared with its deterministic one: that takes two seeds of both, and evaluations."
         )
     return sentences
+
+
+def _untrained(runs: Sequence[Run]) -> list[str]:
+    """Say what the weights reach that the runs started from, where `fastssl eval --untrained` has measured it."""
+    found: dict[str, list[EvaluationResult]] = {}
+    for result in (each for run in runs for each in run.untrained if "accuracy" in headline_metric(each)):
+        found.setdefault(result["evaluation"], []).append(result)
+    reached = []
+    for evaluation, results in found.items():
+        info = metric_info(headline_metric(results[0]))
+        values = [result["metrics"][headline_metric(result)] for result in results]
+        reached.append(f"{evaluation} {info.format(statistics.fmean(values))} ({count_of(len(values), 'run')})")
+    return [f"Untrained encoders reach: {', '.join(reached)}."] if reached else []
 
 
 def _runs_table(variants: Sequence[Variant]) -> ReportTable:

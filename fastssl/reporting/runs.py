@@ -43,6 +43,7 @@ class Run:
     environment: dict[str, Any]  # of environment.json, which may lack any key
     curves: dict[str, Curve]  # metric of metrics.jsonl -> its values
     results: dict[str, EvaluationResult]  # name of the file in eval/ -> a result of the last weights
+    untrained: list[EvaluationResult]  # results of the weights that the run started from
     epochs_begun: int  # as the log says
     profile: Profile | None
     unread: list[str] = field(default_factory=list)  # sentences about files that could not be read
@@ -99,6 +100,7 @@ def read_run(path: Path) -> Run:
     recipe = load_recipe(path / "recipe.yaml")
     unread: list[str] = []
     results: dict[str, EvaluationResult] = {}
+    untrained: list[EvaluationResult] = []
     for file in sorted((path / "eval").glob("*.json")):
         found = cast(EvaluationResult, read_json_object(file))
         try:
@@ -110,6 +112,8 @@ def read_run(path: Path) -> Run:
             continue
         if Path(found["weights"]).name == LAST:
             results[file.stem] = found
+        elif found["weights"] == "untrained":
+            untrained.append(found)
     profile = None
     if (path / "profile.json").exists():
         try:
@@ -120,7 +124,7 @@ def read_run(path: Path) -> Run:
     if environment is None:
         unread.append(f"{path / 'environment.json'} is missing or damaged")
     curves, epochs_begun = _read_log(path, unread)
-    return Run(path, recipe, environment or {}, curves, results, epochs_begun, profile, unread)
+    return Run(path, recipe, environment or {}, curves, results, untrained, epochs_begun, profile, unread)
 
 
 def _not_a_result(file: Path, error: ValidationError) -> str:

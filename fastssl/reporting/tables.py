@@ -17,7 +17,8 @@ from fastssl.reporting.variants import Variant, compared_values, flat
 NONE = "–"
 MARKED = (
     " Bold with ▲ or ▼: better or worse than the deterministic variant of the same objective, by more than the noise "
-    "of seeds and test images (paired; p < 0.05 after Holm's correction for all comparisons of this table)."
+    "of seeds and test images (paired; p < 0.05 after Holm's correction for all comparisons of this table). Intervals "
+    "are of one difference each, without that correction. More seeds narrow them."
 )
 
 

@@ -23,9 +23,10 @@ def as_markdown(report: Report) -> str:
         if table.differences:
             lines += ["Differences to the deterministic variants:", ""]
             lines += markdown_table(DIFFERENCE_COLUMNS, [[_escaped(text) for text in row] for row in table.differences])
-    for title, texts in (("Not measured yet", report.missing), ("Left out, or not readable", report.remarks)):
-        if texts:
-            lines += [f"## {title}", "", *(f"- {_escaped(text)}" for text in texts), ""]
+    if report.missing:
+        lines += ["## Not measured yet", "", *(f"    {command}" for command in report.missing), ""]
+    if report.remarks:
+        lines += ["## Left out, or not readable", "", *(f"- {_escaped(text)}" for text in report.remarks), ""]
     lines += ["## Commands", "", *(f"    {command}    # {name}" for name, command in report.commands)]
     return "\n".join(lines) + "\n"
 

@@ -83,8 +83,8 @@ def test_csv_is_built(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("", "must name its columns in line 1, path among them, and that line is ''"),
-        ("file,label\na,b", "must name its columns in line 1, .* is 'file,label'"),
+        ("", "must name its columns in line 1, and that line is '': write path,label or path,label,split there"),
+        ("file,label\na,b", "must name its columns in line 1, and that line is 'file,label'"),
         ("path|label\na|b", "must name its columns in line 1, .* is 'path|label'"),
         ("path,x;image\n", "could be separated by commas or semicolons"),
         ("image\tlabel,path\n", "could be separated by commas or tabs"),

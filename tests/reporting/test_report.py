@@ -103,6 +103,17 @@ def test_an_accuracy_without_single_images_is_said(tmp_path):
     assert table_named(report, "Accuracy").differences[0][6] == "–"
 
 
+def test_what_untrained_encoders_reach_is_said(tmp_path):
+    run = fabricate_run(tmp_path / "run", "cifar10/vicreg", 0, accuracies={"knn": 0.5, "linear-sweep": 0.6})
+    assert not [line for line in make_report([run]).findings if "Untrained" in line]
+    result = json.loads((run / "eval" / "knn.json").read_text())
+    result |= {"weights": "untrained", "metrics": {"accuracy_k20_t0.07": 0.3}}
+    (run / "eval" / "knn-untrained.json").write_text(json.dumps(result))
+    report = make_report([run])
+    assert "Untrained encoders reach: knn 30.0 % (1 run)." in report.findings
+    assert table_named(report, "Accuracy").rows[0][1][0].text == "50.0"
+
+
 def test_what_is_missing_is_a_command(sweep, tmp_path):
     report = make_report([sweep])
     (semisup,) = [command for command in report.missing if " semisup " in command]

@@ -32,7 +32,7 @@ def test_the_probe_of_unlabelled_training_images_is_refused_before_the_run_begin
     assert code == 2 and not (tmp_path / "run").exists()
     one_line = " ".join(err.replace("\nhint: ", ": ").split())
     assert re.search(message(kind, use="the kNN probe", fix="set probe.train to"), one_line)
-    assert "The kNN probe, which probe.every=0 switches off, cannot run: " in one_line
+    assert "The kNN probe cannot run, and probe.every=0 leaves it out: " in one_line
     assert probe_from_recipe(load_recipe("recipes/barlow.yaml", [*keys, "probe.every=0"])) is None
 
 

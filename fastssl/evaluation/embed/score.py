@@ -39,6 +39,7 @@ class Scorer:
     def __init__(self, encoder: RunEncoder, name: str, fit: str | Path | None = None) -> None:
         if name not in DETECTORS:
             nearest = difflib.get_close_matches(name, DETECTORS, n=1, cutoff=0.0)[0]
+            nearest = next((each for each in DETECTORS if each.startswith(name)), nearest)
             raise UserError(
                 f"--score {name} is no detector",
                 hint=f"did you mean {nearest}? The detectors are {', '.join(DETECTORS)}",
