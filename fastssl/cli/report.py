@@ -13,7 +13,16 @@ Out = Annotated[
 LONGEST_COMMAND = 300  # characters on the terminal; a command names every run of a sweep
 
 
-def report(runs: Runs, out: Out = Path("report.html")) -> None:
+Baseline = Annotated[
+    Path | None,
+    Option(
+        metavar="RUN", help="Compare all variants with that of this run.",
+        show_default="each with the deterministic one of its objective",
+    ),
+]  # fmt: skip
+
+
+def report(runs: Runs, out: Out = Path("report.html"), baseline: Baseline = None) -> None:
     """Compare trained runs: their evaluations, with differences and their noise over seeds, their curves and commands.
 
     Runs that differ in their seed alone are one row. Nothing is measured: what a run lacks is listed with the command
@@ -22,11 +31,12 @@ def report(runs: Runs, out: Out = Path("report.html")) -> None:
     Examples:
       fastssl report runs/mine --out report.html
       fastssl report runs/zprob runs/barlow --out table.md
+      fastssl report runs/mine --baseline runs/mine/zprob_barlow/seed=0
     """
     from fastssl.common.terminal import console, print_line, printable
     from fastssl.reporting import write_report
 
-    written = write_report(runs, out)
+    written = write_report(runs, out, baseline)
     for sentence in written.findings:
         print(printable(sentence))
     for line in written.remarks:

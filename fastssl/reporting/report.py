@@ -51,14 +51,16 @@ class Report:
     environment: str
 
 
-def make_report(paths: Sequence[Path]) -> Report:
+def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
     """Read the runs in `paths`, and compare them.
 
     Args:
         paths: run directories, and folders that hold some, such as those of sweeps.
+        baseline: one of the run directories, with whose variant all others are compared; None: each stochastic variant
+            is compared with the deterministic one of the same objective.
 
     Raises:
-        UserError: there is no run in one of them, or a recipe is damaged.
+        UserError: there is no run in one of them, a recipe is damaged, or `baseline` is none of the runs.
     """
     found = find_runs(paths)
     runs = []
@@ -66,7 +68,7 @@ def make_report(paths: Sequence[Path]) -> Report:
         for path in found:
             runs.append(read_run(path))
             advance(1)
-    variants, remarks = group_runs(runs)
+    variants, remarks = group_runs(runs, baseline)
     runs = [run for variant in variants for run in variant.runs]
     values, left_out = collect_measures(runs)
     tables = result_tables(values, variants)
@@ -99,13 +101,11 @@ def _findings(tables: Sequence[ReportTable], variants: Sequence[Variant]) -> lis
         if table.differences:
             better, worse = marks.count("better"), marks.count("worse")
             sentences.append(
-                f"{table.title}: {better} better and {worse} worse than deterministic variants by more than the noise, "
+                f"{table.title}: {better} better and {worse} worse than their baselines by more than the noise, "
                 f"of {count_of(len(table.differences), 'difference')}."
             )
     if not sentences and any(variant.baseline for variant in variants):
-        sentences.append(
-            "No variant is compared with its deterministic one: that takes two seeds of both, and evaluations."
-        )
+        sentences.append("No variant is compared with its baseline: that takes two seeds of both, and evaluations.")
     return sentences
 
 

@@ -16,9 +16,9 @@ from fastssl.reporting.variants import Variant, compared_values, flat
 
 NONE = "–"
 MARKED = (
-    " Bold with ▲ or ▼: better or worse than the deterministic variant of the same objective, by more than the noise "
-    "of seeds and test images (paired; p < 0.05 after Holm's correction for all comparisons of this table). Intervals "
-    "are of one difference each, without that correction. More seeds narrow them."
+    " Bold with ▲ or ▼: better or worse than its baseline by more than the noise of seeds and test images (paired; "
+    "p < 0.05 after Holm's correction for all comparisons of this table). Intervals are of one difference each, without "
+    "that correction. More seeds narrow them."
 )
 
 
@@ -38,7 +38,16 @@ class ReportTable:
     differences: list[list[str]] = field(default_factory=list)  # to the baselines: rows of DIFFERENCE_COLUMNS
 
 
-DIFFERENCE_COLUMNS = ["variant", "measure", "difference", "95 % interval", "p (Holm)", "seeds", "test images"]
+DIFFERENCE_COLUMNS = [
+    "variant",
+    "baseline",
+    "measure",
+    "difference",
+    "95 % interval",
+    "p (Holm)",
+    "seeds",
+    "test images",
+]
 
 
 def result_tables(values: Values, variants: Sequence[Variant]) -> list[ReportTable]:
@@ -160,7 +169,8 @@ def _with_seeds(variant: Variant) -> str:
 def _difference_row(variant: Variant, measure: Measure, difference: Difference, adjusted: float) -> list[str]:
     show = measure.info.format
     return [
-        variant.label, measure.title, f"{'+' if difference.mean > 0 else ''}{show(difference.mean, with_unit=False)}",
+        variant.label, variant.baseline.label if variant.baseline else NONE, measure.title,
+        f"{'+' if difference.mean > 0 else ''}{show(difference.mean, with_unit=False)}",
         f"{show(difference.low, with_unit=False)} to {show(difference.high, with_unit=False)}", f"{adjusted:.3f}",
         str(difference.seeds), f"{difference.images:,}" if difference.images else NONE,
     ]  # fmt: skip

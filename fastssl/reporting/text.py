@@ -21,7 +21,7 @@ def as_markdown(report: Report) -> str:
             [table.corner, *table.columns], [[_escaped(name), *map(_marked, cells)] for name, cells in table.rows]
         )
         if table.differences:
-            lines += ["Differences to the deterministic variants:", ""]
+            lines += ["Differences to the baselines:", ""]
             lines += markdown_table(DIFFERENCE_COLUMNS, [[_escaped(text) for text in row] for row in table.differences])
     if report.missing:
         lines += ["## Not measured yet", "", *(f"    {command}" for command in report.missing), ""]

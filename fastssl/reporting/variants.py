@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from fastssl.common.errors import UserError
 from fastssl.recipe import Recipe
 from fastssl.reporting.runs import Run
 
@@ -23,7 +25,9 @@ class Variant:
 
     label: str  # such as "Z-prob VICReg" or "Z-prob VICReg, beta=0.01"; no other variant has it
     runs: list[Run]  # by seed
-    baseline: "Variant | None"  # the deterministic variant of the same objective; None: there is none, or several
+    # What it is compared with: the deterministic variant of the same objective, or the one that the user has named.
+    # None: there is none, or several.
+    baseline: "Variant | None"
 
     @property
     def recipe(self) -> Recipe:
@@ -34,10 +38,11 @@ class Variant:
         return [run.seed for run in self.runs]
 
 
-def group_runs(runs: Sequence[Run]) -> tuple[list[Variant], list[str]]:
+def group_runs(runs: Sequence[Run], baseline: Path | None = None) -> tuple[list[Variant], list[str]]:
     """Return variants, by objective and with the deterministic one first, and sentences on runs that are left out.
 
-    Of runs with equal recipes and seeds the first one counts.
+    Of runs with equal recipes and seeds the first one counts. With `baseline`, one of the run directories, all other
+    variants are compared with the variant of that run. Raises UserError if it is none of them.
     """
     groups: dict[str, list[Run]] = {}
     remarks = []
@@ -57,9 +62,18 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Variant], list[str]]:
             other for other in variants
             if _is_deterministic(other.recipe) and _without_embedding(other.recipe) == _without_embedding(recipe)
         ]  # fmt: skip
-        baseline = found[0] if len(found) == 1 and not _is_deterministic(recipe) else None
-        variants.append(Variant(label, sorted(group, key=lambda run: run.seed), baseline))
-    return variants, remarks
+        deterministic = found[0] if len(found) == 1 and not _is_deterministic(recipe) else None
+        variants.append(Variant(label, sorted(group, key=lambda run: run.seed), deterministic))
+    return variants if baseline is None else _compared_with(baseline, variants), remarks
+
+
+def _compared_with(baseline: Path, variants: Sequence[Variant]) -> list[Variant]:
+    """Return the variants, all but one with that one as their baseline: the variant of the run in `baseline`."""
+    for variant in variants:
+        if baseline.resolve() in [run.dir.resolve() for run in variant.runs]:
+            chosen = replace(variant, baseline=None)
+            return [chosen if each is variant else replace(each, baseline=chosen) for each in variants]
+    raise UserError(f"--baseline {baseline} is none of the runs", hint="name a run directory that the report shows")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

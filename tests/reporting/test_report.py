@@ -67,9 +67,9 @@ def test_means_deviations_and_marks(sweep):
         assert cells[0].text == f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
         assert [cell.mark for cell in cells] == (["better"] * 2 if name == "zprob_barlow" else ["", ""])
         assert label.endswith("(3 seeds)")
-    measured = {(row[0], row[1]): row for row in table.differences}
+    measured = {(row[0], row[2]): row for row in table.differences}
     row = measured["Z-prob Barlow Twins", "kNN k = 20, T = 0.07"]
-    assert row[2] == "+10.0" and float(row[4]) < 0.05 and row[5:] == ["3", "400"]
+    assert row[3] == "+10.0" and float(row[5]) < 0.05 and row[6:] == ["3", "400"]
 
 
 def test_ood_tables_have_a_row_for_each_detector(sweep):
@@ -78,8 +78,21 @@ def test_ood_tables_have_a_row_for_each_detector(sweep):
     assert [name for name, _ in far.rows] == ["knn_cosine", "vim *"] and "(other)" in far.caption
     assert [[cell.mark for cell in cells] for _, cells in far.rows] == [["", "better", ""], ["", "", ""]]
     assert not any(cell.mark for _, cells in near.rows for cell in cells)
-    images = next(row for row in far.differences if row[0].startswith("Z-prob"))[6]
+    images = next(row for row in far.differences if row[0].startswith("Z-prob"))[7]
     assert images == "800"  # ID and OOD
+
+
+def test_a_named_baseline_is_what_all_others_are_compared_with(sweep, tmp_path):
+    report = make_report([sweep], sweep / "zprob_barlow" / "seed=1")
+    deterministic, z_prob, h_prob = report.variants
+    assert z_prob.baseline is None and deterministic.baseline is h_prob.baseline is z_prob
+    rows = dict(table_named(report, "Accuracy").rows)
+    assert [cell.mark for cell in rows["Barlow Twins (3 seeds)"]] == ["worse", "worse"]
+    assert {tuple(row[:2]) for row in table_named(report, "Accuracy").differences} == {
+        ("Barlow Twins", "Z-prob Barlow Twins"), ("H-prob Barlow Twins", "Z-prob Barlow Twins"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match="--baseline .* is none of the runs: name a run directory that the report"):
+        make_report([sweep], tmp_path)
 
 
 def test_detectors_have_one_order_whichever_run_has_them(tmp_path):
@@ -100,7 +113,7 @@ def test_an_accuracy_without_single_images_is_said(tmp_path):
             )
     report = make_report([tmp_path])
     assert [line for line in report.remarks if "does not tell which images are right" in line and "zprob" in line]
-    assert table_named(report, "Accuracy").differences[0][6] == "–"
+    assert table_named(report, "Accuracy").differences[0][7] == "–"
 
 
 def test_what_untrained_encoders_reach_is_said(tmp_path):
@@ -295,10 +308,7 @@ def test_the_command_says_what_was_found_and_what_is_missing(sweep, tmp_path, fa
     out = tmp_path / "report.md"
     code, printed, _ = fastssl("report", str(sweep), "--out", str(out))
     assert code == 0 and out.exists()
-    assert (
-        "Accuracy: 2 better and 0 worse than deterministic variants by more than the noise, of 4 differences."
-        in printed
-    )
+    assert "Accuracy: 2 better and 0 worse than their baselines by more than the noise, of 4 differences." in printed
     assert f"{out} compares 3 variants, 9 runs." in printed and "  fastssl eval mi " in printed
 
 
