@@ -17,8 +17,8 @@ from fastssl.reporting.variants import Variant, compared_values, flat
 NONE = "–"
 MARKED = (
     " Bold with ▲ or ▼: better or worse than its baseline by more than the noise of seeds and test images (paired; "
-    "p < 0.05 after Holm's correction for all comparisons of this table). Intervals are of one difference each, without "
-    "that correction. More seeds narrow them."
+    "p < 0.05 after Holm's correction for all comparisons of this table). Intervals are of one difference each, "
+    "without that correction. More seeds narrow them."
 )
 
 
