@@ -2,8 +2,8 @@
 
 python examples/custom_objective.py data/photos/train.beton --size 64 --epochs 5
 
-The objective here is alignment and uniformity (Wang and Isola, arXiv 2005.10242, section 4.1). docs/objectives.md says
-how to make an objective a part of recipes.
+The objective here is alignment and uniformity (Wang and Isola, arXiv 2005.10242, section 4.1). docs/extend.md
+says how to make an objective a part of recipes.
 """
 
 import argparse

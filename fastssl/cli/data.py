@@ -288,7 +288,8 @@ def inspect(
     file: Annotated[
         Path,
         Argument(
-            metavar="FILE.beton", help="A file that build-beton or FFCV has written, or a folder with train.beton."
+            metavar="FILE.beton",
+            help="A file of build-beton or FFCV, a folder with train.beton or its shards, or a .shards list.",
         ),
     ],
     verify: Annotated[bool, Option("--verify", help="Decode every image and check its checksum.")] = False,

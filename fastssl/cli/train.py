@@ -138,7 +138,9 @@ def sweep(
 
 
 def profile(
-    recipe: Annotated[str | None, Argument(metavar="RECIPE", help=RECIPE)] = None,
+        recipe: Annotated[
+        str | None, Argument(metavar="RECIPE", help=f"{RECIPE} With --plan also a saved profile.json.")
+    ] = None,
     overrides: Overrides = None,
     json: Annotated[
         Path | None,
@@ -162,7 +164,7 @@ def profile(
         Option(metavar="KEY=VALUE", help="Exit with code 1 if a figure is lower. May be repeated."),
     ] = None,
 ) -> None:  # fmt: skip
-    """Find what limits the speed of a run, and what to change. Trains for about a minute and discards the result.
+    """Find what limits the speed of a run, and what to change. Trains for one or two minutes and discards the result.
 
     Examples:
       fastssl profile demo

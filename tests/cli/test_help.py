@@ -54,6 +54,8 @@ def test_examples_are_commands_that_parse(names):
         recipe = values.get("recipe") or values.get("file")
         if names[-1] == "sweep":
             find_recipe(Path(recipe))
+        elif str(recipe).endswith(".json"):
+            assert values["plan"], f"{line}: a saved profile is for --plan"
         elif recipe and ".beton" not in str(recipe):
             load_recipe(recipe, values.get("overrides") or [])
 
