@@ -194,7 +194,25 @@ def files_to_build(
     """Return the files of each split: one, or its shards, of which one may be asked for."""
     plan = options.plan(load_builder(builder).CANVAS)
     recorded = options.recorded(builder, source, plan)
+    if "val" not in [each.split.name for each in listing.splits]:
+        _refuse_held_out_images(out)
     return [_files_of_split(each, out, plan, options, recorded) for each in listing.splits]
+
+
+def _refuse_held_out_images(out: Path) -> None:
+    """Raise UserError if a build with --hold-out has left its val in `out`: its images would be in train too."""
+    from fastssl.beton.manifest import read_manifest
+
+    for path in [out / "val.beton", *out.glob("val-*-of-*.beton")]:
+        try:
+            held_out = read_manifest(path, 0).get("hold_out")
+        except (OSError, ValueError):  # not of build-beton, which then says so
+            continue
+        if held_out is not None:
+            raise UserError(
+                f"{path} holds images that --hold-out {held_out:g}% has taken, and they would be in train too",
+                hint="delete it, or use another --out",
+            )
 
 
 def _files_of_split(

@@ -17,6 +17,7 @@ from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.terminal import printable
 
+NARROWEST = 3  # columns, so that a title has room
 COLUMNS = 6  # a sheet is then about as wide as a page of text in a browser, and its text is read at full size
 SHOWN = 40  # samples
 SEED = 0
@@ -89,7 +90,7 @@ def draw_samples(
 
 def draw_cells(sheet: str | Path, groups: Sequence[tuple[str, Sequence[Cell]]]) -> None:
     """Draw groups of images, each with a title, one below the other into a PNG."""
-    columns = min(COLUMNS, max(len(cells) for _, cells in groups))
+    columns = min(COLUMNS, max(NARROWEST, *(len(cells) for _, cells in groups)))
     heights = [TITLE_HEIGHT + -(-len(cells) // columns) * CELL_HEIGHT for _, cells in groups]
     page = Image.new("RGB", (GAP + columns * CELL_WIDTH, sum(heights)), PAGE)
     draw = ImageDraw.Draw(page)

@@ -220,7 +220,7 @@ def list_splits(
     if not splits:
         raise UserError(f"{source} holds no files of {builder}", hint="name its folder or archive with --source")
     for split in splits:
-        if not split.samples and hold_out is not None:
+        if not split.samples and hold_out is not None and any(each.samples for each in splits):
             raise UserError(
                 f"--hold-out {hold_out:g}% leaves the split {split.name!r} without images",
                 hint="name another share, or leave it out",
@@ -243,7 +243,7 @@ def _hold_out(list_all: Callable[[], Listed], percent: float) -> Listed:
         name = hashlib.sha256(os.fsencode(sample.name)).digest()
         return int.from_bytes(name[:8], "big") < percent / 100 * 2**64
 
-    first, second = list_all(), list_all()
+    first = list_all()
     if list(first) != ["train"]:
         raise UserError(
             f"--hold-out is for a source without splits, and this one has {', '.join(first)}",
@@ -251,7 +251,7 @@ def _hold_out(list_all: Callable[[], Listed], percent: float) -> Listed:
         )
     classes, listed = first["train"]
     train = (each for each in listed if isinstance(each, LeftOut) or not is_held_out(each))
-    val = (each for each in second["train"][1] if isinstance(each, Sample) and is_held_out(each))
+    val = (each for each in list_all()["train"][1] if isinstance(each, Sample) and is_held_out(each))
     return {"train": (classes, train), "val": (classes, val)}
 
 

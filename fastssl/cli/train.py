@@ -138,7 +138,7 @@ def sweep(
 
 
 def profile(
-        recipe: Annotated[
+    recipe: Annotated[
         str | None, Argument(metavar="RECIPE", help=f"{RECIPE} With --plan also a saved profile.json.")
     ] = None,
     overrides: Overrides = None,
@@ -198,6 +198,7 @@ def profile(
             )
         saved = profiling.read_profile(Path(recipe))
         settings = make_recipe(saved.recipe, overrides or [])
+        profiling.check_planned_recipe(saved, make_recipe(saved.recipe), settings)
         screen.print(profiling.plan_table(profiling.plan_training(saved, settings, profiling.parse_machine(plan))))
         return
     settings = load_recipe(recipe, overrides or [])

@@ -10,14 +10,14 @@ tables.py, plots.py, page.py, trace.py    the profile on a terminal, as a figure
 """
 
 from fastssl.profiling.compare import compare_table
-from fastssl.profiling.planner import check_batch_size, parse_machine, plan_table, plan_training
+from fastssl.profiling.planner import check_batch_size, check_planned_recipe, parse_machine, plan_table, plan_training
 from fastssl.profiling.profile import Profile, read_profile
 from fastssl.profiling.profiler import default_path, profile_recipe, trace_path, write_files
 from fastssl.profiling.tables import profile_table
 from fastssl.profiling.thresholds import failed_thresholds, parse_thresholds
 
 __all__ = [
-    "Profile", "check_batch_size", "compare_table", "default_path", "failed_thresholds", "parse_machine",
-    "parse_thresholds", "plan_table", "plan_training", "profile_recipe", "profile_table", "read_profile", "trace_path",
-    "write_files",
+    "Profile", "check_batch_size", "check_planned_recipe", "compare_table", "default_path", "failed_thresholds",
+    "parse_machine", "parse_thresholds", "plan_table", "plan_training", "profile_recipe", "profile_table",
+    "read_profile", "trace_path", "write_files",
 ]  # fmt: skip

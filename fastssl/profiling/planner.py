@@ -24,6 +24,7 @@ from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, 
 from fastssl.recipe import Recipe
 from fastssl.training.residence import fits_beside_training
 from fastssl.training.setup import DTYPES, resolve_precision
+from fastssl.training.state import changed_keys
 
 # ResNet-50 v1.5 trained on one GPU, images/s by precision: NVIDIA/DeepLearningExamples, PyTorch/Classification/
 # ConvNets/resnet50v1.5/README.md, "Training performance" (A100 80 GB, V100 16 GB). An image takes torchvision's 4.09 G
@@ -40,6 +41,11 @@ BANDWIDTH_BOUND = 0.5
 VIEW_PASSES, VIEW_SHARE = 2.5, 0.5
 BACKWARD = 2 / 3  # of a step: gradients are exchanged while it runs
 MEMORY_PER_CORE = 4e9  # bytes of the host, assumed if --plan does not give the memory
+# Keys that a plan can change; what depends on others was measured.
+PLANNED_KEYS = (
+    "train.epochs", "train.accumulate", "train.compress_gradients", "train.compile", "data.resident", "data.order",
+    "data.shards",
+)  # fmt: skip
 CONTEXT = 1e9  # bytes that CUDA itself takes of a GPU
 READ_AROUND = 128e3  # bytes that Linux reads around a page of a mapped file that is not in memory (read_ahead_kb)
 LARGE_PIECE = 8e6  # bytes that data.order=quasi_random reads at a time
@@ -141,6 +147,17 @@ def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) 
         raise UserError(
             f"train.batch_size={batch_size} does not divide by {shares}",
             hint=f"set train.batch_size to a multiple of {multiple}",
+        )
+
+
+def check_planned_recipe(profile: Profile, measured: Recipe, recipe: Recipe) -> None:
+    """Raise UserError if `recipe` differs from the measured one in a key on which the measurements depend."""
+    planned = PLANNED_KEYS if profile.machine.kind == "cuda" else (*PLANNED_KEYS, "train.precision")
+    changed = changed_keys(measured.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if other := [key for key in changed if key not in planned]:
+        raise UserError(
+            f"The profile was measured with another {other[0]}",
+            hint=f"profile the recipe with it; a plan can change {', '.join(planned)}",
         )
 
 

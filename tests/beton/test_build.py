@@ -38,6 +38,7 @@ from fastssl.beton import (
     read_header,
     read_labels,
     read_metadata,
+    read_names,
     subset_table,
 )
 from fastssl.beton.images import StoragePlan
@@ -317,6 +318,11 @@ def test_held_out_images_are_built_as_val(tmp_path):
         assert [split.split for split in report.splits] == ["train", "val"]
         assert sum(split.samples for split in report.splits) == 40
         assert "Of 40 images: 40 stored." in report.account
+        train, val = (set(read_names(split.path, range(40)).values()) for split in report.splits)
+        assert len(train | val) == 40 and not train & val
+        # Without --hold-out, or with sources that have lost their images, train would hold those of the old val too.
+        with pytest.raises(UserError, match="val.*beton holds images that --hold-out 25% has taken"):
+            build(out=tmp_path / f"out{shards}", shards=shards)
     manifest = read_header(tmp_path / "outNone" / "val.beton").manifest
     assert manifest["hold_out"] == 25 and manifest["samples"] == report.splits[1].samples
     for share in (0, 100, -3):

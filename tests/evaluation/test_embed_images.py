@@ -365,10 +365,9 @@ def test_the_sheet_shows_the_images_with_the_highest_scores(
     assert f"the 5 of {len(file['name']):,} images with the highest sigma_mean" in title
     # A thumbnail is the image of that name: the photographs have different mean colors.
     for cell in cells:
-        path = next(iter((photos / "val").rglob(Path(cell.caption).name)), None) if source == "folder" else None
-        if path is not None:
-            mean = np.asarray(Image.open(path).convert("RGB")).mean(axis=(0, 1))
-            assert np.asarray(cell.picture).mean(axis=(0, 1)) == pytest.approx(mean, abs=8)
+        path = photos / "val" / Path(cell.caption).relative_to("val" if source == "beton" else ".")
+        mean = np.asarray(Image.open(path).convert("RGB")).mean(axis=(0, 1))
+        assert np.asarray(cell.picture).mean(axis=(0, 1)) == pytest.approx(mean, abs=8)
     with Image.open(sheet) as picture:
         assert picture.format == "PNG" and picture.width > 5 * 160
 
@@ -427,12 +426,17 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
         (["void.txt", "--out", "x.npz"], "void.txt holds no images"),
         (["{photos}", "--out", "x.npz", "--sheet", "a.png"], "--sheet draws the images with the highest score: add"),
         (["{photos}", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "a.jpg"], "is not a PNG file"),
+        (
+            ["{photos}", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "{photos}/a.png"],
+            "would be one of the images in",
+        ),
+        (["{photos}", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "folder.png"], "folder.png is a folder"),
         (["list.csv", "--out", "./list.csv"], "is the list of images: name another file"),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments, message, fastssl, run, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("folder.npz", "empty"):
+    for folder in ("folder.npz", "folder.png", "empty"):
         Path(folder).mkdir()
     Path("empty/train.beton").write_text("x")
     Path("list.txt").write_text("no/a.jpg\nno/b.jpg\n")

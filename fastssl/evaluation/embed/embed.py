@@ -123,7 +123,7 @@ def embed_images(
         raise UserError(f"--out {out} is the list of images", hint="name another file")
     if sheet is not None and score is None:
         raise UserError("--sheet draws the images with the highest score", hint="add --score layers_unlabelled")
-    strangest = None if sheet is None else Strangest(check_sheet(expand_user(sheet)))
+    strangest = None if sheet is None or score is None else Strangest(_check_new_file(sheet, images), score)
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if is_set(images) or (images.suffix == ".beton" and images.is_file()):
         encoder.check_channels(images)
@@ -145,9 +145,19 @@ def embed_images(
             remove_abandoned_files(out.parent, out.name)
         write_atomically(out, lambda part: write(part, rows))
         _list_bad_images(report)
-    if strangest is not None and score is not None:
-        report.drawn = strangest.draw(score)
+    if strangest is not None:
+        report.drawn = strangest.draw()
     return report
+
+
+def _check_new_file(sheet: str | Path, images: Path) -> Path:
+    """Return the path of the sheet. Raises UserError if it cannot be one, or would be among the images."""
+    path = check_sheet(expand_user(sheet))
+    if path.is_dir():
+        raise UserError(f"--sheet {path} is a folder", hint="name a file")
+    if path.resolve().is_relative_to(images.resolve()):
+        raise UserError(f"--sheet {path} would be one of the images in {images}", hint="name a file outside of it")
+    return path
 
 
 def _check_same_crops(train: Path, conversion: Conversion) -> None:

@@ -1,4 +1,4 @@
-"""The images with the highest scores, on one sheet."""
+"""The images with the highest scores, on one sheet, as they are stored (of whole images: what the encoder gets)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from fastssl.beton.sheet import SHOWN, Cell, draw_cells, thumbnail
-from fastssl.common.files import explain_write_errors
+from fastssl.common.files import explain_write_errors, make_folder
 from fastssl.evaluation.embed.output import Rows
 from fastssl.loading import Batch
 
@@ -14,8 +14,9 @@ from fastssl.loading import Batch
 class Strangest:
     """Keeps thumbnails of the images with the highest scores among those that `add` has seen."""
 
-    def __init__(self, sheet: Path) -> None:
+    def __init__(self, sheet: Path, score: str) -> None:
         self.sheet = sheet
+        self.score = score
         self.images = 0
         self._kept: list[tuple[float, str, Image.Image]] = []  # the highest score first
 
@@ -33,10 +34,11 @@ class Strangest:
                 self._kept.append((float(score_B[position]), rows.names[position], thumbnail(pixels_HWC)))
             self._kept = sorted(self._kept, key=lambda kept: -kept[0])[:SHOWN]
 
-    def draw(self, score: str) -> int:
+    def draw(self) -> int:
         """Draw the images that were kept, the highest score first, and return their number."""
-        title = f"the {len(self._kept)} of {self.images:,} images with the highest {score}, as the encoder gets them"
+        title = f"the {len(self._kept)} of {self.images:,} images with the highest {self.score}"
         cells = [Cell(picture, name, f"{value:.4g}") for value, name, picture in self._kept]
         with explain_write_errors(self.sheet):
+            make_folder(self.sheet.parent)
             draw_cells(self.sheet, [(title, cells)])
         return len(cells)
