@@ -7,46 +7,64 @@ rho: rank correlation of sigma_mean with the length of h, over ID images; R-AURO
 nearest neighbors are wrong. Values are means over the seeds of a variant.
 """
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
 from typing import cast
 
+from fastssl.common.errors import UserError
 from fastssl.evaluation.ood.evaluate import OODResult
+from fastssl.reporting.measures import Values
 from fastssl.reporting.report import make_report
-from fastssl.reporting.runs import Run
+from fastssl.reporting.tables import NONE, mean_and_std
 from fastssl.reporting.text import markdown_table
+from fastssl.reporting.variants import Variant
 
 OWN = ("sigma_mean", "draws_disagreement", "views_sigma")
 WITHOUT_LABELS = ("mahalanobis_unlabelled", "layers_unlabelled")
 
 
 def main() -> None:
-    report = make_report([Path(path) for path in sys.argv[1:]])
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("runs", type=Path, nargs="+", help="run directories, or folders of them")
+    try:
+        report = make_report(arguments.parse_args().runs)
+    except UserError as error:
+        sys.exit(str(error))
     heads = ["variant", *OWN, "rho", "R-AUROC", *WITHOUT_LABELS]
     stochastic = [each for each in report.variants if each.recipe.embedding.stochastic != "none"]
-    print(*markdown_table(heads, [[each.label, *cells(each.runs)] for each in stochastic]), sep="\n")
+    print(*markdown_table(heads, [[each.label, *cells(report.values, each)] for each in stochastic]), sep="\n")
 
 
-def cells(runs: list[Run]) -> list[str]:
-    """Return the values of a variant, "–" for those that no run has."""
-    ood = [result for run in runs for result in run.results.values() if result["evaluation"] == "ood"]
-    uncertainty = [result for run in runs for result in run.results.values() if result["evaluation"] == "uncertainty"]
-    detectors = [cast(OODResult, result)["detectors"] for result in ood]
+def cells(values: Values, variant: Variant) -> list[str]:
+    """Return the values of a variant, a dash for those that no run has."""
 
-    def aurocs(name: str) -> str:
-        found = [each[name] for each in detectors if name in each]
-        if not found:
-            return "–"
-        return " / ".join(mean([100 * each[where]["metrics"]["auroc"] for each in found]) for where in ("near", "far"))
+    def shown(metric: str) -> str:
+        measures = [measure for measure in values if measure.metric == metric]
+        if len(measures) > 1:
+            sys.exit(f"The runs have {metric} of different images, which are not averaged: delete the other results.")
+        if not measures:
+            return NONE
+        (measure,) = measures
+        found = values[measure]
+        return mean_and_std([found[run.dir].value for run in variant.runs if run.dir in found], measure)
 
-    rho = [each["sigma_mean"]["norm_correlation"] for each in detectors if "sigma_mean" in each]
-    r_auroc = [100 * result["metrics"]["r_auroc"] for result in uncertainty if "r_auroc" in result["metrics"]]
-    return [*map(aurocs, OWN), mean(rho, digits=2), mean(r_auroc), *map(aurocs, WITHOUT_LABELS)]
+    def aurocs(detector: str) -> str:
+        return " / ".join(shown(f"{detector} {where} auroc") for where in ("near", "far"))
+
+    return [*map(aurocs, OWN), _correlation(values, variant), shown("r_auroc"), *map(aurocs, WITHOUT_LABELS)]
 
 
-def mean(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.fmean(values):.{digits}f}" if values else "–"
+def _correlation(values: Values, variant: Variant) -> str:
+    """Return the mean rank correlation of sigma_mean with the length of h."""
+    for measure, found in values.items():
+        if measure.metric == "sigma_mean near auroc":
+            results = [cast(OODResult, found[run.dir].result) for run in variant.runs if run.dir in found]
+            if results:
+                rho = [result["detectors"]["sigma_mean"]["norm_correlation"] for result in results]
+                return f"{statistics.fmean(rho):.2f}"
+    return NONE
 
 
 if __name__ == "__main__":

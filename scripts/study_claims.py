@@ -6,6 +6,7 @@ The rules below were written when two of the study's 20 runs had ended, so that 
 Intervals are of 95 %, over seeds and test images, as in reports (`fastssl.reporting.differences`).
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastssl.common.errors import UserError
 from fastssl.reporting.differences import Difference, mean_difference
 from fastssl.reporting.measures import Measure, Values, compare_with_baseline, image_contributions
 from fastssl.reporting.report import make_report
-from fastssl.reporting.tables import mean_and_std
+from fastssl.reporting.tables import NONE, mean_and_std
 from fastssl.reporting.text import markdown_table
 from fastssl.reporting.variants import Variant
 
@@ -27,19 +29,21 @@ RULES = {
         "objective; not supported if it is below -1 point for one of them; else undecided."
     ),
     "H-prob loses, because its bottleneck keeps less information": (
-        "Supported if the intervals of linear accuracy and of I(V;H), both minus the deterministic ones, are below 0 "
-        "for every objective; not supported if for one of them that of the accuracy is above -1 point or that of "
-        "I(V;H) above 0; else undecided."
+        "Not supported if for one objective the interval of linear accuracy minus the deterministic one is above -1 "
+        "point, or that of I(V;H) above 0; otherwise supported if both intervals are below 0 for every objective; else "
+        "undecided."
     ),
     "The variance detects OOD images, often better than detectors that use labels": (
         "A case is one stochastic variant on near or on far sets. Supported if the AUROC of `sigma_mean` is above 50 "
         "in every case, and above that of MSP, the usual baseline with labels, in at least half of them; not supported "
-        "if it is below 50 in one of them, or below that of MSP in more than half; else undecided."
+        "if it is below 50 in one of them, or below that of MSP in more than half; else undecided. Means and "
+        "differences in points of AUROC."
     ),
 }
 MARGIN = 0.01  # of accuracy: a smaller loss counts as a match
 DETECTORS = ("sigma_mean", "draws_disagreement", "msp", "energy", "mahalanobis", "mahalanobis_unlabelled")
-UNKNOWN = Difference(math.nan, -math.inf, math.inf, 1.0, 0, 0)  # of fewer than two seeds
+UNKNOWN = Difference(math.nan, -math.inf, math.inf, 1.0, 0, 0)  # of fewer than two seeds, or without evaluations
+INFORMATION = "I(V;H) js"  # metric and title
 Row = list[str]
 
 
@@ -52,21 +56,24 @@ class Reading(NamedTuple):
 
 
 def main() -> None:
-    report = make_report([Path(path) for path in sys.argv[1:]])
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("runs", type=Path, nargs="+", help="run directories, or folders of them")
+    try:
+        report = make_report(arguments.parse_args().runs)
+    except UserError as error:
+        sys.exit(str(error))
     readings = read_claims(report.values, report.variants)
     print(*markdown_table(["claim", "verdict"], [[each.claim, f"**{each.verdict}**"] for each in readings]), sep="\n")
     for each in readings:
         print(f"## {each.claim}: {each.verdict}\n\n{RULES[each.claim]}\n")
         print(*markdown_table(each.rows[0], each.rows[1:]), sep="\n")
+    for remark in report.remarks:
+        print(f"* {remark}")
 
 
 def read_claims(values: Values, variants: Sequence[Variant]) -> list[Reading]:
     """Return the readings of the three claims, in the paper's order."""
-    z_prob, h_prob = (
-        [each for each in variants if each.recipe.embedding.stochastic == where and each.baseline] for where in "zh"
-    )
-    if not z_prob or not h_prob:
-        raise SystemExit("The claims are about Z-prob, H-prob and deterministic runs: give runs of all three.")
+    z_prob, h_prob = ([each for each in variants if each.recipe.embedding.stochastic == where] for where in "zh")
     matches, loses, detects = RULES
     return [
         _matches(matches, values, z_prob),
@@ -86,7 +93,7 @@ def _matches(claim: str, values: Values, z_prob: Sequence[Variant]) -> Reading:
 
 def _loses(claim: str, values: Values, h_prob: Sequence[Variant]) -> Reading:
     linear = _to_baseline(values, h_prob, "linear sweep")
-    information = _to_baseline(values, h_prob, "I(V;H) js")
+    information = _to_baseline(values, h_prob, INFORMATION)
     verdict = _verdict(
         supported=all(each.high < 0 for each in [*linear, *information]),
         refuted=any(each.low > -MARGIN for each in linear) or any(each.low > 0 for each in information),
@@ -95,20 +102,23 @@ def _loses(claim: str, values: Values, h_prob: Sequence[Variant]) -> Reading:
 
 
 def _detects(claim: str, values: Values, stochastic: Sequence[Variant]) -> Reading:
-    of_metric = {measure.metric: measure for measure in values if measure.group == "ood"}
     rows = [["variant", "sets", *DETECTORS, "sigma_mean - 50", "sigma_mean - msp"]]
     above_chance, above_msp = [], []
     for variant in stochastic:
         for where in ("near", "far"):
-            sigma, msp = (of_metric[f"{detector} {where} auroc"] for detector in ("sigma_mean", "msp"))
-            above_chance.append(_score_difference(values, variant, sigma, None))
-            above_msp.append(_score_difference(values, variant, sigma, msp))
-            means = [_mean(values, variant, of_metric[f"{detector} {where} auroc"]) for detector in DETECTORS]
-            rows.append([variant.label, where, *means, _shown(above_chance[-1], sigma), _shown(above_msp[-1], sigma)])
+            by_detector = [
+                next((measure for measure in values if measure.metric == f"{detector} {where} auroc"), None)
+                for detector in DETECTORS
+            ]
+            sigma, msp = by_detector[DETECTORS.index("sigma_mean")], by_detector[DETECTORS.index("msp")]
+            above_chance.append(_score_difference(values, variant, sigma, None) if sigma else UNKNOWN)
+            above_msp.append(_score_difference(values, variant, sigma, msp) if sigma and msp else UNKNOWN)
+            means = [_mean(values, variant, measure) for measure in by_detector]
+            rows.append([variant.label, where, *means, _shown(above_chance[-1]), _shown(above_msp[-1])])
     better = sum(each.low > 0 for each in above_msp)
     worse = sum(each.high < 0 for each in above_msp)
     verdict = _verdict(
-        supported=all(each.low > 0 for each in above_chance) and 2 * better >= len(above_msp),
+        supported=len(stochastic) > 0 and all(each.low > 0 for each in above_chance) and 2 * better >= len(above_msp),
         refuted=any(each.high < 0 for each in above_chance) or 2 * worse > len(above_msp),
     )
     return Reading(claim, verdict, rows)
@@ -120,35 +130,30 @@ def _verdict(supported: bool, refuted: bool) -> str:
 
 def _comparison(values: Values, variants: Sequence[Variant]) -> list[Row]:
     """Return a table of each measure of accuracy, and of I(V;H): deterministic, stochastic, difference."""
-    heads = [head for each in variants for head in (_baseline(each).label, each.label, "difference")]
-    rows = [["measure", *heads]]
+    rows = [["measure", *(head for each in variants for head in ("deterministic", each.label, "difference"))]]
     for measure in values:
-        if measure.group == "accuracy" or measure.metric == "I(V;H) js":
-            cells = [
-                cell for each, difference in zip(variants, _to_baseline(values, variants, measure.title))
-                for cell in (
-                    _mean(values, _baseline(each), measure), _mean(values, each, measure), _shown(difference, measure)
-                )
-            ]  # fmt: skip
-            rows.append([measure.title, *cells])
+        if measure.group == "accuracy" or measure.metric == INFORMATION:
+            row = [measure.title]
+            for variant in variants:
+                difference = compare_with_baseline(measure, variant, values[measure]) or UNKNOWN
+                row += [_mean(values, each, measure) for each in (variant.baseline, variant)]
+                row.append(_shown(difference, 1 if measure.group == "mi" else 100))
+            rows.append(row)
     return rows
 
 
-def _baseline(variant: Variant) -> Variant:
-    assert variant.baseline is not None
-    return variant.baseline
-
-
 def _to_baseline(values: Values, variants: Sequence[Variant], title: str) -> list[Difference]:
-    """Return each variant's difference to its deterministic one."""
-    (measure,) = [measure for measure in values if measure.title == title]
-    return [compare_with_baseline(measure, variant, values[measure]) or UNKNOWN for variant in variants]
+    """Return each variant's difference to its deterministic one, UNKNOWN where there is none to compare."""
+    measures = [measure for measure in values if measure.title == title]
+    if len(measures) != 1 or not variants:
+        return [UNKNOWN]
+    return [compare_with_baseline(measures[0], variant, values[measures[0]]) or UNKNOWN for variant in variants]
 
 
 def _score_difference(values: Values, variant: Variant, measure: Measure, other: Measure | None) -> Difference:
     """Return the difference of two AUROCs of the same runs and images; of the first one to 50 % if `other` is None."""
     own, others = values[measure], values[other] if other else {}
-    runs = [run for run in variant.runs if run.dir in own]
+    runs = [run for run in variant.runs if run.dir in own and (other is None or run.dir in others)]
     values_S2 = np.array([[own[run.dir].value, others[run.dir].value if other else 0.5] for run in runs])
     images: list[np.ndarray] = []  # by kind: what each image contributes, as a mean over the runs
     for run in runs:
@@ -162,16 +167,19 @@ def _score_difference(values: Values, variant: Variant, measure: Measure, other:
     return mean_difference(values_S2, images) or UNKNOWN
 
 
-def _mean(values: Values, variant: Variant, measure: Measure) -> str:
+def _mean(values: Values, variant: Variant | None, measure: Measure | None) -> str:
+    if variant is None or measure is None:
+        return NONE
     found = values[measure]
     return mean_and_std([found[run.dir].value for run in variant.runs if run.dir in found], measure)
 
 
-def _shown(difference: Difference, measure: Measure) -> str:
-    if difference is UNKNOWN:
-        return "–"
-    mean, low, high = (measure.info.format(value, with_unit=False) for value in difference[:3])
-    return f"{mean} ({low} to {high})"
+def _shown(difference: Difference, factor: float = 100) -> str:
+    """Return a difference with its interval and the number of seeds; in points if the values are shares."""
+    if difference.seeds == 0:
+        return NONE
+    mean, low, high = (f"{factor * value:+.{1 if factor == 100 else 2}f}" for value in difference[:3])
+    return f"{mean} ({low} to {high}; {difference.seeds} seeds)"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ app = Typer(cls=Group, help="Evaluate trained runs: accuracy, OOD detection, unc
 # Options that several commands share.
 Runs = Annotated[
     list[Path] | None,
-    Argument(metavar="RUN", help="Run directories or checkpoints. Of several, mean and standard deviation are shown."),
+    Argument(
+        metavar="RUN",
+        help="Run directories, checkpoints, or a sweep's folder. Of several, mean and standard deviation are shown.",
+    ),
 ]
 TrainData = Annotated[
     Path | None,
@@ -427,8 +430,10 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
 
     train, val: of the images, for weights, which have no recipe that names them.
     """
+    from fastssl.common.files import expand_user
     from fastssl.common.terminal import console, print_line
     from fastssl.evaluation import load_foreign_encoder, load_run_encoder
+    from fastssl.models.checkpoint import is_run_dir, runs_below
 
     if source.weights is None:
         if not source.runs:
@@ -439,12 +444,15 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
             if getattr(source, option) is not None:
                 name = f"--{option.replace('_', '-')}"
                 raise UserError(f"{name} is for --weights", hint=f"leave out {name}")
-        for run in source.runs:
-            yield load_run_encoder(run, untrained=source.untrained, view=view, device=device)
+        for given in source.runs:
+            folder = expand_user(given)
+            several = [] if is_run_dir(folder) else runs_below(folder)
+            for run in several if len(several) > 1 else [folder]:
+                yield load_run_encoder(run, untrained=source.untrained, view=view, device=device)
         return
     if source.runs or source.untrained:
-        given = "a run" if source.runs else "--untrained"
-        raise UserError("--weights takes the place of runs", hint=f"leave out {given}, or --weights")
+        other = "a run" if source.runs else "--untrained"
+        raise UserError("--weights takes the place of runs", hint=f"leave out {other}, or --weights")
     if source.backbone is None:
         raise UserError("--weights needs the name of its architecture", hint="add --backbone NAME, such as resnet50")
     assert train is not None

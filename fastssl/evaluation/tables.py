@@ -25,6 +25,10 @@ from fastssl.recipe import load_recipe
 
 UNLIMITED = 100_000  # columns of a terminal that needs no wrapping
 INTERVAL_LINE = "95 % interval: bootstrap over the tested images, not over seeds of the training."
+INTERVALS_LINE = (
+    "95 % intervals: of several seeds, of their mean (Student's t); of a single run, over the tested images, so "
+    "another seed may differ more."
+)
 CHANCE_LINE = "chance: value of a guess that knows nothing about the image (top-1: always the most frequent class)."
 NOISE = "the 95 % intervals"
 COMPARE = (
@@ -160,8 +164,8 @@ def result_table(result: EvaluationResult) -> Group:
     )
 
 
-def _legend(names: list[str], has_chance: bool) -> list[str]:
-    return [*explanations(names), INTERVAL_LINE + (f" {CHANCE_LINE}" if has_chance else "")]
+def _legend(names: list[str], has_chance: bool, of_intervals: str = INTERVAL_LINE) -> list[str]:
+    return [*explanations(names), of_intervals + (f" {CHANCE_LINE}" if has_chance else "")]
 
 
 def _about(result: EvaluationResult) -> list[str]:
@@ -239,7 +243,7 @@ def summary_table(rows: Sequence[SummaryRow]) -> Group:
     return Group(
         FirstThatFits([*forms, _rows_one_after_the_other(rows)]),
         text_lines(runs_verdict(rows)),
-        text_lines([*_legend(names, has_chance), COMPARE, WORDS], style="dim"),
+        text_lines([*_legend(names, has_chance, INTERVALS_LINE), COMPARE, WORDS], style="dim"),
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import os
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
@@ -80,6 +81,7 @@ class SavedState(TypedDict):
     cuda_rng: NotRequired[DenseTensor | None]
 
 
+NO_RUNS = ("checkpoints", "eval", "export", "slurm")  # folders of runs and sweeps, which may hold other runs
 SAVED_STATE = TypeAdapter(SavedState)
 
 
@@ -272,6 +274,21 @@ def find_run_dir(path: Path) -> Path:
 
 def is_run_dir(path: Path) -> bool:
     return (path / "recipe.yaml").is_file() or bool(path.is_dir() and find_checkpoints(path))
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the run directories in a folder, such as that of a sweep, at any depth; links are not followed."""
+    runs = []
+    for parent, names, _ in os.walk(folder):
+        names.sort()
+        for name in list(names):
+            path = Path(parent, name)
+            if name in NO_RUNS or name.startswith("."):
+                names.remove(name)
+            elif is_run_dir(path):
+                names.remove(name)
+                runs.append(path)
+    return runs
 
 
 def load_model(run_or_checkpoint: str | Path) -> Model:

@@ -133,7 +133,7 @@ def describe_bottleneck(
     """Return the verdict in two sentences: the bottleneck, then what halving its cost would give and what comes next.
 
     Args:
-        seconds: what an image takes in training, of which all shares are; by default, as the costs predict.
+        seconds: what an image takes in training, of which all shares are: this, or more if the costs predict more.
         show: how images per second are written.
     """
     stage = costs.bottleneck()

@@ -260,7 +260,9 @@ class Profiler:
         stage = costs.bottleneck()
         without = costs.with_speedup(stage, math.inf)
         rate = without.images_per_second()
-        doubt = "Uncertain, see the note. " if abs(prediction.relative_error) > DISAGREEMENT else ""
+        error = prediction.relative_error
+        is_doubtful = abs(error) > DISAGREEMENT
+        doubt = f"Uncertain, as the stages predict {100 * error:+.0f} % off what was measured. " if is_doubtful else ""
         return Bottleneck(
             stage="balanced" if costs.is_balanced() else stage,
             sentence=doubt + describe_bottleneck(costs, setup, seconds),

@@ -66,7 +66,10 @@ def collect_measures(runs: Sequence[Run]) -> tuple[Values, list[str]]:
             if _kind(result["evaluation"]) not in EVALUATIONS:
                 remarks.append(f"{run.dir / 'eval' / name}.json is of an evaluation that this version does not know")
                 continue
-            for measure, value in _measures(result):
+            measured = measures_of(result)
+            if not measured:
+                remarks.append(f"{run.dir / 'eval' / name}.json lacks the metrics of its evaluation")
+            for measure, value in measured:
                 others = values.setdefault(measure, {})
                 if run.dir in others:
                     remarks.append(f"{run.dir / 'eval' / name}.json: {others[run.dir].name}.json is shown in its place")
@@ -89,7 +92,8 @@ def _kind(evaluation: str) -> str:
     return evaluation.partition("-")[0]
 
 
-def _measures(result: EvaluationResult) -> list[tuple[Measure, float]]:
+def measures_of(result: EvaluationResult) -> list[tuple[Measure, float]]:
+    """Return the measures of a result and their values; none if it lacks the metric of its evaluation."""
     evaluation, metrics = result["evaluation"], result["metrics"]
     images: dict[str, Any] = {"val": result["val"], **{key: result.get(key) for key in ("near", "far")}}
     where = json.dumps(without_paths(images), sort_keys=True)
@@ -108,10 +112,12 @@ def _measures(result: EvaluationResult) -> list[tuple[Measure, float]]:
         ]  # fmt: skip
     if evaluation == "mi":
         return [measure("mi", name, name) for name in metrics if name.endswith((" js", " mine", " rate"))]
+    if not metrics:
+        return []
     if evaluation == "knn":
         name = headline_metric(result)
         return [measure("accuracy", name, f"kNN {metric_info(name).label.removeprefix('top-1, ')}")]
-    return [measure("accuracy", "accuracy", _title(evaluation))]
+    return [measure("accuracy", "accuracy", _title(evaluation))] if "accuracy" in metrics else []
 
 
 def _title(evaluation: str) -> str:
@@ -167,14 +173,19 @@ def image_contributions(measure: Measure, run: Run, result: EvaluationResult) ->
     """
     if measure.group == "accuracy":
         correct = run.array(result.get("outcomes", ""), measure.metric)
-        return [] if correct is None or correct.dtype != bool else [correct.astype(np.float64)]
+        is_usable = correct is not None and correct.dtype == bool and correct.ndim == 1 and correct.size
+        return [cast(np.ndarray, correct).astype(np.float64)] if is_usable else []
     if measure.group != "ood":
         return []
     detector, group, _ = measure.metric.split()
     ood_result = cast(OODResult, result)
     sets = list(ood_result["near"] if group == "near" else ood_result["far"])
     scores = {part: run.array(ood_result["scores"], f"{part}/{detector}") for part in ("id", *sets)}
-    if any(each is None or each.dtype.kind != "f" or not np.isfinite(each).all() for each in scores.values()):
+    if not sets or not all(each is not None and _is_of_images(each) for each in scores.values()):
         return []  # such as JEPA-SCORE, which only some images have
     pairs = [placements(cast(np.ndarray, scores["id"]), cast(np.ndarray, scores[each])) for each in sets]
     return [np.mean([of_id for of_id, _ in pairs], axis=0), *(of_set / len(sets) for _, of_set in pairs)]
+
+
+def _is_of_images(scores: np.ndarray) -> bool:
+    return scores.dtype.kind == "f" and scores.ndim == 1 and len(scores) > 0 and bool(np.isfinite(scores).all())

@@ -10,11 +10,8 @@ from typing import NamedTuple
 
 from fastssl.common.files import open_regular
 from fastssl.common.terminal import count_of, progress
-from fastssl.evaluation.metric_info import metric_info
-from fastssl.evaluation.results import EvaluationResult
-from fastssl.evaluation.verdict import headline_metric
 from fastssl.profiling.tables import headline as profile_headline
-from fastssl.reporting.measures import Values, collect_measures
+from fastssl.reporting.measures import Measure, Values, collect_measures, measures_of
 from fastssl.reporting.runs import Run, find_runs, read_run
 from fastssl.reporting.tables import NONE, Cell, ReportTable, heat_maps, result_tables
 from fastssl.reporting.variants import Variant, group_runs
@@ -111,14 +108,15 @@ def _findings(tables: Sequence[ReportTable], variants: Sequence[Variant]) -> lis
 
 def _untrained(runs: Sequence[Run]) -> list[str]:
     """Say what the weights reach that the runs started from, where `fastssl eval --untrained` has measured it."""
-    found: dict[str, list[EvaluationResult]] = {}
-    for result in (each for run in runs for each in run.untrained if "accuracy" in headline_metric(each)):
-        found.setdefault(result["evaluation"], []).append(result)
-    reached = []
-    for evaluation, results in found.items():
-        info = metric_info(headline_metric(results[0]))
-        values = [result["metrics"][headline_metric(result)] for result in results]
-        reached.append(f"{evaluation} {info.format(statistics.fmean(values))} ({count_of(len(values), 'run')})")
+    found: dict[Measure, dict[Path, float]] = {}
+    for run in runs:
+        for measure, value in (each for result in run.untrained for each in measures_of(result)):
+            if measure.group == "accuracy":
+                found.setdefault(measure, {}).setdefault(run.dir, value)
+    reached = [
+        f"{measure.title} {measure.info.format(statistics.fmean(values.values()))} ({count_of(len(values), 'run')})"
+        for measure, values in found.items()
+    ]
     return [f"Untrained encoders reach: {', '.join(reached)}."] if reached else []
 
 

@@ -15,7 +15,7 @@ from fastssl.common.files import expand_user, open_regular, read_lines
 from fastssl.common.terminal import printable
 from fastssl.evaluation.ood.evaluate import OOD_RESULT
 from fastssl.evaluation.results import RESULT, EvaluationResult, read_json_object
-from fastssl.models.checkpoint import LAST, is_run_dir
+from fastssl.models.checkpoint import LAST, is_run_dir, runs_below
 from fastssl.profiling.profile import Profile, read_profile
 from fastssl.recipe import Recipe, load_recipe
 from fastssl.training.tracking import parse_metrics
@@ -23,7 +23,6 @@ from fastssl.training.tracking import parse_metrics
 MOST_RUNS = 2000
 LARGEST_ARRAY = 1 << 30  # bytes of a file of arrays
 NO_CURVE = ("step", "epoch", "seconds")  # of metrics.jsonl
-NOT_FOLLOWED = ("checkpoints", "eval", "export", "slurm")  # folders of runs and sweeps, which hold other runs
 
 
 class Curve(NamedTuple):
@@ -70,7 +69,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         path = expand_user(path)
-        runs = [path] if is_run_dir(path) else list(_runs_below(path))
+        runs = [path] if is_run_dir(path) else runs_below(path)
         if not runs:
             raise UserError(f"{path} holds no run", hint="name run directories of fastssl train, or folders of them")
         found |= dict.fromkeys(Path(os.path.normpath(run)) for run in runs)
@@ -79,20 +78,6 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             f"{len(found):,} runs are more than the {MOST_RUNS:,} that a report takes", hint="name fewer folders"
         )
     return list(found)
-
-
-def _runs_below(folder: Path) -> list[Path]:
-    runs = []
-    for parent, names, _ in os.walk(folder):  # links to folders are not followed
-        names.sort()
-        for name in list(names):
-            path = Path(parent, name)
-            if name in NOT_FOLLOWED or name.startswith("."):
-                names.remove(name)
-            elif is_run_dir(path):
-                names.remove(name)
-                runs.append(path)
-    return runs
 
 
 def read_run(path: Path) -> Run:

@@ -24,16 +24,21 @@ def as_markdown(report: Report) -> str:
             lines += ["Differences to the baselines:", ""]
             lines += markdown_table(DIFFERENCE_COLUMNS, [[_escaped(text) for text in row] for row in table.differences])
     if report.missing:
-        lines += ["## Not measured yet", "", *(f"    {command}" for command in report.missing), ""]
+        lines += ["## Not measured yet", "", *map(_code, report.missing), ""]
     if report.remarks:
         lines += ["## Left out, or not readable", "", *(f"- {_escaped(text)}" for text in report.remarks), ""]
-    lines += ["## Commands", "", *(f"    {command}    # {name}" for name, command in report.commands)]
+    lines += ["## Commands", "", *(_code(f"{command}    # {name}") for name, command in report.commands)]
     return "\n".join(lines) + "\n"
 
 
 def _marked(cell: Cell) -> str:
     mark = {"better": " ▲", "worse": " ▼", "": ""}[cell.mark]
     return f"**{_escaped(cell.text)}**{mark}" if cell.mark else _escaped(cell.text)
+
+
+def _code(text: str) -> str:
+    """Return a line of an indented block, which no line break in the text ends."""
+    return "    " + " ".join(text.splitlines())
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.common.errors import UserError
+from fastssl.common.files import expand_user
 from fastssl.recipe import Recipe
 from fastssl.reporting.runs import Run
 
 # Keys that change no result of a training: where it writes, how often it reports, on what and with how many threads.
-NOT_COMPARED = ("seed", "run", "log", "checkpoint", "probe", "data.workers", "train.device")
+NOT_COMPARED = ("name", "seed", "run", "log", "checkpoint", "probe", "data.workers", "train.device")
 STOCHASTIC = {"none": "", "z": "Z-prob ", "h": "H-prob ", "hz": "HZ-prob "}
 OBJECTIVES = {
     "barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR", "byol": "BYOL", "sigreg": "SIGReg",
@@ -64,16 +65,17 @@ def group_runs(runs: Sequence[Run], baseline: Path | None = None) -> tuple[list[
         ]  # fmt: skip
         deterministic = found[0] if len(found) == 1 and not _is_deterministic(recipe) else None
         variants.append(Variant(label, sorted(group, key=lambda run: run.seed), deterministic))
-    return variants if baseline is None else _compared_with(baseline, variants), remarks
+    return variants if baseline is None else _compared_with(baseline, runs, variants), remarks
 
 
-def _compared_with(baseline: Path, variants: Sequence[Variant]) -> list[Variant]:
+def _compared_with(baseline: Path, runs: Sequence[Run], variants: Sequence[Variant]) -> list[Variant]:
     """Return the variants, all but one with that one as their baseline: the variant of the run in `baseline`."""
-    for variant in variants:
-        if baseline.resolve() in [run.dir.resolve() for run in variant.runs]:
-            chosen = replace(variant, baseline=None)
-            return [chosen if each is variant else replace(each, baseline=chosen) for each in variants]
-    raise UserError(f"--baseline {baseline} is none of the runs", hint="name a run directory that the report shows")
+    named = [run.recipe for run in runs if run.dir.resolve() == expand_user(baseline).resolve()]
+    if not named:
+        raise UserError(f"--baseline {baseline} is none of the runs", hint="name a run directory that the report shows")
+    (variant,) = [each for each in variants if compared_values(each.recipe) == compared_values(named[0])]
+    chosen = replace(variant, baseline=None)
+    return [chosen if each is variant else replace(each, baseline=chosen) for each in variants]
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _is_deterministic(recipe: Recipe) -> bool:
 
 def _without_embedding(recipe: Recipe) -> dict[str, Any]:
     values = compared_values(recipe)
-    return {key: values[key] for key in values if key != "name" and not key.startswith("embedding.")}
+    return {key: values[key] for key in values if not key.startswith("embedding.")}
 
 
 def _order(recipe: Recipe) -> tuple[Any, ...]:
@@ -122,7 +124,7 @@ def _labels(recipes: Sequence[Recipe]) -> list[str]:
     for name, recipe in zip(names, recipes):
         others = [compared_values(other) for other, its in zip(recipes, names) if its == name]
         own = compared_values(recipe)
-        differing = [key for key in own if key != "name" and any(other.get(key) != own[key] for other in others)]
+        differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
         values = ", ".join(f"{key.rpartition('.')[2]}={_shown(own[key])}" for key in differing)
         labels.append(f"{name}, {values}" if values else name)
     return labels

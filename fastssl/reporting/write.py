@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastssl.beton.source import as_utf8
 from fastssl.common.errors import UserError
-from fastssl.common.files import explain_write_errors, write_atomically
+from fastssl.common.files import expand_user, explain_write_errors, write_atomically
 from fastssl.reporting.page import report_page
 from fastssl.reporting.report import Report, make_report
 from fastssl.reporting.text import as_csv, as_markdown
@@ -25,9 +26,10 @@ def write_report(paths: Sequence[Path], out: Path, baseline: Path | None = None)
         UserError: there is no run, a recipe is damaged, `baseline` is none of the runs, or `out` cannot be written or
             has another suffix.
     """
+    out = expand_user(out)
     if out.suffix not in FORMATS:
         raise UserError(f"--out {out} must end in {', '.join(FORMATS)}", hint="write it like --out report.html")
     report = make_report(paths, baseline)
     with explain_write_errors(out):
-        write_atomically(out, FORMATS[out.suffix](report))
+        write_atomically(out, as_utf8(FORMATS[out.suffix](report)))
     return report

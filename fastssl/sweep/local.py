@@ -59,7 +59,7 @@ def run_locally(sweep: Sweep, runs: list[SweepRun], *, per_gpu: int = 1, retries
     print_line(console(), f"{finished} of {len(runs)} runs are finished, in {sweep.folder}.")
     if finished:
         folder = shlex.quote(str(sweep.folder))
-        print_line(console(), f"Evaluate: fastssl eval knn {folder}/*/*    Compare: fastssl report {folder}")
+        print_line(console(), f"Evaluate: fastssl eval knn {folder}    Compare: fastssl report {folder}")
     for task in failed:
         print_line(console(), f"Failed: {task.run.name}: {task.error} (full output: {log_path(task.run)})")
     if failed:

@@ -4,7 +4,9 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import statistics
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -123,7 +125,7 @@ def test_what_untrained_encoders_reach_is_said(tmp_path):
     result |= {"weights": "untrained", "metrics": {"accuracy_k20_t0.07": 0.3}}
     (run / "eval" / "knn-untrained.json").write_text(json.dumps(result))
     report = make_report([run])
-    assert "Untrained encoders reach: knn 30.0 % (1 run)." in report.findings
+    assert "Untrained encoders reach: kNN k = 20, T = 0.07 30.0 % (1 run)." in report.findings
     assert table_named(report, "Accuracy").rows[0][1][0].text == "50.0"
 
 
@@ -324,3 +326,54 @@ def test_every_objective_and_kind_of_embedding_has_a_name():
     objectives = {model.model_fields["name"].default for model in get_args(AnyObjective)}
     assert set(OBJECTIVES) == objectives
     assert set(STOCHASTIC) == set(get_args(EmbeddingConfig.model_fields["stochastic"].annotation))
+
+
+def test_damaged_results_cost_their_own_figures(tmp_path):
+    """They pass the schema, and lack what their evaluation has, or have arrays of another shape."""
+    folders = []
+    for name in ("barlow", "zprob_barlow"):
+        for seed in range(2):
+            folders.append(
+                fabricate_run(
+                    tmp_path / f"{name}{seed}", f"cifar10/{name}", seed, accuracies={"knn": 0.5, "linear-sweep": 0.6},
+                    aurocs={"knn_cosine": (0.6, 0.7)},
+                )
+            )  # fmt: skip
+    changes = {"knn": {"metrics": {}}, "linear-sweep": {"metrics": {"ece": 0.1}}, "ood": {"far": {}}}
+    for name, change in changes.items():
+        file = folders[0] / "eval" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    np.savez(folders[2] / "eval" / "ood-similar.scores.npz", **{"id/knn_cosine": np.zeros((2, 2))})
+    np.savez(folders[2] / "eval" / "knn.correct.npz", **{"accuracy_k20_t0.07": np.array(True)})
+    report = make_report([tmp_path])
+    lacking = [line for line in report.remarks if "lacks the metrics of its evaluation" in line]
+    assert len(lacking) == 2 and all(str(folders[0]) in line for line in lacking)
+    shown = dict(table_named(report, "Accuracy").rows)
+    assert shown["Barlow Twins (2 seeds)"][0].text == "50.0"  # of the seed whose file is whole
+
+
+def test_markdown_takes_names_and_commands_as_they_are(tmp_path):
+    run = fabricate_run(tmp_path / "a\n\n<script>" / "b\udce9", "cifar10/vicreg", 0, accuracies={"knn": 0.5})
+    (run / "environment.json").write_text(json.dumps({"command": ["x", "a\n\n<script>"], "device": "x"}))
+    for name in ("report.md", "report.csv", "report.html"):
+        write_report([run], tmp_path / name)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert any("<script>" in line for line in lines)
+    assert all(line.startswith("    ") or "\\<script" in line for line in lines if "<script" in line)
+
+
+def test_runs_that_differ_in_their_name_alone_are_one_variant(tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        fabricate_run(tmp_path / name, "cifar10/vicreg", seed, accuracies={"knn": 0.5}, overrides=[f"name={name}"])
+    (variant,) = make_report([tmp_path]).variants
+    assert (variant.label, variant.seeds) == ("VICReg", [0, 1])
+
+
+def test_a_baseline_may_be_a_run_that_counts_as_another(sweep, tmp_path, monkeypatch):
+    """A copy of a run is left out, and names its variant all the same; ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(sweep / "zprob_barlow" / "seed=1", tmp_path / "copy")
+    report = make_report([sweep, tmp_path / "copy"], Path("~/copy"))
+    assert [variant.baseline and variant.baseline.label for variant in report.variants] == [
+        "Z-prob Barlow Twins", None, "Z-prob Barlow Twins",
+    ]  # fmt: skip
