@@ -514,6 +514,17 @@ def test_transfer_to_several_data_sets_makes_one_table(run, canvas, photos, tmp_
         find_target("few", tmp_path / "few_b")
 
 
+def test_a_folder_of_runs_stands_for_all_of_them(fastssl, canvas, tmp_path):
+    """As that of a sweep, whose runs lie two levels below, next to logs."""
+    for seed in range(2):
+        make_run(tmp_path / "sweep" / "vicreg" / f"seed={seed}", data_of(canvas), seed=seed)
+    (tmp_path / "sweep" / "slurm" / "1").mkdir(parents=True)
+    code, said, _ = fastssl("eval", "knn", tmp_path / "sweep", "--k", "3", "--device", "cpu")
+    assert code == 0 and "vicreg/seed=0" in said and "and 1 more" in said
+    code, said, _ = fastssl("eval", "knn", tmp_path / "sweep" / "slurm", "--device", "cpu")
+    assert code == 2
+
+
 def test_runs_that_differ_in_their_seed_only_share_a_row(canvas, tmp_path):
     made = [make_run(tmp_path / f"seed{seed}", data_of(canvas), seed=seed)[0] for seed in range(3)]
     made.append(make_run(tmp_path / "other", data_of(canvas), embedding={"stochastic": "z"})[0])
