@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-BATCH = 128
-SIZE = 32  # px
+from lightly_peer import BATCH, SIZE, link_images, make_loader, make_model
+
 IMAGES_PER_CLASS = 500
 LEFT_OUT = 9  # of the 39 steps of an epoch
 
@@ -42,12 +41,20 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure_lightly(options.source, options.device, options.workers)))
         return
-    work = Path(tempfile.mkdtemp(prefix="end-to-end-"))
+    with tempfile.TemporaryDirectory(prefix="end-to-end-") as folder:
+        rounds = measure_rounds(Path(folder), options)
+    text = report(options, rounds)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+    if options.json:
+        options.json.write_text(json.dumps([{"lightly": theirs, "fastssl": ours} for theirs, ours in rounds]))
+
+
+def measure_rounds(work: Path, options: argparse.Namespace) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Train both packages alternately, and return what each round has measured: lightly, fastssl."""
     images = work / "images" / "train"
-    for folder in sorted(path for path in options.source.iterdir() if path.is_dir()):
-        (images / folder.name).mkdir(parents=True)
-        for file in sorted(folder.iterdir())[:IMAGES_PER_CLASS]:
-            shutil.copy(file, images / folder.name)
+    link_images(options.source, images, IMAGES_PER_CLASS)
     build = [sys.executable, "-m", "fastssl", "build-beton", "imagefolder", "--source", images.parent]
     subprocess.run([*build, "--out", work, "--canvas", str(SIZE)], check=True, stdout=subprocess.DEVNULL)
 
@@ -59,13 +66,7 @@ def main() -> None:
         ours = measure_fastssl(work, number, options.device, options.workers)
         rounds.append((theirs, ours))
         print(f"round {number + 1}: lightly {theirs}, fastssl {ours}", flush=True)
-    text = report(options, rounds)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps([{"lightly": theirs, "fastssl": ours} for theirs, ours in rounds]))
-    shutil.rmtree(work)
+    return rounds
 
 
 def measure_fastssl(work: Path, number: int, device: str, workers: int) -> dict[str, float]:
@@ -85,25 +86,11 @@ def measure_fastssl(work: Path, number: int, device: str, workers: int) -> dict[
 
 
 def measure_lightly(images: Path, device: str, workers: int) -> dict[str, float]:
-    import timm
     import torch
-    from lightly.data import LightlyDataset
-    from lightly.loss import BarlowTwinsLoss
-    from lightly.models.modules import BarlowTwinsProjectionHead
-    from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
     torch.manual_seed(0)
-    # The views of recipes/barlow.yaml. lightly's other defaults agree: gray 0.2, blur 1.0 and 0.1, solarize 0 and 0.2.
-    jitter = dict(input_size=SIZE, cj_prob=0.8, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1, min_scale=0.08)
-    transform = BYOLTransform(BYOLView1Transform(**jitter), BYOLView2Transform(**jitter))
-    loader = torch.utils.data.DataLoader(
-        LightlyDataset(str(images), transform=transform), BATCH, shuffle=True, drop_last=True, num_workers=workers,
-        pin_memory=device == "cuda",
-    )  # fmt: skip
-    encoder = timm.create_model("resnet18", num_classes=0)
-    head = BarlowTwinsProjectionHead(512, 1024, 1024)
-    model = torch.nn.Sequential(encoder, head).to(device, memory_format=torch.channels_last).train()
-    criterion = BarlowTwinsLoss()
+    loader = make_loader(images, workers, pin_memory=device == "cuda")
+    _, model, criterion = make_model(device)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=1e-4)
     waited, asked, began = 0.0, time.perf_counter(), None
     for step, ((v1, v2), *_) in enumerate(loader, 1):

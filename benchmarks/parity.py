@@ -12,6 +12,7 @@ the same command goes on with the trainings that have not finished.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -24,8 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-BATCH = 128
-SIZE = 32  # px
+from lightly_peer import BATCH, SIZE, link_images, make_loader, make_model
+
 LR = 1e-3 * BATCH / 256
 WEIGHT_DECAY = 1e-4
 FINAL_LR_FACTOR = 0.01
@@ -46,7 +47,8 @@ def main() -> None:
     arguments.add_argument("--train", choices=NAMES, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     work = options.work  # other images or epochs have other results
-    options.work = work / f"{options.images_per_class}-per-class-{options.epochs}-epochs"
+    source = hashlib.sha256(str(options.source.resolve()).encode()).hexdigest()[:8]
+    options.work = work / f"{source}-{options.images_per_class}-per-class-{options.epochs}-epochs"
     if options.train:
         (seed,) = options.seeds
         train_timed(options, options.train, seed)
@@ -64,14 +66,8 @@ def prepare_images(options: argparse.Namespace) -> None:
     images = options.work / "images"
     if (options.work / "val.beton").exists():
         return
-    for split, limit in (("train", options.images_per_class), ("val", None)):
-        source = options.source / ("train" if split == "train" else "test")
-        for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-            target = images / split / folder.name
-            target.mkdir(parents=True, exist_ok=True)
-            for file in sorted(folder.iterdir())[:limit]:
-                if not (link := target / file.name).exists():
-                    link.symlink_to(file.resolve())
+    link_images(options.source / "train", images / "train", options.images_per_class)
+    link_images(options.source / "test", images / "val", None)
     fastssl("build-beton", "imagefolder", "--source", images, "--out", options.work, "--canvas", SIZE)
 
 
@@ -90,9 +86,14 @@ def result_of(options: argparse.Namespace, seed: int, work: Path) -> dict[str, d
         for name in NAMES
         if not (folder_of(options, name, seed) / "time.json").exists()
     }
-    for name, process in started.items():
-        if process.wait():
-            sys.exit(f"{name} ended with exit code {process.returncode}.")
+    while None in (codes := {name: process.poll() for name, process in started.items()}).values():
+        if any(codes.values()):
+            break
+        time.sleep(1)
+    if failed := [name for name, code in codes.items() if code]:
+        for process in started.values():
+            process.terminate()
+        sys.exit(f"{failed[0]} ended with exit code {codes[failed[0]]}.")
     result = {name: accuracies(options, name, seed) for name in NAMES}
     for name in NAMES:
         result[name] |= json.loads((folder_of(options, name, seed) / "time.json").read_text())
@@ -128,28 +129,13 @@ def train_fastssl(options: argparse.Namespace, seed: int) -> None:
 
 
 def train_lightly(options: argparse.Namespace, seed: int) -> None:
-    import timm
     import torch
-    from lightly.data import LightlyDataset
-    from lightly.loss import BarlowTwinsLoss
-    from lightly.models.modules import BarlowTwinsProjectionHead
-    from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    # The views of recipes/cifar10/barlow.yaml. lightly's other defaults agree: gray 0.2, solarize 0 and 0.2.
-    shared = dict(
-        input_size=SIZE, cj_prob=0.8, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1, min_scale=0.08,
-        gaussian_blur=0.0,
-    )  # fmt: skip
-    transform = BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared))
-    loader = torch.utils.data.DataLoader(
-        LightlyDataset(str(options.work / "images" / "train"), transform=transform), BATCH, shuffle=True, drop_last=True
-    )
-    encoder = timm.create_model("resnet18", num_classes=0)
-    model = torch.nn.Sequential(encoder, BarlowTwinsProjectionHead(512, 1024, 1024))
-    model = model.to(memory_format=torch.channels_last).train()
-    criterion = BarlowTwinsLoss()
+    # Without blur: the views of recipes/cifar10/barlow.yaml.
+    loader = make_loader(options.work / "images" / "train", gaussian_blur=0.0)
+    encoder, model, criterion = make_model()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -205,16 +191,17 @@ def report(options: argparse.Namespace, results: list[dict[str, dict[str, float]
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lightly", "torch", "timm"))
     seeds = " ".join(map(str, options.seeds))
-    count = 10 * options.images_per_class
+    train, test = (sum(1 for _ in (options.work / "images" / split).glob("*/*")) for split in ("train", "val"))
     ratios = [result["lightly"]["cpu_seconds"] / result["fastssl"]["cpu_seconds"] for result in results]
     lines = [
         "# Barlow Twins here and lightly's: accuracy and time",
         "",
-        f"`python benchmarks/parity.py --source CIFAR10 --seeds {seeds} --epochs {options.epochs}`; Python "
+        f"`python benchmarks/parity.py --source CIFAR10 --seeds {seeds} --epochs {options.epochs} "
+        f"--images-per-class {options.images_per_class}`; Python "
         f"{platform.python_version()}, {versions}; {os.cpu_count()} cores, both trained at once, one thread each.",
         "",
-        f"{count:,} CIFAR-10 images, {options.epochs} epochs, {SIZE} px, batch {BATCH}, ResNet-18 with the ImageNet",
-        "stem. Accuracies in percent on the 10,000 test images, mean ± standard deviation over the seeds.",
+        f"{train:,} CIFAR-10 images, {options.epochs} epochs, {SIZE} px, batch {BATCH}, ResNet-18 with the ImageNet",
+        f"stem. Accuracies in percent on the {test:,} test images, mean ± standard deviation over the seeds.",
         "",
         "| | kNN | linear | CPU minutes | minutes |",
         "|---|---|---|---|---|",

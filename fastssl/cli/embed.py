@@ -43,7 +43,7 @@ def embed(
     Examples:
       fastssl embed runs/demo photos --out photos.npz
       fastssl embed runs/demo data/mnist5k/val.beton --out digits.csv
-      fastssl embed runs/a photos --out a.npz --score layers_unlabelled --sheet a.png
+      fastssl embed runs/a pics --out a.npz --score layers_unlabelled --sheet a.png
     """
     # Before torch is imported: threads of the encoder that wait for each other must leave the cores to the processes
     # that convert images. With 2 cores for both, 4,000 images of 32 px took 15 s of CPU time in place of 25.
