@@ -3,7 +3,8 @@
 python scripts/collect_runs.py runs/study_cifar10 records/study/runs
 
 A run is finished if it has its encoder.safetensors. Files that are already there and equal are left alone, so the same
-command after each run adds what is new. `fastssl report` reads the copies as it reads the runs.
+command after each run adds what is new. `fastssl report` reads the copies as it reads the runs, but for the OOD scores
+of single images, which are large: differences of AUROC then count the seeds alone.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
             if file.name == "environment.json":
                 environment = json.loads(content)
                 for start in (environment, *environment.get("earlier", [])):
-                    start["command"][0] = "fastssl"  # else the path of the program on this machine
+                    start["command"] = ["fastssl", *start.get("command", [])[1:]]  # not the program's path here
                 content = json.dumps(environment, indent=2).encode()
             if not target.exists() or target.read_bytes() != content:
                 target.parent.mkdir(parents=True, exist_ok=True)

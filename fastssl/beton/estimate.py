@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from fastssl.beton.build import refuse_output_in_source
-from fastssl.beton.format import ALLOCATION, RGB, allocate, data_start
-from fastssl.beton.images import Codec, StoragePlan
+from fastssl.beton.format import ALLOCATION, allocate, data_start
+from fastssl.beton.images import Codec, StoragePlan, is_much_enlarged
+from fastssl.beton.listing import splits_of
 from fastssl.beton.options import BuildOptions
 from fastssl.beton.pool import Pool, plain_image, worker_pool
 from fastssl.beton.shards import Shard, check_shards, set_path, shard_path
-from fastssl.beton.source import SourceSplit, list_splits, load_builder
+from fastssl.beton.source import SourceSplit, load_builder
 from fastssl.common.errors import UserError
 from fastssl.common.system import free_memory, resolve_workers
 
@@ -53,9 +54,7 @@ def estimate_build(
     canvas = load_builder(builder).CANVAS
     plan = options.plan(canvas)
     others = _other_plans(options, canvas)
-    splits = list_splits(
-        builder, source, options.order, options.limit, options.splits, options.channels != RGB, options.hold_out
-    )
+    splits = splits_of(builder, source, options)
     if images is None:  # a sample may have fewer images than shards
         for split in splits:
             check_shards(split.name, len(split.order), out, options.shards)
@@ -115,7 +114,7 @@ def _estimate_split(
             bad += 1
         else:
             sizes.append(len(result.payload))
-            enlarged += 2 * max(result.source_width, result.source_height) < result.width
+            enlarged += bool(is_much_enlarged(result.source_width, result.source_height, result.width))
     seconds = time.monotonic() - start
     of_images = images / (len(sizes) + bad)
     _, end = allocate(sizes, 0)  # with what is left empty at the ends of pages

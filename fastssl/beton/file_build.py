@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastssl.beton.format import UNLABELLED, Manifest, indexed_names_path, manifest_path, names_path
-from fastssl.beton.images import Case, StoragePlan
+from fastssl.beton.images import Case, StoragePlan, is_much_enlarged
 from fastssl.beton.partial_build import BadImage, PartialBuild, partial_folder
 from fastssl.beton.pool import DIED, NO_MEMORY, WORKER_DIED, Pool, WrittenChunk
 from fastssl.beton.reading import MISSING
@@ -247,7 +247,7 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
     counts = {name: cases.pop(name, 0) for name in ("passed_through", "raw", "bad")}
     counts["encoded"] = sum(cases.values())
     formats, numbers = np.unique(rows["source_format"][rows["case"] != Case.BAD], return_counts=True)
-    is_enlarged = (2 * rows["source_width"] < rows["width"]) & (2 * rows["source_height"] < rows["height"])
+    is_enlarged = is_much_enlarged(rows["source_width"], rows["source_height"], rows["width"])
     return {
         "samples": len(rows) - counts["bad"],
         "unlabelled": int(((rows["label"] == UNLABELLED) & (rows["case"] != Case.BAD)).sum()),

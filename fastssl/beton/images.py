@@ -117,6 +117,9 @@ class Case(IntEnum):
     DECODER_REFUSED = 10  # the loader's decoder cannot read the JPEG, Pillow can
 
 
+Sides = int | np.ndarray
+
+
 class Encoded(NamedTuple):
     """One image as stored."""
 
@@ -129,6 +132,12 @@ class Encoded(NamedTuple):
     case: Case
     is_nearly_black: bool  # no value is as high as NEARLY_BLACK; not known of JPEGs that keep their bytes
     source_format: str  # Pillow's name of the file format, or PIXELS
+
+
+def is_much_enlarged(source_width: Sides, source_height: Sides, side: Sides) -> np.ndarray:
+    """Whether images, which may be arrays of sides in px, have less than half of the side of their square."""
+    is_enlarged: np.ndarray = 2 * np.maximum(source_width, source_height) < side
+    return is_enlarged
 
 
 def encode_all(images: Sequence[ImageSource | Image.Image], plan: StoragePlan) -> list[Encoded | str]:

@@ -34,11 +34,16 @@ class Listing(NamedTuple):
     files: dict[str, int] | None  # see `accounting.count_files`; None: not counted yet, {}: nobody has counted them
 
 
-def list_source(builder: str, source: Path | None, options: BuildOptions) -> Listing:
-    """Let the builder list all images of its source."""
-    splits = list_splits(
+def splits_of(builder: str, source: Path | None, options: BuildOptions) -> list[SourceSplit]:
+    """Return the splits of a source, as `list_splits` lists them with the options of a build."""
+    return list_splits(
         builder, source, options.order, options.limit, options.splits, options.channels != RGB, options.hold_out
     )
+
+
+def list_source(builder: str, source: Path | None, options: BuildOptions) -> Listing:
+    """Let the builder list all images of its source."""
+    splits = splits_of(builder, source, options)
     # Another machine may have the source of its shards elsewhere.
     paths = options.shards is None
     return Listing(

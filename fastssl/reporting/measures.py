@@ -63,7 +63,7 @@ def collect_measures(runs: Sequence[Run]) -> tuple[Values, list[str]]:
     remarks = []
     for run in runs:
         for name, result in sorted(run.results.items(), key=lambda item: (len(item[0]), item[0])):
-            if _kind(result["evaluation"]) not in EVALUATIONS:
+            if kind_of(result["evaluation"]) not in EVALUATIONS:
                 remarks.append(f"{run.dir / 'eval' / name}.json is of an evaluation that this version does not know")
                 continue
             measured = measures_of(result)
@@ -83,11 +83,11 @@ def collect_measures(runs: Sequence[Run]) -> tuple[Values, list[str]]:
             settings = {json.dumps(without_paths(each.result["settings"]), sort_keys=True) for each in found.values()}
             if len(settings) > 1:
                 remarks.append(f"{measure.title}: the runs were evaluated with {len(settings)} different settings")
-    ordered = dict(sorted(values.items(), key=lambda item: EVALUATIONS.index(_kind(item[0].evaluation))))
+    ordered = dict(sorted(values.items(), key=lambda item: EVALUATIONS.index(kind_of(item[0].evaluation))))
     return _with_unique_titles(ordered), list(dict.fromkeys(remarks))
 
 
-def _kind(evaluation: str) -> str:
+def kind_of(evaluation: str) -> str:
     """Return semisup for semisup-1percent."""
     return evaluation.partition("-")[0]
 

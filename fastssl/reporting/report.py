@@ -11,18 +11,15 @@ from typing import NamedTuple
 from fastssl.common.files import open_regular
 from fastssl.common.terminal import count_of, progress
 from fastssl.profiling.tables import headline as profile_headline
-from fastssl.reporting.measures import Measure, Values, collect_measures, measures_of
+from fastssl.reporting.measures import EVALUATIONS, Measure, Values, collect_measures, kind_of, measures_of
 from fastssl.reporting.runs import Run, find_runs, read_run
 from fastssl.reporting.tables import NONE, Cell, ReportTable, heat_maps, result_tables
 from fastssl.reporting.variants import Variant, group_runs
 
 LARGEST_VIEWS = 2 << 20  # bytes of a views.png that a page holds
 PNG = b"\x89PNG\r\n\x1a\n"
-# What `fastssl eval` measures, with the options that have no default.
-EVALUATIONS = {
-    "knn": "", "linear": "", "semisup": "", "transfer": " --to NAME=DATA",
-    "ood": " --near NEAR.beton --far FAR.beton", "uncertainty": "", "mi": "",
-}  # fmt: skip
+# Options of `fastssl eval` that have no default.
+NEEDED_OPTIONS = {"transfer": " --to NAME=DATA", "ood": " --near NEAR.beton --far FAR.beton"}
 
 
 class Views(NamedTuple):
@@ -161,13 +158,16 @@ def _missing(runs: Sequence[Run]) -> list[str]:
     """Return the commands that measure what some runs lack; of unfinished runs, those that finish them."""
     commands = [f"fastssl train --resume {shlex.quote(str(run.dir))}" for run in runs if not run.is_finished]
     finished = [run for run in runs if run.is_finished]
-    for evaluation, options in EVALUATIONS.items():
+    for evaluation in EVALUATIONS:
         lacking = [
             run for run in finished
-            if not any(result["evaluation"].split("-")[0] == evaluation for result in run.results.values())
+            if not any(kind_of(result["evaluation"]) == evaluation for result in run.results.values())
         ]  # fmt: skip
         if lacking:
-            commands.append(f"fastssl eval {evaluation} {shlex.join(str(run.dir) for run in lacking)}{options}")
+            commands.append(
+                f"fastssl eval {evaluation} {shlex.join(str(run.dir) for run in lacking)}"
+                f"{NEEDED_OPTIONS.get(evaluation, '')}"
+            )
     return commands
 
 

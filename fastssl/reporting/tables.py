@@ -190,7 +190,7 @@ def heat_maps(values: Values, variants: Sequence[Variant]) -> list[ReportTable]:
     for variant in variants:
         if variant.recipe.embedding.stochastic != "none":
             groups.setdefault(_all_else(variant.recipe), []).append(variant)
-    measures = [m for m in values if (m.group, m.metric) in (("uncertainty", "r_auroc"),) or m.group == "accuracy"]
+    measures = [m for m in values if (m.group, m.metric) == ("uncertainty", "r_auroc") or m.group == "accuracy"]
     for group in groups.values():
         points = {variant: tuple(flat(variant.recipe)[key] for key in HEAT_MAP_KEYS) for variant in group}
         varying = [len(set(column)) for column in zip(*points.values())]
@@ -202,7 +202,7 @@ def heat_maps(values: Values, variants: Sequence[Variant]) -> list[ReportTable]:
 
 
 def _all_else(recipe: Recipe) -> str:
-    return repr({key: value for key, value in compared_values(recipe).items() if key not in (*HEAT_MAP_KEYS, "name")})
+    return repr({key: value for key, value in compared_values(recipe).items() if key not in HEAT_MAP_KEYS})
 
 
 def _heat_map(
