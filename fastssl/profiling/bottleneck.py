@@ -238,14 +238,16 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
     without = costs.with_speedup(stage, math.inf).resource_seconds()
     # Seconds per image of the next limit, which more cores would not move.
     target = max(1e-12, without["device"], without["reader"], without["disk"], without["main_thread"])
-    threads = seconds["reader" if costs.decodes_in_reader else "threads"]
+    # Threads that wait for the disk need no core.
+    waiting = costs.stages["storage"].seconds if "storage" in costs.stages else 0.0
+    threads = seconds["reader" if costs.decodes_in_reader else "threads"] - waiting
     workers = math.ceil(setup.workers * threads / target)
     cores = math.ceil(costs.cpu_seconds() / target)
     options = []
     if not costs.decodes_in_reader and setup.workers < workers <= costs.cores and seconds["cores"] < threads:
         options.append(f"data.workers={workers}")
-    elif cores > costs.cores:
-        more = costs.processes * (cores - costs.cores)
+    elif max(cores, workers) > costs.cores:
+        more = costs.processes * (max(cores, workers) - costs.cores)
         options.append(f"{more} more CPU core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
         options.append("a larger train.batch_size, which threads would load")
