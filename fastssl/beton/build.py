@@ -263,7 +263,7 @@ def _report_set(split: SourceSplit, out: Path, shards: int, reports: list[SplitR
         split.name,
         set_path(out, split.name, shards),
         samples=sum(report.samples for report in reports),
-        classes=len(split.classes),
+        classes=split.classes,
         bytes=sum(report.bytes for report in reports),
         bad=sum(report.bad for report in reports),
         bad_images=out / f"bad_images-*-of-{shards:05}.jsonl",

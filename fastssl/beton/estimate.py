@@ -28,7 +28,7 @@ class SplitEstimate(NamedTuple):
     split: str
     path: Path
     images: int
-    classes: int
+    classes: list[str]  # their names
     stored: str  # as what, for users
     bytes: int
     bad: float  # share of the sampled images that cannot be read
@@ -129,7 +129,7 @@ def _estimate_split(
         split.name,
         path,
         images,
-        len(split.classes),
+        split.classes,
         plan.described,
         size,
         bad / (len(sizes) + bad),

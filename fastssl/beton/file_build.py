@@ -33,7 +33,7 @@ class SplitReport(NamedTuple):
     split: str
     path: Path  # of shards, the pattern that names them all
     samples: int
-    classes: int
+    classes: list[str]  # their names
     bytes: int
     bad: int  # images that were skipped
     bad_images: Path  # the list of them; of shards, a pattern
@@ -81,7 +81,7 @@ class FileBuild:
             self.split.name,
             path,
             samples=manifest["samples"],
-            classes=len(self.split.classes),
+            classes=self.split.classes,
             bytes=path.stat().st_size,
             bad=manifest["counts"]["bad"],
             bad_images=self.bad_images,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STORAGE_PANEL = "How images are stored"
 MOST_NAMED = 5  # shards in a line
+CLASSES_NAMED = 3
 MOST_ENLARGED = 0.5  # share of the images above which a smaller canvas is suggested
 BAD_IMAGES_PANEL = "Bad images, which are skipped"
 
@@ -261,9 +262,13 @@ def _percent(option: str, text: str | None) -> float | None:
         raise UserError(f"{option} must be a percentage, got {quote(text)}", hint="write it like 5%") from None
 
 
-def _images_and_classes(images: int, classes: int) -> str:
+def _images_and_classes(images: int, classes: list[str]) -> str:
+    """Return their numbers, with the names of some classes: folders that are no classes are then seen."""
     what = count_of(images, "image")
-    return f"{what} of {count_of(classes, 'class')}" if classes else f"{what} without labels"
+    if not classes:
+        return f"{what} without labels"
+    more = ", ..." if len(classes) > CLASSES_NAMED else ""
+    return f"{what} of {count_of(len(classes), 'class')} ({', '.join(classes[:CLASSES_NAMED])}{more})"
 
 
 def _print_estimate(estimate: "BuildEstimate") -> None:

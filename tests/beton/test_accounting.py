@@ -99,7 +99,7 @@ def test_the_command_says_all_of_it(tmp_path, capsys, monkeypatch):
         main()
     assert not ended.value.code
     shown = capsys.readouterr().out
-    assert "holds 6 images of 3 classes" in shown
+    assert "holds 6 images of 3 classes (bird, cat, dog)" in shown
     assert "Classes without images in the split train: 1 (bird)." in shown
     assert "Of 7 images: 6 stored, 1 bad." in shown
 
