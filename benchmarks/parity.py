@@ -19,6 +19,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,17 +83,21 @@ def result_of(options: argparse.Namespace, seed: int, work: Path) -> dict[str, d
     ]  # fmt: skip
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     started = {
-        name: subprocess.Popen([*map(str, command), "--train", name], env=one_thread)
+        name: subprocess.Popen([*map(str, command), "--train", name], env=one_thread, start_new_session=True)
         for name in NAMES
         if not (folder_of(options, name, seed) / "time.json").exists()
     }
-    while None in (codes := {name: process.poll() for name, process in started.items()}).values():
-        if any(codes.values()):
-            break
-        time.sleep(1)
-    if failed := [name for name, code in codes.items() if code]:
+    try:
+        while None in (codes := {name: process.poll() for name, process in started.items()}).values():
+            if any(codes.values()):
+                break
+            time.sleep(1)
+    finally:
         for process in started.values():
-            process.terminate()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # with the training that it has started
+                process.wait()
+    if failed := [name for name, code in codes.items() if code]:
         sys.exit(f"{failed[0]} ended with exit code {codes[failed[0]]}.")
     result = {name: accuracies(options, name, seed) for name in NAMES}
     for name in NAMES:

@@ -29,7 +29,8 @@ def main() -> None:
             if file.name == "environment.json":
                 environment = json.loads(content)
                 for start in (environment, *environment.get("earlier", [])):
-                    start["command"] = ["fastssl", *start.get("command", [])[1:]]  # not the program's path here
+                    if command := start.get("command"):
+                        command[0] = "fastssl"  # else the path of the program on this machine
                 content = json.dumps(environment, indent=2).encode()
             if not target.exists() or target.read_bytes() != content:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ python scripts/sigma_table.py runs/sigma_cifar10 > records/study/sigma.md
 
 AUROC in percent, near / far, of three scores of the embedding's own uncertainty and of two detectors without labels;
 rho: rank correlation of sigma_mean with the length of h, over ID images; R-AUROC: does the uncertainty tell which
-nearest neighbors are wrong. Values are means over the seeds of a variant.
+nearest neighbors are wrong. Mean ± standard deviation over the seeds of a variant; of rho the mean.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import cast
+
+from study_claims import the_only_measure
 
 from fastssl.common.errors import UserError
 from fastssl.evaluation.ood.evaluate import OODResult
@@ -41,12 +43,9 @@ def cells(values: Values, variant: Variant) -> list[str]:
     """Return the values of a variant, a dash for those that no run has."""
 
     def shown(metric: str) -> str:
-        measures = [measure for measure in values if measure.metric == metric]
-        if len(measures) > 1:
-            sys.exit(f"The runs have {metric} of different images, which are not averaged: delete the other results.")
-        if not measures:
+        measure = the_only_measure(values, metric)
+        if measure is None:
             return NONE
-        (measure,) = measures
         found = values[measure]
         return mean_and_std([found[run.dir].value for run in variant.runs if run.dir in found], measure)
 
@@ -58,12 +57,11 @@ def cells(values: Values, variant: Variant) -> list[str]:
 
 def _correlation(values: Values, variant: Variant) -> str:
     """Return the mean rank correlation of sigma_mean with the length of h."""
-    for measure, found in values.items():
-        if measure.metric == "sigma_mean near auroc":
-            results = [cast(OODResult, found[run.dir].result) for run in variant.runs if run.dir in found]
-            if results:
-                rho = [result["detectors"]["sigma_mean"]["norm_correlation"] for result in results]
-                return f"{statistics.fmean(rho):.2f}"
+    if measure := the_only_measure(values, "sigma_mean near auroc"):
+        found = values[measure]
+        results = [cast(OODResult, found[run.dir].result) for run in variant.runs if run.dir in found]
+        if results:
+            return f"{statistics.fmean(each['detectors']['sigma_mean']['norm_correlation'] for each in results):.2f}"
     return NONE
 
 

@@ -43,6 +43,7 @@ RULES = {
 MARGIN = 0.01  # of accuracy: a smaller loss counts as a match
 DETECTORS = ("sigma_mean", "draws_disagreement", "msp", "energy", "mahalanobis", "mahalanobis_unlabelled")
 UNKNOWN = Difference(math.nan, -math.inf, math.inf, 1.0, 0, 0)  # of fewer than two seeds, or without evaluations
+OBJECTIVES = ("barlow_twins", "vicreg")  # that the claims are about
 INFORMATION = "I(V;H) js"  # metric and title
 Row = list[str]
 
@@ -83,7 +84,7 @@ def read_claims(values: Values, variants: Sequence[Variant]) -> list[Reading]:
 
 
 def _matches(claim: str, values: Values, z_prob: Sequence[Variant]) -> Reading:
-    linear = _to_baseline(values, z_prob, "linear sweep")
+    linear = [*_to_baseline(values, z_prob, "linear sweep"), *_missing(z_prob)]
     verdict = _verdict(
         supported=all(each.low > -MARGIN for each in linear),
         refuted=any(each.high < -MARGIN for each in linear),
@@ -92,7 +93,7 @@ def _matches(claim: str, values: Values, z_prob: Sequence[Variant]) -> Reading:
 
 
 def _loses(claim: str, values: Values, h_prob: Sequence[Variant]) -> Reading:
-    linear = _to_baseline(values, h_prob, "linear sweep")
+    linear = [*_to_baseline(values, h_prob, "linear sweep"), *_missing(h_prob)]
     information = _to_baseline(values, h_prob, INFORMATION)
     verdict = _verdict(
         supported=all(each.high < 0 for each in [*linear, *information]),
@@ -103,13 +104,12 @@ def _loses(claim: str, values: Values, h_prob: Sequence[Variant]) -> Reading:
 
 def _detects(claim: str, values: Values, stochastic: Sequence[Variant]) -> Reading:
     rows = [["variant", "sets", *DETECTORS, "sigma_mean - 50", "sigma_mean - msp"]]
-    above_chance, above_msp = [], []
+    missing = 2 * len(OBJECTIVES) - len(stochastic)  # variants: Z-prob and H-prob of each
+    above_chance = [UNKNOWN] * (2 * missing)
+    above_msp = above_chance.copy()
     for variant in stochastic:
         for where in ("near", "far"):
-            by_detector = [
-                next((measure for measure in values if measure.metric == f"{detector} {where} auroc"), None)
-                for detector in DETECTORS
-            ]
+            by_detector = [the_only_measure(values, f"{detector} {where} auroc") for detector in DETECTORS]
             sigma, msp = by_detector[DETECTORS.index("sigma_mean")], by_detector[DETECTORS.index("msp")]
             above_chance.append(_score_difference(values, variant, sigma, None) if sigma else UNKNOWN)
             above_msp.append(_score_difference(values, variant, sigma, msp) if sigma and msp else UNKNOWN)
@@ -142,12 +142,26 @@ def _comparison(values: Values, variants: Sequence[Variant]) -> list[Row]:
     return rows
 
 
+def the_only_measure(values: Values, metric: str) -> Measure | None:
+    """Return the measure of a metric, None without any. Ends the program if there are several, of different images."""
+    measures = [measure for measure in values if metric in (measure.metric, measure.title)]
+    if len(measures) > 1:
+        sys.exit(f"The runs have {metric} of different images, which cannot be averaged: delete the other results.")
+    return measures[0] if measures else None
+
+
 def _to_baseline(values: Values, variants: Sequence[Variant], title: str) -> list[Difference]:
     """Return each variant's difference to its deterministic one, UNKNOWN where there is none to compare."""
-    measures = [measure for measure in values if measure.title == title]
-    if len(measures) != 1 or not variants:
-        return [UNKNOWN]
-    return [compare_with_baseline(measures[0], variant, values[measures[0]]) or UNKNOWN for variant in variants]
+    measure = the_only_measure(values, title)
+    if measure is None:
+        return [UNKNOWN] * len(variants)
+    return [compare_with_baseline(measure, variant, values[measure]) or UNKNOWN for variant in variants]
+
+
+def _missing(variants: Sequence[Variant]) -> list[Difference]:
+    """Return UNKNOWN for each objective without a variant: no claim about every objective is then supported."""
+    found = {variant.recipe.objective.name for variant in variants}
+    return [UNKNOWN for objective in OBJECTIVES if objective not in found]
 
 
 def _score_difference(values: Values, variant: Variant, measure: Measure, other: Measure | None) -> Difference:
@@ -159,8 +173,9 @@ def _score_difference(values: Values, variant: Variant, measure: Measure, other:
     for run in runs:
         parts = image_contributions(measure, run, own[run.dir].result)
         if other:
-            parts = [a - b for a, b in zip(parts, image_contributions(other, run, others[run.dir].result))]
-        if not parts:  # the run has no scores of images
+            theirs = image_contributions(other, run, others[run.dir].result)
+            parts = [a - b for a, b in zip(parts, theirs) if len(a) == len(b)]
+        if not parts or (images and [len(x) for x in images] != [len(x) for x in parts]):  # scores are missing
             return mean_difference(values_S2, []) or UNKNOWN
         parts = [part / len(runs) for part in parts]
         images = [a + b for a, b in zip(images, parts)] if images else parts

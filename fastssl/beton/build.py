@@ -194,24 +194,26 @@ def files_to_build(
     """Return the files of each split: one, or its shards, of which one may be asked for."""
     plan = options.plan(load_builder(builder).CANVAS)
     recorded = options.recorded(builder, source, plan)
-    if "val" not in [each.split.name for each in listing.splits]:
-        _refuse_held_out_images(out)
+    refuse_held_out_images(out, [each.split.name for each in listing.splits])
     return [_files_of_split(each, out, plan, options, recorded) for each in listing.splits]
 
 
-def _refuse_held_out_images(out: Path) -> None:
-    """Raise UserError if a build with --hold-out has left its val in `out`: its images would be in train too."""
-    from fastssl.beton.manifest import read_manifest
+def refuse_held_out_images(out: Path, splits: list[str]) -> None:
+    """Raise UserError if a build with --hold-out has left its val in `out`, and this one puts those images in train."""
+    from fastssl.beton.manifest import MOST_COUNTED, read_manifest
 
-    for path in [out / "val.beton", *out.glob("val-*-of-*.beton")]:
+    if "train" not in splits or "val" in splits:
+        return
+    for path in [*out.glob("val.beton"), *out.glob("val-*-of-*.beton")]:
         try:
-            held_out = read_manifest(path, 0).get("hold_out")
+            held_out = read_manifest(path, MOST_COUNTED).get("hold_out")
         except (OSError, ValueError):  # not of build-beton, which then says so
             continue
         if held_out is not None:
+            files = "its files, val*" if path.name != "val.beton" else "it"
             raise UserError(
                 f"{path} holds images that --hold-out {held_out:g}% has taken, and they would be in train too",
-                hint="delete it, or use another --out",
+                hint=f"delete {files}, or use another --out",
             )
 
 

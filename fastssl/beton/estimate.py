@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from fastssl.beton.build import refuse_output_in_source
+from fastssl.beton.build import refuse_held_out_images, refuse_output_in_source
 from fastssl.beton.format import ALLOCATION, allocate, data_start
 from fastssl.beton.images import Codec, StoragePlan, is_much_enlarged
 from fastssl.beton.listing import splits_of
@@ -55,6 +55,7 @@ def estimate_build(
     plan = options.plan(canvas)
     others = _other_plans(options, canvas)
     splits = splits_of(builder, source, options)
+    refuse_held_out_images(out, [split.name for split in splits])
     if images is None:  # a sample may have fewer images than shards
         for split in splits:
             check_shards(split.name, len(split.order), out, options.shards)

@@ -45,6 +45,7 @@ class Schema(BaseModel, strict=True):
     quality: int | None = None
     range: str | None = None
     limit: int | None = None
+    hold_out: float | None = None
     listed: Count = 0  # of a shard with a limit: the images of the split, with those that it leaves out
     channels: int = 3
     max_megapixels: int = 0

@@ -263,7 +263,7 @@ def _percent(option: str, text: str | None) -> float | None:
 
 
 def _images_and_classes(images: int, classes: list[str]) -> str:
-    """Return their numbers, with the names of some classes: folders that are no classes are then seen."""
+    """Return their numbers, with the names of the first classes."""
     what = count_of(images, "image")
     if not classes:
         return f"{what} without labels"

@@ -430,10 +430,8 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
 
     train, val: of the images, for weights, which have no recipe that names them.
     """
-    from fastssl.common.files import expand_user
     from fastssl.common.terminal import console, print_line
     from fastssl.evaluation import load_foreign_encoder, load_run_encoder
-    from fastssl.models.checkpoint import is_run_dir, runs_below
 
     if source.weights is None:
         if not source.runs:
@@ -444,11 +442,8 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
             if getattr(source, option) is not None:
                 name = f"--{option.replace('_', '-')}"
                 raise UserError(f"{name} is for --weights", hint=f"leave out {name}")
-        for given in source.runs:
-            folder = expand_user(given)
-            several = [] if is_run_dir(folder) else runs_below(folder)
-            for run in several if len(several) > 1 else [folder]:
-                yield load_run_encoder(run, untrained=source.untrained, view=view, device=device)
+        for run in _runs_of(source.runs):
+            yield load_run_encoder(run, untrained=source.untrained, view=view, device=device)
         return
     if source.runs or source.untrained:
         other = "a run" if source.runs else "--untrained"
@@ -463,6 +458,25 @@ def _encoders(source: Source, view: View, device: str, train: Path | None, val: 
     for remark in remarks:
         print_line(console(), remark)
     yield encoder
+
+
+def _runs_of(given: list[Path]) -> list[Path]:
+    """Return the runs that were named, and the finished ones in folders such as a sweep's. Says which are left out."""
+    from fastssl.common.files import expand_user
+    from fastssl.common.terminal import console, print_line
+    from fastssl.models.checkpoint import is_run_dir, runs_below
+
+    runs = []
+    for path in map(expand_user, given):
+        below = [] if is_run_dir(path) else runs_below(path)
+        finished = [run for run in below if (run / "encoder.safetensors").exists()]
+        for run in below:
+            if run not in finished:
+                print_line(console(stderr=True), f"Note: {run} is not finished, and is left out.")
+        if below and not finished:
+            raise UserError(f"No run in {path} is finished", hint="name the run directories to evaluate")
+        runs += finished or [path]
+    return runs
 
 
 def _evaluate(

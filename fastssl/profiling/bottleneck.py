@@ -243,11 +243,12 @@ def _fixes_of_decoding(stage: str, costs: CostModel, setup: Setup) -> list[str]:
     threads = seconds["reader" if costs.decodes_in_reader else "threads"] - waiting
     workers = math.ceil(setup.workers * threads / target)
     cores = math.ceil(costs.cpu_seconds() / target)
+    needed = cores if costs.decodes_in_reader else max(cores, workers)  # the reader is one thread
     options = []
     if not costs.decodes_in_reader and setup.workers < workers <= costs.cores and seconds["cores"] < threads:
         options.append(f"data.workers={workers}")
-    elif max(cores, workers) > costs.cores:
-        more = costs.processes * (max(cores, workers) - costs.cores)
+    elif needed > costs.cores:
+        more = costs.processes * (needed - costs.cores)
         options.append(f"{more} more CPU core{'s' if more > 1 else ''}")
     if costs.decodes_in_reader and costs.cores > 1:
         options.append("a larger train.batch_size, which threads would load")

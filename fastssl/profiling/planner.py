@@ -41,11 +41,9 @@ BANDWIDTH_BOUND = 0.5
 VIEW_PASSES, VIEW_SHARE = 2.5, 0.5
 BACKWARD = 2 / 3  # of a step: gradients are exchanged while it runs
 MEMORY_PER_CORE = 4e9  # bytes of the host, assumed if --plan does not give the memory
-# Keys that a plan can change; what depends on others was measured.
-PLANNED_KEYS = (
-    "train.epochs", "train.accumulate", "train.compress_gradients", "train.compile", "data.resident", "data.order",
-    "data.shards",
-)  # fmt: skip
+# Keys that a plan reads. Others change nothing that is predicted, or what they change was measured.
+PLANNED_KEYS = ("train.epochs", "train.compress_gradients", "data.resident", "data.order", "data.shards")
+WITHOUT_EFFECT = ("name", "seed", "run", "log", "probe", "checkpoint")
 CONTEXT = 1e9  # bytes that CUDA itself takes of a GPU
 READ_AROUND = 128e3  # bytes that Linux reads around a page of a mapped file that is not in memory (read_ahead_kb)
 LARGE_PIECE = 8e6  # bytes that data.order=quasi_random reads at a time
@@ -151,12 +149,12 @@ def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) 
 
 
 def check_planned_recipe(profile: Profile, measured: Recipe, recipe: Recipe) -> None:
-    """Raise UserError if `recipe` differs from the measured one in a key on which the measurements depend."""
+    """Raise UserError if `recipe` differs from the measured one in a key that a plan does not read."""
     planned = PLANNED_KEYS if profile.machine.kind == "cuda" else (*PLANNED_KEYS, "train.precision")
-    changed = changed_keys(measured.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    if other := [key for key in changed if key not in planned]:
+    before, after = (each.model_dump(mode="json") for each in (measured, recipe))
+    if changed := changed_keys(before, after, free=(*planned, *WITHOUT_EFFECT)):
         raise UserError(
-            f"The profile was measured with another {other[0]}",
+            f"The profile was measured with another {changed[0]}",
             hint=f"profile the recipe with it; a plan can change {', '.join(planned)}",
         )
 

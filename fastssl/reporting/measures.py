@@ -66,7 +66,7 @@ def collect_measures(runs: Sequence[Run]) -> tuple[Values, list[str]]:
             if kind_of(result["evaluation"]) not in EVALUATIONS:
                 remarks.append(f"{run.dir / 'eval' / name}.json is of an evaluation that this version does not know")
                 continue
-            measured = measures_of(result)
+            measured = _measures(result)
             if not measured:
                 remarks.append(f"{run.dir / 'eval' / name}.json lacks the metrics of its evaluation")
             for measure, value in measured:
@@ -92,7 +92,7 @@ def kind_of(evaluation: str) -> str:
     return evaluation.partition("-")[0]
 
 
-def measures_of(result: EvaluationResult) -> list[tuple[Measure, float]]:
+def _measures(result: EvaluationResult) -> list[tuple[Measure, float]]:
     """Return the measures of a result and their values; none if it lacks the metric of its evaluation."""
     evaluation, metrics = result["evaluation"], result["metrics"]
     images: dict[str, Any] = {"val": result["val"], **{key: result.get(key) for key in ("near", "far")}}

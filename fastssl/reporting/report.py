@@ -4,14 +4,14 @@ import json
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from fastssl.common.files import open_regular
 from fastssl.common.terminal import count_of, progress
 from fastssl.profiling.tables import headline as profile_headline
-from fastssl.reporting.measures import EVALUATIONS, Measure, Values, collect_measures, kind_of, measures_of
+from fastssl.reporting.measures import EVALUATIONS, Values, collect_measures, kind_of
 from fastssl.reporting.runs import Run, find_runs, read_run
 from fastssl.reporting.tables import NONE, Cell, ReportTable, heat_maps, result_tables
 from fastssl.reporting.variants import Variant, group_runs
@@ -65,6 +65,7 @@ def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
     variants, remarks = group_runs(runs, baseline)
     runs = [run for variant in variants for run in variant.runs]
     values, left_out = collect_measures(runs)
+    untrained, left_out_untrained = _untrained(runs)
     tables = result_tables(values, variants)
     unfinished = [
         f"{run.dir} is not finished: its results are those of its last checkpoint"
@@ -73,7 +74,7 @@ def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
     ]
     return Report(
         title=f"{count_of(len(variants), 'variant')}, {count_of(len(runs), 'run')}",
-        findings=[*_findings(tables, variants), *_untrained(runs)],
+        findings=[*_findings(tables, variants), *untrained],
         variants=variants,
         values=values,
         tables=tables,
@@ -81,7 +82,7 @@ def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
         runs=_runs_table(variants),
         views=_views(runs),
         missing=_missing(runs),
-        remarks=[*unfinished, *remarks, *left_out, *(line for run in runs for line in run.unread)],
+        remarks=[*unfinished, *remarks, *left_out, *left_out_untrained, *(line for run in runs for line in run.unread)],
         commands=[(str(run.dir), _command(run)) for run in runs],
         environment=_environment(runs),
     )
@@ -103,18 +104,18 @@ def _findings(tables: Sequence[ReportTable], variants: Sequence[Variant]) -> lis
     return sentences
 
 
-def _untrained(runs: Sequence[Run]) -> list[str]:
-    """Say what the weights reach that the runs started from, where `fastssl eval --untrained` has measured it."""
-    found: dict[Measure, dict[Path, float]] = {}
-    for run in runs:
-        for measure, value in (each for result in run.untrained for each in measures_of(result)):
-            if measure.group == "accuracy":
-                found.setdefault(measure, {}).setdefault(run.dir, value)
-    reached = [
-        f"{measure.title} {measure.info.format(statistics.fmean(values.values()))} ({count_of(len(values), 'run')})"
-        for measure, values in found.items()
-    ]
-    return [f"Untrained encoders reach: {', '.join(reached)}."] if reached else []
+def _untrained(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """Say what the weights reach that the runs started from, where `fastssl eval --untrained` has measured it.
+
+    Returns that sentence, if any, and those on what is left out.
+    """
+    values, remarks = collect_measures([replace(run, results=run.untrained) for run in runs])
+    reached = []
+    for measure, found in values.items():
+        if measure.group == "accuracy":
+            mean = statistics.fmean(each.value for each in found.values())
+            reached.append(f"{measure.title} {measure.info.format(mean)} ({count_of(len(found), 'run')})")
+    return [f"Untrained encoders reach: {', '.join(reached)}."] if reached else [], remarks
 
 
 def _runs_table(variants: Sequence[Variant]) -> ReportTable:

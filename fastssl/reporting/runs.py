@@ -42,7 +42,7 @@ class Run:
     environment: dict[str, Any]  # of environment.json, which may lack any key
     curves: dict[str, Curve]  # metric of metrics.jsonl -> its values
     results: dict[str, EvaluationResult]  # name of the file in eval/ -> a result of the last weights
-    untrained: list[EvaluationResult]  # results of the weights that the run started from
+    untrained: dict[str, EvaluationResult]  # the same for the weights that the run started from
     epochs_begun: int  # as the log says
     profile: Profile | None
     unread: list[str] = field(default_factory=list)  # sentences about files that could not be read
@@ -85,7 +85,7 @@ def read_run(path: Path) -> Run:
     recipe = load_recipe(path / "recipe.yaml")
     unread: list[str] = []
     results: dict[str, EvaluationResult] = {}
-    untrained: list[EvaluationResult] = []
+    untrained: dict[str, EvaluationResult] = {}
     for file in sorted((path / "eval").glob("*.json")):
         found = cast(EvaluationResult, read_json_object(file))
         try:
@@ -98,7 +98,7 @@ def read_run(path: Path) -> Run:
         if Path(found["weights"]).name == LAST:
             results[file.stem] = found
         elif found["weights"] == "untrained":
-            untrained.append(found)
+            untrained[file.stem] = found
     profile = None
     if (path / "profile.json").exists():
         try:

@@ -48,7 +48,7 @@ def group_runs(runs: Sequence[Run], baseline: Path | None = None) -> tuple[list[
     groups: dict[str, list[Run]] = {}
     remarks = []
     for run in runs:
-        group = groups.setdefault(json.dumps(compared_values(run.recipe), sort_keys=True), [])
+        group = groups.setdefault(_key(run.recipe), [])
         same = [other for other in group if other.seed == run.seed]
         if same:
             remarks.append(f"{run.dir} has the recipe and the seed of {same[0].dir}, and is left out")
@@ -73,7 +73,7 @@ def _compared_with(baseline: Path, runs: Sequence[Run], variants: Sequence[Varia
     named = [run.recipe for run in runs if run.dir.resolve() == expand_user(baseline).resolve()]
     if not named:
         raise UserError(f"--baseline {baseline} is none of the runs", hint="name a run directory that the report shows")
-    (variant,) = [each for each in variants if compared_values(each.recipe) == compared_values(named[0])]
+    (variant,) = [each for each in variants if _key(each.recipe) == _key(named[0])]
     chosen = replace(variant, baseline=None)
     return [chosen if each is variant else replace(each, baseline=chosen) for each in variants]
 
@@ -98,6 +98,11 @@ def compared_values(recipe: Recipe) -> dict[str, Any]:
         key: value for key, value in flat(recipe).items()
         if key not in NOT_COMPARED and key.split(".")[0] not in NOT_COMPARED
     }  # fmt: skip
+
+
+def _key(recipe: Recipe) -> str:
+    """Equal for recipes of one variant."""
+    return json.dumps(compared_values(recipe), sort_keys=True)
 
 
 def _is_deterministic(recipe: Recipe) -> bool:

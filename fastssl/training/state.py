@@ -1,6 +1,7 @@
 """The state of a training run: everything that a resume needs, to and from a checkpoint."""
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -180,15 +181,17 @@ def epochs_of_decay(recipe: Recipe, checkpoint: Checkpoint | None) -> int:
     return decay_epochs
 
 
-def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ between two dumped recipes, without those that a resume may change."""
+def changed_keys(
+    before: dict[str, Any], after: dict[str, Any], prefix: str = "", free: Container[str] = FREE_KEYS
+) -> list[str]:
+    """The dotted keys whose values differ between two dumped recipes, without free ones: those a resume may change."""
     changed: list[str] = []
     for key in {**before, **after}:
         dotted, old, new = prefix + key, before.get(key), after.get(key)
-        if old == new or dotted in FREE_KEYS:
+        if old == new or dotted in free:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += changed_keys(old, new, dotted + ".")
+            changed += changed_keys(old, new, dotted + ".", free)
         else:
             changed.append(dotted)
     return changed

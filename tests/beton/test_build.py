@@ -323,8 +323,17 @@ def test_held_out_images_are_built_as_val(tmp_path):
         # Without --hold-out, or with sources that have lost their images, train would hold those of the old val too.
         with pytest.raises(UserError, match="val.*beton holds images that --hold-out 25% has taken"):
             build(out=tmp_path / f"out{shards}", shards=shards)
+        with pytest.raises(UserError, match="they would be in train too"):
+            estimate_build(
+                "imagefolder", tmp_path / "photos", tmp_path / f"out{shards}", BuildOptions(canvas=8, shards=shards)
+            )
     manifest = read_header(tmp_path / "outNone" / "val.beton").manifest
     assert manifest["hold_out"] == 25 and manifest["samples"] == report.splits[1].samples
+    # What the hint says is enough, and a build of other splits does not matter.
+    shutil.copytree(tmp_path / "photos", tmp_path / "test" / "test")
+    build_beton("imagefolder", tmp_path / "test", tmp_path / "outNone", workers=1, canvas=8)
+    (tmp_path / "outNone" / "val.beton").unlink()
+    assert build(out=tmp_path / "outNone").splits[0].samples == 40
     for share in (0, 100, -3):
         with pytest.raises(UserError, match="--hold-out must be more than 0 % and less than 100 %"):
             build(out=tmp_path / "none", hold_out=share)

@@ -430,6 +430,10 @@ def test_whole_images_of_one_size_are_not_compared_with_a_folder(tmp_path):
             ["{photos}", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "{photos}/a.png"],
             "would be one of the images in",
         ),
+        (
+            ["listed.txt", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "listed.png"],
+            "--sheet listed.png is one of the images of listed.txt: name another file",
+        ),
         (["{photos}", "--out", "x.npz", "--score", "sigma_mean", "--sheet", "folder.png"], "folder.png is a folder"),
         (["list.csv", "--out", "./list.csv"], "is the list of images: name another file"),
     ],
@@ -442,6 +446,8 @@ def test_mistakes_end_in_one_sentence(arguments, message, fastssl, run, photos, 
     Path("list.txt").write_text("no/a.jpg\nno/b.jpg\n")
     Path("list.csv").write_text(f"{photos}/val/class0/000.jpg")
     Path("model.bin").write_bytes(bytes(100))
+    Image.new("RGB", (8, 8)).save("listed.png")
+    Path("listed.txt").write_text("listed.png\n")
     Path("void.txt").write_text("\n# nothing\n")
     code, _, err = fastssl("embed", run, *(argument.format(photos=photos) for argument in arguments))
     # The message may be divided between the two lines.

@@ -514,15 +514,22 @@ def test_transfer_to_several_data_sets_makes_one_table(run, canvas, photos, tmp_
         find_target("few", tmp_path / "few_b")
 
 
-def test_a_folder_of_runs_stands_for_all_of_them(fastssl, canvas, tmp_path):
+def test_a_folder_of_runs_stands_for_all_that_are_finished(fastssl, canvas, tmp_path):
     """As that of a sweep, whose runs lie two levels below, next to logs."""
-    for seed in range(2):
-        make_run(tmp_path / "sweep" / "vicreg" / f"seed={seed}", data_of(canvas), seed=seed)
-    (tmp_path / "sweep" / "slurm" / "1").mkdir(parents=True)
-    code, said, _ = fastssl("eval", "knn", tmp_path / "sweep", "--k", "3", "--device", "cpu")
-    assert code == 0 and "vicreg/seed=0" in said and "and 1 more" in said
-    code, said, _ = fastssl("eval", "knn", tmp_path / "sweep" / "slurm", "--device", "cpu")
-    assert code == 2
+    sweep = tmp_path / "sweep"
+    for seed in range(3):
+        make_run(sweep / "vicreg" / f"seed={seed}", data_of(canvas), seed=seed)
+    (sweep / "slurm" / "1").mkdir(parents=True)
+    arguments = ("eval", "knn", sweep, "--k", "3", "--device", "cpu")
+    code, _, err = fastssl(*arguments)
+    assert code == 2 and f"No run in {sweep} is finished: name the run directories" in err.replace("\nhint: ", ": ")
+    finished = [sweep / "vicreg" / f"seed={seed}" / "encoder.safetensors" for seed in range(2)]
+    finished[0].touch()
+    code, said, err = fastssl(*arguments)
+    assert code == 0 and "vicreg/seed=0" in said and "more" not in said and err.count("is not finished, and is") == 2
+    finished[1].touch()
+    code, said, err = fastssl(*arguments)
+    assert code == 0 and "and 1 more" in said and err.count("is not finished, and is left out") == 1
 
 
 def test_runs_that_differ_in_their_seed_only_share_a_row(canvas, tmp_path):

@@ -341,7 +341,13 @@ def test_a_saved_profile_is_planned_without_measuring(fastssl, tmp_path, monkeyp
     assert code == 0 and "PREDICTION, not a measurement: invented on 1x A100" in " ".join(said.split())
     code, more_epochs, _ = fastssl("profile", file, "train.epochs=20", "--plan", "1xA100, 16 cores, nvme")
     assert "for 10 epochs" in said and "for 20 epochs" in more_epochs
-    for override in ("train.batch_size=64", "views.size=64", "embedding.samples=36"):
+    for override in (
+        "train.batch_size=64",
+        "views.size=64",
+        "embedding.samples=36",
+        "embedding.chunk=4",
+        "data.train=x",
+    ):
         code, _, err = fastssl("profile", file, override, "--plan", "1xA100, 16 cores, nvme")
         assert code == 2 and f"The profile was measured with another {override.partition('=')[0]}" in err
     for arguments in ([file], [file, "--plan", "1xA100, 16 cores, nvme", "--fail-under", "images_per_second=1"]):

@@ -165,6 +165,13 @@ def test_costs_add_up_on_one_resource_and_overlap_on_several():
     assert CostModel({"decode": Cost(1.05, 0), "step": Cost(1, 0)}, cores=2).is_balanced()
 
 
+def test_cores_are_not_advised_where_one_thread_decodes():
+    stages = {"decode": Cost(1e-4, 1e-4), "transfer": Cost(1e-5, 1e-5), "views": Cost(1e-5), "step": Cost(4e-5)}
+    costs = CostModel(stages, cores=16, decodes_in_reader=True)
+    advice = suggest_fixes(costs, Setup(workers=16, layout="canvas", storage="raw", on_gpu=True))
+    assert "core" not in advice and "a larger train.batch_size" in advice
+
+
 SETUP = Setup(workers=2, layout="full", storage="jpg", on_gpu=True, compiled=True, precision="bf16")
 
 

@@ -124,8 +124,12 @@ def test_what_untrained_encoders_reach_is_said(tmp_path):
     result = json.loads((run / "eval" / "knn.json").read_text())
     result |= {"weights": "untrained", "metrics": {"accuracy_k20_t0.07": 0.3}}
     (run / "eval" / "knn-untrained.json").write_text(json.dumps(result))
+    # With other settings: the result of the defaults, which has the shorter name, counts.
+    result |= {"metrics": {"accuracy_k20_t0.07": 0.1}, "settings": {"draws": 12}}
+    (run / "eval" / "knn-draws12-untrained.json").write_text(json.dumps(result))
     report = make_report([run])
     assert "Untrained encoders reach: kNN k = 20, T = 0.07 30.0 % (1 run)." in report.findings
+    assert any("knn-draws12-untrained.json: knn-untrained.json is shown in its place" in x for x in report.remarks)
     assert table_named(report, "Accuracy").rows[0][1][0].text == "50.0"
 
 

@@ -5,6 +5,7 @@ encoder and writes. A .beton needs no conversion: BetonLoader reads it.
 """
 
 import json
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastssl.beton.images import Encoded
 from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.shards import exists, is_set
 from fastssl.beton.sheet import check_sheet
-from fastssl.beton.source import as_utf8
+from fastssl.beton.source import as_utf8, file_of
 from fastssl.common.errors import UserError
 from fastssl.common.files import expand_user, explain_write_errors, remove_abandoned_files, write_atomically
 from fastssl.common.system import resolve_workers
@@ -123,7 +124,7 @@ def embed_images(
         raise UserError(f"--out {out} is the list of images", hint="name another file")
     if sheet is not None and score is None:
         raise UserError("--sheet draws the images with the highest score", hint="add --score layers_unlabelled")
-    strangest = None if sheet is None or score is None else Strangest(_check_new_file(sheet, images), score)
+    strangest = None if sheet is None or score is None else Strangest(_check_sheet_path(sheet, images), score)
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if is_set(images) or (images.suffix == ".beton" and images.is_file()):
         encoder.check_channels(images)
@@ -132,6 +133,8 @@ def embed_images(
         rows = _embed_beton(encoder, images, scorer, strangest, report)
     else:
         files = list_images(images, arrays=in_chans != RGB)
+        if strangest is not None:
+            _refuse_listed(strangest.sheet, files)
         report.conversion = find_conversion(fit or encoder.recipe.data.train, encoder.recipe.views, in_chans)
         if not report.conversion.is_recorded:
             print_line(console(), printable(report.conversion.reason))
@@ -150,14 +153,22 @@ def embed_images(
     return report
 
 
-def _check_new_file(sheet: str | Path, images: Path) -> Path:
+def _check_sheet_path(sheet: str | Path, images: Path) -> Path:
     """Return the path of the sheet. Raises UserError if it cannot be one, or would be among the images."""
     path = check_sheet(expand_user(sheet))
     if path.is_dir():
         raise UserError(f"--sheet {path} is a folder", hint="name a file")
-    if path.resolve().is_relative_to(images.resolve()):
+    # realpath, because Path.resolve raises an error for a link to itself.
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(images)):
         raise UserError(f"--sheet {path} would be one of the images in {images}", hint="name a file outside of it")
     return path
+
+
+def _refuse_listed(sheet: Path, files: ImageFiles) -> None:
+    """Raise UserError if the sheet would replace an image that a list names."""
+    path = os.path.realpath(sheet)
+    if sheet.exists() and any(path == os.path.realpath(str(file_of(each.image))) for each in files.samples):
+        raise UserError(f"--sheet {sheet} is one of the images of {files.path}", hint="name another file")
 
 
 def _check_same_crops(train: Path, conversion: Conversion) -> None:
