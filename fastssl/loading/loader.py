@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from fastssl.beton import mapped, read_header
+from fastssl.beton import BetonInfo, mapped, read_header
 from fastssl.beton.format import RGB
 from fastssl.common.distributed import main_progress, rank, world_size
 from fastssl.common.errors import UserError
@@ -220,23 +220,26 @@ class BetonLoader:
                 f"{self.path} gives {self.epoch_images} images, fewer than one batch of {batch_size * self.world}",
                 hint="lower train.batch_size, or add images",
             )
+        self._check_memory(info)
+
+    def _check_memory(self, info: BetonInfo) -> None:
+        """Raise UserError for batches that memory cannot hold, and warn of random reads from a disk."""
         needed = BATCHES * self.batch_bytes_on_host + self.scratch_bytes
         if needed > total_memory():
             height, width = info.max_resolution
             raise UserError(
-                f"Batches of {batch_size} images of {self.path}, of up to {height} x {width} px, take "
-                f"{needed / 1e9:,.0f} GB, and this machine has {total_memory() / 1e9:,.0f} GB of "
-                "memory",
+                f"Batches of {self.batch_size} images of {self.path}, of up to {height} x {width} px, take "
+                f"{needed / 1e9:,.0f} GB, and this machine has {total_memory() / 1e9:,.0f} GB of memory",
                 hint="lower train.batch_size, or build the file again with a smaller --canvas or --max-side",
             )
         size = info.file_bytes
         memory = free_memory()
-        if self.order == "random" and not resident and size > memory:
+        if self.order == "random" and not self.resident and size > memory:
             warnings.warn(
                 f"{self.path} has {size / 1e9:.3g} GB, but {memory / 1e9:.3g} GB of memory are free, and a random "
                 "order reads single images from the disk: set data.order=quasi_random, which reads large pieces, or "
                 "build a file that fits with a smaller --canvas or --max-side.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def own_files(self) -> list[Path] | None:
