@@ -1,6 +1,7 @@
 """Read the paper's three claims off the runs of the study, and print them as Markdown.
 
 python scripts/study_claims.py runs/study_cifar10 > records/study/claims.md
+python scripts/study_claims.py runs/study_cifar10 --summary    # the table of README.md
 
 The rules below were written when two of the study's 20 runs had ended, so that no result could choose its rule.
 Intervals are of 95 %, over seeds and test images, as in reports (`fastssl.reporting.differences`).
@@ -10,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +21,8 @@ from fastssl.common.errors import UserError
 from fastssl.reporting.differences import Difference, mean_difference
 from fastssl.reporting.measures import Measure, Values, compare_with_baseline, image_contributions
 from fastssl.reporting.report import make_report
-from fastssl.reporting.tables import NONE, mean_and_std
-from fastssl.reporting.text import markdown_table
+from fastssl.reporting.tables import NONE, comparison_table, mean_and_std
+from fastssl.reporting.text import cells_as_markdown, markdown_table
 from fastssl.reporting.variants import Variant
 
 RULES = {
@@ -42,6 +44,16 @@ RULES = {
 }
 MARGIN = 0.01  # of accuracy: a smaller loss counts as a match
 DETECTORS = ("sigma_mean", "draws_disagreement", "msp", "energy", "mahalanobis", "mahalanobis_unlabelled")
+SUMMARY = {  # titles of measures, and the headings in README.md
+    "linear sweep": "linear",
+    "kNN k = 20, T = 0.07": "kNN",
+    "10 % of the labels": "10 % of labels",
+    "I(V;H) js": "I(V;H)",
+    "sigma_mean near": "OOD by sigma, near",
+    "sigma_mean far": "far",
+    "layers_unlabelled near": "OOD by features, near",
+    "layers_unlabelled far": "far",
+}
 UNKNOWN = Difference(math.nan, -math.inf, math.inf, 1.0, 0, 0)  # of fewer than two seeds, or without evaluations
 OBJECTIVES = ("barlow_twins", "vicreg")  # that the claims are about
 INFORMATION = "I(V;H) js"  # metric and title
@@ -59,10 +71,15 @@ class Reading(NamedTuple):
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("runs", type=Path, nargs="+", help="run directories, or folders of them")
+    arguments.add_argument("--summary", action="store_true", help="print one table of the variants instead")
+    options = arguments.parse_args()
     try:
-        report = make_report(arguments.parse_args().runs)
+        report = make_report(options.runs)
     except UserError as error:
         sys.exit(str(error))
+    if options.summary:
+        print(*summary(report.values, report.variants), sep="\n")
+        return
     readings = read_claims(report.values, report.variants)
     print(*markdown_table(["claim", "verdict"], [[each.claim, f"**{each.verdict}**"] for each in readings]), sep="\n")
     for each in readings:
@@ -70,6 +87,14 @@ def main() -> None:
         print(*markdown_table(each.rows[0], each.rows[1:]), sep="\n")
     for remark in report.remarks:
         print(f"* {remark}")
+
+
+def summary(values: Values, variants: Sequence[Variant]) -> list[str]:
+    """Return the lines of a Markdown table with a row for each variant, marked as in reports."""
+    measures = {title: the_only_measure(values, title) for title in SUMMARY}
+    found = {title: measure for title, measure in measures.items() if measure}
+    table = comparison_table("", "", "variant", list(found.values()), values, variants)
+    return cells_as_markdown(replace(table, columns=[SUMMARY[title] for title in found]))[:-1]
 
 
 def read_claims(values: Values, variants: Sequence[Variant]) -> list[Reading]:

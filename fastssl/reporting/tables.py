@@ -54,24 +54,24 @@ def result_tables(values: Values, variants: Sequence[Variant]) -> list[ReportTab
     """Return the tables of the evaluations that some run has."""
     of_ood = "AUROC in percent, of the {} sets ({}); mean ± standard deviation over seeds. 50 is chance. * uses labels."
     tables = [
-        _table(
+        comparison_table(
             "Accuracy", "Top-1 accuracy in percent, mean ± standard deviation over seeds.", "variant",
             _of_group(values, "accuracy"), values, variants,
         ),
         *(
-            _table(
+            comparison_table(
                 f"OOD detection, {where}", of_ood.format(where, ", ".join(_sets(values, where))), "detector",
                 _detectors_of(values, where), values, variants,
                 a_row_is="measure",
             )
             for where in ("near", "far")
         ),
-        _table(
+        comparison_table(
             "Uncertainty",
             "What the run's uncertainty says of errors and corruptions; mean ± standard deviation over seeds.",
             "variant", _of_group(values, "uncertainty"), values, variants,
         ),
-        _table(
+        comparison_table(
             "Mutual information",
             "In nats, mean ± standard deviation over seeds. js and mine: lower bounds by critics; rate: an upper bound "
             "of what a stochastic embedding keeps of the image. ≥: saturated in some run, so a lower limit. "
@@ -98,7 +98,7 @@ def _sets(values: Values, where: str) -> list[str]:
     return sorted({name for each in found for name in cast(dict[str, Any], each.result)[where]})
 
 
-def _table(
+def comparison_table(
     title: str,
     caption: str,
     corner: str,
@@ -107,6 +107,7 @@ def _table(
     variants: Sequence[Variant],
     a_row_is: Literal["variant", "measure"] = "variant",
 ) -> ReportTable:
+    """Return a table of the variants that have one of the measures; marks say where one differs from its baseline."""
     shown = [v for v in variants if any(run.dir in values[measure] for run in v.runs for measure in measures)]
     compared = {
         (variant, measure): difference

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 
 from fastssl.reporting.report import Report
-from fastssl.reporting.tables import DIFFERENCE_COLUMNS, Cell
+from fastssl.reporting.tables import DIFFERENCE_COLUMNS, Cell, ReportTable
 
 CSV_COLUMNS = (
     "variant", "seed", "run", "evaluation", "metric", "measure", "value", "low", "high", "test_images",
@@ -17,9 +17,7 @@ def as_markdown(report: Report) -> str:
     lines = [f"# {_escaped(report.title)}", "", *(f"- {_escaped(each)}" for each in report.findings), ""]
     for table in [*report.tables, *report.heat_maps, report.runs]:
         lines += [f"## {_escaped(table.title)}", "", _escaped(table.caption), ""]
-        lines += markdown_table(
-            [table.corner, *table.columns], [[_escaped(name), *map(_marked, cells)] for name, cells in table.rows]
-        )
+        lines += cells_as_markdown(table)
         if table.differences:
             lines += ["Differences to the baselines:", ""]
             lines += markdown_table(DIFFERENCE_COLUMNS, [[_escaped(text) for text in row] for row in table.differences])
@@ -29,6 +27,13 @@ def as_markdown(report: Report) -> str:
         lines += ["## Left out, or not readable", "", *(f"- {_escaped(text)}" for text in report.remarks), ""]
     lines += ["## Commands", "", *(_code(f"{command}    # {name}") for name, command in report.commands)]
     return "\n".join(lines) + "\n"
+
+
+def cells_as_markdown(table: ReportTable) -> list[str]:
+    """Return the lines of a table without its title, and an empty one."""
+    return markdown_table(
+        [table.corner, *table.columns], [[_escaped(name), *map(_marked, cells)] for name, cells in table.rows]
+    )
 
 
 def _marked(cell: Cell) -> str:

@@ -10,8 +10,9 @@ from fabricated_runs import fabricate_run
 
 from fastssl.reporting import make_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from study_claims import read_claims  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from study_claims import read_claims, summary  # noqa: E402
 
 
 def readings(folder, *, z_loses=0.0, h_loses=0.2, h_keeps_less=0.5, sigma=(0.7, 0.9), msp=(0.6, 0.8), seeds=3):
@@ -88,3 +89,21 @@ def test_figures(tmp_path):
     ]  # fmt: skip
     mean, low, high = map(float, re.findall(r"[+-][\d.]+", detects.rows[1][-2]))
     assert low < mean < high and mean == pytest.approx(20, abs=2)  # an AUROC of 70 % is 20 points above chance
+
+
+def test_the_summary_marks_differences_beyond_the_noise(tmp_path):
+    readings(tmp_path, h_loses=0.2)
+    report = make_report([tmp_path])
+    head, _, *rows = summary(report.values, report.variants)
+    assert head == "| variant | linear | I(V;H) | OOD by sigma, near | far |"
+    cells = {cell[0]: cell[1:] for cell in ([part.strip() for part in row.split("|")[1:-1]] for row in rows)}
+    assert cells["Barlow Twins (3 seeds)"][0] == "60.0 ± 0.0" == cells["Z-prob Barlow Twins (3 seeds)"][0]
+    assert cells["H-prob VICReg (3 seeds)"][0] == "**40.0 ± 0.0** ▼"
+    assert [float(cell.split()[0]) for cell in cells["H-prob VICReg (3 seeds)"][2:]] == pytest.approx([70, 90], abs=1)
+
+
+def test_the_readme_has_the_summary_of_the_recorded_runs():
+    report = make_report([ROOT / "records/study/runs"])
+    comments = [f"<!-- {which} of scripts/study_claims.py, summary -->" for which in ("begin", "end")]
+    block = "\n".join([comments[0], *summary(report.values, report.variants), comments[1]])
+    assert block in (ROOT / "README.md").read_text()
