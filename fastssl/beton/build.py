@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastssl.beton.accounting import account_for_files
-from fastssl.beton.file_build import FileBuild, SplitReport
+from fastssl.beton.file_build import MOST_BLACK_NAMED, FileBuild, SplitReport
 from fastssl.beton.format import RGB
 from fastssl.beton.images import MAX_MEGAPIXELS, Codec, StoragePlan
 from fastssl.beton.listing import ListedSplit, Listing, list_source
@@ -271,6 +271,7 @@ def _report_set(split: SourceSplit, out: Path, shards: int, reports: list[SplitR
         bad_images=out / f"bad_images-*-of-{shards:05}.jsonl",
         unlabelled=sum(report.unlabelled for report in reports),
         nearly_black=sum(report.nearly_black for report in reports),
+        nearly_black_names=[name for report in reports for name in report.nearly_black_names][:MOST_BLACK_NAMED],
         enlarged=sum(report.enlarged for report in reports),
         empty_classes=split.empty_classes,
         up_to_date=all(report.up_to_date for report in reports),

@@ -25,6 +25,7 @@ from fastssl.common.terminal import console, print_line, progress
 
 LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
 MOST_NAMED = 5  # images of which workers have died
+MOST_BLACK_NAMED = 20  # nearly black images
 
 
 class SplitReport(NamedTuple):
@@ -39,6 +40,7 @@ class SplitReport(NamedTuple):
     bad_images: Path  # the list of them; of shards, a pattern
     unlabelled: int  # of the samples: images without a label, stored with -1
     nearly_black: int  # of the samples: no stored value is above 1/8 of the range; JPEGs stored unchanged do not count
+    nearly_black_names: list[str]  # of the first of them
     enlarged: int  # of the samples: images whose sides are less than half of the canvas's
     empty_classes: list[str]  # names of classes without images in the source
     up_to_date: bool  # nothing was done: the file had been built from the same images with the same options
@@ -87,6 +89,11 @@ class FileBuild:
             bad_images=self.bad_images,
             unlabelled=manifest.get("unlabelled", 0),
             nearly_black=manifest.get("nearly_black", 0),
+            nearly_black_names=[
+                self.split.samples[index].name
+                for index in manifest.get("nearly_black_ids", [])
+                if index < len(self.split.samples)
+            ],
             enlarged=manifest.get("enlarged", 0),
             empty_classes=self.split.empty_classes,
             up_to_date=old is not None,
@@ -252,6 +259,7 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
         "samples": len(rows) - counts["bad"],
         "unlabelled": int(((rows["label"] == UNLABELLED) & (rows["case"] != Case.BAD)).sum()),
         "nearly_black": int(rows["is_nearly_black"].sum()),
+        "nearly_black_ids": np.sort(rows["index"][rows["is_nearly_black"]])[:MOST_BLACK_NAMED].tolist(),
         "enlarged": int(is_enlarged.sum()),
         "counts": counts,
         "encoded_because": cases,

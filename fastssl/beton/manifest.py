@@ -52,6 +52,7 @@ class Schema(BaseModel, strict=True):
     order: dict[str, int] | str | None = None
     unlabelled: Count = 0
     nearly_black: Count = 0
+    nearly_black_ids: list[Count] = []  # the first of them
     enlarged: Count = 0
     missing: list[int] = []
     counts: dict[str, Count] = {}

@@ -220,9 +220,12 @@ def _print_report(report: "BuildReport") -> None:
             _print(f"Classes without images in the split {split.split}: {len(split.empty_classes):,} ({names}{more}).")
     for split in report.splits:
         if split.nearly_black:
+            names = ", ".join(split.nearly_black_names)
+            more = ", ..." if split.nearly_black > len(split.nearly_black_names) else ""
             _print(
-                f"{split.nearly_black:,} images of {split.path} are nearly black: no value is above 1/8 of the "
-                "range. For files of more than 8 bits per channel, --range auto or --range LOW,HIGH sets the range."
+                f"Nearly black, with no value above 1/8 of the range: {count_of(split.nearly_black, 'image')} of "
+                f"{split.path} ({names}{more}). If such files have more than 8 bits per channel, --range auto or "
+                "--range LOW,HIGH sets their range."
             )
         _say_if_enlarged(str(split.path), split.enlarged / max(1, split.samples))
     for bad_images in dict.fromkeys(split.bad_images for split in report.splits if split.bad):
@@ -234,7 +237,7 @@ def _say_if_enlarged(path: str, share: float) -> None:
     if share > MOST_ENLARGED:
         _print(
             f"{share:.0%} of the images of {path} have less than half of the canvas's side, and are enlarged: a "
-            "smaller --canvas takes less space and loads faster."
+            "smaller --canvas, such as their own side, takes less space and loads faster."
         )
 
 

@@ -1,6 +1,7 @@
 """Every kind of image file is stored as Pillow shows it, or is bad if Pillow does not show it."""
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -161,7 +162,25 @@ def test_a_canvas_of_more_than_twice_the_images_side_is_said(canvas, is_said, tm
         code, out, _ = fastssl(*command.split(), *more)
         said = " ".join(out.split())
         assert code == 0
-        assert ("100% of the images of" in said and "a smaller --canvas takes less space" in said) == is_said
+        assert (
+            "100% of the images of" in said and "a smaller --canvas, such as their own side, takes less space" in said
+        ) == is_said
+
+
+def test_a_build_names_the_first_images_that_are_nearly_black(fastssl, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(25):
+        Image.fromarray(ramp(9 if number else 255, np.uint8)).save(photos / f"{number:02}.png")
+    for shards in (1, 2):
+        more = ("--shards", shards) if shards > 1 else ()
+        out = tmp_path / str(shards)
+        code, said, _ = fastssl("build-beton", "imagefolder", "--source", photos, "--out", out, "--canvas", 32, *more)
+        said = " ".join(said.split())
+        names = [f"{number:02}.png" for number in range(1, 25)]
+        listed = re.search(r"range: 24 images of \S+ \(([^)]*), \.\.\.\)\. If such files", said)
+        assert code == 0 and listed
+        assert len(listed[1].split(", ")) == 20 and set(listed[1].split(", ")) < set(names)
 
 
 def test_a_build_counts_images_that_are_nearly_black(tmp_path):
@@ -181,6 +200,7 @@ def test_a_build_counts_images_that_are_nearly_black(tmp_path):
         for up_to_date in (False, True):
             (report,) = build_beton("imagefolder", photos, out, workers=1, **options).splits
             assert (report.nearly_black, report.up_to_date) == (black, up_to_date)
+            assert report.nearly_black_names == ["12_bits.png", "mask.png"][-black:]
         manifest = read_header(report.path).manifest
         assert manifest["nearly_black"] == black
         assert manifest.get("range") == ("0,4095" if "value_range" in options else None)
