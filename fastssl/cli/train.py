@@ -70,7 +70,7 @@ def _recipe_of(recipe: str | None, overrides: list[str], resume: str | None) -> 
 
 
 def _evaluation_command(recipe: Recipe, run_dir: Path) -> str:
-    """The command that evaluates the run: kNN accuracy; without images and labels for that, its embeddings."""
+    """The command that evaluates the run: kNN accuracy; without images and labels for that, its unusual images."""
     from fastssl.beton import beton_file
     from fastssl.beton.shards import exists
     from fastssl.common.commands import command
@@ -84,8 +84,11 @@ def _evaluation_command(recipe: Recipe, run_dir: Path) -> str:
             train_set = BetonSubset(train_file, data.subset, data.limit)
             check_labels(train_set, BetonSubset(beton_file(data.val, "val")), "kNN", fix_train="", fix_val="")
             return command("eval", "knn", run_dir)
-    images = train_file if exists(train_file) and data.shards == "shared" else "IMAGES"
-    return command("embed", run_dir, images, "--out", run_dir / "embeddings.npz")
+    embeddings = ("--out", run_dir / "embeddings.npz")
+    if not exists(train_file) or data.shards != "shared":
+        return command("embed", run_dir, "IMAGES", *embeddings)
+    score = ("--score", "layers_unlabelled", "--sheet", run_dir / "strangest.png")
+    return command("embed", run_dir, train_file, *embeddings, *score)
 
 
 def sweep(

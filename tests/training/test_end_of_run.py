@@ -34,21 +34,33 @@ def test_a_run_says_what_it_saved_and_what_comes_next(canvas, tmp_path, fastssl)
 
 
 def test_the_command_that_evaluates_a_run_depends_on_its_images(canvas, photos, tmp_path):
-    """kNN needs labels of both sides, of the same classes; else the embeddings of the training images are suggested."""
+    """kNN needs labels of both sides, of the same classes; else the strangest training images are suggested."""
+    run = tmp_path / "run"
 
     def of(*keys):
-        recipe = load_recipe("recipes/barlow.yaml", small(canvas, tmp_path / "run", *keys))
-        return shlex.split(_evaluation_command(recipe, tmp_path / "run"))[1:3]
+        recipe = load_recipe("recipes/barlow.yaml", small(canvas, run, *keys))
+        return shlex.split(_evaluation_command(recipe, run))[1:]
 
     (tmp_path / "flat").mkdir()
     for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:20]):
         (tmp_path / "flat" / f"{number}.jpg").write_bytes(path.read_bytes())
     build_beton("imagefolder", tmp_path / "flat", tmp_path / "unlabeled", canvas=32, workers=1)
     unlabeled = next((tmp_path / "unlabeled").glob("*.beton"))
-    assert of() == ["eval", "knn"]
+    assert of() == ["eval", "knn", str(run)]
     for keys in (["data.val=null"], [f"data.val={tmp_path}/gone.beton"], [f"data.val={unlabeled}"],
                  [f"data.train={unlabeled}"]):  # fmt: skip
-        assert of(*keys) == ["embed", str(tmp_path / "run")], keys
+        train = str(unlabeled) if keys[0].startswith("data.train") else str(canvas / "train.beton")
+        assert of(*keys) == [
+            "embed", str(run), train, "--out", str(run / "embeddings.npz"),
+            "--score", "layers_unlabelled", "--sheet", str(run / "strangest.png"),
+        ], keys  # fmt: skip
+    assert of(f"data.train={tmp_path}/gone.beton") == [
+        "embed",
+        str(run),
+        "IMAGES",
+        "--out",
+        str(run / "embeddings.npz"),
+    ]
 
 
 def test_a_number_is_explained(tmp_path, monkeypatch):
