@@ -104,12 +104,14 @@ class Display:
         total_steps: int,
         epochs: int = 1,
         is_stopping: Callable[[], bool] = lambda: False,
+        log_every: int = 1,
     ):
         self.console = console()
         self.title = printable(title)
         self.current = first_step
         self.total_steps = total_steps
         self.epochs = epochs
+        self.log_every = log_every
         self.is_stopping = is_stopping  # whether a signal has asked for the end, which comes after the step
         self.began = time.monotonic()
         # The first step compiles kernels, so the time left is estimated from its end.
@@ -137,11 +139,14 @@ class Display:
         self.live.stop()
 
     def step(self, step: int) -> None:
-        """Note that a step was taken."""
+        """Note that a step was taken. The first one is also a line, as the next may come minutes later."""
         self.current = step
         if self.first_step is None:
             self.first_step = step
             self.first_step_at = time.monotonic()
+            next_line = min(-(-step // self.log_every) * self.log_every, self.total_steps)
+            if not self.live.is_started and step < next_line:
+                self.print(f"Step {step:,} done; the next line comes after step {next_line:,}.")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step, or those of the probe: in the panel, or as a line."""

@@ -74,6 +74,7 @@ class RunWriter:
             run.schedule.total_steps,
             recipe.train.epochs,
             is_stopping=lambda: stop.received is not None,
+            log_every=recipe.log.every,
         )
 
     def __enter__(self) -> "RunWriter":

@@ -99,6 +99,26 @@ def test_the_header_comes_again_and_the_probe_is_a_sentence(capsys):
     assert lines[-1] == "Probe after epoch 4: kNN accuracy 79.00 %"
 
 
+def test_the_first_step_is_a_line_where_the_next_one_is_far(capsys):
+    def printed(first_step, total_steps, log_every):
+        display = Display("title", first_step, total_steps, log_every=log_every)
+        display.step(first_step + 1)
+        display.step(first_step + 2)
+        return capsys.readouterr().out
+
+    assert printed(0, 1000, 50) == "Step 1 done; the next line comes after step 50.\n"
+    assert printed(960, 980, 50) == "Step 961 done; the next line comes after step 980.\n"
+    assert printed(0, 1000, 1) == printed(49, 1000, 50) == printed(19, 20, 50) == ""
+
+
+def test_the_first_step_is_no_line_above_a_panel(monkeypatch):
+    screen = terminal(80)
+    monkeypatch.setattr(display_module, "console", lambda: screen)
+    with Display("title", 0, 100, log_every=50) as display:
+        display.step(1)
+    assert "done" not in screen.file.getvalue()
+
+
 @pytest.mark.parametrize(
     "path", ["recipes/barlow.yaml", "recipes/supervised.yaml", "recipes/beyond/hzprob_barlow.yaml"]
 )
