@@ -31,10 +31,11 @@ class Schedule:
         return self.peak_rate * factor
 
 
-def plan(recipe: Recipe, steps_per_epoch: int, decay_epochs: int) -> tuple[Schedule, list[str]]:
+def plan(recipe: Recipe, steps_per_epoch: int, decay_epochs: int, step: int = 0) -> tuple[Schedule, list[str]]:
     """The schedule of a recipe, and warnings. The peak rate is optim.lr x global batch / 256.
 
     decay_epochs: until the learning rate has its final value, at most train.epochs.
+    step: that the run goes on from: nothing is said about a warm-up that is over.
     """
     decay_steps = decay_epochs * steps_per_epoch
     warnings = []
@@ -43,8 +44,10 @@ def plan(recipe: Recipe, steps_per_epoch: int, decay_epochs: int) -> tuple[Sched
         steps = round(epochs * steps_per_epoch)
         if steps < decay_steps:
             return steps
-        warnings.append(f"{key}={epochs:g} is the whole run or more: shortened to 10% of its steps.")
-        return decay_steps // 10
+        shortened = decay_steps // 10
+        if step == 0 or step < shortened:
+            warnings.append(f"{key}={epochs:g} is the whole run or more: shortened to 10% of its steps.")
+        return shortened
 
     schedule = Schedule(
         total_steps=recipe.train.epochs * steps_per_epoch,

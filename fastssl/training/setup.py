@@ -138,7 +138,8 @@ def prepare(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None)
     check_combinations(recipe, loader)
     check_memory(recipe, device, len(loader.rows) * loader.image_bytes if loader.resident else 0)
     decay_epochs = epochs_of_decay(recipe, checkpoint)
-    schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs)
+    step = checkpoint.saved["step"] if checkpoint else 0
+    schedule, remarks = plan(recipe, len(loader) // recipe.train.accumulate, decay_epochs, step)
 
     model, loaded = make_model(recipe, device, None if checkpoint else recipe.model.init)
     state = TrainState(

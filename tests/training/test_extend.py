@@ -48,6 +48,14 @@ def test_stretch_follows_the_schedule_of_the_longer_run_from_the_next_step_on(ca
     assert rates_of(run) == [short.rate(step) for step in range(6)] + [whole.rate(step) for step in range(6, 12)]
 
 
+def test_a_warm_up_that_is_over_is_not_said_again(canvas, tmp_path, capsys):
+    said = "optim.warmup_epochs=4 is the whole run or more: shortened to 10% of its steps."
+    run = train(recipe_of(canvas, tmp_path / "run", "train.epochs=1", "optim.warmup_epochs=4"))
+    assert said in capsys.readouterr().out
+    train(recipe_of(canvas, run, "train.epochs=4", "optim.warmup_epochs=4"), resume=run)
+    assert "Extended from 1 to 4 epochs" in (out := capsys.readouterr().out) and said not in out
+
+
 def same_rates():
     return ["train.batch_size=16", "optim.warmup_epochs=1", "optim.final_lr_factor=0.1"]
 

@@ -33,6 +33,17 @@ def test_learning_rate_follows_the_global_batch_and_short_warm_ups_stay():
     assert schedule.rate(19) == pytest.approx(0.1) and schedule.rate(0) == pytest.approx(0.1 / 20)
 
 
+def test_a_shortened_warm_up_is_said_until_it_is_over():
+    recipe = load_recipe("recipes/barlow.yaml", ["train.epochs=4"])  # its warm-up takes 4
+
+    def said(step, steps_per_epoch=10):
+        _, warnings = plan(recipe, steps_per_epoch, decay_epochs=4, step=step)
+        return "optim.warmup_epochs=4 is the whole run or more: shortened to 10% of its steps." in warnings
+
+    assert said(0) and said(3) and not said(4)
+    assert said(0, steps_per_epoch=1)  # shortened to no step at all
+
+
 @pytest.mark.parametrize("crop", ["gpu", "cpu"])
 def test_the_encoder_sees_the_sizes_that_the_recipe_names(canvas, full, tmp_path, monkeypatch, crop):
     """Crops on either device have the size of the epoch."""
