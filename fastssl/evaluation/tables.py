@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from rich.text import Text
 from scipy.stats import t as student_t
 
 from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.common.terminal import PlainConsole, printable
+from fastssl.common.terminal import PlainConsole, count_of, printable
 from fastssl.evaluation.metric_info import chance_levels, explanations, metric_info
 from fastssl.evaluation.results import EvaluationResult, Interval, without_paths
 from fastssl.evaluation.verdict import result_verdict
@@ -26,8 +27,8 @@ from fastssl.recipe import load_recipe
 UNLIMITED = 100_000  # columns of a terminal that needs no wrapping
 INTERVAL_LINE = "95 % interval: bootstrap over the tested images, not over seeds of the training."
 INTERVALS_LINE = (
-    "95 % intervals: of several seeds, of their mean (Student's t); of a single run, over the tested images, so "
-    "another seed may differ more."
+    "95 % intervals, as in brackets above: of several seeds, of their mean (Student's t); of a single run, over the "
+    "tested images, so another seed may differ more."
 )
 CHANCE_LINE = "chance: value of a guess that knows nothing about the image (top-1: always the most frequent class)."
 NOISE = "the 95 % intervals"
@@ -107,12 +108,20 @@ class SummaryRow:
     inverted: dict[str, list[str]] = field(default_factory=dict)  # OOD detector -> sets, inverted in some run
 
     def label(self) -> str:
-        """The name of the first run, and the number of the others on a second line."""
-        others = f"\nand {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
-        first = Path(self.runs[0]).resolve()
+        """What the runs are called, and on a second line their number: "vicreg", "(3 seeds)".
+
+        Runs without a common name are called by the first one.
+        """
         # A sweep makes NAME/seed=0 of the recipe NAME: without it, all of its runs have one name.
-        name = f"{first.parent.name}/{first.name}" if "=" in first.name else first.name
-        return name + (" (untrained)" if self.untrained else "") + others
+        paths = [Path(run).resolve() for run in self.runs]
+        names = [f"{path.parent.name}/{path.name}" if "=" in path.name else path.name for path in paths]
+        without_seed = {re.sub(r"(?<=[/,])seed=[^,]*,?", "", name).rstrip("/,") for name in names}
+        of_weights = " (untrained)" if self.untrained else ""
+        if len(names) == 1:
+            return names[0] + of_weights
+        if len(without_seed) == 1:
+            return f"{without_seed.pop()}{of_weights}\n({count_of(len(names), 'seed')})"
+        return f"{names[0]}{of_weights}\nand {len(names) - 1} more"
 
     def short_label(self) -> str:
         return self.label().replace("\n", " ")
@@ -130,6 +139,13 @@ class SummaryRow:
             return metric.mean - reach, metric.mean + reach
         low, high = self.intervals.get(name, (metric.mean, metric.mean))
         return low, high
+
+    def with_noise(self, name: str) -> str:
+        """A metric with its unit and its 95 % interval, if there is one, such as "48.8 ± 0.4 % (47.8 to 49.8)"."""
+        if self.metrics[name].std is None and name not in self.intervals:
+            return self.format(name)
+        bounds = [metric_info(name).format(bound, with_unit=False) for bound in self.noise(name)]
+        return f"{self.format(name)} ({' to '.join(bounds)})"
 
     def format(self, name: str) -> str:
         """A metric with its unit; "" for one that the runs do not all have."""
@@ -354,7 +370,7 @@ def runs_verdict(rows: Sequence[SummaryRow]) -> list[str]:
                 groups.setdefault(json.dumps([_first_metric(row), row.val], sort_keys=True), []).append(row)
         sentences += [f"{evaluation}: {_best_of(group)}." for group in groups.values()]
         if len(groups) > 1:
-            sentences.append(f"{evaluation}: rows with other test images or another first metric are not compared.")
+            sentences.append(f"{evaluation}: runs with other test images or another first metric are not compared.")
     return sentences
 
 
@@ -372,11 +388,11 @@ def _best_of(rows: Sequence[SummaryRow]) -> str:
     low, high = best.noise(name)
     chance = f"; {info.against_chance(low, high, best.chance[name])}" if name in best.chance else ""
     if len(rows) == 1:
-        return f"{best.short_label()} with {info.label} {best.format(name)}{chance}"
+        return f"{best.short_label()} with {info.label} {best.with_noise(name)}{chance}"
     equal = [row for row in rows if row.noise(name)[0] <= high and row.noise(name)[1] >= low]  # with `best` itself
     if len(equal) == 1:
-        return f"best is {best.short_label()} with {info.label} {best.format(name)}, beyond {NOISE}{chance}"
-    named = [f"{row.short_label()} ({row.format(name)})" for row in equal]
+        return f"best is {best.short_label()} with {info.label} {best.with_noise(name)}, beyond {NOISE}{chance}"
+    named = [f"{row.short_label()} with {row.with_noise(name)}" for row in equal]
     if len(named) > 3:
         named = [*named[:2], f"{len(named) - 2} more"]
     worse = len(rows) - len(equal)

@@ -529,7 +529,7 @@ def test_a_folder_of_runs_stands_for_all_that_are_finished(fastssl, canvas, tmp_
     assert code == 0 and "vicreg/seed=0" in said and "more" not in said and err.count("is not finished, and is") == 2
     finished[1].touch()
     code, said, err = fastssl(*arguments)
-    assert code == 0 and "and 1 more" in said and err.count("is not finished, and is left out") == 1
+    assert code == 0 and "vicreg (2 seeds)" in said and err.count("is not finished, and is left out") == 1
 
 
 def test_runs_that_differ_in_their_seed_only_share_a_row(canvas, tmp_path):

@@ -377,14 +377,17 @@ def single(name, value, low, high, metric="accuracy_k20_t0.07", **fields):
 def test_the_best_row_is_named_only_beyond_noise():
     (said,) = runs_verdict([single("a", 0.919, 0.90, 0.936), single("b", 0.92, 0.90, 0.937)])
     assert "best" not in said and "no difference" in said and "beyond the 95 % intervals" in said
-    assert "a and 1 more (91.9 %)" in said and "b and 1 more (92.0 %)" in said
+    assert "a and 1 more with 91.9 % (90.0 to 93.6) and b" in said and said.endswith("with 92.0 % (90.0 to 93.7).")
     (said,) = runs_verdict([row_of(f"run{i}", {"accuracy": 0.9}, std=None) for i in range(4)])
     assert "no difference" in said and "best" not in said and "2 more" in said
     rows = [single("a", 0.5, 0.48, 0.52), single("b", 0.92, 0.9, 0.94), single("c", 0.91, 0.89, 0.93)]
     (said,) = runs_verdict(rows)
-    assert "no difference" in said and said.index("b and") < said.index("c and") and "1 is worse" in said
+    assert "no difference" in said and said.index("b (2 seeds) with") < said.index("c and") and "1 is worse" in said
     (said,) = runs_verdict(rows[:2])
-    assert "best is b and" in said and "beyond the 95 % intervals" in said  # fails if the worst is chosen
+    assert (
+        "best is b (2 seeds) with top-1, k = 20, T = 0.07 92.0 % (90.0 to 94.0), beyond" in said
+        and "beyond the 95 % intervals" in said
+    )  # fails if the worst is chosen
     # Two seeds: the interval is 9 standard deviations wide on either side.
     (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.002), row_of("b", {"accuracy": 0.47}, 0.002)])
     assert "no difference" in said and "beyond the 95 % intervals" in said
@@ -400,6 +403,27 @@ def test_runs_of_a_sweep_are_named_with_their_recipe():
     """All of them end in seed=0."""
     rows = [row_of(f"{name}/seed=0", {"accuracy": 0.5}) for name in ("zprob_vicreg", "vicreg")]
     assert [row.short_label() for row in rows] == ["zprob_vicreg/seed=0 and 1 more", "vicreg/seed=0 and 1 more"]
+
+
+@pytest.mark.parametrize(("runs", "label"), [
+    (["vicreg/seed=0"], "vicreg/seed=0"), (["vicreg/seed=0", "vicreg/seed=1"], "vicreg (2 seeds)"),
+    (["z/beta=0.1,seed=0", "z/beta=0.1,seed=1"], "z/beta=0.1 (2 seeds)"),
+    (["z/seed=0,beta=0.1", "z/seed=10,beta=0.1"], "z/beta=0.1 (2 seeds)"),
+    (["a", "b"], "a and 1 more"), (["vicreg/seed=0", "other/seed=1"], "vicreg/seed=0 and 1 more"),
+])  # fmt: skip
+def test_runs_that_differ_in_their_seed_have_one_name(runs, label):
+    made = [
+        SummaryRow("knn", [f"runs/{run}" for run in runs], list(range(len(runs))), flag, {}) for flag in (False, True)
+    ]
+    assert made[0].short_label() == label
+    assert "(untrained)" in made[1].short_label()
+
+
+def test_a_mean_is_said_with_its_interval():
+    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, 0.001), row_of("b", {"accuracy": 0.47}, 0.001)])
+    assert "50.0 ± 0.1 % (49.1 to 50.9), beyond the 95 % intervals" in said
+    (said,) = runs_verdict([row_of("a", {"accuracy": 0.5}, None)])
+    assert said.endswith("with top-1 accuracy 50.0 %.")  # an older result without intervals
 
 
 def test_the_interval_of_a_mean_over_seeds_is_that_of_students_t():
