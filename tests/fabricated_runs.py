@@ -42,6 +42,7 @@ def fabricate_run(
         "command": ["fastssl", "train", recipe, f"seed={seed}"],
         "precision": "fp32",
         "cores": 2,
+        "torch_threads": 1,
         "device": "x",
     }
     (folder / "environment.json").write_text(json.dumps(environment))

@@ -10,7 +10,8 @@ Out = Annotated[
     Path, Option(metavar="FILE", help="File to write: .html, .md for Markdown or .csv for the values of every run.")
 ]
 
-LONGEST_COMMAND = 300  # characters on the terminal; a command names every run of a sweep
+LONGEST_COMMAND = 300  # characters on the terminal; a command may name many runs
+MOST_DIFFERENCES = 6  # of a table on the terminal
 
 
 Baseline = Annotated[
@@ -39,11 +40,17 @@ def report(runs: Runs, out: Out = Path("report.html"), baseline: Baseline = None
     written = write_report(runs, out, baseline)
     for sentence in written.findings:
         print(printable(sentence))
+    few = [row for table in written.tables if len(table.differences) <= MOST_DIFFERENCES for row in table.differences]
+    if few:
+        print("Differences to the baselines, with 95 % intervals:")
+    for variant, against, measure, difference, interval, *_ in few:
+        print(printable(f"  {variant}, {measure}: {difference} ({interval}) to {against}"))
     for line in written.remarks:
         print_line(console(stderr=True), f"Note: {line}.")
     print(printable(f"{out} compares {written.title}."))
     if written.missing:
-        print("Not measured yet; the report has the whole commands:")
+        is_short = all(len(command) <= LONGEST_COMMAND for command in written.missing)
+        print("Not measured yet:" if is_short else "Not measured yet; the report has the whole commands:")
     for command in written.missing:
         short = command if len(command) <= LONGEST_COMMAND else f"{command[:LONGEST_COMMAND]} ..."
         print(printable(f"  {short}"))

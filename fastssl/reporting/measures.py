@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,17 +148,37 @@ def compare_with_baseline(measure: Measure, variant: Variant, found: dict[Path, 
         return None
     baselines = {run.seed: run for run in variant.baseline.runs if run.dir in found}
     pairs = [(run, baselines[run.seed]) for run in variant.runs if run.dir in found and run.seed in baselines]
-    values_S2 = np.array([[found[run.dir].value for run in pair] for pair in pairs])
-    return mean_difference(values_S2, _differences_of_images(measure, pairs, found))
+    return _paired_difference(measure, [((a, found[a.dir]), (b, found[b.dir])) for a, b in pairs])
 
 
-def _differences_of_images(
-    measure: Measure, pairs: Sequence[tuple[Run, Run]], found: dict[Path, Found]
-) -> list[np.ndarray]:
+def compare_with_untrained(
+    measure: Measure, variant: Variant, found: dict[Path, Found], untrained: dict[Path, Found]
+) -> tuple[float, Difference | None] | None:
+    """Return a variant's mean difference to the weights that its runs started from, and its noise.
+
+    The noise is None for a single run, all is None where no run has both values.
+    """
+    both = [run for run in variant.runs if run.dir in found and run.dir in untrained]
+    if not both:
+        return None
+    mean = statistics.fmean(found[run.dir].value - untrained[run.dir].value for run in both)
+    pairs = [((run, found[run.dir]), (run, untrained[run.dir])) for run in both]
+    return mean, _paired_difference(measure, pairs)
+
+
+OfRun = tuple[Run, Found]
+
+
+def _paired_difference(measure: Measure, pairs: Sequence[tuple[OfRun, OfRun]]) -> Difference | None:
+    values_S2 = np.array([[found.value for _, found in pair] for pair in pairs])
+    return mean_difference(values_S2, _differences_of_images(measure, pairs))
+
+
+def _differences_of_images(measure: Measure, pairs: Sequence[tuple[OfRun, OfRun]]) -> list[np.ndarray]:
     """Return what each image contributes to the difference, as a mean over the pairs; [] if that is not known."""
     means: list[np.ndarray] = []
-    for run, baseline in pairs:
-        own, other = (image_contributions(measure, each, found[each.dir].result) for each in (run, baseline))
+    for pair in pairs:
+        own, other = (image_contributions(measure, run, found.result) for run, found in pair)
         if not own or [len(part) for part in own] != [len(part) for part in other]:
             return []
         parts = [(a - b) / len(pairs) for a, b in zip(own, other)]

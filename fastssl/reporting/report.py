@@ -1,19 +1,29 @@
 """What a report shows: made from run directories, written by page.py and text.py."""
 
 import json
+import os
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl.common.files import open_regular
+from fastssl.common.files import expand_user, open_regular
 from fastssl.common.terminal import count_of, progress
 from fastssl.profiling.tables import headline as profile_headline
-from fastssl.reporting.measures import EVALUATIONS, Values, collect_measures, kind_of
+from fastssl.reporting.measures import (
+    EVALUATIONS,
+    Found,
+    Measure,
+    Values,
+    collect_measures,
+    compare_with_untrained,
+    kind_of,
+)
 from fastssl.reporting.runs import Run, find_runs, read_run
-from fastssl.reporting.tables import NONE, Cell, ReportTable, heat_maps, result_tables
+from fastssl.reporting.tables import NONE, Cell, ReportTable, heat_maps, interval_of, result_tables, with_sign
 from fastssl.reporting.variants import Variant, group_runs
 
 LARGEST_VIEWS = 2 << 20  # bytes of a views.png that a page holds
@@ -65,7 +75,7 @@ def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
     variants, remarks = group_runs(runs, baseline)
     runs = [run for variant in variants for run in variant.runs]
     values, left_out = collect_measures(runs)
-    untrained, left_out_untrained = _untrained(runs)
+    untrained, left_out_untrained = _untrained(variants, values)
     tables = result_tables(values, variants)
     unfinished = [
         f"{run.dir} is not finished: its results are those of its last checkpoint"
@@ -81,7 +91,7 @@ def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
         heat_maps=heat_maps(values, variants),
         runs=_runs_table(variants),
         views=_views(runs),
-        missing=_missing(runs),
+        missing=_missing(runs, paths),
         remarks=[*unfinished, *remarks, *left_out, *left_out_untrained, *(line for run in runs for line in run.unread)],
         commands=[(str(run.dir), _command(run)) for run in runs],
         environment=_environment(runs),
@@ -104,22 +114,50 @@ def _findings(tables: Sequence[ReportTable], variants: Sequence[Variant]) -> lis
     return sentences
 
 
-def _untrained(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+def _untrained(variants: Sequence[Variant], values: Values) -> tuple[list[str], list[str]]:
     """Say what the weights reach that the runs started from, where `fastssl eval --untrained` has measured it.
 
-    Returns that sentence, if any, and those on what is left out.
+    Returns that sentence, if any, with one for each variant that is not better, and those on what is left out.
     """
-    values, remarks = collect_measures([replace(run, results=run.untrained) for run in runs])
+    runs = [run for variant in variants for run in variant.runs]
+    untrained, remarks = collect_measures([replace(run, results=run.untrained) for run in runs])
+    # A title may also name the images, where several were tested on.
+    trained = {(measure.evaluation, measure.images, measure.metric): found for measure, found in values.items()}
     reached = []
-    for measure, found in values.items():
-        if measure.group == "accuracy":
-            mean = statistics.fmean(each.value for each in found.values())
-            reached.append(f"{measure.title} {measure.info.format(mean)} ({count_of(len(found), 'run')})")
-    return [f"Untrained encoders reach: {', '.join(reached)}."] if reached else [], remarks
+    sentences = []
+    for measure, found in untrained.items():
+        if measure.group != "accuracy":
+            continue
+        mean = statistics.fmean(each.value for each in found.values())
+        reached.append(f"{measure.title} {measure.info.format(mean)} ({count_of(len(found), 'run')})")
+        of_trained = trained.get((measure.evaluation, measure.images, measure.metric), {})
+        sentences += [_not_better(measure, variant, of_trained, found) for variant in variants]
+    if not reached:
+        return [], remarks
+    return [f"Untrained encoders reach: {', '.join(reached)}.", *filter(None, sentences)], remarks
+
+
+def _not_better(
+    measure: Measure, variant: Variant, found: dict[Path, Found], untrained: dict[Path, Found]
+) -> str | None:
+    """Return a sentence if training has not made a variant better, by more than the noise where that is known."""
+    compared = compare_with_untrained(measure, variant, found, untrained)
+    if compared is None:
+        return None
+    mean, difference = compared
+    if difference is None:
+        shown = with_sign(mean, measure)
+        return None if mean > 0 else f"{variant.label} is not better than untrained in {measure.title}: {shown}."
+    if difference.low > 0:
+        return None
+    return (
+        f"{variant.label} is not better than untrained in {measure.title} by more than the noise: "
+        f"{with_sign(mean, measure)} ({interval_of(difference, measure)})."
+    )
 
 
 def _runs_table(variants: Sequence[Variant]) -> ReportTable:
-    columns = ["seed", "epochs", "images/s", "data wait", "hours", "precision", "cores", "device", "profile"]
+    columns = ["seed", "epochs", "images/s", "data wait", "hours", "precision", "threads", "device", "profile"]
     rows = []
     for variant in variants:
         for run in variant.runs:
@@ -129,10 +167,13 @@ def _runs_table(variants: Sequence[Variant]) -> ReportTable:
             texts = [
                 str(run.seed), str(run.recipe.train.epochs), _median(run, "images_per_second", "{:,.0f}"),
                 _median(run, "data_wait", "{:.1%}"), NONE if seconds is None else f"{seconds / 3600:.2f}",
-                *(str(run.environment.get(key, NONE)) for key in ("precision", "cores", "device")), bottleneck,
+                *(str(run.environment.get(key, NONE)) for key in ("precision", "torch_threads", "device")), bottleneck,
             ]  # fmt: skip
             rows.append((f"{variant.label}: {run.dir}", [Cell(text) for text in texts]))
-    caption = "images/s and data wait (the share of the time that training waited for images): medians over the log."
+    caption = (
+        "images/s and data wait (the share of the time that training waited for images): medians over the log. "
+        "threads: of torch on the CPU; runs that ran at the same time divided the cores of the machine."
+    )
     return ReportTable("Runs", caption, "run", columns, rows)
 
 
@@ -155,8 +196,11 @@ def _views(runs: Sequence[Run]) -> Views | None:
     return None
 
 
-def _missing(runs: Sequence[Run]) -> list[str]:
-    """Return the commands that measure what some runs lack; of unfinished runs, those that finish them."""
+def _missing(runs: Sequence[Run], paths: Sequence[Path]) -> list[str]:
+    """Return the commands that measure what some runs lack; of unfinished runs, those that finish them.
+
+    paths: those that the report was asked for. The commands name folders in them where these hold nothing else.
+    """
     commands = [f"fastssl train --resume {shlex.quote(str(run.dir))}" for run in runs if not run.is_finished]
     finished = [run for run in runs if run.is_finished]
     for evaluation in EVALUATIONS:
@@ -166,10 +210,24 @@ def _missing(runs: Sequence[Run]) -> list[str]:
         ]  # fmt: skip
         if lacking:
             commands.append(
-                f"fastssl eval {evaluation} {shlex.join(str(run.dir) for run in lacking)}"
+                f"fastssl eval {evaluation} {shlex.join(map(str, _in_folders(lacking, finished, paths)))}"
                 f"{NEEDED_OPTIONS.get(evaluation, '')}"
             )
     return commands
+
+
+def _in_folders(chosen: Sequence[Run], runs: Sequence[Run], paths: Sequence[Path]) -> list[Path]:
+    """Name the chosen ones of runs by the highest folders, in `paths`, whose runs are all chosen."""
+    folders = {Path(os.path.normpath(expand_user(path))) for path in paths}
+
+    def from_top(run: Run) -> list[Path]:
+        parents = [each for each in run.dir.parents if not folders.isdisjoint([each, *each.parents])]
+        return [*reversed(parents), run.dir]
+
+    all_of = Counter(path for run in runs for path in from_top(run))
+    chosen_of = Counter(path for run in chosen for path in from_top(run))
+    named = (next(path for path in from_top(run) if chosen_of[path] == all_of[path]) for run in chosen)
+    return list(dict.fromkeys(named))
 
 
 def _command(run: Run) -> str:

@@ -168,13 +168,20 @@ def _with_seeds(variant: Variant) -> str:
 
 
 def _difference_row(variant: Variant, measure: Measure, difference: Difference, adjusted: float) -> list[str]:
-    show = measure.info.format
     return [
         variant.label, variant.baseline.label if variant.baseline else NONE, measure.title,
-        f"{'+' if difference.mean > 0 else ''}{show(difference.mean, with_unit=False)}",
-        f"{show(difference.low, with_unit=False)} to {show(difference.high, with_unit=False)}", f"{adjusted:.3f}",
+        with_sign(difference.mean, measure), interval_of(difference, measure), f"{adjusted:.3f}",
         str(difference.seeds), f"{difference.images:,}" if difference.images else NONE,
     ]  # fmt: skip
+
+
+def with_sign(mean: float, measure: Measure) -> str:
+    return f"{'+' if mean > 0 else ''}{measure.info.format(mean, with_unit=False)}"
+
+
+def interval_of(difference: Difference, measure: Measure) -> str:
+    low, high = (measure.info.format(bound, with_unit=False) for bound in (difference.low, difference.high))
+    return f"{low} to {high}"
 
 
 HEAT_MAP_KEYS = ("embedding.beta", "embedding.samples", "embedding.prior")

@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from command_lines import parse
-from fabricated_runs import fabricate_run
+from fabricated_runs import IMAGES, fabricate_run
 
 from fastssl.common.errors import UserError
 from fastssl.recipe import AnyObjective, EmbeddingConfig
@@ -133,20 +133,80 @@ def test_what_untrained_encoders_reach_is_said(tmp_path):
     assert table_named(report, "Accuracy").rows[0][1][0].text == "50.0"
 
 
+def add_untrained(run, accuracy):
+    """A kNN result of the weights that the run started from."""
+    result = json.loads((run / "eval" / "knn.json").read_text())
+    correct = np.arange(IMAGES) < round(accuracy * IMAGES)
+    np.savez(run / "eval" / "knn-untrained.correct.npz", **{"accuracy_k20_t0.07": correct})
+    result |= {
+        "weights": "untrained", "metrics": {"accuracy_k20_t0.07": accuracy}, "outcomes": "knn-untrained.correct.npz"
+    }  # fmt: skip
+    (run / "eval" / "knn-untrained.json").write_text(json.dumps(result))
+
+
+def test_a_variant_that_is_not_better_than_untrained_is_named(tmp_path):
+    """Better counts beyond the noise of seeds and images; a single run has only its value."""
+    trained = {"barlow": (0.5, 0.52, 0.51), "vicreg": (0.7, 0.72, 0.71), "zprob_vicreg": (0.4,), "simclr": (0.6,)}
+    recipes = {name: f"beyond/{name}" if name == "simclr" else f"cifar10/{name}" for name in trained}
+    for name, accuracies in trained.items():
+        for seed, accuracy in enumerate(accuracies):
+            run = fabricate_run(tmp_path / name / str(seed), recipes[name], seed, accuracies={"knn": accuracy})
+            add_untrained(run, 0.5)
+    named = [line for line in make_report([tmp_path]).findings if "not better than untrained" in line]
+    assert len(named) == 2 and named[1] == (
+        "Z-prob VICReg is not better than untrained in kNN k = 20, T = 0.07: -10.0."
+    )
+    assert re.fullmatch(
+        r"Barlow Twins is not better than untrained in kNN k = 20, T = 0\.07 by more than the noise: "
+        r"\+1\.0 \(-\d+\.\d to \d+\.\d\)\.", named[0],
+    )  # fmt: skip
+
+
 def test_what_is_missing_is_a_command(sweep, tmp_path):
     report = make_report([sweep])
     (semisup,) = [command for command in report.missing if " semisup " in command]
-    assert semisup.count("seed=") == 9 and semisup.startswith("fastssl eval semisup ")
+    assert semisup == f"fastssl eval semisup {sweep}"
     for command in report.missing:
         assert parse(shlex.split(command)[1:])
     uncertainty = next(command for command in report.missing if " uncertainty " in command)
-    assert uncertainty.count("/barlow/seed=") == 3 == uncertainty.count("seed=")
+    assert uncertainty == f"fastssl eval uncertainty {sweep}/barlow"
     assert not any(command.startswith(("fastssl eval knn", "fastssl eval ood")) for command in report.missing)
     run = fabricate_run(tmp_path / "run", "cifar10/vicreg", 0, logged_epochs=3)
     report = make_report([run])
     assert report.missing == [f"fastssl train --resume {run}"] and report.remarks == [
         f"{run} is not finished: its results are those of its last checkpoint"
     ]
+
+
+def test_commands_name_the_highest_folder_that_was_given_and_lacks_it_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("barlow", "zprob_barlow"):
+        for seed in range(2):
+            accuracies = {"linear-sweep": 0.5} | ({"knn": 0.5} if (name, seed) == ("barlow", 0) else {})
+            fabricate_run(tmp_path / "runs" / name / f"seed={seed}", f"cifar10/{name}", seed, accuracies=accuracies)
+
+    def knn(*paths):
+        return next(command for command in make_report(paths).missing if " knn " in command)
+
+    runs = tmp_path / "runs"
+    assert knn(Path("~/runs")) == f"fastssl eval knn {runs}/barlow/seed=1 {runs}/zprob_barlow"
+    some = knn(runs / "zprob_barlow" / "seed=0", runs / "barlow")
+    assert some == f"fastssl eval knn {runs}/barlow/seed=1 {runs}/zprob_barlow/seed=0"
+    monkeypatch.chdir(runs)
+    assert knn(Path(".")) == "fastssl eval knn barlow/seed=1 zprob_barlow"
+    assert knn(Path("zprob_barlow/../zprob_barlow")) == "fastssl eval knn zprob_barlow"
+
+
+def test_an_unfinished_run_takes_no_folder_from_the_finished_ones(tmp_path):
+    fabricate_run(tmp_path / "seed=0", "cifar10/vicreg", 0)
+    fabricate_run(tmp_path / "seed=1", "cifar10/vicreg", 1, logged_epochs=3)
+    assert f"fastssl eval knn {tmp_path}" in make_report([tmp_path]).missing
+
+
+def test_the_table_of_runs_has_the_threads_of_each(sweep):
+    """Not the cores of the machine, which runs at the same time share."""
+    table = make_report([sweep]).runs
+    assert {cells[table.columns.index("threads")].text for _, cells in table.rows} == {"1"}
 
 
 def test_the_page_needs_nothing_and_escapes_all(sweep, tmp_path):
@@ -315,13 +375,26 @@ def test_the_command_says_what_was_found_and_what_is_missing(sweep, tmp_path, fa
     code, printed, _ = fastssl("report", str(sweep), "--out", str(out))
     assert code == 0 and out.exists()
     assert "Accuracy: 2 better and 0 worse than their baselines by more than the noise, of 4 differences." in printed
-    assert f"{out} compares 3 variants, 9 runs." in printed and "  fastssl eval mi " in printed
+    assert f"{out} compares 3 variants, 9 runs." in printed
+    assert f"Not measured yet:\n  fastssl eval semisup {sweep}\n" in printed and "  fastssl eval mi " in printed
+
+
+def test_the_command_prints_a_few_differences_with_their_intervals(sweep, tmp_path, fastssl, monkeypatch):
+    arguments = ("report", str(sweep), "--out", str(tmp_path / "report.md"))
+    _, printed, _ = fastssl(*arguments)
+    assert "Differences to the baselines, with 95 % intervals:\n" in printed
+    line = r"  Z-prob Barlow Twins, linear sweep: \+10\.0 \(\d+\.\d to \d+\.\d\) to Barlow Twins\n"
+    assert re.search(line, printed)
+    monkeypatch.setattr("fastssl.cli.report.MOST_DIFFERENCES", 3)
+    _, printed, _ = fastssl(*arguments)
+    assert "Differences to the baselines" not in printed
 
 
 def test_a_command_with_many_runs_is_whole_in_the_file_alone(tmp_path, fastssl):
     runs = [fabricate_run(tmp_path / "runs" / f"seed={seed}", "cifar10/barlow", seed) for seed in range(30)]
-    code, printed, _ = fastssl("report", str(tmp_path / "runs"), "--out", str(tmp_path / "report.md"))
+    code, printed, _ = fastssl("report", *map(str, runs), "--out", str(tmp_path / "report.md"))
     assert code == 0 and max(map(len, printed.splitlines())) < 320
+    assert "Not measured yet; the report has the whole commands:\n" in printed
     assert all(str(run) in (tmp_path / "report.md").read_text() for run in runs)
 
 
