@@ -11,15 +11,18 @@ import torch
 
 from fastssl.beton.shards import exists
 from fastssl.common.errors import UserError
-from fastssl.common.terminal import console, count_of, print_line, printable, time_in_words
+from fastssl.common.files import read_lines
+from fastssl.common.terminal import console, count_of, print_line, printable, progress, time_in_words
 from fastssl.models import SSLModel
 from fastssl.recipe import Recipe
 from fastssl.sweep.grid import Sweep, SweepRun, short_names
-from fastssl.sweep.local import run_tasks, visible_devices
+from fastssl.sweep.local import CPU, run_tasks, visible_devices
 from fastssl.sweep.progress import Task, images_per_epoch, make_tasks, read_progress
-from fastssl.sweep.table import SweepDisplay, results_table
+from fastssl.sweep.table import TimingDisplay, results_table
+from fastssl.training.tracking import parse_metrics
 
 TIMED_STEPS = 30
+LOG_EVERY = 5  # of these steps
 
 
 @dataclass
@@ -134,7 +137,15 @@ def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_
         else:
             chosen = random.Random(0).sample(estimate.tasks, min(per_gpu, len(estimate.tasks)))
             names = " and ".join(task.run.name for task in chosen)
-            print_line(console(stderr=True), f"Timing {TIMED_STEPS} steps of {names}; --images-per-second skips this.")
+            on_cpu = (
+                ", which may take minutes on a CPU"
+                if CPU in visible_devices([task.run.recipe for task in chosen])
+                else ""
+            )
+            print_line(
+                console(stderr=True),
+                f"Timing {TIMED_STEPS} steps of {names}{on_cpu}; --images-per-second N skips this.",
+            )
             estimate.rate = time_runs([task.run for task in chosen], per_gpu)
             estimate.source = f"{TIMED_STEPS} steps of {names}"
             if estimate.rate is None:
@@ -158,22 +169,32 @@ def time_runs(runs: list[SweepRun], per_gpu: int) -> float | None:
     """Images/s of one run while all of these train in parallel; None if one fails."""
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(shorten(run, Path(folder) / str(number))) for number, run in enumerate(runs)]
-        with SweepDisplay("timing", tasks) as display:
+        display = TimingDisplay(tasks)
+        with progress("Timing", sum(display.total_steps.values()), "steps") as display.advance:
             signals = run_tasks(tasks, display, per_gpu=per_gpu, retries=0)
         if signals:
             raise KeyboardInterrupt
-        rates = [rate for task in tasks if (rate := read_progress(task.run).images_per_second)]
+        rates = [rate for task in tasks if (rate := last_rate(task.run))]
         return statistics.harmonic_mean(rates) if len(rates) == len(tasks) else None
 
 
+def last_rate(run: SweepRun) -> float | None:
+    """Images/s over the last third of the timed steps: the first ones compile. None if the run has logged nothing."""
+    path = run.dir / "metrics.jsonl"
+    entries = parse_metrics(read_lines(path) if path.exists() else ())
+    # The last line may be of fewer steps.
+    whole = (entry for entry in entries if (entry.get("step") or 0) % LOG_EVERY == 0)
+    rates = [rate for entry in whole if (rate := entry.get("images_per_second"))]
+    return statistics.harmonic_mean(rates[-TIMED_STEPS // 3 // LOG_EVERY :]) if rates else None
+
+
 def shorten(run: SweepRun, folder: Path) -> SweepRun:
-    """The run in another folder, with only TIMED_STEPS steps, which take seconds."""
+    """The run in another folder, with only TIMED_STEPS steps. They take seconds on a GPU, up to minutes on a CPU."""
     keys = run.recipe.model_dump(mode="json")
     limit = min(TIMED_STEPS * run.recipe.train.batch_size, images_per_epoch(run.recipe))
     keys["run"]["dir"] = str(folder)
     keys["data"]["limit"] = limit
     keys["train"]["epochs"] = -(-TIMED_STEPS * run.recipe.train.batch_size // limit)
     keys["probe"]["every"] = 0
-    # The rate of the last log line leaves out the first steps, which compile.
-    keys["log"] = {"every": TIMED_STEPS // 3}
+    keys["log"] = {"every": LOG_EVERY}
     return SweepRun(run.name, run.grid, run.values, Recipe.model_validate(keys))

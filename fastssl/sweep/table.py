@@ -7,7 +7,7 @@ from collections import Counter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastssl.common.terminal import console, count_of, print_line, printable
+from fastssl.common.terminal import Advance, console, count_of, print_line, printable
 from fastssl.sweep.grid import SweepRun, short_names
 from fastssl.sweep.progress import Task, images_per_epoch, is_finished, last_knn, log_path, read_progress
 
@@ -94,6 +94,28 @@ class SweepDisplay:
         if progress.images_per_second is not None:
             status += f", {progress.images_per_second:,.0f} images/s"
         self.bars.update(self.run_bars[name], completed=progress.step, status=status)
+
+
+class TimingDisplay(SweepDisplay):
+    """Shows how many steps of runs that are timed together are done, and the time left, also without a terminal."""
+
+    advance: Advance  # of `progress`, whose total is that of `total_steps`
+
+    def __init__(self, tasks: list[Task]):
+        super().__init__("timing", tasks)
+        self.done = 0
+
+    def print_state(self, task: Task) -> None:
+        """Print a line for a run that has failed: the others are in a temporary folder."""
+        if task.state == "failed":
+            super().print_state(task)
+
+    def show(self, tasks: list[Task]) -> None:
+        """Report the steps that were logged since the last call."""
+        done = sum(read_progress(task.run).step for task in tasks)
+        if done > self.done:
+            self.advance(done - self.done)
+            self.done = done
 
 
 def results_table(runs: list[SweepRun]) -> Table:

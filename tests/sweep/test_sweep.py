@@ -20,11 +20,13 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fastssl.common import terminal
 from fastssl.common.errors import UserError
 from fastssl.common.slurm import parse_time_limit
 from fastssl.common.terminal import time_in_words
 from fastssl.recipe import load_recipe, shipped_recipes
 from fastssl.sweep import child, dry_run, expand, load_sweep, run_locally, submit_to_slurm, table
+from fastssl.sweep.estimate import last_rate
 from fastssl.sweep.progress import Task, is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
 from fastssl.sweep.slurm import SlurmJob
 from fastssl.training import train
@@ -223,12 +225,48 @@ def test_names_with_characters_beyond_16_bits_reach_the_run(write_sweep):
 
 
 @pytest.mark.slow
-def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, tmp_path):
+def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, monkeypatch):
     sweep, runs = loaded(write_sweep(barlow(seed=[1, 2, 3]), **{"train.epochs": 1000}))
+    monkeypatch.setattr(terminal, "PLAIN_LINE_EVERY", 0)  # seconds
+    monkeypatch.setattr(terminal, "SHORT", 0)
     dry_run(sweep, runs)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "images/s (30 steps of barlow/seed=" in out and " with 1 run at a time" in out
     assert not Path("out").exists()
+    assert re.search(
+        r"^Timing 30 steps of barlow/seed=\d, which may take minutes on a CPU; --images-per-second N skips this\.\n",
+        err,
+    )
+    assert "Timing: 30 steps in " in err
+
+
+def test_the_steps_of_timed_runs_are_shown_as_they_are_logged(write_sweep, capsys):
+    """Of both runs together. Only a failed run is a line: the others have nothing that a user could look at."""
+    _, runs = loaded(write_sweep(barlow(seed=[1, 2])))
+    tasks = [Task(run) for run in runs]
+    display = table.TimingDisplay(tasks)
+    counts = []
+    display.advance = counts.append
+    for step in (5, 5, 10):
+        for run in runs:
+            run.dir.mkdir(parents=True, exist_ok=True)
+            (run.dir / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        display.show(tasks)
+    assert counts == [10, 10] and sum(display.total_steps.values()) == 2 * 14 * 3
+    for task, state in zip(tasks, ("running", "failed")):
+        task.state, task.error = state, "no such backbone"
+        display.print_state(task)
+    assert len(lines := capsys.readouterr().out.splitlines()) == 1 and lines[0].endswith("failed: no such backbone")
+
+
+def test_the_rate_of_a_timed_run_is_that_of_its_last_third(write_sweep):
+    _, (run,) = loaded(write_sweep(barlow(seed=[1])))
+    assert last_rate(run) is None
+    run.dir.mkdir(parents=True)
+    lines = [{"step": 5 * (i + 1), "images_per_second": rate} for i, rate in enumerate((1, 90, 90, 90, 100, 300))]
+    lines.append({"step": 31, "images_per_second": 1})  # of one step
+    (run.dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert last_rate(run) == pytest.approx(150)  # as long at 100 as at 300 images: not the mean
 
 
 # Real processes
