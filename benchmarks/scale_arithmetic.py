@@ -207,10 +207,10 @@ def training_table(forms: list[Form]) -> list[str]:
 
 
 def training_row(form: Form, images: int, nodes: int, disk: str, order: str) -> str:
-    recipe = load_recipe("recipes/zprob_barlow.yaml", [f"data.order={order}", "train.epochs=2"])
-    run = form.profile.run.model_copy(update={"batch_size": BATCH})
+    keys = [f"train.batch_size={BATCH}", f"data.order={order}", "train.epochs=2"]
+    recipe = load_recipe("recipes/zprob_barlow.yaml", keys)
     machine = parse_machine(f"{NODE}, {disk}, {images // nodes} images")
-    plan = plan_training(form.profile.model_copy(update={"run": run}), recipe, machine)
+    plan = plan_training(form.profile, recipe, machine)
     held = "all, on the GPUs" if "threads" not in plan.resource_rates else ""
     if not held:
         assert machine.memory

@@ -167,7 +167,8 @@ def profile(
         Option(metavar="KEY=VALUE", help="Exit with code 1 if a figure is lower. May be repeated."),
     ] = None,
 ) -> None:  # fmt: skip
-    """Find what limits the speed of a run, and what to change. Trains for one or two minutes and discards the result.
+    """Find what limits the speed of a run, and what to change. Trains for one or two minutes, on a CPU for several,
+    and discards the result.
 
     Examples:
       fastssl profile demo

@@ -111,6 +111,13 @@ def find_device(name: str) -> Device | None:
     return DEVICES[max(known, key=len)] if known and not words & OTHER_CHIPS else None
 
 
+def slower_variants(device: Device) -> list[str]:
+    """Return the names of the devices that are known by the same words and more, all slower: of an A100 SXM with 80 GB
+    those with 40 GB and those for PCIe."""
+    words = next(set(words.split()) for words, known in DEVICES.items() if known == device)
+    return [known.name for name, known in DEVICES.items() if set(name.split()) > words]
+
+
 class StorageKind(NamedTuple):
     """The total rates of several threads that read in parallel."""
 

@@ -18,7 +18,7 @@ from fastssl.common.errors import UserError, quote
 from fastssl.common.terminal import count_of, time_in_words
 from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck, suggest_fixes
-from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device
+from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device, slower_variants
 from fastssl.profiling.profile import Profile, StageResult
 from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, percent, rounded, si
 from fastssl.recipe import Recipe
@@ -43,6 +43,7 @@ BACKWARD = 2 / 3  # of a step: gradients are exchanged while it runs
 MEMORY_PER_CORE = 4e9  # bytes of the host, assumed if --plan does not give the memory
 # Keys that a plan reads. Others change nothing that is predicted, or what they change was measured.
 PLANNED_KEYS = ("train.epochs", "train.compress_gradients", "data.resident", "data.order", "data.shards")
+PLANNED_FROM_CPU = ("train.precision", "train.batch_size")  # an image takes as many FLOPs with any of them
 WITHOUT_EFFECT = ("name", "seed", "run", "log", "probe", "checkpoint")
 CONTEXT = 1e9  # bytes that CUDA itself takes of a GPU
 READ_AROUND = 128e3  # bytes that Linux reads around a page of a mapped file that is not in memory (read_ahead_kb)
@@ -71,6 +72,7 @@ class TrainingPlan:
     """The prediction for one machine."""
 
     recipe: str
+    views: str  # their number and size, and the batch size
     machine: str
     images_per_second: float  # from the second epoch on
     epochs: int
@@ -92,6 +94,9 @@ PATTERNS = {  # of the parts of a machine's description, in lower case
     "images": r"(\d{1,12}(?:\.\d+)?) *(k|m|b|thousand|million|billion|) *images",
     "GPUs": r"(?:(\d+)(?: *[x×*] *| +))?(.*)",
 }
+# These are not in the name of a GPU: a comma is missing, or a number is in words.
+SEVERAL_PARTS = "|".join([*(PATTERNS[kind] for kind in ("cores", "storage", "images")), "with", "and"])
+NUMBERS = "two|three|four|five|six|seven|eight|ten|twelve|sixteen"
 
 
 def parse_machine(text: str) -> PlannedMachine:
@@ -102,6 +107,9 @@ def parse_machine(text: str) -> PlannedMachine:
     found: dict[str, re.Match[str]] = {}
     for part in filter(None, (part.strip() for part in text.lower().split(","))):
         kind, match = next((k, m) for k, pattern in PATTERNS.items() if (m := re.fullmatch(pattern, part)))
+        if kind == "GPUs" and re.search(rf"\b({SEVERAL_PARTS}|{NUMBERS})\b", part):
+            hint = f"separate the parts by commas and write numbers in digits, as in {EXAMPLE}"
+            raise UserError(f"--plan: {quote(part)} could not be read as one part", hint=hint)
         if kind == "GPUs" and not find_device(match[2]):
             raise _unknown_part(part, match[2])
         if kind in found:
@@ -150,7 +158,7 @@ def check_batch_size(machine: PlannedMachine, batch_size: int, accumulate: int) 
 
 def check_planned_recipe(profile: Profile, measured: Recipe, recipe: Recipe) -> None:
     """Raise UserError if `recipe` differs from the measured one in a key that a plan does not read."""
-    planned = PLANNED_KEYS if profile.machine.kind == "cuda" else (*PLANNED_KEYS, "train.precision")
+    planned = PLANNED_KEYS if profile.machine.kind == "cuda" else (*PLANNED_KEYS, *PLANNED_FROM_CPU)
     before, after = (each.model_dump(mode="json") for each in (measured, recipe))
     if changed := changed_keys(before, after, free=(*planned, *WITHOUT_EFFECT)):
         raise UserError(
@@ -161,13 +169,26 @@ def check_planned_recipe(profile: Profile, measured: Recipe, recipe: Recipe) -> 
 
 def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> TrainingPlan:
     """Predict training on a machine. Raises UserError if the recipe cannot run there or the profile lacks a step."""
-    check_batch_size(machine, profile.run.batch_size, recipe.train.accumulate)
     assumptions: list[str] = []
+    batch_size = profile.run.batch_size if profile.machine.kind == "cuda" else recipe.train.batch_size
+    if batch_size != profile.run.batch_size:
+        was = f"the profiled one of {profile.run.batch_size:,}"
+        assumptions.append(f"An image takes as long in a batch of {batch_size:,} images as in {was}.")
+    check_batch_size(machine, batch_size, recipe.train.accumulate)
+    if any(override.startswith("views.size=") for override in profile.overrides):
+        assumptions.append(
+            f"The views have {profile.run.size} px, as the command line of the profile set views.size. Another size "
+            "has another speed, and may have another bottleneck."
+        )
+    if slower := slower_variants(machine.device):
+        assumptions.append(f"The GPU is {machine.device.name}; slower ones to name in --plan: {', '.join(slower)}.")
     if machine.images is not None:
         assumptions.append(f"The {machine.images:,} images are like the {profile.data.images:,} profiled ones.")
-        profile = _with_images(profile, machine.images)
     else:
         assumptions.append(f"The set has the {profile.data.images:,} profiled images; for more, add `, 1.3M images`.")
+    if machine.images is not None or batch_size != profile.run.batch_size:
+        images = profile.data.images if machine.images is None else machine.images
+        profile = _with_images(profile, images, batch_size)
     stages = _device_costs(profile, recipe, machine, assumptions)
     costs = CostModel(stages, machine.cores // machine.gpus, processes=machine.gpus)
     first_epoch, resident = costs, recipe.data.resident
@@ -193,7 +214,8 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     images = profile.data.batches_per_epoch * profile.run.batch_size
     first_seconds = images / first_epoch.images_per_second()
     return TrainingPlan(
-        recipe=recipe.name, machine=str(machine), images_per_second=rate, epochs=recipe.train.epochs,
+        recipe=recipe.name, views=_views(profile), machine=str(machine),
+        images_per_second=rate, epochs=recipe.train.epochs,
         hours=(first_seconds + images * (recipe.train.epochs - 1) / rate) / 3600,
         first_epoch_hours=first_seconds / 3600,
         bottleneck=costs.bottleneck(), sentence=describe_bottleneck(costs, setup, show=rounded),
@@ -204,14 +226,24 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
     )  # fmt: skip
 
 
-def _with_images(profile: Profile, images: int) -> Profile:
-    """Return the profile of a set with so many images like those that were profiled."""
-    if images < profile.run.batch_size:
-        raise UserError(f"--plan: {images:,} images are fewer than a batch", hint="name more images")
+def _views(profile: Profile) -> str:
+    """Return what the plan's images per second depend on most."""
+    run = profile.run
+    return f"{count_of(run.views, 'view')} of {run.size} px, batch size {run.batch_size:,}"
+
+
+def _with_images(profile: Profile, images: int, batch_size: int) -> Profile:
+    """Return the profile of a set with so many images like those that were profiled, in batches of this size."""
+    if images < batch_size:
+        raise UserError(
+            f"--plan: {images:,} images are fewer than a batch of {batch_size:,}",
+            hint="name more images, or lower train.batch_size",
+        )
     file_bytes = profile.data.file_bytes * images / profile.data.images
-    batches = images // profile.run.batch_size
+    batches = images // batch_size
     data = profile.data.model_copy(update=dict(images=images, file_bytes=file_bytes, batches_per_epoch=batches))
-    return profile.model_copy(update={"data": data})
+    run = profile.run.model_copy(update=dict(batch_size=batch_size))
+    return profile.model_copy(update={"data": data, "run": run})
 
 
 def _device_costs(profile: Profile, recipe: Recipe, machine: PlannedMachine, assumptions: list[str]) -> dict[str, Cost]:
@@ -353,7 +385,7 @@ def plan_table(plan: TrainingPlan) -> Group:
     if plan.advice:
         verdict.append("\n" + plan.advice, style="not bold")
     return Group(
-        Text(f"PREDICTION, not a measurement: {plan.recipe} on {plan.machine}", style="bold"),
+        Text(f"PREDICTION, not a measurement: {plan.recipe} ({plan.views}) on {plan.machine}", style="bold"),
         verdict,
         table,
         Text("Assumptions", style="bold"),

@@ -68,7 +68,7 @@ DISAGREEMENT = 0.1  # between predicted and measured, from which on a remark say
 def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Path | None = None) -> Profile | None:
     """Measure the bottleneck of the recipe's training on this machine.
 
-    It trains for a minute or two. The trained model is discarded, and no run directory is made.
+    It trains for a minute or two, on a CPU for several. The trained model is discarded, and no run directory is made.
 
     Args:
         overrides: the command line's, recorded in the profile.

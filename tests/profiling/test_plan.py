@@ -1,7 +1,9 @@
 """Planning another machine from a profile: its description, the peaks, the arithmetic, the table."""
 
 import io
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from profiles import example_json
@@ -9,8 +11,15 @@ from rich.console import Console
 
 from fastssl.common.errors import UserError
 from fastssl.profiling import Profile
-from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, find_device
-from fastssl.profiling.planner import TrainingPlan, parse_machine, plan_table, plan_training
+from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, find_device, slower_variants
+from fastssl.profiling.planner import (
+    PLANNED_FROM_CPU,
+    PLANNED_KEYS,
+    TrainingPlan,
+    parse_machine,
+    plan_table,
+    plan_training,
+)
 from fastssl.profiling.wording import RESOURCE_NAMES
 from fastssl.recipe import Recipe, load_recipe
 
@@ -129,6 +138,7 @@ def test_a_machine_is_described_in_any_order():
     )
     machine = parse_machine("2 x H100 PCIe, 32 threads, 1.5 TB, sata")
     assert (machine.gpus, machine.cores, machine.storage, machine.memory) == (2, 32, "ssd", 1.5e12)
+    assert parse_machine("NVIDIA A100 Tensor Core GPU, 8 cores").device.name == "A100 SXM 80GB"
     assert str(parse_machine("a100 40 GB, 8 cores, 64 GB, hdd")) == "1x A100 SXM 40GB, 8 cores, hdd, 64.0 GB"
 
 
@@ -147,6 +157,13 @@ def test_a_machine_is_described_in_any_order():
         ("8xA100, 4 cores", "each GPU needs a core"),
         ("0xA100, 4 cores", "0 GPUs"),
         ("A100, 4 cores, 10M imags", "did you mean"),
+        (
+            "one A100 with 16 cores and NVMe",
+            "'one a100 with 16 cores and nvme' could not be read as one part: separate",
+        ),
+        ("8 A100 64 cores", "separate the parts by commas"),
+        ("A100, 16 cores nvme", "'16 cores nvme' could not be read as one part"),
+        ("two A100, 16 cores", "write numbers in digits"),
         ("A100, 4 cores, 5 images, 6 images", "names the images twice"),
     ],
 )
@@ -247,6 +264,56 @@ def test_a_plan_may_be_for_more_images_than_there_are():
             plan(of_blocks(), f"{machine}, {text}")
 
 
+def test_a_cpu_may_be_profiled_with_smaller_batches_than_those_that_are_planned():
+    """With 8 GPUs, a batch that suits a CPU would make the exchange of gradients the bottleneck."""
+    machine, large = "8xA100, 64 cores, 256 GB", {"parameters": 200_000_000}
+    small = invented(run=large | {"batch_size": 16})
+    planned, expected = plan(small, machine), plan(invented(run=large), machine)
+    assert planned.bottleneck == expected.bottleneck == "step"
+    assert planned.resource_rates == pytest.approx(expected.resource_rates)
+    assert planned.hours == pytest.approx(expected.hours, rel=0.02)  # of 5,078 batches, not of 5,000
+    assert "batch size 256" in planned.views
+    assert "An image takes as long in a batch of 256 images as in the profiled one of 16." in planned.assumptions
+    assert plan(small, machine, "train.batch_size=16").bottleneck == "communication"
+    with pytest.raises(UserError, match="fewer than a batch of 2,048: name more images, or lower train.batch_size"):
+        plan(invented(data={"images": 1000}), "A100, 16 cores", "train.batch_size=2048")
+    on_a_gpu = on_gpu("NVIDIA A100-SXM4-80GB")
+    assert "batch size 256" in plan(on_a_gpu, machine, "train.batch_size=512").views  # it was measured with 256
+
+
+def test_a_plan_says_where_the_profile_changed_the_size_of_views():
+    def says(*overrides: str) -> bool:
+        profile = invented().model_copy(update={"overrides": list(overrides)})
+        return any(
+            "The views have 32 px, as the command line" in line for line in plan(profile, "A100, 16 cores").assumptions
+        )
+
+    assert says("views.size=32", "train.batch_size=16") and not says("train.batch_size=16")
+
+
+def test_a_name_that_several_gpus_share_is_explained():
+    said = "The GPU is A100 SXM 80GB; slower ones to name in --plan: A100 SXM 40GB, A100 PCIe 80GB, A100 PCIe 40GB."
+    assert said in plan(invented(), "A100, 16 cores").assumptions
+    assert not any("slower ones" in line for line in plan(invented(), "L4, 16 cores").assumptions)
+    names = {device.name: device for device in DEVICES.values()}
+    for device in DEVICES.values():
+        for slower in (names[name] for name in slower_variants(device)):
+            assert (slower.fp16, slower.bandwidth, slower.interconnect) < (
+                device.fp16,
+                device.bandwidth,
+                device.interconnect,
+            )
+            assert find_device(slower.name) == slower
+
+
+def test_the_documentation_names_the_keys_that_a_plan_may_change():
+    text = " ".join(Path("docs/profiling.md").read_text().split())
+    sentence = text[text.index("From a saved profile") :].split("; other keys need a new profile")[0]
+    everywhere, from_cpu = sentence.split("measured on a CPU")
+    assert set(re.findall(r"`([a-z_.]+)`", everywhere)) == set(PLANNED_KEYS)
+    assert set(re.findall(r"`([a-z_.]+)`", from_cpu)) == set(PLANNED_FROM_CPU)
+
+
 def test_a_measured_gpu_is_scaled_by_peak_and_bandwidth():
     same = plan(on_gpu("NVIDIA A100-SXM4-80GB"), "A100, 64 cores, 256 GB")
     assert same.images_per_second == pytest.approx(1 / (1 / 2000 + 1 / 50_000))
@@ -338,16 +405,14 @@ def test_a_saved_profile_is_planned_without_measuring(fastssl, tmp_path, monkeyp
     file.write_text(profile.model_copy(update={"recipe": recipe().model_dump(mode="json")}).model_dump_json())
     monkeypatch.setattr("fastssl.profiling.profile_recipe", None)
     code, said, _ = fastssl("profile", file, "--plan", "1xA100, 16 cores, nvme")
-    assert code == 0 and "PREDICTION, not a measurement: invented on 1x A100" in " ".join(said.split())
+    assert (
+        code == 0
+        and "PREDICTION, not a measurement: invented (2 views of 32 px, batch size 256) on 1x A100"
+        in " ".join(said.split())
+    )
     code, more_epochs, _ = fastssl("profile", file, "train.epochs=20", "--plan", "1xA100, 16 cores, nvme")
     assert "for 10 epochs" in said and "for 20 epochs" in more_epochs
-    for override in (
-        "train.batch_size=64",
-        "views.size=64",
-        "embedding.samples=36",
-        "embedding.chunk=4",
-        "data.train=x",
-    ):
+    for override in ("views.size=64", "embedding.samples=36", "embedding.chunk=4", "data.train=x"):
         code, _, err = fastssl("profile", file, override, "--plan", "1xA100, 16 cores, nvme")
         assert code == 2 and f"The profile was measured with another {override.partition('=')[0]}" in err
     for arguments in ([file], [file, "--plan", "1xA100, 16 cores, nvme", "--fail-under", "images_per_second=1"]):
