@@ -131,7 +131,7 @@ def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
             reasons.append(Text(f"{capitalized(STAGE_NAMES[name])} is not in {without}: {reason}", style="dim"))
     return Group(
         Text(_verdict(changes), style="bold"),
-        *(Text(line) for line in (_bottlenecks(a, b), *_changed(changes))),
+        *(Text(line) for line in (_bottlenecks(a, b), *_changed(changes), *_moved_crops(a, b))),
         Text(f"\nA  {a_name}, {a.measured_at}\nB  {b_name}, {b.measured_at}", style="dim"),
         _rates_table(changes),
         Text(RULE, style="dim"),
@@ -185,6 +185,15 @@ def _changed(changes: list[Change]) -> list[str]:
         if names:
             sentences.append(f"{word} in B, beyond the noise: {', '.join(names[:MAX_NAMED])}{more}.")
     return sentences
+
+
+def _moved_crops(a: Profile, b: Profile) -> list[str]:
+    """Return a sentence where the stage that makes the crops is another one."""
+    stages = {"cpu": "cpu_augment", "gpu": "views"}
+    made = [STAGE_NAMES.get(stages.get(profile.data.crop, ""), "another stage") for profile in (a, b)]
+    if a.data.crop == b.data.crop:
+        return []
+    return [f"The crops are a part of {made[0]} in A and of {made[1]} in B: compare the sum of these two stages."]
 
 
 def _rates_table(changes: list[Change]) -> Table:
