@@ -77,7 +77,7 @@ def gpu_json(**changes) -> Json:
     profile["bottleneck"] = {
         "stage": "step",
         "sentence": "The training step is the bottleneck (80 % of the time). Halving its cost would make training "
-        "1.43x as fast; the next limit is image decoding at 16,470 images/s.",
+        "1.42x as fast; the next limit is image decoding at 16,470 images/s.",
         "accelerator_utilization": 0.983,
         "next": {"stage": "decode", "images_per_second": 16_470.0},
         "twice_as_fast": {"step": 16_470.0, "views": 12_720.0, "decode": 11_547.0},
@@ -149,7 +149,7 @@ CPU = {
     },
     "bottleneck": {
         "stage": "decode",
-        "sentence": "Image decoding is the bottleneck (51 % of the time). Halving its cost would make training 1.41x "
+        "sentence": "Image decoding is the bottleneck (51 % of the time). Halving its cost would make training 1.40x "
         "as fast; the next limit is the training step at 2,700 images/s.",
         "accelerator_utilization": 0.43,
         "next": {"stage": "step", "images_per_second": 2_700.0},

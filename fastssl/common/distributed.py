@@ -44,7 +44,7 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def main_progress(title: str, total: int, unit: str = "images") -> AbstractContextManager[Callable[..., None]]:
+def main_progress(title: str, total: int | None, unit: str = "images") -> AbstractContextManager[Callable[..., None]]:
     """Show progress in the main process only."""
     return progress(title, total, unit) if is_main_process() else nullcontext(lambda *_: None)
 

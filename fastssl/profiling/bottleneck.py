@@ -151,11 +151,15 @@ def describe_bottleneck(
         next_limit = f"the next limit is {in_sentence(without.bottleneck())} at {show(next_rate)} images/s"
     # Of what was measured, which may be more than the costs predict.
     seconds = max(seconds or 0.0, costs.seconds())
-    saved = costs.seconds() - costs.with_speedup(stage, 2).seconds()
-    speedup = seconds / (seconds - saved)
+    speedup = training_speedup(costs.seconds(), costs.with_speedup(stage, 2).seconds(), seconds)
     gain = "double throughput" if speedup >= DOUBLES else f"make training {speedup:.2f}x as fast"
     where, its_cost = _where_the_time_goes(stage, costs, setup, seconds)
     return f"{where}. Halving {its_cost} would {gain}; {next_limit}."
+
+
+def training_speedup(before: float, after: float, seconds: float) -> float:
+    """Return the speedup of training that takes `seconds` for an image, of which `before` becomes `after`."""
+    return seconds / (seconds - before + after)
 
 
 def _where_the_time_goes(stage: str, costs: CostModel, setup: Setup, seconds: float) -> tuple[str, str]:

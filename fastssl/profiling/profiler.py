@@ -24,8 +24,8 @@ from fastssl.common.environment import describe_environment, device_name
 from fastssl.common.errors import UserError
 from fastssl.common.files import open_regular, part_of
 from fastssl.common.system import available_cores, free_memory
-from fastssl.profiling.bottleneck import Cost, CostModel, describe_bottleneck, setup_of, suggest_fixes
-from fastssl.profiling.device_stages import DeviceStages, PhaseTimer
+from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, describe_bottleneck, setup_of, suggest_fixes
+from fastssl.profiling.device_stages import DeviceStages
 from fastssl.profiling.end_to_end import EndToEndStage
 from fastssl.profiling.loader_stages import LoaderStages, endless
 from fastssl.profiling.page import write_page
@@ -45,7 +45,6 @@ from fastssl.profiling.profile import (
     write_profile,
 )
 from fastssl.profiling.storage import StorageStage, mean_size
-from fastssl.profiling.timing import StageTimer
 from fastssl.profiling.trace import write_trace
 from fastssl.profiling.wording import percent, significant
 from fastssl.recipe import Recipe
@@ -63,6 +62,7 @@ OTHERS_SECONDS = 0.5  # for which other processes are observed
 OTHERS_CORES = 0.1  # that other processes keep busy, from which on a remark says so
 NOISY = 0.1  # spread of the windows of training, from which on a remark says so
 DISAGREEMENT = 0.1  # between predicted and measured, from which on a remark says so
+SMALL_WAIT = 0.05  # share of the time that the device waits for data, below which loading is not the bottleneck
 
 
 def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Path | None = None) -> Profile | None:
@@ -97,13 +97,14 @@ def profile_recipe(recipe: Recipe, overrides: list[str] | None = None, trace: Pa
         stages = profiler.results(machine.peak_flops)
         costs = profiler.costs(stages, data)
         prediction = predict(costs, stages)
+        bottleneck = profiler.bottleneck(costs, stages, data, prediction)
         profile = Profile(
             schema_version=2, measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
             seconds=time.perf_counter() - start, fastssl_version=version("fastssl-trainer"), name=recipe.name,
             recipe=recipe.model_dump(mode="json"), overrides=overrides or [], environment=describe_environment(device),
             machine=machine, data=data, run=profiler.training_run(), stages=stages, prediction=prediction,
-            bottleneck=profiler.bottleneck(costs, stages, data, prediction),
-            remarks=[*remarks_on(data, prediction, stages, others), *remarks], trace=trace.name if trace else None,
+            bottleneck=bottleneck, remarks=[*remarks_on(data, prediction, bottleneck.stage, stages, others), *remarks],
+            trace=trace.name if trace else None,
         )  # fmt: skip
         return profile if is_main_process() else None
 
@@ -163,29 +164,33 @@ class Profiler:
 
     def measure(self) -> None:
         """Time every stage: a warm-up, then rounds of one window each."""
-        device, phases = self.run.device, self.device_stages.phases
+        device, phases, training = self.run.device, self.device_stages.phases, self.end_to_end.timer
         loading = self.loader_stages.timers() if self.loader_stages else []
         alone = [*loading, *self.device_stages.timers()]
-        with main_progress("warming up", len(alone) + 1, "stages") as advance:
-            for timer in [*alone, self.end_to_end.timer]:
+        # Without their number, as they take so different times that it would say nothing about the time left.
+        with main_progress("warming up", None, "stages") as advance:
+            for timer in [*alone, training]:
                 timer.warm_up()
                 advance()
+            start = time.perf_counter()
             phases.measure()
+            phases_seconds = time.perf_counter() - start
             phases.windows.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        in_turn: list[StageTimer | PhaseTimer | EndToEndStage] = [*alone, phases, self.end_to_end]
+        in_turn = [(timer.measure, timer.expected) for timer in alone]
+        in_turn += [(phases.measure, phases_seconds), (self.end_to_end.measure, training.expected)]
+        one_round = sum(seconds for _, seconds in in_turn)
         fewest, most = ROUNDS
-        with main_progress("measuring", most * len(in_turn), "windows") as advance:
-            start = time.perf_counter()
-            for done in range(most):
-                expected = (time.perf_counter() - start) * (done + 1) / max(1, done)
-                if broadcast_from_main(lambda: done >= fewest and expected > SECONDS):  # noqa: B023
-                    advance((most - done) * len(in_turn))
-                    break
-                for stage in in_turn:
-                    stage.measure()
-                    advance()
+        rounds = broadcast_from_main(lambda: min(most, max(fewest, int(SECONDS / one_round))))
+        elapsed, shown = 0.0, 0  # expected seconds of the windows that are done, and their share in percent
+        with main_progress("measuring", 100, "%") as advance:
+            for measure, seconds in rounds * in_turn:
+                measure()
+                elapsed += seconds
+                done = round(100 * elapsed / (rounds * one_round))
+                advance(done - shown)
+                shown = done
         self.peak_memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if device.type == "cuda":
             self.peak_memory = torch.cuda.max_memory_allocated(device)
@@ -260,11 +265,10 @@ class Profiler:
         stage = costs.bottleneck()
         without = costs.with_speedup(stage, math.inf)
         rate = without.images_per_second()
-        error = prediction.relative_error
-        is_doubtful = abs(error) > DISAGREEMENT
-        doubt = f"Uncertain, as the stages predict {100 * error:+.0f} % off what was measured. " if is_doubtful else ""
+        named = "balanced" if costs.is_balanced() else stage
+        doubt = "Uncertain, see the note. " if is_off(prediction) and not is_certain(named, prediction, stages) else ""
         return Bottleneck(
-            stage="balanced" if costs.is_balanced() else stage,
+            stage=named,
             sentence=doubt + describe_bottleneck(costs, setup, seconds),
             advice=suggest_fixes(costs, setup, seconds),
             accelerator_utilization=utilization.median if utilization else 0.0,
@@ -284,18 +288,42 @@ def predict(costs: CostModel, stages: Stages) -> Prediction:
     )  # fmt: skip
 
 
-def remarks_on(data: ProfiledData, prediction: Prediction, stages: Stages, others: float) -> list[str]:
+def is_off(prediction: Prediction) -> bool:
+    """Whether the stages predict another speed than was measured."""
+    return abs(prediction.relative_error) > DISAGREEMENT
+
+
+def is_certain(stage: str, prediction: Prediction, stages: Stages) -> bool:
+    """Whether a stage is the bottleneck even if the prediction is off: it takes more than half of the measured time on
+    the device, which hardly waits for data."""
+    if stage not in RESOURCES["device"]:
+        return False
+    rate, waited = stages.by_name()[stage].rate, stages.end_to_end.data_wait
+    is_long = rate is not None and prediction.measured_images_per_second > 0.5 * rate
+    return is_long and waited is not None and waited.median < SMALL_WAIT
+
+
+def remarks_on(data: ProfiledData, prediction: Prediction, bottleneck: str, stages: Stages, others: float) -> list[str]:
     """Return what changes the meaning of the verdict, the most important first.
 
-    others: cores that other processes keep busy.
+    Args:
+        bottleneck: a stage, or "balanced".
+        others: cores that other processes keep busy.
     """
     remarks = []
     training, storage = stages.end_to_end.images_per_second, stages.storage.rate
-    if abs(error := prediction.relative_error) > DISAGREEMENT:
-        rate = significant(prediction.predicted_images_per_second)
+    if is_off(prediction):
+        rate, measured = prediction.predicted_images_per_second, prediction.measured_images_per_second
+        more = "more" if rate > measured else "less"
+        doubt = "the bottleneck is uncertain"
+        if is_certain(bottleneck, prediction, stages) and (waited := stages.end_to_end.data_wait):
+            doubt = (
+                "speedup and next limit are uncertain. The bottleneck is not: training waits for data only "
+                f"{percent(waited.median)} of the time"
+            )
         remarks.append(
-            f"Do not trust the bottleneck: the stages predict {rate} images/s, {100 * error:+.0f} % off what was "
-            "measured. Profile again when nothing else runs."
+            f"The stages predict {significant(rate)} images/s, {percent(abs(prediction.relative_error))} {more} than "
+            f"the {significant(measured)} measured, so {doubt}. Profile again when nothing else runs."
         )
     if storage and training and data.in_page_cache and storage < training.median:
         cached = percent(data.in_page_cache)

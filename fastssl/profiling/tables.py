@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fastssl.profiling.bottleneck import training_speedup
 from fastssl.profiling.profile import Profile, StageResult, device_time, training_seconds
 from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, in_sentence, percent, si, significant, times
 
@@ -89,9 +90,11 @@ def headline(profile: Profile) -> dict[str, str]:
     if (after := bottleneck.next) and bottleneck.stage != "balanced":
         rate = significant(after.images_per_second)
         lines["next limit"] = f"{in_sentence(after.stage)} at {rate} images/s, without the bottleneck"
+    # Of the longer of the measured and the predicted time, as in the verdict.
+    seconds = 1 / min(predicted, prediction.measured_images_per_second)
     largest_first = sorted(bottleneck.twice_as_fast.items(), key=lambda item: -item[1])
-    speedups = {stage: rate / predicted for stage, rate in largest_first if rate >= WORTH_SAYING * predicted}
-    gains = [f"{times(speedup)} for {STAGE_NAMES.get(stage, stage)}" for stage, speedup in speedups.items()]
+    speedups = {stage: training_speedup(1 / predicted, 1 / rate, seconds) for stage, rate in largest_first}
+    gains = [f"{times(x)} for {STAGE_NAMES.get(stage, stage)}" for stage, x in speedups.items() if x >= WORTH_SAYING]
     lines["speedup from halving a stage"] = ", ".join(gains) or "less than 1 % for each"
     return lines
 
@@ -172,7 +175,10 @@ def _scaling(stage: StageResult) -> str:
     most = max(workers)
     text = _count(most, "thread")
     if 1 in workers and most > 1:
-        text += f" are {times(workers[most].median / workers[1].median)} as fast as one"
+        speedup = workers[most].median / workers[1].median
+        text += f" are {times(speedup)} as fast as one"
+        if speedup > most:
+            text += f" (what is above {most}x is noise)"
     if stage.knee and stage.knee < most:
         text += f", more than {stage.knee} give less than 5 %"
     return text

@@ -34,6 +34,7 @@ class StageTimer:
     skipped_batches: int = 1  # at the start of each window, not counted
     after: Callable[[], None] = lambda: None  # called after each window
     batches: int = 0  # in a window, the same in all processes; set by warm_up
+    expected: float = 0.0  # seconds that `measure` takes; set by warm_up
     windows: list[Window] = field(default_factory=list)
 
     def warm_up(self) -> None:
@@ -42,6 +43,7 @@ class StageTimer:
         self.after()
         took = self._time(self.min_batches).seconds / self.min_batches
         self.batches = broadcast_from_main(lambda: max(self.min_batches, math.ceil(self.seconds / took)))
+        self.expected = took * (self.skipped_batches + self.batches)
 
     def measure(self) -> None:
         self.windows.append(self._time(self.batches))

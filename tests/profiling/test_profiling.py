@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import ENVIRONMENT, SMALL
 
 from fastssl.beton import build_beton, read_header
-from fastssl.common import randomness
+from fastssl.common import randomness, terminal
 from fastssl.loading import BetonLoader, kernels
 from fastssl.loading.samples import Samples
 from fastssl.models.small_convolution import use_plain_convolutions
@@ -505,9 +505,14 @@ def test_the_command_measures_full_files_writes_all_files_and_fails_below_a_thre
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(full, "name=small")
     (tmp_path / "small.yaml").write_text(recipe.to_yaml())
+    monkeypatch.setattr(terminal, "PLAIN_LINE_EVERY", 0.0)
+    monkeypatch.setattr(terminal, "SHORT", 0.0)
     options = ["--plan", "2xA100, 16 cores, nvme", "--fail-under", "images_per_second=1e9"]
     code, out, err = fastssl("profile", "small.yaml", *options)
     assert code == 1 and "images_per_second is" in err and "below" in err
+    assert "warming up: 2 stages, " in err and "measuring: 100 % in " in err
+    done = [int(n) for n in re.findall(r"measuring: (\d+) of 100 %", err)]
+    assert done == sorted(done) and 5 < len(done) and done[-1] >= 50
     measured = read_profile(tmp_path / "profiles/small.json")
     assert " ".join(measured.bottleneck.sentence.split()[:3]) in out and "PREDICTION" in out
     for suffix in ("json", "html", "trace.json.gz"):
