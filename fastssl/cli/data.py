@@ -209,7 +209,7 @@ def _print_report(report: "BuildReport") -> None:
     """Say what each file holds, and what was left out."""
     for split in report.splits:
         _print(
-            f"{split.path} holds {_images_and_classes(split.samples, split.classes)}, {split.bytes / 1e6:,.1f} MB"
+            f"{split.path} holds {_images_and_classes(split.samples, split.classes)}, {_size(split.bytes)}"
             + (f", {split.unlabelled:,} without a label" if split.unlabelled and split.classes else "")
             + (f", {count_of(split.bad, 'bad image')} skipped" if split.bad else "")
             + (" (up to date: built from the same images with the same options)" if split.up_to_date else "")
@@ -278,18 +278,26 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
     for split in estimate.splits:
         _print(
             f"{split.path} would hold about {_images_and_classes(split.images, split.classes)}, "
-            f"{split.bytes / 1e6:,.1f} MB, as {split.stored}; time to build: {time_in_words(split.seconds)}"
+            f"{_size(split.bytes)}, as {split.stored}; time to build: {_build_time(split.seconds)}"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
         )
         _say_if_enlarged(str(split.path), split.enlarged)
     for splits in estimate.others:
         size, seconds = sum(split.bytes for split in splits), sum(split.seconds for split in splits)
-        _print(f"As {splits[0].stored} instead: {size / 1e6:,.1f} MB; time to build: {time_in_words(seconds)}")
+        _print(f"As {splits[0].stored} instead: {_size(size)}; time to build: {_build_time(seconds)}")
     total = sum(split.bytes for split in estimate.splits)
     fits_disk = "fit on" if total < estimate.free_disk else "DO NOT fit on"
-    _print(f"All {total / 1e9:,.2f} GB {fits_disk} the disk: {estimate.free_disk / 1e9:,.1f} GB free.")
+    _print(f"All {_size(total)} {fits_disk} the disk: {_size(estimate.free_disk)} free.")
     fits_memory = "fit into" if total < estimate.free_memory else "DO NOT fit into"
-    _print(f"All {total / 1e9:,.2f} GB {fits_memory} the page cache: {estimate.free_memory / 1e9:,.1f} GB free.")
+    _print(f"All {_size(total)} {fits_memory} the page cache: {_size(estimate.free_memory)} free.")
+
+
+def _build_time(seconds: float) -> str:
+    return f"{time_in_words(seconds)} after the start of the processes"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def inspect(

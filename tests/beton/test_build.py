@@ -706,6 +706,18 @@ def test_the_estimate_is_close_to_what_is_built(forty_photos, tmp_path):
     assert limited.splits[0].images == 10
 
 
+@pytest.mark.parametrize("images, unit", [(40, "MB"), (4_000_000, "GB")])
+def test_the_estimate_gives_a_size_in_one_unit_and_says_what_its_time_counts(
+    forty_photos, images, unit, tmp_path, fastssl
+):
+    command = f"build-beton imagefolder --source {forty_photos} --out {tmp_path}/o --canvas 80 --workers 1 --dry-run"
+    code, out, _ = fastssl(*command.split(), "--images", images)
+    said = " ".join(out.split())
+    size = re.search(r"classes \(bird, cat\), ([\d.]+ [MG]B), as", said)[1]
+    assert code == 0 and said.count(f"All {size} ") == 2 and size.endswith(unit)
+    assert said.count("after the start of the processes") == 2  # as blocks, as JPEGs
+
+
 def test_a_build_says_what_it_replaces(photos, tmp_path, capsys):
     def said(**options):
         build_beton("imagefolder", photos, tmp_path, workers=1, limit=4, **options)
