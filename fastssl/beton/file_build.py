@@ -21,7 +21,7 @@ from fastssl.beton.shards import Shard
 from fastssl.beton.source import ImageSource, Sample, SourceSplit, as_utf8, changed_since
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import read_text, write_atomically
-from fastssl.common.terminal import console, print_line, progress
+from fastssl.common.terminal import console, listed, print_line, progress
 
 LARGEST_LIST = 1 << 30  # bytes of bad_images.jsonl; a million bad images take 0.1 GB
 MOST_NAMED = 5  # images of which workers have died
@@ -89,11 +89,7 @@ class FileBuild:
             bad_images=self.bad_images,
             unlabelled=manifest.get("unlabelled", 0),
             nearly_black=manifest.get("nearly_black", 0),
-            nearly_black_names=[
-                self.split.samples[index].name
-                for index in manifest.get("nearly_black_ids", [])
-                if index < len(self.split.samples)
-            ],
+            nearly_black_names=manifest.get("nearly_black_names", []),
             enlarged=manifest.get("enlarged", 0),
             empty_classes=self.split.empty_classes,
             up_to_date=old is not None,
@@ -166,6 +162,8 @@ class FileBuild:
                     hint=f"read {self.bad_images}, which lists them all with the reason{fewer}",
                 )
             manifest = {**key, **_counts(partial.rows)}
+            nearly_black = np.sort(partial.rows["index"][partial.rows["is_nearly_black"]])[:MOST_BLACK_NAMED]
+            manifest["nearly_black_names"] = [as_utf8(split.samples[index].name) for index in nearly_black.tolist()]
             not_found = sorted(image.index for image in partial.bad if image.reason == MISSING)
             if not_found:
                 manifest["missing"] = not_found
@@ -234,7 +232,7 @@ def _check_label(sample: Sample, split: SourceSplit) -> Sample:
 def _say_what_died(split: str, bad: list[BadImage]) -> None:
     """Say of which of the new bad images a worker process has died; if of none, what else it may have been."""
     names = [image.name for image in bad if image.reason in (DIED, NO_MEMORY)]
-    named = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+    named = listed(names[:MOST_NAMED], len(names))
     no_image = "but of no image: perhaps there are too many --workers (dmesg tells what the kernel kills)"
     line = f"{split}: a worker process died or had too little memory, {f'of {named}' if names else no_image}."
     print_line(console(stderr=True), line)
@@ -259,7 +257,6 @@ def _counts(rows: np.ndarray) -> dict[str, Any]:
         "samples": len(rows) - counts["bad"],
         "unlabelled": int(((rows["label"] == UNLABELLED) & (rows["case"] != Case.BAD)).sum()),
         "nearly_black": int(rows["is_nearly_black"].sum()),
-        "nearly_black_ids": np.sort(rows["index"][rows["is_nearly_black"]])[:MOST_BLACK_NAMED].tolist(),
         "enlarged": int(is_enlarged.sum()),
         "counts": counts,
         "encoded_because": cases,

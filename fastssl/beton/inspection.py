@@ -16,7 +16,7 @@ from fastssl.beton.index_list import read_index_list
 from fastssl.beton.read import BetonInfo, has_names, names_file, read_header
 from fastssl.beton.shards import is_set, set_manifest_path
 from fastssl.beton.tables import Tables
-from fastssl.common.terminal import count_of, pairs_table, printable
+from fastssl.common.terminal import count_of, pairs_table, printable, size_in_words
 
 MOST_CLASSES = 20  # with more classes only the largest ten and the smallest ten are shown
 LONGEST_BAR = 30  # characters
@@ -74,7 +74,7 @@ def _file_table(info: BetonInfo) -> Table:
         str(info.path),
         {
             "samples": f"{info.num_samples:,}",
-            "size": f"{info.file_bytes / 1e6:,.1f} MB" + (f" in {count_of(shards, 'shard')}" if shards else ""),
+            "size": size_in_words(info.file_bytes) + (f" in {count_of(shards, 'shard')}" if shards else ""),
             "fields": ", ".join(f"{name} ({kind})" for name, kind in info.fields.items()),
             "layout": info.layout,
             "images stored as": STORAGE[info.storage],

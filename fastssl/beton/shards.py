@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from fastssl.common.errors import UserError, quote
 from fastssl.common.files import read_text
+from fastssl.common.terminal import listed
 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.beton")
 SET = re.compile(r"(.+)-\*-of-(\d{5})\.beton")
@@ -123,7 +124,7 @@ def files_of(path: Path) -> list[Path]:
         count = int(whole[2])
         numbers = {int(found[2]) for file in files if (found := SHARD.fullmatch(file.name))}
         if missing := sorted(set(range(count)) - numbers):
-            named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            named = listed([str(shard) for shard in missing[:5]], len(missing))
             raise UserError(
                 f"{len(missing):,} of the {count:,} shards of {path} are missing: {named}",
                 hint=f"build each one with `fastssl build-beton ... --shards {count} --shard NUMBER`",

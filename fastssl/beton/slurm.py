@@ -13,7 +13,7 @@ from fastssl.beton.options import BuildOptions
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, write_atomically
 from fastssl.common.slurm import ids_in_queue, read_jobs, submit_array
-from fastssl.common.terminal import console, count_of, print_line, printable
+from fastssl.common.terminal import console, count_of, listed, print_line, printable
 
 if TYPE_CHECKING:
     import submitit  # an optional dependency: imported where it is used
@@ -146,7 +146,7 @@ def _refuse_other_jobs(out: Path, queued: dict[str, str], names: list[str]) -> N
     """Raise UserError if jobs of other options are in the queue: they would replace what this build makes."""
     own = set(names)
     if ids := [job_id for name, job_id in queued.items() if name not in own]:
-        named = ", ".join(map(printable, ids[:MOST_NAMED])) + (", ..." if len(ids) > MOST_NAMED else "")
+        named = listed([printable(each) for each in ids[:MOST_NAMED]], len(ids))
         raise UserError(
             f"{count_of(len(ids), 'job')} of a build with other options into {out} {'is' if len(ids) == 1 else 'are'} "
             f"queued or running: {named}",

@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from fastssl.cli.help import SLURM_PANEL, Cpus, Partition, TimeLimit
 from fastssl.common.errors import UserError, quote
-from fastssl.common.terminal import console, count_of, print_error, print_line, time_in_words
+from fastssl.common.terminal import console, count_of, listed, print_error, print_line, size_in_words, time_in_words
 
 if TYPE_CHECKING:
     from fastssl.beton import BuildEstimate, BuildReport
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 STORAGE_PANEL = "How images are stored"
-MOST_NAMED = 5  # shards in a line
+MOST_NAMED = 5  # shards or empty classes in a line
 CLASSES_NAMED = 3
 MOST_ENLARGED = 0.5  # share of the images above which a smaller canvas is suggested
 BAD_IMAGES_PANEL = "Bad images, which are skipped"
@@ -209,22 +209,21 @@ def _print_report(report: "BuildReport") -> None:
     """Say what each file holds, and what was left out."""
     for split in report.splits:
         _print(
-            f"{split.path} holds {_images_and_classes(split.samples, split.classes)}, {_size(split.bytes)}"
+            f"{split.path} holds {_images_and_classes(split.samples, split.classes)}, {size_in_words(split.bytes)}"
             + (f", {split.unlabelled:,} without a label" if split.unlabelled and split.classes else "")
             + (f", {count_of(split.bad, 'bad image')} skipped" if split.bad else "")
             + (" (up to date: built from the same images with the same options)" if split.up_to_date else "")
         )
         if split.empty_classes:
-            names = ", ".join(split.empty_classes[:5])
-            more = ", ..." if len(split.empty_classes) > 5 else ""
-            _print(f"Classes without images in the split {split.split}: {len(split.empty_classes):,} ({names}{more}).")
+            count = len(split.empty_classes)
+            names = listed(split.empty_classes[:MOST_NAMED], count)
+            _print(f"Classes without images in the split {split.split}: {count:,} ({names}).")
     for split in report.splits:
         if split.nearly_black:
-            names = ", ".join(split.nearly_black_names)
-            more = ", ..." if split.nearly_black > len(split.nearly_black_names) else ""
+            names = listed(split.nearly_black_names, split.nearly_black)
             _print(
                 f"Nearly black, with no value above 1/8 of the range: {count_of(split.nearly_black, 'image')} of "
-                f"{split.path} ({names}{more}). If such files have more than 8 bits per channel, --range auto or "
+                f"{split.path} ({names}). If such files have more than 8 bits per channel, --range auto or "
                 "--range LOW,HIGH sets their range."
             )
         _say_if_enlarged(str(split.path), split.enlarged / max(1, split.samples))
@@ -248,8 +247,7 @@ def _print_jobs(build: "SlurmBuild") -> None:
         f"running already, {len(build.submitted):,} are submitted now."
     )
     if build.submitted:
-        numbers = ", ".join(map(str, list(build.submitted)[:MOST_NAMED]))
-        numbers += ", ..." if len(build.submitted) > MOST_NAMED else ""
+        numbers = listed([str(shard) for shard in build.submitted][:MOST_NAMED], len(build.submitted))
         first = next(iter(build.submitted.values()))
         _print(f"Job array {first.split('_')[0]} builds the shards {numbers}.")
     for shard, job_id in list(build.ended.items())[:MOST_NAMED]:
@@ -270,34 +268,29 @@ def _images_and_classes(images: int, classes: list[str]) -> str:
     what = count_of(images, "image")
     if not classes:
         return f"{what} without labels"
-    more = ", ..." if len(classes) > CLASSES_NAMED else ""
-    return f"{what} of {count_of(len(classes), 'class')} ({', '.join(classes[:CLASSES_NAMED])}{more})"
+    return f"{what} of {count_of(len(classes), 'class')} ({listed(classes[:CLASSES_NAMED], len(classes))})"
 
 
 def _print_estimate(estimate: "BuildEstimate") -> None:
     for split in estimate.splits:
         _print(
             f"{split.path} would hold about {_images_and_classes(split.images, split.classes)}, "
-            f"{_size(split.bytes)}, as {split.stored}; time to build: {_build_time(split.seconds)}"
+            f"{size_in_words(split.bytes)}, as {split.stored}; time to build: {_build_time(split.seconds)}"
             + (f"; {split.bad:.1%} of the images sampled are bad" if split.bad else "")
         )
         _say_if_enlarged(str(split.path), split.enlarged)
     for splits in estimate.others:
         size, seconds = sum(split.bytes for split in splits), sum(split.seconds for split in splits)
-        _print(f"As {splits[0].stored} instead: {_size(size)}; time to build: {_build_time(seconds)}")
+        _print(f"As {splits[0].stored} instead: {size_in_words(size)}; time to build: {_build_time(seconds)}")
     total = sum(split.bytes for split in estimate.splits)
     fits_disk = "fit on" if total < estimate.free_disk else "DO NOT fit on"
-    _print(f"All {_size(total)} {fits_disk} the disk: {_size(estimate.free_disk)} free.")
+    _print(f"All {size_in_words(total)} {fits_disk} the disk: {size_in_words(estimate.free_disk)} free.")
     fits_memory = "fit into" if total < estimate.free_memory else "DO NOT fit into"
-    _print(f"All {_size(total)} {fits_memory} the page cache: {_size(estimate.free_memory)} free.")
+    _print(f"All {size_in_words(total)} {fits_memory} the page cache: {size_in_words(estimate.free_memory)} free.")
 
 
 def _build_time(seconds: float) -> str:
     return f"{time_in_words(seconds)} after the start of the processes"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def inspect(
@@ -341,7 +334,7 @@ def inspect(
         crop: Literal["cpu", "gpu"] = "cpu" if beton.read_header(file).resolution is None else "gpu"
         sizes = estimate_memory(BetonLoader(file, batch_size, crop=crop, views=ViewsConfig(), drop_last=False))
         title = f"memory for batches of {batch_size}, crops on the {crop.upper()}"
-        screen.print(pairs_table(title, {cause: f"{size / 1e6:,.1f} MB" for cause, size in sizes.items()}))
+        screen.print(pairs_table(title, {cause: size_in_words(size) for cause, size in sizes.items()}))
     if subset is not None:
         screen.print(beton.subset_table(file, subset))
     if sheet is not None:

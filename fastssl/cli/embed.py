@@ -48,7 +48,7 @@ def embed(
     # Before torch is imported: threads of the encoder that wait for each other must leave the cores to the processes
     # that convert images. With 2 cores for both, 4,000 images of 32 px took 15 s of CPU time in place of 25.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from fastssl.common.terminal import printable
+    from fastssl.common.terminal import listed, printable
     from fastssl.evaluation.embed import embed_images, load_embedder
 
     encoder = load_embedder(run, view, device)
@@ -61,8 +61,7 @@ def embed(
     if sheet is not None:
         print(printable(f"{sheet} shows the {report.drawn} with the highest score."))
     if report.bad:
-        first = ", ".join(f"{image.name} ({image.reason})" for image in report.bad[:BAD_NAMES])
-        more = ", ..." if len(report.bad) > BAD_NAMES else ""
-        print(printable(f"{report.bad_list} lists {len(report.bad):,} bad images: {first}{more}."))
+        first = listed([f"{image.name} ({image.reason})" for image in report.bad[:BAD_NAMES]], len(report.bad))
+        print(printable(f"{report.bad_list} lists {len(report.bad):,} bad images: {first}."))
     if report.account is not None:
         print(printable(report.account))

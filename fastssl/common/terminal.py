@@ -5,7 +5,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -116,6 +116,16 @@ def count_of(count: int, noun: str) -> str:
     """Return a number with its noun: 1 run, 1,200 runs, 2 classes."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{count:,} {noun if count == 1 else plural}"
+
+
+def listed(shown: Sequence[str], count: int) -> str:
+    """The first names of `count`, such as "a, b, ..."."""
+    return ", ".join(shown) + (", ..." if count > len(shown) else "")
+
+
+def size_in_words(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:

@@ -189,10 +189,10 @@ def _changed(changes: list[Change]) -> list[str]:
 
 def _moved_crops(a: Profile, b: Profile) -> list[str]:
     """Return a sentence where the stage that makes the crops is another one."""
-    stages = {"cpu": "cpu_augment", "gpu": "views"}
-    made = [STAGE_NAMES.get(stages.get(profile.data.crop, ""), "another stage") for profile in (a, b)]
     if a.data.crop == b.data.crop:
         return []
+    stages = {"cpu": "cpu_augment", "gpu": "views"}
+    made = [STAGE_NAMES.get(stages.get(profile.data.crop, ""), "another stage") for profile in (a, b)]
     return [f"The crops are a part of {made[0]} in A and of {made[1]} in B: compare the sum of these two stages."]
 
 

@@ -185,7 +185,8 @@ def last_rate(run: SweepRun) -> float | None:
     # The last line may be of fewer steps.
     whole = (entry for entry in entries if (entry.get("step") or 0) % LOG_EVERY == 0)
     rates = [rate for entry in whole if (rate := entry.get("images_per_second"))]
-    return statistics.harmonic_mean(rates[-TIMED_STEPS // 3 // LOG_EVERY :]) if rates else None
+    last_third = TIMED_STEPS // LOG_EVERY // 3
+    return statistics.harmonic_mean(rates[-last_third:]) if rates else None
 
 
 def shorten(run: SweepRun, folder: Path) -> SweepRun:

@@ -63,6 +63,17 @@ def test_the_command_that_evaluates_a_run_depends_on_its_images(canvas, photos, 
     ]
 
 
+def test_the_sheet_that_is_suggested_after_a_run_without_labels_is_drawn(canvas, tmp_path, fastssl):
+    """Also of fewer images than the layers have channels."""
+    run = tmp_path / "my run"
+    keys = ("train.epochs=1", "data.val=null", "probe.every=0")
+    code, out, err = fastssl("train", "recipes/barlow.yaml", *small(canvas, run, *keys))
+    assert code == 0, err
+    suggested = next(line for line in out.splitlines() if line.startswith("Evaluate:"))
+    code, _, err = fastssl(*shlex.split(suggested)[2:])
+    assert code == 0 and (run / "strangest.png").exists(), err
+
+
 def test_a_number_is_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("barlow")
