@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 BAD_NAMES = 3  # bad images that are named on the screen
+MOST_ON_SHEET = 2000  # a picture 70,000 px high
 
 
 def embed(
@@ -29,6 +30,7 @@ def embed(
     sheet: Annotated[
         Path | None, Option(metavar="FILE.png", help="Draw the images with the highest --score to this file.")
     ] = None,
+    sheet_count: Annotated[int, Option(min=1, max=MOST_ON_SHEET, metavar="N", help="Images on the sheet.")] = 40,
     view: Annotated[
         Literal["squash", "center"] | None,
         Option(help="Resize to a square, or crop the center.", show_default="views.eval of the run"),
@@ -52,7 +54,9 @@ def embed(
     from fastssl.evaluation.embed import embed_images, load_embedder
 
     encoder = load_embedder(run, view, device)
-    report = embed_images(encoder, images, out, score=score, fit=fit, sheet=sheet, workers=workers)
+    report = embed_images(
+        encoder, images, out, score=score, fit=fit, sheet=sheet, sheet_count=sheet_count, workers=workers
+    )
     if report.conversion is not None and report.conversion.is_recorded:
         print(printable(report.conversion.reason))
     columns = ", ".join(f"{name} {shape[0]}" if shape else name for name, shape in report.columns.items())

@@ -22,6 +22,7 @@ from fastssl.training.metric_text import GROUPS, KEY_METRICS, LABELS, duration, 
 
 LINE = 80  # columns of a log line
 LINES_PER_HEADER = 20
+EARLY_LINE = 30.0  # s after the first step without a line
 REFRESHES = 2  # of the panel per second; one takes 4 ms
 WIDEST = 100  # columns of the panel
 # The panel leaves these columns of the window free: the terminal shows ^C there, where it does not move the panel.
@@ -114,6 +115,7 @@ class Display:
         self.log_every = log_every
         self.is_stopping = is_stopping  # whether a signal has asked for the end, which comes after the step
         self.began = time.monotonic()
+        self.has_told_speed = False  # in a line, where there is no panel
         # The first step compiles kernels, so the time left is estimated from its end.
         self.first_step: int | None = None
         self.first_step_at = self.began
@@ -139,14 +141,23 @@ class Display:
         self.live.stop()
 
     def step(self, step: int) -> None:
-        """Note that a step was taken. The first one is also a line, as the next may come minutes later."""
+        """Note that a step was taken. The first one is also a line, as the next may come minutes later.
+
+        If it takes longer than EARLY_LINE seconds, another line says how long a step and all steps take.
+        """
         self.current = step
+        now = time.monotonic()
+        next_line = min(-(-step // self.log_every) * self.log_every, self.total_steps)
+        is_silent = not self.live.is_started and step < next_line
         if self.first_step is None:
             self.first_step = step
-            self.first_step_at = time.monotonic()
-            next_line = min(-(-step // self.log_every) * self.log_every, self.total_steps)
-            if not self.live.is_started and step < next_line:
+            self.first_step_at = now
+            if is_silent:
                 self.print(f"Step {step:,} done; the next line comes after step {next_line:,}.")
+        elif is_silent and not self.has_told_speed and now - self.first_step_at >= EARLY_LINE:
+            seconds = (now - self.first_step_at) / (step - self.first_step)
+            self.print(f"Step {step:,} done, {seconds:.2g} s a step, {self._time_left()} left.")
+            self.has_told_speed = True
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step, or those of the probe: in the panel, or as a line."""
@@ -155,6 +166,7 @@ class Display:
             self.latest = {**self.latest, **metrics}
             self._remember(metrics.get("loss", math.nan))
         elif "loss" in metrics:
+            self.has_told_speed = True
             for line in self.table.lines(step, metrics, self._time_left()):
                 self.print(line)
         else:

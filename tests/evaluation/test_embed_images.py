@@ -20,7 +20,7 @@ from fastssl.beton import build_beton
 from fastssl.beton.sheet import draw_cells
 from fastssl.common.errors import UserError
 from fastssl.evaluation import cached_features, load_run_encoder
-from fastssl.evaluation.embed import embed, embed_images, load_embedder, output, strangest
+from fastssl.evaluation.embed import embed, embed_images, load_embedder, output, score, strangest
 from fastssl.evaluation.ood import DETECTORS, LABEL_BASED, LABEL_FREE
 from fastssl.evaluation.ood.evaluate import detector_arrays, embedding_prior, linear_head, shared_arrays
 from fastssl.evaluation.ood.layers import cached_layers
@@ -347,7 +347,6 @@ def test_the_sheet_shows_the_images_with_the_highest_scores(
     source, fastssl, run, canvas, photos, tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(strangest, "SHOWN", 5)
     monkeypatch.setattr(
         strangest, "draw_cells", lambda sheet, groups: drawn.extend(groups) or draw_cells(sheet, groups)
     )
@@ -355,7 +354,7 @@ def test_the_sheet_shows_the_images_with_the_highest_scores(
     images = photos / "val" if source == "folder" else canvas / "val.beton"
     out, sheet = tmp_path / "a.npz", tmp_path / "strangest.png"
     command = ["embed", run, images, "--out", out, "--score", "sigma_mean", "--sheet", sheet, "--device", "cpu"]
-    code, said, _ = fastssl(*command)
+    code, said, _ = fastssl(*command, "--sheet-count", 5)
     assert code == 0 and f"{sheet} shows the 5 with the highest score." in " ".join(said.split())
     file = np.load(out)
     order = np.argsort(-file["score"], kind="stable")[:5]
@@ -370,6 +369,13 @@ def test_the_sheet_shows_the_images_with_the_highest_scores(
         assert np.asarray(cell.picture).mean(axis=(0, 1)) == pytest.approx(mean, abs=8)
     with Image.open(sheet) as picture:
         assert picture.format == "PNG" and picture.width > 5 * 160
+
+
+def test_the_training_images_are_passed_only_for_what_the_detector_reads(run, canvas, photos, tmp_path, monkeypatch):
+    encoder = load_embedder(run, None, "cpu")
+    monkeypatch.setattr(score, "cached_features", None)
+    embed_images(encoder, canvas / "val.beton", tmp_path / "x.npz", score="layers_unlabelled")
+    assert np.isfinite(read(tmp_path / "x.npz")["score"]).all()
 
 
 def test_training_images_that_a_detector_does_not_need_need_not_exist(encoder, photos, tmp_path):

@@ -111,6 +111,21 @@ def test_the_first_step_is_a_line_where_the_next_one_is_far(capsys):
     assert printed(0, 1000, 1) == printed(49, 1000, 50) == printed(19, 20, 50) == ""
 
 
+def test_slow_steps_are_said_before_the_first_log_line(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now)
+    display = Display("title", 0, 100, log_every=50)
+    for step in range(1, 51):
+        display.step(step)
+        now += 8.0
+    lines = capsys.readouterr().out.splitlines()
+    # At step 5, 32 s after the first one: 95 steps of 8 s are left. Said once.
+    assert lines[1:] == ["Step 5 done, 8 s a step, 12:40 left."]
+    display.log(50, {"epoch": 0, "loss": 1.0})
+    display.step(51)
+    assert "a step" not in capsys.readouterr().out
+
+
 def test_the_first_step_is_no_line_above_a_panel(monkeypatch):
     screen = terminal(80)
     monkeypatch.setattr(display_module, "console", lambda: screen)

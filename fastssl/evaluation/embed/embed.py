@@ -18,7 +18,7 @@ from fastssl.beton.format import RGB
 from fastssl.beton.images import Encoded
 from fastssl.beton.pool import Pool, worker_pool
 from fastssl.beton.shards import exists, is_set
-from fastssl.beton.sheet import check_sheet
+from fastssl.beton.sheet import SHOWN, check_sheet
 from fastssl.beton.source import as_utf8, file_of
 from fastssl.common.errors import UserError
 from fastssl.common.files import expand_user, explain_write_errors, remove_abandoned_files, write_atomically
@@ -93,6 +93,7 @@ def embed_images(
     score: str | None = None,
     fit: str | Path | None = None,
     sheet: str | Path | None = None,
+    sheet_count: int = SHOWN,
     workers: int | None = None,
 ) -> EmbedReport:
     """Write names, h, mu, sigma and scores of images to one file, in the order of the images.
@@ -107,6 +108,7 @@ def embed_images(
         score: name of a detector of `fastssl.evaluation.ood.DETECTORS`; a higher score means more unusual.
         fit: .beton that the detector is fitted to, and as which images are converted; None: the run's data.train.
         sheet: a PNG on which the images with the highest scores are drawn; None: none is drawn.
+        sheet_count: how many of them.
         workers: processes that convert image files; None: all cores.
 
     Raises:
@@ -124,7 +126,9 @@ def embed_images(
         raise UserError(f"--out {out} is the list of images", hint="name another file")
     if sheet is not None and score is None:
         raise UserError("--sheet draws the images with the highest score", hint="add --score layers_unlabelled")
-    strangest = None if sheet is None or score is None else Strangest(_check_sheet_path(sheet, images), score)
+    strangest = (
+        None if sheet is None or score is None else Strangest(_check_sheet_path(sheet, images), score, sheet_count)
+    )
     scorer = Scorer(encoder, score, fit) if score is not None else None
     if is_set(images) or (images.suffix == ".beton" and images.is_file()):
         encoder.check_channels(images)

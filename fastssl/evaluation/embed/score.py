@@ -62,15 +62,17 @@ class Scorer:
         """Fit the detector, if it learns from training images, whose features are cached."""
         self.classifier: LinearHead | None = None
         arrays: dict[str, Any] = {}
-        if self.fit_data is not None:
+        needed = self.kind.arrays()
+        # Each takes a pass over the training images.
+        if self.fit_data is not None and needed - {"layers"}:
             train = cached_features(self.encoder, self.fit_data)
-            if "logits" in self.kind.arrays():
+            if "logits" in needed:
                 self.classifier = linear_head(self.encoder, train, seed=0)
             arrays = shared_arrays(train, self.classifier)
-            if "layers" in self.kind.arrays():
-                arrays["layers"] = cached_layers(self.encoder, self.fit_data)
             if self.name in LABEL_BASED:
                 arrays["labels"] = train.label
+        if self.fit_data is not None and "layers" in needed:
+            arrays["layers"] = cached_layers(self.encoder, self.fit_data)
         prior = embedding_prior(self.encoder.model)
         self.detector = self.kind(prior, self.classifier, self.encoder.device)
         if self.kind.learns():

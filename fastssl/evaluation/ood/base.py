@@ -71,7 +71,7 @@ class Detector:
     @torch.no_grad()
     def fit(
         self,
-        features: Array,
+        features: Array | None = None,
         labels: Array | None = None,
         logits: Array | None = None,
         sigma: Array | None = None,
@@ -90,7 +90,7 @@ class Detector:
     @torch.no_grad()
     def score(
         self,
-        features: Array,
+        features: Array | None = None,
         logits: Array | None = None,
         sigma: Array | None = None,
         mu: Array | None = None,
