@@ -84,6 +84,10 @@ app.command(cls=Command, rich_help_panel=RESULTS)(export.export)
 
 _PYTHONS_SHOW_WARNING = warnings.showwarning
 
+# Turns of the loop in which a thread of OpenMP waits for the others before it gives its core away. By default they are
+# 300,000; then training on cores that other processes use too is several times slower (records/cpu-precision.md).
+SPIN_COUNT = 10_000
+
 
 def main() -> NoReturn:
     """Run the command in `sys.argv`. A mistake of the user becomes `error:` and `hint:` on stderr, and exit code 2.
@@ -91,6 +95,8 @@ def main() -> NoReturn:
     With `--debug`, anywhere on the command line, the error is raised with its traceback.
     """
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # called with positions only
+    if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads the environment when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

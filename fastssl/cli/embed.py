@@ -1,6 +1,5 @@
 """`fastssl embed`: the embeddings of your photographs in one file."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,9 +46,6 @@ def embed(
       fastssl embed runs/demo data/mnist5k/val.beton --out digits.csv
       fastssl embed runs/a pics --out a.npz --score layers_unlabelled --sheet a.png
     """
-    # Before torch is imported: threads of the encoder that wait for each other must leave the cores to the processes
-    # that convert images. With 2 cores for both, 4,000 images of 32 px took 15 s of CPU time in place of 25.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastssl.common.terminal import listed, printable
     from fastssl.evaluation.embed import embed_images, load_embedder
 

@@ -1,6 +1,7 @@
 """The command line: the commands of the README, and the messages and exit codes after mistakes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,24 @@ def test_help_starts_without_torch():
     """`fastssl --help` and `doctor` must work where torch is missing, and be quick where it is not."""
     code = "import sys; from fastssl import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_shortly_unless_the_user_says_otherwise(given, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        # So that what `main` sets is taken back after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(cli, "app", lambda **options: found.append(os.environ.get("GOMP_SPINCOUNT")))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert found == [expected]
 
 
 def test_a_mistake_among_several_processes_names_the_process(fastssl, monkeypatch):
