@@ -11,7 +11,6 @@ Out = Annotated[
 ]
 
 LONGEST_COMMAND = 300  # characters on the terminal; a command may name many runs
-MOST_DIFFERENCES = 6  # of a table on the terminal
 
 
 Baseline = Annotated[
@@ -40,11 +39,6 @@ def report(runs: Runs, out: Out = Path("report.html"), baseline: Baseline = None
     written = write_report(runs, out, baseline)
     for sentence in written.findings:
         print(printable(sentence))
-    few = [row for table in written.tables if len(table.differences) <= MOST_DIFFERENCES for row in table.differences]
-    if few:
-        print("Differences to the baselines, with 95 % intervals:")
-    for variant, against, measure, difference, interval, *_ in few:
-        print(printable(f"  {variant}, {measure}: {difference} ({interval}) to {against}"))
     for line in written.remarks:
         print_line(console(stderr=True), f"Note: {line}.")
     print(printable(f"{out} compares {written.title}."))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from fastssl.common.pages import html_page, html_picture, html_row, html_table, scrolling
+from fastssl.common.terminal import count_of
 from fastssl.reporting.charts import COLORS, curve_charts, legend
 from fastssl.reporting.report import Report
 from fastssl.reporting.tables import DIFFERENCE_COLUMNS, Cell, ReportTable
@@ -46,7 +47,8 @@ def report_page(report: Report) -> str:
             rows = html_table(
                 f"Differences: {table.title}", DIFFERENCE_COLUMNS, table.differences, [False] * len(table.differences)
             )
-            parts.append(f"<details><summary>All {len(table.differences)} differences</summary>{rows}</details>")
+            summary = f"{count_of(len(table.differences), 'difference')} with p-values"
+            parts.append(f"<details><summary>{summary}</summary>{rows}</details>")
     if report.heat_maps:
         parts.append("<h2>Over beta, samples and prior</h2>")
         parts += [

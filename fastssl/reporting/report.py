@@ -99,16 +99,8 @@ def make_report(paths: Sequence[Path], baseline: Path | None = None) -> Report:
 
 
 def _findings(tables: Sequence[ReportTable], variants: Sequence[Variant]) -> list[str]:
-    """Say for each table with comparisons how many of them are outside the noise."""
-    sentences = []
-    for table in tables:
-        marks = [cell.mark for _, cells in table.rows for cell in cells]
-        if table.differences:
-            better, worse = marks.count("better"), marks.count("worse")
-            sentences.append(
-                f"{table.title}: {better} better and {worse} worse than their baselines by more than the noise, "
-                f"of {count_of(len(table.differences), 'difference')}."
-            )
+    """Return what the tables say of the differences, or why they say nothing."""
+    sentences = [sentence for table in tables for sentence in table.findings]
     if not sentences and any(variant.baseline for variant in variants):
         sentences.append("No variant is compared with its baseline: that takes two seeds of both, and evaluations.")
     return sentences

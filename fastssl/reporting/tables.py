@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from fastssl.common.terminal import count_of
 from fastssl.evaluation.mutual_information import unreliable_quantities
 from fastssl.evaluation.ood.detectors import DETECTORS, LABEL_BASED
 from fastssl.evaluation.results import EvaluationResult
@@ -15,16 +16,19 @@ from fastssl.reporting.measures import Found, Group, Measure, Values, compare_wi
 from fastssl.reporting.variants import Variant, compared_values, flat
 
 NONE = "–"
+MOST_DIFFERENCES = 6  # of a table that the findings name one by one
 MARKED = (
     " Bold with ▲ or ▼: better or worse than its baseline by more than the noise of seeds and test images (paired; "
     "p < 0.05 after Holm's correction for all comparisons of this table). Intervals are of one difference each, "
     "without that correction. More seeds narrow them."
 )
 
+Mark = Literal["", "better", "worse"]
+
 
 class Cell(NamedTuple):
     text: str
-    mark: Literal["", "better", "worse"] = ""  # than the baseline, by more than the noise
+    mark: Mark = ""  # than the baseline, by more than the noise
     share: float | None = None  # in a heat map: where the value is between the lowest, 0, and the highest, 1
 
 
@@ -36,6 +40,7 @@ class ReportTable:
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
     differences: list[list[str]] = field(default_factory=list)  # to the baselines: rows of DIFFERENCE_COLUMNS
+    findings: list[str] = field(default_factory=list)  # sentences on the differences
 
 
 DIFFERENCE_COLUMNS = [
@@ -119,15 +124,13 @@ def comparison_table(
         _difference_row(variant, measure, difference, adjusted[variant, measure])
         for (variant, measure), difference in compared.items()
     ]
+    marks = {key: _mark(key[1], difference, adjusted[key]) for key, difference in compared.items()}
+    sentences = [_sentence(*key, difference, marks[key]) for key, difference in compared.items()]
 
     def cell(variant: Variant, measure: Measure) -> Cell:
         found = [values[measure][run.dir] for run in variant.runs if run.dir in values[measure]]
-        difference = compared.get((variant, measure))
-        mark: Literal["", "better", "worse"] = ""
-        if difference and adjusted[variant, measure] < 1 - LEVEL:
-            mark = "better" if (difference.mean > 0) == (measure.info.better == "up") else "worse"
         text = mean_and_std([each.value for each in found], measure)
-        return Cell(_with_doubts(text, measure, [each.result for each in found]), mark)
+        return Cell(_with_doubts(text, measure, [each.result for each in found]), marks.get((variant, measure), ""))
 
     if a_row_is == "variant":
         columns = [_heading(measure) for measure in measures]
@@ -135,7 +138,9 @@ def comparison_table(
     else:
         columns = [_with_seeds(variant) for variant in shown]
         rows = [(_heading(measure), [cell(variant, measure) for variant in shown]) for measure in measures]
-    return ReportTable(title, caption + (MARKED if compared else ""), corner, columns, rows, differences)
+    caption += MARKED if compared else ""
+    findings = _findings(title, list(marks.values()), sentences)
+    return ReportTable(title, caption, corner, columns, rows, differences, findings)
 
 
 def mean_and_std(values: Sequence[float], measure: Measure) -> str:
@@ -165,6 +170,40 @@ def _heading(measure: Measure) -> str:
 def _with_seeds(variant: Variant) -> str:
     seeds = len(variant.runs)
     return f"{variant.label} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _mark(measure: Measure, difference: Difference, adjusted: float) -> Mark:
+    if adjusted >= 1 - LEVEL:
+        return ""
+    return "better" if (difference.mean > 0) == (measure.info.better == "up") else "worse"
+
+
+def _findings(title: str, marks: Sequence[Mark], sentences: Sequence[str]) -> list[str]:
+    """Count the differences outside and within the noise; where they are few, name each."""
+    if not marks:
+        return []
+    counts = (
+        f"{title}, {count_of(len(marks), 'comparison')} with the baselines: {marks.count('better')} better, "
+        f"{marks.count('worse')} worse, {marks.count('')} within the noise"
+    )
+    if len(marks) > MOST_DIFFERENCES:
+        return [f"{counts}."]
+    return [f"{counts}. Differences with 95 % intervals:", *sentences]
+
+
+def _sentence(variant: Variant, measure: Measure, difference: Difference, mark: Mark) -> str:
+    """Say how much a variant differs from its baseline, and whether that is more than the noise."""
+    baseline = variant.baseline.label if variant.baseline else NONE
+    unit = {"%": " points", "nats": " nats", "": ""}[measure.info.unit]
+    noise = f"the noise of {count_of(difference.seeds, 'seed')}"
+    noise += f" and {count_of(difference.images, 'test image')}" if difference.images else ""
+    # The interval is of one difference, and may leave out 0 where Holm's correction for all of them does not.
+    is_outside_alone = not difference.low <= 0 <= difference.high
+    corrected = " after Holm's correction" if is_outside_alone and not mark else ""
+    return (
+        f"{variant.label} against {baseline}, {measure.title}: {with_sign(difference.mean, measure)}{unit} "
+        f"({interval_of(difference, measure)}), {f'{mark} by more than' if mark else 'within'} {noise}{corrected}."
+    )
 
 
 def _difference_row(variant: Variant, measure: Measure, difference: Difference, adjusted: float) -> list[str]:

@@ -116,6 +116,7 @@ def test_an_accuracy_without_single_images_is_said(tmp_path):
     report = make_report([tmp_path])
     assert [line for line in report.remarks if "does not tell which images are right" in line and "zprob" in line]
     assert table_named(report, "Accuracy").differences[0][7] == "–"
+    assert report.findings[1].endswith("within the noise of 2 seeds.")
 
 
 def test_what_untrained_encoders_reach_is_said(tmp_path):
@@ -374,20 +375,38 @@ def test_the_command_says_what_was_found_and_what_is_missing(sweep, tmp_path, fa
     out = tmp_path / "report.md"
     code, printed, _ = fastssl("report", str(sweep), "--out", str(out))
     assert code == 0 and out.exists()
-    assert "Accuracy: 2 better and 0 worse than their baselines by more than the noise, of 4 differences." in printed
+    assert "Accuracy, 4 comparisons with the baselines: 2 better, 0 worse, 2 within the noise. " in printed
     assert f"{out} compares 3 variants, 9 runs." in printed
     assert f"Not measured yet:\n  fastssl eval semisup {sweep}\n" in printed and "  fastssl eval mi " in printed
 
 
-def test_the_command_prints_a_few_differences_with_their_intervals(sweep, tmp_path, fastssl, monkeypatch):
-    arguments = ("report", str(sweep), "--out", str(tmp_path / "report.md"))
-    _, printed, _ = fastssl(*arguments)
-    assert "Differences to the baselines, with 95 % intervals:\n" in printed
-    line = r"  Z-prob Barlow Twins, linear sweep: \+10\.0 \(\d+\.\d to \d+\.\d\) to Barlow Twins\n"
-    assert re.search(line, printed)
-    monkeypatch.setattr("fastssl.cli.report.MOST_DIFFERENCES", 3)
-    _, printed, _ = fastssl(*arguments)
-    assert "Differences to the baselines" not in printed
+def test_a_few_differences_are_findings_in_every_format(sweep, tmp_path, fastssl, monkeypatch):
+    _, printed, _ = fastssl("report", str(sweep), "--out", str(tmp_path / "report.html"))
+    write_report([sweep], tmp_path / "report.md")
+    line = (
+        r"Z-prob Barlow Twins against Barlow Twins, linear sweep: \+10\.0 points \(\d+\.\d to \d+\.\d\), "
+        r"better by more than the noise of 3 seeds and 400 test images\."
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert re.search(f"^{line}$", printed, re.MULTILINE)
+    assert re.search(line, page.partition("<h2>")[0])
+    assert re.search(f"^- {line}$", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert "<summary>4 differences with p-values</summary>" in page
+    monkeypatch.setattr("fastssl.reporting.tables.MOST_DIFFERENCES", 3)
+    assert make_report([sweep]).findings[0] == (
+        "Accuracy, 4 comparisons with the baselines: 2 better, 0 worse, 2 within the noise."
+    )
+
+
+def test_a_finding_says_that_a_correction_decides(tmp_path):
+    """The interval is of one difference, so it may leave out 0 where the noise of all comparisons does not."""
+    same = {f"semisup-{percent}percent": 0.5 for percent in range(1, 6)}
+    for name, accuracy in {"barlow": 0.5, "zprob_barlow": 0.5075}.items():
+        for seed in range(2):
+            folder = tmp_path / name / str(seed)
+            fabricate_run(folder, f"cifar10/{name}", seed, accuracies={"knn": accuracy} | same)
+    (line,) = [line for line in make_report([tmp_path]).findings if "kNN" in line]
+    assert "within the noise of 2 seeds and 400 test images after Holm's correction." in line
 
 
 def test_a_command_with_many_runs_is_whole_in_the_file_alone(tmp_path, fastssl):
