@@ -13,7 +13,8 @@ from fastssl.reporting.variants import Variant
 from fastssl.training.metric_text import SHARES, label
 
 WIDTH, HEIGHT = 420, 260  # units of a chart; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 40  # margins around the area of the lines
+LEFT, RIGHT, TOP, BOTTOM = 54, 24, 10, 40  # around the panel; the last label below it may reach half out of it
+MARGIN = 0.04  # between the lines and the ends of an axis, as a share of their span
 POINTS = 150  # of a line, at most
 MOST_LINES = 14  # of a chart; more cannot be told apart
 COLORS = 7  # classes c0 to c6 of the page's style sheet
@@ -46,7 +47,7 @@ class _Axis(NamedTuple):
             exponents = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [10.0**exponent for exponent in exponents] or [self.low, self.high]
         step = 10 ** math.floor(math.log10((self.high - self.low) / 3))
-        step = next(step * factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 5)
+        step = next(step * factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 6)
         first = math.ceil(self.low / step)
         return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -108,10 +109,13 @@ def _axis(columns: Iterable[np.ndarray], may_be_log: bool) -> _Axis:
     values = np.concatenate(list(columns))
     low, high = float(values.min()), float(values.max())
     if may_be_log and low > 0 and high / low > LOG_SPAN:
-        return _Axis(low, high, is_log=True)
+        reach = (high / low) ** MARGIN
+        return _Axis(low / reach, high * reach, is_log=True)
     if high - low <= 1e-9 * max(abs(high), 1e-9):
-        low, high = low - max(abs(low), 1) / 2, high + max(abs(high), 1) / 2
-    return _Axis(low, high, is_log=False)
+        reach = abs(low) / 2 or 0.5
+    else:
+        reach = MARGIN * (high - low)
+    return _Axis(low - reach, high + reach, is_log=False)
 
 
 def _svg(
@@ -134,7 +138,7 @@ def _svg(
         points = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs.tolist(), ys.tolist()))
         parts.append(f'<path class="c{number % COLORS}" d="M{points}" {_dashes(number)}/>')
         if len(x_P) == 1:
-            parts.append(f'<circle class="c{number % COLORS}" cx="{xs[0]:.1f}" cy="{ys[0]:.1f}" r="3"/>')
+            parts.append(f'<circle class="c{number % COLORS}" cx="{xs[0]:.1f}" cy="{ys[0]:.1f}" r="2"/>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 

@@ -17,7 +17,8 @@ STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21em), 1fr)); gap: 1em; }
 .charts figcaption { text-align: center; color: var(--text); }
 svg { width: 100%; height: auto; } svg text { font-size: 13px; fill: var(--soft); }
-svg path { fill: none; stroke-width: 2; } svg .axis { stroke: var(--soft); stroke-width: 1; }
+svg path, svg circle { fill: none; stroke-width: 2; } svg circle { stroke-width: 4; }
+svg .axis { stroke: var(--soft); stroke-width: 1; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2em 1.4em; }
 .legend svg { width: 36px; height: 8px; margin-right: .5em; vertical-align: middle; }

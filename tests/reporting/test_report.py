@@ -17,7 +17,7 @@ from fabricated_runs import IMAGES, fabricate_run
 from fastssl.common.errors import UserError
 from fastssl.recipe import AnyObjective, EmbeddingConfig
 from fastssl.reporting import make_report, write_report
-from fastssl.reporting.charts import curve_charts
+from fastssl.reporting.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curve_charts
 from fastssl.reporting.runs import read_run
 from fastssl.reporting.variants import OBJECTIVES, STOCHASTIC
 
@@ -319,6 +319,36 @@ def test_curves_are_drawn_for_what_was_logged(sweep):
         "loss by epoch", "kNN accuracy, % by epoch", "kNN accuracy, % by hours", "images/s by epoch"
     ]  # fmt: skip
     assert charts[0].svg.count('<path class="c') == 3
+
+
+def fabricate_single_probe(folder, name, hours, accuracy):
+    run = fabricate_run(folder, f"cifar10/{name}", 0)
+    (*lines, probe) = (run / "metrics.jsonl").read_text().splitlines()
+    probe = json.dumps(json.loads(probe) | {"seconds": 3600 * hours, "knn": accuracy})
+    (run / "metrics.jsonl").write_text("\n".join([*lines, probe]) + "\n")
+
+
+def test_single_points_and_tick_labels_are_inside_the_chart(tmp_path):
+    """Runs shorter than probe.every probe once. The widest digit has 9 units."""
+    fabricate_single_probe(tmp_path / "a", "barlow", 0.148, 0.502)
+    fabricate_single_probe(tmp_path / "b", "zprob_barlow", 0.19, 0.461)
+    charts = curve_charts(make_report([tmp_path]).variants)
+    for chart in charts:
+        for x, text in re.findall(r'<text x="([\d.]+)" y="238" text-anchor="middle">([^<]+)<', chart.svg):
+            assert float(x) + 9 * len(text) / 2 <= WIDTH, (chart.title, text)
+    (by_hours,) = [chart.svg for chart in charts if chart.title.endswith("by hours")]
+    points = re.findall(r'<circle class="(c\d)" cx="([\d.]+)" cy="([\d.]+)" r="2"/>', by_hours)
+    assert [color for color, _, _ in points] == ["c0", "c1"]
+    for _, x, y in points:
+        assert LEFT + 5 < float(x) < WIDTH - RIGHT - 5 and TOP + 5 < float(y) < HEIGHT - BOTTOM - 5
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "svg path, svg circle { fill: none;" in (tmp_path / "report.html").read_text()  # so the stroke's color shows
+
+
+def test_a_single_time_has_no_negative_hours_around_it(tmp_path):
+    fabricate_single_probe(tmp_path, "barlow", 0.15, 0.5)
+    (by_hours,) = [c.svg for c in curve_charts(make_report([tmp_path]).variants) if c.title.endswith("by hours")]
+    assert not re.search(r'text-anchor="middle">-', by_hours)
 
 
 @pytest.mark.parametrize(
