@@ -31,6 +31,8 @@ svg .grid { stroke: var(--line); stroke-width: 1; }
 th[scope] { white-space: normal; } th[scope=col] { min-width: 5em; vertical-align: bottom; }
 th[scope=row] { min-width: 8em; font-weight: normal; overflow-wrap: break-word; }
 td.heat { text-align: center; }
+.runs th[scope=col] { min-width: 0; } .runs th[scope=row] { min-width: 13em; overflow-wrap: anywhere; }
+.runs td { white-space: normal; } .runs td:last-child { min-width: 7em; }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
 details { margin: .6em 0; } summary { cursor: pointer; }
 .views { max-width: 700px; }
@@ -64,7 +66,11 @@ def report_page(report: Report) -> str:
         parts.append('<p class="soft">Means over the seeds of a variant, to where its shortest run ends.</p>')
     if report.views:
         parts += ["<h2>Views</h2>", f'<div class="views">{html_picture(report.views.png, report.views.caption)}</div>']
-    parts += ["<h2>Runs</h2>", _table(report.runs), f'<p class="soft">{escape(report.runs.caption)}</p>']
+    parts += [
+        "<h2>Runs</h2>",
+        f'<div class="runs">{_table(report.runs)}</div>',
+        f'<p class="soft">{escape(report.runs.caption)}</p>',
+    ]
     parts += _list("Not measured yet", report.missing, code=True) + _list("Left out, or not readable", report.remarks)
     commands = "\n".join(f"# {name}\n{command}" for name, command in report.commands)
     parts.append(f'<h2>Commands</h2><pre tabindex="0" aria-label="Commands">{escape(commands)}</pre>')
@@ -74,8 +80,13 @@ def report_page(report: Report) -> str:
 
 def _table(table: ReportTable) -> str:
     head = [f'<th scope="col">{escape(name)}</th>' for name in (table.corner, *table.columns)]
-    rows = [html_row([f'<th scope="row">{escape(name)}</th>', *map(_cell, cells)]) for name, cells in table.rows]
+    rows = [html_row([_row_head(name), *map(_cell, cells)]) for name, cells in table.rows]
     return scrolling(table.title, f"<table>{html_row(head)}{''.join(rows)}</table>")
+
+
+def _row_head(name: str) -> str:
+    """Return the first cell of a row. Long paths break after a slash."""
+    return f'<th scope="row">{escape(name).replace("/", "/<wbr>")}</th>'
 
 
 def _cell(cell: Cell) -> str:

@@ -224,6 +224,15 @@ def test_the_page_needs_nothing_and_escapes_all(sweep, tmp_path):
     assert page.count('class="scroll"') == page.count('class="scroll" tabindex="0"')
 
 
+def test_the_table_of_runs_wraps_its_long_cells(sweep, tmp_path):
+    """Paths break after a slash, devices and profiles between words, so that the table fits a window of 1,200 px."""
+    write_report([sweep], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    table = page.partition('<div class="runs">')[2].partition("</table>")[0]
+    run = str(sweep / "barlow" / "seed=0").replace("/", "/<wbr>")
+    assert f'<th scope="row">Barlow Twins: {run}</th>' in table and ".runs td { white-space: normal; }" in page
+
+
 def luminance(color):
     """The relative luminance of WCAG 2 of a color such as #0072B2 or #fff, 0 to 1."""
     digits = color.lstrip("#")
