@@ -190,7 +190,7 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
             now = time.monotonic()
             seconds = max(now - start, 1e-9)  # some clocks have steps
             per_second = (done - done_before) / seconds
-            rate = f"{_rounded(per_second)} {unit}/s" + (f", {_rounded(size / 1e6 / seconds)} MB/s" if size else "")
+            rate = f"{rounded(per_second)} {unit}/s" + (f", {rounded(size / 1e6 / seconds)} MB/s" if size else "")
             first = first or (now, done)
             bar.update(task, completed=done, rate=rate)
             if stderr.is_terminal:
@@ -210,5 +210,8 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
         bar.live.transient = time.monotonic() - start < SHORT
 
 
-def _rounded(rate: float) -> str:
+def rounded(rate: float) -> str:
+    """Return a rate for a sentence: 1,234 or 12.3 or 0.045."""
+    if rate < 1:
+        return f"{rate:.2g}"
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:,.1f}"

@@ -4,6 +4,7 @@ import random
 import statistics
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,17 +13,18 @@ import torch
 from fastssl.beton.shards import exists
 from fastssl.common.errors import UserError
 from fastssl.common.files import read_lines
-from fastssl.common.terminal import console, count_of, print_line, printable, progress, time_in_words
+from fastssl.common.terminal import console, count_of, print_line, printable, progress, rounded, time_in_words
 from fastssl.models import SSLModel
 from fastssl.recipe import Recipe
 from fastssl.sweep.grid import Sweep, SweepRun, short_names
 from fastssl.sweep.local import CPU, run_tasks, visible_devices
 from fastssl.sweep.progress import Task, images_per_epoch, make_tasks, read_progress
-from fastssl.sweep.table import TimingDisplay, results_table
+from fastssl.sweep.table import TimedLongEnough, TimingDisplay, results_table
 from fastssl.training.tracking import parse_metrics
 
 TIMED_STEPS = 30
 LOG_EVERY = 5  # of these steps
+LONGEST = 60.0  # s of timing, if every run has logged twice by then: its first steps compile
 
 
 @dataclass
@@ -73,9 +75,9 @@ def dry_run(
         rows = {}
         for key, short in zip(grid_runs[0].values, short_names(list(grid_runs[0].values))):
             rows[short] = ", ".join(dict.fromkeys(str(run.values[key]) for run in grid_runs))
-        if estimate.hours is not None:
-            rows["time"] = f"{time_in_words(3600 * estimate.hours)} in a row at {estimate.rate:,.0f} images/s "
-            rows["time"] += f"({estimate.source})"
+        if estimate.hours is not None and estimate.rate is not None:
+            rows["time"] = _time_of_runs(estimate.hours, len(estimate.tasks) - states["finished"])
+            rows["time"] += f" at {rounded(estimate.rate)} images/s ({estimate.source})"
         width = max(map(len, rows), default=0)
         for name, text in rows.items():
             print(printable(f"  {name:<{width}}  {text}"))
@@ -107,12 +109,19 @@ def dry_run(
         print_line(screen, "--verbose lists every run.")
 
 
+def _time_of_runs(hours: float, count: int) -> str:
+    """The time of one run, and of all of them if there are several."""
+    each = time_in_words(3600 * hours / max(1, count))
+    return f"{each} a run, {time_in_words(3600 * hours)} one after the other," if count > 1 else each
+
+
 def bytes_of_run(recipe: Recipe) -> int:
-    """About the size of a run directory: two checkpoints with the state of an Adam optimizer, and the encoder."""
+    """About the size of a run directory: checkpoints with the state of an Adam optimizer, and the encoder."""
     with torch.device("meta"):
         model = SSLModel(recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return 4 * (2 * 3 * parameters + sum(parameter.numel() for parameter in model.encoder.parameters()))
+    checkpoints = 3 if recipe.probe.every else 2  # last.pt and previous.pt; best.pt is that of the probe
+    return 4 * (checkpoints * 3 * parameters + sum(parameter.numel() for parameter in model.encoder.parameters()))
 
 
 def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_gpu: int, here: bool) -> str | None:
@@ -147,9 +156,11 @@ def estimate_rates(estimates: dict[str, GridEstimate], given: float | None, per_
                 f"Timing {TIMED_STEPS} steps of {names}{on_cpu}; --images-per-second N skips this.",
             )
             estimate.rate = time_runs([task.run for task in chosen], per_gpu)
-            estimate.source = f"{TIMED_STEPS} steps of {names}"
             if estimate.rate is None:
                 return f"the timed runs of {grid} failed."
+            estimate.source = f"steps of {names}"
+            # At once: the timing of the other grids may take minutes.
+            print_line(console(stderr=True), f"{grid}: {rounded(estimate.rate)} images/s in a run.")
     return None
 
 
@@ -166,14 +177,16 @@ def images_left(task: Task) -> int:
 
 
 def time_runs(runs: list[SweepRun], per_gpu: int) -> float | None:
-    """Images/s of one run while all of these train in parallel; None if one fails."""
+    """Images/s of one run while all of these train in parallel; None if one fails.
+
+    They train TIMED_STEPS steps, or fewer if these take longer than LONGEST.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(shorten(run, Path(folder) / str(number))) for number, run in enumerate(runs)]
-        display = TimingDisplay(tasks)
-        with progress("Timing", sum(display.total_steps.values()), "steps") as display.advance:
-            signals = run_tasks(tasks, display, per_gpu=per_gpu, retries=0)
-        if signals:
-            raise KeyboardInterrupt
+        display = TimingDisplay(tasks, LONGEST, 2 * LOG_EVERY)
+        # No signals: Ctrl-C ends the timing at once, as there is nothing to save.
+        with progress("Timing", sum(map(display.images_in, tasks))) as display.advance, suppress(TimedLongEnough):
+            run_tasks(tasks, display, per_gpu=per_gpu, retries=0, stop_on=())
         rates = [rate for task in tasks if (rate := last_rate(task.run))]
         return statistics.harmonic_mean(rates) if len(rates) == len(tasks) else None
 
@@ -186,7 +199,7 @@ def last_rate(run: SweepRun) -> float | None:
     whole = (entry for entry in entries if (entry.get("step") or 0) % LOG_EVERY == 0)
     rates = [rate for entry in whole if (rate := entry.get("images_per_second"))]
     last_third = TIMED_STEPS // LOG_EVERY // 3
-    return statistics.harmonic_mean(rates[-last_third:]) if rates else None
+    return statistics.harmonic_mean((rates[1:] or rates)[-last_third:]) if rates else None
 
 
 def shorten(run: SweepRun, folder: Path) -> SweepRun:

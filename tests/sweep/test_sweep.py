@@ -24,9 +24,9 @@ from fastssl.common import terminal
 from fastssl.common.errors import UserError
 from fastssl.common.slurm import parse_time_limit
 from fastssl.common.terminal import time_in_words
-from fastssl.recipe import load_recipe, shipped_recipes
+from fastssl.recipe import Recipe, load_recipe, shipped_recipes
 from fastssl.sweep import child, dry_run, expand, load_sweep, run_locally, submit_to_slurm, table
-from fastssl.sweep.estimate import last_rate
+from fastssl.sweep.estimate import bytes_of_run, last_rate
 from fastssl.sweep.progress import Task, is_finished, is_locked, last_knn, last_log_line, log_path, read_progress
 from fastssl.sweep.slurm import SlurmJob
 from fastssl.training import train
@@ -187,8 +187,8 @@ def test_a_dry_run_of_the_ablation_needs_no_data(tmp_path, monkeypatch, capsys):
     assert "Runs: 180 in runs/ablation_cifar10, 0 finished." in out
     seconds = 180 * 200 * (40000 // 256 * 256) / 1000 / 20
     assert f"Time: {time_in_words(seconds)} with 20 runs in parallel (5 jobs, 4 on each)" in out
-    # 15 M parameters of ResNet-18, projector and heads: two checkpoints with two moments each, and the encoder
-    assert re.search(r"Disk: about 6[0-9]\.[0-9] GB, 3[0-9]{2} MB for each run", out)
+    # 15 M parameters of ResNet-18, projector and heads: three checkpoints with two moments each, and the encoder
+    assert re.search(r"Disk: about 9[0-9]\.[0-9] GB, 5[0-9]{2} MB for each run", out)
     assert runs[0].name not in out and len(out.splitlines()) < 40
     dry_run(sweep, runs, images_per_second=1000, verbose=True)
     listed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  waiting")]
@@ -231,20 +231,21 @@ def test_a_dry_run_times_one_run_of_a_grid(write_sweep, capsys, monkeypatch):
     monkeypatch.setattr(terminal, "SHORT", 0)
     dry_run(sweep, runs)
     out, err = capsys.readouterr()
-    assert "images/s (30 steps of barlow/seed=" in out and " with 1 run at a time" in out
+    assert "images/s (steps of barlow/seed=" in out and " with 1 run at a time" in out
+    assert re.search(r"^barlow: [\d.,]+ images/s in a run\.$", err, re.MULTILINE)
     assert not Path("out").exists()
     assert re.search(
         r"^Timing 30 steps of barlow/seed=\d, which may take minutes on a CPU; --images-per-second N skips this\.\n",
         err,
     )
-    assert "Timing: 30 steps in " in err
+    assert "Timing: 480 images in " in err
 
 
 def test_the_steps_of_timed_runs_are_shown_as_they_are_logged(write_sweep, capsys):
     """Of both runs together. Only a failed run is a line: the others have nothing that a user could look at."""
     _, runs = loaded(write_sweep(barlow(seed=[1, 2])))
     tasks = [Task(run) for run in runs]
-    display = table.TimingDisplay(tasks)
+    display = table.TimingDisplay(tasks, 60, 10)
     counts = []
     display.advance = counts.append
     for step in (5, 5, 10):
@@ -252,11 +253,67 @@ def test_the_steps_of_timed_runs_are_shown_as_they_are_logged(write_sweep, capsy
             run.dir.mkdir(parents=True, exist_ok=True)
             (run.dir / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
         display.show(tasks)
-    assert counts == [10, 10] and sum(display.total_steps.values()) == 2 * 14 * 3
+    size = runs[0].recipe.train.batch_size
+    assert counts == [10 * size, 10 * size] and sum(map(display.images_in, tasks)) == 2 * 14 * 3 * size
     for task, state in zip(tasks, ("running", "failed")):
         task.state, task.error = state, "no such backbone"
         display.print_state(task)
     assert len(lines := capsys.readouterr().out.splitlines()) == 1 and lines[0].endswith("failed: no such backbone")
+
+
+def test_slow_runs_are_timed_for_a_minute(write_sweep, monkeypatch):
+    """Until every one has logged twice: the first steps compile."""
+    _, runs = loaded(write_sweep(barlow(seed=[1, 2])))
+    tasks = [Task(run) for run in runs]
+    display = table.TimingDisplay(tasks, 60, 10)
+    display.advance = lambda count: None
+    began = time.monotonic()
+
+    def show(seconds, *steps):
+        for run, step in zip(runs, steps):
+            run.dir.mkdir(parents=True, exist_ok=True)
+            (run.dir / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        monkeypatch.setattr(table.time, "monotonic", lambda: began + seconds)
+        display.show(tasks)
+
+    show(50, 10, 10)
+    show(70, 20, 5)
+    with pytest.raises(table.TimedLongEnough):
+        show(80, 20, 10)
+
+
+def test_without_a_terminal_the_steps_of_a_sweep_are_a_line_every_two_minutes(write_sweep, capsys, monkeypatch):
+    _, runs = loaded(write_sweep(barlow(seed=[1, 2, 3])))
+    tasks = [Task(run) for run in runs]
+    tasks[0].state, tasks[1].state = "running", "running"
+    display = table.SweepDisplay("title", tasks)
+    began = display.last_line
+    for seconds, step in ((60, 3), (121, 4), (180, 5), (241, 10)):
+        monkeypatch.setattr(table.time, "monotonic", lambda seconds=seconds: began + seconds)
+        for run in runs[:2]:
+            run.dir.mkdir(parents=True, exist_ok=True)
+            (run.dir / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        display.show(tasks)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("8 of 126 steps (barlow/seed=1 4, barlow/seed=2 4)")
+    # 12 steps took 120 s, and 106 are left.
+    assert second.endswith("20 of 126 steps (barlow/seed=1 10, barlow/seed=2 10), about 17 min 40 s left")
+
+
+def test_the_time_of_a_grid_is_that_of_a_run_and_of_all(write_sweep, capsys):
+    sweep, runs = loaded(write_sweep(barlow(seed=[1, 2])))
+    dry_run(sweep, runs, images_per_second=0.5)
+    each = runs[0].recipe.train.epochs * 48 / 0.5
+    line = f"{time_in_words(each)} a run, {time_in_words(2 * each)} one after the other, at 0.5 images/s"
+    assert line in capsys.readouterr().out
+
+
+def test_the_predicted_disk_counts_the_checkpoint_of_the_probe(write_sweep):
+    _, (run,) = loaded(write_sweep(barlow(seed=[1])))
+    with_probe, without = (
+        bytes_of_run(Recipe.model_validate(run.recipe.model_dump() | {"probe": {"every": every}})) for every in (1, 0)
+    )
+    assert 1.3 < with_probe / without < 1.5  # three checkpoints or two, and the encoder
 
 
 def test_the_rate_of_a_timed_run_is_that_of_its_last_third(write_sweep):
@@ -267,6 +324,8 @@ def test_the_rate_of_a_timed_run_is_that_of_its_last_third(write_sweep):
     lines.append({"step": 31, "images_per_second": 1})  # of one step
     (run.dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert last_rate(run) == pytest.approx(150)  # as long at 100 as at 300 images: not the mean
+    (run.dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert last_rate(run) == 90  # without the steps that compile
 
 
 # Real processes
