@@ -41,6 +41,7 @@ from fastssl.evaluation import (
 )
 from fastssl.evaluation import knn as knn_module
 from fastssl.evaluation.splits import stratified_share
+from fastssl.evaluation.tables import interval_of_mean
 from fastssl.models import build_model
 
 QUICK = ["train.epochs=2", "train.batch_size=8", "log.every=1"]
@@ -546,6 +547,13 @@ def test_runs_that_differ_in_their_seed_only_share_a_row(canvas, tmp_path):
     metric = rows[0].metrics["accuracy_k3_t0.07"]
     assert metric.mean == pytest.approx(np.mean(values)) and metric.std == pytest.approx(np.std(values, ddof=1))
     assert rows[1].metrics["accuracy_k3_t0.07"].std is None
+    of_images = [result["intervals"]["accuracy_k3_t0.07"] for result in results[:3]]
+    assert rows[0].intervals["accuracy_k3_t0.07"] == interval_of_mean(values, of_images)
+    assert rows[1].intervals == results[3]["intervals"]
+    for result in results:
+        result.pop("intervals", None)  # as in results of older versions: the seeds alone are known
+    older = summarize_runs(results)
+    assert older[0].intervals["accuracy_k3_t0.07"] == interval_of_mean(values, []) and not older[1].intervals
     write_summary(tmp_path / "summary.json", rows)
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == [dataclasses.asdict(row) for row in rows]
     assert tables_of(summary_table(rows), 160)[0].row_count == 4

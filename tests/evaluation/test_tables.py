@@ -1,16 +1,18 @@
 """The tables of evaluations: every column at every width, units, sentences that follow from the figures."""
 
+import numpy as np
 import pytest
 from table_widths import check_at_every_width, rendered
 
 from fastssl.evaluation import SummaryRow, result_table, summary_table
 from fastssl.evaluation.metric_info import metric_info
+from fastssl.evaluation.metrics import accuracy_interval
 from fastssl.evaluation.mutual_information import mi_summary_table, mi_table
 from fastssl.evaluation.mutual_information.table import mi_verdict
 from fastssl.evaluation.ood import LABEL_BASED, ood_summary, ood_summary_table, ood_table, save_ood_table
 from fastssl.evaluation.ood.verdict import ood_verdict, recommended_detector
 from fastssl.evaluation.ood.verdict import runs_verdict as ood_runs_verdict
-from fastssl.evaluation.tables import MeanAndStd, runs_verdict
+from fastssl.evaluation.tables import MeanAndStd, interval_of_mean, runs_verdict
 from fastssl.evaluation.verdict import result_verdict
 
 LONG = "a-set-with-a-very-long-name-of-tiny-imagenet_and_others"
@@ -100,7 +102,11 @@ def mi_result(failing=(), saturated=False, quantities=("I(V;H)", "I(H;Z)", "I(Z;
 
 
 def row_of(name, metrics, std=0.01, **fields):
+    """A row of two runs, or of a single one if `std` is None."""
     found = {key: MeanAndStd(value, std) for key, value in metrics.items()}
+    if std is not None:
+        values = {key: [value - std / 2**0.5, value + std / 2**0.5] for key, value in metrics.items()}
+        fields.setdefault("intervals", {key: interval_of_mean(each, []) for key, each in values.items()})
     return SummaryRow(fields.pop("evaluation", "knn"), [f"runs/{name}", "runs/b"], [0, 1], False, found, **fields)
 
 
@@ -429,6 +435,36 @@ def test_a_mean_is_said_with_its_interval():
 def test_the_interval_of_a_mean_over_seeds_is_that_of_students_t():
     low, high = row_of("a", {"accuracy": 0.5}, 0.01).noise("accuracy")
     assert (low, high) == pytest.approx((0.5 - 12.706 * 0.01 / 2**0.5, 0.5 + 12.706 * 0.01 / 2**0.5), abs=1e-5)
+
+
+def test_seeds_that_agree_by_chance_have_the_interval_of_their_images():
+    """Two seeds with 123 of 245 images right each gave 50.2 to 50.2 %."""
+    share = 123 / 245
+    of_images = accuracy_interval(np.arange(245) < 123)
+    assert interval_of_mean([share, share], [list(of_images)] * 2) == pytest.approx(of_images)
+    assert of_images[1] - of_images[0] > 0.12
+    # The reaches of seeds and images are added in squares, and more seeds leave the noise of the images.
+    of_seeds = 12.706 * 0.01 / 2**0.5
+    low, high = interval_of_mean([0.5 - 0.01 / 2**0.5, 0.5 + 0.01 / 2**0.5], [[0.4, 0.57], [0.42, 0.57]])
+    assert (low, high) == pytest.approx((0.5 - np.hypot(of_seeds, 0.09), 0.5 + np.hypot(of_seeds, 0.07)), abs=1e-5)
+    assert interval_of_mean([0.5] * 100, [[0.4, 0.6]] * 100) == pytest.approx([0.4, 0.6])
+    # A single run has its own, also where its value is outside, as an ECE may be.
+    assert interval_of_mean([0.3], [[0.31, 0.4]]) == [0.31, 0.4]
+
+
+@pytest.mark.parametrize("of_seeds", [0.0, 0.3, 1.0])  # standard deviation in the logit; of images it is 1.5
+def test_the_interval_of_a_mean_covers_the_truth(of_seeds):
+    """The mean accuracy over all seeds and all images is 50 %, as the logits are symmetric."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(1000):
+        logit_SM = rng.normal(0, 1.5, 245) + rng.normal(0, of_seeds, (2, 1)) + rng.normal(0, 0.7, (2, 245))
+        correct_SM = rng.random((2, 245)) < 1 / (1 + np.exp(-logit_SM))
+        value_S = correct_SM.mean(axis=1)
+        reach_S = 1.96 * np.sqrt(value_S * (1 - value_S) / 245)
+        low, high = interval_of_mean(value_S.tolist(), np.stack([value_S - reach_S, value_S + reach_S], 1).tolist())
+        covered.append(low <= 0.5 <= high)
+    assert np.mean(covered) >= 0.95
 
 
 def test_the_best_row_is_compared_with_chance():
