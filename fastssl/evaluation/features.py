@@ -39,7 +39,6 @@ from fastssl.common.files import (
     read_bytes,
 )
 from fastssl.common.randomness import NOISE_EVALUATION, normals
-from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Advance, Device, as_tensor
 from fastssl.evaluation.runs import BetonSubset, RunEncoder
 from fastssl.loading import Batch, BetonLoader, SampleSelection
@@ -117,7 +116,7 @@ def cached_features(
     def compute(loader: BetonLoader, advance: Advance) -> Iterator[Features]:
         return check_finite(embed_batches(encoder.model, loader, make_input, advance), data.path, dtype)
 
-    title = f"{encoder.run_dir}: features of {data.path}" + (", two views" if augmented else "")
+    work = f"features of {data.path}" + (", two views" if augmented else "")
     depends_on = {"view": view, "dtype": dtype}
 
     def fits(features: Features) -> bool:
@@ -130,14 +129,14 @@ def cached_features(
         found = {name: None if x is None else x.shape[1:] for name, x in vars(features).items() if name in widths}
         return found == {name: width and (*views, width) for name, width in widths.items()}
 
-    return load_or_compute_features(encoder, data, depends_on, title, compute, dtype, augmented=augmented, fits=fits)
+    return load_or_compute_features(encoder, data, depends_on, work, compute, dtype, augmented=augmented, fits=fits)
 
 
 def load_or_compute_features(
     encoder: RunEncoder,
     data: BetonSubset,
     depends_on: dict[str, Any],
-    title: str,
+    work: str,
     compute: Callable[[BetonLoader, Advance], Iterable[Features]],
     dtype: DType = "float32",
     *,
@@ -149,6 +148,7 @@ def load_or_compute_features(
     Args:
         depends_on: JSON values that the numbers depend on, besides the weights, the file (path, size and modification
             time) and the chosen images.
+        work: what is computed, for the title of the progress.
         compute: called with a loader of the images and the function that advances the progress bar by images.
         dtype: of the floats in the cache.
         fits: whether a cache has the widths that this encoder gives; else it is written again.
@@ -171,7 +171,7 @@ def load_or_compute_features(
 
     if features is None or not is_sound(features):
         loader = eval_loader(data, encoder.recipe.views, encoder.device, augmented=augmented)
-        with progress(title, len(loader.rows), "images") as advance:
+        with encoder.progress(work, len(loader.rows)) as advance:
             write_features(folder, compute(loader, advance), len(loader.rows), dtype, is_sound)
         features = read_features(folder)
         if features is None or not is_sound(features):

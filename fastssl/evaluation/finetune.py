@@ -17,7 +17,6 @@ from safetensors.torch import save as to_safetensors
 from fastssl.beton import read_index_list, read_metadata
 from fastssl.common.errors import UserError
 from fastssl.common.files import explain_write_errors, make_folder, write_atomically
-from fastssl.common.terminal import progress
 from fastssl.evaluation.features import eval_input, eval_loader, in_fp32, valid_rows
 from fastssl.evaluation.metrics import classification_metrics
 from fastssl.evaluation.results import RESULT, EvaluationResult, load_or_compute, save_classification, without_paths
@@ -133,7 +132,7 @@ def finetune(
         model_config = recipe.model.model_copy(update={"init": str(start.resolve())})
         train(recipe.model_copy(update={"run": run, "model": model_config}), resume="auto")
         model = cast(Classifier, load_model(folder).to(encoder.device))
-        logits_MC, label_M = test_logits(model, data.val.path, recipe.views)
+        logits_MC, label_M = test_logits(encoder, model, data.val.path, recipe.views)
         rows = slice(None) if test_rows is None else test_rows
         # Labels may have gaps. A class without training images is no candidate.
         result = classification_metrics(logits_MC[rows][:, class_C], label_M[rows], class_C, seed=seed)
@@ -204,12 +203,17 @@ def write_start_weights(encoder: RunEncoder, folder: Path) -> Path:
 
 
 @torch.inference_mode()
-def test_logits(model: Classifier, beton: Path, views: ViewsConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (M, C) under the evaluation transform, and labels (M,), in the order of the file."""
+def test_logits(
+    encoder: RunEncoder, model: Classifier, beton: Path, views: ViewsConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (M, C) under the evaluation transform, and labels (M,), in the order of the file.
+
+    encoder: what the model was fine-tuned from.
+    """
     make_input = eval_input(views)
     logits, labels = [], []
     loader = eval_loader(BetonSubset(beton), views, next(model.parameters()).device)
-    with evaluating(model), progress(f"Testing on {beton}", len(loader.rows), "images") as advance:
+    with evaluating(model), encoder.progress(f"testing on {beton}", len(loader.rows)) as advance:
         for batch in loader:
             with in_fp32(batch.index.device):
                 logits_BC = model.logits(make_input(batch))

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.common.errors import UserError
-from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Advance, Array, Device, as_labels, as_tensor
 from fastssl.evaluation.features import DType, cached_features, mean_of_draws
 from fastssl.evaluation.metrics import accuracy_interval, chance_levels
@@ -63,7 +62,7 @@ def evaluate_knn(
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
         seed, device = encoder.recipe.seed, encoder.device
         bank, query = (mean_of_draws(x, draws or 0, seed, normalize=True, device=device) for x in (train, val))
-        with progress(f"Neighbors in {data.train.path}", len(bank), "images") as advance:
+        with encoder.progress(f"neighbors in {data.train.path}", len(bank)) as advance:
             guesses = knn_predictions(
                 bank, train.label, query, ks=ks, temperatures=temperatures, device=device, advance=advance
             )

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -13,7 +14,7 @@ from torch import nn
 from fastssl.beton import beton_file, data_checksum, read_header, read_index_list
 from fastssl.common.errors import UserError
 from fastssl.common.files import expand_user, explain_write_errors, make_folder, write_atomically
-from fastssl.common.terminal import console, print_line
+from fastssl.common.terminal import Advance, console, print_line, progress
 from fastssl.evaluation.results import DataDescription, EncoderDescription
 from fastssl.loading import SampleSelection, count_labels, require_channels, require_labels
 from fastssl.models import Model, build_model
@@ -52,6 +53,10 @@ class RunEncoder:
         """Raise UserError unless the images of these files have the channels that the encoder takes."""
         for file in files:
             require_channels(file, self.recipe.model.in_chans, f"the encoder of {self.run_dir}", "name another file")
+
+    def progress(self, work: str, total: int, unit: str = "images") -> AbstractContextManager[Advance]:
+        """Show how far work on this encoder is, as `terminal.progress`, with the run in the title."""
+        return progress(f"{self.run_dir}: {work}", total, unit)
 
     def describe(self) -> EncoderDescription:
         return {

@@ -107,7 +107,7 @@ def evaluate_transfer(
         train, test = (cached_features(encoder, BetonSubset(path), dtype) for path in (target.train, target.test))
         if target.train_rows is not None and target.test_rows is not None:
             train, test = train.select(target.train_rows), test.select(target.test_rows)
-        result, choice = fit_and_test(encoder, train, test, protocol, settings, seed)
+        result, choice = fit_and_test(encoder, train, test, protocol, settings, seed, target.train)
         return save_classification(encoder.run_dir, name, result, target.test) | choice
 
     request |= {"protocol": PROTOCOLS[protocol], "settings": settings, "seed": seed, **encoder.describe()}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from small_models import features_of, make_run
 from table_widths import tables_of
 from torch import nn
 
+from fastssl import evaluation
 from fastssl.beton import build_beton, read_labels, read_metadata
+from fastssl.common import terminal
 from fastssl.common.errors import UserError
 from fastssl.evaluation import (
     classification_metrics,
@@ -22,6 +25,7 @@ from fastssl.evaluation import (
     evaluate_linear,
     evaluate_semisup,
     evaluate_transfer,
+    evaluate_uncertainty,
     features,
     find_evaluation_data,
     find_target,
@@ -113,6 +117,22 @@ def test_knn_and_linear_write_the_result_that_they_return(run, canvas, monkeypat
     assert confusion.sum() == 12 and np.trace(confusion) == round(12 * swept["metrics"]["accuracy"])
     assert {name.split(".")[0] for name in os.listdir(folder / "eval")} == set(names)
     assert Image.open(folder / "eval" / "linear-sweep-seed4.confusion.png").width == 825
+
+
+def test_the_progress_of_an_evaluation_names_the_run(run, capsys, monkeypatch):
+    """Of several runs, bars without a name look like one that starts again."""
+    folder, _, _ = run
+    monkeypatch.setattr(terminal, "SHORT", 0.0)  # also of work that takes no time
+    evaluate_knn(*opened(folder))
+    for protocol in ("sweep", "reference", "lbfgs"):
+        evaluate_linear(*opened(folder), protocol=protocol)
+    evaluate_uncertainty(*opened(folder))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 9 and all(line.startswith(f"{folder}: ") for line in lines), lines
+    # In all other evaluations too: their progress is that of the encoder.
+    for path in Path(evaluation.__file__).parent.rglob("*.py"):
+        if path.name != "runs.py" and path.parent.name != "embed":
+            assert not re.search(r"(?<![.\w])progress\(", path.read_text()), path
 
 
 def test_an_equal_request_is_not_measured_again(run, canvas, tmp_path, monkeypatch):
@@ -373,7 +393,7 @@ def test_a_supervised_run_is_fine_tuned_with_a_new_classifier(canvas, tmp_path):
 def test_fine_tuning_uses_the_published_view_and_learning_rate(canvas, tmp_path, monkeypatch):
     folder, _, _ = make_run(tmp_path / "run", data_of(canvas), views={"size": 72})
     seen, test_logits = [], finetune.test_logits
-    watched = lambda model, beton, views: (seen.append(views.eval), test_logits(model, beton, views))[1]  # noqa: E731
+    watched = lambda *given: (seen.append(given[-1].eval), test_logits(*given))[1]  # noqa: E731
     monkeypatch.setattr(finetune, "test_logits", watched)
     result = evaluate_semisup(*opened(folder), percent=50, overrides=[*QUICK, "train.batch_size=4"])
     assert seen == ["center"] and result["view"]["kind"] == "center"  # above 64 px, as published

@@ -1,9 +1,9 @@
 """`fastssl eval linear`: one of the three protocols on the features of a run."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from fastssl.common.terminal import progress
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, mean_of_draws
 from fastssl.evaluation.linear import lbfgs, reference, sweep
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
@@ -45,7 +45,7 @@ def evaluate_linear(
 
     def compute() -> dict[str, Any]:
         train, val = (cached_features(encoder, part, dtype) for part in (data.train, data.val))
-        result, choice = fit_and_test(encoder, train, val, protocol, settings, seed)
+        result, choice = fit_and_test(encoder, train, val, protocol, settings, seed, data.train.path)
         return save_classification(encoder.run_dir, name, result, data.val.path) | choice
 
     request = {
@@ -77,9 +77,15 @@ def linear_settings(
 
 
 def fit_and_test(
-    encoder: RunEncoder, train: Features, test: Features, protocol: Protocol, settings: dict[str, Any], seed: int
+    encoder: RunEncoder,
+    train: Features,
+    test: Features,
+    protocol: Protocol,
+    settings: dict[str, Any],
+    seed: int,
+    file: Path,
 ) -> tuple[ClassificationResult, dict[str, Any]]:
-    """Fit on `train` with the settings of `linear_settings`, and test on `test`.
+    """Fit on `train`, features of `file`, with the settings of `linear_settings`, and test on `test`.
 
     Returns the result, and the fields of an EvaluationResult that say how the classifier was chosen.
     """
@@ -89,17 +95,17 @@ def fit_and_test(
     )
     x_ND = representation(train)
     if protocol == "reference":
-        with progress("Linear classifier", settings["epochs"], "epochs") as advance:
+        with encoder.progress(f"linear classifier on {file}", settings["epochs"], "epochs") as advance:
             # Draws have length 1 already. Their mean is shorter, and stays so.
             fit = fit_reference(
                 x_ND, label_N, schedule=settings["schedule"], normalize=not draws, seed=seed, device=device,
                 advance=advance,
             )  # fmt: skip
     elif protocol == "sweep":
-        with progress("Linear classifiers", 2 * settings["epochs"], "epochs") as advance:
+        with encoder.progress(f"linear classifiers on {file}", 2 * settings["epochs"], "epochs") as advance:
             fit = fit_sweep(x_ND, label_N, epochs=settings["epochs"], seed=seed, device=device, advance=advance)
     else:
-        with progress("Logistic regressions", len(settings["penalties"]) + 1, "fits") as advance:
+        with encoder.progress(f"logistic regressions on {file}", len(settings["penalties"]) + 1, "fits") as advance:
             fit = fit_lbfgs(x_ND, label_N, seed=seed, device=device, advance=advance)
     logits_MC = fit.classifier.logits(representation(test))
     result = classification_metrics(logits_MC, test.label, fit.classifier.class_C, seed=seed)

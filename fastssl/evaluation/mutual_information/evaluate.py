@@ -16,7 +16,6 @@ from fastssl.beton import beton_file
 from fastssl.common.errors import UserError
 from fastssl.common.randomness import NOISE_EVALUATION, normals
 from fastssl.common.schema import Finite
-from fastssl.common.terminal import progress
 from fastssl.evaluation.arrays import Device
 from fastssl.evaluation.features import (
     CACHE_VERSION,
@@ -166,7 +165,7 @@ def evaluate_mi(encoder: RunEncoder, data: Path | None = None, *, seed: int = 0)
         representations = compute_representations(encoder, images, seed)
         pairs = component_pairs(representations)
         bounds = compute_bounds(encoder.model, representations, seed, encoder.device)
-        with progress("Critics", len(pairs) * 4 * estimators.STEPS, "steps") as advance:
+        with encoder.progress("critics", len(pairs) * 4 * estimators.STEPS, "steps") as advance:
             estimates = {q: estimate_pair(x, y, seed, encoder.device, advance) for q, (x, y) in pairs.items()}
         plot = encoder.run_dir / "eval" / f"{name}.png"
         draw_learning_curves(plot, estimates)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastssl.beton import read_header
 from fastssl.common.files import explain_write_errors, write_atomically
-from fastssl.common.terminal import progress
 from fastssl.evaluation.features import (
     CACHE_VERSION,
     Features,
@@ -121,7 +120,7 @@ def evaluate_ood(
             for part, data in parts.items()
         }
         scores: dict[str, dict[str, np.ndarray]] = {}
-        with progress("Detectors", len(names), "detectors") as advance:
+        with encoder.progress("detectors", len(names), "detectors") as advance:
             for each in names:
                 prior = embedding_prior(encoder.model)
                 fitted = detector(each, prior=prior, classifier=classifier, device=encoder.device)
@@ -143,7 +142,9 @@ def evaluate_ood(
         with explain_write_errors(path):
             write_atomically(path, lambda temporary: np.savez(temporary, **columns))  # type: ignore[arg-type]
         id_norm_N = np.linalg.norm(cached_features(encoder, sets.id).h.astype(np.float64), axis=1)
-        comparison = compare(scores, {"near": list(sets.near), "far": list(sets.far)}, id_norm_N, seed)
+        groups = {"near": list(sets.near), "far": list(sets.far)}
+        with encoder.progress("intervals", len(scores), "detectors") as advance:
+            comparison = compare(scores, groups, id_norm_N, seed, advance)
         scored = {each: without_missing(found) for each, found in scores.items()}
         plots.draw_ood_plots(encoder.run_dir / "eval", name, scored, comparison["detectors"], sets)
         return {**comparison, "skipped": skipped, "scores": path.name}
@@ -202,7 +203,7 @@ def linear_head(encoder: RunEncoder, train: Features, seed: int) -> LinearHead:
     if isinstance(encoder.model, Classifier):
         layer = encoder.model.classifier
         return LinearHead(layer.weight.detach().double(), layer.bias.detach().double())
-    with progress("Logistic regressions", len(PENALTIES) + 1, "fits") as advance:
+    with encoder.progress("logistic regressions", len(PENALTIES) + 1, "fits") as advance:
         fitted = fit_lbfgs(train.h, train.label, seed=seed, device=encoder.device, advance=advance)
     # The classifier of standardized features, as one of the features themselves.
     mean_D, std_D = fitted.classifier.mean_D, fitted.classifier.std_D

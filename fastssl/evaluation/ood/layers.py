@@ -74,7 +74,7 @@ def cached_layers(encoder: RunEncoder, data: BetonSubset) -> list[np.ndarray]:
         encoder,
         data,
         {"view": describe_eval_transform(views), "layers": MAX_LAYERS},
-        f"Layers of {data.path}",
+        f"layers of {data.path}",
         lambda loader, advance: check_finite(side_by_side(loader, advance), data.path, "float32"),
         fits=lambda found: found.h.shape[1:] == (sum(widths),),
     )

@@ -12,8 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from typing_extensions import TypedDict
 
 from fastssl.common.schema import Finite
-from fastssl.common.terminal import progress
-from fastssl.evaluation.arrays import Array, as_numpy
+from fastssl.evaluation.arrays import Advance, Array, as_numpy
 from fastssl.evaluation.metrics import LEVEL, RESAMPLES
 from fastssl.evaluation.ood.detectors import LABEL_BASED
 from fastssl.evaluation.results import Interval
@@ -122,41 +121,42 @@ def compare(
     groups: Mapping[str, Sequence[str]],
     id_norm_N: np.ndarray,
     seed: int,
+    advance: Advance = lambda detectors: None,
 ) -> Comparison:
     """Compute the metrics of each detector on each OOD set, and their means over the sets of each group.
 
     scores: detector -> set -> scores, with the set "id" of N in-distribution images; NaN where an image has none.
     groups: "near" and "far" -> names of the OOD sets. id_norm_N: lengths of the features of the ID images.
+    advance: called after each detector.
     """
     others = [other for group in groups.values() for other in group]
     # Detectors with scores of the same images share their resamples.
     draw = lru_cache(maxsize=2 * (1 + len(others)))(lambda images, number: resample(images, [seed, number]))
     comparison: Comparison = {"detectors": {}, "metrics": {}, "intervals": {}}
-    with progress("Intervals", len(scores), "detectors") as advance:
-        for name, score_of_all in scores.items():
-            score = without_missing(score_of_all)
-            images = {part: len(found) for part, found in score.items()}
-            norm_N = id_norm_N[~np.isnan(score_of_all["id"])]
-            id_rows_RN = draw(images["id"], 0)
-            ood_rows = {other: draw(images[other], 1 + i) for i, other in enumerate(others)}
-            exact = {other: metrics(score["id"], score[other]) for other in others}
-            resampled = {
-                other: bootstrap_metrics(score["id"], score[other], id_rows_RN, ood_rows[other]) for other in others
-            }
-            constant = np.ptp(score["id"]) == 0 or np.ptp(norm_N) == 0
-            row: DetectorResult = {
-                "labels": name in LABEL_BASED,
-                "norm_correlation": 0.0 if constant else float(spearmanr(score["id"], norm_N).statistic),
-                "sets": {other: mean_over_sets([other], exact, resampled, images) for other in others},
-            }
-            for group, sets in groups.items():
-                if sets:
-                    row[group] = mean = mean_over_sets(sets, exact, resampled, images)  # type: ignore[literal-required]
-                    for key in SUMMARIZED:
-                        comparison["metrics"][f"{name} {group} {key}"] = mean["metrics"][key]
-                        comparison["intervals"][f"{name} {group} {key}"] = mean["intervals"][key]
-            comparison["detectors"][name] = row
-            advance(1)
+    for name, score_of_all in scores.items():
+        score = without_missing(score_of_all)
+        images = {part: len(found) for part, found in score.items()}
+        norm_N = id_norm_N[~np.isnan(score_of_all["id"])]
+        id_rows_RN = draw(images["id"], 0)
+        ood_rows = {other: draw(images[other], 1 + i) for i, other in enumerate(others)}
+        exact = {other: metrics(score["id"], score[other]) for other in others}
+        resampled = {
+            other: bootstrap_metrics(score["id"], score[other], id_rows_RN, ood_rows[other]) for other in others
+        }
+        constant = np.ptp(score["id"]) == 0 or np.ptp(norm_N) == 0
+        row: DetectorResult = {
+            "labels": name in LABEL_BASED,
+            "norm_correlation": 0.0 if constant else float(spearmanr(score["id"], norm_N).statistic),
+            "sets": {other: mean_over_sets([other], exact, resampled, images) for other in others},
+        }
+        for group, sets in groups.items():
+            if sets:
+                row[group] = mean = mean_over_sets(sets, exact, resampled, images)  # type: ignore[literal-required]
+                for key in SUMMARIZED:
+                    comparison["metrics"][f"{name} {group} {key}"] = mean["metrics"][key]
+                    comparison["intervals"][f"{name} {group} {key}"] = mean["intervals"][key]
+        comparison["detectors"][name] = row
+        advance(1)
     return comparison
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from fastssl.common.errors import UserError
-from fastssl.common.terminal import progress
 from fastssl.evaluation import metrics
-from fastssl.evaluation.arrays import Device
+from fastssl.evaluation.arrays import Advance, Device
 from fastssl.evaluation.features import CACHE_VERSION, DType, Features, cached_features, eval_loader
 from fastssl.evaluation.linear import lbfgs
 from fastssl.evaluation.linear.lbfgs import fit_lbfgs
@@ -73,13 +72,13 @@ def evaluate_uncertainty(
         test = cached_features(encoder, data.val, dtype)
 
         def distance(h_MD: np.ndarray) -> np.ndarray:
-            with progress(f"Neighbors in {data.train.path}", len(train.h), "images") as advance:
+            with encoder.progress(f"neighbors in {data.train.path}", len(train.h)) as advance:
                 return measures.neighbor_distance(train.h, h_MD, neighbors, device=encoder.device, advance=advance)
 
         views = encoder.recipe.views
         loader = eval_loader(data.val, views, encoder.device)
         loader.rows = loader.rows[some_images(test.index, CORRUPTED_IMAGES, seed)]
-        with progress("Corrupted images", len(VERSIONS) * len(loader.rows), "images") as advance:
+        with encoder.progress("corrupted images", len(VERSIONS) * len(loader.rows)) as advance:
             versions_VN = embed_versions(encoder.model, loader, views, seed, advance)
         if test.sigma is None:
             uncertainty_M = distance(test.h)
@@ -87,12 +86,13 @@ def evaluate_uncertainty(
         else:
             uncertainty_M = test.sigma.mean(axis=1, dtype=np.float64)
 
+        with encoder.progress("intervals of r_auroc", metrics.RESAMPLES + 1, "resamples") as advance:
+            of_neighbors = neighbor_metrics(test, uncertainty_M, encoder.device, seed, advance)
+        work = f"logistic regressions on {data.train.path}"
+        with encoder.progress(work, len(lbfgs.PENALTIES) + 1, "fits") as advance:
+            of_predictions = prediction_metrics(train, test, uncertainty_M, encoder.device, seed, advance)
         result: dict[str, Any] = {"metrics": {}, "intervals": {}}
-        for group in (
-            neighbor_metrics(test, uncertainty_M, encoder.device, seed),
-            prediction_metrics(train, test, uncertainty_M, encoder.device, seed),
-            corruption_metrics(versions_VN, seed),
-        ):
+        for group in (of_neighbors, of_predictions, corruption_metrics(versions_VN, seed)):
             result["metrics"] |= group.metrics
             result["intervals"] |= group.intervals
             result |= group.fields
@@ -129,33 +129,44 @@ def evaluate_uncertainty(
     return load_or_compute(encoder.run_dir, name, request, compute, RESULT)
 
 
-def neighbor_metrics(test: Features, uncertainty_M: np.ndarray, device: Device, seed: int) -> MetricGroup:
-    """Compute recall_at_1, and r_auroc unless the nearest neighbors of all images are right, or all wrong."""
+def neighbor_metrics(
+    test: Features,
+    uncertainty_M: np.ndarray,
+    device: Device,
+    seed: int,
+    advance: Advance = lambda resamples: None,
+) -> MetricGroup:
+    """Compute recall_at_1, and r_auroc unless the nearest neighbors of all images are right, or all wrong.
+
+    advance: called for the images, and after each of RESAMPLES resamples.
+    """
     wrong_M = measures.nearest_is_wrong(test.h, test.label, device=device)
     defined = 0 < wrong_M.sum() < len(wrong_M)
 
-    with progress("Intervals of r_auroc", metrics.RESAMPLES + 1, "resamples") as advance:
+    def compute(rows: Rows) -> dict[str, float]:
+        advance(1)
+        values = {"r_auroc": measures.r_auroc(uncertainty_M[rows], wrong_M[rows])} if defined else {}
+        values["recall_at_1"] = 1 - float(wrong_M[rows].mean())
+        return values
 
-        def compute(rows: Rows) -> dict[str, float]:
-            advance(1)
-            values = {"r_auroc": measures.r_auroc(uncertainty_M[rows], wrong_M[rows])} if defined else {}
-            values["recall_at_1"] = 1 - float(wrong_M[rows].mean())
-            return values
-
-        return MetricGroup(compute(slice(None)), bootstrap_intervals(len(wrong_M), compute, seed), {})
+    return MetricGroup(compute(slice(None)), bootstrap_intervals(len(wrong_M), compute, seed), {})
 
 
 def prediction_metrics(
-    train: Features, test: Features, uncertainty_M: np.ndarray, device: Device, seed: int
+    train: Features,
+    test: Features,
+    uncertainty_M: np.ndarray,
+    device: Device,
+    seed: int,
+    advance: Advance = lambda fits: None,
 ) -> MetricGroup:
     """Compute how well the uncertainty orders the mistakes of a logistic regression on h, and its calibration.
 
     The classifier is fitted on nine tenths of the training images, and its temperature is chosen on the last tenth.
-    Nothing is chosen on the test images.
+    Nothing is chosen on the test images. advance: as in `fit_lbfgs`.
     """
     fit_rows, held_rows = holdout_split(train.label, seed)
-    with progress("Logistic regressions", len(lbfgs.PENALTIES) + 1, "fits") as advance:
-        fitted = fit_lbfgs(train.h[fit_rows], train.label[fit_rows], seed=seed, device=device, advance=advance)
+    fitted = fit_lbfgs(train.h[fit_rows], train.label[fit_rows], seed=seed, device=device, advance=advance)
     class_C = fitted.classifier.class_C.numpy()
     held_logits = fitted.classifier.logits(train.h[held_rows])
     temperature = measures.fit_temperature(held_logits, train.label[held_rows], class_C)
