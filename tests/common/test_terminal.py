@@ -58,7 +58,8 @@ def test_progress_of_many_seconds_shows_the_time_left(capsys, monkeypatch):
         for _ in range(100):
             advance()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "work: 10 of 100 images, 1.0 images/s, 1 min 30 s left" and len(lines) == 10
+    assert lines[0] == "work: 10 of 100 images, 1.0 images/s" and len(lines) == 10
+    assert lines[1] == "work: 20 of 100 images, 1.0 images/s, 1 min 20 s left"
     assert lines[-1] == "work: 100 images in 1 min 40 s, 1.0 images/s"
 
 
@@ -72,7 +73,20 @@ def test_the_time_left_does_not_count_the_start_of_processes(capsys, monkeypatch
             advance(10)
     first, second, _ = capsys.readouterr().err.splitlines()
     assert first == "work: 10 of 1,000 images, 0.5 images/s"
-    assert second == "work: 20 of 1,000 images, 0.7 images/s, 16 min 20 s left"
+    assert second == "work: 20 of 1,000 images, 0.67 images/s, 16 min 20 s left"
+
+
+def test_the_time_left_does_not_count_slow_first_items(capsys, monkeypatch):
+    """200 epochs of linear classifiers said "12 min 15 s left" after 4 of them, and took 97 s."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with progress("work", 200) as advance:
+        for epoch in range(24):
+            now[0] += 2.5 if epoch < 4 else 0.5
+            advance()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "work: 4 of 200 images, 0.4 images/s"
+    assert second == "work: 24 of 200 images, 1.2 images/s, 1 min 28 s left"
 
 
 @pytest.mark.parametrize("seconds, shown", [(0.5, None), (65.0, "in 1 min 05 s")])
