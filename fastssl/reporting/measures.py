@@ -16,7 +16,7 @@ from fastssl.evaluation.results import EvaluationResult, without_paths
 from fastssl.evaluation.verdict import headline_metric
 from fastssl.reporting.differences import Difference, mean_difference, placements
 from fastssl.reporting.runs import Run
-from fastssl.reporting.variants import Variant
+from fastssl.reporting.variants import Variant, start_of
 
 # The order of the columns.
 EVALUATIONS = ("knn", "linear", "semisup", "transfer", "ood", "uncertainty", "mi")
@@ -151,22 +151,22 @@ def compare_with_baseline(measure: Measure, variant: Variant, found: dict[Path, 
     return _paired_difference(measure, [((a, found[a.dir]), (b, found[b.dir])) for a, b in pairs])
 
 
+OfRun = tuple[Run, Found]
+
+
 def compare_with_untrained(
-    measure: Measure, variant: Variant, found: dict[Path, Found], untrained: dict[Path, Found]
+    measure: Measure, variant: Variant, found: dict[Path, Found], untrained: dict[str, OfRun]
 ) -> tuple[float, Difference | None] | None:
     """Return a variant's mean difference to the weights that its runs started from, and its noise.
 
-    The noise is None for a single run, all is None where no run has both values.
+    untrained: by `start_of` a recipe. The noise is None for a single run, all is None where no run has both values.
     """
-    both = [run for run in variant.runs if run.dir in found and run.dir in untrained]
-    if not both:
+    starts = [(run, start_of(run.recipe)) for run in variant.runs if run.dir in found]
+    pairs = [((run, found[run.dir]), untrained[start]) for run, start in starts if start in untrained]
+    if not pairs:
         return None
-    mean = statistics.fmean(found[run.dir].value - untrained[run.dir].value for run in both)
-    pairs = [((run, found[run.dir]), (run, untrained[run.dir])) for run in both]
+    mean = statistics.fmean(trained.value - before.value for (_, trained), (_, before) in pairs)
     return mean, _paired_difference(measure, pairs)
-
-
-OfRun = tuple[Run, Found]
 
 
 def _paired_difference(measure: Measure, pairs: Sequence[tuple[OfRun, OfRun]]) -> Difference | None:

@@ -17,6 +17,7 @@ from fastssl.reporting.measures import (
     EVALUATIONS,
     Found,
     Measure,
+    OfRun,
     Values,
     collect_measures,
     compare_with_untrained,
@@ -24,7 +25,7 @@ from fastssl.reporting.measures import (
 )
 from fastssl.reporting.runs import Run, find_runs, read_run
 from fastssl.reporting.tables import NONE, Cell, ReportTable, heat_maps, interval_of, result_tables, with_sign
-from fastssl.reporting.variants import Variant, group_runs
+from fastssl.reporting.variants import Variant, group_runs, start_of
 
 LARGEST_VIEWS = 2 << 20  # bytes of a views.png that a page holds
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -120,17 +121,19 @@ def _untrained(variants: Sequence[Variant], values: Values) -> tuple[list[str], 
     for measure, found in untrained.items():
         if measure.group != "accuracy":
             continue
-        mean = statistics.fmean(each.value for each in found.values())
-        reached.append(f"{measure.title} {measure.info.format(mean)} ({count_of(len(found), 'run')})")
+        # Variants start from the same encoders: each counts once, and may be measured in one variant's runs only.
+        of_start = {start_of(run.recipe): (run, found[run.dir]) for run in runs if run.dir in found}
+        mean = statistics.fmean(each.value for _, each in of_start.values())
+        reached.append(f"{measure.title} {measure.info.format(mean)} ({count_of(len(of_start), 'encoder')})")
         of_trained = trained.get((measure.evaluation, measure.images, measure.metric), {})
-        sentences += [_not_better(measure, variant, of_trained, found) for variant in variants]
+        sentences += [_not_better(measure, variant, of_trained, of_start) for variant in variants]
     if not reached:
         return [], remarks
     return [f"Untrained encoders reach: {', '.join(reached)}.", *filter(None, sentences)], remarks
 
 
 def _not_better(
-    measure: Measure, variant: Variant, found: dict[Path, Found], untrained: dict[Path, Found]
+    measure: Measure, variant: Variant, found: dict[Path, Found], untrained: dict[str, OfRun]
 ) -> str | None:
     """Return a sentence if training has not made a variant better, by more than the noise where that is known."""
     compared = compare_with_untrained(measure, variant, found, untrained)

@@ -100,6 +100,19 @@ def compared_values(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def start_of(recipe: Recipe) -> str:
+    """Equal for recipes whose runs started from the same encoder of the same images.
+
+    The weights are drawn from the seed, those of the encoder first. A stochastic h is a layer behind it, and drawn
+    later, so it is the same in one variant only.
+    """
+    if "h" in recipe.embedding.stochastic:
+        return json.dumps([recipe.seed, _key(recipe)])
+    values = compared_values(recipe)
+    kept = {key: values[key] for key in values if key.startswith(("data.", "views.", "model."))}
+    return json.dumps([recipe.seed, {key: kept[key] for key in kept if not key.startswith("model.projector.")}])
+
+
 def _key(recipe: Recipe) -> str:
     """Equal for recipes of one variant."""
     return json.dumps(compared_values(recipe), sort_keys=True)

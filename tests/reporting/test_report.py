@@ -11,15 +11,17 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from command_lines import parse
 from fabricated_runs import IMAGES, fabricate_run
 
 from fastssl.common.errors import UserError
-from fastssl.recipe import AnyObjective, EmbeddingConfig
+from fastssl.models import build_model
+from fastssl.recipe import AnyObjective, EmbeddingConfig, load_recipe
 from fastssl.reporting import make_report, write_report
 from fastssl.reporting.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curve_charts
 from fastssl.reporting.runs import read_run
-from fastssl.reporting.variants import OBJECTIVES, STOCHASTIC
+from fastssl.reporting.variants import OBJECTIVES, STOCHASTIC, start_of
 
 BETTER = {"barlow": 0.60, "zprob_barlow": 0.70, "hprob_barlow": 0.60}
 
@@ -129,7 +131,7 @@ def test_what_untrained_encoders_reach_is_said(tmp_path):
     result |= {"metrics": {"accuracy_k20_t0.07": 0.1}, "settings": {"draws": 12}}
     (run / "eval" / "knn-draws12-untrained.json").write_text(json.dumps(result))
     report = make_report([run])
-    assert "Untrained encoders reach: kNN k = 20, T = 0.07 30.0 % (1 run)." in report.findings
+    assert "Untrained encoders reach: kNN k = 20, T = 0.07 30.0 % (1 encoder)." in report.findings
     assert any("knn-draws12-untrained.json: knn-untrained.json is shown in its place" in x for x in report.remarks)
     assert table_named(report, "Accuracy").rows[0][1][0].text == "50.0"
 
@@ -161,6 +163,42 @@ def test_a_variant_that_is_not_better_than_untrained_is_named(tmp_path):
         r"Barlow Twins is not better than untrained in kNN k = 20, T = 0\.07 by more than the noise: "
         r"\+1\.0 \(-\d+\.\d to \d+\.\d\)\.", named[0],
     )  # fmt: skip
+
+
+def test_variants_share_the_encoders_that_they_started_from(tmp_path):
+    """One variant's untrained results serve the others, but for a stochastic h, which is a layer behind the encoder."""
+    made = {}
+    for name in ("vicreg", "zprob_vicreg", "hprob_vicreg"):
+        made[name] = [
+            fabricate_run(tmp_path / name / str(seed), f"cifar10/{name}", seed, accuracies={"knn": 0.4 + seed / 100})
+            for seed in range(2)
+        ]
+    for seed, run in enumerate(made["vicreg"]):
+        add_untrained(run, 0.5 + seed / 50)
+    findings = make_report([tmp_path]).findings
+    assert "Untrained encoders reach: kNN k = 20, T = 0.07 51.0 % (2 encoders)." in findings
+    named = [line.partition(" is not better")[0] for line in findings if "not better than untrained" in line]
+    assert named == ["VICReg", "Z-prob VICReg"]
+    for seed, run in enumerate(made["zprob_vicreg"]):
+        add_untrained(run, 0.5 + seed / 50)
+    assert make_report([tmp_path]).findings == findings
+    for run in made["hprob_vicreg"]:
+        add_untrained(run, 0.3)
+    assert any("40.5 % (4 encoders)" in line for line in make_report([tmp_path]).findings)
+
+
+def test_runs_that_start_equal_have_the_same_encoder():
+    def started(name, *overrides):
+        recipe = load_recipe(name, ["data.val=null", "seed=3", "model.backbone=resnet18", *overrides])
+        torch.manual_seed(recipe.seed)
+        weights = build_model(recipe).encoder.state_dict()
+        return start_of(recipe), {key: weight.double().sum().item() for key, weight in weights.items()}
+
+    start, weights = started("cifar10/vicreg")
+    for other in ("zprob_vicreg", "barlow"):
+        assert started(f"cifar10/{other}", "model.projector.out=64") == (start, weights)
+    for override in ("seed=4", "model.stem=imagenet", "views.size=40", "data.limit=9", "embedding.stochastic=h"):
+        assert started("cifar10/vicreg", override)[0] != start, override
 
 
 def test_what_is_missing_is_a_command(sweep, tmp_path):
