@@ -159,7 +159,8 @@ def profile(
         str | None,
         Option(
             metavar="MACHINE",
-            help="Predict hours and bottleneck on a machine, such as '8xA100, 64 cores, nvme, 100M images'.",
+            help="Predict hours and bottleneck on a machine: GPUs, cores, memory, storage (nvme, ssd, hdd or nfs, also "
+            "with its speed), images. Such as '8xA100, 64 cores, 512 GB, nfs 300 MB/s, 100M images'.",
         ),
     ] = None,
     fail_under: Annotated[

@@ -18,7 +18,16 @@ from fastssl.common.errors import UserError, quote
 from fastssl.common.terminal import count_of, time_in_words
 from fastssl.loading.decoding import SMALL_BATCH
 from fastssl.profiling.bottleneck import RESOURCES, Cost, CostModel, Setup, describe_bottleneck, suggest_fixes
-from fastssl.profiling.peaks import DEVICES, LINK_SHARE, STORAGE, STORAGE_NAMES, Device, find_device, slower_variants
+from fastssl.profiling.peaks import (
+    DEVICES,
+    LINK_SHARE,
+    STORAGE,
+    STORAGE_NAMES,
+    Device,
+    StorageKind,
+    find_device,
+    slower_variants,
+)
 from fastssl.profiling.profile import Profile, StageResult
 from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, percent, rounded, si
 from fastssl.recipe import Recipe
@@ -50,6 +59,7 @@ READ_AROUND = 128e3  # bytes that Linux reads around a page of a mapped file tha
 LARGE_PIECE = 8e6  # bytes that data.order=quasi_random reads at a time
 MULTIPLES = {"": 1, "k": 1e3, "t": 1e3, "m": 1e6, "b": 1e9}  # of a number of images: k or thousand, and so on
 EXAMPLE = '--plan "8xA100, 64 cores, nvme"'
+STORAGE_HINT = f"storage is {', '.join(STORAGE)}, or with its speed, such as nfs 200 MB/s"
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,21 @@ class PlannedMachine:
     storage: str  # a key of STORAGE
     memory: float | None = None  # bytes of the host
     images: int | None = None  # of the training set; None: those of the profile
+    storage_speed: float | None = None  # bytes per second; None: what STORAGE assumes
+
+    @property
+    def drive(self) -> StorageKind:
+        """What the storage reaches."""
+        kind = STORAGE[self.storage]
+        if self.storage_speed is None:
+            return kind
+        return kind._replace(bytes_per_second=self.storage_speed, source="as given; reads/s are assumed")
 
     def __str__(self) -> str:
         memory = f", {si(self.memory, 'B')}" if self.memory else ""
+        speed = f" {si(self.storage_speed, 'B/s')}" if self.storage_speed else ""
         images = "" if self.images is None else f", {self.images:,} images"
-        return f"{self.gpus}x {self.device.name}, {self.cores} cores, {self.storage}{memory}{images}"
+        return f"{self.gpus}x {self.device.name}, {self.cores} cores, {self.storage}{speed}{memory}{images}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ class TrainingPlan:
 PATTERNS = {  # of the parts of a machine's description, in lower case
     "cores": r"(\d+) *(?:v?cpus?|(?:cpu )?cores?|threads?)",
     "memory": r"(\d+(?:\.\d+)?) *([gt])i?b(?: (?:of )?(?:ram|memory))?",
-    "storage": f"({'|'.join(STORAGE_NAMES)})",
+    "storage": f"({'|'.join(STORAGE_NAMES)})(?: +(\\d+(?:\\.\\d+)?) *([mg])b/s)?",
     "images": r"(\d{1,12}(?:\.\d+)?) *(k|m|b|thousand|million|billion|) *images",
     "GPUs": r"(?:(\d+)(?: *[x×*] *| +))?(.*)",
 }
@@ -108,7 +128,7 @@ def parse_machine(text: str) -> PlannedMachine:
     for part in filter(None, (part.strip() for part in text.lower().split(","))):
         kind, match = next((k, m) for k, pattern in PATTERNS.items() if (m := re.fullmatch(pattern, part)))
         if kind == "GPUs" and re.search(rf"\b({SEVERAL_PARTS}|{NUMBERS})\b", part):
-            hint = f"separate the parts by commas and write numbers in digits, as in {EXAMPLE}"
+            hint = f"separate the parts by commas and write numbers in digits, as in {EXAMPLE}; {STORAGE_HINT}"
             raise UserError(f"--plan: {quote(part)} could not be read as one part", hint=hint)
         if kind == "GPUs" and not find_device(match[2]):
             raise _unknown_part(part, match[2])
@@ -124,12 +144,17 @@ def parse_machine(text: str) -> PlannedMachine:
         raise UserError(
             f"--plan has {gpus} GPUs and {cores} cores, and each GPU needs a core", hint=f"write it like {EXAMPLE}"
         )
-    storage = STORAGE_NAMES[found["storage"][1]] if "storage" in found else "nvme"
+    storage = "nvme"
+    storage_speed = None
+    if "storage" in found:
+        name, speed, unit = found["storage"].groups()
+        storage = STORAGE_NAMES[name]
+        storage_speed = float(speed) * {"m": 1e6, "g": 1e9}[unit] if speed else None
     memory = float(found["memory"][1]) * {"g": 1e9, "t": 1e12}[found["memory"][2]] if "memory" in found else None
     images = None
     if "images" in found:
         images = round(float(found["images"][1]) * MULTIPLES[found["images"][2][:1]])
-    return PlannedMachine(gpus, device, cores, storage, memory, images)
+    return PlannedMachine(gpus, device, cores, storage, memory, images, storage_speed)
 
 
 def _unknown_part(part: str, name: str) -> UserError:
@@ -139,7 +164,7 @@ def _unknown_part(part: str, name: str) -> UserError:
         return UserError(problem, hint=f"name a GPU, as in {EXAMPLE}")
     names = [*(device.name.lower() for device in DEVICES.values()), *DEVICES, *STORAGE_NAMES, "cores", "gb", "images"]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; storage is {', '.join(STORAGE)}"
+    hint = f"GPUs are {', '.join(d.name for d in DEVICES.values())}; {STORAGE_HINT}"
     if near:
         hint = f"did you mean {part.removesuffix(name)}{near[0]}?"
     return UserError(f"--plan: {quote(part)} is not a GPU, a storage, or a number of cores, GB or images", hint=hint)
@@ -200,7 +225,10 @@ def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> 
         resident = resident and fits_beside_training(recipe, dtype, set_bytes, room, machine.gpus)
     if resident:
         held = f"{si(set_bytes, 'B')} of {si(machine.device.memory, 'B')}"
-        assumptions.append(f"All images stay on each GPU (data.resident), {held}: loading them once is not counted.")
+        once = f"{time_in_words(profile.data.file_bytes / machine.drive.bytes_per_second)} from {machine.storage}"
+        assumptions.append(
+            f"All images stay on each GPU (data.resident), {held}: loading them once ({once}) is not counted."
+        )
     else:
         costs, first_epoch = _with_loading(costs, profile, recipe, machine, assumptions)
     _, precision = _precisions(profile, recipe, machine.device)
@@ -340,7 +368,7 @@ def _with_loading(
     default = "" if machine.memory else f" ({si(MEMORY_PER_CORE, 'B')} per core, as none is given)"
     held = f"hold {percent(1 - from_disk)} of {si(read_bytes, 'B')}"
     assumptions.append(f"After the first epoch, {si(memory, 'B')} of memory{default} {held}.")
-    kind = STORAGE[machine.storage]
+    kind = machine.drive
     rates = f"{si(kind.bytes_per_second, 'B/s')}, {kind.reads_per_second:,.0f} reads/s"
     assumptions.append(f"All GPUs share {machine.storage}: {rates} ({kind.source}).")
     piece = LARGE_PIECE if recipe.data.order == "quasi_random" else max(READ_AROUND, data.image_bytes)
@@ -375,6 +403,8 @@ def plan_table(plan: TrainingPlan) -> Group:
     }
     for resource, rate in plan.resource_rates.items():
         stages = ", ".join(STAGE_NAMES[stage] for stage in RESOURCES.get(resource, ())) or "CPU time of all stages"
+        if resource == "disk":
+            stages += ", after the first epoch"
         lines[f"limit of the {RESOURCE_NAMES[resource]}"] = f"{rounded(rate)} images/s ({stages})"
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="dim", min_width=16)

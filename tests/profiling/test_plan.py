@@ -138,6 +138,10 @@ def test_a_machine_is_described_in_any_order():
     )
     machine = parse_machine("2 x H100 PCIe, 32 threads, 1.5 TB, sata")
     assert (machine.gpus, machine.cores, machine.storage, machine.memory) == (2, 32, "ssd", 1.5e12)
+    machine = parse_machine("a100, 8 cores, network 1.5 GB/s")
+    assert (machine.storage, machine.drive.bytes_per_second, machine.drive.reads_per_second) == ("nfs", 1.5e9, 5e3)
+    assert str(machine) == "1x A100 SXM 80GB, 8 cores, nfs 1.50 GB/s"
+    assert parse_machine("a100, 8 cores, nfs 200MB/s").drive.bytes_per_second == 200e6
     assert parse_machine("NVIDIA A100 Tensor Core GPU, 8 cores").device.name == "A100 SXM 80GB"
     assert str(parse_machine("a100 40 GB, 8 cores, 64 GB, hdd")) == "1x A100 SXM 40GB, 8 cores, hdd, 64.0 GB"
 
@@ -149,6 +153,8 @@ def test_a_machine_is_described_in_any_order():
         ("8xA100, 64 coers", "did you mean 64 cores?"),
         ("8xA100, 64 cores, nvm", "did you mean nvme?"),
         ("8xA100, 64 cores, floppy", "storage is nvme, ssd, hdd, nfs"),
+        ("8xA100, 64 cores, 200 MB/s", "such as nfs 200 MB/s"),
+        ("8xA100, 64 cores, network drive", "such as nfs 200 MB/s"),
         ("8xA100, nvme", "does not name the cores"),
         ("64 cores", "does not name the GPUs"),
         ("", "does not name the GPUs"),
