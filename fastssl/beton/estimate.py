@@ -17,6 +17,7 @@ from fastssl.beton.shards import Shard, check_shards, set_path, shard_path
 from fastssl.beton.source import SourceSplit, load_builder
 from fastssl.common.errors import UserError
 from fastssl.common.system import free_memory, resolve_workers
+from fastssl.common.terminal import console, count_of, print_line
 
 SAMPLED = 512  # images of each split that are encoded for an estimate
 SAMPLED_PER_TASK = 4  # few, so that all workers finish at nearly the same time
@@ -63,6 +64,12 @@ def estimate_build(
     if options.shards is not None and options.shard is not None:
         shard = Shard(options.shard, options.shards)
         splits = [split._replace(order=split.order[shard.bounds(len(split.order))]) for split in splits]
+    sampled = sum(min(SAMPLED, len(split.order)) for split in splits)
+    print_line(
+        console(stderr=True),
+        f"Encoding {count_of(sampled, 'image')} as a sample. The first time after an installation, the processes "
+        "compile for about a minute.",
+    )
     with worker_pool(resolve_workers(options.workers)) as pool:
         _warm_up(pool, plan)
         estimates = [_estimate_split(split, out, plan, pool, options, factor) for split in splits]

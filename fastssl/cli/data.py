@@ -290,7 +290,7 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
 
 
 def _build_time(seconds: float) -> str:
-    return f"{time_in_words(seconds)} after the start of the processes"
+    return f"{time_in_words(seconds)}, plus the start of the processes"
 
 
 def inspect(

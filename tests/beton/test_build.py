@@ -711,11 +711,12 @@ def test_the_estimate_gives_a_size_in_one_unit_and_says_what_its_time_counts(
     forty_photos, images, unit, tmp_path, fastssl
 ):
     command = f"build-beton imagefolder --source {forty_photos} --out {tmp_path}/o --canvas 80 --workers 1 --dry-run"
-    code, out, _ = fastssl(*command.split(), "--images", images)
+    code, out, err = fastssl(*command.split(), "--images", images)
+    assert "Encoding 40 images as a sample." in err
     said = " ".join(out.split())
     size = re.search(r"classes \(bird, cat\), ([\d.]+ [MG]B), as", said)[1]
     assert code == 0 and said.count(f"All {size} ") == 2 and size.endswith(unit)
-    assert said.count("after the start of the processes") == 2  # as blocks, as JPEGs
+    assert said.count(", plus the start of the processes") == 2  # as blocks, as JPEGs
 
 
 def test_a_build_says_what_it_replaces(photos, tmp_path, capsys):
