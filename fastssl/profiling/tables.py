@@ -81,11 +81,10 @@ def headline(profile: Profile) -> dict[str, str]:
     """Return the most important numbers, by name."""
     bottleneck, prediction = profile.bottleneck, profile.prediction
     predicted = prediction.predicted_images_per_second
-    utilization = percent(bottleneck.accelerator_utilization)
     lines = {
         "training speed": f"{significant(prediction.measured_images_per_second)} images/s",
         "predicted from the stages": f"{significant(predicted)} images/s ({100 * prediction.relative_error:+.1f} %)",
-        "accelerator utilization": f"{utilization}; loading takes the rest (good: {percent(HEALTHY)} or more)",
+        "accelerator utilization": _utilization(profile),
     }
     if (after := bottleneck.next) and bottleneck.stage != "balanced":
         rate = significant(after.images_per_second)
@@ -97,6 +96,22 @@ def headline(profile: Profile) -> dict[str, str]:
     gains = [f"{times(x)} for {STAGE_NAMES.get(stage, stage)}" for stage, x in speedups.items() if x >= WORTH_SAYING]
     lines["speedup from halving a stage"] = ", ".join(gains) or "less than 1 % for each"
     return lines
+
+
+def _utilization(profile: Profile) -> str:
+    """Return the accelerator utilization and what takes the rest of the time."""
+    utilization, training = profile.bottleneck.accelerator_utilization, profile.stages.end_to_end
+    good = f"(good: {percent(HEALTHY)} or more)"
+    if percent(utilization) == percent(1):
+        return f"{percent(1)} {good}"
+    # Loading takes time of the device where it waits for data, and where the loader uses cores that the step needs.
+    waiting = training.data_wait.median if training.data_wait else 0.0
+    cpu_seconds = profile.stages.loader.cpu_seconds
+    cores_seconds = max(1, profile.machine.cores) * training_seconds(profile)
+    cores_share = cpu_seconds.median / cores_seconds if cpu_seconds else 0.0
+    if waiting + cores_share > 0.5 * (1 - utilization):
+        return f"{percent(utilization)}; loading takes the rest {good}"
+    return f"{percent(utilization)}; the rest: other processes, or noise {good}"
 
 
 def stage_rows(profile: Profile) -> list[StageRow]:

@@ -483,6 +483,25 @@ def test_a_balanced_profile_has_no_next_limit():
     assert "next limit" not in headline(example_profile(bottleneck__stage="balanced"))
 
 
+@pytest.mark.parametrize(
+    "utilization, waited, loader_cpu_seconds, said",
+    [
+        (0.76, 0.0, 5e-6, "76 %; the rest: other processes, or noise (good: 90 % or more)"),
+        (0.76, 0.15, 5e-6, "76 %; loading takes the rest (good: 90 % or more)"),
+        # 30 % of the time of two cores: 0.87 ms per image.
+        (0.76, 0.0, 0.3 * 2 / 1150, "76 %; loading takes the rest (good: 90 % or more)"),
+        (0.97, 0.001, 5e-6, "97 %; the rest: other processes, or noise (good: 90 % or more)"),
+        (1.0, 0.0, 5e-6, "100 % (good: 90 % or more)"),
+    ],
+)
+def test_loading_is_blamed_only_for_what_it_takes(utilization, waited, loader_cpu_seconds, said):
+    profile = example_profile(
+        bottleneck__accelerator_utilization=utilization, stages__end_to_end__data_wait=measured(waited),
+        stages__loader=stage(1_180, loader_cpu_seconds),
+    )  # fmt: skip
+    assert headline(profile)["accelerator utilization"] == said
+
+
 def test_what_changes_the_meaning_of_the_verdict_is_remarked():
     def remarks(**changes) -> list[str]:
         profile = gpu_profile(data__batches_per_epoch=100, **changes)
