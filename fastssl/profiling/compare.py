@@ -11,15 +11,26 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.common.terminal import count_of
-from fastssl.profiling.profile import STAGES, Measurement, Profile, accelerator_utilization
+from fastssl.profiling.profile import (
+    STAGES,
+    Measurement,
+    Profile,
+    StageResult,
+    accelerator_utilization,
+    short_remarks,
+    was_busy,
+)
 from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, in_sentence, percent, si, significant, times
 
 MIN_DIFFERENCE = 0.02  # of the medians, relative to A's
 SECTIONS = ("recipe", "run", "data", "machine", "environment")  # of a profile; likely causes of a difference first
 # Measured again each time, or different for every file:
 LEFT_OUT = {"machine.peak_flops", "recipe.run.dir", "environment.command", "environment.slurm_job"}
+# By key, another one that says the same:
+SAME_FACT = {"data.path": "recipe.data.train", "run.batch_size": "recipe.train.batch_size"}
 MAX_DIFFERENCES = 30  # shown
 MAX_NAMED = 4  # stages in a sentence
+CROPS_AND_VIEWS = f"{STAGE_NAMES['cpu_augment']} + {STAGE_NAMES['views']}"
 RULE = (
     f"better or worse: the windows of time of A and B do not overlap, and their medians differ by more than "
     f"{percent(MIN_DIFFERENCE)}; else the change is noise. With three windows each, equal speeds do not overlap in one "
@@ -65,12 +76,14 @@ class Change:
 
 
 def compare(a: Profile, b: Profile) -> list[Change]:
-    """Return every quantity that at least one of the profiles has, in the order of the stages."""
+    """Return every quantity that at least one of the profiles has, in the order of the stages. The sum of crops and
+    views is among them where another stage makes the crops."""
     counts = {count for p in (a, b) for stage in p.stages.by_name().values() for count in stage.workers or {}}
     in_a, in_b = (measurements(profile, sorted(counts)) for profile in (a, b))
     names = dict.fromkeys([*in_a, *in_b])
     changes = [Change(name, unit, in_a.get((name, unit)), in_b.get((name, unit))) for name, unit in names]
-    return [change for change in changes if change.a or change.b]
+    changes = [change for change in changes if change.a or change.b]
+    return [change for change in changes if change.name != CROPS_AND_VIEWS or a.data.crop != b.data.crop]
 
 
 def measurements(profile: Profile, thread_counts: list[int]) -> dict[tuple[str, Unit], Measurement | None]:
@@ -81,6 +94,8 @@ def measurements(profile: Profile, thread_counts: list[int]) -> dict[tuple[str, 
     for key, stage in profile.stages.by_name().items():
         name = STAGE_NAMES[key]
         found[name, "images/s"] = stage.images_per_second
+        if key == "views":
+            found[CROPS_AND_VIEWS, "images/s"] = _one_after_the_other(profile.stages.cpu_augment, stage)
         if key == "storage":
             found[name, "B/s"] = stage.cold_bytes_per_second
             found["reading from page cache", "B/s"] = stage.warm_bytes_per_second
@@ -97,11 +112,18 @@ def measurements(profile: Profile, thread_counts: list[int]) -> dict[tuple[str, 
     return found
 
 
+def _one_after_the_other(*stages: StageResult) -> Measurement | None:
+    """Return the rate of those stages that were measured, if an image goes through one after the other."""
+    rates = [stage.images_per_second.windows for stage in stages if stage.images_per_second]
+    return Measurement.of([1 / sum(1 / rate for rate in window) for window in zip(*rates)]) if rates else None
+
+
 def differences(a: Profile, b: Profile) -> list[tuple[str, str, str]]:
     """Return what differs in versions, machine, run, data and recipe: dotted key, value in a, value in b."""
     flat_a, flat_b = _conditions(a), _conditions(b)
     keys = [key for key in dict.fromkeys([*flat_a, *flat_b]) if flat_a.get(key) != flat_b.get(key)]
-    return [(key, flat_a.get(key, "-"), flat_b.get(key, "-")) for key in keys]
+    rows = {key: (flat_a.get(key, "-"), flat_b.get(key, "-")) for key in keys}
+    return [(key, *values) for key, values in rows.items() if rows.get(SAME_FACT.get(key, "")) != values]
 
 
 def _conditions(profile: Profile) -> dict[str, str]:
@@ -121,8 +143,11 @@ def _flatten(value: object, key: str) -> dict[str, str]:
 
 
 def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
-    """Return which trains faster, what changed, what differs, then all rates of both, for a terminal."""
+    """Return which trains faster, what changed, what makes this uncertain, all rates, and what differs, for a
+    terminal."""
     changes = compare(a, b)
+    busy = [name for name, profile in (("A", a), ("B", b)) if was_busy(profile)]
+    remarks = {"A": short_remarks(a), "B": short_remarks(b)}
     reasons = []
     for name, in_a in a.stages.by_name().items():
         in_b = b.stages.by_name()[name]
@@ -130,8 +155,9 @@ def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
             without, reason = ("B", in_b.reason) if in_a.rate else ("A", in_a.reason)
             reasons.append(Text(f"{capitalized(STAGE_NAMES[name])} is not in {without}: {reason}", style="dim"))
     return Group(
-        Text(_verdict(changes), style="bold"),
-        *(Text(line) for line in (_bottlenecks(a, b), *_changed(changes), *_moved_crops(a, b))),
+        Text(_verdict(changes, busy), style="bold"),
+        *(Text(line) for line in (_bottlenecks(a, b), *_changed(changes, busy), *_moved_crops(a, b))),
+        *(Text(f"Note on {name}: {text}", style="yellow") for name, text in remarks.items() if text),
         Text(f"\nA  {a_name}, {a.measured_at}\nB  {b_name}, {b.measured_at}", style="dim"),
         _rates_table(changes),
         Text(RULE, style="dim"),
@@ -139,17 +165,22 @@ def compare_table(a_name: str, b_name: str, a: Profile, b: Profile) -> Group:
     )  # fmt: skip
 
 
-def _verdict(changes: list[Change]) -> str:
-    """Return which of the two trains faster."""
+def _verdict(changes: list[Change], busy: list[str]) -> str:
+    """Return which of the two trains faster. busy: in which of them something else may have run."""
     training = next(change for change in changes if change.name == STAGE_NAMES["end_to_end"])
     if not training.a or not training.b or not training.ratio:
         return "The speed of training was not measured in both profiles."
     a, b = significant(training.a.median), significant(training.b.median)
     if training.word == "noise":
         return f"A and B train equally fast, within the noise: {a} and {b} images/s."
+    load = f", perhaps because of {_load_of(busy)}" if busy else ""
     if training.ratio > 1:
-        return f"B trains {times(training.ratio)} faster: {b} images/s instead of {a}."
-    return f"B trains {times(1 / training.ratio)} slower: {b} images/s instead of {a}."
+        return f"B trains {times(training.ratio)} faster{load}: {b} images/s instead of {a}."
+    return f"B trains {times(1 / training.ratio)} slower{load}: {b} images/s instead of {a}."
+
+
+def _load_of(busy: list[str]) -> str:
+    return f"the load of the machine in {' and '.join(busy)}"
 
 
 def _bottlenecks(a: Profile, b: Profile) -> str:
@@ -161,11 +192,14 @@ def _bottlenecks(a: Profile, b: Profile) -> str:
     return f"The bottleneck changed: {in_a} in A, {in_b} in B."
 
 
-def _changed(changes: list[Change]) -> list[str]:
-    """Return one sentence for the stages that became faster, and one for those that became slower, the largest change
-    of an image's time first. Phases of the step and numbers of threads are in the table only."""
-    combined = [STAGE_NAMES[key] for key in ("loader", "replay", "end_to_end")]
-    stages = set(STAGE_NAMES.values()).difference(combined)
+def _changed(changes: list[Change], busy: list[str]) -> list[str]:
+    """Return one sentence for the stages that became faster, and one for those that became slower: the whole loader
+    first, then the largest change of an image's time. Phases of the step and numbers of threads are in the table
+    only."""
+    loader = STAGE_NAMES["loader"]
+    stages = set(STAGE_NAMES.values()) - {STAGE_NAMES["replay"], STAGE_NAMES["end_to_end"]}
+    if any(change.name == CROPS_AND_VIEWS for change in changes):  # alone, the one that has lost the crops is faster
+        stages = stages - {STAGE_NAMES["cpu_augment"], STAGE_NAMES["views"]} | {CROPS_AND_VIEWS}
     saved = {}  # what a sentence says of a stage -> ms per image
     for change in changes:
         is_stage = change.unit == "images/s" and change.name in stages
@@ -174,16 +208,17 @@ def _changed(changes: list[Change]) -> list[str]:
             speedup = times(max(change.ratio, 1 / change.ratio))
             less = "less" if milliseconds > 0 else "more"
             saved[f"{change.name} {speedup} ({significant(abs(milliseconds))} ms per image {less})"] = milliseconds
-    largest_first = sorted(saved, key=lambda name: -abs(saved[name]))
+    largest_first = sorted(saved, key=lambda name: (not name.startswith(loader), -abs(saved[name])))
     faster = [name for name in largest_first if saved[name] > 0]
     slower = [name for name in largest_first if saved[name] < 0]
     if not saved:
         return ["No stage changed by more than the noise."]
     sentences = []
+    cause = f"beyond the noise, or because of {_load_of(busy)}" if busy else "beyond the noise"
     for word, names in (("Faster", faster), ("Slower", slower)):
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         if names:
-            sentences.append(f"{word} in B, beyond the noise: {', '.join(names[:MAX_NAMED])}{more}.")
+            sentences.append(f"{word} in B, {cause}: {', '.join(names[:MAX_NAMED])}{more}.")
     return sentences
 
 
@@ -193,7 +228,7 @@ def _moved_crops(a: Profile, b: Profile) -> list[str]:
         return []
     stages = {"cpu": "cpu_augment", "gpu": "views"}
     made = [STAGE_NAMES.get(stages.get(profile.data.crop, ""), "another stage") for profile in (a, b)]
-    return [f"The crops are a part of {made[0]} in A and of {made[1]} in B: compare the sum of these two stages."]
+    return [f"The crops are a part of {made[0]} in A and of {made[1]} in B, so the sum of these two is compared, too."]
 
 
 def _rates_table(changes: list[Change]) -> Table:

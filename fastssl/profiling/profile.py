@@ -25,6 +25,9 @@ def _printable_json(value: object) -> object:
     return printable(value) if isinstance(value, str) else value
 
 
+OTHERS_RAN = "Other processes kept"  # how the remark on a busy machine begins
+RUN_AGAIN = "Profile again when nothing else runs."  # how the remark on stages that predict another speed ends
+
 # No machine reaches these bounds, so no sum, ratio or logarithm of two values overflows.
 Number = Annotated[float, Strict(), Field(ge=0, le=1e18, allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(ge=1e-9, le=1e18, allow_inf_nan=False)]
@@ -269,6 +272,17 @@ def accelerator_utilization(stages: Stages) -> Measurement | None:
     if not training or not ceiling:
         return None
     return Measurement.of([min(1.0, a / b) for a, b in zip(training.windows, ceiling.windows)])
+
+
+def short_remarks(profile: Profile) -> str:
+    """Return the first sentence of each remark, empty without remarks."""
+    sentences = (remark.split(". ")[0].removesuffix(".") for remark in profile.remarks)
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def was_busy(profile: Profile) -> bool:
+    """Whether a remark says that something else ran on the machine, or probably did."""
+    return any(words in remark for remark in profile.remarks for words in (OTHERS_RAN, RUN_AGAIN))
 
 
 def training_seconds(profile: Profile) -> float:

@@ -31,6 +31,8 @@ from fastssl.profiling.loader_stages import LoaderStages, endless
 from fastssl.profiling.page import write_page
 from fastssl.profiling.peaks import copy_peak, peak_flops
 from fastssl.profiling.profile import (
+    OTHERS_RAN,
+    RUN_AGAIN,
     STAGES,
     Bottleneck,
     NextBottleneck,
@@ -323,7 +325,7 @@ def remarks_on(data: ProfiledData, prediction: Prediction, bottleneck: str, stag
             )
         remarks.append(
             f"The stages predict {significant(rate)} images/s, {percent(abs(prediction.relative_error))} {more} than "
-            f"the {significant(measured)} measured, so {doubt}. Profile again when nothing else runs."
+            f"the {significant(measured)} measured, so {doubt}. {RUN_AGAIN}"
         )
     if storage and training and data.in_page_cache and storage < training.median:
         cached = percent(data.in_page_cache)
@@ -336,7 +338,7 @@ def remarks_on(data: ProfiledData, prediction: Prediction, bottleneck: str, stag
             f"The speed of training varied by ± {percent(spread)} between windows: smaller differences are noise."
         )
     if others > OTHERS_CORES:
-        remarks.append(f"Other processes kept {others:.1f} CPU cores of this machine busy when the profile began.")
+        remarks.append(f"{OTHERS_RAN} {others:.1f} CPU cores of this machine busy when the profile began.")
     if (batches := data.batches_per_epoch) < SHORT_EPOCH and not data.resident:
         remarks.append(
             f"An epoch has only {batches} {'batch' if batches == 1 else 'batches'}, and the loader starts again in "

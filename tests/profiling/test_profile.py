@@ -23,7 +23,7 @@ from fastssl.profiling.compare import Change, compare, compare_table, difference
 from fastssl.profiling.device_stages import PHASES
 from fastssl.profiling.page import write_page
 from fastssl.profiling.plots import draw_profile
-from fastssl.profiling.profile import STAGES, Measurement, Profile, device_time, read_profile, write_profile
+from fastssl.profiling.profile import STAGES, Measurement, Profile, device_time, read_profile, was_busy, write_profile
 from fastssl.profiling.profiler import is_certain, is_off, remarks_on
 from fastssl.profiling.tables import details, headline, profile_table, stage_rows, time_rows
 from fastssl.profiling.thresholds import failed_thresholds, parse_thresholds
@@ -288,12 +288,15 @@ def test_differences_that_may_be_the_cause_are_named():
         machine__peak_flops=2e11, data__in_page_cache=0.31, run__batch_size=128,
     )  # fmt: skip
     assert differences(a, b) == [
-        ("recipe.train.batch_size", "256", "128"),
-        ("run.batch_size", "256", "128"),
+        ("recipe.train.batch_size", "256", "128"),  # once, without run.batch_size
         ("data.in_page_cache", "about 100 %", "about 30 %"),
         ("environment.packages.torch", "2.15.0", "2.16.0"),
         ("recipe.train.compile", "-", "true"),
     ]
+    moved = example_profile(recipe__data__train="b.beton", data__path="b.beton")
+    assert differences(a, moved) == [("recipe.data.train", "data/mnist/train.beton", "b.beton")]
+    read = example_profile(recipe__data__train="b.beton", data__path="/mnt/b.beton")
+    assert [key for key, *_ in differences(a, read)] == ["recipe.data.train", "data.path"]  # which is not the same
     started = example_profile(environment={**a.environment, "command": ["fastssl", "profile"], "slurm_job": "7"})
     assert differences(a, started) == []
     assert differences(a, deepcopy(a)) == []
@@ -303,11 +306,11 @@ def test_differences_that_may_be_the_cause_are_named():
 
 def lead(a: Profile, b: Profile) -> list[str]:
     """Return the lines before the table."""
-    return printed(compare_table("a.json", "b.json", a, b), 160).split("\n\n")[0].splitlines()
+    return printed(compare_table("a.json", "b.json", a, b), 400).split("\n\n")[0].splitlines()
 
 
 def test_a_comparison_leads_with_the_faster_profile_and_what_changed():
-    a, fast = example_profile(), {"stages__end_to_end__images_per_second": measured(2_290)}
+    a, fast = example_profile(remarks=[]), {"remarks": [], "stages__end_to_end__images_per_second": measured(2_290)}
     b = example_profile(**fast, stages__decode__images_per_second=measured(4_100), bottleneck__stage="step")
     assert lead(a, b) == [
         "B trains 1.99x faster: 2,290 images/s instead of 1,150.",
@@ -323,14 +326,50 @@ def test_a_comparison_leads_with_the_faster_profile_and_what_changed():
     ]
 
 
-def test_a_comparison_says_where_another_stage_makes_the_crops():
-    full, canvas = example_profile(data__crop="cpu"), example_profile(data__crop="gpu")
+def test_a_comparison_adds_crops_and_views_where_another_stage_makes_the_crops():
+    full = example_profile(data__crop="cpu", stages__cpu_augment=stage(10_000), remarks=[])
+    canvas = example_profile(data__crop="gpu", stages__views=stage(8_000), remarks=[])
     assert lead(full, canvas)[-1] == (
-        "The crops are a part of cropping on the CPU in A and of view augmentation in B: compare the sum of these two "
-        "stages."
+        "The crops are a part of cropping on the CPU in A and of view augmentation in B, so the sum of these two is "
+        "compared, too."
     )
+    sums = [change for change in compare(full, canvas) if change.name == "cropping on the CPU + view augmentation"]
+    assert [(x.a.median, x.b.median, x.word) for x in sums] == [
+        (pytest.approx(1 / (1 / 10_000 + 1 / 9_100)), pytest.approx(8_000), "better")
+    ]
+    # Not the views alone, which are slower.
+    assert "Faster in B, beyond the noise: cropping on the CPU + view augmentation 1.68x" in lead(full, canvas)[2]
+    assert "Slower" not in " ".join(lead(full, canvas))
     assert not any("crops" in line for line in lead(canvas, canvas))
-    assert any(change.name == "whole data loader" for change in compare(full, canvas))
+    assert not any("+" in change.name for change in compare(canvas, canvas))
+
+
+def test_the_whole_loader_is_named_first():
+    loads = {"stages__loader": stage(16_000), "stages__step": stage(5_200)}
+    line = lead(example_profile(), example_profile(**loads))[2]
+    assert line.startswith("Faster in B, beyond the noise: whole data loader 8.38x (0.461 ms per image less), training")
+
+
+def test_a_comparison_repeats_the_remarks_and_does_not_overlook_a_busy_machine():
+    remarks = ["The stages predict 1.05 images/s. More on that.", "Other processes kept 2.0 CPU cores busy."]
+    faster = {"stages__end_to_end__images_per_second": measured(2_290), "stages__step": stage(5_200)}
+    said = lead(example_profile(remarks=remarks), example_profile(**faster, remarks=[]))
+    assert said[0].startswith("B trains 1.99x faster, perhaps because of the load of the machine in A: 2,290 images/s")
+    cause = "beyond the noise, or because of the load of the machine in A"
+    assert said[2].startswith(f"Faster in B, {cause}: training step 1.37x")
+    assert said[3:] == ["Note on A: The stages predict 1.05 images/s. Other processes kept 2.0 CPU cores busy."]
+    said = lead(example_profile(remarks=remarks), example_profile(**faster, remarks=remarks))
+    assert f"Faster in B, {cause} and B: " in said[2] and said[4].startswith("Note on B: The stages")
+
+
+def test_the_remarks_on_a_busy_machine_are_recognized():
+    profile = example_profile(data__batches_per_epoch=100)
+    for relative_error, others in ((0.4, 0.0), (0.0, 2.0)):
+        profile.prediction.relative_error = relative_error
+        profile.remarks = remarks_on(profile.data, profile.prediction, "step", profile.stages, others)
+        assert len(profile.remarks) == 1 and was_busy(profile)
+    profile.remarks = remarks_on(profile.data, profile.prediction, "step", profile.stages, others=0.0)
+    assert not was_busy(profile)
 
 
 def test_the_stages_that_save_the_most_time_are_named_first_and_without_their_parts():
