@@ -28,7 +28,7 @@ from fastssl.profiling.peaks import (
     find_device,
     slower_variants,
 )
-from fastssl.profiling.profile import Profile, StageResult
+from fastssl.profiling.profile import Profile, StageResult, short_remarks
 from fastssl.profiling.wording import RESOURCE_NAMES, STAGE_NAMES, capitalized, percent, rounded, si
 from fastssl.recipe import Recipe
 from fastssl.training.residence import fits_beside_training
@@ -194,7 +194,8 @@ def check_planned_recipe(profile: Profile, measured: Recipe, recipe: Recipe) -> 
 
 def plan_training(profile: Profile, recipe: Recipe, machine: PlannedMachine) -> TrainingPlan:
     """Predict training on a machine. Raises UserError if the recipe cannot run there or the profile lacks a step."""
-    assumptions: list[str] = []
+    remarks = short_remarks(profile)
+    assumptions = [f"What was measured is taken as it is, though the profile notes: {remarks}"] if remarks else []
     batch_size = profile.run.batch_size if profile.machine.kind == "cuda" else recipe.train.batch_size
     if batch_size != profile.run.batch_size:
         was = f"the profiled one of {profile.run.batch_size:,}"

@@ -287,6 +287,20 @@ def test_a_cpu_may_be_profiled_with_smaller_batches_than_those_that_are_planned(
     assert "batch size 256" in plan(on_a_gpu, machine, "train.batch_size=512").views  # it was measured with 256
 
 
+def test_a_plan_first_repeats_the_remarks_on_its_profile():
+    remarks = [
+        "The stages predict 1.05 images/s, so the next limit is uncertain. Profile again.",
+        "2.0 cores were busy.",
+    ]
+    noisy = invented().model_copy(update={"remarks": remarks})
+    assert plan(noisy, "A100, 16 cores").assumptions[0] == (
+        "What was measured is taken as it is, though the profile notes: The stages predict 1.05 images/s, so the next "
+        "limit is uncertain. 2.0 cores were busy."
+    )
+    quiet = invented().model_copy(update={"remarks": []})
+    assert not any("notes" in line for line in plan(quiet, "A100, 16 cores").assumptions)
+
+
 def test_a_plan_says_where_the_profile_changed_the_size_of_views():
     def says(*overrides: str) -> bool:
         profile = invented().model_copy(update={"overrides": list(overrides)})
