@@ -179,7 +179,7 @@ def profile(
       fastssl profile --compare profiles/before.json profiles/after.json
     """
     from fastssl import profiling
-    from fastssl.common.terminal import console, print_error, print_line
+    from fastssl.common.terminal import console, print_error, print_line, time_in_words
 
     screen = console()
     if compare:
@@ -218,6 +218,7 @@ def profile(
         return
     screen.print(profiling.profile_table(measured, screen.width))
     profiling.write_files(path, measured)
+    print_line(screen, f"Profiling took {time_in_words(measured.seconds)}.")
     print_line(screen, f"Saved {path}, and a page with figures: {path.with_suffix('.html')}")
     if measured.trace:
         print_line(screen, f"Trace of three steps, for https://ui.perfetto.dev: {path.with_name(measured.trace)}")

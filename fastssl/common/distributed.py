@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastssl.common.errors import Stopped, UserError
-from fastssl.common.terminal import progress
+from fastssl.common.terminal import numbered_steps, progress
 
 Value = TypeVar("Value")
 
@@ -47,6 +47,11 @@ def is_main_process() -> bool:
 def main_progress(title: str, total: int | None, unit: str = "images") -> AbstractContextManager[Callable[..., None]]:
     """Show progress in the main process only."""
     return progress(title, total, unit) if is_main_process() else nullcontext(lambda *_: None)
+
+
+def main_steps(title: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
+    """Show in the main process only which of several steps is being done."""
+    return numbered_steps(title, total) if is_main_process() else nullcontext(lambda _: None)
 
 
 def spans_hosts() -> bool:

@@ -5,12 +5,20 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -209,6 +217,40 @@ def progress(title: str, total: int | None, unit: str = "images", done: int = 0)
 
         yield advance
         bar.live.transient = time.monotonic() - start < SHORT
+
+
+@contextmanager
+def numbered_steps(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show on stderr which of `total` steps is being done, for steps that take so different times that their number
+    says nothing about the time left.
+
+    On a terminal this is a live line, elsewhere a plain line for each.
+
+    Example:
+        with numbered_steps("warming up", 2) as begin:
+            begin("loader")
+            load()
+            begin("training step")
+            step()
+    """
+    stderr = console(stderr=True)
+    start = time.monotonic()
+    begun = 0
+    columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
+        task = bar.add_task(printable(title), total=None)
+
+        def begin(name: str) -> None:
+            nonlocal begun
+            begun += 1
+            line = f"{title}: {name} ({begun} of {total})"
+            bar.update(task, description=printable(line))
+            if not stderr.is_terminal:
+                print_line(stderr, line)
+
+        yield begin
+    if (seconds := time.monotonic() - start) >= SHORT:
+        print_line(stderr, f"{title}: done in {time_in_words(seconds)}")
 
 
 def rounded(rate: float) -> str:

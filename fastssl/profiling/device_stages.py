@@ -23,6 +23,7 @@ from fastssl.models import ModelInput
 from fastssl.models.small_convolution import use_plain_convolutions
 from fastssl.profiling.profile import Measurement, Stages
 from fastssl.profiling.timing import StageTimer, difference_result, synchronize
+from fastssl.profiling.wording import STAGE_NAMES
 from fastssl.training.loop import optimize, train_step
 from fastssl.training.optim import skips_on_device
 from fastssl.training.setup import Network, TrainingRun
@@ -59,9 +60,12 @@ class DeviceStages:
         self.phases = PhaseTimer(run, batches[0], views)
         self.flops = count_flops(run, batches[0], views)
 
-    def timers(self) -> list[StageTimer]:
-        own_step = [self.own_step] if self.own_step is not self.step else []
-        return [self.views, self.step, *own_step, self.replay]
+    def timers(self) -> dict[str, StageTimer]:
+        """Return the timers by what they time."""
+        timers = {STAGE_NAMES["views"]: self.views, STAGE_NAMES["step"]: self.step}
+        if self.own_step is not self.step:
+            timers[f"{STAGE_NAMES['step']} without {STAGE_NAMES['communication']}"] = self.own_step
+        return timers | {STAGE_NAMES["replay"]: self.replay}
 
     def add_results(self, stages: Stages, peak_flops: float) -> None:
         """Fill in these stages; on a GPU, first measure its kernels. peak_flops: what the device could reach."""

@@ -7,12 +7,14 @@ from itertools import cycle
 import numpy as np
 
 from fastssl.common.distributed import broadcast_from_main
+from fastssl.common.terminal import count_of
 from fastssl.loading import Batch, BetonLoader, kernels
 from fastssl.loading.decoding import DecodeTask, PendingBatch, ThreadDecoder
 from fastssl.loading.loader import PENDING_BATCHES, READY_BATCHES
 from fastssl.loading.order import epoch_order
 from fastssl.profiling.profile import Rate, Stages
 from fastssl.profiling.timing import StageTimer, difference_result
+from fastssl.profiling.wording import STAGE_NAMES
 from fastssl.recipe import Recipe
 from fastssl.training.setup import training_loader
 
@@ -42,9 +44,13 @@ class LoaderStages:
         if loader.crop == "cpu":
             self.with_crops = self._decoding(loader.workers, loader.crops, prepared_batches(loader, loader.crops))
 
-    def timers(self) -> list[StageTimer]:
-        crops = [self.with_crops] if self.with_crops else []
-        return [*self.decode.values(), *crops, self.transfer, self.whole]
+    def timers(self) -> dict[str, StageTimer]:
+        """Return the timers by what they time."""
+        images = STAGE_NAMES["copy_images" if self.loader.only_copies else "decode"]
+        timers = {f"{images}, {count_of(count, 'thread')}": timer for count, timer in self.decode.items()}
+        if self.with_crops:
+            timers[f"{images} and {STAGE_NAMES['cpu_augment']}"] = self.with_crops
+        return timers | {STAGE_NAMES["transfer"]: self.transfer, STAGE_NAMES["loader"]: self.whole}
 
     def add_results(self, stages: Stages, copy_peak: float | None) -> None:
         """Fill in these stages. copy_peak: bytes per second of one large copy to the GPU, None without a GPU."""

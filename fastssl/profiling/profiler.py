@@ -18,6 +18,7 @@ from fastssl.common.distributed import (
     is_main_process,
     joined_processes,
     main_progress,
+    main_steps,
     world_size,
 )
 from fastssl.common.environment import describe_environment, device_name
@@ -48,7 +49,7 @@ from fastssl.profiling.profile import (
 )
 from fastssl.profiling.storage import StorageStage, mean_size
 from fastssl.profiling.trace import write_trace
-from fastssl.profiling.wording import percent, significant
+from fastssl.profiling.wording import STAGE_NAMES, percent, significant
 from fastssl.recipe import Recipe
 from fastssl.training.memory import explain_out_of_memory
 from fastssl.training.schedule import image_size
@@ -167,20 +168,20 @@ class Profiler:
     def measure(self) -> None:
         """Time every stage: a warm-up, then rounds of one window each."""
         device, phases, training = self.run.device, self.device_stages.phases, self.end_to_end.timer
-        loading = self.loader_stages.timers() if self.loader_stages else []
-        alone = [*loading, *self.device_stages.timers()]
-        # Without their number, as they take so different times that it would say nothing about the time left.
-        with main_progress("warming up", None, "stages") as advance:
-            for timer in [*alone, training]:
+        alone = (self.loader_stages.timers() if self.loader_stages else {}) | self.device_stages.timers()
+        to_warm_up = alone | {STAGE_NAMES["end_to_end"]: training}
+        with main_steps("warming up", len(to_warm_up) + 1) as begin:
+            for name, timer in to_warm_up.items():
+                begin(name)
                 timer.warm_up()
-                advance()
+            begin(f"parts of the {STAGE_NAMES['step']}")
             start = time.perf_counter()
             phases.measure()
             phases_seconds = time.perf_counter() - start
             phases.windows.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        in_turn = [(timer.measure, timer.expected) for timer in alone]
+        in_turn = [(timer.measure, timer.expected) for timer in alone.values()]
         in_turn += [(phases.measure, phases_seconds), (self.end_to_end.measure, training.expected)]
         one_round = sum(seconds for _, seconds in in_turn)
         fewest, most = ROUNDS

@@ -10,6 +10,7 @@ from fastssl.common import terminal
 from fastssl.common.terminal import (
     console,
     count_of,
+    numbered_steps,
     pairs_table,
     print_error,
     print_line,
@@ -35,6 +36,19 @@ def test_progress_without_a_total(capsys, monkeypatch):
     with progress("listing", None) as advance:
         advance(1000)
     assert capsys.readouterr().err.startswith("listing: 1,000 images, ")
+
+
+def test_steps_are_named_when_they_begin(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with numbered_steps("warming up", 2) as begin:
+        begin("[loader]")
+        assert capsys.readouterr().err == "warming up: [loader] (1 of 2)\n"
+        begin("training step")
+        now[0] = 130.0
+    assert capsys.readouterr().err.splitlines() == [
+        "warming up: training step (2 of 2)", "warming up: done in 2 min 10 s",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

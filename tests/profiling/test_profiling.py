@@ -490,7 +490,7 @@ def test_images_that_a_batch_holds_as_they_are_stored_are_copied_and_not_decoded
     run, _ = prepare(recipe, torch.device("cpu"), None)
     with ExitStack() as stack:
         measured = loader_stages.LoaderStages(recipe, run.state.loader, 0.01, 2, stack)
-        for timer in measured.timers():
+        for timer in measured.timers().values():
             timer.warm_up()
             timer.measure()
         stages = Stages(**{name: StageResult() for name in STAGES})
@@ -510,7 +510,9 @@ def test_the_command_measures_full_files_writes_all_files_and_fails_below_a_thre
     options = ["--plan", "2xA100, 16 cores, nvme", "--fail-under", "images_per_second=1e9"]
     code, out, err = fastssl("profile", "small.yaml", *options)
     assert code == 1 and "images_per_second is" in err and "below" in err
-    assert "warming up: 2 stages, " in err and "measuring: 100 % in " in err
+    assert "warming up: image decoding, 1 thread (1 of " in err and "warming up: training step (" in err
+    assert re.search(r"warming up: parts of the training step \((\d+) of \1\)", err)
+    assert "measuring: 100 % in " in err and "Profiling took " in out
     done = [int(n) for n in re.findall(r"measuring: (\d+) of 100 %", err)]
     assert done == sorted(done) and 5 < len(done) and done[-1] >= 50
     measured = read_profile(tmp_path / "profiles/small.json")
