@@ -38,7 +38,10 @@ RULE = (
 )
 Unit = Literal["images/s", "ms per image", "B/s", "%"]
 FORMATS: dict[Unit, Callable[[float], str]] = {
-    "images/s": significant, "ms per image": lambda seconds: significant(1000 * seconds), "B/s": si, "%": percent,
+    "images/s": significant,
+    # A phase takes no time only as the difference of two times.
+    "ms per image": lambda seconds: significant(1000 * seconds) if seconds else "noise",
+    "B/s": si, "%": percent,
 }  # fmt: skip
 
 

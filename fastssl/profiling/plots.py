@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastssl.common.figures import BLUE, GRAY, GREEN, LIGHT_GRAY, SKY, SMALL, TEXT, VERMILLION, new_figure
 from fastssl.profiling.profile import Profile, device_time, training_seconds
-from fastssl.profiling.wording import PART_NAMES, RESOURCE_NAMES, STAGE_NAMES, percent, significant
+from fastssl.profiling.wording import (
+    BELOW_NOISE,
+    PART_NAMES,
+    RESOURCE_NAMES,
+    STAGE_NAMES,
+    is_below_noise,
+    percent,
+    significant,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +44,12 @@ def _draw_device_time(profile: Profile) -> ProfileFigure:
     figure, axes = _new_panel("Where the training time goes")
     training = training_seconds(profile)
     parts = device_time(profile)
-    labels = [f"{significant(1000 * seconds)} ms, {percent(seconds / training)}" for seconds in parts.values()]
+    labels = [
+        BELOW_NOISE
+        if is_below_noise(name, seconds)
+        else f"{significant(1000 * seconds)} ms, {percent(seconds / training)}"
+        for name, seconds in parts.items()
+    ]
     colors = [VERMILLION if name in ("wait for data", "communication") else SKY for name in parts]
     names = [PART_NAMES.get(name, name) for name in parts]
     _draw_bars(axes, names, [1000 * seconds for seconds in parts.values()], labels, colors)

@@ -14,7 +14,18 @@ from rich.text import Text
 
 from fastssl.profiling.bottleneck import training_speedup
 from fastssl.profiling.profile import Profile, StageResult, device_time, training_seconds
-from fastssl.profiling.wording import PART_NAMES, STAGE_NAMES, capitalized, in_sentence, percent, si, significant, times
+from fastssl.profiling.wording import (
+    BELOW_NOISE,
+    PART_NAMES,
+    STAGE_NAMES,
+    capitalized,
+    in_sentence,
+    is_below_noise,
+    percent,
+    si,
+    significant,
+    times,
+)
 
 HEALTHY = 0.9  # accelerator utilization, below which training is worth speeding up outside the model
 MANY_PAGE_FAULTS = 5000  # per step; they take a hundredth of a second
@@ -129,9 +140,14 @@ def stage_rows(profile: Profile) -> list[StageRow]:
 def time_rows(profile: Profile) -> list[TimeRow]:
     """Return what the training time, which is the first row, is spent on."""
     whole = training_seconds(profile)
-    parts = {STAGE_NAMES["end_to_end"]: whole}
-    parts |= {PART_NAMES.get(name, name): seconds for name, seconds in device_time(profile).items()}
-    return [TimeRow(name, significant(1000 * seconds), percent(seconds / whole)) for name, seconds in parts.items()]
+    rows = [TimeRow(STAGE_NAMES["end_to_end"], significant(1000 * whole), percent(1))]
+    for part, seconds in device_time(profile).items():
+        name = PART_NAMES.get(part, part)
+        if is_below_noise(part, seconds):
+            rows.append(TimeRow(name, BELOW_NOISE, ""))
+        else:
+            rows.append(TimeRow(name, significant(1000 * seconds), percent(seconds / whole)))
+    return rows
 
 
 def time_caption(profile: Profile) -> str:

@@ -31,6 +31,7 @@ PART_NAMES = {  # of the training time
     "step": "training step",
     "rest of the step": "rest of the step",
 }
+BELOW_NOISE = "below the noise"
 RESOURCE_NAMES = {
     "disk": "disk",
     "threads": "loader threads",
@@ -59,6 +60,11 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     decimals = digits - 1 - math.floor(math.log10(value))
     return f"{value:,.{min(max(decimals, 0), 9)}f}"
+
+
+def is_below_noise(part: str, seconds: float) -> bool:
+    """Whether a part's time is only 0 because it is the difference of two times. Training may really not wait."""
+    return seconds == 0 and part != "wait for data"
 
 
 def rounded(value: float) -> str:

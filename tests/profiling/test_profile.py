@@ -425,6 +425,17 @@ def test_the_time_of_the_device_adds_up():
     assert device_time(sparse_profile()) == {"views": 0.01, "step": 0.01}
 
 
+def test_a_phase_that_noise_hides_is_not_said_to_take_no_time():
+    profile = example_profile(stages__step__phases__kl=measured(0.0), stages__end_to_end__data_wait=measured(0.0))
+    rows = {row.part: row[1:] for row in time_rows(profile)}
+    assert rows["KL term"] == ("below the noise", "") and rows["waiting for data"] == ("0", "0.0 %")
+    (axes,) = figure_named(profile, "time").axes
+    labels = [text.get_text() for text in axes.texts]
+    assert labels.count("below the noise") == 1 and "0 ms, 0.0 %" in labels
+    compared = printed(compare_table("a", "b", profile, profile), 160)
+    assert re.search(r"KL term +noise +noise +noise", compared)
+
+
 def test_every_key_has_a_name():
     assert set(STAGE_NAMES) == set(STAGES) and set(RESOURCE_NAMES) == {*RESOURCES, "cores"}
     assert {*device_time(gpu_profile()), *PHASES} <= set(PART_NAMES)
