@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SIZE = (3.8, 2.9)  # inches: no wider than the page on a phone, where a text of 8 pt is thus one of 8 pt
 TOO_FAR = 5  # ratio of rates above which a line is not drawn
+TOO_LOW = 0.02  # share of an axis below which a line is not drawn, as it would be taken for the axis
+ABOVE_ALL = 1.005  # share of the time from which on it is shown as more than 100 %
 COMBINED = ("loader", "replay")  # stages that consist of others
 
 
@@ -82,6 +84,11 @@ def _draw_resources(profile: Profile) -> ProfileFigure:
         "augments views and takes training steps; the main thread launches its kernels. All of them share the CPU "
         "cores."
     )
+    if max(shares.values()) >= ABOVE_ALL:
+        caption += (
+            " More than 100 %: the stages, timed one by one, took longer than in training, by noise or because other "
+            "processes ran."
+        )
     return ProfileFigure("resources", caption, figure)
 
 
@@ -137,6 +144,11 @@ def _draw_scaling(profile: Profile) -> ProfileFigure:
         caption += (
             f" View augmentation and training step need {significant(needed)} images/s, far above what is drawn here: "
             "more than these threads deliver."
+        )
+    elif needed and needed < TOO_LOW * axes.get_ylim()[1]:
+        caption += (
+            f" View augmentation and training step need only {significant(needed)} images/s, too few to be drawn here: "
+            f"these threads deliver up to {significant(max(rates))}."
         )
     elif needed:
         axes.axhline(needed, color=GREEN, linestyle=":", linewidth=2, label=f"needed: {significant(needed)}")

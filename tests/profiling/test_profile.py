@@ -649,7 +649,7 @@ def figure_named(profile: Profile, name: str):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("replay, drawn", [(2_680, True), (60_000, False), (1e-3, True), (None, False)])
+@pytest.mark.parametrize("replay, drawn", [(2_680, True), (60_000, False), (60, True), (1e-3, False), (None, False)])
 def test_the_rate_that_the_device_needs_is_drawn_or_said(replay, drawn):
     profile = example_profile(stages__replay=stage(replay))
     (axes,) = figure_named(profile, "threads").axes
@@ -657,6 +657,7 @@ def test_the_rate_that_the_device_needs_is_drawn_or_said(replay, drawn):
     assert labels == ["linear scaling", *([f"needed: {significant(replay)}"] if drawn else []), "measured"]
     caption = caption_of(profile, "threads")
     assert ("dotted" in caption) == drawn and ("need 60,000 images/s, far above" in caption) == (replay == 60_000)
+    assert ("need only 0.00100 images/s, too few to be drawn" in caption) == (replay == 1e-3)
 
 
 @every_profile
@@ -673,6 +674,14 @@ def test_a_resource_is_shown_in_shares_of_the_training_time():
     (axes,) = figure_named(gpu_profile(), "resources").axes
     shown = {text.get_text() for text in axes.texts}
     assert "99 %" in shown and "24 %" in shown  # 0.0866 and 0.021 of 0.0877 ms
+
+
+def test_a_share_above_all_of_the_time_is_explained():
+    profile = gpu_profile(prediction__measured_images_per_second=14_000.0)
+    (axes,) = figure_named(profile, "resources").axes
+    assert "121 %" in {text.get_text() for text in axes.texts}
+    assert "More than 100 %: the stages, timed one by one, took longer" in caption_of(profile, "resources")
+    assert "More than 100 %" not in caption_of(gpu_profile(), "resources")
 
 
 class Words(HTMLParser):
