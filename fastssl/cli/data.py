@@ -286,7 +286,9 @@ def _print_estimate(estimate: "BuildEstimate") -> None:
     fits_disk = "fit on" if total < estimate.free_disk else "DO NOT fit on"
     _print(f"All {size_in_words(total)} {fits_disk} the disk: {size_in_words(estimate.free_disk)} free.")
     fits_memory = "fit into" if total < estimate.free_memory else "DO NOT fit into"
-    _print(f"All {size_in_words(total)} {fits_memory} memory (the page cache): {size_in_words(estimate.free_memory)} free.")
+    _print(
+        f"All {size_in_words(total)} {fits_memory} memory (the page cache): {size_in_words(estimate.free_memory)} free."
+    )
 
 
 def _build_time(seconds: float) -> str:

@@ -103,7 +103,7 @@ def compared_values(recipe: Recipe) -> dict[str, Any]:
 def start_of(recipe: Recipe) -> str:
     """Equal for recipes whose runs started from the same encoder of the same images.
 
-    The weights are drawn from the seed, those of the encoder first. A stochastic h is a layer behind it, and drawn
+    The weights are drawn from the seed, those of the encoder first. A stochastic h is a layer after it, and drawn
     later, so it is the same in one variant only.
     """
     if "h" in recipe.embedding.stochastic:

@@ -166,7 +166,7 @@ def test_a_variant_that_is_not_better_than_untrained_is_named(tmp_path):
 
 
 def test_variants_share_the_encoders_that_they_started_from(tmp_path):
-    """One variant's untrained results serve the others, but for a stochastic h, which is a layer behind the encoder."""
+    """One variant's untrained results serve the others, but for a stochastic h, which is a layer after the encoder."""
     made = {}
     for name in ("vicreg", "zprob_vicreg", "hprob_vicreg"):
         made[name] = [
